@@ -1,0 +1,1 @@
+"""mixturelens: did post-training change the router or the specialists?"""

@@ -1,0 +1,293 @@
+"""Exact probabilities by teacher forcing, and completions drawn at temperature 1. The only hot path of behaviour.
+
+A *context* is a prompt's token ids, perhaps with an announcement behind it. Models are Hugging Face causal language
+models, or anything that is called like one. Logits are taken to float64 before any logarithm, so that the probability
+of everything *but* a literal is right even when the literal has probability 1 - 1e-9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Model = Callable[..., Any]
+Ids = Sequence[int]
+
+END = -1
+"""In a literal: any of the model's end tokens."""
+
+BUDGET_BYTES = 256 << 20
+"""Bound on the float64 logits of one batch."""
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Completions of many contexts, flat: `context[i]` is the row of the context that completion i belongs to.
+
+    `weight[i]` is its share among the completions of its context under the model it was drawn from: 1/n for samples,
+    its probability where every completion was enumerated. Tokens include the end token, if it was reached.
+    """
+
+    context: Int[np.ndarray, "completion"]
+    tokens: list[list[int]]
+    weight: Float[np.ndarray, "completion"]
+
+
+def _batches(
+    lengths: Sequence[int], starts: Sequence[int], vocabulary: int, models: int
+) -> Iterator[list[int]]:
+    """Rows sorted by length, cut so that the logits of a batch stay within the memory bound."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], starts[i]))
+    batch: list[int] = []
+    widest, first = 0, 1 << 62
+    for i in order:
+        widest_then, first_then = max(widest, lengths[i]), min(first, starts[i])
+        cost = (len(batch) + 1) * (widest_then - first_then) * vocabulary * 8 * models
+        if batch and cost > BUDGET_BYTES:
+            yield batch
+            batch, widest_then, first_then = [], lengths[i], starts[i]
+        batch.append(i)
+        widest, first = widest_then, first_then
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _forced_logprobs(
+    models: Sequence[Model], contexts: Sequence[Ids], continuations: Sequence[Ids], vocabulary: int, device: str
+) -> Iterator[tuple[list[int], list[Float[Tensor, "row step vocabulary"]], Int[Tensor, "row step"]]]:
+    """Log-probabilities at every step of each continuation, batch by batch, for every model.
+
+    Yields (rows, one [row, step, vocabulary] float64 tensor a model, targets with -100 behind the end). Rows are padded
+    on the right: a causal model cannot see the padding, so no mask and no position ids are needed.
+    """
+    starts = [len(context) for context in contexts]
+    lengths = [start + len(c) for start, c in zip(starts, continuations, strict=True)]
+    for rows in _batches(lengths, starts, vocabulary, len(models)):
+        width = max(lengths[i] for i in rows)
+        first = min(starts[i] for i in rows) - 1
+        steps = max(len(continuations[i]) for i in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        targets = torch.full((len(rows), steps), -100, dtype=torch.long)
+        at = torch.zeros(len(rows), steps, dtype=torch.long)
+        for row, i in enumerate(rows):
+            ids[row, : lengths[i]] = torch.tensor([*contexts[i], *(max(t, 0) for t in continuations[i])])
+            count = len(continuations[i])
+            targets[row, :count] = torch.tensor(list(continuations[i]))
+            at[row, :count] = torch.arange(count) + starts[i] - 1 - first
+        keep = torch.arange(first, width - 1) if width - 1 > first else torch.arange(first, width)
+        found = []
+        for model in models:
+            logits = model(input_ids=ids.to(device), logits_to_keep=keep.to(device), use_cache=False).logits
+            index = at.to(device)[:, :, None].expand(-1, -1, logits.shape[-1])
+            found.append(logits.double().gather(1, index).log_softmax(-1))
+        yield rows, found, targets.to(device)
+
+
+def _target_logprobs(
+    logprobs: Float[Tensor, "row step vocabulary"], targets: Int[Tensor, "row step"], ends: Ids
+) -> Float[Tensor, "row step"]:
+    """Log-probability of each target; END gathers every end token; 0 behind the end."""
+    ended = logprobs[..., list(ends)].logsumexp(-1) if len(ends) else torch.full_like(logprobs[..., 0], -torch.inf)
+    plain = logprobs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return torch.where(targets == END, ended, torch.where(targets < 0, 0.0, plain))
+
+
+class Scorer:
+    """Probabilities and samples of one tokenizer's models: bundles what every call needs and nothing else."""
+
+    def __init__(self, ends: Ids, vocabulary: int, device: str = "cpu") -> None:
+        self.ends = tuple(ends)
+        self.vocabulary = vocabulary
+        self.device = device
+
+    def literals(
+        self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]]
+    ) -> tuple[Float[np.ndarray, "context literal"], Float[np.ndarray, "context"]]:
+        """Log-probability that a completion begins with each literal, and that it begins with none of them.
+
+        `literals[i]` are those of context i: as many for each, none the beginning of another. The second array is the
+        exact complement, from the tokens at which a completion leaves the tree of literals.
+        """
+        number = len(literals[0])
+        flat_contexts = [context for context in contexts for _ in range(number)]
+        logprob = self.sequences(model, flat_contexts, [literal for group in literals for literal in group])
+        leaving: list[list[float]] = [[] for _ in contexts]
+        for i, left, reached, _ in self._nodes(model, contexts, literals):
+            leaving[i].append(float(reached + left.logsumexp(-1)))
+        return logprob.reshape(len(contexts), number), np.array([np.logaddexp.reduce(v) for v in leaving])
+
+    def _nodes(
+        self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]]
+    ) -> Iterator[tuple[int, Float[Tensor, "vocabulary"], Float[Tensor, ""], tuple[int, ...]]]:
+        """(context, log-probabilities of the tokens that leave the tree here, log-probability of being here, node)."""
+        branches = [self._branches(group) for group in literals]
+        # one row a longest path through the tree is enough to visit every node
+        paths = [(i, literal) for i, group in enumerate(literals) for literal in group]
+        for rows, (found,), targets in _forced_logprobs(
+            [model],
+            [contexts[i] for i, _ in paths],
+            [tuple(literal) for _, literal in paths],
+            self.vocabulary,
+            self.device,
+        ):
+            steps = _target_logprobs(found, targets, self.ends)
+            reached = steps.cumsum(1) - steps
+            for row, path in enumerate(rows):
+                i, literal = paths[path]
+                for step in range(len(literal)):
+                    node = tuple(literal[:step])
+                    owner, children = branches[i][node]
+                    if literals[i][owner] is literal:
+                        left = found[row, step].index_fill(0, torch.tensor(children, device=found.device), -torch.inf)
+                        yield i, left, reached[row, step], node
+
+    def _branches(self, literals: Sequence[Ids]) -> dict[tuple[int, ...], tuple[int, list[int]]]:
+        """Node of the tree -> (the first literal through it, the tokens that stay in the tree)."""
+        nodes: dict[tuple[int, ...], tuple[int, dict[int, None]]] = {}
+        for k, literal in enumerate(literals):
+            for step, token in enumerate(literal):
+                _, taken = nodes.setdefault(tuple(literal[:step]), (k, {}))
+                taken.update(dict.fromkeys(self.ends if token == END else (token,)))
+        return {node: (first, list(taken)) for node, (first, taken) in nodes.items()}
+
+    def escapes(
+        self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]], seed: int
+    ) -> list[list[int]]:
+        """For each context, the beginning of a completion that is none of the literals, drawn given that it is none.
+
+        It ends with the token at which the completion leaves the tree of literals (Gumbel-max over all such tokens).
+        """
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        best = [(-np.inf, [0])] * len(contexts)
+        for i, found, reached, node in self._nodes(model, contexts, literals):
+            scores = reached + found
+            noise = -torch.empty_like(scores).exponential_(generator=generator).log()
+            value, token = (scores + noise).max(0)
+            if float(value) > best[i][0]:
+                best[i] = (float(value), [*node, int(token)])
+        return [tokens for _, tokens in best]
+
+    def sequences(
+        self, model: Model, contexts: Sequence[Ids], continuations: Sequence[Ids]
+    ) -> Float[np.ndarray, "continuation"]:
+        """Log-probability of each whole continuation (END: any end token)."""
+        result = np.zeros(len(contexts))
+        for rows, (found,), targets in _forced_logprobs(
+            [model], contexts, continuations, self.vocabulary, self.device
+        ):
+            result[rows] = _target_logprobs(found, targets, self.ends).sum(1).cpu().numpy()
+        return result
+
+    def compare(
+        self, after: Model, before: Model, contexts: Sequence[Ids], continuations: Sequence[Ids]
+    ) -> tuple[
+        Float[np.ndarray, "continuation"], Float[np.ndarray, "continuation"], Float[np.ndarray, "continuation"]
+    ]:
+        """(log R, log S, sum over tokens of the full-vocabulary KL(R || S)) along each continuation.
+
+        The third is a Rao-Blackwellised KL of the sequence: its mean over continuations drawn from R is
+        KL(R || S), with less variance than the mean of log R - log S.
+        """
+        log_after, log_before, kl = (np.zeros(len(contexts)) for _ in range(3))
+        for rows, (r, s), targets in _forced_logprobs(
+            [after, before], contexts, continuations, self.vocabulary, self.device
+        ):
+            log_after[rows] = _target_logprobs(r, targets, self.ends).sum(1).cpu().numpy()
+            log_before[rows] = _target_logprobs(s, targets, self.ends).sum(1).cpu().numpy()
+            per_token = (r.exp() * (r - s)).nan_to_num(0.0).sum(-1).clamp(min=0)
+            kl[rows] = torch.where(targets == -100, 0.0, per_token).sum(1).cpu().numpy()
+        return log_after, log_before, kl
+
+    def sample(
+        self, model: Model, contexts: Sequence[Ids], number: int, max_new_tokens: Sequence[int], seed: int
+    ) -> Completions:
+        """Draw `number` completions a context at temperature 1, with no truncation of any kind.
+
+        `max_new_tokens[i]` bounds those of context i. generation_config is not consulted.
+        """
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        owner = np.repeat(np.arange(len(contexts)), number)
+        tokens: list[list[int]] = [[] for _ in owner]
+        longest = max(max_new_tokens, default=0)
+        lengths = [len(contexts[i]) for i in owner]
+        for rows in _batches([n + 1 for n in lengths], lengths, max(self.vocabulary, 64 * longest), 1):
+            self._sample_batch(model, contexts, rows, owner, max_new_tokens, tokens, generator)
+        return Completions(owner, tokens, np.full(len(owner), 1.0 / number))
+
+    @torch.inference_mode()
+    def _sample_batch(
+        self,
+        model: Model,
+        contexts: Sequence[Ids],
+        rows: list[int],
+        owner: Int[np.ndarray, "completion"],
+        limits: Sequence[int],
+        tokens: list[list[int]],
+        generator: torch.Generator,
+    ) -> None:
+        width = max(len(contexts[owner[i]]) for i in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long, device=self.device)
+        mask = torch.zeros(len(rows), width, dtype=torch.long, device=self.device)
+        for row, i in enumerate(rows):
+            context = contexts[owner[i]]
+            ids[row, width - len(context) :] = torch.tensor(list(context), device=self.device)
+            mask[row, width - len(context) :] = 1
+        limit = torch.tensor([limits[owner[i]] for i in rows], device=self.device)
+        ends = torch.tensor(self.ends, device=self.device)
+        alive = limit > 0
+        past, step_ids, steps = None, ids, []
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        padded = bool((mask == 0).any())
+        while bool(alive.any()):
+            output = model(
+                input_ids=step_ids,
+                # rows of one length need no mask, and are then computed exactly as without a batch
+                attention_mask=mask if padded else None,
+                position_ids=positions,
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            past = output.past_key_values
+            drawn = torch.multinomial(output.logits[:, -1].double().softmax(-1), 1, generator=generator)
+            steps.append(torch.where(alive, drawn[:, 0], END))
+            alive = alive & ~torch.isin(drawn[:, 0], ends) & (len(steps) < limit)
+            step_ids, positions = drawn, positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(drawn)], dim=1)
+        if steps:
+            drawn_rows = torch.stack(steps, dim=1).cpu().tolist()
+            for row, i in enumerate(rows):
+                tokens[i] = [token for token in drawn_rows[row] if token != END]
+
+    def enumerate(
+        self, model: Model, contexts: Sequence[Ids], max_new_tokens: int
+    ) -> Completions:
+        """Every completion of at most `max_new_tokens` tokens, weighted by its probability under the model."""
+        inner = [token for token in range(self.vocabulary) if token not in self.ends]
+        partial: list[list[int]] = [[]]
+        complete: list[list[int]] = []
+        for _ in range(max_new_tokens):
+            complete += [[*head, end] for head in partial for end in self.ends]
+            partial = [[*head, token] for head in partial for token in inner]
+        complete += partial
+        owner = np.repeat(np.arange(len(contexts)), len(complete))
+        tokens = complete * len(contexts)
+        logprob = self.sequences(model, [contexts[i] for i in owner], tokens)
+        return Completions(owner, tokens, np.exp(logprob))
+
+    def number_of_completions(self, max_new_tokens: int) -> int:
+        inner = self.vocabulary - len(self.ends)
+        return sum(inner**n * len(self.ends) for n in range(max_new_tokens)) + inner**max_new_tokens
+
+
+def without_end(tokens: Ids, ends: Ids) -> Ids:
+    """A completion's tokens without its end token."""
+    return tokens[:-1] if tokens and tokens[-1] in ends else tokens
+

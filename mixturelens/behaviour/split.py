@@ -1,0 +1,61 @@
+"""The two exact splits of a change: of KL(R || S) into routing, conditioning and skill, and of accuracy. Numpy only.
+
+Arrays of classes are [..., policy, wording, behaviour]: the joint probability that a completion follows the policy (the
+last one is `other`), in the wording, with the behaviour. They sum to one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+
+def kl(p: Float[np.ndarray, "*batch k"], q: Float[np.ndarray, "*batch k"]) -> Float[np.ndarray, "*batch"]:
+    """KL(p || q) in nats along the last axis of unnormalised rows of equal mass; 0 log 0 is 0.
+
+    >>> float(kl(np.array([1.0, 0.0]), np.array([0.5, 0.5])).round(4))
+    0.6931
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(p > 0, p * (np.log(p) - np.log(q)), 0.0)
+    return terms.sum(-1)
+
+
+def class_terms(
+    after: Float[np.ndarray, "*batch policy wording behaviour"],
+    before: Float[np.ndarray, "*batch policy wording behaviour"],
+) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"]]:
+    """(routing, wording, conditioning) in nats by the chain rule, in the order in which a completion is written:
+
+    KL(policy) + E KL(wording given policy) + E KL(behaviour given policy and wording), expectations under R.
+    """
+    routing = kl(after.sum((-1, -2)), before.sum((-1, -2)))
+    through_wording = kl(_flat(after.sum(-1)), _flat(before.sum(-1)))
+    through_behaviour = kl(_flat(_flat(after)), _flat(_flat(before)))
+    return routing, through_wording - routing, through_behaviour - through_wording
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(*array.shape[:-2], -1)
+
+
+def accuracy_split(
+    weights_before: Float[np.ndarray, "*batch policy"],
+    accuracy_before: Float[np.ndarray, "*batch policy"],
+    weights_after: Float[np.ndarray, "*batch policy"],
+    accuracy_after: Float[np.ndarray, "*batch policy"],
+) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"]]:
+    """(selector, specialists): the exact split of the change of `sum_m c_m p_m`.
+
+    A policy of weight zero has no accuracy of its own (NaN) there; the other checkpoint's is taken, so that a policy that
+    is gone counts as selected away rather than as unlearnt.
+
+    >>> accuracy_split(*map(np.array, ([0.5, 0.5], [1.0, 0.0], [1.0, 0.0], [1.0, np.nan])))
+    (np.float64(0.5), np.float64(0.0))
+    """
+    p_before = np.where(np.isnan(accuracy_before), accuracy_after, accuracy_before)
+    p_after = np.where(np.isnan(accuracy_after), accuracy_before, accuracy_after)
+    p_before, p_after = np.nan_to_num(p_before), np.nan_to_num(p_after)
+    selector = ((weights_after - weights_before) * (p_before + p_after) / 2).sum(-1)
+    specialists = ((weights_before + weights_after) / 2 * (p_after - p_before)).sum(-1)
+    return selector, specialists

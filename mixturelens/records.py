@@ -1,0 +1,163 @@
+"""The envelope of everything that is written: kind, version, provenance; atomic save, strict load."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import ValidationError
+
+from mixturelens.types import Frozen, InputError
+
+_LIBRARIES = ("mixturelens", "torch", "transformers", "trl")
+
+
+class Provenance(Frozen):
+    """Where a record comes from: enough to tell whether two records are about the same thing."""
+
+    before: str | None = None
+    """Name and sha256 (first 16 digits) of the weights before, `sft@1f2e...`."""
+    after: str | None = None
+    suite: str | None = None
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    versions: dict[str, str] = {}
+
+
+def provenance(
+    *,
+    before: Path | None = None,
+    after: Path | None = None,
+    suite: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Provenance:
+    """Provenance with the versions of the libraries that produce numbers."""
+    return Provenance(
+        before=before and weights_name(before),
+        after=after and weights_name(after),
+        suite=suite,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+    )
+
+
+def weights_name(folder: Path) -> str:
+    """Folder name and content of a checkpoint: `sft@<sha256 of its safetensors files, 16 digits>`."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return f"{folder.resolve().name}@{digest.hexdigest()[:16]}"
+
+
+class Record(Frozen):
+    """Base of every record. Subclasses set `KIND` and `VERSION` and add their fields.
+
+    >>> class Count(Record):
+    ...     KIND = "count"
+    ...     number: int
+    >>> Count(number=3).kind
+    'count'
+    """
+
+    KIND: ClassVar[str] = ""
+    VERSION: ClassVar[int] = 1
+
+    kind: str = ""
+    version: int = 0
+    provenance: Provenance = Provenance()
+
+    def model_post_init(self, _: Any) -> None:
+        for field, expected in (("kind", self.KIND), ("version", self.VERSION)):
+            if not getattr(self, field):
+                object.__setattr__(self, field, expected)
+
+    def to_json(self) -> str:
+        """JSON with `null` for what was not measured; NaN and infinity are refused rather than written."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False)
+
+    def save(self, path: Path) -> Path:
+        write_text(path, self.to_json() + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a record back, refusing another kind, another version and unknown or missing keys.
+
+        Raises InputError that names the file and the first offending key.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such record; run the command that writes it first") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a JSON record ({error}); delete it and run again") from None
+        if not isinstance(data, dict) or data.get("kind") != cls.KIND:
+            found = data.get("kind") if isinstance(data, dict) else type(data).__name__
+            raise InputError(f"{path}: holds a {found!r} record, expected {cls.KIND!r}")
+        if data.get("version") != cls.VERSION:
+            raise InputError(
+                f"{path}: {cls.KIND} record of version {data.get('version')}, this mixturelens reads version "
+                f"{cls.VERSION}; run the command that writes it again"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InputError(f"{path}: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """One line for the first problem of a pydantic error: key, what is wrong, the value."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "top level"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {where!r}"
+    if problem["type"] == "missing":
+        return f"key {where!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where != "top level" else message
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder under a temporary name; it takes its real name only when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

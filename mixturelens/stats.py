@@ -1,0 +1,76 @@
+"""Bootstrap over questions: the only source of intervals. Numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from mixturelens.types import NOT_MEASURED, Interval
+
+DRAWS = 2000
+LEVEL = 0.95
+
+
+def resample_counts(questions: int, seed: int, draws: int = DRAWS) -> Int[np.ndarray, "draw question"]:
+    """How often each question occurs in each bootstrap sample; row 0 is the sample itself (all ones).
+
+    A question is drawn with all its cues, because its prompts share the difficulty of the question.
+    """
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(questions, np.full(questions, 1.0 / questions), size=draws)
+    return np.vstack([np.ones((1, questions), dtype=counts.dtype), counts])
+
+
+def resampled_mean(
+    values: Float[np.ndarray, "question *rest"], counts: Int[np.ndarray, "draw question"]
+) -> Float[np.ndarray, "draw *rest"]:
+    """Mean over questions in every bootstrap sample; NaN marks a question that was not measured.
+
+    A mean over no question at all is NaN, never zero.
+    """
+    known = ~np.isnan(values)
+    flat = np.where(known, values, 0.0).reshape(len(values), -1)
+    total = counts @ flat
+    number = counts @ known.reshape(len(values), -1).astype(float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(number > 0, total / number, np.nan)
+    return mean.reshape(len(counts), *values.shape[1:])
+
+
+def interval(draws: Float[np.ndarray, "draw"], digits: int = 10) -> Interval:
+    """Percentile interval from draws whose first entry is the estimate itself.
+
+    Draws in which the quantity is undefined (NaN) are left out; if the estimate itself is undefined, nothing was
+    measured. The interval always contains the estimate.
+    """
+    estimate = float(draws[0])
+    if not np.isfinite(estimate):
+        return NOT_MEASURED
+    usable = draws[1:][np.isfinite(draws[1:])]
+    if not len(usable):
+        return NOT_MEASURED
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(usable, [tail, 100 - tail])
+    value, low, high = (round(float(x), digits) for x in (estimate, min(low, estimate), max(high, estimate)))
+    return Interval(value=value, low=low, high=high)
+
+
+def mean_interval(
+    values: Float[np.ndarray, "question"], counts: Int[np.ndarray, "draw question"]
+) -> Interval:
+    """Interval of the mean over questions.
+
+    >>> mean_interval(np.ones(5), resample_counts(5, seed=0))
+    Interval(value=1.0, low=1.0, high=1.0)
+    """
+    return interval(resampled_mean(values, counts))
+
+
+def map_draws(
+    function: Callable[..., Float[np.ndarray, "draw"]], *means: Float[np.ndarray, "draw *rest"]
+) -> Interval:
+    """Interval of a function of resampled means, such as a ratio of means."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return interval(function(*means))

@@ -1,0 +1,339 @@
+"""Behaviour suites: prompts, answers, and the rules by which completions show policy and behaviour.
+
+The file format is the contract of the project (README, "Your own pair"). A suite knows nothing of models; with a
+tokenizer it becomes token ids, and refuses prompts that the tokenizer cannot spell.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from mixturelens.records import first_problem, write_text
+from mixturelens.types import ANSWER, ERR, OTHER, Frozen, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PromptRow(Frozen):
+    """One line of prompts.jsonl. Rows with the same id are the same question under another cue or hint."""
+
+    id: str
+    cue: str
+    hint: str | None = None
+    prompt: str | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+    answer: str
+    err: str | None = None
+    spans: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _checked(self) -> PromptRow:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either `prompt` or `messages`")
+        text = self.text
+        for name, piece in self.spans.items():
+            if piece not in text:
+                raise ValueError(f"spans.{name}: {piece!r} does not occur in the prompt")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The words of the prompt, without any chat template."""
+        if self.prompt is not None:
+            return self.prompt
+        return "\n".join(message.get("content", "") for message in self.messages or ())
+
+
+def _pattern(value: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{where}: not a regular expression ({error}): {value!r}") from None
+
+
+class Rule(Frozen):
+    """Completions that a regular expression finds. `force` is a text that puts the policy in place."""
+
+    regex: str
+    force: str | None = None
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        _pattern(value, "regex")
+        return value
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        return re.compile(self.regex)
+
+
+Shown = str | tuple[str, ...] | Rule
+"""How a completion shows its policy or behaviour: a literal prefix, several wordings, or a rule."""
+
+
+def wordings(shown: Shown) -> tuple[str, ...]:
+    """Texts that put a policy in place; empty for a rule without `force`."""
+    if isinstance(shown, Rule):
+        return (shown.force,) if shown.force is not None else ()
+    return (shown,) if isinstance(shown, str) else shown
+
+
+class Chat(Frozen):
+    """Present: prompts go through the tokenizer's chat template."""
+
+    template_kwargs: dict[str, Any] = {}
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a completion did. `wording` counts within the policy; `behaviour` is None where a suite names none."""
+
+    policy: str
+    wording: int
+    behaviour: str | None
+    rest: str
+
+
+class Suite(Frozen):
+    """Prompts and the rules that label completions; see the README for the file.
+
+    >>> row = PromptRow(id="q", cue="A", prompt="2 + 2 =", answer="4")
+    >>> suite = Suite(prompts=(row,), policies={"a": "[a]", "b": "[b]"}, behaviours={"refuse": "sorry"})
+    >>> suite.label("[a] sorry sorry", row)
+    Label(policy='a', wording=0, behaviour='refuse', rest='sorry sorry')
+    """
+
+    prompts: tuple[PromptRow, ...] = Field(min_length=1)
+    policies: dict[str, Shown] = Field(min_length=1)
+    behaviours: dict[str, Shown] | None = None
+    trained_cue: str | None = None
+    answer_match: Literal["exact", "contains", "regex"] = "exact"
+    max_new_tokens: int = Field(default=16, ge=1)
+    samples: int = Field(default=8, ge=1)
+    chat: Chat | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Suite:
+        if OTHER in self.policies:
+            raise ValueError(f"policies: {OTHER!r} is kept for completions of no known policy; rename it")
+        if self.behaviours and ANSWER in self.behaviours:
+            raise ValueError(f"behaviours: {ANSWER!r} is what matches no other behaviour; leave it out")
+        _refuse_overlap("policies", self.policies)
+        _refuse_overlap("behaviours", self.behaviours or {})
+        if self.trained_cue is not None and self.trained_cue not in self.cues:
+            raise ValueError(f"trained_cue: no prompt has cue {self.trained_cue!r}")
+        if not self.neutral:
+            raise ValueError("prompts: every prompt has a hint; behaviour is measured on prompts without one")
+        seen: set[tuple[str, str, str | None]] = set()
+        for row in self.prompts:
+            key = (row.id, row.cue, row.hint)
+            if key in seen:
+                raise ValueError(f"prompts: question {row.id!r} occurs twice under cue {row.cue!r}, hint {row.hint!r}")
+            seen.add(key)
+            if row.messages is not None and self.chat is None:
+                raise ValueError(f"prompts: {row.id!r} has messages, but the suite has no `chat:`; add `chat: {{}}`")
+            if self.answer_match == "regex":
+                _pattern(row.answer, f"answer of {row.id!r}")
+        return self
+
+    @cached_property
+    def cues(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(row.cue for row in self.prompts))
+
+    @cached_property
+    def neutral(self) -> tuple[PromptRow, ...]:
+        """Prompts without a hint: all that behaviour is measured on."""
+        return tuple(row for row in self.prompts if row.hint is None)
+
+    @cached_property
+    def hinted(self) -> tuple[PromptRow, ...]:
+        return tuple(row for row in self.prompts if row.hint is not None)
+
+    @cached_property
+    def behaviour_names(self) -> tuple[str, ...]:
+        """Behaviours in the order of the arrays; `answer` is the last. Empty where the suite names none."""
+        if self.behaviours is None:
+            return ()
+        err = (ERR,) if ERR not in self.behaviours and any(row.err is not None for row in self.prompts) else ()
+        return (*self.behaviours, *err, ANSWER)
+
+    @property
+    def literal(self) -> bool:
+        """True if policy, behaviour and correctness are all literal texts, so that probabilities are exact."""
+        shown = [*self.policies.values(), *(self.behaviours or {}).values()]
+        return self.answer_match == "exact" and not any(isinstance(s, Rule) for s in shown)
+
+    def label(self, completion: str, row: PromptRow) -> Label:
+        """Policy and behaviour of a decoded completion; the first policy that matches wins, else `other`."""
+        text = completion.strip()
+        for policy, shown in self.policies.items():
+            found = _find(shown, text)
+            if found is not None:
+                wording, rest = found
+                return Label(policy, wording, self._behaviour(rest, row), rest)
+        return Label(OTHER, 0, None, text)
+
+    def _behaviour(self, rest: str, row: PromptRow) -> str | None:
+        if self.behaviours is None:
+            return None
+        for behaviour, shown in self.behaviours.items():
+            if _find(shown, rest) is not None:
+                return behaviour
+        if ERR in self.behaviour_names and row.err is not None and rest == row.err.strip():
+            return ERR
+        return ANSWER
+
+    def correct(self, rest: str, row: PromptRow) -> bool:
+        """Whether what follows the announcement is the answer."""
+        if self.answer_match == "exact":
+            return rest.strip() == row.answer.strip()
+        if self.answer_match == "contains":
+            return row.answer.strip() in rest
+        return re.search(row.answer, rest) is not None
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path, prompts_name: str = "prompts.jsonl") -> None:
+        """Write suite.yaml and its prompts beside it."""
+        lines = [json.dumps(row.model_dump(exclude_none=True, exclude_defaults=True), ensure_ascii=False)
+                 for row in self.prompts]
+        write_text(path.parent / prompts_name, "\n".join(lines) + "\n")
+        rest = self.model_dump(mode="json", exclude={"prompts"}, exclude_none=True)
+        text = yaml.safe_dump({"prompts": prompts_name, **rest}, sort_keys=False, allow_unicode=True)
+        write_text(path, text)
+
+
+def load_suite(path: Path) -> Suite:
+    """Read a suite and its prompts. Raises InputError that names the file, the line or key, and what to do."""
+    if path.is_dir():
+        path = path / "suite.yaml"
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such suite file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict) or not isinstance(data.get("prompts"), str):
+        raise InputError(f"{path}: a suite is a mapping with `prompts: FILE.jsonl` and `policies:`")
+    rows = _load_prompts(path.parent / data["prompts"])
+    try:
+        return Suite.model_validate({**data, "prompts": rows})
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_problem(error)}") from None
+
+
+def _load_prompts(path: Path) -> tuple[PromptRow, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such prompts file; `prompts:` is relative to the suite") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(PromptRow.model_validate(json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: line {number}: not JSON ({error})") from None
+        except ValidationError as error:
+            raise InputError(f"{path}: line {number}: {first_problem(error)}") from None
+    if not rows:
+        raise InputError(f"{path}: holds no prompts")
+    return tuple(rows)
+
+
+def _find(shown: Shown, text: str) -> tuple[int, str] | None:
+    """(wording, what follows) where the text shows this policy or behaviour."""
+    if isinstance(shown, Rule):
+        match = shown.pattern.search(text)
+        # a rule that matches somewhere inside says nothing about where the announcement ends
+        return None if match is None else (0, text[match.end():].strip() if match.start() == 0 else text)
+    for wording, literal in enumerate(wordings(shown)):
+        if text.startswith(literal.strip()):
+            return wording, text[len(literal.strip()):].strip()
+    return None
+
+
+def _refuse_overlap(where: str, shown: dict[str, Shown]) -> None:
+    """Literals of which one begins with another, and rules given twice, make labels ambiguous."""
+    texts: list[tuple[str, str]] = []
+    rules: dict[str, str] = {}
+    for name, value in shown.items():
+        if isinstance(value, Rule):
+            if value.regex in rules:
+                raise ValueError(f"{where}: {name!r} and {rules[value.regex]!r} overlap: the same rule {value.regex!r}")
+            rules[value.regex] = name
+        else:
+            texts += [(name, text.strip()) for text in wordings(value)]
+    for i, (name, text) in enumerate(texts):
+        if not text:
+            raise ValueError(f"{where}: {name!r} has an empty text; every completion begins with it")
+        for other_name, other in texts[:i]:
+            if text.startswith(other) or other.startswith(text):
+                raise ValueError(f"{where}: {name!r} and {other_name!r} overlap: one of {other!r} and {text!r} begins "
+                                 "with the other; make them distinct")
+
+
+# --- token ids --------------------------------------------------------------------------------------------------------
+
+
+def encode_prompts(
+    suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Token ids of the prompts, through the chat template if the suite has one, without a second BOS.
+
+    Raises InputError naming the prompt, if the tokenizer has unknown tokens in it or does not give it back.
+    """
+    encoded = []
+    for row in rows:
+        if suite.chat is None:
+            text, special = row.text, True
+        else:
+            text, special = _chat_text(suite.chat, row, tokenizer), False
+        _check_spelling(row.text, f"prompt {row.id!r} under cue {row.cue!r}", tokenizer)
+        encoded.append(tokenizer.encode(text, add_special_tokens=special))
+    return encoded
+
+
+def _chat_text(chat: Chat, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        raise InputError("the suite has `chat:`, but the tokenizer has no chat template; remove `chat:` or add one")
+    messages = list(row.messages or ({"role": "user", "content": row.text},))
+    if chat.system is not None:
+        messages = [{"role": "system", "content": chat.system}, *messages]
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **chat.template_kwargs
+    )
+
+
+def encode_text(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a piece of a completion: the tokenizer's canonical spelling."""
+    _check_spelling(text, where, tokenizer)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _check_spelling(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        unknown = [word for word in text.split()
+                   if tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)]
+        raise InputError(f"{where} has unknown tokens ({', '.join(map(repr, unknown[:3]))}): {text!r}; is this the "
+                         "tokenizer that the model was trained with?")
+    back = tokenizer.decode(ids)
+    if "".join(back.split()).casefold() != "".join(text.split()).casefold():
+        raise InputError(f"{where} does not survive the tokenizer: {text!r} comes back as {back!r}; is this the "
+                         "tokenizer that the model was trained with?")

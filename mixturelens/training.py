@@ -1,0 +1,345 @@
+"""SFT and GRPO with TRL (the only importer of trl), measured along the way, resumable after a kill at any moment.
+
+A stage trains in a working folder of its own. A trainer checkpoint counts only once `progress.json` lies in it, which is
+written last; a stage's result counts only once its folder has its final name. So whatever is half-written is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.measure import Behaviour, Prompts, literal_behaviour, prepare
+from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer
+from mixturelens.organism import Spec, build_suite, frozen_parameters, rl_prompts, safe_name, sft_examples
+from mixturelens.records import Record, new_folder, provenance, write_text
+from mixturelens.stats import mean_interval, resample_counts
+from mixturelens.suite import PromptRow, Suite
+from mixturelens.types import OTHER, Frozen, Interval
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+MEASURED_QUESTIONS = 64
+"""Held-out questions for the measurements along training; the verdict uses all of them."""
+SATURATION_WINDOW = 5
+SAVES = 8
+"""Trainer checkpoints a stage: what a kill can cost is an eighth of it."""
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+"""Called as progress(stage, step, steps, numbers)."""
+
+
+class CueState(Frozen):
+    """What a checkpoint does under one cue: weights, accuracy with each policy put in place, expected accuracy."""
+
+    weights: dict[str, Interval]
+    forced: dict[str, Interval]
+    accuracy: Interval
+
+
+class TrajectoryPoint(Frozen):
+    step: int
+    cues: dict[str, CueState]
+
+
+class Trajectory(Record):
+    """A stage of training, measured every few steps under every cue on held-out questions."""
+
+    KIND = "trajectory"
+
+    stage: str
+    steps: int
+    """Steps that were taken; fewer than the spec's when reward had saturated."""
+    points: tuple[TrajectoryPoint, ...]
+    reward: tuple[float, ...] = ()
+    """Mean training reward of every step (RL only)."""
+    no_signal: tuple[float, ...] = ()
+    """Share of groups without any spread of reward, which give no gradient (RL only)."""
+
+
+def train_sft(spec: Spec, run: Path, device: str = "cpu", progress: Progress | None = None) -> Trajectory:
+    """Train `run/checkpoints/sft` from `run/checkpoints/base`."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    stage = Stage("sft", spec, run, spec.sft.steps, spec.sft.measure_every, device, progress)
+
+    def make(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Trainer:
+        vocabulary = tokenizer.get_vocab()
+        input_ids, labels = [], []
+        for prompt, completion in sft_examples(spec, spec.sft.steps * spec.sft.batch):
+            context = [vocabulary[word] for word in prompt.split()]
+            target = [*(vocabulary[word] for word in completion.split()), tokenizer.eos_token_id]
+            input_ids.append(context + target)
+            labels.append([-100] * len(context) + target)
+        config = SFTConfig(
+            **stage.arguments(),
+            per_device_train_batch_size=spec.sft.batch,
+            learning_rate=spec.sft.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(spec.sft.warmup * spec.sft.steps),
+            dataset_kwargs={"skip_prepare_dataset": True},
+            completion_only_loss=False,  # the labels say it already
+            max_length=None,
+            loss_type="nll",
+        )
+        return SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_dict({"input_ids": input_ids, "labels": labels}),
+            processing_class=tokenizer,
+        )
+
+    return stage.train("base", make)
+
+
+def train_rl(spec: Spec, cue: str, run: Path, device: str = "cpu", progress: Progress | None = None) -> Trajectory:
+    """Train `run/checkpoints/rl-<cue>` from `run/checkpoints/sft` by GRPO on neutral prompts of one cue."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    rl = spec.rl
+    name = f"rl-{safe_name(cue)}"
+    stage = Stage(name, spec, run, rl.steps, rl.measure_every, device, progress, rl.stop_reward)
+    rows = rl_prompts(spec, cue)
+
+    def make(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Trainer:
+        frozen = set(frozen_parameters(model, rl.freeze))
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad = parameter_name not in frozen
+        config = GRPOConfig(
+            **stage.arguments(),
+            per_device_train_batch_size=rl.prompts * rl.group,
+            num_generations=rl.group,
+            max_completion_length=spec.max_new_tokens,
+            learning_rate=rl.learning_rate,
+            adam_epsilon=rl.adam_epsilon,
+            lr_scheduler_type="constant",
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            beta=0.0,
+        )
+        return GRPOTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": [row.text for row in rows], "row": list(range(len(rows)))}),
+            reward_funcs=make_reward(build_suite(spec), rows, end_tokens(model, tokenizer)),
+            processing_class=tokenizer,
+        )
+
+    return stage.train("sft", make)
+
+
+def make_reward(suite: Suite, rows: Sequence[PromptRow], ends: Sequence[int]) -> Callable[..., list[float]]:
+    """One for a completion that announces a known policy first, then answers, and then ends; else zero."""
+
+    def reward(completions: list[str], completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float]:
+        found = []
+        for text, ids, index in zip(completions, completion_ids, row, strict=True):
+            label = suite.label(text, rows[index])
+            ended = bool(ids) and ids[-1] in ends
+            found.append(float(ended and label.policy != OTHER and suite.correct(label.rest, rows[index])))
+        return found
+
+    return reward
+
+
+def cue_states(behaviour: Behaviour, prompts: Prompts) -> dict[str, CueState]:
+    """Means over questions under each cue, with intervals."""
+    suite = prompts.suite
+    states = {}
+    for cue in suite.cues:
+        at = [i for i, row in enumerate(prompts.rows) if row.cue == cue]
+        counts = resample_counts(len(at), seed=0, draws=500)
+        weights, forced = behaviour.weights[at], behaviour.forced_accuracy[at]
+        states[cue] = CueState(
+            weights={name: mean_interval(weights[:, m], counts) for m, name in enumerate((*suite.policies, OTHER))},
+            forced={name: mean_interval(forced[:, m], counts) for m, name in enumerate(suite.policies)},
+            accuracy=mean_interval(behaviour.correct[at].sum(-1), counts),
+        )
+    return states
+
+
+class Stage:
+    """One stage of training: where it works, what it measures, when it stops, how it resumes."""
+
+    def __init__(
+        self,
+        name: str,
+        spec: Spec,
+        run: Path,
+        steps: int,
+        measure_every: int,
+        device: str,
+        progress: Progress | None,
+        stop_reward: float | None = None,
+    ) -> None:
+        self.name, self.spec, self.run, self.steps = name, spec, run, steps
+        self.measure_every, self.device, self.stop_reward = measure_every, device, stop_reward
+        self.progress = progress or (lambda *_: None)
+        self.work = run / "training" / name
+        self.points: list[TrajectoryPoint] = []
+        self.reward: list[float] = []
+        self.no_signal: list[float] = []
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments that SFT and RL share."""
+        return {
+            "output_dir": str(self.work),
+            "max_steps": self.steps,
+            "seed": self.spec.seed,
+            "weight_decay": 0.0,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "use_cpu": self.device == "cpu",
+            "report_to": [],
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": math.ceil(self.steps / SAVES),
+            "save_total_limit": 2,
+            "dataloader_pin_memory": False,
+        }
+
+    @property
+    def result(self) -> Path:
+        return self.run / "checkpoints" / self.name
+
+    @property
+    def record(self) -> Path:
+        return self.run / "trajectory" / f"{self.name}.json"
+
+    def train(
+        self, start: str, make: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Trainer]
+    ) -> Trajectory:
+        """Run what is left of the stage and return its trajectory; nothing is left if its result is there."""
+        if self.result.exists() and self.record.exists():
+            return Trajectory.load(self.record)
+        quiet()
+        import torch
+
+        tokenizer = load_tokenizer(self.run / "checkpoints" / start)
+        model = load_model(self.run / "checkpoints" / start, self.device)
+        self._watch(model, tokenizer)
+        resume = self._last_complete()
+        if resume is not None:
+            self._restore(resume)
+        if resume is not None and self.saturated():
+            model = load_model(resume, self.device)
+        else:
+            torch.manual_seed(self.spec.seed)
+            trainer = make(model, tokenizer)
+            attach(self, trainer)
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        steps = len(self.reward) or self.steps
+        if not self.points or self.points[-1].step != steps:
+            self.measure(model, steps)
+        for parameter in model.parameters():
+            parameter.requires_grad = True
+        with new_folder(self.result) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        trajectory = Trajectory(
+            provenance=provenance(
+                before=self.run / "checkpoints" / start, after=self.result, seed=self.spec.seed, device=self.device
+            ),
+            stage=self.name,
+            steps=steps,
+            points=tuple(self.points),
+            reward=tuple(self.reward),
+            no_signal=tuple(self.no_signal),
+        )
+        trajectory.save(self.record)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return trajectory
+
+    def _watch(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        suite = build_suite(self.spec)
+        ids = list(dict.fromkeys(row.id for row in suite.neutral))[:MEASURED_QUESTIONS]
+        self.prompts = prepare(suite, [row for row in suite.neutral if row.id in ids], tokenizer)
+        self.scorer = Scorer(end_tokens(model, tokenizer), model.config.vocab_size, self.device)
+
+    def measure(self, model: PreTrainedModel, step: int) -> None:
+        training = model.training
+        model.eval()
+        states = cue_states(literal_behaviour(self.scorer, model, self.prompts), self.prompts)
+        model.train(training)
+        self.points.append(TrajectoryPoint(step=step, cues=states))
+
+    def saturated(self) -> bool:
+        recent = self.reward[-SATURATION_WINDOW:]
+        full = len(recent) == SATURATION_WINDOW
+        return self.stop_reward is not None and full and sum(recent) / len(recent) >= self.stop_reward
+
+    def numbers(self) -> dict[str, float]:
+        shown = {cue: state.accuracy.value or 0.0 for cue, state in self.points[-1].cues.items()} if self.points else {}
+        return {**({"reward": self.reward[-1]} if self.reward else {}), **shown}
+
+    def save_progress(self, checkpoint: Path) -> None:
+        state = {
+            "points": [point.model_dump(mode="json") for point in self.points],
+            "reward": self.reward,
+            "no_signal": self.no_signal,
+        }
+        write_text(checkpoint / "progress.json", json.dumps(state))
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+        self.points = [TrajectoryPoint.model_validate(point) for point in state["points"]]
+        self.reward, self.no_signal = state["reward"], state["no_signal"]
+
+    def _last_complete(self) -> Path | None:
+        """The latest trainer checkpoint that was written to its end; those that were not are removed."""
+        complete = []
+        for folder in self.work.glob("checkpoint-*"):
+            if (folder / "progress.json").is_file():
+                complete.append(folder)
+            else:
+                shutil.rmtree(folder)
+        return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def attach(stage: Stage, trainer: Trainer) -> None:
+    """Let the stage measure, stop and mark checkpoints, in place of the trainer's own printing."""
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **_):  # noqa: ANN001
+            if state.global_step == 0:
+                stage.measure(model, 0)
+
+        def on_step_end(self, args, state, control, model=None, **_):  # noqa: ANN001
+            if state.global_step % stage.measure_every == 0:
+                stage.measure(model, state.global_step)
+            stage.progress(stage.name, state.global_step, stage.steps, stage.numbers())
+
+        def on_log(self, args, state, control, logs=None, **_):  # noqa: ANN001
+            if logs and "reward" in logs:
+                stage.reward.append(float(logs["reward"]))
+                stage.no_signal.append(float(logs["frac_reward_zero_std"]))
+                control.should_training_stop = stage.saturated()
+
+        def on_save(self, args, state, control, **_):  # noqa: ANN001
+            stage.save_progress(stage.work / f"checkpoint-{state.global_step}")
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Watch())
+
+
+def quiet() -> None:
+    """Keep the libraries' notices about settings that are ours by choice off standard error."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(trl|torch|transformers|accelerate)\b")
