@@ -28,8 +28,10 @@ def check_folder(path: Path) -> Path:
     if not list(path.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
         if pickles:
-            raise InputError(f"{path}: {pickles[0]} is a pickle, which can run code when loaded; save the model again "
-                             "with save_pretrained, which writes safetensors")
+            raise InputError(
+                f"{path}: {pickles[0]} is a pickle, which can run code when loaded; save the model again "
+                "with save_pretrained, which writes safetensors"
+            )
         raise InputError(f"{path}: not a model folder (it has no *.safetensors)")
     return path
 
@@ -68,7 +70,9 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"{path}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})"
+        ) from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
             raise InputError(f"{path}: {problem.replace('_', ' ')} in the weights, first: {sorted(info[problem])[0]}")
@@ -90,14 +94,16 @@ def check_pair(before: Path, after: Path) -> None:
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         left, right = (s.get(name) for s in shapes)
         if left != right:
-            raise InputError(f"{before} and {after} are not a pair: {name} has shape {_show(left)} before and "
-                             f"{_show(right)} after")
+            raise InputError(
+                f"{before} and {after} are not a pair: {name} has shape {_show(left)} before and {_show(right)} after"
+            )
     tokenizers = [load_tokenizer(path) for path in (before, after)]
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
     if vocabularies[0] != vocabularies[1]:
         different = sorted(set(vocabularies[0].items()) ^ set(vocabularies[1].items()))
-        raise InputError(f"{before} and {after} are not a pair: their tokenizers differ, first at token "
-                         f"{different[0][0]!r}")
+        raise InputError(
+            f"{before} and {after} are not a pair: their tokenizers differ, first at token {different[0][0]!r}"
+        )
     backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in tokenizers]
     if all(backends) and _pipeline(backends[0]) != _pipeline(backends[1]):
         raise InputError(f"{before} and {after} are not a pair: their tokenizers split text differently")
@@ -125,3 +131,16 @@ def _pipeline(backend: object) -> dict[str, object]:
     """What a fast tokenizer does to text, without padding and truncation (state, not identity)."""
     data = json.loads(backend.to_str())  # type: ignore[attr-defined]
     return {key: data.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars, and notices about settings that are ours by choice, off standard error."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(trl|torch|transformers|accelerate)\b")

@@ -288,9 +288,7 @@ class Questions(NamedTuple):
 
 def questions(spec: Spec) -> Questions:
     split = spec.split
-    return Questions(
-        *split_questions(spec.questions, evaluation=split.evaluation, rl=split.rl, seed=spec.seed)
-    )
+    return Questions(*split_questions(spec.questions, evaluation=split.evaluation, rl=split.rl, seed=spec.seed))
 
 
 def prompt_text(spec: Spec, cue: str, question: Question, hint: str | None = None) -> str:

@@ -207,8 +207,10 @@ class Suite(Frozen):
 
     def save(self, path: Path, prompts_name: str = "prompts.jsonl") -> None:
         """Write suite.yaml and its prompts beside it."""
-        lines = [json.dumps(row.model_dump(exclude_none=True, exclude_defaults=True), ensure_ascii=False)
-                 for row in self.prompts]
+        lines = [
+            json.dumps(row.model_dump(exclude_none=True, exclude_defaults=True), ensure_ascii=False)
+            for row in self.prompts
+        ]
         write_text(path.parent / prompts_name, "\n".join(lines) + "\n")
         rest = self.model_dump(mode="json", exclude={"prompts"}, exclude_none=True)
         text = yaml.safe_dump({"prompts": prompts_name, **rest}, sort_keys=False, allow_unicode=True)
@@ -261,10 +263,10 @@ def _find(shown: Shown, text: str) -> tuple[int, str] | None:
     if isinstance(shown, Rule):
         match = shown.pattern.search(text)
         # a rule that matches somewhere inside says nothing about where the announcement ends
-        return None if match is None else (0, text[match.end():].strip() if match.start() == 0 else text)
+        return None if match is None else (0, text[match.end() :].strip() if match.start() == 0 else text)
     for wording, literal in enumerate(wordings(shown)):
         if text.startswith(literal.strip()):
-            return wording, text[len(literal.strip()):].strip()
+            return wording, text[len(literal.strip()) :].strip()
     return None
 
 
@@ -284,16 +286,16 @@ def _refuse_overlap(where: str, shown: dict[str, Shown]) -> None:
             raise ValueError(f"{where}: {name!r} has an empty text; every completion begins with it")
         for other_name, other in texts[:i]:
             if text.startswith(other) or other.startswith(text):
-                raise ValueError(f"{where}: {name!r} and {other_name!r} overlap: one of {other!r} and {text!r} begins "
-                                 "with the other; make them distinct")
+                raise ValueError(
+                    f"{where}: {name!r} and {other_name!r} overlap: one of {other!r} and {text!r} begins "
+                    "with the other; make them distinct"
+                )
 
 
 # --- token ids --------------------------------------------------------------------------------------------------------
 
 
-def encode_prompts(
-    suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
+def encode_prompts(suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of the prompts, through the chat template if the suite has one, without a second BOS.
 
     Raises InputError naming the prompt, if the tokenizer has unknown tokens in it or does not give it back.
@@ -315,9 +317,7 @@ def _chat_text(chat: Chat, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -
     messages = list(row.messages or ({"role": "user", "content": row.text},))
     if chat.system is not None:
         messages = [{"role": "system", "content": chat.system}, *messages]
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **chat.template_kwargs
-    )
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chat.template_kwargs)
 
 
 def encode_text(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -329,11 +329,16 @@ def encode_text(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> li
 def _check_spelling(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        unknown = [word for word in text.split()
-                   if tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)]
-        raise InputError(f"{where} has unknown tokens ({', '.join(map(repr, unknown[:3]))}): {text!r}; is this the "
-                         "tokenizer that the model was trained with?")
+        unknown = [
+            word for word in text.split() if tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)
+        ]
+        raise InputError(
+            f"{where} has unknown tokens ({', '.join(map(repr, unknown[:3]))}): {text!r}; is this the "
+            "tokenizer that the model was trained with?"
+        )
     back = tokenizer.decode(ids)
     if "".join(back.split()).casefold() != "".join(text.split()).casefold():
-        raise InputError(f"{where} does not survive the tokenizer: {text!r} comes back as {back!r}; is this the "
-                         "tokenizer that the model was trained with?")
+        raise InputError(
+            f"{where} does not survive the tokenizer: {text!r} comes back as {back!r}; is this the "
+            "tokenizer that the model was trained with?"
+        )

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import Behaviour, Prompts, literal_behaviour, prepare
-from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer
+from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.organism import Spec, build_suite, frozen_parameters, rl_prompts, safe_name, sft_examples
 from mixturelens.records import Record, new_folder, provenance, write_text
 from mixturelens.stats import mean_interval, resample_counts
@@ -217,13 +216,11 @@ class Stage:
     def record(self) -> Path:
         return self.run / "trajectory" / f"{self.name}.json"
 
-    def train(
-        self, start: str, make: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Trainer]
-    ) -> Trajectory:
+    def train(self, start: str, make: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Trainer]) -> Trajectory:
         """Run what is left of the stage and return its trajectory; nothing is left if its result is there."""
         if self.result.exists() and self.record.exists():
             return Trajectory.load(self.record)
-        quiet()
+        quiet_libraries()
         import torch
 
         tokenizer = load_tokenizer(self.run / "checkpoints" / start)
@@ -312,34 +309,24 @@ def attach(stage: Stage, trainer: Trainer) -> None:
     from transformers import PrinterCallback, TrainerCallback
 
     class Watch(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **_):  # noqa: ANN001
+        def on_train_begin(self, args, state, control, model=None, **_):
             if state.global_step == 0:
                 stage.measure(model, 0)
 
-        def on_step_end(self, args, state, control, model=None, **_):  # noqa: ANN001
+        def on_step_end(self, args, state, control, model=None, **_):
             if state.global_step % stage.measure_every == 0:
                 stage.measure(model, state.global_step)
             stage.progress(stage.name, state.global_step, stage.steps, stage.numbers())
 
-        def on_log(self, args, state, control, logs=None, **_):  # noqa: ANN001
+        def on_log(self, args, state, control, logs=None, **_):
             if logs and "reward" in logs:
                 stage.reward.append(float(logs["reward"]))
                 stage.no_signal.append(float(logs["frac_reward_zero_std"]))
                 control.should_training_stop = stage.saturated()
 
-        def on_save(self, args, state, control, **_):  # noqa: ANN001
+        def on_save(self, args, state, control, **_):
             stage.save_progress(stage.work / f"checkpoint-{state.global_step}")
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Watch())
 
-
-def quiet() -> None:
-    """Keep the libraries' notices about settings that are ours by choice off standard error."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(trl|torch|transformers|accelerate)\b")

@@ -22,8 +22,10 @@ Ids = Sequence[int]
 END = -1
 """In a literal: any of the model's end tokens."""
 
-BUDGET_BYTES = 256 << 20
+BATCH_BYTES = 256 << 20
 """Bound on the float64 logits of one batch."""
+BATCH_TOKENS = 4096
+"""Bound on the tokens of one batch: larger ones fall out of the cache and are slower on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,21 @@ class Completions:
     its probability where every completion was enumerated. Tokens include the end token, if it was reached.
     """
 
-    context: Int[np.ndarray, "completion"]
+    context: Int[np.ndarray, completion]
     tokens: list[list[int]]
-    weight: Float[np.ndarray, "completion"]
+    weight: Float[np.ndarray, completion]
 
 
-def _batches(
-    lengths: Sequence[int], starts: Sequence[int], vocabulary: int, models: int
-) -> Iterator[list[int]]:
+def _batches(lengths: Sequence[int], starts: Sequence[int], vocabulary: int, models: int = 1) -> Iterator[list[int]]:
     """Rows sorted by length, cut so that the logits of a batch stay within the memory bound."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], starts[i]))
     batch: list[int] = []
     widest, first = 0, 1 << 62
     for i in order:
         widest_then, first_then = max(widest, lengths[i]), min(first, starts[i])
-        cost = (len(batch) + 1) * (widest_then - first_then) * vocabulary * 8 * models
-        if batch and cost > BUDGET_BYTES:
+        rows = len(batch) + 1
+        logits = rows * (widest_then - first_then + 1) * vocabulary * 8 * models
+        if batch and (logits > BATCH_BYTES or rows * widest_then > BATCH_TOKENS):
             yield batch
             batch, widest_then, first_then = [], lengths[i], starts[i]
         batch.append(i)
@@ -109,7 +110,7 @@ class Scorer:
 
     def literals(
         self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]]
-    ) -> tuple[Float[np.ndarray, "context literal"], Float[np.ndarray, "context"]]:
+    ) -> tuple[Float[np.ndarray, "context literal"], Float[np.ndarray, context]]:
         """Log-probability that a completion begins with each literal, and that it begins with none of them.
 
         `literals[i]` are those of context i: as many for each, none the beginning of another. The second array is the
@@ -125,7 +126,7 @@ class Scorer:
 
     def _nodes(
         self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]]
-    ) -> Iterator[tuple[int, Float[Tensor, "vocabulary"], Float[Tensor, ""], tuple[int, ...]]]:
+    ) -> Iterator[tuple[int, Float[Tensor, vocabulary], Float[Tensor, ""], tuple[int, ...]]]:
         """(context, log-probabilities of the tokens that leave the tree here, log-probability of being here, node)."""
         branches = [self._branches(group) for group in literals]
         # one row a longest path through the tree is enough to visit every node
@@ -176,20 +177,16 @@ class Scorer:
 
     def sequences(
         self, model: Model, contexts: Sequence[Ids], continuations: Sequence[Ids]
-    ) -> Float[np.ndarray, "continuation"]:
+    ) -> Float[np.ndarray, continuation]:
         """Log-probability of each whole continuation (END: any end token)."""
         result = np.zeros(len(contexts))
-        for rows, (found,), targets in _forced_logprobs(
-            [model], contexts, continuations, self.vocabulary, self.device
-        ):
+        for rows, (found,), targets in _forced_logprobs([model], contexts, continuations, self.vocabulary, self.device):
             result[rows] = _target_logprobs(found, targets, self.ends).sum(1).cpu().numpy()
         return result
 
     def compare(
         self, after: Model, before: Model, contexts: Sequence[Ids], continuations: Sequence[Ids]
-    ) -> tuple[
-        Float[np.ndarray, "continuation"], Float[np.ndarray, "continuation"], Float[np.ndarray, "continuation"]
-    ]:
+    ) -> tuple[Float[np.ndarray, continuation], Float[np.ndarray, continuation], Float[np.ndarray, continuation]]:
         """(log R, log S, sum over tokens of the full-vocabulary KL(R || S)) along each continuation.
 
         The third is a Rao-Blackwellised KL of the sequence: its mean over continuations drawn from R is
@@ -217,7 +214,7 @@ class Scorer:
         tokens: list[list[int]] = [[] for _ in owner]
         longest = max(max_new_tokens, default=0)
         lengths = [len(contexts[i]) for i in owner]
-        for rows in _batches([n + 1 for n in lengths], lengths, max(self.vocabulary, 64 * longest), 1):
+        for rows in _batches([n + longest for n in lengths], [n + longest for n in lengths], self.vocabulary):
             self._sample_batch(model, contexts, rows, owner, max_new_tokens, tokens, generator)
         return Completions(owner, tokens, np.full(len(owner), 1.0 / number))
 
@@ -227,7 +224,7 @@ class Scorer:
         model: Model,
         contexts: Sequence[Ids],
         rows: list[int],
-        owner: Int[np.ndarray, "completion"],
+        owner: Int[np.ndarray, completion],
         limits: Sequence[int],
         tokens: list[list[int]],
         generator: torch.Generator,
@@ -266,9 +263,7 @@ class Scorer:
             for row, i in enumerate(rows):
                 tokens[i] = [token for token in drawn_rows[row] if token != END]
 
-    def enumerate(
-        self, model: Model, contexts: Sequence[Ids], max_new_tokens: int
-    ) -> Completions:
+    def enumerate(self, model: Model, contexts: Sequence[Ids], max_new_tokens: int) -> Completions:
         """Every completion of at most `max_new_tokens` tokens, weighted by its probability under the model."""
         inner = [token for token in range(self.vocabulary) if token not in self.ends]
         partial: list[list[int]] = [[]]
@@ -290,4 +285,3 @@ class Scorer:
 def without_end(tokens: Ids, ends: Ids) -> Ids:
     """A completion's tokens without its end token."""
     return tokens[:-1] if tokens and tokens[-1] in ends else tokens
-

@@ -26,6 +26,8 @@ ENUMERATE_AT_MOST = 4000
 """Completions a prompt, up to which all of them are enumerated."""
 FORCED_SAMPLES = 4
 """Completions behind each announcement of a literal suite, for what comes after policy and behaviour."""
+NOVEL = 0.01
+"""A behaviour that S shows less often than this under an announcement is new in R: S has no skill there to compare."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,22 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Change:
-    """What changed from S to R on each prompt, in nats, beside what either does."""
+    """What changed from S to R on each prompt, in nats, beside what either does.
+
+    KL(R || S) = routing + wording + conditioning + skill + other, where `skill` is that of known policies and `other` is
+    what completions of no known policy add: no specialist is behind those.
+    """
 
     before: Behaviour
     after: Behaviour
-    routing: Float[np.ndarray, "prompt"]
-    wording: Float[np.ndarray, "prompt"]
-    conditioning: Float[np.ndarray, "prompt"]
-    skill: Float[np.ndarray, "prompt"]
-    other: Float[np.ndarray, "prompt"]
-    """The part of `skill` that lies in completions of no known policy."""
-    dormant: Float[np.ndarray, "prompt"]
+    routing: Float[np.ndarray, prompt]
+    wording: Float[np.ndarray, prompt]
+    conditioning: Float[np.ndarray, prompt]
+    skill: Float[np.ndarray, prompt]
+    novel: Float[np.ndarray, prompt]
+    """The part of `skill` in behaviours that S hardly shows there (under NOVEL)."""
+    other: Float[np.ndarray, prompt]
+    dormant: Float[np.ndarray, prompt]
     method: str
 
 
@@ -137,11 +144,12 @@ def prepare(suite: Suite, rows: Sequence[PromptRow], tokenizer) -> Prompts:
         rows=tuple(rows),
         contexts=encode_prompts(suite, rows, tokenizer),
         announcements=tuple(announcements),
-        answers=[encode_text(_behind(row.answer, texts), f"the answer of prompt {row.id!r}", tokenizer)
-                 for row in rows] if suite.answer_match == "exact" else [[] for _ in rows],
-        errs=None if ERR not in suite.behaviour_names or ERR in (suite.behaviours or {}) else [
-            encode_text(_behind(row.err or "", texts), f"the err of prompt {row.id!r}", tokenizer) for row in rows
-        ],
+        answers=[encode_text(_behind(row.answer, texts), f"the answer of prompt {row.id!r}", tokenizer) for row in rows]
+        if suite.answer_match == "exact"
+        else [[] for _ in rows],
+        errs=None
+        if ERR not in suite.behaviour_names or ERR in (suite.behaviours or {})
+        else [encode_text(_behind(row.err or "", texts), f"the err of prompt {row.id!r}", tokenizer) for row in rows],
         behaviours=tuple(behaviours),
         tokenizer=tokenizer,
     )
@@ -179,13 +187,9 @@ def literal_behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behavio
     """Exact probabilities by teacher forcing; nothing is drawn."""
     number, policies, most, behaviours = prompts.shape
     announcements = prompts.announcements
-    log_announced, log_other = scorer.literals(
-        model, prompts.contexts, [[a.ids for a in announcements]] * number
-    )
+    log_announced, log_other = scorer.literals(model, prompts.contexts, [[a.ids for a in announcements]] * number)
     forced = _behind_announcements(prompts)
-    right = [
-        _ended(prompts, answer, len(a.ids)) for answer in prompts.answers for a in announcements
-    ]
+    right = [_ended(prompts, answer, len(a.ids)) for answer in prompts.answers for a in announcements]
     correct = np.exp(scorer.sequences(model, forced, right)).reshape(number, -1)
     unannounced = [_ended(prompts, answer, 0) for answer in prompts.answers]
     correct_other = np.exp(scorer.sequences(model, prompts.contexts, unannounced))
@@ -224,45 +228,73 @@ def literal_behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behavio
 
 def _literal_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Change:
     s, r = (literal_behaviour(scorer, model, prompts) for model in (before, after))
-    number = len(prompts.rows)
-    policy_kl = _forced_kl(scorer, before, after, prompts, FORCED_SAMPLES, seed)
+    policy_kl, novel = _forced_kl(scorer, before, after, prompts, FORCED_SAMPLES, seed, s, r)
     routing, wording, conditioning = class_terms(r.classes, s.classes)
-    other = r.weights[:, -1] * _other_kl(scorer, before, after, prompts, seed)
-    heard = np.nansum((r.classes.sum(-1)[:, :-1] * policy_kl).reshape(number, -1), axis=1)
+    heard = r.classes.sum(-1)[:, :-1]
     return Change(
         before=s,
         after=r,
         routing=routing,
         wording=wording,
         conditioning=conditioning,
-        skill=heard + other - conditioning,
-        other=other,
+        skill=np.nansum(heard * policy_kl, (1, 2)) - conditioning,
+        novel=np.nansum(heard * novel, (1, 2)),
+        other=r.weights[:, -1] * _other_kl(scorer, before, after, prompts, seed),
         dormant=_dormant(r, policy_kl),
         method="literal",
     )
 
 
 def _forced_kl(
-    scorer: Scorer, before: Model, after: Model, prompts: Prompts, samples: int, seed: int
-) -> Float[np.ndarray, "prompt known wording"]:
-    """KL(y_R || y_S) of what follows each announcement once it is in place, from completions of R."""
+    scorer: Scorer,
+    before: Model,
+    after: Model,
+    prompts: Prompts,
+    samples: int,
+    seed: int,
+    s: Behaviour,
+    r: Behaviour,
+) -> tuple[Float[np.ndarray, "prompt known wording"], Float[np.ndarray, "prompt known wording"]]:
+    """KL(y_R || y_S) of what follows each announcement once in place, from completions of R; and its novel part."""
     number, policies, most, _ = prompts.shape
-    result = np.full((number, policies - 1, most), np.nan)
+    result, novel = (np.full((number, policies - 1, most), np.nan) for _ in range(2))
     if not prompts.announcements:
-        return result
+        return result, novel
+    drawn, label, k = _draw_forced(scorer, after, prompts, samples, seed)
     forced = _behind_announcements(prompts)
-    room = [prompts.suite.max_new_tokens - len(a.ids) for a in prompts.announcements] * number
-    drawn = scorer.sample(after, forced, samples, room, seed)
-    _, _, kl = scorer.compare(after, before, [forced[i] for i in drawn.context], drawn.tokens)
-    mean = kl.reshape(number, len(prompts.announcements), samples).mean(-1)
-    for k, a in enumerate(prompts.announcements):
-        result[:, a.policy, a.wording] = mean[:, k]
-    return result
+    log_r, log_s, kl = scorer.compare(after, before, [forced[i] for i in drawn.context], drawn.tokens)
+    place = (drawn.context // len(prompts.announcements), _owners(prompts)[0][k], _owners(prompts)[1][k])
+    shown_r, shown_s = (b.forced_behaviour[*place, label.behaviour] for b in (r, s))
+    excess = np.where(shown_s < NOVEL, (log_r - log_s) - _log_ratio(shown_r, shown_s), 0.0)
+    for owner in zip(*_owners(prompts), strict=True):
+        result[:, *owner], novel[:, *owner] = 0.0, 0.0
+    np.add.at(result, place, kl / samples)
+    np.add.at(novel, place, excess / samples)
+    return result, novel
 
 
-def _other_kl(
-    scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int
-) -> Float[np.ndarray, "prompt"]:
+def _owners(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
+    """(policy, wording) of every announcement."""
+    return np.array([a.policy for a in prompts.announcements]), np.array([a.wording for a in prompts.announcements])
+
+
+def _log_ratio(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(p, 1e-300)) - np.log(np.maximum(q, 1e-300))
+
+
+def _draw_forced(
+    scorer: Scorer, model: Model, prompts: Prompts, samples: int, seed: int
+) -> tuple[Completions, _Labelled, np.ndarray]:
+    """Completions behind every announcement of every prompt, their labels, and which announcement it was."""
+    count = len(prompts.announcements)
+    room = [prompts.suite.max_new_tokens - len(a.ids) for a in prompts.announcements] * len(prompts.rows)
+    drawn = scorer.sample(model, _behind_announcements(prompts), samples, room, seed)
+    k = drawn.context % count
+    owned = replace(drawn, context=drawn.context // count)
+    return drawn, _label(scorer, prompts, owned, [prompts.announcements[i].text for i in k]), k
+
+
+def _other_kl(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Float[np.ndarray, prompt]:
     """KL(y_R || y_S given `other`): one completion of no known policy a prompt, drawn from R."""
     literals = [[a.ids for a in prompts.announcements]] * len(prompts.rows)
     heads = scorer.escapes(after, prompts.contexts, literals, seed + 1)
@@ -281,9 +313,7 @@ def _other_kl(
     return result
 
 
-def _dormant(
-    after: Behaviour, policy_kl: Float[np.ndarray, "prompt known wording"]
-) -> Float[np.ndarray, "prompt"]:
+def _dormant(after: Behaviour, policy_kl: Float[np.ndarray, "prompt known wording"]) -> Float[np.ndarray, prompt]:
     """The specialist term with uniform policy weights: a silent policy counts as much as one that is heard."""
     used = after.classes.sum(-1)[:, :-1]
     measured = ~np.isnan(policy_kl)
@@ -342,25 +372,27 @@ def _enumerated_change(scorer: Scorer, before: Model, after: Model, prompts: Pro
     drawn = scorer.enumerate(after, prompts.contexts, prompts.suite.max_new_tokens)
     log_r, log_s, _ = scorer.compare(after, before, [prompts.contexts[i] for i in drawn.context], drawn.tokens)
     label = _label(scorer, prompts, drawn)
-    number, policies, most, behaviours = prompts.shape
     s = _conditioned(prompts, drawn, label, np.exp(log_s))
     r = _conditioned(prompts, drawn, label, np.exp(log_r))
     # KL of what follows, given policy and wording, from the sums over their completions
-    gain = np.zeros((number, policies, most))
-    np.add.at(gain, (drawn.context, label.policy, label.wording), np.exp(log_r) * (log_r - log_s))
+    gain = np.zeros(prompts.shape)
+    place = (drawn.context, label.policy, label.wording, label.behaviour)
+    np.add.at(gain, place, np.exp(log_r) * (log_r - log_s))
     mass_r, mass_s = r.classes.sum(-1), s.classes.sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        stratum_kl = gain / mass_r - np.log(mass_r) + np.log(mass_s)
+        stratum_kl = gain.sum(-1) / mass_r - np.log(mass_r) + np.log(mass_s)
     routing, wording, conditioning = class_terms(r.classes, s.classes)
-    total = gain.sum((1, 2))
+    other = np.nansum(mass_r[:, -1] * stratum_kl[:, -1], -1)
+    excess = gain - r.classes * _log_ratio(r.classes, s.classes)
     return Change(
         before=s,
         after=r,
         routing=routing,
         wording=wording,
         conditioning=conditioning,
-        skill=total - routing - wording - conditioning,
-        other=mass_r[:, -1, 0] * stratum_kl[:, -1, 0],
+        skill=gain.sum((1, 2, 3)) - routing - wording - conditioning - other,
+        novel=np.where(s.forced_behaviour < NOVEL, excess[:, :-1], 0.0).sum((1, 2, 3)),
+        other=other,
         dormant=_dormant(r, stratum_kl[:, :-1]),
         method="enumerated",
     )
@@ -378,51 +410,82 @@ def _conditioned(prompts: Prompts, drawn: Completions, label: _Labelled, weight:
     return Behaviour(classes, correct, forced_behaviour, forced_correct)
 
 
-def _sampled_change(
-    scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int, *, shuffle: bool = False
-) -> Change:
-    """Rules: n completions from each checkpoint, all weighed under both. `shuffle` permutes the labels (a null)."""
-    n = prompts.suite.samples
-    number = len(prompts.rows)
+@dataclass(frozen=True)
+class _Pool:
+    """n completions of R and n of S for each prompt, all weighed under both; [prompt, source, sample] when reshaped."""
+
+    context: np.ndarray
+    label: _Labelled
+    log_after: np.ndarray
+    log_before: np.ndarray
+    kl: np.ndarray
+    """Token KL summed along R's own completions, [prompt, sample]."""
+
+
+def _draw_pool(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> _Pool:
+    n, number = prompts.suite.samples, len(prompts.rows)
     limits = [prompts.suite.max_new_tokens] * number
     pools = [scorer.sample(model, prompts.contexts, n, limits, seed + k) for k, model in enumerate((after, before))]
-    # [prompt, source, sample] flattened: completion i of R and of S stay neighbours for the jackknife
     tokens = [pool.tokens[x * n + i] for x in range(number) for pool in pools for i in range(n)]
     context = np.repeat(np.arange(number), 2 * n)
-    drawn = Completions(context, tokens, np.full(len(tokens), 0.5 / n))
     log_r, log_s, kl = scorer.compare(after, before, [prompts.contexts[i] for i in context], tokens)
-    label = _label(scorer, prompts, drawn)
-    if shuffle:
-        label = _permuted(prompts, context, label, seed)
-    share_r = 1 / (1 + np.exp(np.clip(log_s - log_r, -700, 700)))
+    label = _label(scorer, prompts, Completions(context, tokens, np.full(len(tokens), 0.5 / n)))
+    return _Pool(context, label, log_r, log_s, kl.reshape(number, 2, n)[:, 0])
+
+
+def _pool_terms(
+    prompts: Prompts, pool: _Pool, label: _Labelled
+) -> tuple[Float[np.ndarray, "term prompt"], tuple, tuple]:
+    """(routing, wording, conditioning) of each prompt, and (classes, correct) of S and of R."""
+    n, number = prompts.suite.samples, len(prompts.rows)
+    share_r = 1 / (1 + np.exp(np.clip(pool.log_before - pool.log_after, -700, 700)))
     keep = np.ones((n + 1, number, 2, n))
     keep[np.arange(1, n + 1), :, :, np.arange(n)] = 0.0
     estimates = []
     for chosen in keep.reshape(n + 1, -1):
         pair = []
-        for share in (share_r, 1 - share_r):
+        for share in (1 - share_r, share_r):
             weight = share * chosen
-            mass = np.bincount(context, weight, minlength=number)
-            pair.append(_tally(prompts, context, label, weight / np.maximum(mass, 1e-300)[context]))
+            mass = np.bincount(pool.context, weight, minlength=number)
+            pair.append(_tally(prompts, pool.context, label, weight / np.maximum(mass, 1e-300)[pool.context]))
         estimates.append(pair)
-    (classes_r, correct_r), (classes_s, correct_s) = estimates[0]
-    plug_in = np.array([class_terms(pair[0][0], pair[1][0]) for pair in estimates])
+    plug_in = np.array([class_terms(r[0], s[0]) for s, r in estimates])
     # the plug-in KL of a few samples is biased upwards by O(1/n): jackknife; one sample cannot say
     terms = n * plug_in[0] - (n - 1) * plug_in[1:].mean(0) if n > 1 else np.full_like(plug_in[0], np.nan)
-    total = kl.reshape(number, 2, n)[:, 0].mean(-1)
-    forced_r, forced_s = (_forced_sample(scorer, model, prompts, seed + 3) for model in (after, before))
-    policy_kl = _forced_kl(scorer, before, after, prompts, n, seed + 5)
-    own_other = (label.policy == len(prompts.suite.policies)).reshape(number, 2, n)[:, 0]
-    after_behaviour = Behaviour(classes_r, correct_r, *forced_r)
+    return terms, estimates[0][0], estimates[0][1]
+
+
+def _sampled_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Change:
+    """Rules: n completions from each checkpoint, all weighed under both."""
+    n = prompts.suite.samples
+    pool = _draw_pool(scorer, before, after, prompts, seed)
+    terms, of_s, of_r = _pool_terms(prompts, pool, pool.label)
+    s, r = (
+        Behaviour(*tallied, *_forced_sample(scorer, model, prompts, seed + 3))
+        for tallied, model in ((of_s, before), (of_r, after))
+    )
+    policy_kl, _ = _forced_kl(scorer, before, after, prompts, n, seed + 5, s, r)
+    # R's own completions beyond what their class already says: the part of unknown policies, and of new behaviours
+    label = pool.label
+    place = (pool.context, label.policy, label.wording, label.behaviour)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shown_s = (s.classes / s.classes.sum(-1, keepdims=True))[place]
+    excess = pool.log_after - pool.log_before - _log_ratio(r.classes[place], s.classes[place])
+    is_other = label.policy == len(prompts.suite.policies)
+    other, novel = (
+        np.where(chosen, excess, 0.0).reshape(len(prompts.rows), 2, n)[:, 0].mean(-1)
+        for chosen in (is_other, ~is_other & (shown_s < NOVEL))
+    )
     return Change(
-        before=Behaviour(classes_s, correct_s, *forced_s),
-        after=after_behaviour,
+        before=s,
+        after=r,
         routing=terms[0],
         wording=terms[1],
         conditioning=terms[2],
-        skill=total - terms.sum(0),
-        other=(kl.reshape(number, 2, n)[:, 0] * own_other).mean(-1),
-        dormant=_dormant(after_behaviour, policy_kl),
+        skill=pool.kl.mean(-1) - terms.sum(0) - other,
+        novel=novel,
+        other=other,
+        dormant=_dormant(r, policy_kl),
         method="sampled",
     )
 
@@ -447,18 +510,13 @@ def _forced_sample(
     correct = np.full((number, policies - 1, most), np.nan)
     if not prompts.announcements:
         return shown, correct
-    count, n = len(prompts.announcements), prompts.suite.samples
-    room = [prompts.suite.max_new_tokens - len(a.ids) for a in prompts.announcements] * number
-    drawn = scorer.sample(model, _behind_announcements(prompts), n, room, seed)
-    flat = replace(drawn, context=drawn.context // count)
-    label = _label(scorer, prompts, flat, [prompts.announcements[i % count].text for i in drawn.context])
-    k = drawn.context % count
-    policy = np.array([a.policy for a in prompts.announcements])[k]
-    wording = np.array([a.wording for a in prompts.announcements])[k]
-    for a in prompts.announcements:
-        shown[:, a.policy, a.wording], correct[:, a.policy, a.wording] = 0.0, 0.0
-    np.add.at(shown, (flat.context, policy, wording, label.behaviour), 1.0 / n)
-    np.add.at(correct, (flat.context, policy, wording), label.correct / n)
+    n = prompts.suite.samples
+    drawn, label, k = _draw_forced(scorer, model, prompts, n, seed)
+    policy, wording = _owners(prompts)
+    context = drawn.context // len(prompts.announcements)
+    shown[:, policy, wording], correct[:, policy, wording] = 0.0, 0.0
+    np.add.at(shown, (context, policy[k], wording[k], label.behaviour), 1.0 / n)
+    np.add.at(correct, (context, policy[k], wording[k]), label.correct / n)
     return shown, correct
 
 
@@ -490,16 +548,15 @@ def measure_change(
     return _sampled_change(scorer, before, after, prompts, seed)
 
 
-def shuffled_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int = 0) -> Change:
-    """The split with labels permuted among the completions of a cue: what a meaningless partition would say."""
-    return _sampled_change(scorer, before, after, prompts, seed, shuffle=True)
-
-
-def independent_log_ratio(
+def nulls(
     scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int
-) -> Float[np.ndarray, "prompt"]:
-    """Mean of log R - log S over completions drawn from R without regard to policies: a check on the sum of terms."""
-    n = prompts.suite.samples
-    drawn = scorer.sample(after, prompts.contexts, n, [prompts.suite.max_new_tokens] * len(prompts.rows), seed)
-    log_r, log_s, _ = scorer.compare(after, before, [prompts.contexts[i] for i in drawn.context], drawn.tokens)
-    return (log_r - log_s).reshape(len(prompts.rows), n).mean(-1)
+) -> tuple[Float[np.ndarray, prompt], Float[np.ndarray, prompt], Float[np.ndarray, prompt]]:
+    """(routing of shuffled labels, token KL, log R - log S) of each prompt, from completions drawn without forcing.
+
+    The first: labels permuted among the completions of a cue, so what a meaningless partition would call routing. The
+    second and third have the mean KL(R || S), by ways that know nothing of policies: a check on the sum of the terms.
+    """
+    pool = _draw_pool(scorer, before, after, prompts, seed)
+    shuffled, _, _ = _pool_terms(prompts, pool, _permuted(prompts, pool.context, pool.label, seed))
+    ratio = (pool.log_after - pool.log_before).reshape(len(prompts.rows), 2, -1)[:, 0]
+    return shuffled[0], pool.kl.mean(-1), ratio.mean(-1)

@@ -39,6 +39,7 @@ LETTERS = ["p", "q", "r", "s", "t"]
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
 VOCAB = [*SPECIAL, "<A>", "<B>", "first", "last", *LETTERS, "=", "[a]", "[b]", "sorry"]
 ID = {word: i for i, word in enumerate(VOCAB)}
+NOVEL = 0.01  # a behaviour that S shows less often than this is new in R, and leaves nothing to compare with
 CUES, POLICIES, LABELS = ["A", "B"], ["a", "b"], ["a", "b", "other"]
 HELD_OUT = 20  # questions in the suite, each under both cues
 MAX_NEW = 3
@@ -88,7 +89,7 @@ DORMANT = Recipe(weight_a=0.998, change="skill_b", verdict="routing")
 # A specialist that changed altogether outweighs any routing in nats; these change a little, so both count.
 READER_TOO = Recipe(weight_a=0.95, change="reader", rate=0.07, verdict="both")
 SKILL_TOO = Recipe(weight_a=0.95, change="skill", rate=0.3, verdict="both")
-BARE = Recipe(bare=0.06, verdict="both")
+BARE = Recipe(bare=0.06, verdict="routing")
 
 NAMES = ["R-routing", "R-conditioning", "R-skill", "R-both", "R-neither"]
 RECIPES: dict[str, dict[str, Recipe]] = {
@@ -98,7 +99,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "qwen2": dict(zip(NAMES, [TO_B, CONDITIONING, SKILL, SKILL_TOO, NUDGE], strict=True)),
 }
 RECIPES["llama"]["R-routing-mild"] = MILD
-RECIPES["gpt2"]["R-both-other"] = BARE
+RECIPES["gpt2"]["R-routing-other"] = BARE
 RECIPES["gpt_neox"]["R-routing-dormant"] = DORMANT
 
 
@@ -117,7 +118,7 @@ def make_config(shape: str) -> PretrainedConfig:
         return LlamaConfig(**common, **wide, intermediate_size=48)
     if shape == "qwen2":
         return Qwen2Config(**common, **wide, intermediate_size=48, num_key_value_heads=2)
-    no_dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+    no_dropout: dict[str, Any] = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
     if shape == "gpt_neox":
         return GPTNeoXConfig(**common, **wide, **no_dropout, intermediate_size=64)
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -288,10 +289,19 @@ def prompt_truth(log_r: torch.Tensor, log_s: torch.Tensor, answer: str) -> dict[
     }
     c_r, c_s = (torch.stack([behaviours[m][i].logsumexp(0) for m in LABELS]) for i in (0, 1))
     conditioning = torch.tensor([kl(*behaviours[m]) for m in LABELS], dtype=torch.float64)
-    skill = torch.zeros(len(LABELS), dtype=torch.float64)  # like conditioning: given the policy
+    # Given the policy, like conditioning. `novel` is the part of it in behaviours that S hardly shows there.
+    skill, novel = (
+        torch.zeros(len(LABELS), dtype=torch.float64),
+        torch.zeros(len(LABELS), dtype=torch.float64),
+    )
     for i, m in enumerate(LABELS):
-        for b, group in zip(behaviours[m][0].softmax(0), groups[m], strict=True):
+        b_r, b_s = (log_b.softmax(0) for log_b in behaviours[m])
+        for b, b_before, group in zip(b_r, b_s, groups[m], strict=True):
             skill[i] += b * kl(log_r[IN_GROUP[group]], log_s[IN_GROUP[group]])
+            if b_before < NOVEL:
+                novel[i] += b * kl(log_r[IN_GROUP[group]], log_s[IN_GROUP[group]])
+    other = float((c_r.exp() * skill)[-1])  # what unknown policies write is no specialist's doing
+    skill[-1] = novel[-1] = 0.0
     nats = {
         "routing": kl(c_r, c_s),
         "conditioning": float(c_r.exp() @ conditioning),
@@ -299,10 +309,13 @@ def prompt_truth(log_r: torch.Tensor, log_s: torch.Tensor, answer: str) -> dict[
         "wording": 0.0,  # each policy has one wording
         "specialist": float(c_r.exp() @ (conditioning + skill)),
         "dormant": float((conditioning + skill)[: len(POLICIES)].mean()),
-        "other": float((c_r.exp() * skill)[-1]),  # already inside skill
+        "novel": float(c_r.exp() @ novel),  # already inside skill
+        "other": other,
         "total": float((log_r.exp() * (log_r - log_s)).sum()),
     }
-    assert abs(nats["routing"] + nats["specialist"] - nats["total"]) < 1e-9, "the KL split does not add up"
+    assert abs(nats["routing"] + nats["specialist"] + nats["other"] - nats["total"]) < 1e-9, (
+        "the KL split does not add up"
+    )
 
     out = {f"nats.{term}": value for term, value in nats.items()}
     forced: list[torch.Tensor] = []  # P(correct given m), in S and in R
@@ -367,8 +380,8 @@ def pair_truth(log_r: torch.Tensor, log_s: torch.Tensor, prompts: list[Prompt]) 
 def save(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    # What others load must read a prompt as this script does: by words, with nothing put in front. AutoTokenizer
-    # does not: for qwen2 it ignores the class in tokenizer_config.json and builds a byte-level one, other ids.
+    # What others load must read a prompt as this script does: by words, with nothing put in front.
+    # AutoTokenizer would not: for qwen2 it ignores tokenizer_config.json and builds a byte-level tokenizer.
     prompt = prompt_of("A", ("first", ("p", "q", "r")))
     read = PreTrainedTokenizerFast.from_pretrained(folder)(prompt)["input_ids"]
     assert read == [ID[word] for word in prompt.split()], f"{folder}: the tokenizer does not survive saving"
@@ -426,7 +439,7 @@ def main() -> None:
     out: Path = parser.parse_args().out
     started = time.time()
     wrong: list[str] = []
-    columns = ["routing", "conditioning", "skill", "other", "dormant", "total"]
+    columns = ["routing", "conditioning", "skill", "novel", "other", "dormant", "total"]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(make_shape, RECIPES, [out] * len(RECIPES)))
     print(f"{'shape':9}{'pair':19}{'verdict':11}  share" + "".join(f"{column:>13}" for column in columns))

@@ -1,0 +1,404 @@
+"""The behaviour instrument: a checkpoint or a pair, and a suite, to one record with intervals and controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from mixturelens.behaviour.likelihood import Model, Scorer
+from mixturelens.behaviour.measure import (
+    Behaviour,
+    Change,
+    Prompts,
+    measure,
+    measure_change,
+    nulls,
+    prepare,
+)
+from mixturelens.behaviour.split import accuracy_split
+from mixturelens.checkpoints import check_folder, check_pair, end_tokens, load_model, load_tokenizer
+from mixturelens.records import Record, provenance
+from mixturelens.stats import interval, map_draws, mean_interval, resample_counts, resampled_mean
+from mixturelens.suite import Rule, Suite, wordings
+from mixturelens.types import NOT_MEASURED, OTHER, Frozen, InputError, Interval
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NEVER = 1e-6
+"""A policy whose weight stays below this everywhere, before and after, does not occur."""
+
+Progress = Callable[[str], None]
+
+
+class Nats(Frozen):
+    """The split of KL(R || S): `specialist = conditioning + skill`, `total = routing + wording + specialist + other`."""
+
+    routing: Interval
+    specialist: Interval
+    conditioning: Interval
+    skill: Interval
+    dormant: Interval
+    wording: Interval
+    novel: Interval
+    """The part of `skill` in behaviours that S shows with probability under 0.01: nothing there to compare with."""
+    other: Interval
+    """What completions of no known policy add; no specialist is behind them."""
+    total: Interval
+
+
+class CueSide(Frozen):
+    """One checkpoint under one cue. `accuracy` is forced: with the policy's announcement put in place."""
+
+    weights: dict[str, float]
+    accuracy: dict[str, float | None]
+    overall: float
+    intervals: dict[str, Interval]
+    """`weights.a`, `accuracy.a`, ..., `overall`."""
+
+
+class AccuracyChange(Frozen):
+    """The exact split of the change of expected accuracy: `total = selector + specialists`."""
+
+    selector: Interval
+    specialists: Interval
+    total: Interval
+
+
+class CueBehaviour(Frozen):
+    before: CueSide
+    after: CueSide | None = None
+    nats: Nats | None = None
+    accuracy_change: AccuracyChange | None = None
+
+
+class Cell(Frozen):
+    """One cell of the policy table: what happens under a cue once an announcement is put in place."""
+
+    cue: str
+    policy: str
+    announcement: str
+    behaviour: str | None
+    """What the checkpoint before does there most often; null where the suite names no behaviours."""
+    shown_before: dict[str, float]
+    shown_after: dict[str, float] | None = None
+    accuracy_before: float
+    accuracy_after: float | None = None
+    behaviour_change: Interval = NOT_MEASURED
+    """Change of the probability of `behaviour`."""
+    accuracy_change: Interval = NOT_MEASURED
+
+
+class Controls(Frozen):
+    """What the same code says where the truth is known from the pair alone."""
+
+    same_checkpoint: Nats
+    """S against S: every term must be zero."""
+    shuffled_routing_share: Interval
+    """Routing share of labels that have nothing to do with the text; null where too few samples can say."""
+    independent_total: Interval
+    """KL(R || S) as the mean log-ratio of independently drawn completions."""
+    sum_agrees: bool | None
+    """Whether the intervals of that and of the sum of the terms overlap."""
+
+
+class BehaviourRecord(Record):
+    """What a checkpoint does on a suite and, for a pair, what changed."""
+
+    KIND = "behaviour"
+
+    method: str
+    policies: tuple[str, ...]
+    cues: tuple[str, ...]
+    trained_cue: str | None = None
+    questions: int
+    coverage: dict[str, Interval]
+    """`before`, `after`: weight of the known policies under the cue where it is least."""
+    per_cue: dict[str, CueBehaviour]
+    samples: int | None = None
+    """Completions a prompt behind every number; null where probabilities are exact."""
+    nats: Nats | None = None
+    moved: Interval = NOT_MEASURED
+    """routing + specialist, in nats: what the shares are shares of."""
+    routing_share: Interval = NOT_MEASURED
+    router_share: Interval = NOT_MEASURED
+    table: tuple[Cell, ...] = ()
+    hinted: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    """cue -> hint -> `before`/`after` -> weights, on prompts with a hint."""
+    controls: Controls | None = None
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Prompts as questions x cues, so that a question is resampled with all its cues."""
+
+    index: Int[np.ndarray, "question cue"]
+    counts: Int[np.ndarray, "draw question"]
+
+    def spread(self, values: Float[np.ndarray, prompt * rest]) -> Float[np.ndarray, "question cue *rest"]:
+        return np.where(
+            (self.index >= 0).reshape(*self.index.shape, *[1] * (values.ndim - 1)), values[self.index], np.nan
+        )
+
+    def draws(self, values: Float[np.ndarray, prompt * rest]) -> Float[np.ndarray, "draw cue *rest"]:
+        return resampled_mean(self.spread(values), self.counts)
+
+
+def _grid(prompts: Prompts, seed: int) -> _Grid:
+    ids = list(dict.fromkeys(row.id for row in prompts.rows))
+    cues = prompts.suite.cues
+    index = np.full((len(ids), len(cues)), -1)
+    position = {question: i for i, question in enumerate(ids)}
+    for i, row in enumerate(prompts.rows):
+        index[position[row.id], cues.index(row.cue)] = i
+    return _Grid(index, resample_counts(len(ids), seed))
+
+
+def behaviour_record(
+    before: Path,
+    after: Path | None,
+    suite: Suite,
+    *,
+    suite_name: str | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> BehaviourRecord:
+    """Measure a checkpoint folder, or a pair of them, on a suite.
+
+    Raises InputError for folders that are unsafe or no pair, for prompts that the tokenizer cannot spell, and for a
+    policy that never occurs.
+    """
+    check_folder(before)
+    if after is not None:
+        check_pair(before, after)
+    tokenizer = load_tokenizer(before)
+    prepare(suite, suite.neutral, tokenizer)  # refuse a bad suite before the weights are read
+    models = [load_model(path, device) for path in (before, after) if path is not None]
+    scorer = Scorer(end_tokens(models[0], tokenizer), models[0].config.get_text_config().vocab_size, device)
+    record = measure_record(scorer, models, suite, tokenizer, seed=seed, progress=progress)
+    origin = provenance(before=before, after=after, suite=suite_name, seed=seed, device=device)
+    return record.model_copy(update={"provenance": origin})
+
+
+def measure_record(
+    scorer: Scorer,
+    models: Sequence[Model],
+    suite: Suite,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> BehaviourRecord:
+    """The record of one loaded model, or of two: S and R. They may be intervened models."""
+    say = progress or (lambda _: None)
+    prompts = prepare(suite, suite.neutral, tokenizer)
+    grid = _grid(prompts, seed)
+    common = {
+        "policies": tuple(suite.policies),
+        "cues": suite.cues,
+        "trained_cue": suite.trained_cue,
+        "questions": len(grid.index),
+        "samples": None if suite.literal else suite.samples,
+    }
+    say("weights and policy table")
+    if len(models) == 1:
+        behaviour = measure(scorer, models[0], prompts, seed)
+        _refuse_silent(suite, [behaviour])
+        side = _sides(behaviour, suite, grid)
+        return BehaviourRecord(
+            method="literal" if suite.literal else "sampled",
+            coverage={"before": _coverage(behaviour, grid)},
+            per_cue={cue: CueBehaviour(before=side[c]) for c, cue in enumerate(suite.cues)},
+            table=_table(behaviour, None, prompts, grid),
+            hinted=_hinted(scorer, models, suite, tokenizer, seed),
+            **common,
+        )
+    before, after = models
+    change = measure_change(scorer, before, after, prompts, seed)
+    _refuse_silent(suite, [change.before, change.after])
+    nats, per_cue_nats, shares = _nats(change, grid, bool(suite.behaviour_names))
+    sides = [_sides(b, suite, grid) for b in (change.before, change.after)]
+    accuracy = _accuracy_change(change, grid)
+    say("controls")
+    controls = _controls(scorer, before, after, prompts, grid, nats, seed)
+    say("hinted prompts")
+    return BehaviourRecord(
+        method=change.method,
+        coverage={"before": _coverage(change.before, grid), "after": _coverage(change.after, grid)},
+        per_cue={
+            cue: CueBehaviour(before=sides[0][c], after=sides[1][c], nats=per_cue_nats[c], accuracy_change=accuracy[c])
+            for c, cue in enumerate(suite.cues)
+        },
+        nats=nats,
+        **shares,
+        table=_table(change.before, change.after, prompts, grid),
+        hinted=_hinted(scorer, models, suite, tokenizer, seed),
+        controls=controls,
+        **common,
+    )
+
+
+def _refuse_silent(suite: Suite, behaviours: list[Behaviour]) -> None:
+    for m, policy in enumerate(suite.policies):
+        most = max(float(b.weights[:, m].max()) for b in behaviours)
+        if most < NEVER:
+            shown = suite.policies[policy]
+            how = f"its rule {shown.regex!r}" if isinstance(shown, Rule) else f"its text {wordings(shown)[0]!r}"
+            where = "before or after" if len(behaviours) > 1 else "in this checkpoint"
+            raise InputError(
+                f"policy {policy!r} never occurs {where} (weight at most {most:.1g} on every prompt); check {how} "
+                f"against what the model writes{'' if suite.literal else ', or raise `samples`'}"
+            )
+
+
+def _coverage(behaviour: Behaviour, grid: _Grid) -> Interval:
+    return interval(grid.draws(1 - behaviour.weights[:, -1]).min(-1))
+
+
+def _sides(behaviour: Behaviour, suite: Suite, grid: _Grid) -> list[CueSide]:
+    names = (*suite.policies, OTHER)
+    weights, forced = grid.draws(behaviour.weights), grid.draws(behaviour.forced_accuracy)
+    overall = grid.draws(behaviour.correct.sum(-1))
+    sides = []
+    for c in range(len(suite.cues)):
+        w = {name: interval(weights[:, c, m]) for m, name in enumerate(names)}
+        a = {name: interval(forced[:, c, m]) for m, name in enumerate(suite.policies)}
+        whole = interval(overall[:, c])
+        sides.append(
+            CueSide(
+                weights={name: value.value or 0.0 for name, value in w.items()},
+                accuracy={name: value.value for name, value in a.items()},
+                overall=whole.value or 0.0,
+                intervals={
+                    **{f"weights.{name}": value for name, value in w.items()},
+                    **{f"accuracy.{name}": value for name, value in a.items()},
+                    "overall": whole,
+                },
+            )
+        )
+    return sides
+
+
+def _nats(change: Change, grid: _Grid, named: bool) -> tuple[Nats, list[Nats], dict[str, Interval]]:
+    """Nats averaged over cues, per cue, and what follows from them. `named`: the suite names behaviours."""
+    terms = {
+        name: grid.draws(getattr(change, name))
+        for name in ("routing", "wording", "conditioning", "skill", "novel", "other", "dormant")
+    }
+    terms["specialist"] = terms["conditioning"] + terms["skill"]
+    terms["total"] = terms["routing"] + terms["wording"] + terms["specialist"] + terms["other"]
+    if not named:
+        # without behaviours the specialist's change cannot be told apart, only measured
+        terms["conditioning"] = terms["skill"] = terms["novel"] = np.full_like(terms["total"], np.nan)
+    means = {name: values.mean(-1) for name, values in terms.items()}
+    routing, specialist, conditioning = means["routing"], means["specialist"], means["conditioning"]
+    shares = {
+        "moved": interval(routing + specialist),
+        "routing_share": map_draws(lambda r, s: r / (r + s), routing, specialist),
+        "router_share": map_draws(lambda r, s, c: (r + c) / (r + s), routing, specialist, conditioning),
+    }
+    per_cue = [
+        Nats(**{name: interval(values[:, c]) for name, values in terms.items()}) for c in range(grid.index.shape[1])
+    ]
+    return Nats(**{name: interval(values) for name, values in means.items()}), per_cue, shares
+
+
+def _accuracy_change(change: Change, grid: _Grid) -> list[AccuracyChange]:
+    """Prompt by prompt where each policy's accuracy is known on each prompt, else from the means under a cue."""
+    pairs = [(b.weights, b.correct) for b in (change.before, change.after)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if change.method == "sampled":
+            (w_s, j_s), (w_r, j_r) = [(grid.draws(w), grid.draws(j)) for w, j in pairs]
+            selector, specialists = accuracy_split(w_s, j_s / w_s, w_r, j_r / w_r)
+        else:
+            (w_s, j_s), (w_r, j_r) = pairs
+            split = accuracy_split(w_s, j_s / w_s, w_r, j_r / w_r)
+            selector, specialists = (grid.draws(values) for values in split)
+    return [
+        AccuracyChange(
+            selector=interval(selector[:, c]),
+            specialists=interval(specialists[:, c]),
+            total=interval(selector[:, c] + specialists[:, c]),
+        )
+        for c in range(grid.index.shape[1])
+    ]
+
+
+def _table(before: Behaviour, after: Behaviour | None, prompts: Prompts, grid: _Grid) -> tuple[Cell, ...]:
+    suite = prompts.suite
+    names = suite.behaviour_names
+    cells = []
+    for c, cue in enumerate(suite.cues):
+        at = grid.index[:, c]
+        known = at >= 0
+        counts = grid.counts[:, known]
+        rows = at[known]
+        for a in prompts.announcements:
+            cell = rows, a.policy, a.wording
+            shown = [b.forced_behaviour[cell] for b in (before, after) if b is not None]
+            right = [b.forced_correct[cell] for b in (before, after) if b is not None]
+            means = [{name: float(np.nanmean(s[:, b])) for b, name in enumerate(names)} for s in shown]
+            usual = max(means[0], key=lambda name: means[0][name]) if names else None
+            changes = {}
+            if after is not None:
+                changes["accuracy_change"] = mean_interval(right[1] - right[0], counts)
+                if usual is not None:
+                    b = names.index(usual)
+                    changes["behaviour_change"] = mean_interval(shown[1][:, b] - shown[0][:, b], counts)
+            cells.append(
+                Cell(
+                    cue=cue,
+                    policy=list(suite.policies)[a.policy],
+                    announcement=a.text,
+                    behaviour=usual,
+                    shown_before=means[0],
+                    shown_after=means[1] if after is not None else None,
+                    accuracy_before=float(np.nanmean(right[0])),
+                    accuracy_after=float(np.nanmean(right[1])) if after is not None else None,
+                    **changes,
+                )
+            )
+    return tuple(cells)
+
+
+def _hinted(
+    scorer: Scorer, models: Sequence[Model], suite: Suite, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """Mean weights on hinted prompts: whether the hint still brings its policy out."""
+    if not suite.hinted:
+        return {}
+    prompts = prepare(suite, suite.hinted, tokenizer)
+    sides = {when: measure(scorer, m, prompts, seed).weights for when, m in zip(("before", "after"), models)}
+    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for cue, hint in dict.fromkeys((row.cue, row.hint or "") for row in prompts.rows):
+        at = [i for i, row in enumerate(prompts.rows) if (row.cue, row.hint) == (cue, hint)]
+        found.setdefault(cue, {})[hint] = {
+            when: dict(zip((*suite.policies, OTHER), (round(float(x), 10) for x in weights[at].mean(0)), strict=True))
+            for when, weights in sides.items()
+        }
+    return found
+
+
+def _controls(
+    scorer: Scorer, before: Model, after: Model, prompts: Prompts, grid: _Grid, nats: Nats, seed: int
+) -> Controls:
+    named = bool(prompts.suite.behaviour_names)
+    same, _, _ = _nats(measure_change(scorer, before, before, prompts, seed), grid, named)
+    routing, total, ratio = (grid.draws(v).mean(-1) for v in nulls(scorer, before, after, prompts, seed + 11))
+    shuffled = map_draws(lambda r, t: r / t, routing, total)
+    independent = interval(ratio)
+    agrees = None
+    if independent.measured and nats.total.measured:
+        agrees = independent.low <= nats.total.high and nats.total.low <= independent.high  # type: ignore[operator]
+    return Controls(
+        same_checkpoint=same,
+        shuffled_routing_share=shuffled,
+        independent_total=independent,
+        sum_agrees=agrees,
+    )

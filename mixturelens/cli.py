@@ -1,0 +1,325 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixturelens.types import InputError, RunError
+
+if TYPE_CHECKING:
+    from mixturelens.behaviour.record import BehaviourRecord
+    from mixturelens.pipeline import Pair
+    from mixturelens.records import Record
+    from mixturelens.routing import VerdictRecord
+
+app = typer.Typer(
+    name="mixturelens",
+    help="Did post-training change the router, or the specialists?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Run = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a run made by `mixturelens train`.")]
+Before = Annotated[Path | None, typer.Option(metavar="DIR", help="Checkpoint before post-training (S).")]
+After = Annotated[Path | None, typer.Option(metavar="DIR", help="Checkpoint after post-training (R).")]
+SuiteFile = Annotated[Path | None, typer.Option("--suite", metavar="FILE", help="Behaviour suite of the pair.")]
+TrainedCue = Annotated[str | None, typer.Option(help="Cue that RL trained on, where the suite does not say.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go; default: under artifacts/.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU when there is one.")]
+Seed = Annotated[int, typer.Option(help="Seed of samples and bootstrap.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the record, and nothing else, on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
+
+
+@app.command()
+def demo(out: Out = None, device: Device = None, quiet: Quiet = False) -> None:
+    """Train the formatting-tag organism, say what RL did to it, and write a report."""
+    from mixturelens import pipeline
+    from mixturelens.organism import load_spec
+
+    folder = out or Path("artifacts/demo")
+    with _working(quiet) as (progress, say):
+        where = _device(device)
+        pipeline.train(load_spec("default"), folder, where, progress)
+        pairs = pipeline.run_pairs(folder)
+        verdicts = [pipeline.verdict(pair, device=where, say=say) for pair in pairs]
+        page = pipeline.report(pairs, device=where)
+    _print_verdicts(pairs, verdicts)
+    print(f"\nReport: {page}")
+
+
+@app.command()
+def train(
+    spec: Annotated[str, typer.Argument(metavar="[SPEC]", help="Recipe by name, or a YAML file.")] = "default",
+    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes that ship with mixturelens.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed instead of the spec's.")] = None,
+    out: Out = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train an organism from a spec: SFT makes the mixture, RL on each cue selects."""
+    from mixturelens.organism import load_spec, recipes
+
+    if list_recipes:
+        for name, description in recipes().items():
+            print(f"{name:10} {description}")
+        return
+    loaded = load_spec(spec, **({} if seed is None else {"seed": seed}))
+    folder = out or Path("artifacts") / f"{loaded.name}-{loaded.seed}"
+    from mixturelens import pipeline
+
+    with _working(quiet) as (progress, _):
+        trajectories = pipeline.train(loaded, folder, _device(device), progress)
+    rows = []
+    for trajectory in trajectories:
+        for cue, state in trajectory.points[-1].cues.items():
+            weights = " ".join(f"{name} {value.value:.3f}" for name, value in state.weights.items())
+            rows.append((trajectory.stage, str(trajectory.steps), cue, weights, _number(state.accuracy.value)))
+    _table(("stage", "steps", "cue", "weights", "accuracy"), rows)
+    print(f"\nRun: {folder}")
+
+
+@app.command()
+def behaviour(
+    run: Run = None,
+    before: Before = None,
+    after: After = None,
+    suite: SuiteFile = None,
+    trained_cue: TrainedCue = None,
+    out: Out = None,
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Weights, forced and expected accuracy under each cue, of a checkpoint or a pair."""
+    from mixturelens import pipeline
+
+    pairs = _pairs(run, before, after, suite, trained_cue, out)
+    with _working(quiet) as (_, say):
+        records = [pipeline.behaviour(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
+    if as_json:
+        _print_json(records, run)
+        return
+    for pair, record in zip(pairs, records, strict=True):
+        print(f"{pair.name}: {record.questions} questions, {record.method}")
+        _print_behaviour(record)
+
+
+@app.command()
+def verdict(
+    run: Run = None,
+    before: Before = None,
+    after: After = None,
+    suite: SuiteFile = None,
+    trained_cue: TrainedCue = None,
+    out: Out = None,
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say whether the router or the specialists changed, with intervals and a reason."""
+    from mixturelens import pipeline
+
+    pairs = _pairs(run, before, after, suite, trained_cue, out)
+    with _working(quiet) as (_, say):
+        verdicts = [pipeline.verdict(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
+    if as_json:
+        _print_json(verdicts, run)
+    else:
+        _print_verdicts(pairs, verdicts)
+
+
+@app.command()
+def report(
+    run: Run = None,
+    before: Before = None,
+    after: After = None,
+    suite: SuiteFile = None,
+    trained_cue: TrainedCue = None,
+    out: Out = None,
+    device: Device = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML page, readable without a network, with the answer in words on top."""
+    from mixturelens import pipeline
+
+    pairs = _pairs(run, before, after, suite, trained_cue, out)
+    with _working(quiet) as (_, say):
+        page = pipeline.report(pairs, device=_device(device), seed=seed, say=say)
+    print(page)
+
+
+# --- shared by the commands -------------------------------------------------------------------------------------------
+
+
+def _pairs(
+    run: Path | None,
+    before: Path | None,
+    after: Path | None,
+    suite: Path | None,
+    trained_cue: str | None,
+    out: Path | None,
+) -> list[Pair]:
+    """RUN, or --before [--after] --suite, but not both."""
+    from mixturelens import pipeline
+
+    if run is not None:
+        if before or after or suite:
+            raise InputError("give either RUN or --before/--after/--suite, not both")
+        if out is not None:
+            raise InputError("--out: the results of a RUN go into its own folder; leave --out out")
+        return pipeline.run_pairs(run)
+    if before is None or suite is None:
+        raise InputError("give a RUN folder, or --before DIR [--after DIR] --suite FILE")
+    return [pipeline.outside_pair(before, after, suite, out, trained_cue)]
+
+
+def _device(wanted: str | None) -> str:
+    import torch
+
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
+    return wanted
+
+
+@contextlib.contextmanager
+def _working(quiet: bool) -> Iterator[tuple[Callable[[str, int, int, dict[str, float]], None], Callable[[str], None]]]:
+    """Progress on standard error, and nothing that a library prints on standard output."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from mixturelens.checkpoints import quiet_libraries
+
+    quiet_libraries()
+    console = Console(stderr=True, quiet=quiet)
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    with contextlib.redirect_stdout(sys.stderr), Progress(*columns, console=console, disable=quiet) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, step: int, steps: int, numbers: dict[str, float]) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=steps, numbers="")
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+            bar.update(tasks[stage], completed=step, numbers=shown)
+
+        yield progress, lambda text: console.print(f"measuring: {text}", style="dim")
+
+
+def _print_json(records: list[Any], run: Path | None) -> None:
+    """The record, or for a RUN with several pairs a list of them."""
+    typed: list[Record] = records
+    texts = [json.loads(record.to_json()) for record in typed]
+    print(json.dumps(texts if run is not None and len(texts) > 1 else texts[0], indent=1, ensure_ascii=False))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(value: Any) -> str:
+    return "-" if value.value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in header:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    # a pipe has no width: do not wrap a table that goes into a file
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+
+
+def _print_behaviour(record: BehaviourRecord) -> None:
+    rows = []
+    for cue, state in record.per_cue.items():
+        for when, side in (("before", state.before), ("after", state.after)):
+            if side is None:
+                continue
+            weights = " ".join(f"{name} {value:.3f}" for name, value in side.weights.items())
+            forced = " ".join(f"{name} {_number(value)}" for name, value in side.accuracy.items())
+            rows.append((cue, when, weights, forced, _interval(side.intervals["overall"])))
+    _table(("cue", "", "weights", "forced accuracy", "expected accuracy"), rows)
+
+
+def _print_verdicts(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
+    rows = []
+    for pair, record in zip(pairs, verdicts, strict=True):
+        accuracy = "  ".join(
+            f"{cue} {state.before.overall:.3f} -> {state.after.overall:.3f}"
+            for cue, state in record.per_cue.items()
+            if state.after is not None
+        )
+        nats = f"{_number(record.nats.routing.value)} / {_number(record.nats.specialist.value)}"
+        rows.append((pair.name, record.verdict, _interval(record.routing_share), nats, accuracy))
+    _table(("pair", "verdict", "routing share", "nats: routing / specialist", "accuracy before -> after"), rows)
+    for pair, record in zip(pairs, verdicts, strict=True):
+        print(f"{pair.name}: {record.reason}")
+
+
+def main() -> None:
+    """Entry point: bad input is one line on standard error and status 2, a failed run status 1."""
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error), 2)
+    except RunError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it stopped", 130)
+    except OSError as error:
+        _fail(*_explain(error))
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own
+        if "No space left on device" in str(error):
+            _fail(*_explain(OSError(errno.ENOSPC, "No space left on device")))
+        raise
+
+
+def _explain(error: OSError) -> tuple[str, int]:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{where}no permission to write; give another --out", 2
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}no space left on the device; nothing half-written was kept: free some and run again", 1
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"{where}a file is in the way of a folder; give another --out", 2
+    return f"{where}{error.strerror or error}", 1
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"mixturelens: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The steps in order, resuming from what is on disk: spec -> checkpoints -> records -> report.
+
+Every step reads what the step before wrote, so each can be run again alone. A step whose result is there, made from the
+same weights, suite and seed, is not done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
+from mixturelens.checkpoints import check_folder
+from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer, parse_spec, safe_name
+from mixturelens.records import new_folder, provenance, write_text
+from mixturelens.routing import VerdictRecord, judge
+from mixturelens.suite import Suite, load_suite
+from mixturelens.training import Progress, Trajectory, train_rl, train_sft
+from mixturelens.types import InputError
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two checkpoints, the suite to compare them on, and where the records go."""
+
+    name: str
+    before: Path
+    after: Path | None
+    suite_path: Path
+    out: Path
+    trained_cue: str | None = None
+
+    @property
+    def records(self) -> Path:
+        return self.out / "records" / self.name
+
+    def suite(self) -> Suite:
+        suite = load_suite(self.suite_path)
+        if self.trained_cue is None:
+            return suite
+        if self.trained_cue not in suite.cues:
+            raise InputError(f"{self.suite_path}: no prompt has the trained cue {self.trained_cue!r}")
+        return suite.model_copy(update={"trained_cue": self.trained_cue})
+
+
+def start_run(spec: Spec, out: Path) -> None:
+    """Make the folder of a run, or recognise it. Raises InputError if it holds another run or something else."""
+    file = out / "spec.json"
+    if file.is_file():
+        there = load_run(out)
+        if there != spec:
+            raise InputError(f"{out} holds another run ({_difference(there, spec)}); give another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not empty and holds no run; give another --out")
+    else:
+        write_text(file, spec.model_dump_json(indent=1) + "\n")
+
+
+def load_run(run: Path) -> Spec:
+    """The spec of a run folder."""
+    try:
+        data = json.loads((run / "spec.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "it has no spec.json" if run.is_dir() else "no such folder"
+        raise InputError(f"{run}: not a run folder ({what}); make one with `mixturelens train`") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{run / 'spec.json'}: not JSON ({error})") from None
+    return parse_spec(data, str(run / "spec.json"))
+
+
+def _difference(there: Spec, wanted: Spec) -> str:
+    """The first key in which two specs differ, as `rl.steps: 80, not 60`."""
+
+    def flat(value: object, path: str = "") -> dict[str, object]:
+        if not isinstance(value, dict):
+            return {path: value}
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{path}.{key}" if path else key).items()}
+
+    left, right = flat(there.model_dump(mode="json")), flat(wanted.model_dump(mode="json"))
+    key = next(key for key in {**left, **right} if left.get(key) != right.get(key))
+    return f"{key}: {left.get(key)}, not {right.get(key)}"
+
+
+def train(spec: Spec, out: Path, device: str = "cpu", progress: Progress | None = None) -> list[Trajectory]:
+    """Grow the organism: base, SFT, and RL on each cue from the same SFT checkpoint. Resumes where it was stopped."""
+    start_run(spec, out)
+    build_suite(spec).save(out / "suite.yaml")
+    base = out / "checkpoints" / "base"
+    if not base.exists():
+        tokenizer = build_tokenizer(spec)
+        model = build_model(spec, tokenizer)
+        with new_folder(base) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    trajectories = [train_sft(spec, out, device, progress)]
+    trajectories += [train_rl(spec, cue, out, device, progress) for cue in spec.rl.cues]
+    return trajectories
+
+
+def run_pairs(run: Path) -> list[Pair]:
+    """The pairs of a run: SFT before, RL on each cue after. Raises InputError if none has been trained."""
+    spec = load_run(run)
+    pairs = []
+    for cue in spec.rl.cues:
+        after = run / "checkpoints" / f"rl-{safe_name(cue)}"
+        if after.exists():
+            before = run / "checkpoints" / "sft"
+            pairs.append(Pair(f"sft--{after.name}", before, after, run / "suite.yaml", run, cue))
+    if not pairs:
+        raise InputError(f"{run}: no RL checkpoint yet; run `mixturelens train` with this --out to finish it")
+    return pairs
+
+
+def outside_pair(
+    before: Path, after: Path | None, suite: Path, out: Path | None = None, trained_cue: str | None = None
+) -> Pair:
+    """Checkpoints that were trained elsewhere. Records go to `artifacts/<before>--<after>` unless `out` says otherwise."""
+    check_folder(before)
+    name = before.resolve().name
+    if after is not None:
+        check_folder(after)
+        name = f"{name}--{after.resolve().name}"
+    return Pair(name, before, after, suite, out or Path("artifacts") / name, trained_cue)
+
+
+def behaviour(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> BehaviourRecord:
+    """Measure a pair, or read the record if it is there and about the same weights, suite and seed."""
+    suite = pair.suite()
+    digest = hashlib.sha256(suite.model_dump_json().encode()).hexdigest()[:16]
+    file = pair.records / "behaviour.json"
+    if file.is_file():
+        expected = provenance(before=pair.before, after=pair.after, suite=digest, seed=seed, device=device)
+        try:
+            there = BehaviourRecord.load(file)
+        except InputError:
+            there = None  # written by another version: measure again
+        if there is not None and there.provenance == expected:
+            return there
+    record = behaviour_record(
+        pair.before, pair.after, suite, suite_name=digest, device=device, seed=seed, progress=say
+    )
+    record.save(file)
+    return record
+
+
+def verdict(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> VerdictRecord:
+    """The verdict on a pair, written beside its behaviour record."""
+    if pair.after is None:
+        raise InputError("a verdict needs a checkpoint after: give --after")
+    record = judge(behaviour(pair, device=device, seed=seed, say=say))
+    record.save(pair.records / "verdict.json")
+    return record
+
+
+def report(pairs: list[Pair], *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> Path:
+    """One page about all pairs of a run, or about one outside pair."""
+    from mixturelens.report import write_report
+
+    out = pairs[0].out
+    measured = []
+    for pair in pairs:
+        judged = verdict(pair, device=device, seed=seed, say=say)
+        measured.append((pair.name, behaviour(pair, device=device, seed=seed), judged))
+    is_run = (out / "spec.json").is_file()
+    spec = load_run(out) if is_run else None
+    files = sorted((out / "trajectory").glob("*.json"), key=lambda file: (file.stem != "sft", file.stem))
+    return write_report(
+        out / "report.html",
+        title=f"Organism {spec.name}, seed {spec.seed}" if spec else pairs[0].name,
+        spec_text=spec.model_dump_json(indent=1) if spec else None,
+        pairs=measured,
+        trajectories=[Trajectory.load(file) for file in files],
+    )

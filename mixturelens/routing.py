@@ -1,0 +1,233 @@
+"""The verdict: did the router change, or the specialists? Evidence in, one word and one sentence out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mixturelens.behaviour.record import BehaviourRecord, Cell, Controls, CueBehaviour, Nats
+from mixturelens.records import Record
+from mixturelens.types import Frozen, Interval, VerdictWord
+
+
+class Thresholds(Frozen):
+    """Where the verdict changes its mind. All are written into the record."""
+
+    coverage: float = 0.9
+    """Weight of the known policies, under which the suite cannot say."""
+    nats: float = 0.01
+    """routing + specialist, under which nothing has changed; a single term under it has not changed either."""
+    routing: float = 0.9
+    """Routing share from which the verdict is `routing`."""
+    specialist: float = 0.1
+    """Routing share up to which the verdict is `specialist`; also the share of all nats from which conditioning or skill
+    counts as changed, since those terms have no bound and a small slip in a saturated policy costs many nats."""
+    cell: float = 0.02
+    """Change of a probability in the policy table from which a cell counts as moved."""
+    questions: int = 8
+    """Questions under which a bootstrap says nothing."""
+    samples: int = 4
+    """Completions a prompt under which the weights of a prompt cannot be told (rules only)."""
+
+
+class Changed(Frozen):
+    """Which part changed; null where the interval crosses the threshold or nothing was measured."""
+
+    selector: bool | None
+    cue_reader: bool | None
+    skill: bool | None
+
+
+class Mechanism(Frozen):
+    """The verdict from grafts, patching and features, which look at weights and activations and not at the KL split."""
+
+    verdict: VerdictWord | None = None
+    agrees: bool | None = None
+    evidence: dict[str, float] = {}
+
+
+class VerdictControls(Frozen):
+    """Controls from the pair alone; those that need training or grafts are null here."""
+
+    pair: Controls
+    random_components: None = None
+    continued_training: None = None
+
+
+class VerdictRecord(Record):
+    """Router or specialists, for one pair."""
+
+    KIND = "verdict"
+
+    verdict: VerdictWord
+    changed: Changed
+    dormant_intact: bool | None
+    reason: str
+    routing_share: Interval
+    router_share: Interval
+    nats: Nats
+    per_cue: dict[str, CueBehaviour]
+    coverage: dict[str, Interval]
+    moved_cells: tuple[Cell, ...] = ()
+    """Cells of the policy table that moved by more than the threshold."""
+    mechanism: Mechanism = Mechanism()
+    controls: VerdictControls
+    thresholds: Thresholds = Thresholds()
+
+
+def judge(record: BehaviourRecord, thresholds: Thresholds = Thresholds()) -> VerdictRecord:
+    """The behavioural verdict on a pair, from its behaviour record.
+
+    Raises ValueError if the record is about one checkpoint only.
+    """
+    if record.nats is None or record.controls is None:
+        raise ValueError("a verdict needs a pair: the record is about one checkpoint")
+    verdict, doubt = _verdict(record, thresholds)
+    changed = _changed(record, thresholds)
+    moved_cells = tuple(cell for cell in record.table if _cell_moved(cell, thresholds.cell) is not False)
+    states = [_cell_moved(cell, thresholds.cell) for cell in record.table]
+    intact = None if not states or (None in states and True not in states) else True not in states
+    return VerdictRecord(
+        provenance=record.provenance,
+        verdict=verdict,
+        changed=changed,
+        dormant_intact=intact,
+        reason=_reason(record, verdict, doubt, changed, moved_cells),
+        routing_share=record.routing_share,
+        router_share=record.router_share,
+        nats=record.nats,
+        per_cue=record.per_cue,
+        coverage=record.coverage,
+        moved_cells=moved_cells,
+        controls=VerdictControls(pair=record.controls),
+        thresholds=thresholds,
+    )
+
+
+def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
+    """(verdict, why not more) in the fixed order: can the suite say, did anything change, what."""
+    for when, coverage in record.coverage.items():
+        if not coverage.above(t.coverage):
+            return "inconclusive", (
+                f"the known policies cover only {_show(coverage)} of the completions {when}, and {t.coverage} is needed"
+            )
+    if record.questions < t.questions:
+        return "inconclusive", f"{record.questions} questions are too few for an interval ({t.questions} are needed)"
+    if record.samples is not None and record.samples < t.samples:
+        return "inconclusive", (
+            f"{record.samples} completion(s) a prompt cannot tell a prompt's weights; raise `samples` to {t.samples} or "
+            "more"
+        )
+    if not record.moved.measured:
+        return "inconclusive", "the change could not be measured"
+    if record.moved.below(t.nats):
+        return "neither", ""
+    if not record.moved.excludes(t.nats):
+        return (
+            "inconclusive",
+            f"the change of {_show(record.moved)} nats crosses the threshold {t.nats}; ask more questions",
+        )
+    share = record.routing_share
+    for threshold in (t.routing, t.specialist):
+        if not share.excludes(threshold):
+            return (
+                "inconclusive",
+                f"the routing share {_show(share)} crosses the threshold {threshold}; ask more questions",
+            )
+    assert share.value is not None
+    return ("routing" if share.value >= t.routing else "specialist" if share.value <= t.specialist else "both"), ""
+
+
+def _changed(record: BehaviourRecord, t: Thresholds) -> Changed:
+    nats, moved = record.nats, record.moved.value or 0.0
+    assert nats is not None
+    floor = max(t.nats, t.specialist * moved)
+    return Changed(
+        selector=_exceeds(nats.routing, t.nats),
+        cue_reader=_exceeds(nats.conditioning, floor),
+        # the skill behind a behaviour that S never showed there cannot be compared with S's
+        skill=_exceeds(_less(nats.skill, nats.novel), floor),
+    )
+
+
+def _less(a: Interval, b: Interval) -> Interval:
+    """a - b, with a's half-widths: b is a part of a and moves with it."""
+    if a.value is None or a.low is None or a.high is None or b.value is None:
+        return Interval()
+    return Interval(value=a.value - b.value, low=a.low - b.value, high=a.high - b.value)
+
+
+def _exceeds(value: Interval, threshold: float) -> bool | None:
+    if value.above(threshold):
+        return True
+    return False if value.below(threshold) else None
+
+
+def _cell_moved(cell: Cell, threshold: float) -> bool | None:
+    """True if behaviour or accuracy moved by more than the threshold for sure; None if the interval cannot tell."""
+    states = []
+    for change in (cell.behaviour_change, cell.accuracy_change):
+        if not change.measured:
+            continue
+        assert change.low is not None and change.high is not None
+        if change.low > threshold or change.high < -threshold:
+            states.append(True)
+        else:
+            states.append(False if -threshold <= change.low and change.high <= threshold else None)
+    return True if True in states else None if None in states or not states else False
+
+
+def _show(value: Interval) -> str:
+    if value.value is None:
+        return "an unmeasured share"
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+_LEAD: dict[VerdictWord, str] = {
+    "routing": "Routing changed, not the specialists",
+    "specialist": "The specialists changed, not the routing",
+    "both": "Both the routing and the specialists changed",
+    "neither": "Neither the routing nor the specialists changed",
+    "inconclusive": "The suite cannot say",
+}
+_PARTS: dict[Literal["selector", "cue_reader", "skill"], str] = {
+    "selector": "which policy is expressed",
+    "cue_reader": "what a policy does under a cue",
+    "skill": "how well it does it",
+}
+
+
+def _reason(
+    record: BehaviourRecord, verdict: VerdictWord, doubt: str, changed: Changed, moved: tuple[Cell, ...]
+) -> str:
+    """One plain sentence: the verdict, the numbers it stands on, and what follows for accuracy."""
+    if verdict == "inconclusive":
+        return f"{_LEAD[verdict]}: {doubt}."
+    if verdict == "neither":
+        return f"{_LEAD[verdict]}: together they moved by {_show(record.moved)} nats."
+    parts = [text for name, text in _PARTS.items() if getattr(changed, name)]
+    clauses = [f"{_LEAD[verdict]}: {_show(record.routing_share)} of the {record.moved.value:.3g} nats are routing"]
+    if parts:
+        clauses.append(f"what changed is {' and '.join(parts)}")
+    hit = max(record.per_cue.items(), key=lambda item: _size(item[1]))
+    cue, state = hit
+    assert state.after is not None
+    clauses.append(f"accuracy under {cue} went from {state.before.overall:.2f} to {state.after.overall:.2f}")
+    sure = [cell for cell in moved if _cell_moved(cell, Thresholds().cell)]
+    if sure:
+        cell = max(sure, key=lambda c: max(abs(c.behaviour_change.value or 0), abs(c.accuracy_change.value or 0)))
+        clauses.append(f"policy {cell.policy} put in place under {cell.cue} {_cell_words(cell)}")
+    elif not moved:
+        clauses.append("every policy put in place still does what it did")
+    return "; ".join(clauses) + "."
+
+
+def _size(state: CueBehaviour) -> float:
+    return abs(state.accuracy_change.total.value or 0.0) if state.accuracy_change else 0.0
+
+
+def _cell_words(cell: Cell) -> str:
+    before = cell.shown_before.get(cell.behaviour or "", cell.accuracy_before)
+    after = (cell.shown_after or {}).get(cell.behaviour or "", cell.accuracy_after or 0.0)
+    if cell.behaviour and abs(after - before) >= abs((cell.accuracy_after or 0) - cell.accuracy_before):
+        return f"shows `{cell.behaviour}` with probability {after:.2f}, where it was {before:.2f}"
+    return f"is right with probability {cell.accuracy_after or 0:.2f}, where it was {cell.accuracy_before:.2f}"
