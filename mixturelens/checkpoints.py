@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixturelens.types import InputError
 
@@ -61,7 +61,7 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None
 
     check_folder(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype or torch.float32,
             local_files_only=True,
@@ -73,6 +73,7 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None
         raise InputError(
             f"{path}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})"
         ) from None
+    model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
             raise InputError(f"{path}: {problem.replace('_', ' ')} in the weights, first: {sorted(info[problem])[0]}")
@@ -116,7 +117,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     for file in sorted(path.glob("*.safetensors")):
         try:
             with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():
+                for name in tensors.keys():  # noqa: SIM118  (no iterator of its own)
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
         except SafetensorError as error:
             raise InputError(f"{file}: not a safetensors file ({error})") from None

@@ -119,7 +119,7 @@ def run_pairs(run: Path) -> list[Pair]:
 def outside_pair(
     before: Path, after: Path | None, suite: Path, out: Path | None = None, trained_cue: str | None = None
 ) -> Pair:
-    """Checkpoints that were trained elsewhere. Records go to `artifacts/<before>--<after>` unless `out` says otherwise."""
+    """Checkpoints trained elsewhere. Records go to `artifacts/<before>--<after>` unless `out` says otherwise."""
     check_folder(before)
     name = before.resolve().name
     if after is not None:
@@ -141,9 +141,7 @@ def behaviour(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None
             there = None  # written by another version: measure again
         if there is not None and there.provenance == expected:
             return there
-    record = behaviour_record(
-        pair.before, pair.after, suite, suite_name=digest, device=device, seed=seed, progress=say
-    )
+    record = behaviour_record(pair.before, pair.after, suite, suite_name=digest, device=device, seed=seed, progress=say)
     record.save(file)
     return record
 

@@ -19,14 +19,17 @@ class Thresholds(Frozen):
     routing: float = 0.9
     """Routing share from which the verdict is `routing`."""
     specialist: float = 0.1
-    """Routing share up to which the verdict is `specialist`; also the share of all nats from which conditioning or skill
-    counts as changed, since those terms have no bound and a small slip in a saturated policy costs many nats."""
+    """Routing share up to which the verdict is `specialist`; also the share of all nats from which conditioning or
+    skill counts as changed, since they have no bound and a small slip in a saturated policy costs many nats."""
     cell: float = 0.02
     """Change of a probability in the policy table from which a cell counts as moved."""
     questions: int = 8
     """Questions under which a bootstrap says nothing."""
     samples: int = 4
     """Completions a prompt under which the weights of a prompt cannot be told (rules only)."""
+
+
+DEFAULT_THRESHOLDS = Thresholds()
 
 
 class Changed(Frozen):
@@ -74,7 +77,7 @@ class VerdictRecord(Record):
     thresholds: Thresholds = Thresholds()
 
 
-def judge(record: BehaviourRecord, thresholds: Thresholds = Thresholds()) -> VerdictRecord:
+def judge(record: BehaviourRecord, thresholds: Thresholds = DEFAULT_THRESHOLDS) -> VerdictRecord:
     """The behavioural verdict on a pair, from its behaviour record.
 
     Raises ValueError if the record is about one checkpoint only.
@@ -114,8 +117,8 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
         return "inconclusive", f"{record.questions} questions are too few for an interval ({t.questions} are needed)"
     if record.samples is not None and record.samples < t.samples:
         return "inconclusive", (
-            f"{record.samples} completion(s) a prompt cannot tell a prompt's weights; raise `samples` to {t.samples} or "
-            "more"
+            f"{record.samples} completion(s) a prompt cannot tell a prompt's weights; raise `samples` to {t.samples} "
+            "or more"
         )
     if not record.moved.measured:
         return "inconclusive", "the change could not be measured"
@@ -168,7 +171,8 @@ def _cell_moved(cell: Cell, threshold: float) -> bool | None:
     for change in (cell.behaviour_change, cell.accuracy_change):
         if not change.measured:
             continue
-        assert change.low is not None and change.high is not None
+        assert change.low is not None
+        assert change.high is not None
         if change.low > threshold or change.high < -threshold:
             states.append(True)
         else:
@@ -212,7 +216,7 @@ def _reason(
     cue, state = hit
     assert state.after is not None
     clauses.append(f"accuracy under {cue} went from {state.before.overall:.2f} to {state.after.overall:.2f}")
-    sure = [cell for cell in moved if _cell_moved(cell, Thresholds().cell)]
+    sure = [cell for cell in moved if _cell_moved(cell, DEFAULT_THRESHOLDS.cell)]
     if sure:
         cell = max(sure, key=lambda c: max(abs(c.behaviour_change.value or 0), abs(c.accuracy_change.value or 0)))
         clauses.append(f"policy {cell.policy} put in place under {cell.cue} {_cell_words(cell)}")

@@ -24,8 +24,8 @@ def resample_counts(questions: int, seed: int, draws: int = DRAWS) -> Int[np.nda
 
 
 def resampled_mean(
-    values: Float[np.ndarray, question * rest], counts: Int[np.ndarray, "draw question"]
-) -> Float[np.ndarray, draw * rest]:
+    values: Float[np.ndarray, " question *rest"], counts: Int[np.ndarray, "draw question"]
+) -> Float[np.ndarray, " draw *rest"]:
     """Mean over questions in every bootstrap sample; NaN marks a question that was not measured.
 
     A mean over no question at all is NaN, never zero.
@@ -39,7 +39,7 @@ def resampled_mean(
     return mean.reshape(len(counts), *values.shape[1:])
 
 
-def interval(draws: Float[np.ndarray, draw], digits: int = 10) -> Interval:
+def interval(draws: Float[np.ndarray, " draw"], digits: int = 10) -> Interval:
     """Percentile interval from draws whose first entry is the estimate itself.
 
     Draws in which the quantity is undefined (NaN) are left out; if the estimate itself is undefined, nothing was
@@ -57,7 +57,7 @@ def interval(draws: Float[np.ndarray, draw], digits: int = 10) -> Interval:
     return Interval(value=value, low=low, high=high)
 
 
-def mean_interval(values: Float[np.ndarray, question], counts: Int[np.ndarray, "draw question"]) -> Interval:
+def mean_interval(values: Float[np.ndarray, " question"], counts: Int[np.ndarray, "draw question"]) -> Interval:
     """Interval of the mean over questions.
 
     >>> mean_interval(np.ones(5), resample_counts(5, seed=0))
@@ -66,7 +66,9 @@ def mean_interval(values: Float[np.ndarray, question], counts: Int[np.ndarray, "
     return interval(resampled_mean(values, counts))
 
 
-def map_draws(function: Callable[..., Float[np.ndarray, draw]], *means: Float[np.ndarray, draw * rest]) -> Interval:
+def map_draws(
+    function: Callable[..., Float[np.ndarray, " draw"]], *means: Float[np.ndarray, " draw *rest"]
+) -> Interval:
     """Interval of a function of resampled means, such as a ratio of means."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return interval(function(*means))

@@ -317,7 +317,8 @@ def _chat_text(chat: Chat, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -
     messages = list(row.messages or ({"role": "user", "content": row.text},))
     if chat.system is not None:
         messages = [{"role": "system", "content": chat.system}, *messages]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chat.template_kwargs)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chat.template_kwargs)
+    return str(text)
 
 
 def encode_text(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -336,7 +337,7 @@ def _check_spelling(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -
             f"{where} has unknown tokens ({', '.join(map(repr, unknown[:3]))}): {text!r}; is this the "
             "tokenizer that the model was trained with?"
         )
-    back = tokenizer.decode(ids)
+    back = str(tokenizer.decode(ids))
     if "".join(back.split()).casefold() != "".join(text.split()).casefold():
         raise InputError(
             f"{where} does not survive the tokenizer: {text!r} comes back as {back!r}; is this the "

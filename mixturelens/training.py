@@ -1,7 +1,7 @@
 """SFT and GRPO with TRL (the only importer of trl), measured along the way, resumable after a kill at any moment.
 
-A stage trains in a working folder of its own. A trainer checkpoint counts only once `progress.json` lies in it, which is
-written last; a stage's result counts only once its folder has its final name. So whatever is half-written is ignored.
+A stage trains in a working folder of its own. A trainer checkpoint counts only once `progress.json` lies in it, which
+is written last; a stage's result counts only once its folder has its final name. What is half-written is ignored.
 """
 
 from __future__ import annotations
@@ -137,11 +137,11 @@ def train_rl(spec: Spec, cue: str, run: Path, device: str = "cpu", progress: Pro
     return stage.train("sft", make)
 
 
-def make_reward(suite: Suite, rows: Sequence[PromptRow], ends: Sequence[int]) -> Callable[..., list[float]]:
+def make_reward(suite: Suite, rows: Sequence[PromptRow], ends: Sequence[int]) -> Callable[..., list[float | None]]:
     """One for a completion that announces a known policy first, then answers, and then ends; else zero."""
 
-    def reward(completions: list[str], completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float]:
-        found = []
+    def reward(completions: list[str], completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float | None]:
+        found: list[float | None] = []
         for text, ids, index in zip(completions, completion_ids, row, strict=True):
             label = suite.label(text, rows[index])
             ended = bool(ids) and ids[-1] in ends
@@ -309,11 +309,11 @@ def attach(stage: Stage, trainer: Trainer) -> None:
     from transformers import PrinterCallback, TrainerCallback
 
     class Watch(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **_):
+        def on_train_begin(self, args, state, control, *, model, **_):
             if state.global_step == 0:
                 stage.measure(model, 0)
 
-        def on_step_end(self, args, state, control, model=None, **_):
+        def on_step_end(self, args, state, control, *, model, **_):
             if state.global_step % stage.measure_every == 0:
                 stage.measure(model, state.global_step)
             stage.progress(stage.name, state.global_step, stage.steps, stage.numbers())
@@ -322,11 +322,11 @@ def attach(stage: Stage, trainer: Trainer) -> None:
             if logs and "reward" in logs:
                 stage.reward.append(float(logs["reward"]))
                 stage.no_signal.append(float(logs["frac_reward_zero_std"]))
-                control.should_training_stop = stage.saturated()
+                # never back to False: the trainer itself sets it at the last step
+                control.should_training_stop = control.should_training_stop or stage.saturated()
 
         def on_save(self, args, state, control, **_):
             stage.save_progress(stage.work / f"checkpoint-{state.global_step}")
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Watch())
-

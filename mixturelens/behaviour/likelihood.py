@@ -36,9 +36,9 @@ class Completions:
     its probability where every completion was enumerated. Tokens include the end token, if it was reached.
     """
 
-    context: Int[np.ndarray, completion]
+    context: Int[np.ndarray, " completion"]
     tokens: list[list[int]]
-    weight: Float[np.ndarray, completion]
+    weight: Float[np.ndarray, " completion"]
 
 
 def _batches(lengths: Sequence[int], starts: Sequence[int], vocabulary: int, models: int = 1) -> Iterator[list[int]]:
@@ -110,7 +110,7 @@ class Scorer:
 
     def literals(
         self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]]
-    ) -> tuple[Float[np.ndarray, "context literal"], Float[np.ndarray, context]]:
+    ) -> tuple[Float[np.ndarray, "context literal"], Float[np.ndarray, " context"]]:
         """Log-probability that a completion begins with each literal, and that it begins with none of them.
 
         `literals[i]` are those of context i: as many for each, none the beginning of another. The second array is the
@@ -126,7 +126,7 @@ class Scorer:
 
     def _nodes(
         self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]]
-    ) -> Iterator[tuple[int, Float[Tensor, vocabulary], Float[Tensor, ""], tuple[int, ...]]]:
+    ) -> Iterator[tuple[int, Float[Tensor, " vocabulary"], Float[Tensor, ""], tuple[int, ...]]]:
         """(context, log-probabilities of the tokens that leave the tree here, log-probability of being here, node)."""
         branches = [self._branches(group) for group in literals]
         # one row a longest path through the tree is enough to visit every node
@@ -177,7 +177,7 @@ class Scorer:
 
     def sequences(
         self, model: Model, contexts: Sequence[Ids], continuations: Sequence[Ids]
-    ) -> Float[np.ndarray, continuation]:
+    ) -> Float[np.ndarray, " continuation"]:
         """Log-probability of each whole continuation (END: any end token)."""
         result = np.zeros(len(contexts))
         for rows, (found,), targets in _forced_logprobs([model], contexts, continuations, self.vocabulary, self.device):
@@ -186,7 +186,9 @@ class Scorer:
 
     def compare(
         self, after: Model, before: Model, contexts: Sequence[Ids], continuations: Sequence[Ids]
-    ) -> tuple[Float[np.ndarray, continuation], Float[np.ndarray, continuation], Float[np.ndarray, continuation]]:
+    ) -> tuple[
+        Float[np.ndarray, " continuation"], Float[np.ndarray, " continuation"], Float[np.ndarray, " continuation"]
+    ]:
         """(log R, log S, sum over tokens of the full-vocabulary KL(R || S)) along each continuation.
 
         The third is a Rao-Blackwellised KL of the sequence: its mean over continuations drawn from R is
@@ -210,13 +212,13 @@ class Scorer:
         `max_new_tokens[i]` bounds those of context i. generation_config is not consulted.
         """
         generator = torch.Generator(device=self.device).manual_seed(seed)
-        owner = np.repeat(np.arange(len(contexts)), number)
+        owner = [i for i in range(len(contexts)) for _ in range(number)]
         tokens: list[list[int]] = [[] for _ in owner]
         longest = max(max_new_tokens, default=0)
         lengths = [len(contexts[i]) for i in owner]
         for rows in _batches([n + longest for n in lengths], [n + longest for n in lengths], self.vocabulary):
             self._sample_batch(model, contexts, rows, owner, max_new_tokens, tokens, generator)
-        return Completions(owner, tokens, np.full(len(owner), 1.0 / number))
+        return Completions(np.array(owner, dtype=int), tokens, np.full(len(owner), 1.0 / number))
 
     @torch.inference_mode()
     def _sample_batch(
@@ -224,7 +226,7 @@ class Scorer:
         model: Model,
         contexts: Sequence[Ids],
         rows: list[int],
-        owner: Int[np.ndarray, completion],
+        owner: Sequence[int],
         limits: Sequence[int],
         tokens: list[list[int]],
         generator: torch.Generator,
@@ -272,10 +274,10 @@ class Scorer:
             complete += [[*head, end] for head in partial for end in self.ends]
             partial = [[*head, token] for head in partial for token in inner]
         complete += partial
-        owner = np.repeat(np.arange(len(contexts)), len(complete))
+        owner = [i for i in range(len(contexts)) for _ in complete]
         tokens = complete * len(contexts)
         logprob = self.sequences(model, [contexts[i] for i in owner], tokens)
-        return Completions(owner, tokens, np.exp(logprob))
+        return Completions(np.array(owner, dtype=int), tokens, np.exp(logprob))
 
     def number_of_completions(self, max_new_tokens: int) -> int:
         inner = self.vocabulary - len(self.ends)

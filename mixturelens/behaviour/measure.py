@@ -3,10 +3,11 @@
 Three ways to the same arrays, chosen by what the suite allows:
 
 - *enumerated*: every completion there is, where they are few enough; exact.
-- *literal*: policies and behaviours are literal texts, so their probabilities are exact by teacher forcing, and only what
-  follows an announcement is sampled, once that announcement is put in place.
-- *sampled*: rules. Completions are drawn from both checkpoints and each is weighed under both (balance heuristic, Veach
-  and Guibas 1995), so that a policy that one checkpoint never shows still has a weight, and S against S is exactly zero.
+- *literal*: policies and behaviours are literal texts, so their probabilities are exact by teacher forcing, and only
+  what follows an announcement is sampled, once that announcement is put in place.
+- *sampled*: rules. Completions are drawn from both checkpoints and each is weighed under both (balance heuristic,
+  Veach and Guibas 1995), so that a policy that one checkpoint never shows still has a weight, and S against S is
+  exactly zero.
 """
 
 from __future__ import annotations
@@ -107,20 +108,20 @@ class Behaviour:
 class Change:
     """What changed from S to R on each prompt, in nats, beside what either does.
 
-    KL(R || S) = routing + wording + conditioning + skill + other, where `skill` is that of known policies and `other` is
-    what completions of no known policy add: no specialist is behind those.
+    KL(R || S) = routing + wording + conditioning + skill + other, where `skill` is that of known policies and `other`
+    is what completions of no known policy add: no specialist is behind those.
     """
 
     before: Behaviour
     after: Behaviour
-    routing: Float[np.ndarray, prompt]
-    wording: Float[np.ndarray, prompt]
-    conditioning: Float[np.ndarray, prompt]
-    skill: Float[np.ndarray, prompt]
-    novel: Float[np.ndarray, prompt]
+    routing: Float[np.ndarray, " prompt"]
+    wording: Float[np.ndarray, " prompt"]
+    conditioning: Float[np.ndarray, " prompt"]
+    skill: Float[np.ndarray, " prompt"]
+    novel: Float[np.ndarray, " prompt"]
     """The part of `skill` in behaviours that S hardly shows there (under NOVEL)."""
-    other: Float[np.ndarray, prompt]
-    dormant: Float[np.ndarray, prompt]
+    other: Float[np.ndarray, " prompt"]
+    dormant: Float[np.ndarray, " prompt"]
     method: str
 
 
@@ -294,7 +295,7 @@ def _draw_forced(
     return drawn, _label(scorer, prompts, owned, [prompts.announcements[i].text for i in k]), k
 
 
-def _other_kl(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Float[np.ndarray, prompt]:
+def _other_kl(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Float[np.ndarray, " prompt"]:
     """KL(y_R || y_S given `other`): one completion of no known policy a prompt, drawn from R."""
     literals = [[a.ids for a in prompts.announcements]] * len(prompts.rows)
     heads = scorer.escapes(after, prompts.contexts, literals, seed + 1)
@@ -313,7 +314,7 @@ def _other_kl(scorer: Scorer, before: Model, after: Model, prompts: Prompts, see
     return result
 
 
-def _dormant(after: Behaviour, policy_kl: Float[np.ndarray, "prompt known wording"]) -> Float[np.ndarray, prompt]:
+def _dormant(after: Behaviour, policy_kl: Float[np.ndarray, "prompt known wording"]) -> Float[np.ndarray, " prompt"]:
     """The specialist term with uniform policy weights: a silent policy counts as much as one that is heard."""
     used = after.classes.sum(-1)[:, :-1]
     measured = ~np.isnan(policy_kl)
@@ -435,7 +436,7 @@ def _draw_pool(scorer: Scorer, before: Model, after: Model, prompts: Prompts, se
 
 def _pool_terms(
     prompts: Prompts, pool: _Pool, label: _Labelled
-) -> tuple[Float[np.ndarray, "term prompt"], tuple, tuple]:
+) -> tuple[Float[np.ndarray, "term prompt"], tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """(routing, wording, conditioning) of each prompt, and (classes, correct) of S and of R."""
     n, number = prompts.suite.samples, len(prompts.rows)
     share_r = 1 / (1 + np.exp(np.clip(pool.log_before - pool.log_after, -700, 700)))
@@ -461,8 +462,8 @@ def _sampled_change(scorer: Scorer, before: Model, after: Model, prompts: Prompt
     pool = _draw_pool(scorer, before, after, prompts, seed)
     terms, of_s, of_r = _pool_terms(prompts, pool, pool.label)
     s, r = (
-        Behaviour(*tallied, *_forced_sample(scorer, model, prompts, seed + 3))
-        for tallied, model in ((of_s, before), (of_r, after))
+        Behaviour(classes, correct, *_forced_sample(scorer, model, prompts, seed + 3))
+        for (classes, correct), model in ((of_s, before), (of_r, after))
     )
     policy_kl, _ = _forced_kl(scorer, before, after, prompts, n, seed + 5, s, r)
     # R's own completions beyond what their class already says: the part of unknown policies, and of new behaviours
@@ -550,7 +551,7 @@ def measure_change(
 
 def nulls(
     scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int
-) -> tuple[Float[np.ndarray, prompt], Float[np.ndarray, prompt], Float[np.ndarray, prompt]]:
+) -> tuple[Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"]]:
     """(routing of shuffled labels, token KL, log R - log S) of each prompt, from completions drawn without forcing.
 
     The first: labels permuted among the completions of a cue, so what a meaningless partition would call routing. The

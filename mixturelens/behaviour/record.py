@@ -37,7 +37,7 @@ Progress = Callable[[str], None]
 
 
 class Nats(Frozen):
-    """The split of KL(R || S): `specialist = conditioning + skill`, `total = routing + wording + specialist + other`."""
+    """The split of KL(R || S): specialist = conditioning + skill, total = routing + wording + specialist + other."""
 
     routing: Interval
     specialist: Interval
@@ -140,12 +140,12 @@ class _Grid:
     index: Int[np.ndarray, "question cue"]
     counts: Int[np.ndarray, "draw question"]
 
-    def spread(self, values: Float[np.ndarray, prompt * rest]) -> Float[np.ndarray, "question cue *rest"]:
+    def spread(self, values: Float[np.ndarray, " prompt *rest"]) -> Float[np.ndarray, "question cue *rest"]:
         return np.where(
             (self.index >= 0).reshape(*self.index.shape, *[1] * (values.ndim - 1)), values[self.index], np.nan
         )
 
-    def draws(self, values: Float[np.ndarray, prompt * rest]) -> Float[np.ndarray, "draw cue *rest"]:
+    def draws(self, values: Float[np.ndarray, " prompt *rest"]) -> Float[np.ndarray, "draw cue *rest"]:
         return resampled_mean(self.spread(values), self.counts)
 
 
@@ -374,7 +374,9 @@ def _hinted(
     if not suite.hinted:
         return {}
     prompts = prepare(suite, suite.hinted, tokenizer)
-    sides = {when: measure(scorer, m, prompts, seed).weights for when, m in zip(("before", "after"), models)}
+    sides = {
+        when: measure(scorer, m, prompts, seed).weights for when, m in zip(("before", "after"), models, strict=False)
+    }
     found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for cue, hint in dict.fromkeys((row.cue, row.hint or "") for row in prompts.rows):
         at = [i for i, row in enumerate(prompts.rows) if (row.cue, row.hint) == (cue, hint)]

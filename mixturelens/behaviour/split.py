@@ -47,8 +47,8 @@ def accuracy_split(
 ) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"]]:
     """(selector, specialists): the exact split of the change of `sum_m c_m p_m`.
 
-    A policy of weight zero has no accuracy of its own (NaN) there; the other checkpoint's is taken, so that a policy that
-    is gone counts as selected away rather than as unlearnt.
+    A policy of weight zero has no accuracy of its own (NaN) there; the other checkpoint's is taken, so that a policy
+    that is gone counts as selected away rather than as unlearnt.
 
     >>> accuracy_split(*map(np.array, ([0.5, 0.5], [1.0, 0.0], [1.0, 0.0], [1.0, np.nan])))
     (np.float64(0.5), np.float64(0.0))
