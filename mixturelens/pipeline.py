@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
 from mixturelens.checkpoints import check_folder
-from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer, parse_spec, safe_name
+from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer, parse_spec, recipes, safe_name
 from mixturelens.records import new_folder, provenance, write_text
 from mixturelens.routing import VerdictRecord, judge
 from mixturelens.suite import Suite, load_suite
@@ -171,6 +171,7 @@ def report(pairs: list[Pair], *, device: str = "cpu", seed: int = 0, say: Say | 
         out / "report.html",
         title=f"Organism {spec.name}, seed {spec.seed}" if spec else pairs[0].name,
         spec_text=spec.model_dump_json(indent=1) if spec else None,
+        recipe_note=recipes().get(spec.name) if spec else None,
         pairs=measured,
         trajectories=[Trajectory.load(file) for file in files],
     )

@@ -7,6 +7,7 @@ of everything *but* a literal is right even when the literal has probability 1 -
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,13 +33,11 @@ BATCH_TOKENS = 4096
 class Completions:
     """Completions of many contexts, flat: `context[i]` is the row of the context that completion i belongs to.
 
-    `weight[i]` is its share among the completions of its context under the model it was drawn from: 1/n for samples,
-    its probability where every completion was enumerated. Tokens include the end token, if it was reached.
+    Tokens include the end token, if it was reached.
     """
 
     context: Int[np.ndarray, " completion"]
     tokens: list[list[int]]
-    weight: Float[np.ndarray, " completion"]
 
 
 def _batches(lengths: Sequence[int], starts: Sequence[int], vocabulary: int, models: int = 1) -> Iterator[list[int]]:
@@ -91,13 +90,17 @@ def _forced_logprobs(
         yield rows, found, targets.to(device)
 
 
+def _ended(logprobs: Float[Tensor, "*batch vocabulary"], ends: Ids) -> Float[Tensor, "*batch"]:
+    """Log-probability of any end token."""
+    return logprobs[..., list(ends)].logsumexp(-1) if len(ends) else torch.full_like(logprobs[..., 0], -torch.inf)
+
+
 def _target_logprobs(
     logprobs: Float[Tensor, "row step vocabulary"], targets: Int[Tensor, "row step"], ends: Ids
 ) -> Float[Tensor, "row step"]:
     """Log-probability of each target; END gathers every end token; 0 behind the end."""
-    ended = logprobs[..., list(ends)].logsumexp(-1) if len(ends) else torch.full_like(logprobs[..., 0], -torch.inf)
     plain = logprobs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return torch.where(targets == END, ended, torch.where(targets < 0, 0.0, plain))
+    return torch.where(targets == END, _ended(logprobs, ends), torch.where(targets < 0, 0.0, plain))
 
 
 class Scorer:
@@ -180,9 +183,47 @@ class Scorer:
     ) -> Float[np.ndarray, " continuation"]:
         """Log-probability of each whole continuation (END: any end token)."""
         result = np.zeros(len(contexts))
-        for rows, (found,), targets in _forced_logprobs([model], contexts, continuations, self.vocabulary, self.device):
-            result[rows] = _target_logprobs(found, targets, self.ends).sum(1).cpu().numpy()
+        for members, (scores,), _ in self._along([model], contexts, continuations):
+            result[members] = scores.cpu().numpy()
         return result
+
+    def _along(
+        self, models: Sequence[Model], contexts: Sequence[Ids], continuations: Sequence[Ids]
+    ) -> Iterator[tuple[list[int], list[Float[Tensor, " member"]], Float[Tensor, " member"]]]:
+        """(continuations, log-probability of each under each model, token KL of the first model to the second).
+
+        The last token of a continuation is never fed to a model, so those that differ in it alone share a row.
+        """
+        inputs: dict[tuple[tuple[int, ...], tuple[int, ...], int], list[int]] = {}
+        for i, (context, c) in enumerate(zip(contexts, continuations, strict=True)):
+            inputs.setdefault((tuple(context), tuple(c[:-1]), len(c)), []).append(i)
+        shared = list(inputs.values())
+        for rows, found, targets in _forced_logprobs(
+            models,
+            [contexts[same[0]] for same in shared],
+            [continuations[same[0]] for same in shared],
+            self.vocabulary,
+            self.device,
+        ):
+            members = [i for row in rows for i in shared[row]]
+            owner = torch.tensor([k for k, row in enumerate(rows) for _ in shared[row]], device=self.device)
+            # one last token for each member, while all before it is the row's
+            ending = [continuations[i][-1] if len(continuations[i]) else -100 for i in members]
+            target = torch.tensor(ending, device=self.device)
+            last = (targets != -100).sum(1).clamp(min=1) - 1
+            heads = targets.scatter(1, last[:, None], -100)
+            scores = []
+            for logprobs in found:
+                final = logprobs[torch.arange(len(rows), device=self.device), last]
+                plain = torch.where(target < 0, 0.0, final[owner, target.clamp(min=0)])
+                chosen = torch.where(target == END, _ended(final, self.ends)[owner], plain)
+                scores.append(_target_logprobs(logprobs, heads, self.ends).sum(1)[owner] + chosen)
+            kl = torch.zeros_like(scores[0])
+            if len(found) > 1:
+                r, s = found
+                per_token = (r.exp() * (r - s)).nan_to_num(0.0).sum(-1).clamp(min=0)
+                kl = torch.where(targets == -100, 0.0, per_token).sum(1)[owner]
+            yield members, scores, kl
 
     def compare(
         self, after: Model, before: Model, contexts: Sequence[Ids], continuations: Sequence[Ids]
@@ -195,13 +236,9 @@ class Scorer:
         KL(R || S), with less variance than the mean of log R - log S.
         """
         log_after, log_before, kl = (np.zeros(len(contexts)) for _ in range(3))
-        for rows, (r, s), targets in _forced_logprobs(
-            [after, before], contexts, continuations, self.vocabulary, self.device
-        ):
-            log_after[rows] = _target_logprobs(r, targets, self.ends).sum(1).cpu().numpy()
-            log_before[rows] = _target_logprobs(s, targets, self.ends).sum(1).cpu().numpy()
-            per_token = (r.exp() * (r - s)).nan_to_num(0.0).sum(-1).clamp(min=0)
-            kl[rows] = torch.where(targets == -100, 0.0, per_token).sum(1).cpu().numpy()
+        for members, (r, s), token_kl in self._along([after, before], contexts, continuations):
+            for result, values in ((log_after, r), (log_before, s), (kl, token_kl)):
+                result[members] = values.cpu().numpy()
         return log_after, log_before, kl
 
     def sample(
@@ -218,7 +255,7 @@ class Scorer:
         lengths = [len(contexts[i]) for i in owner]
         for rows in _batches([n + longest for n in lengths], [n + longest for n in lengths], self.vocabulary):
             self._sample_batch(model, contexts, rows, owner, max_new_tokens, tokens, generator)
-        return Completions(np.array(owner, dtype=int), tokens, np.full(len(owner), 1.0 / number))
+        return Completions(np.array(owner, dtype=int), tokens)
 
     @torch.inference_mode()
     def _sample_batch(
@@ -265,19 +302,41 @@ class Scorer:
             for row, i in enumerate(rows):
                 tokens[i] = [token for token in drawn_rows[row] if token != END]
 
-    def enumerate(self, model: Model, contexts: Sequence[Ids], max_new_tokens: int) -> Completions:
-        """Every completion of at most `max_new_tokens` tokens, weighted by its probability under the model."""
+    def enumerate(
+        self, models: Sequence[Model], contexts: Sequence[Ids], max_new_tokens: int
+    ) -> tuple[list[list[int]], Float[np.ndarray, "model context completion"]]:
+        """Every completion of at most `max_new_tokens` tokens, and its log-probability after each context.
+
+        One forward over all beginnings that are one token short gives the last token's probabilities for free.
+        """
         inner = [token for token in range(self.vocabulary) if token not in self.ends]
-        partial: list[list[int]] = [[]]
-        complete: list[list[int]] = []
-        for _ in range(max_new_tokens):
-            complete += [[*head, end] for head in partial for end in self.ends]
-            partial = [[*head, token] for head in partial for token in inner]
-        complete += partial
-        owner = [i for i in range(len(contexts)) for _ in complete]
-        tokens = complete * len(contexts)
-        logprob = self.sequences(model, [contexts[i] for i in owner], tokens)
-        return Completions(np.array(owner, dtype=int), tokens, np.exp(logprob))
+        heads = [list(head) for head in itertools.product(inner, repeat=max_new_tokens - 1)]
+        # every node of the tree is read off the first beginning that passes through it
+        completions: list[list[int]] = []
+        at: list[tuple[int, int, int]] = []
+        for depth in range(max_new_tokens):
+            block = len(inner) ** (max_new_tokens - 1 - depth)
+            for h in range(0, len(heads), block):
+                last = depth == max_new_tokens - 1
+                for token in range(self.vocabulary) if last else self.ends:
+                    completions.append([*heads[h][:depth], token])
+                    at.append((h, depth, token))
+        head, depth, token = (torch.tensor(column, device=self.device) for column in zip(*at, strict=True))
+        result = np.zeros((len(models), len(contexts), len(completions)))
+        # beginnings go in with one token to spare, so that the step behind them is predicted too
+        fed = [[*beginning, inner[0]] for beginning in heads]
+        tokens = torch.tensor(fed, device=self.device)
+        for c, context in enumerate(contexts):
+            shape = (len(heads), max_new_tokens, self.vocabulary)
+            steps = [torch.zeros(shape, dtype=torch.double, device=self.device) for _ in models]
+            for rows, found, _ in _forced_logprobs(models, [context] * len(heads), fed, self.vocabulary, self.device):
+                for step, logprobs in zip(steps, found, strict=True):
+                    step[rows] = logprobs
+            for m, logprobs in enumerate(steps):
+                taken = logprobs.gather(2, tokens[..., None])[..., 0].cumsum(1)
+                reached = torch.cat([torch.zeros_like(taken[:, :1]), taken], dim=1)
+                result[m, c] = (reached[head, depth] + logprobs[head, depth, token]).cpu().numpy()
+        return completions, result
 
     def number_of_completions(self, max_new_tokens: int) -> int:
         inner = self.vocabulary - len(self.ends)

@@ -370,8 +370,10 @@ def _tally(
 
 
 def _enumerated_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts) -> Change:
-    drawn = scorer.enumerate(after, prompts.contexts, prompts.suite.max_new_tokens)
-    log_r, log_s, _ = scorer.compare(after, before, [prompts.contexts[i] for i in drawn.context], drawn.tokens)
+    completions, logs = scorer.enumerate((after, before), prompts.contexts, prompts.suite.max_new_tokens)
+    number = len(prompts.rows)
+    drawn = Completions(np.repeat(np.arange(number), len(completions)), completions * number)
+    log_r, log_s = logs.reshape(2, -1)
     label = _label(scorer, prompts, drawn)
     s = _conditioned(prompts, drawn, label, np.exp(log_s))
     r = _conditioned(prompts, drawn, label, np.exp(log_r))
@@ -430,7 +432,7 @@ def _draw_pool(scorer: Scorer, before: Model, after: Model, prompts: Prompts, se
     tokens = [pool.tokens[x * n + i] for x in range(number) for pool in pools for i in range(n)]
     context = np.repeat(np.arange(number), 2 * n)
     log_r, log_s, kl = scorer.compare(after, before, [prompts.contexts[i] for i in context], tokens)
-    label = _label(scorer, prompts, Completions(context, tokens, np.full(len(tokens), 0.5 / n)))
+    label = _label(scorer, prompts, Completions(context, tokens))
     return _Pool(context, label, log_r, log_s, kl.reshape(number, 2, n)[:, 0])
 
 
@@ -530,7 +532,8 @@ def measure(scorer: Scorer, model: Model, prompts: Prompts, seed: int = 0) -> Be
         return literal_behaviour(scorer, model, prompts)
     number, n = len(prompts.rows), prompts.suite.samples
     drawn = scorer.sample(model, prompts.contexts, n, [prompts.suite.max_new_tokens] * number, seed)
-    classes, correct = _tally(prompts, drawn.context, _label(scorer, prompts, drawn), drawn.weight)
+    label = _label(scorer, prompts, drawn)
+    classes, correct = _tally(prompts, drawn.context, label, np.full(len(drawn.tokens), 1.0 / n))
     return Behaviour(classes, correct, *_forced_sample(scorer, model, prompts, seed + 3))
 
 

@@ -30,6 +30,8 @@ from mixturelens.types import NOT_MEASURED, OTHER, Frozen, InputError, Interval
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SLACK = 1e-3
+"""Nats by which the sum of the terms and the independent mean log-ratio may differ besides their intervals."""
 NEVER = 1e-6
 """A policy whose weight stays below this everywhere, before and after, does not occur."""
 
@@ -104,7 +106,7 @@ class Controls(Frozen):
     independent_total: Interval
     """KL(R || S) as the mean log-ratio of independently drawn completions."""
     sum_agrees: bool | None
-    """Whether the intervals of that and of the sum of the terms overlap."""
+    """Whether the intervals of that and of the sum of the terms overlap (within a thousandth of a nat)."""
 
 
 class BehaviourRecord(Record):
@@ -397,7 +399,8 @@ def _controls(
     independent = interval(ratio)
     agrees = None
     if independent.measured and nats.total.measured:
-        agrees = independent.low <= nats.total.high and nats.total.low <= independent.high  # type: ignore[operator]
+        low, high = independent.low or 0.0, independent.high or 0.0
+        agrees = low <= (nats.total.high or 0.0) + SLACK and (nats.total.low or 0.0) - SLACK <= high
     return Controls(
         same_checkpoint=same,
         shuffled_routing_share=shuffled,

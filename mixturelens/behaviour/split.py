@@ -13,8 +13,8 @@ from jaxtyping import Float
 def kl(p: Float[np.ndarray, "*batch k"], q: Float[np.ndarray, "*batch k"]) -> Float[np.ndarray, "*batch"]:
     """KL(p || q) in nats along the last axis of unnormalised rows of equal mass; 0 log 0 is 0.
 
-    >>> float(kl(np.array([1.0, 0.0]), np.array([0.5, 0.5])).round(4))
-    0.6931
+    >>> kl(np.array([[1.0, 0.0]]), np.array([[0.5, 0.5]])).round(4)
+    array([0.6931])
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = np.where(p > 0, p * (np.log(p) - np.log(q)), 0.0)
@@ -50,8 +50,8 @@ def accuracy_split(
     A policy of weight zero has no accuracy of its own (NaN) there; the other checkpoint's is taken, so that a policy
     that is gone counts as selected away rather than as unlearnt.
 
-    >>> accuracy_split(*map(np.array, ([0.5, 0.5], [1.0, 0.0], [1.0, 0.0], [1.0, np.nan])))
-    (np.float64(0.5), np.float64(0.0))
+    >>> accuracy_split(*map(np.array, ([[0.5, 0.5]], [[1.0, 0.0]], [[1.0, 0.0]], [[1.0, np.nan]])))
+    (array([0.5]), array([0.]))
     """
     p_before = np.where(np.isnan(accuracy_before), accuracy_after, accuracy_before)
     p_after = np.where(np.isnan(accuracy_after), accuracy_before, accuracy_after)

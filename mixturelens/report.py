@@ -1,0 +1,352 @@
+"""Records and figures to one self-contained page that tells the story from the answer to the method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from mixturelens import viz
+from mixturelens.behaviour.record import BehaviourRecord, CueSide, Nats
+from mixturelens.records import Provenance, write_text
+from mixturelens.routing import VerdictRecord
+from mixturelens.types import NOT_MEASURED, Interval
+from mixturelens.viz import DASH, show, show_interval
+
+if TYPE_CHECKING:
+    from mixturelens.training import Trajectory
+    from mixturelens.viz import Figure
+
+_TERMS = ("routing", "wording", "conditioning", "skill", "specialist", "novel", "other", "total", "dormant")
+_TERM_NOTES = {
+    "routing": "which policy is expressed",
+    "wording": "how the policy is announced",
+    "conditioning": "what a policy does under a cue",
+    "skill": "how well it does it",
+    "specialist": "conditioning + skill",
+    "novel": "the part of skill in behaviours that a policy did not show before",
+    "other": "completions of no known policy",
+    "total": "routing + wording + specialist + other",
+    "dormant": "the specialist term at equal policy weights; not part of the total",
+}
+
+
+_ROUNDING = 1e-6
+"""Nats that float32 can make out of nothing."""
+
+
+class _Picture(NamedTuple):
+    html: str
+    caption: str
+
+
+class _Row(NamedTuple):
+    """One quantity of a table: its name, its numbers as (text, interval) per column."""
+
+    name: str
+    cells: tuple[tuple[str, str], ...]
+    note: str = ""
+    strong: bool = False
+
+
+class _Control(NamedTuple):
+    name: str
+    must: str
+    measured: str
+    holds: bool | None
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    spec_text: str | None,
+    recipe_note: str | None,
+    pairs: Sequence[tuple[str, BehaviourRecord, VerdictRecord]],
+    trajectories: Sequence[Trajectory],
+) -> Path:
+    """Write the page, whole or not at all. It holds plotly.js once and asks no network for anything."""
+    pictures = _Pictures()
+    verdicts = [(name, verdict) for name, _, verdict in pairs]
+    along = [(run, _trained_cue(run, pairs)) for run in trajectories if viz.is_rl(run)]
+    watched = {run.provenance.after for run, _ in along}
+    unseen = [(name, record) for name, record, _ in pairs if record.provenance.after not in watched]
+    context = {
+        "title": title,
+        "recipe_note": recipe_note,
+        "spec_text": spec_text,
+        "pairs": [_pair(name, record, verdict) for name, record, verdict in pairs],
+        "headline": [
+            pictures.add(
+                viz.accuracy_along_rl(run, cue),
+                f"{run.stage}: expected accuracy under every cue"
+                + (f" while RL trains on cue {cue} alone." if cue is not None else " along RL."),
+            )
+            for run, cue in along
+        ],
+        "before_after": [
+            pictures.add(viz.before_after(record), f"{name}: the two checkpoints.") for name, record in unseen
+        ],
+        "split": [
+            pictures.add(
+                viz.kl_split(verdicts),
+                "KL(after || before) by what changed, in nats. Hatched and set apart: dormant, which weighs all "
+                "policies equally and so also hears those that fell silent. The numbers stand at the right.",
+            ),
+            pictures.add(
+                viz.accuracy_split(verdicts),
+                "The exact split of the change of expected accuracy: by the selector and by the specialists.",
+            ),
+        ]
+        if pairs
+        else [],
+        "tables": [
+            pictures.add(
+                viz.policy_table(record, verdict.thresholds.cell),
+                f"{name}: the behaviour shown most often and its probability, and the probability of a right answer, "
+                f"with each policy put in place. Outlined: cells that moved by more than {verdict.thresholds.cell:g}.",
+                whiskers=False,
+            )
+            for name, record, verdict in pairs
+            if record.table
+        ],
+        "trajectories": [pictures.add(viz.trajectory(run), _trajectory_caption(run)) for run in trajectories],
+        "intervals": viz.INTERVALS,
+        "plotly_script": viz.plotly_script(),
+    }
+    write_text(path, _render(context))
+    return path
+
+
+def _render(context: dict[str, object]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("mixturelens"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(context)
+
+
+class _Pictures:
+    """Figures as HTML under ids that are the same on every run, so that equal records give equal pages."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, figure: Figure, caption: str, *, whiskers: bool = True) -> _Picture:
+        self.count += 1
+        caption += f" Whiskers: {viz.INTERVALS}." if whiskers else ""
+        return _Picture(viz.figure_html(figure, f"figure-{self.count}"), caption)
+
+
+def _trajectory_caption(run: Trajectory) -> str:
+    caption = f"{run.stage}, {run.steps} steps; measured on held-out questions."
+    return caption + (
+        " Without signal: groups whose rewards are all equal, which give no gradient." if run.reward else ""
+    )
+
+
+def _trained_cue(run: Trajectory, pairs: Iterable[tuple[str, BehaviourRecord, VerdictRecord]]) -> str | None:
+    """Which cue an RL run trained on: the pair that ends in its checkpoint knows."""
+    for _, record, _ in pairs:
+        if run.provenance.after is not None and record.provenance.after == run.provenance.after:
+            return record.trained_cue
+    cues = {cue for point in run.points for cue in point.cues}
+    return next((cue for cue in sorted(cues) if run.stage == f"rl-{cue}"), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# a pair in words and tables
+
+
+def _pair(name: str, record: BehaviourRecord, verdict: VerdictRecord) -> dict[str, object]:
+    t = verdict.thresholds
+    return {
+        "name": name,
+        "verdict": verdict.verdict,
+        "reason": verdict.reason,
+        "facts": [
+            ("Routing share", show_interval(verdict.routing_share), "of routing + specialist"),
+            ("Router share", show_interval(verdict.router_share), "routing and conditioning together"),
+            ("Moved", f"{show_interval(record.moved)} nats", "routing + specialist"),
+            ("Coverage", " → ".join(show_interval(value) for value in verdict.coverage.values()), "by known policies"),
+        ],
+        "changed": [
+            ("Selector", _word(verdict.changed.selector, "changed", "unchanged"), "which policy is expressed"),
+            ("Cue reader", _word(verdict.changed.cue_reader, "changed", "unchanged"), "what a policy does under a cue"),
+            ("Skill", _word(verdict.changed.skill, "changed", "unchanged"), "how well it does it"),
+            (
+                "Silent specialists",
+                _word(verdict.dormant_intact, "intact", "not intact"),
+                "with each policy put in place",
+            ),
+            (
+                "Mechanism",
+                DASH
+                if verdict.mechanism.verdict is None
+                else f"{verdict.mechanism.verdict} "
+                f"({_word(verdict.mechanism.agrees, 'agrees', 'disagrees')} with behaviour)",
+                "from grafts, patching and features" if verdict.mechanism.verdict else "not measured for this pair",
+            ),
+        ],
+        "trained_cue": record.trained_cue,
+        "cues": [(cue, cue == record.trained_cue) for cue in record.cues],
+        "sides": _side_rows(record),
+        "questions": record.questions,
+        "method": "exact probabilities" if record.samples is None else f"{record.samples} sampled completions a prompt",
+        "nats_cues": list(verdict.per_cue),
+        "nats": _nats_rows(verdict.nats, [state.nats for state in verdict.per_cue.values()]),
+        "hinted": _hinted_rows(record),
+        "controls": _controls(verdict, exact=record.samples is None),
+        "falsify": _falsify(verdict),
+        "thresholds": [(key, f"{value:g}") for key, value in t.model_dump().items()],
+        "provenance": _provenance_rows(verdict.provenance),
+    }
+
+
+def _word(state: bool | None, yes: str, no: str) -> str:
+    return "cannot say" if state is None else yes if state else no
+
+
+def _number(value: Interval, digits: int = 3) -> tuple[str, str]:
+    """(number, interval), both as text; a dash and nothing where it was not measured."""
+    if value.value is None or value.low is None or value.high is None:
+        return show(value.value, digits), ""
+    return show(value.value, digits), f"{show(value.low, digits)} to {show(value.high, digits)}"
+
+
+def _side_rows(record: BehaviourRecord) -> list[_Row]:
+    """Weights, forced accuracies and expected accuracy; before and after under every cue."""
+    sides = [side for cue in record.cues for side in (record.per_cue[cue].before, record.per_cue[cue].after)]
+    policies = list(dict.fromkeys(name for side in sides if side is not None for name in side.weights))
+    quantities = [(f"weight of {policy}", f"weights.{policy}") for policy in policies]
+    quantities += [(f"accuracy with {policy} put in place", f"accuracy.{policy}") for policy in record.policies]
+    quantities += [("expected accuracy", "overall")]
+    return [
+        _Row(name, tuple(_number(_of(side, key)) for side in sides), strong=key == "overall")
+        for name, key in quantities
+    ]
+
+
+def _of(side: CueSide | None, key: str) -> Interval:
+    return NOT_MEASURED if side is None else side.intervals.get(key, NOT_MEASURED)
+
+
+def _nats_rows(mean: Nats, per_cue: Sequence[Nats | None]) -> list[_Row]:
+    return [
+        _Row(
+            term,
+            tuple(_number(NOT_MEASURED if nats is None else getattr(nats, term), 4) for nats in (mean, *per_cue)),
+            _TERM_NOTES[term],
+            term == "total",
+        )
+        for term in _TERMS
+    ]
+
+
+def _hinted_rows(record: BehaviourRecord) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(cue, hint, [(policy, `before → after`)])."""
+    return [
+        (
+            cue,
+            hint,
+            [
+                (policy, " → ".join(show(weights.get(policy)) for weights in sides.values()))
+                for policy in next(iter(sides.values()), {})
+            ],
+        )
+        for cue, hints in record.hinted.items()
+        for hint, sides in hints.items()
+    ]
+
+
+def _controls(verdict: VerdictRecord, exact: bool) -> list[_Control]:
+    pair, t = verdict.controls.pair, verdict.thresholds
+    terms = {name: getattr(pair.same_checkpoint, name) for name in _TERMS}
+    measured = {name: value.value for name, value in terms.items() if value.value is not None}
+    worst = max(measured, key=lambda name: abs(measured[name]), default=None)
+    shuffled = pair.shuffled_routing_share
+    return [
+        _Control(
+            "Same checkpoint",
+            f"The first checkpoint against itself: every term must be {'zero' if exact else f'under {t.nats:g} nats'}.",
+            DASH
+            if worst is None
+            else f"largest term {show(measured[worst], 6)} nats ({worst})"
+            if measured[worst]
+            else "all terms 0 nats",
+            None if worst is None else abs(measured[worst]) < (_ROUNDING if exact else t.nats),
+        ),
+        _Control(
+            "Shuffled labels",
+            "Policy labels that have nothing to do with the text carry no routing: the share must stay below "
+            f"{t.specialist:g}, where the verdict is “specialist”.",
+            show_interval(shuffled),
+            None if shuffled.high is None else shuffled.high < t.specialist,
+        ),
+        _Control(
+            "Independent sum",
+            "KL(after || before) as the mean log-ratio of freshly drawn completions, which knows of no policies, must "
+            "agree with the sum of the terms.",
+            f"{show_interval(pair.independent_total)} nats, terms sum to {show_interval(verdict.nats.total)}",
+            pair.sum_agrees,
+        ),
+        _Control(
+            "Random components",
+            "Grafting random components of equal size must not move the verdict.",
+            DASH,
+            None,
+        ),
+        _Control(
+            "Continued training",
+            "Training on without a reward for either policy must leave the weights where they are.",
+            DASH,
+            None,
+        ),
+    ]
+
+
+def _falsify(verdict: VerdictRecord) -> list[str]:
+    """What would have to be seen for the verdict to be wrong, with the numbers that were seen."""
+    t, share = verdict.thresholds, show_interval(verdict.routing_share)
+    by_word = {
+        "routing": [
+            f"A routing share below {t.routing:g}; it is {share}.",
+            f"A policy that, put in place, does something else than before (by more than {t.cell:g}): then specialists "
+            "changed too, even silent ones.",
+            "Expected accuracy that stays where it is when the old weights are put back: then the loss is not in the "
+            "routing.",
+        ],
+        "specialist": [
+            f"A routing share above {t.specialist:g}; it is {share}.",
+            "A policy table in which every cell stayed where it was: then no specialist changed.",
+            "Expected accuracy that follows the policy weights at the old forced accuracies: then routing did it.",
+        ],
+        "both": [
+            f"A routing share of {t.routing:g} or more, or of {t.specialist:g} or less; it is {share}.",
+            "An accuracy split in which the selector or the specialists have nothing.",
+        ],
+        "neither": [
+            f"More than {t.nats:g} nats of routing + specialist on these or on other prompts.",
+            "A change outside the suite: what no prompt asks for, no term sees.",
+        ],
+        "inconclusive": [
+            "Nothing yet: the suite cannot say. More questions, more samples or rules that cover more could.",
+        ],
+    }
+    return [
+        *by_word[verdict.verdict],
+        f"Known policies that cover less than {t.coverage:g} of the completions, or labels that miss what completions "
+        "really do: every term stands on them.",
+        "A control above that does not hold.",
+    ]
+
+
+def _provenance_rows(provenance: Provenance) -> list[tuple[str, str]]:
+    fields = provenance.model_dump(exclude={"versions"})
+    rows = [(key, DASH if value is None else str(value)) for key, value in fields.items()]
+    return [*rows, *(provenance.versions.items())]

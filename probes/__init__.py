@@ -1,0 +1,1 @@
+"""Questions about a trained pair, one per file: hypothesis, prediction, control, run."""

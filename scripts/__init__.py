@@ -1,0 +1,1 @@
+"""Entry points for researchers: each script is a recipe in `# %%` cells."""

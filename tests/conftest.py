@@ -1,0 +1,58 @@
+"""What several rooms share: the stored pairs, loaded once."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.measure import Prompts, prepare
+from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer
+from mixturelens.suite import Suite, load_suite
+
+torch.set_num_threads(1)
+
+PAIRS = Path(__file__).parent / "pairs"
+
+
+class Pair(NamedTuple):
+    scorer: Scorer
+    before: Any
+    after: Any
+    suite: Suite
+    tokenizer: Any
+    prompts: Prompts
+
+
+@functools.cache
+def _model(folder: Path) -> Any:
+    return load_model(folder)
+
+
+@functools.cache
+def _pair(shape: str, after: str) -> Pair:
+    folder = PAIRS / shape
+    suite, tokenizer = load_suite(folder), load_tokenizer(folder / "S")
+    before = _model(folder / "S")
+    scorer = Scorer(end_tokens(before, tokenizer), before.config.vocab_size)
+    return Pair(scorer, before, _model(folder / after), suite, tokenizer, prepare(suite, suite.neutral, tokenizer))
+
+
+@pytest.fixture(scope="session")
+def pairs() -> Path:
+    """The folder of the stored pairs, made by tests/pairs/make_pairs.py and make_chat_pair.py."""
+    return PAIRS
+
+
+@pytest.fixture(scope="session")
+def load_pair() -> Callable[[str, str], Pair]:
+    """(shape, name of R) -> the loaded pair; every model is loaded once a session."""
+    return _pair

@@ -1,0 +1,290 @@
+"""The command line: what goes to which stream, and one clear line for every kind of bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mixturelens import cli
+from mixturelens.organism import RECIPES
+
+PAIRS = Path(__file__).with_name("pairs")
+TINY = Path(__file__).with_name("tiny.yaml")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process; (exit status, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mixturelens", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def pair(shape: str = "llama", after: str = "R-routing", **changes: object) -> list[object]:
+    options = {"before": PAIRS / shape / "S", "after": PAIRS / shape / after, "suite": PAIRS / shape / "suite.yaml"}
+    return [part for key, value in (options | changes).items() for part in (f"--{key.replace('_', '-')}", value)]
+
+
+def refused(result: tuple[int, str, str], *culprits: object, status: int = 2) -> None:
+    """One line on standard error that names the culprits; nothing on standard output."""
+    code, out, err = result
+    assert code == status, err
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    for culprit in culprits:
+        assert str(culprit) in lines[0], lines[0]
+
+
+# --- what it prints ---------------------------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from mixturelens import cli; print([m for m in ('torch', 'trl', 'plotly') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_recipes_are_listed(run: Run) -> None:
+    status, out, _ = run("train", "--list")
+    assert status == 0
+    for name in ("default", "full", "adam", "phrase"):
+        assert f"\n{name} " in f"\n{out}"
+
+
+def test_json_is_the_record_and_nothing_else(run: Run, tmp_path: Path) -> None:
+    status, out, err = run("verdict", *pair(out=tmp_path), "--json")
+    assert status == 0, err
+    record = json.loads(out)
+    assert record["kind"] == "verdict"
+    assert record["version"] == 1
+    assert record["verdict"] == "routing"
+    assert record["changed"] == {"selector": True, "cue_reader": False, "skill": False}
+    for key in ("routing_share", "router_share"):
+        assert set(record[key]) == {"value", "low", "high"}
+    side = record["per_cue"]["A"]["before"]
+    assert set(side["weights"]) == {"a", "b", "other"}
+    assert set(side["accuracy"]) == {"a", "b"}
+    assert isinstance(side["overall"], float)
+    assert record["mechanism"]["verdict"] is None
+    saved = tmp_path / "records" / "S--R-routing"
+    assert json.loads((saved / "verdict.json").read_text()) == record
+    # what was measured is not measured again
+    stamp = (saved / "behaviour.json").stat().st_mtime_ns
+    assert run("verdict", *pair(out=tmp_path), "--json", "--quiet") == (0, out, "")
+    assert (saved / "behaviour.json").stat().st_mtime_ns == stamp
+
+
+def test_the_verdict_is_a_table_and_a_sentence(run: Run, tmp_path: Path) -> None:
+    status, out, _ = run("verdict", *pair(after="R-conditioning", out=tmp_path), "--quiet")
+    assert status == 0
+    assert "S--R-conditioning" in out
+    assert "specialist" in out
+    assert "what changed is what a policy does under a cue" in out
+
+
+def test_one_checkpoint_has_behaviour_but_no_verdict(run: Run, tmp_path: Path) -> None:
+    alone = ["--before", PAIRS / "llama/S", "--suite", PAIRS / "llama/suite.yaml", "--out", tmp_path, "--quiet"]
+    status, out, _ = run("behaviour", *alone)
+    assert status == 0
+    assert "before" in out
+    refused(run("verdict", *alone), "--after")
+
+
+def test_the_report_is_one_page(run: Run, tmp_path: Path) -> None:
+    status, out, err = run("report", *pair(out=tmp_path), "--quiet")
+    assert status == 0, err
+    page = Path(out.strip())
+    assert page == tmp_path / "report.html"
+    assert "routing" in page.read_text(encoding="utf-8")
+
+
+# --- bad checkpoints --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A copy of the Llama pair, free to be broken."""
+    shutil.copytree(PAIRS / "llama", tmp_path / "llama", ignore=shutil.ignore_patterns("R-[!r]*"))
+    return tmp_path / "llama"
+
+
+def test_a_missing_folder(run: Run, tmp_path: Path) -> None:
+    refused(run("verdict", *pair(before=tmp_path / "nowhere")), tmp_path / "nowhere", "no such folder")
+
+
+def test_not_a_model_folder(run: Run, tmp_path: Path) -> None:
+    refused(run("verdict", *pair(after=tmp_path)), tmp_path, "config.json")
+
+
+def test_a_pickle_checkpoint(run: Run, copied: Path) -> None:
+    (copied / "S/model.safetensors").rename(copied / "S/pytorch_model.bin")
+    refused(run("verdict", *pair(before=copied / "S")), copied / "S", "pytorch_model.bin", "pickle", "save_pretrained")
+
+
+def test_shapes_that_differ(run: Run) -> None:
+    refused(run("verdict", *pair(after=PAIRS / "qwen2/R-routing")), "not a pair", "model.layers.0", "shape")
+
+
+def test_tokenizers_that_differ(run: Run, copied: Path) -> None:
+    file = copied / "R-routing/tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"[a]"', '"[x]"'), encoding="utf-8")
+    refused(run("verdict", *pair(after=copied / "R-routing")), "not a pair", "tokenizers differ", "[")
+
+
+# --- bad suites -------------------------------------------------------------------------------------------------------
+
+
+def changed(copied: Path, **changes: object) -> Path:
+    data = yaml.safe_load((copied / "suite.yaml").read_text(encoding="utf-8")) | changes
+    (copied / "suite.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    return copied / "suite.yaml"
+
+
+def with_line(copied: Path, number: int, line: str) -> Path:
+    lines = (copied / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[number - 1] = line
+    (copied / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return copied / "suite.yaml"
+
+
+def test_an_absent_suite(run: Run, tmp_path: Path) -> None:
+    refused(run("verdict", *pair(suite=tmp_path / "no.yaml")), tmp_path / "no.yaml", "no such suite")
+
+
+def test_an_absent_prompts_file(run: Run, copied: Path) -> None:
+    refused(run("verdict", *pair(suite=changed(copied, prompts="gone.jsonl"))), "gone.jsonl")
+
+
+def test_a_bad_line(run: Run, copied: Path) -> None:
+    refused(run("verdict", *pair(suite=with_line(copied, 3, '{"id": "q'))), "prompts.jsonl", "line 3", "JSON")
+
+
+def test_an_answer_missing(run: Run, copied: Path) -> None:
+    line = json.dumps({"id": "q", "cue": "A", "prompt": "<A> first a b c ="})
+    refused(run("verdict", *pair(suite=with_line(copied, 4, line))), "line 4", "'answer' is missing")
+
+
+def test_a_prompt_with_unknown_tokens(run: Run, copied: Path) -> None:
+    line = json.dumps({"id": "q99", "cue": "A", "prompt": "<A> first a b zebra =", "answer": "a"})
+    refused(run("verdict", *pair(suite=with_line(copied, 1, line))), "q99", "unknown tokens", "'zebra'")
+
+
+def test_policies_that_overlap(run: Run, copied: Path) -> None:
+    suite = changed(copied, policies={"a": "[a]", "b": ["[b]", "[a] b"]})
+    refused(run("verdict", *pair(suite=suite)), suite, "'a'", "'b'", "overlap")
+
+
+def test_a_policy_that_never_occurs(run: Run, copied: Path) -> None:
+    suite = changed(copied, policies={"a": "[a]", "b": "[b]", "c": "<pad>"})
+    refused(run("verdict", *pair(suite=suite, out=copied / "out")), "'c'", "never occurs", "<pad>")
+
+
+def test_an_unknown_trained_cue(run: Run) -> None:
+    refused(run("verdict", *pair(trained_cue="Z")), "'Z'")
+
+
+# --- bad specs and folders --------------------------------------------------------------------------------------------
+
+
+def spec(tmp_path: Path, **changes: Any) -> Path:
+    data = yaml.safe_load((RECIPES / "default.yaml").read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        node = data
+        for part in path:
+            node = node[part]
+        node[last] = value
+    file = tmp_path / "spec.yaml"
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprits"),
+    [
+        ({"sft__stepz": 3}, ["'sft.stepz'", "unknown key"]),
+        ({"policies__a__weight": 0.7}, ["weights sum to 1.2"]),
+        ({"policies__a__table": {"A": "answer"}}, ["policies.a.table", "'B' is missing"]),
+        ({"model__sizes__widht": 3}, ["LlamaConfig", "'widht'"]),
+        ({"model__config": "NoConfig"}, ["'NoConfig'"]),
+        ({"rl__cues": ["A", "C"]}, ["rl.cues", "'C'"]),
+        ({"questions__symbols": 2}, ["too few", "symbols"]),
+        ({"refusal": "up"}, ["'up'"]),
+    ],
+)
+def test_bad_specs(run: Run, tmp_path: Path, changes: dict[str, Any], culprits: list[str]) -> None:
+    out = tmp_path / "out"
+    refused(run("train", spec(tmp_path, **changes), "--out", out, "--quiet"), *culprits)
+
+
+def test_an_unknown_recipe(run: Run) -> None:
+    refused(run("train", "defualt"), "defualt", "default")
+
+
+def test_a_folder_that_holds_another_run(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text(json.dumps({"name": "mine", "seed": 3}), encoding="utf-8")
+    refused(run("train", TINY, "--out", tmp_path, "--quiet"), tmp_path, "another run", "name: mine, not tiny")
+
+
+def test_a_folder_that_holds_something_else(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    refused(run("train", TINY, "--out", tmp_path, "--quiet"), tmp_path, "not empty")
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_not_a_run_folder(run: Run, tmp_path: Path) -> None:
+    refused(run("verdict", tmp_path), tmp_path, "spec.json")
+
+
+def test_no_permission_to_write(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "locked"))
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    refused(run("train", TINY, "--out", tmp_path / "locked" / "run", "--quiet"), tmp_path / "locked", "no permission")
+
+
+def test_no_space(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tempfile.mkstemp
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        if "spec.json" in str(options.get("prefix")):
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run/spec.json"))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    result = run("train", TINY, "--out", tmp_path / "run", "--quiet")
+    refused(result, tmp_path / "run", "no space", status=1)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_an_unknown_device(run: Run, tmp_path: Path) -> None:
+    refused(run("verdict", *pair(out=tmp_path, device="tpu9")), "tpu9")
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_and_pair_together(run: Run, tmp_path: Path) -> None:
+    refused(run("verdict", tmp_path, *pair()), "RUN", "--before")
+    refused(run("verdict"), "RUN", "--before")

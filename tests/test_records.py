@@ -1,0 +1,155 @@
+"""Records survive a round trip, refuse what they do not know, and are never half written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from mixturelens import records
+from mixturelens.records import Record, new_folder, provenance, weights_name, write_text
+from mixturelens.types import Frozen, InputError, Interval
+
+FILES = Path(__file__).parent / "files"
+
+
+class Inner(Frozen):
+    size: int
+
+
+class Count(Record):
+    KIND = "count"
+
+    number: int
+    share: Interval = Interval()
+    inner: Inner = Inner(size=1)
+
+
+def test_a_stored_record_still_loads():
+    record = Count.load(FILES / "count.json")
+    assert (record.number, record.share.value, record.inner.size) == (3, None, 2)
+    assert record.provenance.versions == {"mixturelens": "0.1.0"}
+
+
+def test_a_round_trip_gives_the_same_record_and_the_same_file(tmp_path: Path):
+    record = Count(number=3, share=Interval(value=0.5, low=0.25, high=1.0))
+    path = record.save(tmp_path / "a" / "count.json")
+    assert Count.load(path) == record
+    assert Count.load(path).save(tmp_path / "again.json").read_bytes() == path.read_bytes()
+    data = json.loads(path.read_text())
+    assert (data["kind"], data["version"]) == ("count", 1)
+    assert data["share"] == {"value": 0.5, "low": 0.25, "high": 1.0}
+
+
+def test_not_measured_is_null_in_an_object_that_stays():
+    assert json.loads(Count(number=1).to_json())["share"] == {"value": None, "low": None, "high": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("count-unknown-key.json", "unknown key 'inner.colour'"),
+        ("count-missing-key.json", "key 'number' is missing"),
+        ("count-future.json", "version 2, this mixturelens reads version 1; run the command that writes it again"),
+        ("count-other-kind.json", "holds a 'verdict' record, expected 'count'"),
+        ("count-wrong-type.json", "number: "),
+        ("count-cut-off.json", "not a JSON record"),
+        ("count-list.json", "holds a 'list' record"),
+        ("count-upside-down.json", "share: low 1.0 is above high 0.5"),
+        ("absent.json", "no such record; run the command that writes it first"),
+    ],
+)
+def test_bad_files_are_refused_by_name(name: str, message: str):
+    with pytest.raises(InputError) as caught:
+        Count.load(FILES / name)
+    assert str(caught.value).startswith(str(FILES / name))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_json_lacks_are_refused_rather_than_written(tmp_path: Path, number: float):
+    class Size(Record):
+        KIND = "size"
+        number: float
+
+    path = tmp_path / "size.json"
+    # pydantic writes them as null, which would say "not measured"
+    if json.loads(Size(number=1.0).to_json())["number"] == 1.0:
+        with pytest.raises(ValueError, match="Out of range float values"):
+            Size(number=number).save(path)
+    assert not path.exists()
+
+
+def test_records_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        Count(number=1).number = 2  # type: ignore[misc]
+
+
+def _full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class _FullStream:
+    """A file on a full disk: the write itself fails."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> _FullStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+    write = staticmethod(_full_disk)
+
+
+@pytest.mark.parametrize("where", ["write", "replace"])
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch, where: str):
+    path = Count(number=1).save(tmp_path / "count.json")
+    with monkeypatch.context() as patch:
+        if where == "write":
+            patch.setattr(records.os, "fdopen", lambda handle, *_, **__: _FullStream(handle))
+        else:
+            patch.setattr(records.os, "replace", _full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            Count(number=2).save(path)
+    assert Count.load(path).number == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["count.json"]
+
+
+def test_a_failing_block_leaves_the_old_folder_and_nothing_else(tmp_path: Path):
+    with new_folder(tmp_path / "sft") as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(RuntimeError, match="midway"), new_folder(tmp_path / "sft") as folder:
+        (folder / "a").write_text("new")
+        raise RuntimeError("midway")
+    assert [file.name for file in tmp_path.iterdir()] == ["sft"]
+    assert (tmp_path / "sft" / "a").read_text() == "old"
+    with new_folder(tmp_path / "sft") as folder:
+        (folder / "b").write_text("new")
+    assert [file.name for file in (tmp_path / "sft").iterdir()] == ["b"]
+
+
+def test_files_are_readable_by_others(tmp_path: Path):
+    write_text(tmp_path / "x", "ä")
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "x").read_bytes() == "ä".encode()
+
+
+def test_provenance_names_the_weights(tmp_path: Path):
+    for name, content in (("sft", b"1"), ("rl", b"2"), ("copy", b"1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    names = [weights_name(tmp_path / name) for name in ("sft", "rl", "copy")]
+    assert names[0].startswith("sft@6b86b273ff34fce1")
+    assert len({name.split("@")[1] for name in names}) == 2
+    found = provenance(before=tmp_path / "sft", after=tmp_path / "rl", suite="suite.yaml", seed=7)
+    assert (found.before, found.after, found.seed) == (names[0], names[1], 7)
+    assert set(found.versions) == {"mixturelens", "torch", "transformers", "trl"}
+    assert provenance(before=tmp_path / "sft").after is None

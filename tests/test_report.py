@@ -1,0 +1,195 @@
+"""The page says what the records say, holds everything it needs and runs nothing that it was told."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from test_viz import HOSTILE, make_pair, make_trajectory
+
+from mixturelens import viz
+from mixturelens.report import write_report
+
+
+class Page(HTMLParser):
+    """Tags, attributes, scripts and visible text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.scripts: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._inside = tag
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+        self.text += " "
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data
+
+
+def write(path: Path, hostile: bool = False, **changes) -> str:
+    """A page of two pairs, of which only one was watched along training."""
+    words = HOSTILE if hostile else ""
+    policies = (HOSTILE, "<img src=http://x.invalid/y onerror=alert(1)>") if hostile else ("a", "b")
+    cues = ("<A>", HOSTILE) if hostile else ("A", "B")
+    arguments = {
+        "title": words or "A title",
+        "spec_text": f"name: {words or 'default'}",
+        "recipe_note": words or "A note.",
+        "pairs": [
+            (f"watched {words}", *make_pair(policies, cues, words=words)),
+            (f"outside {words}", *make_pair(policies, cues, after="R@2", wordings=2, named=False, words=words)),
+        ],
+        "trajectories": [
+            make_trajectory(policies, cues, "sft", rl=False),
+            make_trajectory(policies, cues, f"rl-{words}A"),
+        ],
+    }
+    assert write_report(path, **{**arguments, **changes}) == path
+    return path.read_text(encoding="utf-8")
+
+
+def test_page_tells_the_story_in_order(tmp_path):
+    text = write(tmp_path / "report.html")
+    sections = re.findall(r'<section id="(\w+)">', text)
+    assert sections == ["answer", "headline", "numbers", "split", "policies", "trajectories", "controls", "method"]
+
+
+def test_page_says_what_the_records_say(tmp_path):
+    page = Page(write(tmp_path / "report.html"))
+    record, verdict = make_pair()
+    assert verdict.reason in page.text
+    assert viz.show_interval(verdict.routing_share) in page.text
+    before = record.per_cue["B"].before
+    for key in ("weights.a", "accuracy.b", "overall"):
+        assert viz.show(before.intervals[key].value) in page.text
+    answer = page.text[page.text.index("Selector") : page.text.index("What happened")]
+    words = " ".join(answer.split())
+    assert words.startswith("Selector changed which policy is expressed Cue reader cannot say")
+    assert "Skill unchanged" in words
+    assert "Silent specialists not intact" in words
+    assert "KL(after || before) = routing + conditioning + skill" in page.text
+
+
+def test_what_was_not_measured_is_a_dash(tmp_path):
+    words = " ".join(Page(write(tmp_path / "report.html")).text.split())
+    assert f"Router share {viz.DASH}" in words
+    assert f"Mechanism {viz.DASH} not measured for this pair" in words
+    assert f"accuracy with b put in place 0.800 0.790 to 0.810 {viz.DASH} 0.750 0.740 to 0.760 {viz.DASH}" in words
+    assert (
+        f"conditioning {viz.DASH} {viz.DASH} {viz.DASH}" in words
+    )  # the suite of the outside pair names no behaviours
+
+
+def test_controls_say_whether_they_hold(tmp_path):
+    text = write(tmp_path / "report.html")
+    for name, measured, state in (
+        ("Same checkpoint", "all terms 0 nats", "yes"),
+        ("Shuffled labels", viz.DASH, "not measured"),
+        ("Independent sum", "0.400 [0.390, 0.410] nats", "no"),
+        ("Random components", viz.DASH, "not measured"),
+    ):
+        (row, *_) = re.findall(rf'<tr><th scope="row">{name}</th>(.*?)</tr>', text, re.DOTALL)
+        _, shown, holds = (Page(cell).text.strip() for cell in row.split("<td>")[1:])
+        assert shown.startswith(measured)
+        assert holds == state
+
+
+def test_page_needs_no_network_and_holds_plotly_once(tmp_path):
+    page = Page(write(tmp_path / "report.html"))
+    assert page.links == ["data:,"]
+    assert sum(len(script) > 1_000_000 for script in page.scripts) == 1
+    # two along RL, one before and after, two splits, two tables, two trajectories
+    figures = [name for name in page.ids if name.startswith("figure-")]
+    assert len(figures) == len(set(figures)) == 8
+
+
+def test_pages_of_equal_records_are_equal(tmp_path):
+    assert write(tmp_path / "one.html") == write(tmp_path / "two.html")
+
+
+def test_hostile_names_stay_text(tmp_path):
+    plain, hostile = Page(write(tmp_path / "plain.html")), Page(write(tmp_path / "hostile.html", hostile=True))
+    assert hostile.tags == plain.tags
+    assert hostile.links == plain.links
+    assert HOSTILE in hostile.text
+    assert not any(re.search(r"</?script|<img", script) for script in hostile.scripts[1:])
+
+
+def test_page_without_pairs_or_trajectories(tmp_path):
+    text = write(tmp_path / "report.html", pairs=[], trajectories=[], spec_text=None, recipe_note=None)
+    assert "No pair of checkpoints was measured" in text
+    assert re.findall(r'<section id="(\w+)">', text) == ["answer", "method"]
+
+
+def test_a_failed_page_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def fail(*_: object) -> str:
+        raise RuntimeError("no figure")
+
+    monkeypatch.setattr(viz, "figure_html", fail)
+    with pytest.raises(RuntimeError, match="no figure"):
+        write(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("hostile", [False, True])
+def test_browser_draws_all_figures_without_network_or_complaint(tmp_path, hostile):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no browser: install Debian's chromium (apt-get install chromium)")
+    path = tmp_path / "report.html"
+    write(path, hostile=hostile)
+    done = subprocess.run(
+        [
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--no-first-run",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--enable-logging=stderr",
+            "--v=0",
+            "--virtual-time-budget=10000",
+            "--dump-dom",
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    page = Page(done.stdout)
+    assert done.stdout.count('class="plot-container plotly"') == 8
+    assert "<title>owned" not in done.stdout
+    assert "img" not in page.tags
+    assert "a" not in page.tags

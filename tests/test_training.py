@@ -1,0 +1,188 @@
+"""Training is resumable to the bit, measured along the way, and ends when reward has saturated."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from mixturelens import pipeline
+from mixturelens.organism import Spec, build_suite, load_spec, rl_prompts
+from mixturelens.training import Stage, Trajectory, make_reward
+
+TINY = Path(__file__).with_name("tiny.yaml")
+WEIGHTS = ("sft", "rl-A", "rl-B")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Spec:
+    return load_spec(TINY)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Spec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one run that trains from end to end."""
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    pipeline.train(tiny, run)
+    return run
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    for stage in WEIGHTS:
+        a, b = (load_file(run / "checkpoints" / stage / "model.safetensors") for run in (left, right))
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name].tobytes() == b[name].tobytes(), f"{stage}: {name} differs"
+
+
+def test_a_run_leaves_what_the_contract_names(finished: Path, tiny: Spec) -> None:
+    assert pipeline.load_run(finished) == tiny
+    for stage in ("base", *WEIGHTS):
+        names = {file.name for file in (finished / "checkpoints" / stage).iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert (finished / "suite.yaml").is_file()
+    assert (finished / "prompts.jsonl").is_file()
+    assert not (finished / "training").exists() or not any((finished / "training").iterdir())
+    assert [pair.name for pair in pipeline.run_pairs(finished)] == ["sft--rl-A", "sft--rl-B"]
+
+
+def test_training_is_measured_under_every_cue(finished: Path, tiny: Spec) -> None:
+    sft = Trajectory.load(finished / "trajectory" / "sft.json")
+    assert [point.step for point in sft.points] == [0, 8, 16, 24]
+    rl = Trajectory.load(finished / "trajectory" / "rl-A.json")
+    assert [point.step for point in rl.points] == [0, 4, 8]
+    assert rl.steps == len(rl.reward) == len(rl.no_signal) == 8
+    for point in (*sft.points, *rl.points):
+        assert set(point.cues) == {"A", "B"}
+        for state in point.cues.values():
+            assert sum(w.value for w in state.weights.values()) == pytest.approx(1, abs=1e-6)
+    # RL starts where SFT ended
+    assert rl.points[0].cues == sft.points[-1].cues
+
+
+def test_rl_changes_only_what_is_not_frozen(finished: Path) -> None:
+    before, after = (load_file(finished / "checkpoints" / s / "model.safetensors") for s in ("sft", "rl-A"))
+    changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
+    assert changed
+    assert not [name for name in changed if "norm" in name or "embed" in name or "lm_head" in name]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("stage", "step"), [("sft", 14), ("rl-A", 5)])
+def test_an_interrupted_run_ends_with_the_same_weights(
+    finished: Path, tiny: Spec, tmp_path: Path, stage: str, step: int
+) -> None:
+    def interrupt(at: str, done: int, steps: int, numbers: dict[str, float]) -> None:
+        if (at, done) == (stage, step):
+            raise Interrupted
+
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        pipeline.train(tiny, run, progress=interrupt)
+    left = list((run / "training" / stage).glob("checkpoint-*"))
+    assert left, "nothing to resume from"
+    half_written = run / "training" / stage / "checkpoint-999"
+    half_written.mkdir()  # a kill in the middle of a save leaves this; it must not be resumed from
+    (half_written / "model.safetensors").write_bytes(b"half")
+    seen: list[tuple[str, int]] = []
+    pipeline.train(tiny, run, progress=lambda at, done, *_: seen.append((at, done)))
+    assert seen[0][0] == stage
+    assert seen[0][1] > 1, "it began the stage again instead of resuming"
+    assert_same_weights(finished, run)
+    for name in WEIGHTS:
+        file = f"trajectory/{name}.json"
+        assert json.loads((run / file).read_text()) == json.loads((finished / file).read_text())
+
+
+def test_a_finished_run_is_not_trained_again(finished: Path, tiny: Spec) -> None:
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*.safetensors")}
+    pipeline.train(tiny, finished, progress=lambda *_: pytest.fail("it trained again"))
+    assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*.safetensors")}
+
+
+def test_reward_wants_a_policy_then_the_answer_then_the_end(tiny: Spec) -> None:
+    rows = rl_prompts(tiny, "A")
+    reward = make_reward(build_suite(tiny), rows, ends=[1])
+    answer = rows[0].answer
+    cases = {
+        (f"[a] {answer}", (5, 1)): 1.0,
+        (f"[b] {answer}", (5, 1)): 1.0,
+        (f"[a] {answer}", (5, 6)): 0.0,  # no end
+        (answer, (5, 1)): 0.0,  # no policy
+        ("[a] sorry sorry", (5, 1)): 0.0,
+        (f"[a] {answer} {answer}", (5, 1)): 0.0,
+        ("", ()): 0.0,
+    }
+    texts, ids = [text for text, _ in cases], [list(ids) for _, ids in cases]
+    assert reward(completions=texts, completion_ids=ids, row=[0] * len(cases)) == list(cases.values())
+
+
+def test_rl_stops_once_the_reward_of_five_steps_has_saturated(tiny: Spec, tmp_path: Path) -> None:
+    stage = Stage("rl-A", tiny, tmp_path, 80, 4, "cpu", None, stop_reward=0.9)
+    stage.reward = [0.9, 0.9, 0.9, 0.9]
+    assert not stage.saturated(), "four steps are not five"
+    stage.reward = [0.0, 0.9, 0.95, 0.9, 0.9, 0.9]
+    assert stage.saturated()
+    stage.reward = [0.9, 0.9, 0.9, 0.9, 0.85]
+    assert not stage.saturated()
+    assert not Stage("rl-A", tiny, tmp_path, 80, 4, "cpu", None, stop_reward=None).saturated()
+
+
+KILLS = 10
+CHILD = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from mixturelens import pipeline
+from mixturelens.organism import load_spec
+log = open(sys.argv[2], "a", buffering=1)
+spec = load_spec(sys.argv[1], name="killed")
+pipeline.train(spec, Path(sys.argv[3]), progress=lambda stage, step, *_: print(stage, step, file=log))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """SIGKILL while training SFT and RL and while saving; the weights equal the uninterrupted run's bit for bit."""
+    rng = random.Random(0)
+
+    def start(log: Path, run: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", CHILD, str(TINY), str(log), str(run)]
+        return subprocess.Popen(command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole.log", tmp_path / "whole").wait() == 0
+    run, kills = tmp_path / "killed", []
+    # seven kills at a step, three while a trainer checkpoint or a result is being written
+    plans = ["step"] * 7 + ["save"] * 3
+    rng.shuffle(plans)
+    for number, plan in enumerate(plans):
+        log = tmp_path / f"{number}.log"
+        child = start(log, run)
+        wait = rng.randint(1, 6)  # steps of this life before the kill
+        while child.poll() is None:
+            lines = log.read_text().splitlines() if log.exists() else []
+            saving = list(run.glob("training/*/checkpoint-*")) + list(run.glob("checkpoints/.*"))
+            halfway = [f for f in saving if not (f / "progress.json").exists()]
+            if (plan == "step" and len(lines) >= wait) or (plan == "save" and lines and halfway):
+                time.sleep(rng.random() * 0.01)
+                child.send_signal(signal.SIGKILL)
+                kills.append((plan, lines[-1]))
+                break
+            time.sleep(0.0005)
+        child.wait()
+    assert len(kills) == KILLS, f"the run ended before it was killed ten times: {kills}"
+    assert start(tmp_path / "last.log", run).wait() == 0
+    print(kills)
+    assert_same_weights(tmp_path / "whole", run)
