@@ -216,13 +216,19 @@ def _working(quiet: bool) -> Iterator[tuple[Callable[[str, int, int, dict[str, f
         TimeElapsedColumn(),
         TextColumn("{task.fields[numbers]}"),
     )
-    with contextlib.redirect_stdout(sys.stderr), Progress(*columns, console=console, disable=quiet) as bar:
+    live = console.is_terminal and not quiet
+    with contextlib.redirect_stdout(sys.stderr), Progress(*columns, console=console, disable=not live) as bar:
         tasks: dict[str, Any] = {}
 
         def progress(stage: str, step: int, steps: int, numbers: dict[str, float]) -> None:
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+            if not live:
+                # a log gets a line now and then instead of a bar
+                if step % max(1, steps // 8) == 0:
+                    console.print(f"{stage} {step}/{steps}  {shown}", highlight=False)
+                return
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=steps, numbers="")
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
             bar.update(tasks[stage], completed=step, numbers=shown)
 
         yield progress, lambda text: console.print(f"measuring: {text}", style="dim")

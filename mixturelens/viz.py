@@ -636,6 +636,52 @@ def _style(figure: Figure, height: int) -> Figure:
     return figure
 
 
+def regimes(verdicts: Mapping[tuple[float, float], VerdictRecord], trained_cue: str) -> Figure:
+    """Verdicts of RL on one cue over a grid of (Adam's epsilon, learning rate), coloured by routing share.
+
+    A cell says its verdict, what changed, and the expected accuracy under each cue after RL.
+    """
+    from plotly.graph_objects import Figure, Heatmap
+
+    epsilons, rates = (sorted({key[i] for key in verdicts}) for i in (0, 1))
+    shares = [[_share(verdicts.get((e, r))) for r in rates] for e in epsilons]
+    texts = [[_regime_text(verdicts.get((e, r))) for r in rates] for e in epsilons]
+    figure = Figure(
+        Heatmap(
+            z=shares,
+            x=[f"{rate:g}" for rate in rates],
+            y=[f"{epsilon:g}" for epsilon in epsilons],
+            text=texts,
+            texttemplate="%{text}",
+            hoverinfo="text",
+            zmin=0,
+            zmax=1,
+            colorscale=[(0.0, "#F2D79B"), (1.0, "#A9B7CC")],
+            colorbar={"title": {"text": "routing share"}},
+            xgap=3,
+            ygap=3,
+        )
+    )
+    figure.update_xaxes(title="learning rate", type="category")
+    figure.update_yaxes(title="Adam's epsilon", type="category")
+    _style(figure, 150 + 120 * len(epsilons))
+    figure.update_layout(title=f"RL on {label(trained_cue)}: what changed, by epsilon and learning rate", width=980)
+    return figure
+
+
+def _share(record: VerdictRecord | None) -> float | None:
+    """The routing share, where there was any change to share out."""
+    return None if record is None or record.verdict == "neither" else record.routing_share.value
+
+
+def _regime_text(record: VerdictRecord | None) -> str:
+    if record is None:
+        return DASH
+    changed = [name.replace("_", " ") for name, yes in record.changed.model_dump().items() if yes]
+    after = [f"{label(cue)} {_number(s.after.overall, 2)}" for cue, s in record.per_cue.items() if s.after]
+    return f"<b>{record.verdict}</b><br>{', '.join(changed) or 'nothing'}<br>{', '.join(after)}"
+
+
 def figure_html(figure: Figure, name: str) -> str:
     """A figure as a `<div id=name>` for a page that holds `plotly_script()`."""
     import plotly.io

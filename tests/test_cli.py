@@ -198,7 +198,7 @@ def test_policies_that_overlap(run: Run, copied: Path) -> None:
 
 def test_a_policy_that_never_occurs(run: Run, copied: Path) -> None:
     suite = changed(copied, policies={"a": "[a]", "b": "[b]", "c": "<pad>"})
-    refused(run("verdict", *pair(suite=suite, out=copied / "out")), "'c'", "never occurs", "<pad>")
+    refused(run("verdict", *pair(suite=suite, out=copied / "out"), "--quiet"), "'c'", "never occurs", "<pad>")
 
 
 def test_an_unknown_trained_cue(run: Run) -> None:

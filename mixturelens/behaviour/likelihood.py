@@ -58,7 +58,6 @@ def _batches(lengths: Sequence[int], starts: Sequence[int], vocabulary: int, mod
         yield batch
 
 
-@torch.inference_mode()
 def _forced_logprobs(
     models: Sequence[Model], contexts: Sequence[Ids], continuations: Sequence[Ids], vocabulary: int, device: str
 ) -> Iterator[tuple[list[int], list[Float[Tensor, "row step vocabulary"]], Int[Tensor, "row step"]]]:
@@ -83,10 +82,11 @@ def _forced_logprobs(
             at[row, :count] = torch.arange(count) + starts[i] - 1 - first
         keep = torch.arange(first, width - 1) if width - 1 > first else torch.arange(first, width)
         found = []
-        for model in models:
-            logits = model(input_ids=ids.to(device), logits_to_keep=keep.to(device), use_cache=False).logits
-            index = at.to(device)[:, :, None].expand(-1, -1, logits.shape[-1])
-            found.append(logits.double().gather(1, index).log_softmax(-1))
+        with torch.inference_mode():  # not around the yield: it would hold for the caller, too
+            for model in models:
+                logits = model(input_ids=ids.to(device), logits_to_keep=keep.to(device), use_cache=False).logits
+                index = at.to(device)[:, :, None].expand(-1, -1, logits.shape[-1])
+                found.append(logits.double().gather(1, index).log_softmax(-1))
         yield rows, found, targets.to(device)
 
 

@@ -1,0 +1,69 @@
+# %% [markdown]
+# # Did post-training change the router or the specialists of *my* model?
+#
+# Two checkpoint folders of one shape and tokenizer, and a behaviour suite: prompts under every cue, and how a completion
+# shows its policy. Run it whole with
+# `python scripts/verdict_on_my_checkpoints.py --before S --after R --suite suite.yaml`; without arguments it looks at a
+# pair from `tests/pairs`, in which a policy learnt to answer where it used to refuse.
+
+# %%
+import argparse
+from pathlib import Path
+
+from mixturelens.behaviour.record import behaviour_record
+from mixturelens.routing import judge
+from mixturelens.suite import load_suite
+
+PAIR = Path(__file__).resolve().parents[1] / "tests" / "pairs" / "llama"
+
+parser = argparse.ArgumentParser(description="Did post-training change the router or the specialists of my model?")
+parser.add_argument("--before", type=Path, default=PAIR / "S")
+parser.add_argument("--after", type=Path, default=PAIR / "R-conditioning")
+parser.add_argument("--suite", type=Path, default=PAIR / "suite.yaml")
+parser.add_argument("--device", default="cpu")
+arguments = parser.parse_args()
+
+# %% [markdown]
+# ## The suite
+# Everything mixturelens knows about your task. Check that the policies cover what the model writes: completions of no
+# known policy count as `other`, and with more than a tenth of them the verdict is `inconclusive`.
+
+# %%
+suite = load_suite(arguments.suite)
+print(f"{len(suite.neutral)} prompts, cues {', '.join(suite.cues)}, policies {', '.join(suite.policies)}")
+print("probabilities are", "exact, by teacher forcing" if suite.literal else f"sampled, {suite.samples} a prompt")
+
+# %% [markdown]
+# ## Behaviour: which policy, how often, and how well
+
+# %%
+record = behaviour_record(arguments.before, arguments.after, suite, device=arguments.device, progress=print)
+for cue, state in record.per_cue.items():
+    for when, side in (("before", state.before), ("after", state.after)):
+        if side is not None:
+            print(f"{cue} {when:6} weights {side.weights}  forced accuracy {side.accuracy}  overall {side.overall:.3f}")
+
+# %% [markdown]
+# ## The verdict, and what it stands on
+# Every number has a 95% bootstrap interval over questions. `routing` is the part of KL(R || S) that lies in the choice of
+# policy, `conditioning` in what a policy does under a cue, `skill` in how well it does it.
+
+# %%
+verdict = judge(record)
+print(verdict.reason)
+for term in ("routing", "conditioning", "skill", "novel", "other", "dormant"):
+    value = getattr(verdict.nats, term)
+    if value.measured:
+        print(f"  {term:13} {value.value:8.4f} nats  [{value.low:.4f}, {value.high:.4f}]")
+print("changed:", verdict.changed.model_dump(), " silent specialists intact:", verdict.dormant_intact)
+
+# %% [markdown]
+# ## What would have falsified it
+# The same code on S against S must find nothing, labels shuffled among completions must carry no routing, and an
+# independent estimate of KL(R || S) must agree with the sum of the terms.
+
+# %%
+control = verdict.controls.pair
+print("S against S:", control.same_checkpoint.total.value, "nats")
+print("routing share of shuffled labels:", control.shuffled_routing_share)
+print("independent KL(R || S):", control.independent_total, "agrees:", control.sum_agrees)

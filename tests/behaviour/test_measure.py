@@ -1,0 +1,204 @@
+"""All three ways of measuring say what `truth.json` says; it was summed over all completions by other code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixturelens.behaviour import record
+from mixturelens.behaviour.measure import measure, measure_change, nulls, prepare
+from mixturelens.behaviour.record import Controls, measure_record
+from mixturelens.routing import judge
+from mixturelens.suite import Suite
+from mixturelens.types import InputError, Interval
+
+PAIRS = Path(__file__).parents[1] / "pairs"
+TRUTH = {
+    (file.parent.name, name): truth
+    for file in sorted(PAIRS.glob("*/truth.json"))
+    for name, truth in json.loads(file.read_text()).items()
+}
+every_pair = pytest.mark.parametrize(("shape", "name"), TRUTH, ids=lambda x: x)
+TERMS = ("routing", "conditioning", "skill", "novel", "other", "dormant", "wording")
+
+
+@pytest.fixture
+def no_controls(monkeypatch):
+    """Controls measure everything twice again; test_record.py has them."""
+    nothing = record.Nats(**dict.fromkeys(record.Nats.model_fields, Interval()))
+    empty = Controls(
+        same_checkpoint=nothing, shuffled_routing_share=Interval(), independent_total=Interval(), sum_agrees=None
+    )
+    monkeypatch.setattr(record, "_controls", lambda *_: empty)
+
+
+def as_rules(suite: Suite, **changes) -> Suite:
+    """The same suite with rules instead of literals, which are measured by drawing."""
+    rules = {
+        "policies": {name: {"regex": rf"^\[{name}\]", "force": f"[{name}]"} for name in suite.policies},
+        "behaviours": {"refuse": {"regex": "^sorry"}},
+    }
+    return Suite.model_validate({**suite.model_dump(), **rules, **changes})
+
+
+def near(found: Interval, truth: float, wider: float, slack: float) -> bool:
+    """Whether the truth is in the interval, widened by a factor about the estimate and by a constant."""
+    low, high = found.value - wider * (found.value - found.low), found.value + wider * (found.high - found.value)
+    return low - slack <= truth <= high + slack
+
+
+@every_pair
+def test_enumeration_is_the_truth(load_pair, no_controls, shape: str, name: str):
+    pair, truth = load_pair(shape, name), TRUTH[shape, name]
+    found = measure_record(pair.scorer, [pair.before, pair.after], pair.suite, pair.tokenizer)
+    assert found.method == "enumerated"
+    for term, value in truth["nats"].items():
+        assert getattr(found.nats, term).value == pytest.approx(value, abs=1e-5), term
+    for cue, sides in truth["per_cue"].items():
+        state = found.per_cue[cue]
+        for term, value in sides["nats"].items():
+            assert getattr(state.nats, term).value == pytest.approx(value, abs=1e-5), (cue, term)
+        for term, value in sides["accuracy_change"].items():
+            assert getattr(state.accuracy_change, term).value == pytest.approx(value, abs=1e-5), (cue, term)
+        for when, side in (("before", state.before), ("after", state.after)):
+            assert side.weights == pytest.approx(sides[when]["weights"], abs=1e-5)
+            assert side.accuracy == pytest.approx(sides[when]["accuracy"], abs=1e-5)
+            assert side.overall == pytest.approx(sides[when]["overall"], abs=1e-5)
+    verdict = judge(found)
+    assert verdict.verdict == truth["verdict"]
+    if truth["verdict"] != "neither":  # of nearly nothing, the share means nothing
+        assert found.routing_share.value == pytest.approx(truth["routing_share"], abs=1e-5)
+        assert found.router_share.value == pytest.approx(truth["router_share"], abs=1e-5)
+
+
+@every_pair
+def test_the_literal_way_agrees(load_pair, no_controls, monkeypatch, shape: str, name: str):
+    pair, truth = load_pair(shape, name), TRUTH[shape, name]
+    literal = lambda *args, **kwargs: measure_change(*args, **kwargs, enumerate_all=False)  # noqa: E731
+    monkeypatch.setattr(record, "measure_change", literal)
+    found = measure_record(pair.scorer, [pair.before, pair.after], pair.suite, pair.tokenizer)
+    assert found.method == "literal"
+    for term in ("routing", "conditioning", "wording"):  # exact
+        assert getattr(found.nats, term).value == pytest.approx(truth["nats"][term], abs=1e-5), term
+    for term in ("skill", "specialist", "total", "dormant", "novel"):  # from what follows, sampled
+        assert near(getattr(found.nats, term), truth["nats"][term], wider=2, slack=0.01), term
+    for cue, sides in truth["per_cue"].items():
+        state = found.per_cue[cue]
+        for term, value in sides["accuracy_change"].items():
+            assert getattr(state.accuracy_change, term).value == pytest.approx(value, abs=1e-5), (cue, term)
+        for when, side in (("before", state.before), ("after", state.after)):
+            assert side.weights == pytest.approx(sides[when]["weights"], abs=1e-5)
+            assert side.accuracy == pytest.approx(sides[when]["accuracy"], abs=1e-5)
+    assert judge(found).verdict == truth["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [("llama", "R-routing"), ("gpt2", "R-skill"), ("gpt_neox", "R-routing-dormant"), ("qwen2", "R-both"),
+     ("llama", "R-routing-mild"), ("gpt2", "R-neither")],
+)  # fmt: skip
+def test_the_sampled_way_agrees(load_pair, no_controls, monkeypatch, shape: str, name: str):
+    pair, truth = load_pair(shape, name), TRUTH[shape, name]
+    sampled = lambda *args, **kwargs: measure_change(*args, **kwargs, enumerate_all=False)  # noqa: E731
+    monkeypatch.setattr(record, "measure_change", sampled)
+    found = measure_record(pair.scorer, [pair.before, pair.after], as_rules(pair.suite, samples=16), pair.tokenizer)
+    assert found.method == "sampled"
+    assert found.samples == 16
+    for term in ("routing", "conditioning", "skill", "specialist", "total", "dormant", "wording"):
+        assert near(getattr(found.nats, term), truth["nats"][term], wider=2, slack=0.01), term
+    for cue, sides in truth["per_cue"].items():
+        state = found.per_cue[cue]
+        for when, side in (("before", state.before), ("after", state.after)):
+            for policy, weight in sides[when]["weights"].items():
+                assert near(side.intervals[f"weights.{policy}"], weight, wider=2, slack=0.01), (cue, when, policy)
+            for policy, accuracy in sides[when]["accuracy"].items():
+                assert near(side.intervals[f"accuracy.{policy}"], accuracy, wider=2, slack=0.02), (cue, when, policy)
+        for term, value in sides["accuracy_change"].items():
+            assert near(getattr(state.accuracy_change, term), value, wider=2, slack=0.02), (cue, term)
+    assert judge(found).verdict in (truth["verdict"], "inconclusive")
+
+
+@pytest.mark.parametrize("way", ["enumerated", "literal", "sampled"])
+@pytest.mark.parametrize("name", ["R-both", "R-routing"])
+def test_the_terms_add_up_to_the_kl_on_every_prompt(load_pair, way: str, name: str):
+    pair = load_pair("llama", name)
+    suite = as_rules(pair.suite) if way == "sampled" else pair.suite
+    prompts = prepare(suite, suite.neutral[:16], pair.tokenizer)
+    change = measure_change(pair.scorer, pair.before, pair.after, prompts, enumerate_all=way == "enumerated")
+    assert change.method == way
+    total = change.routing + change.wording + change.conditioning + change.skill + change.other
+    completions, (log_r, log_s) = pair.scorer.enumerate((pair.after, pair.before), prompts.contexts, 3)
+    assert len(completions) == 3616
+    truth = (np.exp(log_r) * (log_r - log_s)).sum(-1)
+    if way == "enumerated":
+        np.testing.assert_allclose(total, truth, atol=1e-6)
+    else:
+        assert total.mean() == pytest.approx(truth.mean(), abs=0.12)
+
+
+@pytest.mark.parametrize("way", ["enumerated", "literal", "sampled"])
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_a_checkpoint_against_itself_is_exactly_zero(load_pair, way: str, shape: str):
+    pair = load_pair(shape, "R-routing")
+    suite = as_rules(pair.suite) if way == "sampled" else pair.suite
+    prompts = prepare(suite, suite.neutral[:8], pair.tokenizer)
+    change = measure_change(pair.scorer, pair.before, pair.before, prompts, enumerate_all=way == "enumerated")
+    for term in TERMS:
+        values = getattr(change, term)
+        assert np.abs(values).max() < (1e-12 if way != "enumerated" else 1e-10), (way, term)
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen2"])
+def test_independent_estimates_agree_with_the_sum_of_the_terms(load_pair, shape: str):
+    pair, truth = load_pair(shape, "R-both"), TRUTH[shape, "R-both"]["nats"]["total"]
+    prompts = prepare(pair.suite.model_copy(update={"samples": 32}), pair.suite.neutral, pair.tokenizer)
+    shuffled, token_kl, ratio = nulls(pair.scorer, pair.before, pair.after, prompts, seed=3)
+    for values in (token_kl, ratio):
+        assert values.mean() == pytest.approx(truth, abs=4 * values.std() / np.sqrt(len(values)))
+    assert token_kl.std() < ratio.std()
+    assert abs(shuffled.mean()) < 0.1 * truth  # labels that mean nothing explain nothing
+
+
+def test_a_single_checkpoint_is_measured_alike_by_rules_and_literals(load_pair):
+    pair = load_pair("llama", "R-both")
+    exact = measure(pair.scorer, pair.after, pair.prompts)
+    suite = as_rules(pair.suite, samples=64)
+    drawn = measure(pair.scorer, pair.after, prepare(suite, suite.neutral, pair.tokenizer))
+    np.testing.assert_allclose(exact.weights.sum(-1), 1.0, atol=1e-9)
+    np.testing.assert_allclose(drawn.weights.sum(-1), 1.0, atol=1e-9)
+    np.testing.assert_allclose(drawn.weights.mean(0), exact.weights.mean(0), atol=0.02)
+    np.testing.assert_allclose(drawn.forced_accuracy.mean(0), exact.forced_accuracy.mean(0), atol=0.02)
+    np.testing.assert_allclose(drawn.forced_behaviour.mean(0), exact.forced_behaviour.mean(0), atol=0.02)
+
+
+def test_several_wordings_of_a_policy_are_summed(load_pair):
+    """[a] and [b] as two wordings of one policy: their routing becomes wording, and nothing else moves."""
+    pair, truth = load_pair("llama", "R-routing"), TRUTH["llama", "R-routing"]["nats"]
+    suite = Suite.model_validate({**pair.suite.model_dump(), "policies": {"either": ["[a]", "[b]"]}})
+    prompts = prepare(suite, suite.neutral, pair.tokenizer)
+    for way in (True, False):
+        change = measure_change(pair.scorer, pair.before, pair.after, prompts, enumerate_all=way)
+        # routing is now between `either` and `other` alone
+        assert change.routing.mean() < 1e-3
+        assert (change.routing + change.wording).mean() == pytest.approx(truth["routing"], abs=1e-4)
+        assert change.conditioning.mean() == pytest.approx(truth["conditioning"], abs=1e-4)
+    shared = [b.forced_accuracy for b in (change.before, change.after)]
+    assert [x.shape for x in shared] == [(40, 1)] * 2
+
+
+def test_an_answer_that_does_not_fit_is_refused_by_name(load_pair):
+    pair = load_pair("llama", "R-both")
+    suite = pair.suite.model_copy(update={"max_new_tokens": 1})
+    with pytest.raises(InputError, match=r"max_new_tokens: 1 cannot hold announcement and answer of prompt 'q00' \(2"):
+        prepare(suite, suite.neutral, pair.tokenizer)
+
+
+def test_parts_of_the_prompts_keep_their_answers(load_pair):
+    prompts = load_pair("llama", "R-both").prompts
+    part = prompts.part([3, 1])
+    assert part.rows == (prompts.rows[3], prompts.rows[1])
+    assert part.contexts == [prompts.contexts[3], prompts.contexts[1]]
+    assert part.answers == [prompts.answers[3], prompts.answers[1]]

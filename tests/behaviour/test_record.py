@@ -1,0 +1,175 @@
+"""A record of a pair: what it says of known pairs, its controls, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mixturelens.behaviour.record import BehaviourRecord, behaviour_record, measure_record
+from mixturelens.routing import VerdictRecord, judge
+from mixturelens.suite import Suite, load_suite
+from mixturelens.types import InputError
+
+
+@pytest.fixture(scope="module")
+def chat(pairs: Path) -> BehaviourRecord:
+    folder = pairs / "chat"
+    return behaviour_record(folder / "S", folder / "R", load_suite(folder), suite_name="chat")
+
+
+def test_a_pair_of_folders_becomes_a_record_that_survives_saving(pairs: Path, tmp_path: Path):
+    folder, said = pairs / "llama", []
+    found = behaviour_record(
+        folder / "S", folder / "R-both", load_suite(folder), suite_name="s", seed=4, progress=said.append
+    )
+    assert said
+    assert BehaviourRecord.load(found.save(tmp_path / "behaviour.json")) == found
+    verdict = judge(found)
+    assert VerdictRecord.load(verdict.save(tmp_path / "verdict.json")) == verdict
+    assert verdict.verdict == "both"
+    origin = found.provenance
+    assert origin.before.startswith("S@")
+    assert origin.after.startswith("R-both@")
+    assert (origin.suite, origin.seed) == ("s", 4)
+    controls = found.controls
+    for term in type(controls.same_checkpoint).model_fields:
+        assert getattr(controls.same_checkpoint, term).value == pytest.approx(0, abs=1e-9), term
+    assert controls.sum_agrees is True
+    assert controls.shuffled_routing_share.value < 0.15
+    again = behaviour_record(folder / "S", folder / "R-both", load_suite(folder), suite_name="s", seed=4)
+    assert again == found
+
+
+def test_a_checkpoint_against_itself_is_neither(pairs: Path):
+    folder = pairs / "qwen2"
+    found = behaviour_record(folder / "S", folder / "S", load_suite(folder))
+    verdict = judge(found)
+    assert verdict.verdict == "neither"
+    assert verdict.changed.model_dump() == {"selector": False, "cue_reader": False, "skill": False}
+    assert verdict.dormant_intact is True
+    assert found.nats.total.value == pytest.approx(0, abs=1e-9)
+
+
+def literal(load_pair, shape: str, name: str) -> VerdictRecord:
+    """The verdict without enumeration, which is quick: max_new_tokens leaves room for one more token."""
+    pair = load_pair(shape, name)
+    suite = pair.suite.model_copy(update={"max_new_tokens": 4})
+    return judge(measure_record(pair.scorer, [pair.before, pair.after], suite, pair.tokenizer))
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "gpt_neox", "qwen2"])
+def test_what_changed_is_named(load_pair, shape: str):
+    routing = literal(load_pair, shape, "R-routing")
+    assert routing.changed.model_dump() == {"selector": True, "cue_reader": False, "skill": False}
+    assert routing.dormant_intact is True
+    conditioning = literal(load_pair, shape, "R-conditioning")
+    assert conditioning.verdict == "specialist"
+    assert conditioning.changed.cue_reader is True
+    assert conditioning.changed.skill is False
+    assert conditioning.changed.selector is False
+    assert conditioning.dormant_intact is False
+    assert any((c.policy, c.cue, c.behaviour) == ("a", "B", "refuse") for c in conditioning.moved_cells)
+    skill = literal(load_pair, shape, "R-skill")
+    assert skill.changed.model_dump() == {"selector": False, "cue_reader": False, "skill": True}
+    both = literal(load_pair, shape, "R-both")
+    assert both.verdict == "both"
+    assert both.changed.selector is True
+
+
+def test_a_silent_policy_that_broke_is_found(load_pair):
+    found = literal(load_pair, "gpt_neox", "R-routing-dormant")
+    assert found.verdict == "routing"
+    assert found.dormant_intact is False
+    assert {cell.policy for cell in found.moved_cells} == {"b"}
+    assert found.nats.dormant.low > 0.3
+
+
+def test_completions_of_no_known_policy_are_shown_and_make_the_suite_doubtful(load_pair):
+    found = literal(load_pair, "gpt2", "R-routing-other")
+    assert found.per_cue["A"].after.weights["other"] == pytest.approx(0.06, abs=0.02)
+    assert found.nats.other.value > 0.5
+    assert found.verdict == "routing"
+
+
+def test_a_chat_pair_with_rules_is_routing(chat: BehaviourRecord):
+    verdict = judge(chat)
+    assert verdict.verdict == "routing", verdict.reason
+    assert (chat.method, chat.samples) == ("sampled", 16)
+    assert verdict.changed.selector is True
+    assert verdict.changed.cue_reader is False
+    for cue, strong in (("plain", "comply"), ("bold", "refuse")):
+        state = chat.per_cue[cue]
+        assert state.before.accuracy[strong] > 0.99
+        assert state.before.weights["comply"] == pytest.approx(0.5, abs=0.06)
+        assert state.after.weights["comply"] == pytest.approx(0.985, abs=0.015)
+    assert chat.per_cue["bold"].accuracy_change.selector.high < -0.35
+    assert chat.controls.sum_agrees is True
+    assert chat.controls.same_checkpoint.total.value == 0
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_chat_pair_with_too_few_samples_is_inconclusive(pairs: Path, samples: int):
+    folder = pairs / "chat"
+    suite = load_suite(folder).model_copy(update={"samples": samples})
+    verdict = judge(behaviour_record(folder / "S", folder / "R", suite))
+    assert verdict.verdict == "inconclusive"
+    assert f"{samples} completion(s) a prompt" in verdict.reason
+    assert "raise `samples`" in verdict.reason
+
+
+def test_without_behaviours_conditioning_and_skill_are_not_measured(load_pair):
+    pair = load_pair("llama", "R-both")
+    suite = Suite.model_validate({**pair.suite.model_dump(), "behaviours": None, "max_new_tokens": 4})
+    found = measure_record(pair.scorer, [pair.before, pair.after], suite, pair.tokenizer)
+    assert not found.nats.conditioning.measured
+    assert not found.nats.skill.measured
+    assert not found.router_share.measured
+    assert found.nats.specialist.value > 0.1
+    verdict = judge(found)
+    assert verdict.verdict == "both"
+    assert (verdict.changed.cue_reader, verdict.changed.skill) == (None, None)
+
+
+def test_one_checkpoint_alone(pairs: Path):
+    folder = pairs / "llama"
+    found = behaviour_record(folder / "S", None, load_suite(folder))
+    assert found.nats is None
+    assert found.per_cue["A"].before.accuracy == pytest.approx({"a": 1, "b": 0}, abs=0.01)
+    assert found.per_cue["A"].after is None
+    assert {(c.cue, c.policy, c.behaviour) for c in found.table} == {
+        ("A", "a", "answer"), ("A", "b", "refuse"), ("B", "a", "refuse"), ("B", "b", "answer")
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="about one checkpoint"):
+        judge(found)
+
+
+def test_a_question_without_one_of_the_cues_is_left_out_there(load_pair):
+    pair = load_pair("llama", "R-routing")
+    rows = [row for row in pair.suite.prompts if not (row.cue == "B" and row.id in ("q00", "q01"))]
+    suite = Suite.model_validate({**pair.suite.model_dump(), "prompts": rows, "max_new_tokens": 4})
+    found = measure_record(pair.scorer, [pair.before, pair.after], suite, pair.tokenizer)
+    assert found.questions == 20
+    assert found.per_cue["B"].nats.routing.measured
+    assert judge(found).verdict == "routing"
+
+
+@pytest.mark.parametrize("rule", [False, True])
+def test_a_policy_that_never_occurs_is_refused_by_name(pairs: Path, rule: bool):
+    folder = pairs / "llama"
+    shown = {"regex": "^nowhere", "force": "="} if rule else "= = ="
+    base = load_suite(folder).model_dump()
+    suite = Suite.model_validate({**base, "policies": {**base["policies"], "c": shown}, "max_new_tokens": 5})
+    with pytest.raises(InputError, match=r"policy 'c' never occurs before or after .*(\^nowhere|= = =)") as caught:
+        behaviour_record(folder / "S", folder / "R-routing", suite)
+    assert ("raise `samples`" in str(caught.value)) is rule
+
+
+def test_another_models_tokenizer_is_refused(pairs: Path, tmp_path: Path):
+    folder = pairs / "llama"
+    shutil.copytree(folder / "S", tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(pairs / "chat" / "S" / name, tmp_path / "other" / name)
+    with pytest.raises(InputError, match="their tokenizers differ"):
+        behaviour_record(folder / "S", tmp_path / "other", load_suite(folder))
