@@ -43,9 +43,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if (path / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     try:
+        if (path / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from None
@@ -57,6 +57,7 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None
     Raises InputError if the folder is unsafe, or if any weight is missing, unexpected or of another shape.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_folder(path)
@@ -69,7 +70,7 @@ def load_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{path}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})"
         ) from None

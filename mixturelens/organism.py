@@ -90,7 +90,7 @@ class RlSpec(Frozen):
     freeze: tuple[Freezable, ...] = ("embeddings", "unembedding", "norms")
     stop_reward: float | None = Field(default=0.99, gt=0, le=1)
     """Stop once the mean training reward of the last five steps has reached this; null: use every step."""
-    measure_every: int = Field(default=4, ge=1)
+    measure_every: int = Field(default=2, ge=1)
 
 
 class Spec(Frozen):

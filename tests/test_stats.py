@@ -81,7 +81,7 @@ def test_a_question_keeps_its_cues_together():
 
 
 def test_an_interval_upside_down_is_refused():
-    with pytest.raises(ValueError, match="low 2.0 is above high 1.0"):
+    with pytest.raises(ValueError, match=r"low 2\.0 is above high 1\.0"):
         Interval(value=1.5, low=2.0, high=1.0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,9 +21,9 @@ def test_answers_are_right(operands: list[int], operation: str):
     assert question.text == f"{operation} {' '.join('abcdefghij'[x] for x in operands)} ="
     assert sorted(answer) == sorted(given_letters)
     if operation == "up":
-        assert all(x <= y for x, y in zip(answer, answer[1:], strict=False))
+        assert all(x <= y for x, y in itertools.pairwise(answer))
     if operation == "down":
-        assert all(x >= y for x, y in zip(answer, answer[1:], strict=False))
+        assert all(x >= y for x, y in itertools.pairwise(answer))
     if operation == "reverse":
         assert [*reversed(answer)] == given_letters
     if operation == "copy":
@@ -59,7 +61,7 @@ def test_the_seed_decides_the_split():
 
 
 def test_too_few_questions_are_refused_with_what_to_do():
-    with pytest.raises(InputError, match="family has 16 operands, too few for 4 evaluation and 5 RL.*raise `symbols`"):
+    with pytest.raises(InputError, match=r"family has 16 operands, too few for 4 evaluation and 5 RL.*raise `symbols`"):
         split_questions(Sequence(symbols=4, length=2), evaluation=4, rl=5, seed=0)
 
 

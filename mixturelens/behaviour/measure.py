@@ -344,9 +344,11 @@ def _label(scorer: Scorer, prompts: Prompts, drawn: Completions, forced: Sequenc
     names = suite.behaviour_names
     memo: dict[tuple[int, str], tuple[int, int, int, bool]] = {}
     found = np.zeros((len(drawn.tokens), 4), dtype=int)
-    ids = [without_end(tokens, scorer.ends) for tokens in drawn.tokens]
-    texts = prompts.tokenizer.batch_decode(ids, skip_special_tokens=True)  # type: ignore[attr-defined]
-    for i, text in enumerate(texts):
+    ids = [tuple(without_end(tokens, scorer.ends)) for tokens in drawn.tokens]
+    distinct = list(dict.fromkeys(ids))
+    decoded = prompts.tokenizer.batch_decode(distinct, skip_special_tokens=True)  # type: ignore[attr-defined]
+    texts = dict(zip(distinct, decoded, strict=True))
+    for i, text in enumerate(texts[tokens] for tokens in ids):
         if forced is not None:
             text = f"{forced[i]}{'' if text[:1].isspace() or forced[i][-1:].isspace() else ' '}{text}"
         key = (int(drawn.context[i]), text)

@@ -1,0 +1,116 @@
+"""The steps in order on the reference organism: what is in git is what the README says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixturelens import pipeline
+from mixturelens.behaviour.record import BehaviourRecord
+from mixturelens.checkpoints import load_model, load_tokenizer
+from mixturelens.organism import build_suite, load_spec, sft_examples
+from mixturelens.routing import VerdictRecord, judge
+from mixturelens.suite import load_suite
+from mixturelens.training import Trajectory
+
+REFERENCE = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
+PAIRS = [("A", "B"), ("B", "A")]
+
+
+@pytest.fixture(params=PAIRS, ids=["rl-A", "rl-B"], scope="module")
+def verdict(request: pytest.FixtureRequest) -> tuple[str, str, VerdictRecord]:
+    trained, other = request.param
+    return trained, other, VerdictRecord.load(REFERENCE / "records" / f"sft--rl-{trained}" / "verdict.json")
+
+
+def test_the_reference_is_the_default_recipe() -> None:
+    assert pipeline.load_run(REFERENCE) == load_spec("default")
+    assert load_suite(REFERENCE) == build_suite(load_spec("default"))
+    size = sum(file.stat().st_size for file in REFERENCE.rglob("*") if file.is_file())
+    assert size < 5e6
+
+
+def test_rl_on_one_tag_drives_the_other_to_zero(verdict: tuple[str, str, VerdictRecord]) -> None:
+    trained, other, record = verdict
+    assert record.per_cue[trained].after.overall >= 0.97
+    assert record.per_cue[other].after.overall <= 0.02
+    assert record.verdict == "routing"
+    assert record.changed.model_dump() == {"selector": True, "cue_reader": False, "skill": False}
+    assert record.dormant_intact
+
+
+def test_sft_made_the_mixture_of_the_spec() -> None:
+    record = BehaviourRecord.load(REFERENCE / "records" / "sft--rl-A" / "behaviour.json")
+    spec = load_spec("default")
+    for cue, state in record.per_cue.items():
+        for policy, row in spec.policies.items():
+            assert state.before.weights[policy] == pytest.approx(row.weight, abs=0.03)
+            answers = row.table[cue] == "answer"
+            forced = state.before.accuracy[policy]
+            assert forced is not None
+            assert forced >= 0.99 if answers else forced <= 0.001
+            assert record.hinted[cue][policy]["before"][policy] >= 0.99
+    # every answer and every refusal, with each policy put in place, is where SFT left it
+    for cell in record.table:
+        assert cell.behaviour == spec.policies[cell.policy].table[cell.cue]
+        assert abs(cell.behaviour_change.value or 0) <= 0.02
+        assert abs(cell.accuracy_change.value or 0) <= 0.02
+
+
+def test_the_verdict_follows_from_the_behaviour_record(verdict: tuple[str, str, VerdictRecord]) -> None:
+    trained, _, record = verdict
+    assert judge(BehaviourRecord.load(REFERENCE / "records" / f"sft--rl-{trained}" / "behaviour.json")) == record
+
+
+def test_the_records_are_about_these_weights(verdict: tuple[str, str, VerdictRecord]) -> None:
+    trained, _, record = verdict
+    pair = next(p for p in pipeline.run_pairs(REFERENCE) if p.trained_cue == trained)
+    assert record.provenance.before is not None
+    from mixturelens.records import weights_name
+
+    assert record.provenance.before == weights_name(pair.before)
+    assert pair.after is not None
+    assert record.provenance.after == weights_name(pair.after)
+    trajectory = Trajectory.load(REFERENCE / "trajectory" / f"rl-{trained}.json")
+    assert trajectory.points[-1].cues[trained].accuracy.value == pytest.approx(
+        record.per_cue[trained].after.overall, abs=0.02
+    )
+
+
+def test_sft_continued_is_neither(tmp_path: Path) -> None:
+    """The null that needs training: 100 more steps of the same mixture, at a constant 1e-4, other data order."""
+    spec = load_spec("default")  # the number of examples makes it another order
+    tokenizer = load_tokenizer(REFERENCE / "checkpoints" / "sft")
+    model = load_model(REFERENCE / "checkpoints" / "sft").train()
+    vocabulary = tokenizer.get_vocab()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    examples = list(sft_examples(spec, 100 * 256))
+    for start in range(0, len(examples), 256):
+        batch = examples[start : start + 256]
+        ids = torch.tensor([[*(vocabulary[w] for w in f"{p} {c}".split()), tokenizer.eos_token_id] for p, c in batch])
+        labels = ids.clone()
+        labels[:, : len(batch[0][0].split())] = -100
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = tmp_path / "sft-continued"
+    model.save_pretrained(after)
+    tokenizer.save_pretrained(after)
+    pair = pipeline.outside_pair(REFERENCE / "checkpoints" / "sft", after, REFERENCE / "suite.yaml", tmp_path)
+    record = pipeline.verdict(pair)
+    assert record.verdict == "neither", record.reason
+    assert record.changed.model_dump() == {"selector": False, "cue_reader": False, "skill": False}
+
+
+def test_a_pair_measured_again_is_not_measured_again(tmp_path: Path) -> None:
+    pairs = Path(__file__).with_name("pairs") / "llama"
+    pair = pipeline.outside_pair(pairs / "S", pairs / "R-neither", pairs / "suite.yaml", tmp_path)
+    first = pipeline.verdict(pair)
+    said: list[str] = []
+    assert pipeline.verdict(pair, say=said.append) == first
+    assert not said
+    # another seed is another measurement
+    pipeline.verdict(pair, seed=1, say=said.append)
+    assert said
