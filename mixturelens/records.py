@@ -122,7 +122,11 @@ class Record(Frozen):
 
 def first_problem(error: ValidationError) -> str:
     """One line for the first problem of a pydantic error: key, what is wrong, the value."""
-    problem = error.errors()[0]
+    problem, *more = error.errors()
+    if problem["loc"][-1:] == ("str",):
+        # a text or a mapping was allowed, and a mapping was given: the problem is inside it
+        inside = [p for p in more if p["loc"][:-2] == problem["loc"][:-1]]
+        problem = inside[0] if inside else problem
     where = ".".join(str(part) for part in problem["loc"]) or "top level"
     if problem["type"] == "extra_forbidden":
         return f"unknown key {where!r}"

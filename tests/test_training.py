@@ -164,21 +164,22 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_weights(tmp_path: Pa
 
     assert start(tmp_path / "whole.log", tmp_path / "whole").wait() == 0
     run, kills = tmp_path / "killed", []
-    # seven kills at a step, three while a trainer checkpoint or a result is being written
-    plans = ["step"] * 7 + ["save"] * 3
-    rng.shuffle(plans)
-    for number, plan in enumerate(plans):
+    # in every stage at random steps, and while a trainer checkpoint or the result is being written (None)
+    plan = [("sft", sorted(rng.sample(range(3, 24), 3))), ("rl-A", sorted(rng.sample(range(2, 9), 2)))]
+    plan += [("rl-B", sorted(rng.sample(range(2, 9), 2)))]
+    targets = [(stage, step) for stage, steps in plan for step in (*steps[:-1], None, steps[-1])]
+    for number, (stage, step) in enumerate(targets):
         log = tmp_path / f"{number}.log"
         child = start(log, run)
-        wait = rng.randint(1, 6)  # steps of this life before the kill
         while child.poll() is None:
-            lines = log.read_text().splitlines() if log.exists() else []
-            saving = list(run.glob("training/*/checkpoint-*")) + list(run.glob("checkpoints/.*"))
-            halfway = [f for f in saving if not (f / "progress.json").exists()]
-            if (plan == "step" and len(lines) >= wait) or (plan == "save" and lines and halfway):
-                time.sleep(rng.random() * 0.01)
+            lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+            reached = step is not None and any(at == stage and int(done) >= step for at, done in lines)
+            written = [*run.glob(f"training/{stage}/checkpoint-*"), *run.glob(f"checkpoints/.{stage}.*")]
+            saving = step is None and lines and any(not (f / "progress.json").exists() for f in written)
+            if reached or saving:
+                time.sleep(rng.random() * 0.005)
                 child.send_signal(signal.SIGKILL)
-                kills.append((plan, lines[-1]))
+                kills.append((stage, step, " ".join(lines[-1])))
                 break
             time.sleep(0.0005)
         child.wait()

@@ -346,7 +346,8 @@ def _label(scorer: Scorer, prompts: Prompts, drawn: Completions, forced: Sequenc
     found = np.zeros((len(drawn.tokens), 4), dtype=int)
     ids = [tuple(without_end(tokens, scorer.ends)) for tokens in drawn.tokens]
     distinct = list(dict.fromkeys(ids))
-    decoded = prompts.tokenizer.batch_decode(distinct, skip_special_tokens=True)  # type: ignore[attr-defined]
+    # literals are judged by their tokens: a special token before or between them is not nothing
+    decoded = prompts.tokenizer.batch_decode(distinct, skip_special_tokens=not suite.literal)  # type: ignore[attr-defined]
     texts = dict(zip(distinct, decoded, strict=True))
     for i, text in enumerate(texts[tokens] for tokens in ids):
         if forced is not None:
@@ -443,7 +444,7 @@ def _pool_terms(
 ) -> tuple[Float[np.ndarray, "term prompt"], tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """(routing, wording, conditioning) of each prompt, and (classes, correct) of S and of R."""
     n, number = prompts.suite.samples, len(prompts.rows)
-    share_r = 1 / (1 + np.exp(np.clip(pool.log_before - pool.log_after, -700, 700)))
+    share_r = 1 / (1 + np.exp(np.clip(pool.log_before - pool.log_after, -200, 200)))
     keep = np.ones((n + 1, number, 2, n))
     keep[np.arange(1, n + 1), :, :, np.arange(n)] = 0.0
     estimates = []
