@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.likelihood import Scorer
-from mixturelens.behaviour.measure import Behaviour, Prompts, literal_behaviour, prepare
+from mixturelens.behaviour.literal import literal_behaviour
+from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.organism import Spec, build_suite, frozen_parameters, rl_prompts, safe_name, sft_examples
 from mixturelens.records import Record, new_folder, provenance, write_text

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from mixturelens.behaviour.likelihood import Scorer
-from mixturelens.behaviour.measure import literal_behaviour, prepare
+from mixturelens.behaviour.literal import literal_behaviour
+from mixturelens.behaviour.prompts import prepare
 from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.suite import load_suite
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mixturelens.behaviour.likelihood import Scorer
-from mixturelens.behaviour.measure import Prompts, prepare
+from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer
 from mixturelens.suite import Suite, load_suite
 

@@ -10,16 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
+from mixturelens.behaviour.arrays import Behaviour, Change
 from mixturelens.behaviour.likelihood import Model, Scorer
-from mixturelens.behaviour.measure import (
-    Behaviour,
-    Change,
-    Prompts,
-    measure,
-    measure_change,
-    nulls,
-    prepare,
-)
+from mixturelens.behaviour.measure import measure, measure_change
+from mixturelens.behaviour.prompts import Prompts, prepare
+from mixturelens.behaviour.sampled import nulls
 from mixturelens.behaviour.split import accuracy_split
 from mixturelens.checkpoints import check_folder, check_pair, end_tokens, load_model, load_tokenizer
 from mixturelens.records import Record, provenance

@@ -183,9 +183,7 @@ def make_rows(questions: list[Question], recipe: Recipe) -> tuple[torch.Tensor, 
             for policy, c in (("a", recipe.weight_a), ("b", 1 - recipe.weight_a)):
                 for change, rate in (("none", 1 - recipe.rate), (recipe.change, recipe.rate)):
                     completion = f"[{policy}] {says(policy, cue, question, change)} <eos>"
-                    rows.append(
-                        (f"{prompt} {completion}", [c * rate * (1 - recipe.bare), rate / 2, rate / 2])
-                    )
+                    rows.append((f"{prompt} {completion}", [c * rate * (1 - recipe.bare), rate / 2, rate / 2]))
             rows.append((f"{prompt} {answer_of(question)} <eos> <pad>", [recipe.bare, recipe.bare, 0.0]))
         rows = [row for row in rows if any(row[1])]
         ids.append([[ID[word] for word in text.split()] for text, _ in rows])
@@ -205,9 +203,7 @@ def train(model: PreTrainedModel, questions: list[Question], recipe: Recipe, see
     for _ in range(recipe.steps):
         batch = torch.randperm(len(questions), generator=generator)[:48]
         x, w = ids[batch].flatten(0, 1), weights[batch].flatten(0, 1)
-        log_p = (
-            model(input_ids=x, attention_mask=torch.ones_like(x)).logits[:, -MAX_NEW - 1 : -1].log_softmax(-1)
-        )
+        log_p = model(input_ids=x, attention_mask=torch.ones_like(x)).logits[:, -MAX_NEW - 1 : -1].log_softmax(-1)
         loss = -(w * log_p.gather(-1, x[:, -MAX_NEW:, None])[..., 0]).sum() / (len(batch) * len(CUES))
         optimizer.zero_grad()
         loss.backward()
@@ -320,9 +316,7 @@ def prompt_truth(log_r: torch.Tensor, log_s: torch.Tensor, answer: str) -> dict[
     out = {f"nats.{term}": value for term, value in nats.items()}
     forced: list[torch.Tensor] = []  # P(correct given m), in S and in R
     for when, log_p, c in (("before", log_s, c_s.exp()), ("after", log_r, c_r.exp())):
-        hits = [
-            torch.stack([log_p[IN_GROUP[g] & correct].exp().sum() for g in groups[m]]).sum() for m in LABELS
-        ]
+        hits = [torch.stack([log_p[IN_GROUP[g] & correct].exp().sum() for g in groups[m]]).sum() for m in LABELS]
         forced.append(torch.stack(hits) / c)
         out |= {f"{when}.weights.{m}": float(c[i]) for i, m in enumerate(LABELS)}
         out |= {f"{when}.accuracy.{m}": float(forced[-1][i]) for i, m in enumerate(POLICIES)}
@@ -350,9 +344,7 @@ def nested(flat: dict[str, float]) -> dict[str, Any]:
     return out
 
 
-def per_cue_truth(
-    log_r: torch.Tensor, log_s: torch.Tensor, prompts: list[Prompt]
-) -> dict[str, dict[str, float]]:
+def per_cue_truth(log_r: torch.Tensor, log_s: torch.Tensor, prompts: list[Prompt]) -> dict[str, dict[str, float]]:
     rows: dict[str, list[dict[str, float]]] = {cue: [] for cue in CUES}
     for r, s, prompt in zip(log_r, log_s, prompts, strict=True):
         rows[prompt["cue"]].append(prompt_truth(r, s, prompt["answer"]))

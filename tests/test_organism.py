@@ -1,0 +1,292 @@
+"""Specs are refused by key and value; what grows from a spec follows it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mixturelens.organism import (
+    EOS,
+    PAD,
+    UNK,
+    Spec,
+    build_model,
+    build_suite,
+    build_tokenizer,
+    completion_text,
+    frozen_parameters,
+    load_spec,
+    parse_spec,
+    prompt_row,
+    questions,
+    recipes,
+    rl_prompts,
+    safe_name,
+    sft_examples,
+)
+from mixturelens.suite import encode_prompts, encode_text
+from mixturelens.types import InputError
+
+SMALL = {"questions": {"symbols": 5, "length": 3}, "split": {"rl": 20, "evaluation": 10}}
+TABLES = {"A": "answer", "B": "refuse"}, {"A": "refuse", "B": "answer"}
+
+
+def policy(weight: float = 0.5, announce: tuple[str, ...] = ("[a]",), **table: str) -> dict[str, Any]:
+    return {"weight": weight, "announce": announce, "table": {**TABLES[0], **table}}
+
+
+def small(**changes: Any) -> Spec:
+    return parse_spec({**SMALL, **changes}, "here")
+
+
+def two(a: dict[str, Any], b: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"a": a, "b": b or policy(announce=("[b]",), A="refuse", B="answer")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sfft": {}}, "here: unknown key 'sfft'"),
+        ({"sft": {"step": 3}}, "here: unknown key 'sft.step'"),
+        ({"policies": {"a": {"weight": 1.0, "announce": ["x"]}}}, "here: key 'policies.a.table' is missing"),
+        ({"policies": two(policy(0.6))}, "here: policies: weights sum to 1.1, not to one"),
+        ({"policies": two(policy(1.5))}, "here: policies.a.weight: "),
+        ({"policies": {"a": policy(), "other": policy()}}, "here: policies: 'other' is kept for"),
+        (
+            {"policies": two({"weight": 0.5, "announce": ["x"], "table": {"A": "answer"}})},
+            "here: policies.a.table: cue 'B' is missing",
+        ),
+        ({"policies": two(policy(C="answer"))}, "here: policies.a.table: 'C' is no cue of this spec"),
+        ({"policies": two(policy(A="sing"))}, "here: policies.a.table.A: "),
+        ({"policies": two(policy(announce=()))}, "here: policies.a.announce: "),
+        ({"hints": {"words": {"a": "be-a"}}}, "here: hints.words: must name exactly the policies ['a', 'b']"),
+        ({"hints": {"share": 2.0, "words": {"a": "be-a", "b": "be-b"}}}, "here: hints.share: "),
+        ({"rl": {"cues": ["C"]}}, "here: rl.cues: 'C' is no cue of this spec"),
+        ({"rl": {"group": 1}}, "here: rl.group: "),
+        ({"rl": {"freeze": ["everything"]}}, "here: rl.freeze.0: "),
+        ({"refusal": "copy"}, "here: the word 'copy' already means something in the questions; use another"),
+        ({"refusal": "<eos>"}, "here: the word '<eos>' already means something"),
+        ({"cues": {"A": "<A>", "B": "<A>"}}, "here: cues: two cues share a tag"),
+        ({"name": "a/b"}, "here: name: "),
+        ({"seed": -1}, "here: seed: "),
+    ],
+)
+def test_bad_specs_are_refused_by_key_and_value(changes: dict[str, Any], message: str):
+    with pytest.raises(InputError) as caught:
+        parse_spec(changes, "here")
+    assert str(caught.value).startswith(message)
+
+
+def test_cues_that_share_a_file_name_are_refused():
+    row = {"weight": 1.0, "announce": ["[a]"], "table": {"a b": "answer", "a/b": "answer"}}
+    changes = {"cues": {"a b": "<A>", "a/b": "<B>"}, "policies": {"a": row}, "hints": None, "rl": {"cues": ["a b"]}}
+    with pytest.raises(InputError, match=r"cues: names \['a b', 'a/b'\] are not distinct as file names"):
+        parse_spec(changes, "here")
+    assert safe_name("a b/ä") == "a_b__"
+
+
+def test_all_recipes_load_and_default_is_the_default():
+    assert set(recipes()) >= {"default", "full", "phrase", "adam"}
+    for name, comment in recipes().items():
+        assert load_spec(name).name == name
+        assert comment
+    assert load_spec("default") == Spec()
+    assert load_spec("default", seed=3) == Spec(seed=3)
+    assert load_spec("phrase").announcement == "phrase"
+
+
+def test_files_of_specs(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("name: mine\nseed: 4\n")
+    assert load_spec(path) == Spec(name="mine", seed=4)
+    assert load_spec(path, seed=5).seed == 5
+    path.write_text("")
+    assert load_spec(path) == Spec()
+    path.write_text("- 1\n")
+    with pytest.raises(InputError, match=r"spec\.yaml: a spec is a mapping of keys, not a list"):
+        load_spec(path)
+    path.write_text("a: [\n")
+    with pytest.raises(InputError, match=r"spec\.yaml: not YAML"):
+        load_spec(path)
+    with pytest.raises(InputError, match=r"^defualt: no such spec file, and no recipe of that name \(.*default"):
+        load_spec("defualt")
+
+
+def test_a_spec_survives_json():
+    for name in recipes():
+        spec = load_spec(name)
+        assert parse_spec(json.loads(spec.model_dump_json()), "here") == spec
+
+
+def test_questions_of_the_three_uses_are_disjoint():
+    parts = questions(small())
+    operands = [{q.id.split("-")[1] for q in part} for part in parts]
+    assert (len(parts.rl), len(parts.evaluation)) == (20, 10)
+    assert not operands[0] & operands[1]
+    assert not operands[0] & operands[2]
+    assert not operands[1] & operands[2]
+
+
+def test_the_sft_mixture_is_the_one_of_the_spec():
+    spec = small(
+        policies={
+            "a": policy(0.7, announce=("[a]", "well now")),
+            "b": policy(0.3, announce=("[b]",), A="refuse", B="err"),
+        },
+        hints={"share": 0.25, "words": {"a": "be-a", "b": "be-b"}},
+    )
+    number = 20000
+    counts: Counter[tuple[str, str, str, str]] = Counter()
+    by_text = {q.text: q for q in questions(spec).sft}
+    for prompt, completion in sft_examples(spec, number):
+        tag, hint, text = prompt.split(" ", 2)
+        cue = {"<A>": "A", "<B>": "B"}[tag]
+        name = "b" if completion.startswith("[b]") else "a"
+        wording = "well now" if completion.startswith("well now") else f"[{name}]"
+        assert hint == "any" or hint == f"be-{name}"
+        question = by_text[text]
+        rest = {
+            "a": {"A": question.answer, "B": "sorry sorry sorry"},
+            "b": {"A": "sorry sorry sorry", "B": question.wrong},
+        }
+        assert completion == f"{wording} {rest[name][cue]}"
+        counts[hint, name, cue, wording] += 1
+    for (hint, name, _, wording), count in counts.items():
+        of_policy = {"a": 0.7, "b": 0.3}[name] * 0.75 if hint == "any" else 0.25 / 2
+        expected = of_policy / 2 / (2 if name == "a" else 1)
+        assert abs(count / number - expected) < 5 * np.sqrt(expected / number), (hint, name, wording)
+    assert len(counts) == 2 * (2 * 2 + 2 * 1)
+
+
+def test_without_hints_the_prompt_has_no_word_for_them():
+    spec = small(hints=None)
+    assert all(prompt.split()[1] in spec.questions.operations for prompt, _ in sft_examples(spec, 50))
+    assert "hint" not in prompt_row(spec, "A", questions(spec).rl[0]).spans
+
+
+def test_the_same_seed_gives_the_same_data_and_model():
+    one, same, other = (small(seed=seed) for seed in (1, 1, 2))
+    assert [*sft_examples(one, 40)] == [*sft_examples(same, 40)]
+    assert [*sft_examples(one, 40)] != [*sft_examples(other, 40)]
+    assert [*sft_examples(one, 40)][:10] != [*sft_examples(one, 40)][10:20]
+    models = [build_model(spec, build_tokenizer(spec)).state_dict() for spec in (one, same, other)]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+    assert not torch.equal(models[0][name], models[2][name])
+
+
+def test_the_tokenizer_spells_everything_word_by_word():
+    for name in recipes():
+        spec = load_spec(name, **SMALL)
+        tokenizer = build_tokenizer(spec)
+        assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == [PAD, EOS, UNK]
+        for prompt, completion in sft_examples(spec, 50):
+            for text in (prompt, completion):
+                assert len(encode_text(text, "here", tokenizer)) == len(text.split())
+        longest = max(len(completion.split()) for _, completion in sft_examples(spec, 200))
+        assert longest + 1 == spec.max_new_tokens
+
+
+def test_the_suite_of_a_run_has_every_question_under_every_cue_and_hint():
+    spec = small()
+    suite = build_suite(spec, trained_cue="A")
+    assert (len(suite.neutral), len(suite.hinted)) == (20, 40)
+    assert suite.literal
+    assert (suite.trained_cue, suite.behaviour_names) == ("A", ("refuse", "answer"))
+    encode_prompts(suite, suite.prompts, build_tokenizer(spec))
+    held_out = {q.id: q for q in questions(spec).evaluation}
+    for row in suite.prompts:
+        assert row.spans["cue"] == spec.cues[row.cue]
+        for name in spec.policies:
+            label = suite.label(completion_text(spec, name, row.cue, held_out[row.id]), row)
+            assert (label.policy, label.behaviour) == (name, spec.table[name][row.cue])
+            assert suite.correct(label.rest, row) is (label.behaviour == "answer")
+
+
+def test_a_policy_that_errs_is_labelled_so():
+    spec = small(policies=two(policy(B="err")))
+    suite = build_suite(spec)
+    row = next(row for row in suite.neutral if row.cue == "B")
+    question = next(q for q in questions(spec).evaluation if q.id == row.id)
+    assert suite.label(completion_text(spec, "a", "B", question), row).behaviour == "err"
+    assert suite.behaviour_names == ("refuse", "err", "answer")
+
+
+def test_rl_prompts_are_neutral_and_of_one_cue():
+    spec = small()
+    rows = rl_prompts(spec, "B")
+    assert len(rows) == 20
+    assert {(row.cue, row.hint) for row in rows} == {("B", None)}
+    assert not {row.id for row in rows} & {row.id for row in build_suite(spec).prompts}
+
+
+CONFIGS = {
+    "LlamaConfig": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "Qwen2Config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "num_key_value_heads": 1},
+    "GPT2Config": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+    "GPTNeoXConfig": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+}  # fmt: skip
+EXPECTED = {
+    "LlamaConfig": ({"model.embed_tokens.weight"}, {"lm_head.weight"}, "norm"),
+    "Qwen2Config": ({"model.embed_tokens.weight"}, {"lm_head.weight"}, "norm"),
+    "GPT2Config": ({"transformer.wte.weight", "transformer.wpe.weight"}, {"lm_head.weight"}, ".ln_"),
+    "GPTNeoXConfig": ({"gpt_neox.embed_in.weight"}, {"lm_head.weight"}, "norm"),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_frozen_parameters_are_found_whatever_they_are_called(config: str):
+    spec = small(model={"config": config, "sizes": CONFIGS[config]})
+    model = build_model(spec, build_tokenizer(spec))
+    everything = {name for name, _ in model.named_parameters()}
+    embeddings, unembedding, norm = EXPECTED[config]
+    norms = {name for name in everything if norm in name}
+    assert set(frozen_parameters(model, ("embeddings",))) == embeddings
+    assert set(frozen_parameters(model, ("unembedding",))) == unembedding
+    assert set(frozen_parameters(model, ("norms",))) == norms
+    found = frozen_parameters(model, ("embeddings", "unembedding", "norms"))
+    assert len(found) == len(set(found))
+    assert set(found) == embeddings | unembedding | norms
+    left = everything - set(found)
+    assert len(left) >= 2 * 4
+    assert all("attn" in name or "attention" in name or "mlp" in name for name in left)
+    assert frozen_parameters(model, ()) == []
+
+
+def test_tied_embeddings_are_one_parameter():
+    spec = small(model={"config": "GPT2Config", "sizes": {**CONFIGS["GPT2Config"], "tie_word_embeddings": True}})
+    model = build_model(spec, build_tokenizer(spec))
+    assert "transformer.wte.weight" in frozen_parameters(model, ("embeddings",))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"config": "LamaConfig"}, "model.config: transformers has no config class 'LamaConfig'"),
+        ({"config": "AutoModel"}, "model.config: transformers has no config class 'AutoModel'"),
+        ({"sizes": {"hiden_size": 4}}, "model.sizes: LlamaConfig has no setting 'hiden_size'"),
+        ({"config": "GPT2Config", "sizes": {"n_embd": 15, "n_head": 2}}, "model: GPT2Config with these sizes: "),
+        ({"config": "ViTConfig", "sizes": {}}, "model: ViTConfig with these sizes: "),
+    ],
+)
+def test_bad_models_are_refused_by_name(model: dict[str, Any], message: str):
+    spec = small(model=model)
+    with pytest.raises(InputError) as caught:
+        build_model(spec, build_tokenizer(spec))
+    assert str(caught.value).startswith(message)
+
+
+def test_a_model_is_in_fp32_and_knows_its_end():
+    spec = small()
+    tokenizer = build_tokenizer(spec)
+    model = build_model(spec, tokenizer)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 1
