@@ -209,10 +209,10 @@ def _reason(
     if verdict == "neither":
         return f"{_LEAD[verdict]}: together they moved by {_show(record.moved)} nats."
     parts = [text for name, text in _PARTS.items() if getattr(changed, name)]
-    lead = "The specialists changed, far more than the routing" if verdict == "specialist" and changed.selector else ""
-    clauses = [
-        f"{lead or _LEAD[verdict]}: {_show(record.routing_share)} of the {record.moved.value:.3g} nats are routing"
-    ]
+    lead = _LEAD[verdict]
+    if verdict == "specialist" and changed.selector:
+        lead = "The specialists changed, far more than the routing"
+    clauses = [f"{lead}: {_show(record.routing_share)} of the {record.moved.value:.3g} nats are routing"]
     if parts:
         clauses.append(f"what changed is {' and '.join(parts)}")
     hit = max(record.per_cue.items(), key=lambda item: _size(item[1]))

@@ -1,7 +1,7 @@
 """Write the README's table of seeds from records: `python scripts/readme_table.py`.
 
-Records lie in artifacts/reference/seeds/<recipe>-<seed>/<pair>/verdict.json; `--collect RUN ...` copies those of finished
-runs there first.
+Records lie in artifacts/reference/seeds/<recipe>-<seed>/<pair>/verdict.json; `--collect RUN ...` copies those of
+finished runs there first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Train a conditional-policy organism, step by step
 #
-# What `mixturelens train` does, in cells: look at the prompts, train SFT and RL, look at the trajectory. Run it whole with
-# `python scripts/train_organism.py [RECIPE] [--seed N] [--out DIR]`, or cell by cell in an editor that knows `# %%`.
+# What `mixturelens train` does, in cells: look at the prompts, train SFT and RL, look at the trajectory. Run it whole
+# with `python scripts/train_organism.py [RECIPE] [--seed N] [--out DIR]`, or by cell in an editor that knows `# %%`.
 
 # %%
 import argparse

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Did post-training change the router or the specialists of *my* model?
 #
-# Two checkpoint folders of one shape and tokenizer, and a behaviour suite: prompts under every cue, and how a completion
-# shows its policy. Run it whole with
+# Two checkpoint folders of one shape and tokenizer, and a behaviour suite: prompts under every cue, and how a
+# completion shows its policy. Run it whole with
 # `python scripts/verdict_on_my_checkpoints.py --before S --after R --suite suite.yaml`; without arguments it looks at a
 # pair from `tests/pairs`, in which a policy learnt to answer where it used to refuse.
 
@@ -41,12 +41,14 @@ record = behaviour_record(arguments.before, arguments.after, suite, device=argum
 for cue, state in record.per_cue.items():
     for when, side in (("before", state.before), ("after", state.after)):
         if side is not None:
-            print(f"{cue} {when:6} weights {side.weights}  forced accuracy {side.accuracy}  overall {side.overall:.3f}")
+            weights = {name: round(value, 3) for name, value in side.weights.items()}
+            forced = {name: value and round(value, 3) for name, value in side.accuracy.items()}
+            print(f"{cue} {when:6} weights {weights}  forced accuracy {forced}  overall {side.overall:.3f}")
 
 # %% [markdown]
 # ## The verdict, and what it stands on
-# Every number has a 95% bootstrap interval over questions. `routing` is the part of KL(R || S) that lies in the choice of
-# policy, `conditioning` in what a policy does under a cue, `skill` in how well it does it.
+# Every number has a 95% bootstrap interval over questions. `routing` is the part of KL(R || S) that lies in the choice
+# of policy, `conditioning` in what a policy does under a cue, `skill` in how well it does it.
 
 # %%
 verdict = judge(record)
