@@ -639,7 +639,8 @@ def _style(figure: Figure, height: int) -> Figure:
 def regimes(verdicts: Mapping[tuple[float, float], VerdictRecord], trained_cue: str) -> Figure:
     """Verdicts of RL on one cue over a grid of (Adam's epsilon, learning rate), coloured by routing share.
 
-    A cell says its verdict, what changed, and the expected accuracy under each cue after RL.
+    A cell says its verdict, the routing share with its interval, what changed, and the expected accuracy under each cue
+    after RL.
     """
     from plotly.graph_objects import Figure, Heatmap
 
@@ -649,10 +650,11 @@ def regimes(verdicts: Mapping[tuple[float, float], VerdictRecord], trained_cue: 
     figure = Figure(
         Heatmap(
             z=shares,
-            x=[f"{rate:g}" for rate in rates],
-            y=[f"{epsilon:g}" for epsilon in epsilons],
+            x=[_power(rate) for rate in rates],
+            y=[_power(epsilon) for epsilon in epsilons],
             text=texts,
             texttemplate="%{text}",
+            textfont={"size": 13},
             hoverinfo="text",
             zmin=0,
             zmax=1,
@@ -662,11 +664,21 @@ def regimes(verdicts: Mapping[tuple[float, float], VerdictRecord], trained_cue: 
             ygap=3,
         )
     )
-    figure.update_xaxes(title="learning rate", type="category")
-    figure.update_yaxes(title="Adam's epsilon", type="category")
-    _style(figure, 150 + 120 * len(epsilons))
-    figure.update_layout(title=f"RL on {label(trained_cue)}: what changed, by epsilon and learning rate", width=980)
+    _style(figure, 160 + 120 * len(epsilons))
+    figure.update_layout(
+        title=f"RL on {label(trained_cue)}: what changed, by epsilon and learning rate",
+        width=980,
+        # numbers written out would be read as a linear axis
+        xaxis={"title": "learning rate", "type": "category"},
+        yaxis={"title": "Adam's epsilon", "type": "category"},
+    )
     return figure
+
+
+def _power(value: float) -> str:
+    """A rate as it is spoken of: 3 × 10⁻⁴."""
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa} × 10<sup>{int(exponent)}</sup>".removeprefix("1 × ").replace("-", "−")
 
 
 def _share(record: VerdictRecord | None) -> float | None:
@@ -679,7 +691,8 @@ def _regime_text(record: VerdictRecord | None) -> str:
         return DASH
     changed = [name.replace("_", " ") for name, yes in record.changed.model_dump().items() if yes]
     after = [f"{label(cue)} {_number(s.after.overall, 2)}" for cue, s in record.per_cue.items() if s.after]
-    return f"<b>{record.verdict}</b><br>{', '.join(changed) or 'nothing'}<br>{', '.join(after)}"
+    share = f"share {_number(record.routing_share, 2)}"
+    return f"<b>{record.verdict}</b><br>{share}<br>{', '.join(changed) or 'nothing'}<br>{', '.join(after)}"
 
 
 def figure_html(figure: Figure, name: str) -> str:

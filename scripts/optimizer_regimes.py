@@ -73,5 +73,5 @@ for epsilon in EPSILONS:
 # %%
 figure = viz.regimes(verdicts, arguments.cue)
 file = out / "regimes.html"
-figure.write_html(file, include_plotlyjs=True)
+figure.write_html(file, include_plotlyjs=True, config={"displayModeBar": False})
 print(f"figure: {file}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mixturelens import pipeline
 from mixturelens.routing import VerdictRecord
+from mixturelens.types import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = ROOT / "artifacts" / "reference" / "seeds"
@@ -58,7 +59,30 @@ def table() -> str:
     ]
     order = ("default", "full", "phrase", "adam")
     keys = sorted(groups, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), k))
-    return "\n".join(lines + [row(recipe, cue, groups[recipe, cue]) for recipe, cue in keys])
+    lines += [row(recipe, cue, groups[recipe, cue]) for recipe, cue in keys]
+    return "\n".join([*lines, "", *moved_cells()])
+
+
+def moved_cells() -> list[str]:
+    """The cells of the policy table that moved, or may have, where the verdict is not about specialists anyway."""
+    lines = []
+    for file in sorted(SEEDS.glob("*/*/verdict.json")):
+        record = VerdictRecord.load(file)
+        for cell in record.moved_cells:
+            if record.verdict in ("specialist", "both"):
+                continue
+            intact = "cannot say" if record.dormant_intact is None else record.dormant_intact
+            where = f"{file.parts[-3]}, {file.parts[-2]}"
+            lines.append(
+                f"- {where}: policy {cell.policy} as `{cell.announcement}` under {cell.cue}: "
+                f"P({cell.behaviour}) moved by {signed(cell.behaviour_change)}, accuracy by "
+                f"{signed(cell.accuracy_change)}; verdict `{record.verdict}`, silent specialists intact: {intact}"
+            )
+    return ["Cells that moved, or may have moved, by more than 0.02 where routing was selected:", "", *lines]
+
+
+def signed(value: Interval) -> str:
+    return f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 
 def main() -> None:

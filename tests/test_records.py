@@ -78,10 +78,8 @@ def test_numbers_that_json_lacks_are_refused_rather_than_written(tmp_path: Path,
         number: float
 
     path = tmp_path / "size.json"
-    # pydantic writes them as null, which would say "not measured"
-    if json.loads(Size(number=1.0).to_json())["number"] == 1.0:
-        with pytest.raises(ValueError, match="Out of range float values"):
-            Size(number=number).save(path)
+    with pytest.raises(ValueError, match="Out of range float values"):
+        Size(number=number).save(path)
     assert not path.exists()
 
 

@@ -38,13 +38,23 @@ def test_a_pair_of_folders_becomes_a_record_that_survives_saving(pairs: Path, tm
         assert getattr(controls.same_checkpoint, term).value == pytest.approx(0, abs=1e-9), term
     assert controls.sum_agrees is True
     assert controls.shuffled_routing_share.value < 0.15
-    again = behaviour_record(folder / "S", folder / "R-both", load_suite(folder), suite_name="s", seed=4)
-    assert again == found
+
+
+def test_the_same_seed_gives_the_same_record(pairs: Path):
+    folder = pairs / "llama"
+    suite = load_suite(folder).model_copy(
+        update={"max_new_tokens": 4}
+    )  # too many completions to enumerate: some are drawn
+    one, same, other = (behaviour_record(folder / "S", folder / "R-both", suite, seed=seed) for seed in (4, 4, 5))
+    assert one.method == "literal"
+    assert one == same
+    assert one.nats.skill != other.nats.skill
 
 
 def test_a_checkpoint_against_itself_is_neither(pairs: Path):
     folder = pairs / "qwen2"
-    found = behaviour_record(folder / "S", folder / "S", load_suite(folder))
+    suite = load_suite(folder).model_copy(update={"max_new_tokens": 4})
+    found = behaviour_record(folder / "S", folder / "S", suite)
     verdict = judge(found)
     assert verdict.verdict == "neither"
     assert verdict.changed.model_dump() == {"selector": False, "cue_reader": False, "skill": False}
