@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 MEASURED_QUESTIONS = 64
 """Held-out questions for the measurements along training; the verdict uses all of them."""
 SATURATION_WINDOW = 5
+ONE_THREAD_BELOW = 2_000_000
+"""Parameters under which training on a CPU uses one thread: more gain little, lose much when the cores are shared, and
+would make the weights depend on their number."""
 SAVES = 8
 """Trainer checkpoints a stage: what a kill can cost is an eighth of it."""
 
@@ -235,9 +238,15 @@ class Stage:
             model = load_model(resume, self.device)
         else:
             torch.manual_seed(self.spec.seed)
-            trainer = make(model, tokenizer)
-            attach(self, trainer)
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            threads = torch.get_num_threads()
+            if self.device == "cpu" and model.num_parameters() < ONE_THREAD_BELOW:
+                torch.set_num_threads(1)
+            try:
+                trainer = make(model, tokenizer)
+                attach(self, trainer)
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            finally:
+                torch.set_num_threads(threads)
         steps = len(self.reward) or self.steps
         if not self.points or self.points[-1].step != steps:
             self.measure(model, steps)
