@@ -136,6 +136,8 @@ class Spec(Frozen):
         for cue in self.rl.cues:
             if cue not in self.cues:
                 raise ValueError(f"rl.cues: {cue!r} is no cue of this spec")
+        if self.split.rl < self.rl.prompts:
+            raise ValueError(f"split.rl: {self.split.rl} questions are fewer than the {self.rl.prompts} of an RL step")
         safe = [safe_name(cue) for cue in self.cues]
         if len(set(safe)) != len(safe):
             raise ValueError(f"cues: names {sorted(self.cues)} are not distinct as file names")

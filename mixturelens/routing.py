@@ -71,7 +71,7 @@ class VerdictRecord(Record):
     per_cue: dict[str, CueBehaviour]
     coverage: dict[str, Interval]
     moved_cells: tuple[Cell, ...] = ()
-    """Cells of the policy table that moved by more than the threshold."""
+    """Cells of the policy table that moved by more than the threshold, or whose interval cannot exclude it."""
     mechanism: Mechanism = Mechanism()
     controls: VerdictControls
     thresholds: Thresholds = Thresholds()
@@ -94,7 +94,7 @@ def judge(record: BehaviourRecord, thresholds: Thresholds = DEFAULT_THRESHOLDS) 
         verdict=verdict,
         changed=changed,
         dormant_intact=intact,
-        reason=_reason(record, verdict, doubt, changed, moved_cells),
+        reason=_reason(record, verdict, doubt, changed, moved_cells, thresholds),
         routing_share=record.routing_share,
         router_share=record.router_share,
         nats=record.nats,
@@ -201,7 +201,12 @@ _PARTS: dict[Literal["selector", "cue_reader", "skill"], str] = {
 
 
 def _reason(
-    record: BehaviourRecord, verdict: VerdictWord, doubt: str, changed: Changed, moved: tuple[Cell, ...]
+    record: BehaviourRecord,
+    verdict: VerdictWord,
+    doubt: str,
+    changed: Changed,
+    moved: tuple[Cell, ...],
+    t: Thresholds,
 ) -> str:
     """One plain sentence: the verdict, the numbers it stands on, and what follows for accuracy."""
     if verdict == "inconclusive":
@@ -219,7 +224,7 @@ def _reason(
     cue, state = hit
     assert state.after is not None
     clauses.append(f"accuracy under {cue} went from {state.before.overall:.2f} to {state.after.overall:.2f}")
-    sure = [cell for cell in moved if _cell_moved(cell, DEFAULT_THRESHOLDS.cell)]
+    sure = [cell for cell in moved if _cell_moved(cell, t.cell)]
     if sure:
         cell = max(sure, key=lambda c: max(abs(c.behaviour_change.value or 0), abs(c.accuracy_change.value or 0)))
         clauses.append(f"policy {cell.policy} put in place under {cell.cue} {_cell_words(cell)}")

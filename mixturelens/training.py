@@ -106,6 +106,7 @@ def train_sft(spec: Spec, run: Path, device: str = "cpu", progress: Progress | N
 
 def train_rl(spec: Spec, cue: str, run: Path, device: str = "cpu", progress: Progress | None = None) -> Trajectory:
     """Train `run/checkpoints/rl-<cue>` from `run/checkpoints/sft` by GRPO on neutral prompts of one cue."""
+    import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -113,6 +114,15 @@ def train_rl(spec: Spec, cue: str, run: Path, device: str = "cpu", progress: Pro
     name = f"rl-{safe_name(cue)}"
     stage = Stage(name, spec, run, rl.steps, rl.measure_every, device, progress, rl.stop_reward)
     rows = rl_prompts(spec, cue)
+
+    class SameOrder(GRPOTrainer):
+        """TRL's sampler shuffles once an epoch from a generator that a resumed run would start anew."""
+
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            sampler: Any = super()._get_train_sampler(dataset)
+            for _ in range(len(stage.reward) // (len(rows) // rl.prompts)):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+            return sampler
 
     def make(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Trainer:
         frozen = set(frozen_parameters(model, rl.freeze))
@@ -131,7 +141,7 @@ def train_rl(spec: Spec, cue: str, run: Path, device: str = "cpu", progress: Pro
             top_k=0,
             beta=0.0,
         )
-        return GRPOTrainer(
+        return SameOrder(
             model=model,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": [row.text for row in rows], "row": list(range(len(rows)))}),

@@ -197,8 +197,8 @@ def test_policies_that_overlap(run: Run, copied: Path) -> None:
 
 
 def test_a_policy_that_never_occurs(run: Run, copied: Path) -> None:
-    suite = changed(copied, policies={"a": "[a]", "b": "[b]", "c": "<pad>"})
-    refused(run("verdict", *pair(suite=suite, out=copied / "out"), "--quiet"), "'c'", "never occurs", "<pad>")
+    suite = changed(copied, policies={"a": "[a]", "b": "[b]", "c": "= = ="}, max_new_tokens=5)
+    refused(run("verdict", *pair(suite=suite, out=copied / "out"), "--quiet"), "'c'", "never occurs", "= = =")
 
 
 def test_an_unknown_trained_cue(run: Run) -> None:
@@ -232,6 +232,7 @@ def spec(tmp_path: Path, **changes: Any) -> Path:
         ({"rl__cues": ["A", "C"]}, ["rl.cues", "'C'"]),
         ({"questions__symbols": 2}, ["too few", "symbols"]),
         ({"refusal": "up"}, ["'up'"]),
+        ({"split__rl": 20}, ["split.rl", "20", "32"]),
     ],
 )
 def test_bad_specs(run: Run, tmp_path: Path, changes: dict[str, Any], culprits: list[str]) -> None:
