@@ -105,6 +105,30 @@ def test_an_interrupted_run_ends_with_the_same_weights(
         assert json.loads((run / file).read_text()) == json.loads((finished / file).read_text())
 
 
+SHAPES = {
+    "GPT2Config": {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "GPTNeoXConfig": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "Qwen2Config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_any_architecture_goes_through_every_step(tiny: Spec, tmp_path: Path, config: str) -> None:
+    short = tiny.model_dump(mode="json")
+    short["model"] = {"config": config, "sizes": SHAPES[config]}
+    short["sft"]["steps"], short["rl"]["steps"], short["rl"]["cues"] = 4, 2, ["A"]
+    pipeline.train(Spec.model_validate(short), tmp_path / "run")
+    (pair,) = pipeline.run_pairs(tmp_path / "run")
+    # hardly trained, so that no policy covers its completions: that must be the answer
+    assert pipeline.verdict(pair).verdict == "inconclusive"
+
+
 def test_a_finished_run_is_not_trained_again(finished: Path, tiny: Spec) -> None:
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*.safetensors")}
     pipeline.train(tiny, finished, progress=lambda *_: pytest.fail("it trained again"))

@@ -238,7 +238,7 @@ def label(completion: tuple[int, ...]) -> tuple[str, str]:
 def are_correct(answer: str) -> torch.Tensor:
     """For every completion: is what follows the announcement (all of it under `other`) just the answer?"""
     rests = [y if label(y)[0] == "other" else y[1:] for y in COMPLETIONS]
-    texts = [" ".join(VOCAB[i] for i in rest if VOCAB[i] not in SPECIAL) for rest in rests]
+    texts = [" ".join(VOCAB[i] for i in rest if VOCAB[i] != "<eos>") for rest in rests]
     return torch.tensor([text == answer for text in texts])
 
 
