@@ -136,6 +136,9 @@ class Suite(Frozen):
             raise ValueError(f"trained_cue: no prompt has cue {self.trained_cue!r}")
         if not self.neutral:
             raise ValueError("prompts: every prompt has a hint; behaviour is measured on prompts without one")
+        without = [row.id for row in self.prompts if row.err is None]
+        if 0 < len(without) < len(self.prompts):
+            raise ValueError(f"prompts: {without[0]!r} has no `err`, but others have; give it to all or to none")
         seen: set[tuple[str, str, str | None]] = set()
         for row in self.prompts:
             key = (row.id, row.cue, row.hint)

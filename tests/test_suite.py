@@ -127,6 +127,7 @@ def test_a_bad_regular_expression_is_refused_with_where_and_what(tmp_path: Path)
         ({**ROW, "messages": [{"role": "user", "content": "x"}]}, "line 2: give either `prompt` or `messages`"),
         ({**ROW, "id": "r", "spans": {"cue": "<A>"}}, "line 2: spans.cue: '<A>' does not occur in the prompt"),
         (ROW, "prompts: question 'q' occurs twice under cue 'A', hint None"),
+        ({**ROW, "id": "r", "err": "5"}, "prompts: 'q' has no `err`, but others have"),
         (
             {"id": "r", "cue": "A", "messages": [{"role": "user", "content": "x"}], "answer": "4"},
             "prompts: 'r' has messages, but the suite has no `chat:`; add `chat: {}`",
