@@ -67,9 +67,9 @@ def test_every_kind_of_policy_survives_saving(tmp_path: Path):
         answer_match="contains",
         chat={"template_kwargs": {"deep": {"x": 1}}, "system": "s"},
         prompts=[
-            {**ROW, "hint": "a"},
+            {**ROW, "hint": "a", "err": "5"},
             {**ROW, "spans": {"cue": "2"}, "err": "5"},
-            {"id": "m", "cue": "B", "messages": [{"role": "user", "content": "hé"}], "answer": "x"},
+            {"id": "m", "cue": "B", "messages": [{"role": "user", "content": "hé"}], "answer": "x", "err": "y"},
         ],
     )
     found.save(tmp_path / "s.yaml", prompts_name="p.jsonl")
