@@ -32,7 +32,7 @@ from mixturelens.organism import (
 from mixturelens.suite import encode_prompts, encode_text
 from mixturelens.types import InputError
 
-SMALL = {"questions": {"symbols": 5, "length": 3}, "split": {"rl": 20, "evaluation": 10}}
+SMALL = {"questions": {"symbols": 5, "length": 3}, "split": {"rl": 40, "evaluation": 10}}
 TABLES = {"A": "answer", "B": "refuse"}, {"A": "refuse", "B": "answer"}
 
 
@@ -126,7 +126,7 @@ def test_a_spec_survives_json():
 def test_questions_of_the_three_uses_are_disjoint():
     parts = questions(small())
     operands = [{q.id.split("-")[1] for q in part} for part in parts]
-    assert (len(parts.rl), len(parts.evaluation)) == (20, 10)
+    assert (len(parts.rl), len(parts.evaluation)) == (40, 10)
     assert not operands[0] & operands[1]
     assert not operands[0] & operands[2]
     assert not operands[1] & operands[2]
@@ -220,7 +220,7 @@ def test_a_policy_that_errs_is_labelled_so():
 def test_rl_prompts_are_neutral_and_of_one_cue():
     spec = small()
     rows = rl_prompts(spec, "B")
-    assert len(rows) == 20
+    assert len(rows) == 40
     assert {(row.cue, row.hint) for row in rows} == {("B", None)}
     assert not {row.id for row in rows} & {row.id for row in build_suite(spec).prompts}
 
