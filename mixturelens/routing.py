@@ -25,6 +25,8 @@ class Thresholds(Frozen):
     """Change of a probability in the policy table from which a cell counts as moved."""
     questions: int = 8
     """Questions under which a bootstrap says nothing."""
+    overlap: float = 0.1
+    """Overlap of the completions under which those of one checkpoint say nothing about the other (rules only)."""
     samples: int = 4
     """Completions a prompt under which the weights of a prompt cannot be told (rules only)."""
 
@@ -120,6 +122,11 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
             f"{record.samples} completion(s) a prompt cannot tell a prompt's weights; raise `samples` to {t.samples} "
             "or more"
         )
+    if record.overlap is not None and record.overlap < t.overlap:
+        return "inconclusive", (
+            f"completions before and after hardly overlap ({record.overlap:.2f}, and {t.overlap} is needed), so that "
+            "their weights under each other say nothing; shorten `max_new_tokens`, or show policies by literal texts"
+        )
     if not record.moved.measured:
         return "inconclusive", "the change could not be measured"
     if record.moved.below(t.nats):
@@ -211,26 +218,43 @@ def _reason(
     """One plain sentence: the verdict, the numbers it stands on, and what follows for accuracy."""
     if verdict == "inconclusive":
         return f"{_LEAD[verdict]}: {doubt}."
+    put_in_place = _put_in_place(record, moved, t)
     if verdict == "neither":
-        return f"{_LEAD[verdict]}: together they moved by {_show(record.moved)} nats."
+        return f"{_LEAD[verdict]}: together they moved by {_show(record.moved)} nats; {put_in_place}."
     parts = [text for name, text in _PARTS.items() if getattr(changed, name)]
     lead = _LEAD[verdict]
     if verdict == "specialist" and changed.selector:
         lead = "The specialists changed, far more than the routing"
-    clauses = [f"{lead}: {_show(record.routing_share)} of the {record.moved.value:.3g} nats are routing"]
+    clauses = [f"{lead}: {_show(_within(record.routing_share))} of the {record.moved.value:.3g} nats are routing"]
     if parts:
         clauses.append(f"what changed is {' and '.join(parts)}")
     hit = max(record.per_cue.items(), key=lambda item: _size(item[1]))
     cue, state = hit
     assert state.after is not None
     clauses.append(f"accuracy under {cue} went from {state.before.overall:.2f} to {state.after.overall:.2f}")
-    sure = [cell for cell in moved if _cell_moved(cell, t.cell)]
-    if sure:
-        cell = max(sure, key=lambda c: max(abs(c.behaviour_change.value or 0), abs(c.accuracy_change.value or 0)))
-        clauses.append(f"policy {cell.policy} put in place under {cell.cue} {_cell_words(cell)}")
-    elif not moved:
-        clauses.append("every policy put in place still does what it did")
+    clauses.append(put_in_place)
     return "; ".join(clauses) + "."
+
+
+def _put_in_place(record: BehaviourRecord, moved: tuple[Cell, ...], t: Thresholds) -> str:
+    """What the policy table says, silent policies included."""
+    if not record.table:
+        return "no policy could be put in place (no rule has a `force`)"
+    if not moved:
+        return "every policy put in place still does what it did"
+    sure = [cell for cell in moved if _cell_moved(cell, t.cell)]
+    if not sure:
+        return "whether every policy put in place still does what it did cannot be told"
+    cell = max(sure, key=lambda c: max(abs(c.behaviour_change.value or 0), abs(c.accuracy_change.value or 0)))
+    return f"policy {cell.policy} put in place under {cell.cue} {_cell_words(cell)}"
+
+
+def _within(share: Interval) -> Interval:
+    """A share as a share: sampling error can take the estimate a little out of 0 to 1."""
+    if share.value is None or share.low is None or share.high is None:
+        return share
+    value, low, high = (min(1.0, max(0.0, x)) for x in (share.value, share.low, share.high))
+    return Interval(value=value, low=low, high=high)
 
 
 def _size(state: CueBehaviour) -> float:

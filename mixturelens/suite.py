@@ -136,6 +136,19 @@ class Suite(Frozen):
             raise ValueError(f"trained_cue: no prompt has cue {self.trained_cue!r}")
         if not self.neutral:
             raise ValueError("prompts: every prompt has a hint; behaviour is measured on prompts without one")
+        for name, shown in self.policies.items():
+            if isinstance(shown, Rule) and shown.force is not None:
+                found = self.label(shown.force, self.neutral[0]).policy
+                if found != name:
+                    raise ValueError(f"policies.{name}.force: {shown.force!r} shows policy {found!r}, not {name!r}")
+        for row in self.prompts:
+            if row.err is not None and ERR not in (self.behaviours or {}):
+                for name, shown in (self.behaviours or {}).items():
+                    for text in () if isinstance(shown, Rule) else wordings(shown):
+                        if row.err.startswith(text.strip()) or text.strip().startswith(row.err):
+                            raise ValueError(f"prompts: the `err` of {row.id!r} overlaps with behaviour {name!r}")
+            if not row.answer.strip():
+                raise ValueError(f"prompts: the answer of {row.id!r} is empty")
         without = [row.id for row in self.prompts if row.err is None]
         if 0 < len(without) < len(self.prompts):
             raise ValueError(f"prompts: {without[0]!r} has no `err`, but others have; give it to all or to none")

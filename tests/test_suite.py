@@ -107,6 +107,15 @@ def test_bad_suites_are_refused_by_name(tmp_path: Path, text: str, message: str)
     assert message in str(caught.value)
 
 
+def test_a_force_that_shows_another_policy_and_an_err_that_is_a_behaviour_are_refused(tmp_path: Path):
+    text = "prompts: prompts.jsonl\npolicies: {a: {regex: ^x, force: y}, b: {regex: ^y, force: y}}\n"
+    with pytest.raises(InputError, match=r"policies\.a\.force: 'y' shows policy 'b', not 'a'"):
+        load_suite(make(tmp_path, text))
+    text = "prompts: prompts.jsonl\npolicies: {a: x}\nbehaviours: {refuse: sorry}\n"
+    with pytest.raises(InputError, match="the `err` of 'q' overlaps with behaviour 'refuse'"):
+        load_suite(make(tmp_path, text, [{**ROW, "err": "sorry sorry"}]))
+
+
 def test_a_bad_regular_expression_is_refused_with_where_and_what(tmp_path: Path):
     text = "prompts: prompts.jsonl\npolicies: {a: {regex: '^(x', force: x}}\n"
     with pytest.raises(InputError, match=r"suite.yaml: policies\.a.*regex: not a regular expression .*\^\(x"):
@@ -128,6 +137,7 @@ def test_a_bad_regular_expression_is_refused_with_where_and_what(tmp_path: Path)
         ({**ROW, "id": "r", "spans": {"cue": "<A>"}}, "line 2: spans.cue: '<A>' does not occur in the prompt"),
         (ROW, "prompts: question 'q' occurs twice under cue 'A', hint None"),
         ({**ROW, "id": "r", "err": "5"}, "prompts: 'q' has no `err`, but others have"),
+        ({**ROW, "id": "r", "answer": " "}, "prompts: the answer of 'r' is empty"),
         (
             {"id": "r", "cue": "A", "messages": [{"role": "user", "content": "x"}], "answer": "4"},
             "prompts: 'r' has messages, but the suite has no `chat:`; add `chat: {}`",

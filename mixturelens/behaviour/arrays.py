@@ -61,6 +61,8 @@ class Change:
     other: Float[np.ndarray, " prompt"]
     dormant: Float[np.ndarray, " prompt"]
     method: str
+    overlap: float | None = None
+    """Of completions weighed under both checkpoints: the mean of 4 R S / (R + S)^2; 1 if alike, 0 if disjoint."""
 
 
 def log_ratio(p: np.ndarray, q: np.ndarray) -> np.ndarray:

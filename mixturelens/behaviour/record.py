@@ -119,6 +119,8 @@ class BehaviourRecord(Record):
     per_cue: dict[str, CueBehaviour]
     samples: int | None = None
     """Completions a prompt behind every number; null where probabilities are exact."""
+    overlap: float | None = None
+    """How far the sampled completions of each checkpoint are likely under the other, 0 to 1; null where exact."""
     nats: Nats | None = None
     moved: Interval = NOT_MEASURED
     """routing + specialist, in nats: what the shares are shares of."""
@@ -227,6 +229,7 @@ def measure_record(
     say("hinted prompts")
     return BehaviourRecord(
         method=change.method,
+        overlap=change.overlap,
         coverage={"before": _coverage(change.before, grid), "after": _coverage(change.after, grid)},
         per_cue={
             cue: CueBehaviour(before=sides[0][c], after=sides[1][c], nats=per_cue_nats[c], accuracy_change=accuracy[c])

@@ -91,18 +91,24 @@ def _draw_pool(scorer: Scorer, before: Model, after: Model, prompts: Prompts, se
     return _Pool(context, label, log_r, log_s, kl.reshape(number, 2, n)[:, 0])
 
 
+def _shares(pool: _Pool) -> tuple[np.ndarray, np.ndarray]:
+    """R / (R + S) and S / (R + S) of every completion; neither underflows to zero."""
+    ahead = np.clip(pool.log_after - pool.log_before, -200, 200)
+    return 1 / (1 + np.exp(-ahead)), 1 / (1 + np.exp(ahead))
+
+
 def _pool_terms(
     prompts: Prompts, pool: _Pool, label: Labelled
 ) -> tuple[Float[np.ndarray, "term prompt"], tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """(routing, wording, conditioning) of each prompt, and (classes, correct) of S and of R."""
     n, number = prompts.suite.samples, len(prompts.rows)
-    share_r = 1 / (1 + np.exp(np.clip(pool.log_before - pool.log_after, -200, 200)))
+    share_r, share_s = _shares(pool)
     keep = np.ones((n + 1, number, 2, n))
     keep[np.arange(1, n + 1), :, :, np.arange(n)] = 0.0
     estimates = []
     for chosen in keep.reshape(n + 1, -1):
         pair = []
-        for share in (1 - share_r, share_r):
+        for share in (share_s, share_r):
             weight = share * chosen
             mass = np.bincount(pool.context, weight, minlength=number)
             pair.append(_tally(prompts, pool.context, label, weight / np.maximum(mass, 1e-300)[pool.context]))
@@ -145,6 +151,7 @@ def sampled_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts
         other=other,
         dormant=dormant(r, policy_kl),
         method="sampled",
+        overlap=float(4 * np.prod(_shares(pool), axis=0).mean()),
     )
 
 

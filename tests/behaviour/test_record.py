@@ -168,7 +168,7 @@ def test_a_question_without_one_of_the_cues_is_left_out_there(load_pair):
 @pytest.mark.parametrize("rule", [False, True])
 def test_a_policy_that_never_occurs_is_refused_by_name(pairs: Path, rule: bool):
     folder = pairs / "llama"
-    shown = {"regex": "^nowhere", "force": "="} if rule else "= = ="
+    shown = {"regex": "^= = =", "force": "= = ="} if rule else "= = ="
     base = load_suite(folder).model_dump()
     suite = Suite.model_validate({**base, "policies": {**base["policies"], "c": shown}, "max_new_tokens": 5})
     with pytest.raises(InputError, match=r"policy 'c' never occurs before or after .*(\^nowhere|= = =)") as caught:
