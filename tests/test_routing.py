@@ -252,5 +252,5 @@ def test_one_checkpoint_has_no_verdict():
 
 @pytest.mark.parametrize(("overlap", "word"), [(None, "routing"), (0.5, "routing"), (0.05, "inconclusive")])
 def test_samples_that_do_not_overlap_say_nothing(overlap: float | None, word: str):
-    """Each completion is weighed under both checkpoints; what only one of them writes is no evidence about the other."""
+    """Each completion is weighed under both checkpoints; what only one writes is no evidence about the other."""
     assert verdict(samples=16, overlap=overlap) == word
