@@ -83,12 +83,6 @@ def prepare(suite: Suite, rows: Sequence[PromptRow], tokenizer) -> Prompts:
         behaviours=tuple(behaviours),
         tokenizer=tokenizer,
     )
-    for announcement in announcements:
-        if len(announcement.ids) >= suite.max_new_tokens:
-            raise InputError(
-                f"max_new_tokens: {suite.max_new_tokens} leaves no room behind {announcement.text!r} "
-                f"({len(announcement.ids)} tokens); raise it"
-            )
     if suite.literal:
         longest = max(len(a.ids) for a in announcements)
         for row, answer in zip(rows, prompts.answers, strict=True):
@@ -97,6 +91,12 @@ def prepare(suite: Suite, rows: Sequence[PromptRow], tokenizer) -> Prompts:
                     f"max_new_tokens: {suite.max_new_tokens} cannot hold announcement and answer of prompt {row.id!r} "
                     f"({longest + len(answer)} tokens); raise it"
                 )
+    for announcement in announcements:
+        if len(announcement.ids) >= suite.max_new_tokens:
+            raise InputError(
+                f"max_new_tokens: {suite.max_new_tokens} leaves no room behind {announcement.text!r} "
+                f"({len(announcement.ids)} tokens); raise it"
+            )
     return prompts
 
 

@@ -192,6 +192,14 @@ def test_several_wordings_of_a_policy_are_summed(load_pair):
     assert [x.shape for x in shared] == [(40, 1)] * 2
 
 
+def test_a_force_that_leaves_no_room_is_refused_by_name(load_pair):
+    pair = load_pair("llama", "R-both")
+    rules = {"a": {"regex": r"^\[a\]", "force": "[a] = ="}, "b": {"regex": r"^\[b\]", "force": "[b]"}}
+    suite = Suite.model_validate({**pair.suite.model_dump(), "policies": rules})
+    with pytest.raises(InputError, match=r"max_new_tokens: 3 leaves no room behind '\[a\] = ='"):
+        prepare(suite, suite.neutral, pair.tokenizer)
+
+
 def test_an_answer_that_does_not_fit_is_refused_by_name(load_pair):
     pair = load_pair("llama", "R-both")
     suite = pair.suite.model_copy(update={"max_new_tokens": 1})
