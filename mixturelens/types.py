@@ -17,7 +17,6 @@ OTHER = "other"
 """The policy that collects completions of no known policy."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Nats = Annotated[float, Field()]
 
 
 class InputError(Exception):
