@@ -321,13 +321,13 @@ def encode_prompts(suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTraine
         if suite.chat is None:
             text, special = row.text, True
         else:
-            text, special = _chat_text(suite.chat, row, tokenizer), False
+            text, special = chat_text(suite.chat, row, tokenizer), False
         _check_spelling(row.text, f"prompt {row.id!r} under cue {row.cue!r}", tokenizer)
         encoded.append(tokenizer.encode(text, add_special_tokens=special))
     return encoded
 
 
-def _chat_text(chat: Chat, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> str:
+def chat_text(chat: Chat, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise InputError("the suite has `chat:`, but the tokenizer has no chat template; remove `chat:` or add one")
     messages = list(row.messages or ({"role": "user", "content": row.text},))

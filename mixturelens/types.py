@@ -73,3 +73,78 @@ VerdictWord = Literal["routing", "specialist", "both", "neither", "inconclusive"
 
 PolicyTable = Mapping[str, Mapping[str, str]]
 """policy -> cue -> behaviour, e.g. {"a": {"A": "answer", "B": "refuse"}, ...}"""
+
+Component = Literal[
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "neurons", "z", "q", "k", "v", "pattern"
+]
+"""What of a layer: the residual stream before attention, between attention and MLP, and after; the outputs of attention
+and MLP; the MLP's hidden neurons; per head its output `z` (before the output projection), queries, keys, values (before
+any rotation) and attention pattern."""
+
+PER_HEAD: tuple[Component, ...] = ("z", "q", "k", "v", "pattern")
+
+
+class Site(Frozen):
+    """An address in the network. No head (or neuron): all of them; no position: every one.
+
+    >>> str(Site(layer=0, component="z", head=3, position="policy"))
+    'L0.z.3@policy'
+    """
+
+    layer: int = Field(ge=0)
+    component: Component
+    head: int | None = Field(default=None, ge=0)
+    neuron: int | None = Field(default=None, ge=0)
+    position: str | int | None = None
+    """A named span (`cue`, `hint`, `question`, `last`, `policy`, `answer`, `completion`), or a token's index."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Site:
+        if self.head is not None and self.component not in PER_HEAD:
+            raise ValueError(f"head: {self.component} has no heads (those of {', '.join(PER_HEAD)} have)")
+        if self.neuron is not None and self.component != "neurons":
+            raise ValueError(f"neuron: {self.component} has no neurons")
+        return self
+
+    def __str__(self) -> str:
+        unit = self.head if self.head is not None else self.neuron
+        where = "" if self.position is None else f"@{self.position}"
+        return f"L{self.layer}.{self.component}{'' if unit is None else f'.{unit}'}{where}"
+
+
+class Intervention(Frozen):
+    """What to do at one site; a tuple of them is applied together. Printed, saved and composed as a value.
+
+    - `set`: put `vector` there (the zero vector ablates; a mean over cues is mean ablation)
+    - `add`: add `amount` times `vector` (steering)
+    - `scale`: multiply by `amount`
+    - `project`: remove the component along `vector`
+    - `replace`: put what the same prompt has there under the cue `source` (interchange)
+
+    >>> print(Intervention(site=Site(layer=0, component="z", head=3), do="replace", source="A"))
+    L0.z.3 <- that of cue A
+    """
+
+    site: Site
+    do: Literal["set", "add", "scale", "project", "replace"]
+    vector: tuple[float, ...] | None = None
+    amount: float = 1.0
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Intervention:
+        if (self.vector is None) == (self.do in ("set", "add", "project")):
+            raise ValueError(f"vector: {self.do} {'needs one' if self.vector is None else 'takes none'}")
+        if (self.source is None) == (self.do == "replace"):
+            raise ValueError(f"source: {self.do} {'needs the cue to read' if self.source is None else 'takes none'}")
+        return self
+
+    def __str__(self) -> str:
+        shown = {
+            "set": "zero" if not any(self.vector or ()) else "a fixed vector",
+            "add": f"+ {self.amount:g} x a vector",
+            "scale": f"x {self.amount:g}",
+            "project": "without a direction",
+            "replace": f"that of cue {self.source}",
+        }[self.do]
+        return f"{self.site} <- {shown}"

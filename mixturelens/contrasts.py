@@ -1,0 +1,194 @@
+"""Contrasts: two prompts that differ only in the cue, or only in the hint, token by token and span by span."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mixturelens.suite import PromptRow, Rule, Suite, chat_text, encode_prompts, encode_text, wordings
+from mixturelens.types import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["cue", "hint", "checkpoint"]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One question under two conditions; the metric is read at the last token.
+
+    `spans` names token positions that mean the same in both prompts. `target` and `foil` are the next tokens that tell
+    the two conditions apart: those of the clean prompt's completion and those of the corrupt one's.
+    """
+
+    question: str
+    clean: tuple[int, ...]
+    corrupt: tuple[int, ...]
+    spans: dict[str, tuple[int, ...]]
+    target: tuple[int, ...]
+    foil: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """All contrasts of one kind, and what differs between their two sides."""
+
+    kind: Kind
+    clean: str
+    """The cue (or hint, or checkpoint) of the clean prompts, which the source activations come from."""
+    corrupt: str
+    policy: str | None
+    """The policy put in place, where one is."""
+    rows: tuple[Contrast, ...]
+
+    def half(self, which: Literal[0, 1]) -> Contrasts:
+        """Every other question: choose on one half, judge on the other."""
+        return Contrasts(self.kind, self.clean, self.corrupt, self.policy, self.rows[which::2])
+
+    def first(self, number: int) -> Contrasts:
+        return Contrasts(self.kind, self.clean, self.corrupt, self.policy, self.rows[:number])
+
+
+def cue_contrasts(
+    suite: Suite, tokenizer: PreTrainedTokenizerBase, policy: str, clean_cue: str, corrupt_cue: str
+) -> Contrasts:
+    """Both cues with `policy` put in place: answering (under the clean cue) against its literal behaviour (corrupt).
+
+    The policy must answer under the clean cue and show a behaviour of the suite under the other; which one it is, the
+    caller knows from behaviour. Raises InputError if the policy cannot be put in place or no contrast is left.
+    """
+    placed = wordings(suite.policies[policy])
+    if not placed:
+        raise InputError(f"policy {policy!r} is a rule without `force`: it cannot be put in place for a contrast")
+    announcement = encode_text(placed[0], f"policy {policy!r}", tokenizer)
+    foils = _first_tokens(
+        [
+            text
+            for shown in (suite.behaviours or {}).values()
+            if not isinstance(shown, Rule)
+            for text in wordings(shown)
+        ],
+        tokenizer,
+    )
+    rows = []
+    for clean, corrupt in _pairs(suite.neutral, clean_cue, corrupt_cue):
+        target = tuple(encode_text(clean.answer, f"the answer of {clean.id!r}", tokenizer)[:1])
+        if set(target) & set(foils):
+            continue  # the first token cannot tell the two apart
+        rows.append(_contrast(suite, tokenizer, (clean, corrupt), announcement, target, foils))
+    if not rows:
+        raise InputError(
+            f"no contrast between cues {clean_cue!r} and {corrupt_cue!r}: give prompts with the same `id` under both, "
+            "whose answers do not begin like another behaviour"
+        )
+    return Contrasts("cue", clean_cue, corrupt_cue, policy, tuple(rows))
+
+
+def hint_contrasts(
+    suite: Suite, tokenizer: PreTrainedTokenizerBase, cue: str, clean_hint: str, corrupt_hint: str
+) -> Contrasts:
+    """The same prompt with two hints: the announcement of the one policy against that of the other."""
+    target, foil = policy_tokens(suite, tokenizer, clean_hint, corrupt_hint)
+    clean_rows, corrupt_rows = (
+        [r for r in suite.hinted if r.cue == cue and r.hint == h] for h in (clean_hint, corrupt_hint)
+    )
+    by_id = {row.id: row for row in corrupt_rows}
+    rows = [
+        _contrast(suite, tokenizer, (row, by_id[row.id]), [], target, foil) for row in clean_rows if row.id in by_id
+    ]
+    if not rows:
+        raise InputError(f"no contrast between hints {clean_hint!r} and {corrupt_hint!r} under cue {cue!r}")
+    return Contrasts("hint", clean_hint, corrupt_hint, None, tuple(rows))
+
+
+def checkpoint_contrasts(
+    suite: Suite, tokenizer: PreTrainedTokenizerBase, cue: str, policy: str, other: str
+) -> Contrasts:
+    """The same neutral prompt for two checkpoints: which policy is announced (clean: before, corrupt: after)."""
+    target, foil = policy_tokens(suite, tokenizer, policy, other)
+    rows = tuple(_contrast(suite, tokenizer, (row, row), [], target, foil) for row in suite.neutral if row.cue == cue)
+    return Contrasts("checkpoint", "before", "after", None, rows)
+
+
+def policy_tokens(
+    suite: Suite, tokenizer: PreTrainedTokenizerBase, policy: str, other: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First tokens of two policies' announcements, without those that both share. Raises InputError if none is left."""
+    sides = []
+    for name in (policy, other):
+        texts = wordings(suite.policies[name]) if name in suite.policies else ()
+        if not texts:
+            raise InputError(f"policy {name!r} has no announcement to tell it by (a rule without `force`)")
+        sides.append(set(_first_tokens(texts, tokenizer)))
+    target, foil = sides[0] - sides[1], sides[1] - sides[0]
+    if not target or not foil:
+        raise InputError(f"the announcements of {policy!r} and {other!r} begin with the same tokens; reword one")
+    return tuple(sorted(target)), tuple(sorted(foil))
+
+
+def _first_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(encode_text(text, f"{text!r}", tokenizer)[0] for text in texts))
+
+
+def _pairs(rows: Sequence[PromptRow], clean: str, corrupt: str) -> list[tuple[PromptRow, PromptRow]]:
+    by_id = {row.id: row for row in rows if row.cue == corrupt}
+    return [(row, by_id[row.id]) for row in rows if row.cue == clean and row.id in by_id]
+
+
+def _contrast(
+    suite: Suite,
+    tokenizer: PreTrainedTokenizerBase,
+    pair: tuple[PromptRow, PromptRow],
+    announcement: Sequence[int],
+    target: tuple[int, ...],
+    foil: tuple[int, ...],
+) -> Contrast:
+    sides = encode_prompts(suite, pair, tokenizer)
+    found = [span_positions(suite, row, tokenizer) for row in pair]
+    where = f"question {pair[0].id!r}"
+    if len(sides[0]) != len(sides[1]):
+        longer = next((n for n in found[0] if len(found[0][n]) != len(found[1].get(n, ()))), None)
+        detail = f"span {longer!r} has {len(found[0][longer])} and {len(found[1].get(longer, ()))}" if longer else ""
+        raise InputError(
+            f"{where}: its two prompts have {len(sides[0])} and {len(sides[1])} tokens and cannot be aligned"
+            f"{' (' + detail + ')' if detail else ''}; spell both with equally many tokens"
+        )
+    differing = {i for i, (x, y) in enumerate(zip(*sides, strict=True)) if x != y}
+    for name in found[0].keys() & found[1].keys():
+        if found[0][name] != found[1][name]:
+            raise InputError(f"{where}: span {name!r} is at tokens {found[0][name]} and {found[1][name]}: not aligned")
+    spans = {name: at for name, at in found[0].items() if found[1].get(name) == at}
+    if differing and not any(differing <= set(at) for at in spans.values()):
+        raise InputError(
+            f"{where}: its two prompts differ at tokens {sorted(differing)[:5]}, outside any one span; a contrast "
+            "differs in the cue alone, or in the hint alone (name them under `spans`)"
+        )
+    end = len(sides[0])
+    spans["last"] = (end - 1,)
+    if announcement:
+        spans["policy"] = tuple(range(end, end + len(announcement)))
+    clean, corrupt = ((*side, *announcement) for side in sides)
+    return Contrast(pair[0].id, clean, corrupt, spans, target, foil)
+
+
+def span_positions(suite: Suite, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, ...]]:
+    """Token positions of the row's spans in the encoded prompt (through the chat template, if there is one).
+
+    Raises InputError if the tokenizer cannot say where its tokens lie in the text.
+    """
+    text = row.text if suite.chat is None else chat_text(suite.chat, row, tokenizer)
+    try:
+        encoded = tokenizer(text, add_special_tokens=suite.chat is None, return_offsets_mapping=True)
+    except NotImplementedError:
+        raise InputError("spans need a fast tokenizer (tokenizer.json): this one gives no offsets") from None
+    offsets = encoded["offset_mapping"]
+    positions = {}
+    for name, piece in row.spans.items():
+        start = text.find(piece, max(text.find(row.text), 0))
+        if start < 0:
+            raise InputError(f"prompt {row.id!r}: the chat template changes span {name!r} ({piece!r})")
+        end = start + len(piece)
+        positions[name] = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
+    return positions

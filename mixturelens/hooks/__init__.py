@@ -1,0 +1,1 @@
+"""The only importer of transformer_lens: bridge, capture, interventions, and the exact patch engine."""
