@@ -91,6 +91,7 @@ class Lens:
         self.model = model
         self.tokenizer = tokenizer
         self.device = device
+        self._points: dict[str, Any] = {}
         config = self.bridge.cfg
         self.layers = int(config.n_layers)
         self.heads = int(config.n_heads)
@@ -114,12 +115,15 @@ class Lens:
         return self.named_point(f"blocks.{layer}.{NAMES[component]}")
 
     def named_point(self, name: str) -> Any:
-        found = self.bridge.hook_dict.get(name)
+        if name in self._points:
+            return self._points[name]
+        found = self.bridge.hook_dict.get(name)  # resolves every alias anew, each time
         if found is None:
             kind = type(self.model).__name__
             raise InputError(
                 f"the bridge of {kind} has no hook point {name!r} ({self.layers} layers); name another component"
             )
+        self._points[name] = found
         return found
 
     def check(self, site: Site) -> None:

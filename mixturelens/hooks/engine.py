@@ -1,0 +1,392 @@
+"""The exact patch engine: what the model says with one site replaced, for many sites at once.
+
+A patch at layer l and positions from p on leaves everything before it as it was. So the unpatched run is kept, and of
+each patched run only the layers from l and the positions from p are computed, with the keys and values of earlier
+positions taken from the unpatched run; the last layer is computed where the logits are read, and nowhere else. Patches
+that start at the same position go through a layer together, those of later layers joining those of earlier ones.
+
+Blocks are the model's own, called with the arguments that the model itself gave them, cut to the positions in question.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mixturelens.hooks.lens import Edit, Lens, Tokens
+from mixturelens.types import PER_HEAD, Component, InputError, RunError, Site
+
+MEMORY = 192 << 20
+"""Bytes that the patched runs in flight may take, unless asked otherwise."""
+TOLERANCE = 1e-3
+"""Largest difference of a logit, relative to the largest logit, at which the engine takes itself to be exact."""
+
+Metric = Callable[[Float[Tensor, "part vocabulary"], Int[Tensor, " part"]], Float[Tensor, " part"]]
+Source = Mapping[tuple[int, Component], Tensor]
+Spans = Mapping[str, Sequence[int]]
+
+
+class _Keys:
+    """Stands in for the model's key-value cache: says what the queries of this call may attend to."""
+
+    is_compileable = False
+
+    def __init__(self, complete: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._complete = complete
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self._complete(key, value)
+
+
+class _Enough(Exception):
+    """Ends a block once its keys and values are known."""
+
+
+class Engine:
+    """Patches into one batch of prompts, the base (corrupt) run.
+
+    >>> engine = Engine(lens, corrupt)                                                    # doctest: +SKIP
+    >>> source, _ = lens.capture(clean, [(layer, "z") for layer in range(lens.layers)])   # doctest: +SKIP
+    >>> engine.sweep([Site(layer=0, component="z", head=3, position=8)], source, odds)    # doctest: +SKIP
+    tensor([[10.9, 10.7, ...]])                                                           [site, row]
+    """
+
+    def __init__(self, lens: Lens, base: Tokens, spans: Sequence[Spans] | None = None, *, memory: int = MEMORY) -> None:
+        """Runs the base once. `spans` names positions of each row, counted from the start of its prompt.
+
+        Raises RunError if this model's blocks cannot be called alone and give back what the model gives.
+        """
+        self.lens, self.base, self.memory = lens, base, memory
+        self.spans = spans
+        self.width = base.ids.shape[1]
+        self._skip = (self.width - base.real.sum(1)).tolist()
+        with torch.inference_mode():
+            self._run_base()
+            self._check()
+
+    # --- the unpatched run ------------------------------------------------------------------------------------------
+
+    def _run_base(self) -> None:
+        from transformers import Cache, DynamicCache
+
+        blocks = list(self.lens.bridge.blocks)
+        arguments: list[dict[str, Any]] = []
+
+        def keep(block: Any) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
+            names = list(inspect.signature(block.original_component.forward).parameters)
+
+            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                arguments.append({**dict(zip(names, args, strict=False)), **kwargs})
+
+            return hook
+
+        handles = [block.register_forward_pre_hook(keep(block), with_kwargs=True) for block in blocks]
+        final: list[Tensor] = []
+        cache = DynamicCache()
+        try:
+            last = (self.lens.point(self.lens.layers - 1, "resid_post"), final.append)
+            output = self.lens.forward(self.base, [last], past_key_values=cache, use_cache=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.logits: Float[Tensor, "row vocabulary"] = output.logits[:, -1]
+        self._resid: list[Float[Tensor, "row pos d_model"]] = [given.pop("hidden_states") for given in arguments]
+        self._resid.append(final[0])
+        self._keys = [(layer.keys, layer.values) for layer in cache.layers]
+        self._arguments = [self._understood(given, Cache) for given in arguments]
+
+    def _understood(self, given: dict[str, Any], cache_class: type) -> dict[str, Any]:
+        """The arguments of a block; tensors that the engine would not know how to cut are refused."""
+        positional = ("attention_mask", "position_ids", "cache_position")
+        for name, value in given.items():
+            if isinstance(value, Tensor) and name not in positional:
+                raise RunError(f"the blocks of {type(self.lens.model).__name__} take {name!r}, which cannot be cut")
+        named = {name: value for name, value in given.items() if not isinstance(value, cache_class)}
+        caches = [name for name, value in given.items() if isinstance(value, cache_class)]
+        if len(caches) != 1:
+            raise RunError(f"the blocks of {type(self.lens.model).__name__} take no key-value cache: no exact engine")
+        named["_cache"] = caches[0]
+        if named.get("attention_mask") is None:
+            allowed = torch.ones(self.width, self.width, dtype=torch.bool, device=self.base.ids.device).tril()
+            least = torch.finfo(self._resid[0].dtype).min
+            named["attention_mask"] = torch.where(allowed, 0.0, least)[None, None]
+        return named
+
+    def _check(self) -> None:
+        """Blocks called alone, from the middle of the prompt on, must give the model's own logits."""
+        rows = torch.arange(min(2, len(self.base)), device=self.base.ids.device)
+        start = self.width // 2
+        hidden = self._resid[0][rows, start:]
+        for layer in range(self.lens.layers):
+            hidden = self._advance(layer, hidden, rows, start)
+        found, expected = self._logits(hidden), self.logits[rows]
+        error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+        if not error < TOLERANCE:
+            raise RunError(
+                f"the blocks of {type(self.lens.model).__name__}, called alone, give other logits than the model "
+                f"(relative difference {error:.2g}); the patch engine does not support this architecture"
+            )
+
+    # --- pieces of a run --------------------------------------------------------------------------------------------
+
+    def _block(
+        self,
+        layer: int,
+        hidden: Float[Tensor, "run window d_model"],
+        rows: Int[Tensor, " run"],
+        columns: Sequence[int] | slice,
+        keys: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        edits: Sequence[tuple[Any, Edit]] = (),
+    ) -> Float[Tensor, "run window d_model"]:
+        """One block at some columns of some rows, which attend to what `keys` says (all columns up to the last)."""
+        window = list(range(self.width))[columns] if isinstance(columns, slice) else list(columns)
+        upto = window[-1] + 1
+        # a slice is a view where a list would be a copy
+        at = slice(window[0], upto) if window == list(range(window[0], upto)) else window
+
+        def mine(value: Tensor) -> Tensor:
+            return value if len(value) == 1 else value[rows]
+
+        given = dict(self._arguments[layer])
+        given[given.pop("_cache")] = _Keys(keys)
+        given["attention_mask"] = mine(given["attention_mask"][:, :, at, :upto])
+        if given.get("position_ids") is not None:
+            given["position_ids"] = mine(given["position_ids"][:, at])
+        if given.get("cache_position") is not None:
+            given["cache_position"] = given["cache_position"][at]
+        if given.get("position_embeddings") is not None:
+            given["position_embeddings"] = tuple(mine(part[:, at]) for part in given["position_embeddings"])
+        with self.lens.hooked(edits):
+            output = self.lens.bridge.blocks[layer](hidden_states=hidden, **given)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _advance(
+        self, layer: int, hidden: Float[Tensor, "run window d_model"], rows: Int[Tensor, " run"], start: int
+    ) -> Float[Tensor, "run window_after d_model"]:
+        """Through one layer, from column `start` on. After the last layer only the last column is left."""
+        if layer == self.lens.layers - 1:
+            return self._read(hidden, rows, range(start, self.width))
+
+        def keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            before = [part[rows, :, :start] for part in self._keys[layer]]
+            return torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
+
+        return self._block(layer, hidden, rows, slice(start, None), keys)
+
+    def _read(
+        self, changed: Float[Tensor, "run column d_model"], rows: Int[Tensor, " run"], columns: Sequence[int]
+    ) -> Float[Tensor, "run 1 d_model"]:
+        """The last layer at the last column alone, where its input changed at `columns`.
+
+        Of the other changed columns only keys and values are needed, so their block is left once those are known.
+        """
+        layer, last = self.lens.layers - 1, self.width - 1
+        earlier = [column for column in columns if column != last]
+        found: list[Tensor] = []
+        if earlier:
+
+            def stop(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+                found.extend((key, value))
+                raise _Enough
+
+            with contextlib.suppress(_Enough):
+                self._block(layer, changed[:, : len(earlier)], rows, earlier, stop)
+
+        def keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            whole = [part[rows] for part in self._keys[layer]]
+            for part, new in zip(whole, (key, value), strict=True):
+                part[:, :, last:] = new
+            for part, new in zip(whole, found, strict=False):
+                part[:, :, earlier] = new
+            return whole[0], whole[1]
+
+        hidden = changed[:, -1:] if last in columns else self._resid[layer][rows, -1:]
+        return self._block(layer, hidden, rows, [last], keys)
+
+    def _logits(self, hidden: Float[Tensor, "run window d_model"]) -> Float[Tensor, "run vocabulary"]:
+        return self.lens.bridge.unembed(self.lens.bridge.ln_final(hidden[:, -1:]))[:, 0]
+
+    # --- patches ----------------------------------------------------------------------------------------------------
+
+    def columns(self, position: str | int | None, row: int) -> tuple[int, ...]:
+        """The columns of a position in one row. Raises InputError if the row has no such span or token."""
+        skip = self._skip[row]
+        if position is None:
+            return tuple(range(skip, self.width))
+        if isinstance(position, int):
+            at: Sequence[int] = (position,)
+        else:
+            spans = self.spans[row] if self.spans is not None else {}
+            if position not in spans:
+                raise InputError(f"row {row} has no span {position!r}; it has {', '.join(sorted(spans)) or 'none'}")
+            at = spans[position]
+        if not all(0 <= i < self.width - skip for i in at):
+            raise InputError(f"row {row}: position {position} is outside its {self.width - skip} tokens")
+        return tuple(sorted(skip + i for i in at))
+
+    def sweep(
+        self,
+        sites: Sequence[Site],
+        source: Source,
+        metric: Metric,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Float[Tensor, "site row"]:
+        """`metric` of every row, with each site in turn replaced by what `source` has there.
+
+        `source[layer, component]` is an activation of the whole batch, as `Lens.capture` returns it: of the clean
+        prompts, of another checkpoint, zeros, or a mean. `metric(logits, rows)` gets the logits of the last column.
+        Raises InputError for a site that does not exist or that the source lacks.
+        """
+        for site in sites:
+            self.lens.check(site)
+            if (site.layer, site.component) not in source:
+                raise InputError(f"{site}: the source holds no {site.component} of layer {site.layer}")
+        device = self.base.ids.device
+        result = torch.zeros(len(sites), len(self.base), device=device)
+        done, total = 0, len(sites) * len(self.base)
+        with torch.inference_mode():
+            for columns, rows, numbers in self._places(sites):
+                for part, some in self._parts(columns[0], rows, numbers):
+                    found = self._together([sites[n] for n in some], columns, part, source)
+                    values = metric(self._logits(found), part.repeat(len(some)))
+                    result[torch.tensor(some, device=device)[:, None], part] = values.view(len(some), -1).float()
+                    done += values.numel()
+                    if progress:
+                        progress(done, total)
+        return result
+
+    def _places(self, sites: Sequence[Site]) -> Iterator[tuple[tuple[int, ...], Int[Tensor, " run"], list[int]]]:
+        """(columns, rows, numbers of sites): rows in which these sites lie at these columns; sites by layer."""
+        positions: dict[str | int | None, list[int]] = {}
+        for number, site in enumerate(sites):
+            positions.setdefault(site.position, []).append(number)
+        for position, numbers in positions.items():
+            numbers.sort(key=lambda number: sites[number].layer)
+            rows: dict[tuple[int, ...], list[int]] = {}
+            for row in range(len(self.base)):
+                rows.setdefault(self.columns(position, row), []).append(row)
+            for columns, same in rows.items():
+                yield columns, torch.tensor(same, device=self.base.ids.device), numbers
+
+    def _parts(
+        self, start: int, rows: Int[Tensor, " run"], numbers: list[int]
+    ) -> Iterator[tuple[Int[Tensor, " part"], list[int]]]:
+        """Rows and sites in parts that fit into memory: all sites of a few rows, rather than a few sites of all."""
+        lens, window = self.lens, self.width - start
+        per_token = 8 * lens.d_model + 3 * lens.d_mlp + 3 * lens.heads * self.width
+        keys = 4 * self.width * lens.kv_heads * lens.d_head
+        each = 4 * (window * per_token + keys + 3 * self.logits.shape[1])
+        number = max(1, int(self.memory // each))
+        some = max(1, number // len(numbers))
+        for first in range(0, len(rows), some):
+            for begin in range(0, len(numbers), number):
+                yield rows[first : first + some], numbers[begin : begin + number]
+
+    def _together(
+        self, sites: Sequence[Site], columns: tuple[int, ...], rows: Int[Tensor, " run"], source: Source
+    ) -> Float[Tensor, "job 1 d_model"]:
+        """The residual stream behind the last layer, at the last column, of every site (by layer) x row."""
+        hidden: list[Tensor] = []
+        running = 0
+        for layer in range(sites[0].layer, self.lens.layers):
+            if hidden:
+                hidden = [self._advance(layer, torch.cat(hidden), rows.repeat(running), columns[0])]
+            entering = [site for site in sites if site.layer == layer]
+            for same in _runs(entering):
+                hidden.append(self._enter(same, columns, rows.repeat(len(same)), source))
+            running += len(entering)
+        return torch.cat(hidden)
+
+    def _enter(
+        self, sites: Sequence[Site], columns: tuple[int, ...], rows: Int[Tensor, " run"], source: Source
+    ) -> Float[Tensor, "run window d_model"]:
+        """Behind its own layer, what each site's patch has become, from the first column on (or at the last one)."""
+        layer, component, start = sites[0].layer, sites[0].component, columns[0]
+        final = layer == self.lens.layers - 1
+        at = list(columns)
+        given = source[layer, component]
+        if component == "resid_pre":
+            if final:
+                return self._read(given[rows][:, at], rows, columns)
+            hidden = self._resid[layer][rows, start:]
+            hidden[:, [c - start for c in at]] = given[rows][:, at]
+            return self._advance(layer, hidden, rows, start)
+        if component in ("k", "v"):
+            # every query from here on sees it
+            def keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+                before = [part[rows, :, :start] for part in self._keys[layer]]
+                return torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
+
+            edit = self._edit(sites, rows, at, [c - start for c in at], given)
+            hidden = self._block(layer, self._resid[layer][rows, start:], rows, slice(start, None), keys, [edit])
+            return hidden[:, -1:] if final else hidden
+        # everything else changes its own columns alone, and in the last layer only the last one is read
+        if final:
+            at = [c for c in at if c == self.width - 1]
+        after = self._resid[layer + 1][rows, -1:] if final else self._resid[layer + 1][rows, start:]
+        if not at:
+            return after
+        if component == "resid_post":
+            changed = given[rows][:, at]
+        else:
+            upto = at[-1] + 1
+            edit = self._edit(sites, rows, at, list(range(len(at))), given)
+            unchanged = lambda key, value: tuple(part[rows, :, :upto] for part in self._keys[layer])  # noqa: E731
+            changed = self._block(layer, self._resid[layer][rows][:, at], rows, at, unchanged, [edit])
+        if final:
+            return changed
+        after[:, [c - start for c in at]] = changed
+        return after
+
+    def _edit(
+        self,
+        sites: Sequence[Site],
+        rows: Int[Tensor, " run"],
+        columns: Sequence[int],
+        inside: Sequence[int],
+        given: Tensor,
+    ) -> tuple[Any, Edit]:
+        """Replaces each site's unit at `columns`, which lie at `inside` of the window, by what is given."""
+        device, component = rows.device, sites[0].component
+        column = torch.tensor(list(columns), device=device)
+        place = torch.tensor(list(inside), device=device)[None]
+        run = torch.arange(len(rows), device=device)[:, None]
+        units = [unit for site in sites if (unit := _unit(site)) is not None]
+        unit = torch.tensor(units, device=device).repeat_interleave(len(rows) // len(sites))[:, None] if units else None
+
+        def edit(activation: Tensor) -> Tensor:
+            # in place: the residual stream between attention and MLP is read twice, by the norm and by the sum
+            if component == "pattern":
+                keys = activation.shape[-1]
+                if unit is None:
+                    activation[:, :, place[0]] = given[rows][:, :, column, :keys]
+                else:
+                    activation[run, unit, place] = given[rows[:, None], unit, column, :keys]
+            elif unit is None:
+                activation[run, place] = given[rows[:, None], column]
+            else:
+                activation[run, place, unit] = given[rows[:, None], column, unit]
+            return activation
+
+        return self.lens.point(sites[0].layer, component), edit
+
+
+def _unit(site: Site) -> int | None:
+    return site.head if site.component in PER_HEAD else site.neuron
+
+
+def _runs(sites: Sequence[Site]) -> list[list[Site]]:
+    """Neighbours of one component, all with a unit or all without, which one hook can serve."""
+    runs: list[list[Site]] = []
+    for site in sites:
+        kind = (site.component, _unit(site) is None)
+        if not runs or kind != (runs[-1][0].component, _unit(runs[-1][0]) is None):
+            runs.append([])
+        runs[-1].append(site)
+    return runs
