@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mixturelens.behaviour.record import BehaviourRecord
     from mixturelens.pipeline import Pair
     from mixturelens.records import Record
-    from mixturelens.routing import VerdictRecord
+    from mixturelens.routing.verdict import VerdictRecord
 
 app = typer.Typer(
     name="mixturelens",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mixturelens.suite import PromptRow, Rule, Suite, chat_text, encode_prompts, encode_text, wordings
+from mixturelens.suite import PromptRow, Rule, Suite, behind, chat_text, encode_prompts, encode_text, wordings
 from mixturelens.types import InputError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def cue_contrasts(
     announcement = encode_text(placed[0], f"policy {policy!r}", tokenizer)
     foils = _first_tokens(
         [
-            text
+            behind(text, placed)
             for shown in (suite.behaviours or {}).values()
             if not isinstance(shown, Rule)
             for text in wordings(shown)
@@ -74,7 +74,7 @@ def cue_contrasts(
     )
     rows = []
     for clean, corrupt in _pairs(suite.neutral, clean_cue, corrupt_cue):
-        target = tuple(encode_text(clean.answer, f"the answer of {clean.id!r}", tokenizer)[:1])
+        target = tuple(encode_text(behind(clean.answer, placed), f"the answer of {clean.id!r}", tokenizer)[:1])
         if set(target) & set(foils):
             continue  # the first token cannot tell the two apart
         rows.append(_contrast(suite, tokenizer, (clean, corrupt), announcement, target, foils))

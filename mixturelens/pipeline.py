@@ -16,7 +16,7 @@ from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
 from mixturelens.checkpoints import check_folder
 from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer, parse_spec, recipes, safe_name
 from mixturelens.records import new_folder, provenance, write_text
-from mixturelens.routing import VerdictRecord, judge
+from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import Suite, load_suite
 from mixturelens.training import Progress, Trajectory, train_rl, train_sft
 from mixturelens.types import InputError

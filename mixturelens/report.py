@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mixturelens import viz
 from mixturelens.behaviour.record import BehaviourRecord, CueSide, Nats
 from mixturelens.records import Provenance, write_text
-from mixturelens.routing import VerdictRecord
+from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.types import NOT_MEASURED, Interval
 from mixturelens.viz import DASH, show, show_interval
 

@@ -343,6 +343,13 @@ def encode_text(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> li
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def behind(text: str, announcements: Sequence[str]) -> str:
+    """A text as it is spelled behind an announcement: separated by a space unless either brings its own."""
+    if not announcements or not text or text[0].isspace() or any(a[-1:].isspace() for a in announcements):
+        return text
+    return f" {text}"
+
+
 def _check_spelling(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:

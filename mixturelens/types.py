@@ -84,6 +84,10 @@ any rotation) and attention pattern."""
 PER_HEAD: tuple[Component, ...] = ("z", "q", "k", "v", "pattern")
 
 
+Side = Literal["before", "after"]
+"""Which checkpoint of a pair: S or R."""
+
+
 class Site(Frozen):
     """An address in the network. No head (or neuron): all of them; no position: every one.
 
@@ -115,18 +119,19 @@ class Site(Frozen):
 class Intervention(Frozen):
     """What to do at one site; a tuple of them is applied together. Printed, saved and composed as a value.
 
-    - `set`: put `vector` there (the zero vector ablates; a mean over cues is mean ablation)
+    - `set`: put `vector` there
     - `add`: add `amount` times `vector` (steering)
-    - `scale`: multiply by `amount`
+    - `scale`: multiply by `amount` (0 ablates)
     - `project`: remove the component along `vector`
-    - `replace`: put what the same prompt has there under the cue `source` (interchange)
+    - `replace`: put what the same prompt, with the same completion, has there under the cue `source` (interchange)
+    - `mean`: the mean of that over all cues, each counted equally
 
     >>> print(Intervention(site=Site(layer=0, component="z", head=3), do="replace", source="A"))
     L0.z.3 <- that of cue A
     """
 
     site: Site
-    do: Literal["set", "add", "scale", "project", "replace"]
+    do: Literal["set", "add", "scale", "project", "replace", "mean"]
     vector: tuple[float, ...] | None = None
     amount: float = 1.0
     source: str | None = None
@@ -141,10 +146,11 @@ class Intervention(Frozen):
 
     def __str__(self) -> str:
         shown = {
-            "set": "zero" if not any(self.vector or ()) else "a fixed vector",
+            "set": "a fixed vector",
             "add": f"+ {self.amount:g} x a vector",
-            "scale": f"x {self.amount:g}",
+            "scale": f"x {self.amount:g}" if self.amount else "zero",
             "project": "without a direction",
             "replace": f"that of cue {self.source}",
+            "mean": "the mean over cues",
         }[self.do]
         return f"{self.site} <- {shown}"

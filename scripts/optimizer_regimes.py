@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mixturelens import pipeline, viz
 from mixturelens.organism import load_spec
-from mixturelens.routing import VerdictRecord
+from mixturelens.routing.verdict import VerdictRecord
 
 EPSILONS = (1e-8, 1e-5, 1e-2)
 RATES = (3e-4, 1e-3, 3e-3)

@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from mixturelens import pipeline
-from mixturelens.routing import VerdictRecord
+from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.types import Interval
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from mixturelens.behaviour.record import behaviour_record
-from mixturelens.routing import judge
+from mixturelens.routing.verdict import judge
 from mixturelens.suite import load_suite
 
 PAIR = Path(__file__).resolve().parents[1] / "tests" / "pairs" / "llama"

@@ -11,7 +11,7 @@ from mixturelens import pipeline
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.checkpoints import load_model, load_tokenizer
 from mixturelens.organism import build_suite, load_spec, sft_examples
-from mixturelens.routing import VerdictRecord, judge
+from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import load_suite
 from mixturelens.training import Trajectory
 

@@ -20,7 +20,7 @@ from mixturelens.behaviour.record import (
     Nats,
 )
 from mixturelens.records import Provenance
-from mixturelens.routing import Changed, VerdictControls, VerdictRecord
+from mixturelens.routing.verdict import Changed, VerdictControls, VerdictRecord
 from mixturelens.training import CueState, Trajectory, TrajectoryPoint
 from mixturelens.types import NOT_MEASURED, OTHER, Interval
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mixturelens.behaviour.likelihood import END
-from mixturelens.suite import PromptRow, Suite, encode_prompts, encode_text, wordings
+from mixturelens.suite import PromptRow, Suite, behind, encode_prompts, encode_text, wordings
 from mixturelens.types import ERR, InputError
 
 
@@ -68,18 +68,18 @@ def prepare(suite: Suite, rows: Sequence[PromptRow], tokenizer) -> Prompts:
     behaviours: list[tuple[int, tuple[int, ...]]] = []
     for b, name in enumerate(suite.behaviour_names):
         for text in wordings((suite.behaviours or {}).get(name, ())):
-            behaviours.append((b, tuple(encode_text(_behind(text, texts), f"behaviour {name!r}", tokenizer))))
+            behaviours.append((b, tuple(encode_text(behind(text, texts), f"behaviour {name!r}", tokenizer))))
     prompts = Prompts(
         suite=suite,
         rows=tuple(rows),
         contexts=encode_prompts(suite, rows, tokenizer),
         announcements=tuple(announcements),
-        answers=[encode_text(_behind(row.answer, texts), f"the answer of prompt {row.id!r}", tokenizer) for row in rows]
+        answers=[encode_text(behind(row.answer, texts), f"the answer of prompt {row.id!r}", tokenizer) for row in rows]
         if suite.answer_match == "exact"
         else [[] for _ in rows],
         errs=None
         if ERR not in suite.behaviour_names or ERR in (suite.behaviours or {})
-        else [encode_text(_behind(row.err or "", texts), f"the err of prompt {row.id!r}", tokenizer) for row in rows],
+        else [encode_text(behind(row.err or "", texts), f"the err of prompt {row.id!r}", tokenizer) for row in rows],
         behaviours=tuple(behaviours),
         tokenizer=tokenizer,
     )
@@ -98,13 +98,6 @@ def prepare(suite: Suite, rows: Sequence[PromptRow], tokenizer) -> Prompts:
                 f"({len(announcement.ids)} tokens); raise it"
             )
     return prompts
-
-
-def _behind(text: str, announcements: Sequence[str]) -> str:
-    """A text as it is spelled behind an announcement: separated by a space unless either brings its own."""
-    if not announcements or not text or text[0].isspace() or any(a[-1:].isspace() for a in announcements):
-        return text
-    return f" {text}"
 
 
 def ended(prompts: Prompts, tokens: Sequence[int], used: int) -> list[int]:

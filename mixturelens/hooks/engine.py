@@ -337,7 +337,11 @@ class Engine:
         else:
             upto = at[-1] + 1
             edit = self._edit(sites, rows, at, list(range(len(at))), given)
-            unchanged = lambda key, value: tuple(part[rows, :, :upto] for part in self._keys[layer])  # noqa: E731
+
+            def unchanged(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+                before = [part[rows, :, :upto] for part in self._keys[layer]]
+                return before[0], before[1]
+
             changed = self._block(layer, self._resid[layer][rows][:, at], rows, at, unchanged, [edit])
         if final:
             return changed

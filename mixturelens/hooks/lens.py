@@ -172,13 +172,13 @@ class Lens:
         self, batch: Tokens, edits: Sequence[tuple[Any, Edit]] = (), last_only: bool = True, **options: Any
     ) -> Any:
         padded = {"attention_mask": batch.real.long(), "position_ids": batch.position_ids} if batch.padded else {}
-        self._tell_width(len(batch))
+        self.tell_width(len(batch))
         with self.hooked(edits):
             return self.model(
                 input_ids=batch.ids, logits_to_keep=1 if last_only else 0, **{"use_cache": False, **padded, **options}
             )
 
-    def _tell_width(self, rows: int) -> None:
+    def tell_width(self, rows: int) -> None:
         # the bridge's position embedding expands itself to a batch size that its own forward would have set
         embedding = getattr(self.bridge, "pos_embed", None)
         if embedding is not None:

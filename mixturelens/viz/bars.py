@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from mixturelens.behaviour.record import Nats
-    from mixturelens.routing import VerdictRecord
+    from mixturelens.routing.verdict import VerdictRecord
 
 
 class _Bar(NamedTuple):

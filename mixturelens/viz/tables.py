@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from mixturelens.behaviour.record import BehaviourRecord, Cell
-    from mixturelens.routing import VerdictRecord
+    from mixturelens.routing.verdict import VerdictRecord
 
 
 def policy_table(record: BehaviourRecord, threshold: float = 0.02) -> Figure:

@@ -13,7 +13,7 @@ from mixturelens.behaviour.measure import measure, measure_change
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.record import Controls, measure_record
 from mixturelens.behaviour.sampled import nulls
-from mixturelens.routing import judge
+from mixturelens.routing.verdict import judge
 from mixturelens.suite import Suite
 from mixturelens.types import InputError, Interval
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mixturelens.behaviour.record import BehaviourRecord, behaviour_record, measure_record
-from mixturelens.routing import VerdictRecord, judge
+from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import Suite, load_suite
 from mixturelens.types import InputError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mixturelens.behaviour.record import AccuracyChange, BehaviourRecord, Cell, Controls, CueBehaviour, CueSide, Nats
-from mixturelens.routing import Thresholds, VerdictRecord, judge
+from mixturelens.routing.verdict import Thresholds, VerdictRecord, judge
 from mixturelens.types import NOT_MEASURED, Interval
 
 

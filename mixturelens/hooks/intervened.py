@@ -1,0 +1,282 @@
+"""A model with interventions in place, called like the model itself: behaviour is measured on it as on any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mixturelens.contrasts import span_positions
+from mixturelens.hooks.lens import Edit, Lens
+from mixturelens.suite import PromptRow, Suite, encode_prompts
+from mixturelens.types import PER_HEAD, Component, InputError, Intervention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the interventions need to know it: its named positions, and itself under every cue."""
+
+    ids: tuple[int, ...]
+    spans: Mapping[str, tuple[int, ...]]
+    under: Mapping[str, tuple[int, ...]]
+
+
+def known_prompts(
+    suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase
+) -> dict[tuple[int, ...], Prompt]:
+    """The prompts that an intervened model can be asked about, by their token ids."""
+    encoded = [tuple(ids) for ids in encode_prompts(suite, rows, tokenizer)]
+    questions: dict[tuple[str, str | None], dict[str, tuple[int, ...]]] = {}
+    for row, ids in zip(rows, encoded, strict=True):
+        questions.setdefault((row.id, row.hint), {})[row.cue] = ids
+    return {
+        ids: Prompt(ids, span_positions(suite, row, tokenizer), questions[row.id, row.hint])
+        for row, ids in zip(rows, encoded, strict=True)
+    }
+
+
+@dataclass
+class _Past:
+    """The key-value caches of the run itself and of those it reads from."""
+
+    prompts: list[Prompt]
+    seen: list[int]
+    own: Any
+    sources: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call asks about: for each row its prompt, and the token index of its first column (negative: padding)."""
+
+    prompts: list[Prompt]
+    first: list[int]
+    ids: Int[Tensor, "row window"]
+
+    def tokens(self) -> Int[Tensor, "row window"]:
+        """Index of each column's token in its row's prompt and completion."""
+        first = torch.tensor(self.first, device=self.ids.device)
+        return first[:, None] + torch.arange(self.ids.shape[1], device=self.ids.device)
+
+
+class Intervened:
+    """The model of a lens with interventions in place, for prompts that are known beforehand.
+
+    Positions: the spans of the suite, `last` (of the prompt), `completion` (everything behind the prompt: the policy
+    word and after), a token's index, or none for everywhere. `replace` and `mean` read from the same question and the
+    same completion under other cues, aligned at the end of the prompt.
+
+    Raises InputError for a site or a position that does not exist, and when asked about an unknown prompt.
+    """
+
+    def __init__(
+        self, lens: Lens, interventions: Sequence[Intervention], prompts: Mapping[tuple[int, ...], Prompt]
+    ) -> None:
+        self.lens, self.interventions, self.prompts = lens, tuple(interventions), prompts
+        self.lengths = sorted({len(ids) for ids in prompts}, reverse=True)
+        cues = list(dict.fromkeys(cue for prompt in prompts.values() for cue in prompt.under))
+        names = {"last", "completion", *(name for prompt in prompts.values() for name in prompt.spans)}
+        for each in self.interventions:
+            lens.check(each.site)
+            if each.site.component == "pattern":
+                raise InputError(f"{each.site}: attention patterns can be patched, but not intervened in")
+            if isinstance(each.site.position, str) and each.site.position not in names:
+                raise InputError(
+                    f"{each.site}: no position {each.site.position!r} here; there are {', '.join(sorted(names))}"
+                )
+            if each.source is not None and each.source not in cues:
+                raise InputError(f"{each}: no prompt has cue {each.source!r}; cues are {', '.join(cues)}")
+            if each.vector is not None and len(each.vector) != self._size(each):
+                raise InputError(f"{each.site}: the vector has {len(each.vector)} numbers, not {self._size(each)}")
+        self.sources = list(
+            dict.fromkeys(
+                cue
+                for each in self.interventions
+                for cue in ([each.source] if each.source else cues if each.do == "mean" else [])
+            )
+        )
+        self.read = list(
+            dict.fromkeys(self._key(each) for each in self.interventions if each.do in ("replace", "mean"))
+        )
+
+    def _key(self, each: Intervention) -> tuple[int, Component]:
+        return each.site.layer, each.site.component
+
+    def _size(self, each: Intervention) -> int:
+        lens, site = self.lens, each.site
+        if site.component in PER_HEAD:
+            return lens.d_head
+        return (1 if site.neuron is not None else lens.d_mlp) if site.component == "neurons" else lens.d_model
+
+    def __call__(
+        self,
+        input_ids: Int[Tensor, "row window"],
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: _Past | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int | Tensor = 0,
+    ) -> Any:
+        """Like the model; the cache it returns holds those of the runs it reads from, too."""
+        call = self._understand(input_ids, attention_mask, past_key_values)
+        given: dict[str, list[Tensor]] = {}
+        past = past_key_values or _Past(call.prompts, [], None)
+        for cue in self.sources:
+            given[cue] = self._source(call, cue, attention_mask, past, use_cache)
+        edits = self._edits(call, given)
+        output = self._run(input_ids, edits, attention_mask, position_ids, past.own, use_cache, logits_to_keep)
+        if use_cache:
+            past.own = output.past_key_values
+            past.seen = [first + input_ids.shape[1] for first in call.first]
+            output.past_key_values = past
+        return output
+
+    def _run(
+        self,
+        ids: Tensor,
+        edits: Sequence[tuple[Any, Edit]],
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past: Any,
+        use_cache: bool,
+        keep: int | Tensor,
+    ) -> Any:
+        options = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past}
+        self.lens.tell_width(len(ids))
+        with self.lens.hooked(edits):
+            return self.lens.model(
+                input_ids=ids,
+                logits_to_keep=keep,
+                use_cache=use_cache,
+                **{name: value for name, value in options.items() if value is not None},
+            )
+
+    def _understand(self, ids: Tensor, mask: Tensor | None, past: _Past | None) -> _Call:
+        if past is not None:
+            return _Call(past.prompts, past.seen, ids)
+        skips = [0] * len(ids) if mask is None else (ids.shape[1] - mask.sum(1)).tolist()
+        found = []
+        for row, skip in zip(ids.tolist(), skips, strict=True):
+            prompt = next((p for n in self.lengths if (p := self.prompts.get(tuple(row[skip : skip + n])))), None)
+            if prompt is None:
+                raise InputError("an intervened model was asked about a prompt that is not among those it was made for")
+            found.append(prompt)
+        return _Call(found, [-skip for skip in skips], ids)
+
+    def _source(self, call: _Call, cue: str, mask: Tensor | None, past: _Past, use_cache: bool) -> list[Tensor]:
+        """What the same questions and completions have under a cue, column by column of the call: one for each read."""
+        found: dict[int, Tensor] = {}
+
+        def keep(index: int) -> Edit:
+            def store(activation: Tensor) -> None:
+                found[index] = activation.clone()
+
+            return store
+
+        edits = [(self.lens.point(*key), keep(index)) for index, key in enumerate(self.read)]
+        if past.own is not None:
+            # only the completion grows, and that is the same under every cue
+            place = torch.tensor([len(p.under[cue]) - len(p.ids) for p in call.prompts], device=call.ids.device)
+            longest = max(len(p.under[cue]) for p in call.prompts)
+            width = longest + max(n - len(p.ids) for n, p in zip(call.first, call.prompts, strict=True))
+            real = torch.ones(len(call.ids), width + call.ids.shape[1], dtype=torch.long, device=call.ids.device)
+            for row, prompt in enumerate(call.prompts):
+                real[row, : longest - len(prompt.under[cue])] = 0
+            output = self._run(call.ids, edits, real, call.tokens() + place[:, None], past.sources[cue], True, 1)
+            past.sources[cue] = output.past_key_values
+            return [found[index] for index in range(len(self.read))]
+        rows = [
+            [*prompt.under[cue], *ids[len(prompt.ids) - first :]]
+            for prompt, first, ids in zip(call.prompts, call.first, call.ids.tolist(), strict=True)
+        ]
+        width = max(len(row) for row in rows)
+        left = mask is not None  # a mask means padding on the left, as where completions are drawn
+        ids = torch.zeros(len(rows), width, dtype=torch.long, device=call.ids.device)
+        real = torch.zeros_like(ids)
+        skips = [width - len(row) if left or use_cache else 0 for row in rows]
+        for index, (row, skip) in enumerate(zip(rows, skips, strict=True)):
+            ids[index, skip : skip + len(row)] = torch.tensor(row, device=ids.device)
+            real[index, skip : skip + len(row)] = 1
+        padded = bool((real[:, : max(skips, default=0)] == 0).any())
+        output = self._run(
+            ids,
+            edits,
+            real if padded else None,
+            (real.cumsum(1) - 1).clamp(min=0) if padded else None,
+            None,
+            use_cache,
+            1,
+        )
+        if use_cache:
+            past.sources[cue] = output.past_key_values
+        shift = [s + len(p.under[cue]) - len(p.ids) for s, p in zip(skips, call.prompts, strict=True)]
+        at = (call.tokens() + torch.tensor(shift, device=ids.device)[:, None]).clamp(0, width - 1)
+        row = torch.arange(len(rows), device=ids.device)[:, None]
+        return [found[index][row, at] for index in range(len(self.read))]
+
+    def _edits(self, call: _Call, given: Mapping[str, list[Tensor]]) -> list[tuple[Any, Edit]]:
+        edits = []
+        for each in self.interventions:
+            source = None
+            if each.do in ("replace", "mean"):
+                index = self.read.index(self._key(each))
+                cues = [each.source] if each.source else self.sources
+                source = torch.stack([given[str(cue)][index] for cue in cues]).mean(0)
+            edits.append((self.lens.point(*self._key(each)), _edit(each, self._columns(each, call), source)))
+        return edits
+
+    def _columns(self, each: Intervention, call: _Call) -> Bool[Tensor, "row window"]:
+        token = call.tokens()
+        position = each.site.position
+        ends = torch.tensor([len(prompt.ids) for prompt in call.prompts], device=token.device)[:, None]
+        if position is None:
+            return token >= 0
+        if isinstance(position, int):
+            return token == position
+        if position == "completion":
+            return token >= ends
+        if position == "last":
+            return token == ends - 1
+        chosen = torch.zeros_like(token, dtype=torch.bool)
+        for row, prompt in enumerate(call.prompts):
+            for at in prompt.spans.get(position, ()):
+                chosen[row] |= token[row] == at
+        return chosen
+
+
+def _edit(each: Intervention, columns: Bool[Tensor, "row window"], source: Tensor | None) -> Edit:
+    def edit(activation: Tensor) -> Tensor:
+        # views, changed in place: the residual stream between attention and MLP is read twice
+        unit = each.site.head if each.site.component in PER_HEAD else each.site.neuron
+        target, value = activation, source
+        if unit is not None:
+            pick = (..., unit, slice(None)) if each.site.component in PER_HEAD else (..., slice(unit, unit + 1))
+            target, value = activation[pick], None if source is None else source[pick]
+        now = target[columns]
+        vector = None if each.vector is None else torch.tensor(each.vector, dtype=now.dtype, device=now.device)
+        if each.do == "set":
+            assert vector is not None
+            now = vector.expand_as(now)
+        elif each.do == "add":
+            now = now + each.amount * vector
+        elif each.do == "scale":
+            now = now * each.amount
+        elif each.do == "project":
+            assert vector is not None
+            unit_vector = vector / vector.norm()
+            now = now - (now @ unit_vector)[..., None] * unit_vector
+        else:
+            assert value is not None
+            now = value[columns].to(now.dtype)
+        target[columns] = now
+        return activation
+
+    return edit

@@ -1,0 +1,86 @@
+"""What patching found on a pair: effects of sites with intervals, the heads that read cue and hint, their attention."""
+
+from __future__ import annotations
+
+from mixturelens.contrasts import Kind
+from mixturelens.patching.sweep import Direction
+from mixturelens.records import Record
+from mixturelens.types import Frozen, Interval, Side, Site
+
+
+class Effect(Frozen):
+    """Share of the contrast that patching one site moves: 0 nothing, 1 all of it."""
+
+    site: Site
+    effect: Interval
+
+
+class Sweep(Frozen):
+    """Every site of one checkpoint patched, on one kind of contrast."""
+
+    kind: Kind
+    checkpoint: Side
+    """Which checkpoint was patched into."""
+    direction: Direction
+    clean: str
+    """The cue, hint or checkpoint that clean activations come from."""
+    corrupt: str
+    policy: str | None = None
+    """The policy put in place, for cue contrasts."""
+    cue: str | None = None
+    """The cue of the prompts, for hint and checkpoint contrasts."""
+    questions: int
+    target: str
+    """What the metric, log P(target) - log P(foil) of the next token in nats, is about."""
+    foil: str
+    base: Interval
+    """The metric in the run patched into, nats."""
+    goal: Interval
+    """The metric in the run that the activations come from, nats."""
+    labels: tuple[str, ...] = ()
+    """Token (or span) at each position; empty where prompts differ in length, and positions are span names."""
+    spans: dict[str, tuple[int, ...]] = {}
+    effects: tuple[Effect, ...]
+
+
+class ReaderHeads(Frozen):
+    """Heads that carry a contrast, chosen on half of the questions and judged on the other half."""
+
+    kind: Kind
+    checkpoint: Side
+    heads: tuple[Site, ...]
+    questions: int
+    """Questions of the half that judged."""
+    chosen_effect: float
+    """Joint effect on the half that chose."""
+    effect: Interval
+    """Joint effect on the half that judged."""
+    margin: Interval
+    """`effect` less that of the best other group of as many heads."""
+    rival: tuple[Site, ...]
+    first: bool | None
+    """Whether these heads are ranked first on the other half, with a margin whose interval excludes zero."""
+
+
+class Attention(Frozen):
+    """Mean attention of one head from one position, over questions, under each cue."""
+
+    head: Site
+    checkpoint: Side
+    labels: tuple[str, ...]
+    under: dict[str, tuple[float, ...]]
+    """cue -> attention to each position (sums to one)."""
+
+
+class PatchingRecord(Record):
+    """Which sites carry cue and hint in S and in R, and where S's activations undo what RL did."""
+
+    KIND = "patching"
+
+    trained_cue: str
+    harmed_cue: str
+    policy: str
+    """The policy that R follows under the trained cue, put in place in cue contrasts."""
+    sweeps: tuple[Sweep, ...]
+    readers: tuple[ReaderHeads, ...]
+    attention: tuple[Attention, ...] = ()

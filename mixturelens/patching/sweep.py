@@ -1,0 +1,222 @@
+"""Activation patching of many sites over contrasts: effects with intervals, rankings judged on held-out questions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mixturelens.contrasts import Contrasts
+from mixturelens.hooks.engine import MEMORY, Engine
+from mixturelens.hooks.lens import Edit, Lens, Tokens, tokens
+from mixturelens.hooks.metrics import LogOdds, log_odds
+from mixturelens.stats import resample_counts, resampled_mean
+from mixturelens.types import PER_HEAD, Component, Site
+
+Direction = Literal["denoise", "noise"]
+"""`denoise`: clean activations into the corrupt run (what suffices); `noise`: the reverse (what is needed)."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Contrasts as batches of token ids, and the metric that tells their sides apart."""
+
+    clean: Tokens
+    corrupt: Tokens
+    metric: LogOdds
+    spans: list[Mapping[str, Sequence[int]]]
+
+
+def sides(contrasts: Contrasts, lens: Lens) -> Sides:
+    """Contrasts for a model: padded on the left to one width."""
+    rows = contrasts.rows
+    vocabulary = lens.model.config.get_text_config().vocab_size
+    return Sides(
+        clean=tokens([row.clean for row in rows], lens.device),
+        corrupt=tokens([row.corrupt for row in rows], lens.device),
+        metric=log_odds([row.target for row in rows], [row.foil for row in rows], vocabulary, lens.device),
+        spans=[row.spans for row in rows],
+    )
+
+
+@dataclass(frozen=True)
+class Patched:
+    """The metric (log-odds, nats) of every contrast: clean, corrupt, and with each site patched.
+
+    `base` is the run that was patched into and `goal` the run that the activations came from.
+    """
+
+    sites: tuple[Site, ...]
+    base: Float[np.ndarray, " question"]
+    goal: Float[np.ndarray, " question"]
+    patched: Float[np.ndarray, "site question"]
+
+    def effects(self, counts: Int[np.ndarray, "draw question"]) -> Float[np.ndarray, "draw site"]:
+        """(patched - base) / (goal - base), a ratio of means over questions, in every bootstrap sample."""
+        moved = resampled_mean((self.patched - self.base).T, counts)
+        whole = resampled_mean(self.goal - self.base, counts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return moved / whole[:, None]
+
+
+def patch(
+    lens: Lens,
+    contrasts: Contrasts,
+    sites: Sequence[Site],
+    *,
+    direction: Direction = "denoise",
+    before: Lens | None = None,
+    memory: int = MEMORY,
+    progress: Progress | None = None,
+) -> Patched:
+    """Replace each site in turn, and read the metric.
+
+    The activations come from the other prompt of each contrast; with `before`, from that checkpoint on the same prompt
+    (cross-model patching, Prakash et al. 2024, arXiv 2402.14811). Raises InputError for sites that do not exist.
+    """
+    both = sides(contrasts, lens)
+    into, out_of = (both.corrupt, both.clean) if direction == "denoise" else (both.clean, both.corrupt)
+    wanted = list(dict.fromkeys((site.layer, site.component) for site in sites))
+    for site in sites:
+        lens.check(site)
+    source, logits = (before or lens).capture(out_of, wanted)
+    engine = Engine(lens, into, both.spans, memory=memory)
+    patched = engine.sweep(sites, source, both.metric, progress)
+    base, goal = (_numpy(both.metric(found)) for found in (engine.logits, logits))
+    return Patched(tuple(sites), base, goal, _numpy(patched))
+
+
+def jointly(lens: Lens, contrasts: Contrasts, groups: Sequence[Sequence[Site]], before: Lens | None = None) -> Patched:
+    """Like `patch` (denoising), but all sites of a group are replaced at once. `sites` holds each group's first."""
+    both = sides(contrasts, lens)
+    wanted = list(dict.fromkeys((site.layer, site.component) for group in groups for site in group))
+    source, goal = (before or lens).capture(both.clean, wanted)
+    engine_rows = _Columns(both)
+    values = []
+    with torch.inference_mode():
+        base = both.metric(lens.run(both.corrupt)[:, -1])
+        for group in groups:
+            edits = [(lens.point(s.layer, s.component), _replace(s, engine_rows, source)) for s in group]
+            values.append(both.metric(lens.run(both.corrupt, edits)[:, -1]))
+    first = tuple(group[0] for group in groups)
+    return Patched(first, _numpy(base), _numpy(both.metric(goal)), np.stack([_numpy(value) for value in values]))
+
+
+class _Columns:
+    """Which columns a position is at, row by row, as a mask."""
+
+    def __init__(self, both: Sides) -> None:
+        self.both = both
+        self.skip = (~both.corrupt.real).sum(1).tolist()
+
+    def mask(self, position: str | int | None) -> Tensor:
+        chosen = torch.zeros_like(self.both.corrupt.real)
+        for row, skip in enumerate(self.skip):
+            if position is None:
+                chosen[row, skip:] = True
+            else:
+                at = [position] if isinstance(position, int) else self.both.spans[row][position]
+                chosen[row, [skip + i for i in at]] = True
+        return chosen
+
+
+def _replace(site: Site, columns: _Columns, source: Mapping[tuple[int, Component], Tensor]) -> Edit:
+    given, mask = source[site.layer, site.component], columns.mask(site.position)
+
+    def edit(activation: Tensor) -> Tensor:
+        target, value = ((part[:, :, site.head] if site.head is not None else part) for part in (activation, given))
+        target[mask] = value[mask]
+        return activation
+
+    return edit
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()
+
+
+# --- which sites ------------------------------------------------------------------------------------------------------
+
+BY_POSITION: tuple[Component, ...] = ("resid_pre", "attn_out", "mlp_out", "z")
+EVERYWHERE: tuple[Component, ...] = ("q", "k", "v", "pattern")
+
+
+def all_sites(lens: Lens, width: int) -> list[Site]:
+    """Residual stream, attention, MLP and heads at every position, and q, k, v and pattern of every head at all."""
+    found = []
+    for layer in range(lens.layers):
+        for component in (*BY_POSITION, *EVERYWHERE):
+            heads = range(lens.heads_of(component)) if component in PER_HEAD else (None,)
+            places = range(width) if component in BY_POSITION else (None,)
+            found += [
+                Site(layer=layer, component=component, head=head, position=place)
+                for head, place in itertools.product(heads, places)
+            ]
+    return found
+
+
+def head_sites(lens: Lens, position: str | int | None) -> list[Site]:
+    """The output of every head at one position."""
+    return [
+        Site(layer=layer, component="z", head=head, position=position)
+        for layer in range(lens.layers)
+        for head in range(lens.heads)
+    ]
+
+
+# --- choosing and judging ---------------------------------------------------------------------------------------------
+
+ENOUGH = 0.9
+"""Share of the effect from which a group of heads is taken to be the whole reader."""
+MOST = 2
+"""Heads that a reader may have; with more, it is not one place."""
+RIVALS = 12
+"""Heads whose groups a reader is compared with: the strongest alone, on the questions that judge."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Heads chosen on one half of the questions, judged on the other half."""
+
+    heads: tuple[Site, ...]
+    chosen_effect: float
+    """Of all of them together, on the half that chose."""
+    effect: Float[np.ndarray, " draw"]
+    """Of all of them together, on the other half."""
+    margin: Float[np.ndarray, " draw"]
+    """That, less the effect of the best other group of as many heads."""
+    rival: tuple[Site, ...]
+
+
+def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0) -> Reader:
+    """The fewest heads (at most two) whose outputs at `position` carry a contrast.
+
+    Chosen on half of the questions: the strongest head and, if it does not carry ENOUGH, the head that adds most to it.
+    Judged on the other half against every other group of as many heads.
+    """
+    choose, judge = contrasts.half(0), contrasts.half(1)
+    alone = patch(lens, choose, head_sites(lens, position))
+    effects = alone.effects(resample_counts(len(choose.rows), seed, draws=1))[0]
+    order = [alone.sites[i] for i in np.argsort(-effects)]
+    heads, reached = (order[0],), float(effects.max())
+    while reached < ENOUGH and len(heads) < MOST:
+        groups = [(*heads, other) for other in order if other not in heads]
+        together = jointly(lens, choose, groups).effects(resample_counts(len(choose.rows), seed, draws=1))[0]
+        if float(together.max()) <= reached:
+            break
+        heads, reached = groups[int(together.argmax())], float(together.max())
+    counts = resample_counts(len(judge.rows), seed)
+    strongest = patch(lens, judge, head_sites(lens, position))
+    some = [strongest.sites[i] for i in np.argsort(-strongest.effects(counts[:1])[0])[:RIVALS]]
+    rivals = [group for group in itertools.combinations(some, len(heads)) if set(group) != set(heads)]
+    judged = jointly(lens, judge, [heads, *rivals]).effects(counts)
+    best = 1 + int(judged[0, 1:].argmax())
+    return Reader(heads, reached, judged[:, 0], judged[:, 0] - judged[:, best], rivals[best - 1])
