@@ -16,8 +16,10 @@ from mixturelens.types import InputError, RunError
 
 if TYPE_CHECKING:
     from mixturelens.behaviour.record import BehaviourRecord
+    from mixturelens.patching.record import PatchingRecord
     from mixturelens.pipeline import Pair
     from mixturelens.records import Record
+    from mixturelens.routing.repair import RepairRecord
     from mixturelens.routing.verdict import VerdictRecord
 
 app = typer.Typer(
@@ -139,6 +141,56 @@ def verdict(
         _print_json(verdicts, run)
     else:
         _print_verdicts(pairs, verdicts)
+
+
+@app.command()
+def patch(
+    run: Run = None,
+    before: Before = None,
+    after: After = None,
+    suite: SuiteFile = None,
+    trained_cue: TrainedCue = None,
+    out: Out = None,
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the router: patch every site between cues, between hints, and from S into R."""
+    from mixturelens import pipeline
+
+    pairs = _pairs(run, before, after, suite, trained_cue, out)
+    with _working(quiet) as (_, say):
+        records = [pipeline.patch(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
+    if as_json:
+        _print_json(records, run)
+    else:
+        _print_patching(pairs, records)
+
+
+@app.command()
+def repair(
+    run: Run = None,
+    before: Before = None,
+    after: After = None,
+    suite: SuiteFile = None,
+    trained_cue: TrainedCue = None,
+    out: Out = None,
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Bring the harmed cue back through the cue reader, and write the repaired checkpoint."""
+    from mixturelens import pipeline
+
+    pairs = _pairs(run, before, after, suite, trained_cue, out)
+    with _working(quiet) as (_, say):
+        records = [pipeline.repair(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
+    if as_json:
+        _print_json(records, run)
+    else:
+        _print_repairs(pairs, records)
 
 
 @app.command()
@@ -290,6 +342,30 @@ def _print_verdicts(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
     _table(("pair", "verdict", "routing share", "nats: routing / specialist", "accuracy before -> after"), rows)
     for pair, record in zip(pairs, verdicts, strict=True):
         print(f"{pair.name}: {record.reason}")
+
+
+def _print_patching(pairs: list[Pair], records: list[PatchingRecord]) -> None:
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for reader in record.readers:
+            heads = " + ".join(str(head) for head in reader.heads)
+            which = f"{reader.kind} reader, {reader.checkpoint}"
+            rows.append((pair.name, which, heads, _interval(reader.effect), _interval(reader.margin)))
+    _table(("pair", "what", "heads", "effect, held out", "margin over the next"), rows)
+
+
+def _print_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        cues = (record.harmed_cue, record.trained_cue)
+        state = [f"{cue} {_number(record.after[cue].value)}" for cue in cues]
+        rows.append((pair.name, "none", *state, "-", "-"))
+        for each in record.repairs:
+            state = [f"{cue} {_number(each.accuracy[cue].value)}" for cue in cues]
+            rows.append((pair.name, each.kind, *state, _interval(each.gap_closed), _number(each.random.median)))
+    _table(("pair", "repair", "harmed cue", "trained cue", "gap closed", "random sites, median"), rows)
+    for pair, record in zip(pairs, records, strict=True):
+        print(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; repaired checkpoint: {pair.repaired}")
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from mixturelens.suite import PromptRow, Rule, Suite, behind, chat_text, encode_prompts, encode_text, wordings
 from mixturelens.types import InputError
 
@@ -44,8 +46,13 @@ class Contrasts:
     rows: tuple[Contrast, ...]
 
     def half(self, which: Literal[0, 1]) -> Contrasts:
-        """Every other question: choose on one half, judge on the other."""
-        return Contrasts(self.kind, self.clean, self.corrupt, self.policy, self.rows[which::2])
+        """Half of the questions, drawn once and for all: choose on one half, judge on the other.
+
+        Drawn, because suites tend to list questions in turn by kind.
+        """
+        drawn = np.random.default_rng(0).permutation(len(self.rows))
+        chosen = sorted(drawn[which::2])
+        return Contrasts(self.kind, self.clean, self.corrupt, self.policy, tuple(self.rows[i] for i in chosen))
 
     def first(self, number: int) -> Contrasts:
         return Contrasts(self.kind, self.clean, self.corrupt, self.policy, self.rows[:number])
@@ -59,6 +66,8 @@ def cue_contrasts(
     The policy must answer under the clean cue and show a behaviour of the suite under the other; which one it is, the
     caller knows from behaviour. Raises InputError if the policy cannot be put in place or no contrast is left.
     """
+    if policy not in suite.policies:
+        raise InputError(f"there is no policy {policy!r}; policies are {', '.join(suite.policies)}")
     placed = wordings(suite.policies[policy])
     if not placed:
         raise InputError(f"policy {policy!r} is a rule without `force`: it cannot be put in place for a contrast")
@@ -186,9 +195,22 @@ def span_positions(suite: Suite, row: PromptRow, tokenizer: PreTrainedTokenizerB
     offsets = encoded["offset_mapping"]
     positions = {}
     for name, piece in row.spans.items():
-        start = text.find(piece, max(text.find(row.text), 0))
-        if start < 0:
+        start = _find(piece, row, text)
+        if start is None:
             raise InputError(f"prompt {row.id!r}: the chat template changes span {name!r} ({piece!r})")
         end = start + len(piece)
         positions[name] = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
     return positions
+
+
+def _find(piece: str, row: PromptRow, text: str) -> int | None:
+    """Where a piece of the prompt begins in its text, which may have more around it: a system prompt, names of roles."""
+    after = 0
+    for content in [row.text] if row.messages is None else [m.get("content", "").strip() for m in row.messages]:
+        start = text.find(content, after)
+        if start < 0:
+            return None
+        if piece in content:
+            return start + content.find(piece)
+        after = start + len(content)
+    return None

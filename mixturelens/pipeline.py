@@ -11,17 +11,22 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
-from mixturelens.checkpoints import check_folder
+from mixturelens.checkpoints import check_folder, check_pair
 from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer, parse_spec, recipes, safe_name
-from mixturelens.records import new_folder, provenance, write_text
+from mixturelens.patching.pair import patching_record
+from mixturelens.patching.record import PatchingRecord
+from mixturelens.records import Provenance, Record, new_folder, provenance, write_text
+from mixturelens.routing.repair import RepairRecord, repair_record
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import Suite, load_suite
 from mixturelens.training import Progress, Trajectory, train_rl, train_sft
 from mixturelens.types import InputError
 
 Say = Callable[[str], None]
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,13 @@ class Pair:
     @property
     def records(self) -> Path:
         return self.out / "records" / self.name
+
+    @property
+    def repaired(self) -> Path:
+        """Where the repaired plain checkpoint goes: beside the run's others, or into the outside pair's folder."""
+        if self.after is not None and self.after.parent == self.out / "checkpoints":
+            return self.out / "checkpoints" / f"{self.after.name}-repaired"
+        return self.out / "repaired"
 
     def suite(self) -> Suite:
         suite = load_suite(self.suite_path)
@@ -130,20 +142,70 @@ def outside_pair(
 
 def behaviour(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> BehaviourRecord:
     """Measure a pair, or read the record if it is there and about the same weights, suite and seed."""
-    suite = pair.suite()
-    digest = hashlib.sha256(suite.model_dump_json().encode()).hexdigest()[:16]
+    expected = _provenance(pair, device, seed)
     file = pair.records / "behaviour.json"
-    if file.is_file():
-        expected = provenance(before=pair.before, after=pair.after, suite=digest, seed=seed, device=device)
-        try:
-            there = BehaviourRecord.load(file)
-        except InputError:
-            there = None  # written by another version: measure again
-        if there is not None and there.provenance == expected:
-            return there
-    record = behaviour_record(pair.before, pair.after, suite, suite_name=digest, device=device, seed=seed, progress=say)
+    there = _same(BehaviourRecord, file, expected)
+    if there is not None:
+        return there
+    record = behaviour_record(
+        pair.before, pair.after, pair.suite(), suite_name=expected.suite, device=device, seed=seed, progress=say
+    )
     record.save(file)
     return record
+
+
+def patch(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> PatchingRecord:
+    """Where the router is: patch a pair, or read the record if it is there and about the same things."""
+    before, after = _both(pair, "patching")
+    expected = _provenance(pair, device, seed)
+    file = pair.records / "patching.json"
+    there = _same(PatchingRecord, file, expected)
+    if there is not None:
+        return there
+    measured = behaviour(pair, device=device, seed=seed, say=say)
+    found = patching_record(before, after, pair.suite(), measured, device=device, seed=seed, say=say)
+    record = found.model_copy(update={"provenance": expected})
+    record.save(file)
+    return record
+
+
+def repair(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> RepairRecord:
+    """Repair the harmed cue, beside it the repaired plain checkpoint; or read what is there about the same things."""
+    before, after = _both(pair, "repair")
+    expected = _provenance(pair, device, seed)
+    file = pair.records / "repair.json"
+    folder = pair.repaired
+    there = _same(RepairRecord, file, expected)
+    if there is not None and folder.exists():
+        return there
+    measured = behaviour(pair, device=device, seed=seed, say=say)
+    found = repair_record(before, after, pair.suite(), measured, save_to=folder, device=device, seed=seed, say=say)
+    record = found.model_copy(update={"provenance": expected})
+    record.save(file)
+    return record
+
+
+def _both(pair: Pair, what: str) -> tuple[Path, Path]:
+    if pair.after is None:
+        raise InputError(f"{what} needs a checkpoint after: give --after")
+    check_pair(pair.before, pair.after)
+    return pair.before, pair.after
+
+
+def _provenance(pair: Pair, device: str, seed: int) -> Provenance:
+    digest = hashlib.sha256(pair.suite().model_dump_json().encode()).hexdigest()[:16]
+    return provenance(before=pair.before, after=pair.after, suite=digest, seed=seed, device=device)
+
+
+def _same(kind: type[R], file: Path, expected: Provenance) -> R | None:
+    """The record in a file, if it is about the same weights, suite and seed, and made by the same versions."""
+    if not file.is_file():
+        return None
+    try:
+        there = kind.load(file)
+    except InputError:
+        return None  # written by another version: measure again
+    return there if there.provenance == expected else None
 
 
 def verdict(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> VerdictRecord:

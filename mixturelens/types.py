@@ -140,6 +140,8 @@ class Intervention(Frozen):
     def _complete(self) -> Intervention:
         if (self.vector is None) == (self.do in ("set", "add", "project")):
             raise ValueError(f"vector: {self.do} {'needs one' if self.vector is None else 'takes none'}")
+        if self.do == "project" and not any(self.vector or ()):
+            raise ValueError("vector: project needs a direction, and this one is zero")
         if (self.source is None) == (self.do == "replace"):
             raise ValueError(f"source: {self.do} {'needs the cue to read' if self.source is None else 'takes none'}")
         return self

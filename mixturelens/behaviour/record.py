@@ -133,7 +133,7 @@ class BehaviourRecord(Record):
 
 
 @dataclass(frozen=True)
-class _Grid:
+class Grid:
     """Prompts as questions x cues, so that a question is resampled with all its cues."""
 
     index: Int[np.ndarray, "question cue"]
@@ -148,14 +148,15 @@ class _Grid:
         return resampled_mean(self.spread(values), self.counts)
 
 
-def _grid(prompts: Prompts, seed: int) -> _Grid:
+def grid_of(prompts: Prompts, seed: int) -> Grid:
+    """The questions of these prompts, and how often each bootstrap sample draws them."""
     ids = list(dict.fromkeys(row.id for row in prompts.rows))
     cues = prompts.suite.cues
     index = np.full((len(ids), len(cues)), -1)
     position = {question: i for i, question in enumerate(ids)}
     for i, row in enumerate(prompts.rows):
         index[position[row.id], cues.index(row.cue)] = i
-    return _Grid(index, resample_counts(len(ids), seed))
+    return Grid(index, resample_counts(len(ids), seed))
 
 
 def behaviour_record(
@@ -197,7 +198,7 @@ def measure_record(
     """The record of one loaded model, or of two: S and R. They may be intervened models."""
     say = progress or (lambda _: None)
     prompts = prepare(suite, suite.neutral, tokenizer)
-    grid = _grid(prompts, seed)
+    grid = grid_of(prompts, seed)
     common = {
         "policies": tuple(suite.policies),
         "cues": suite.cues,
@@ -214,7 +215,7 @@ def measure_record(
             method="literal" if suite.literal else "sampled",
             coverage={"before": _coverage(behaviour, grid)},
             per_cue={cue: CueBehaviour(before=side[c]) for c, cue in enumerate(suite.cues)},
-            table=_table(behaviour, None, prompts, grid),
+            table=policy_table(behaviour, None, prompts, grid),
             hinted=_hinted(scorer, models, suite, tokenizer, seed),
             **common,
         )
@@ -237,11 +238,40 @@ def measure_record(
         },
         nats=nats,
         **shares,
-        table=_table(change.before, change.after, prompts, grid),
+        table=policy_table(change.before, change.after, prompts, grid),
         hinted=_hinted(scorer, models, suite, tokenizer, seed),
         controls=controls,
         **common,
     )
+
+
+class Harm(Frozen):
+    """Which cue RL trained on, which one it harmed, and the policies in question."""
+
+    trained_cue: str
+    harmed_cue: str
+    """The cue, of those RL did not train on, with the lowest accuracy after."""
+    policy: str
+    """What R follows under the trained cue."""
+    other: str
+    """What else S followed there, most often."""
+
+
+def find_harm(record: BehaviourRecord) -> Harm:
+    """What to patch and to repair. Raises InputError if the trained cue is not known or the suite has but one cue."""
+    if record.trained_cue is None:
+        raise InputError("patching and repair need the cue that RL trained on: set `trained_cue` or --trained-cue")
+    rest = [cue for cue in record.cues if cue != record.trained_cue]
+    if not rest or len(record.policies) < 2:
+        raise InputError("patching and repair need prompts under two cues and two policies at least")
+    after = {cue: state.after for cue, state in record.per_cue.items() if state.after is not None}
+    if not after:
+        raise InputError("patching and repair need a checkpoint after: give --after")
+    harmed = min(rest, key=lambda cue: after[cue].overall)
+    trained = record.per_cue[record.trained_cue]
+    policy = max(record.policies, key=lambda name: after[record.trained_cue or ""].weights[name])
+    other = max((name for name in record.policies if name != policy), key=lambda name: trained.before.weights[name])
+    return Harm(trained_cue=record.trained_cue, harmed_cue=harmed, policy=policy, other=other)
 
 
 def _refuse_silent(suite: Suite, behaviours: list[Behaviour]) -> None:
@@ -257,11 +287,11 @@ def _refuse_silent(suite: Suite, behaviours: list[Behaviour]) -> None:
             )
 
 
-def _coverage(behaviour: Behaviour, grid: _Grid) -> Interval:
+def _coverage(behaviour: Behaviour, grid: Grid) -> Interval:
     return interval(grid.draws(1 - behaviour.weights[:, -1]).min(-1))
 
 
-def _sides(behaviour: Behaviour, suite: Suite, grid: _Grid) -> list[CueSide]:
+def _sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
     names = (*suite.policies, OTHER)
     weights, forced = grid.draws(behaviour.weights), grid.draws(behaviour.forced_accuracy)
     overall = grid.draws(behaviour.correct.sum(-1))
@@ -285,7 +315,7 @@ def _sides(behaviour: Behaviour, suite: Suite, grid: _Grid) -> list[CueSide]:
     return sides
 
 
-def _nats(change: Change, grid: _Grid, named: bool) -> tuple[Nats, list[Nats], dict[str, Interval]]:
+def _nats(change: Change, grid: Grid, named: bool) -> tuple[Nats, list[Nats], dict[str, Interval]]:
     """Nats averaged over cues, per cue, and what follows from them. `named`: the suite names behaviours."""
     terms = {
         name: grid.draws(getattr(change, name))
@@ -309,7 +339,7 @@ def _nats(change: Change, grid: _Grid, named: bool) -> tuple[Nats, list[Nats], d
     return Nats(**{name: interval(values) for name, values in means.items()}), per_cue, shares
 
 
-def _accuracy_change(change: Change, grid: _Grid) -> list[AccuracyChange]:
+def _accuracy_change(change: Change, grid: Grid) -> list[AccuracyChange]:
     """Prompt by prompt where each policy's accuracy is known on each prompt, else from the means under a cue."""
     pairs = [(b.weights, b.correct) for b in (change.before, change.after)]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -330,7 +360,8 @@ def _accuracy_change(change: Change, grid: _Grid) -> list[AccuracyChange]:
     ]
 
 
-def _table(before: Behaviour, after: Behaviour | None, prompts: Prompts, grid: _Grid) -> tuple[Cell, ...]:
+def policy_table(before: Behaviour, after: Behaviour | None, prompts: Prompts, grid: Grid) -> tuple[Cell, ...]:
+    """Every policy put in place under every cue, and what changed there."""
     suite = prompts.suite
     names = suite.behaviour_names
     cells = []
@@ -388,7 +419,7 @@ def _hinted(
 
 
 def _controls(
-    scorer: Scorer, before: Model, after: Model, prompts: Prompts, grid: _Grid, nats: Nats, seed: int
+    scorer: Scorer, before: Model, after: Model, prompts: Prompts, grid: Grid, nats: Nats, seed: int
 ) -> Controls:
     named = bool(prompts.suite.behaviour_names)
     same, _, _ = _nats(measure_change(scorer, before, before, prompts, seed), grid, named)

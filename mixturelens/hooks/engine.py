@@ -13,10 +13,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.hooks.lens import Edit, Lens, Tokens
@@ -30,6 +30,40 @@ TOLERANCE = 1e-3
 Metric = Callable[[Float[Tensor, "part vocabulary"], Int[Tensor, " part"]], Float[Tensor, " part"]]
 Source = Mapping[tuple[int, Component], Tensor]
 Spans = Mapping[str, Sequence[int]]
+
+
+class Columns:
+    """Where the positions of a batch lie, row by row: as columns, counted with the padding."""
+
+    def __init__(self, base: Tokens, spans: Sequence[Spans] | None = None) -> None:
+        self.real, self.spans = base.real, spans
+        self.width = base.real.shape[1]
+        self._skip = (~base.real).sum(1).tolist()
+
+    def of(self, position: str | int | None, row: int) -> tuple[int, ...]:
+        """The columns of a position in one row. Raises InputError if the row has no such span or token."""
+        skip = self._skip[row]
+        if position is None:
+            return tuple(range(skip, self.width))
+        if isinstance(position, int):
+            at: Sequence[int] = (position,)
+        else:
+            spans = self.spans[row] if self.spans is not None else {}
+            if position not in spans:
+                raise InputError(f"row {row} has no span {position!r}; it has {', '.join(sorted(spans)) or 'none'}")
+            at = spans[position]
+        if not at:
+            raise InputError(f"row {row}: span {position!r} is empty: no token lies in it")
+        if not all(0 <= i < self.width - skip for i in at):
+            raise InputError(f"row {row}: position {position} is outside its {self.width - skip} tokens")
+        return tuple(sorted(skip + i for i in at))
+
+    def mask(self, position: str | int | None) -> Bool[Tensor, "row pos"]:
+        """True at the columns of a position, in every row."""
+        chosen = torch.zeros_like(self.real)
+        for row in range(len(chosen)):
+            chosen[row, list(self.of(position, row))] = True
+        return chosen
 
 
 class _Keys:
@@ -63,9 +97,8 @@ class Engine:
         Raises RunError if this model's blocks cannot be called alone and give back what the model gives.
         """
         self.lens, self.base, self.memory = lens, base, memory
-        self.spans = spans
         self.width = base.ids.shape[1]
-        self._skip = (self.width - base.real.sum(1)).tolist()
+        self._columns = Columns(base, spans)
         with torch.inference_mode():
             self._run_base()
             self._check()
@@ -98,7 +131,7 @@ class Engine:
         self.logits: Float[Tensor, "row vocabulary"] = output.logits[:, -1]
         self._resid: list[Float[Tensor, "row pos d_model"]] = [given.pop("hidden_states") for given in arguments]
         self._resid.append(final[0])
-        self._keys = [(layer.keys, layer.values) for layer in cache.layers]
+        self._keys = [cast(tuple[Tensor, Tensor], (layer.keys, layer.values)) for layer in cast(Any, cache.layers)]
         self._arguments = [self._understood(given, Cache) for given in arguments]
 
     def _understood(self, given: dict[str, Any], cache_class: type) -> dict[str, Any]:
@@ -214,22 +247,6 @@ class Engine:
 
     # --- patches ----------------------------------------------------------------------------------------------------
 
-    def columns(self, position: str | int | None, row: int) -> tuple[int, ...]:
-        """The columns of a position in one row. Raises InputError if the row has no such span or token."""
-        skip = self._skip[row]
-        if position is None:
-            return tuple(range(skip, self.width))
-        if isinstance(position, int):
-            at: Sequence[int] = (position,)
-        else:
-            spans = self.spans[row] if self.spans is not None else {}
-            if position not in spans:
-                raise InputError(f"row {row} has no span {position!r}; it has {', '.join(sorted(spans)) or 'none'}")
-            at = spans[position]
-        if not all(0 <= i < self.width - skip for i in at):
-            raise InputError(f"row {row}: position {position} is outside its {self.width - skip} tokens")
-        return tuple(sorted(skip + i for i in at))
-
     def sweep(
         self,
         sites: Sequence[Site],
@@ -270,7 +287,7 @@ class Engine:
             numbers.sort(key=lambda number: sites[number].layer)
             rows: dict[tuple[int, ...], list[int]] = {}
             for row in range(len(self.base)):
-                rows.setdefault(self.columns(position, row), []).append(row)
+                rows.setdefault(self._columns.of(position, row), []).append(row)
             for columns, same in rows.items():
                 yield columns, torch.tensor(same, device=self.base.ids.device), numbers
 

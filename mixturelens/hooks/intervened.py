@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,10 @@ def known_prompts(
     }
 
 
+class _Enough(Exception):
+    """Ends a run once all that is wanted of it has been read."""
+
+
 @dataclass
 class _Past:
     """The key-value caches of the run itself and of those it reads from."""
@@ -49,7 +54,8 @@ class _Past:
     prompts: list[Prompt]
     seen: list[int]
     own: Any
-    sources: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, tuple[Any, Tensor]] = field(default_factory=dict)
+    """cue -> cache, and which of its columns are no padding."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,41 @@ class Intervened:
         self.read = list(
             dict.fromkeys(self._key(each) for each in self.interventions if each.do in ("replace", "mean"))
         )
+        for each in self.interventions:
+            self._check_position(each)
+
+    def _check_position(self, each: Intervention) -> None:
+        """Refuse a position that some prompt lacks, or that does not mean the same where it is read."""
+        position = each.site.position
+        for prompt in self.prompts.values():
+            if isinstance(position, int) and not 0 <= position < len(prompt.ids):
+                raise InputError(f"{each.site}: position {position} is outside the {len(prompt.ids)} tokens of a prompt")
+            for cue in self.sources if each.do == "mean" else [each.source] if each.source else []:
+                if cue not in prompt.under:
+                    raise InputError(
+                        f"{each}: a question asked under {', '.join(prompt.under)} has no prompt under cue {cue!r} to "
+                        "read from; give it one with the same `id`, or leave the question out"
+                    )
+                self._check_aligned(each, prompt, cue)
+
+    def _check_aligned(self, each: Intervention, prompt: Prompt, cue: str) -> None:
+        position = each.site.position
+        if position in ("last", "completion"):
+            return
+        other = self.prompts.get(prompt.under[cue])
+        longer = len(prompt.under[cue]) - len(prompt.ids)
+        if position is None:
+            at: tuple[int, ...] = (0,)
+        else:
+            at = (position,) if isinstance(position, int) else prompt.spans.get(position, ())
+        moved = tuple(i + longer for i in at)
+        elsewhere = isinstance(position, str) and other is not None and moved != other.spans.get(position, moved)
+        if min(moved, default=0) < 0 or elsewhere:
+            raise InputError(
+                f"{each}: the prompts of a question have {len(prompt.ids)} tokens, and {len(prompt.under[cue])} under "
+                f"cue {cue!r}; they are aligned at the end, where {position or 'the first token'!r} lies elsewhere: "
+                "choose `last` or `completion`, or spell both with equally many tokens"
+            )
 
     def _key(self, each: Intervention) -> tuple[int, Component]:
         return each.site.layer, each.site.component
@@ -173,54 +214,51 @@ class Intervened:
 
     def _source(self, call: _Call, cue: str, mask: Tensor | None, past: _Past, use_cache: bool) -> list[Tensor]:
         """What the same questions and completions have under a cue, column by column of the call: one for each read."""
-        found: dict[int, Tensor] = {}
-
-        def keep(index: int) -> Edit:
-            def store(activation: Tensor) -> None:
-                found[index] = activation.clone()
-
-            return store
-
-        edits = [(self.lens.point(*key), keep(index)) for index, key in enumerate(self.read)]
         if past.own is not None:
             # only the completion grows, and that is the same under every cue
-            place = torch.tensor([len(p.under[cue]) - len(p.ids) for p in call.prompts], device=call.ids.device)
-            longest = max(len(p.under[cue]) for p in call.prompts)
-            width = longest + max(n - len(p.ids) for n, p in zip(call.first, call.prompts, strict=True))
-            real = torch.ones(len(call.ids), width + call.ids.shape[1], dtype=torch.long, device=call.ids.device)
-            for row, prompt in enumerate(call.prompts):
-                real[row, : longest - len(prompt.under[cue])] = 0
-            output = self._run(call.ids, edits, real, call.tokens() + place[:, None], past.sources[cue], True, 1)
-            past.sources[cue] = output.past_key_values
-            return [found[index] for index in range(len(self.read))]
+            cache, real = past.sources[cue]
+            real = torch.cat([real, torch.ones_like(call.ids)], 1)
+            found, cache = self._observe(call.ids, real, cache, use_cache)
+            past.sources[cue] = cache, real
+            return found
         rows = [
             [*prompt.under[cue], *ids[len(prompt.ids) - first :]]
             for prompt, first, ids in zip(call.prompts, call.first, call.ids.tolist(), strict=True)
         ]
         width = max(len(row) for row in rows)
-        left = mask is not None  # a mask means padding on the left, as where completions are drawn
-        ids = torch.zeros(len(rows), width, dtype=torch.long, device=call.ids.device)
-        real = torch.zeros_like(ids)
-        skips = [width - len(row) if left or use_cache else 0 for row in rows]
+        ids, real = (torch.zeros(len(rows), width, dtype=torch.long, device=call.ids.device) for _ in range(2))
+        # where completions are drawn, they grow at the end, so padding goes to the front
+        skips = [width - len(row) if use_cache or mask is not None else 0 for row in rows]
         for index, (row, skip) in enumerate(zip(rows, skips, strict=True)):
             ids[index, skip : skip + len(row)] = torch.tensor(row, device=ids.device)
-            real[index, skip : skip + len(row)] = 1
-        padded = bool((real[:, : max(skips, default=0)] == 0).any())
-        output = self._run(
-            ids,
-            edits,
-            real if padded else None,
-            (real.cumsum(1) - 1).clamp(min=0) if padded else None,
-            None,
-            use_cache,
-            1,
-        )
+            real[index, skip:] = 1
+        found, cache = self._observe(ids, real, None, use_cache)
         if use_cache:
-            past.sources[cue] = output.past_key_values
+            past.sources[cue] = cache, real
         shift = [s + len(p.under[cue]) - len(p.ids) for s, p in zip(skips, call.prompts, strict=True)]
         at = (call.tokens() + torch.tensor(shift, device=ids.device)[:, None]).clamp(0, width - 1)
         row = torch.arange(len(rows), device=ids.device)[:, None]
-        return [found[index][row, at] for index in range(len(self.read))]
+        return [values[row, at] for values in found]
+
+    def _observe(self, ids: Tensor, real: Tensor, past: Any, use_cache: bool) -> tuple[list[Tensor], Any]:
+        """What is to be read, of a run that ends as soon as it has been read, unless its cache is wanted."""
+        found: dict[int, Tensor] = {}
+
+        def keep(index: int) -> Edit:
+            def store(activation: Tensor) -> None:
+                found[index] = activation.clone()
+                if len(found) == len(self.read) and not use_cache:
+                    raise _Enough
+
+            return store
+
+        edits = [(self.lens.point(*key), keep(index)) for index, key in enumerate(self.read)]
+        positions = (real.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        mask = real if bool((real == 0).any()) else None
+        cache = None
+        with contextlib.suppress(_Enough):
+            cache = self._run(ids, edits, mask, positions, past, use_cache, 1).get("past_key_values")
+        return [found[index] for index in range(len(self.read))], cache
 
     def _edits(self, call: _Call, given: Mapping[str, list[Tensor]]) -> list[tuple[Any, Edit]]:
         edits = []
@@ -266,6 +304,7 @@ def _edit(each: Intervention, columns: Bool[Tensor, "row window"], source: Tenso
             assert vector is not None
             now = vector.expand_as(now)
         elif each.do == "add":
+            assert vector is not None
             now = now + each.amount * vector
         elif each.do == "scale":
             now = now * each.amount

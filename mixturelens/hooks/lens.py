@@ -81,6 +81,7 @@ class Lens:
     def __init__(self, model: Any, tokenizer: Any, device: str = "cpu") -> None:
         from transformer_lens.model_bridge import TransformerBridge
 
+        self._parameters = {id(value): name for name, value in model.named_parameters()}  # before the bridge moves in
         model.set_attn_implementation("eager")  # so that every layer is told its mask, and shows its pattern
         try:
             self.bridge = TransformerBridge.boot_transformers(
@@ -206,12 +207,23 @@ class Lens:
         return found, logits[:, -1]
 
     def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """What each head writes: its share of the output projection."""
+        """What each head writes: its share of the output projection, as a view of the model's own weights."""
+        module, weight = self.output_projection(layer)
+        if type(module).__name__ != "Conv1D":
+            weight = weight.T  # Linear stores [out, in], Conv1D [in, out]
+        return weight.detach().unflatten(0, (self.heads, self.d_head))
+
+    def output_weights_name(self, layer: int) -> str:
+        """What the plain model calls the weights of a layer's output projection."""
+        name = self._parameters.get(id(self.output_projection(layer)[1]))
+        if name is None:
+            raise RunError(f"the output projection of layer {layer} is not a parameter of {type(self.model).__name__}")
+        return name
+
+    def output_projection(self, layer: int) -> tuple[nn.Module, Tensor]:
+        """The module and the weights that all heads of a layer write through."""
         module = cast(nn.Module, self.bridge.blocks[layer].attn.o.original_component)
-        weight = cast(Tensor, module.weight)
-        if weight.shape[0] != self.heads * self.d_head or type(module).__name__ != "Conv1D":
-            weight = weight.T  # Linear stores [out, in]; Conv1D [in, out]
-        return weight.reshape(self.heads, self.d_head, self.d_model)
+        return module, cast(Tensor, module.weight)
 
 
 def load_lens(path: Path, device: str = "cpu") -> Lens:

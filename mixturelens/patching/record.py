@@ -59,7 +59,7 @@ class ReaderHeads(Frozen):
     """`effect` less that of the best other group of as many heads."""
     rival: tuple[Site, ...]
     first: bool | None
-    """Whether these heads are ranked first on the other half, with a margin whose interval excludes zero."""
+    """Whether these heads are ranked first on the other half, by a margin whose interval lies above zero."""
 
 
 class Attention(Frozen):

@@ -9,15 +9,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.contrasts import Contrasts
-from mixturelens.hooks.engine import MEMORY, Engine
+from mixturelens.hooks.engine import MEMORY, Columns, Engine
 from mixturelens.hooks.lens import Edit, Lens, Tokens, tokens
 from mixturelens.hooks.metrics import LogOdds, log_odds
 from mixturelens.stats import resample_counts, resampled_mean
-from mixturelens.types import PER_HEAD, Component, Site
+from mixturelens.types import PER_HEAD, Component, InputError, Site
 
 Direction = Literal["denoise", "noise"]
 """`denoise`: clean activations into the corrupt run (what suffices); `noise`: the reverse (what is needed)."""
@@ -84,10 +84,9 @@ def patch(
     """
     both = sides(contrasts, lens)
     into, out_of = (both.corrupt, both.clean) if direction == "denoise" else (both.clean, both.corrupt)
-    wanted = list(dict.fromkeys((site.layer, site.component) for site in sites))
     for site in sites:
         lens.check(site)
-    source, logits = (before or lens).capture(out_of, wanted)
+    source, logits = (before or lens).capture(out_of, _activations(sites))
     engine = Engine(lens, into, both.spans, memory=memory)
     patched = engine.sweep(sites, source, both.metric, progress)
     base, goal = (_numpy(both.metric(found)) for found in (engine.logits, logits))
@@ -97,46 +96,38 @@ def patch(
 def jointly(lens: Lens, contrasts: Contrasts, groups: Sequence[Sequence[Site]], before: Lens | None = None) -> Patched:
     """Like `patch` (denoising), but all sites of a group are replaced at once. `sites` holds each group's first."""
     both = sides(contrasts, lens)
-    wanted = list(dict.fromkeys((site.layer, site.component) for group in groups for site in group))
-    source, goal = (before or lens).capture(both.clean, wanted)
-    engine_rows = _Columns(both)
+    sites = [site for group in groups for site in group]
+    for site in sites:
+        lens.check(site)
+    source, goal = (before or lens).capture(both.clean, _activations(sites))
+    columns = Columns(both.corrupt, both.spans)
     values = []
     with torch.inference_mode():
         base = both.metric(lens.run(both.corrupt)[:, -1])
         for group in groups:
-            edits = [(lens.point(s.layer, s.component), _replace(s, engine_rows, source)) for s in group]
+            edits = [(lens.point(s.layer, s.component), _replace(s, columns.mask(s.position), source)) for s in group]
             values.append(both.metric(lens.run(both.corrupt, edits)[:, -1]))
     first = tuple(group[0] for group in groups)
     return Patched(first, _numpy(base), _numpy(both.metric(goal)), np.stack([_numpy(value) for value in values]))
 
 
-class _Columns:
-    """Which columns a position is at, row by row, as a mask."""
+def _replace(site: Site, mask: Bool[Tensor, "row pos"], source: Mapping[tuple[int, Component], Tensor]) -> Edit:
+    unit = site.head if site.component in PER_HEAD else site.neuron
 
-    def __init__(self, both: Sides) -> None:
-        self.both = both
-        self.skip = (~both.corrupt.real).sum(1).tolist()
-
-    def mask(self, position: str | int | None) -> Tensor:
-        chosen = torch.zeros_like(self.both.corrupt.real)
-        for row, skip in enumerate(self.skip):
-            if position is None:
-                chosen[row, skip:] = True
-            else:
-                at = [position] if isinstance(position, int) else self.both.spans[row][position]
-                chosen[row, [skip + i for i in at]] = True
-        return chosen
-
-
-def _replace(site: Site, columns: _Columns, source: Mapping[tuple[int, Component], Tensor]) -> Edit:
-    given, mask = source[site.layer, site.component], columns.mask(site.position)
+    def at(activation: Tensor) -> Tensor:
+        if site.component == "pattern":
+            activation = activation.transpose(1, 2)  # of a query, as everything else is of a position
+        return activation if unit is None else activation[:, :, unit]
 
     def edit(activation: Tensor) -> Tensor:
-        target, value = ((part[:, :, site.head] if site.head is not None else part) for part in (activation, given))
-        target[mask] = value[mask]
+        at(activation)[mask] = at(source[site.layer, site.component])[mask]
         return activation
 
     return edit
+
+
+def _activations(sites: Sequence[Site]) -> list[tuple[int, Component]]:
+    return list(dict.fromkeys((site.layer, site.component) for site in sites))
 
 
 def _numpy(values: Tensor) -> np.ndarray:
@@ -149,13 +140,13 @@ BY_POSITION: tuple[Component, ...] = ("resid_pre", "attn_out", "mlp_out", "z")
 EVERYWHERE: tuple[Component, ...] = ("q", "k", "v", "pattern")
 
 
-def all_sites(lens: Lens, width: int) -> list[Site]:
-    """Residual stream, attention, MLP and heads at every position, and q, k, v and pattern of every head at all."""
+def all_sites(lens: Lens, positions: Sequence[str | int]) -> list[Site]:
+    """Residual stream, attention, MLP and heads at each position; q, k, v and pattern of every head everywhere."""
     found = []
     for layer in range(lens.layers):
         for component in (*BY_POSITION, *EVERYWHERE):
             heads = range(lens.heads_of(component)) if component in PER_HEAD else (None,)
-            places = range(width) if component in BY_POSITION else (None,)
+            places = positions if component in BY_POSITION else (None,)
             found += [
                 Site(layer=layer, component=component, head=head, position=place)
                 for head, place in itertools.product(heads, places)
@@ -202,6 +193,8 @@ def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0) 
     Chosen on half of the questions: the strongest head and, if it does not carry ENOUGH, the head that adds most to it.
     Judged on the other half against every other group of as many heads.
     """
+    if len(contrasts.rows) < 2:
+        raise InputError("one half of the questions chooses heads and the other judges them: give at least two")
     choose, judge = contrasts.half(0), contrasts.half(1)
     alone = patch(lens, choose, head_sites(lens, position))
     effects = alone.effects(resample_counts(len(choose.rows), seed, draws=1))[0]
@@ -217,6 +210,8 @@ def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0) 
     strongest = patch(lens, judge, head_sites(lens, position))
     some = [strongest.sites[i] for i in np.argsort(-strongest.effects(counts[:1])[0])[:RIVALS]]
     rivals = [group for group in itertools.combinations(some, len(heads)) if set(group) != set(heads)]
+    if not rivals:
+        raise InputError(f"all {lens.layers * lens.heads} heads together are no place that others could be compared with")
     judged = jointly(lens, judge, [heads, *rivals]).effects(counts)
     best = 1 + int(judged[0, 1:].argmax())
     return Reader(heads, reached, judged[:, 0], judged[:, 0] - judged[:, best], rivals[best - 1])
