@@ -119,7 +119,9 @@ class Intervened:
         position = each.site.position
         for prompt in self.prompts.values():
             if isinstance(position, int) and not 0 <= position < len(prompt.ids):
-                raise InputError(f"{each.site}: position {position} is outside the {len(prompt.ids)} tokens of a prompt")
+                raise InputError(
+                    f"{each.site}: position {position} is outside the {len(prompt.ids)} tokens of a prompt"
+                )
             for cue in self.sources if each.do == "mean" else [each.source] if each.source else []:
                 if cue not in prompt.under:
                     raise InputError(

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -213,17 +213,40 @@ class Lens:
             weight = weight.T  # Linear stores [out, in], Conv1D [in, out]
         return weight.detach().unflatten(0, (self.heads, self.d_head))
 
-    def output_weights_name(self, layer: int) -> str:
-        """What the plain model calls the weights of a layer's output projection."""
-        name = self._parameters.get(id(self.output_projection(layer)[1]))
-        if name is None:
-            raise RunError(f"the output projection of layer {layer} is not a parameter of {type(self.model).__name__}")
-        return name
-
     def output_projection(self, layer: int) -> tuple[nn.Module, Tensor]:
         """The module and the weights that all heads of a layer write through."""
         module = cast(nn.Module, self.bridge.blocks[layer].attn.o.original_component)
         return module, cast(Tensor, module.weight)
+
+    def projection(
+        self, layer: int, which: Literal["q", "k", "v"]
+    ) -> tuple[str, Int[Tensor, "head d_head d_model"], Float[Tensor, "head d_head d_model"]]:
+        """Weights of the queries, keys or values of every head: the plain model's name of the parameter that holds
+        them, the flat index of each weight in it, and the weights. Raises RunError if the parameter cannot be found.
+        """
+        attention = self.bridge.blocks[layer].attn
+        heads = self.heads if which == "q" else self.kv_heads
+        module = cast(nn.Module, getattr(attention, which).original_component)
+        weight = cast(Tensor, module.weight).detach()
+        name = self._parameters.get(id(module.weight))
+        if name is not None:
+            index = torch.arange(weight.numel(), device=weight.device).view_as(weight)
+            if type(module).__name__ == "Conv1D":
+                weight, index = weight.T, index.T
+            return name, index.unflatten(0, (heads, -1)), weight.unflatten(0, (heads, -1))
+        # one parameter holds all three: ask the bridge to split numbers that say where they come from
+        joint = cast(nn.Module, attention.qkv.original_component)
+        name, fused = self._parameters.get(id(joint.weight)), cast(nn.Parameter, joint.weight)
+        if name is None:
+            raise RunError(f"the {which} projection of layer {layer} is not a parameter of {type(self.model).__name__}")
+        kept = fused.data
+        try:
+            fused.data = torch.arange(kept.numel(), dtype=torch.float64, device=kept.device).view_as(kept)
+            parts = attention.split_qkv_matrix(attention.original_component)
+            index = parts["qkv".index(which)].weight.detach().long()
+        finally:
+            fused.data = kept
+        return name, index.unflatten(0, (heads, -1)), kept.view(-1)[index].unflatten(0, (heads, -1))
 
 
 def load_lens(path: Path, device: str = "cpu") -> Lens:

@@ -9,6 +9,7 @@ from mixturelens.behaviour.record import BehaviourRecord, find_harm
 from mixturelens.contrasts import Contrasts, checkpoint_contrasts, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.patching.record import Attention, Effect, PatchingRecord, ReaderHeads, Sweep
+from mixturelens.patching.sides import sides
 from mixturelens.patching.sweep import (
     BY_POSITION,
     Direction,
@@ -16,7 +17,6 @@ from mixturelens.patching.sweep import (
     all_sites,
     find_reader,
     patch,
-    sides,
 )
 from mixturelens.stats import interval, mean_interval, resample_counts
 from mixturelens.suite import Suite
@@ -184,7 +184,7 @@ def _attention(
         return ()
     found = []
     for side, lens in lenses.items():
-        both = sides(contrasts, lens)
+        both = sides(lens, contrasts)
         patterns = [
             lens.capture(batch, [(head.layer, "pattern") for head in heads])[0] for batch in (both.clean, both.corrupt)
         ]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.engine import MEMORY, Columns, Engine
-from mixturelens.hooks.lens import Edit, Lens, Tokens, tokens
-from mixturelens.hooks.metrics import LogOdds, log_odds
+from mixturelens.hooks.lens import Edit, Lens
+from mixturelens.patching.sides import sides
 from mixturelens.stats import resample_counts, resampled_mean
 from mixturelens.types import PER_HEAD, Component, InputError, Site
 
@@ -23,28 +23,6 @@ Direction = Literal["denoise", "noise"]
 """`denoise`: clean activations into the corrupt run (what suffices); `noise`: the reverse (what is needed)."""
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Sides:
-    """Contrasts as batches of token ids, and the metric that tells their sides apart."""
-
-    clean: Tokens
-    corrupt: Tokens
-    metric: LogOdds
-    spans: list[Mapping[str, Sequence[int]]]
-
-
-def sides(contrasts: Contrasts, lens: Lens) -> Sides:
-    """Contrasts for a model: padded on the left to one width."""
-    rows = contrasts.rows
-    vocabulary = lens.model.config.get_text_config().vocab_size
-    return Sides(
-        clean=tokens([row.clean for row in rows], lens.device),
-        corrupt=tokens([row.corrupt for row in rows], lens.device),
-        metric=log_odds([row.target for row in rows], [row.foil for row in rows], vocabulary, lens.device),
-        spans=[row.spans for row in rows],
-    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +60,7 @@ def patch(
     The activations come from the other prompt of each contrast; with `before`, from that checkpoint on the same prompt
     (cross-model patching, Prakash et al. 2024, arXiv 2402.14811). Raises InputError for sites that do not exist.
     """
-    both = sides(contrasts, lens)
+    both = sides(lens, contrasts)
     into, out_of = (both.corrupt, both.clean) if direction == "denoise" else (both.clean, both.corrupt)
     for site in sites:
         lens.check(site)
@@ -95,7 +73,7 @@ def patch(
 
 def jointly(lens: Lens, contrasts: Contrasts, groups: Sequence[Sequence[Site]], before: Lens | None = None) -> Patched:
     """Like `patch` (denoising), but all sites of a group are replaced at once. `sites` holds each group's first."""
-    both = sides(contrasts, lens)
+    both = sides(lens, contrasts)
     sites = [site for group in groups for site in group]
     for site in sites:
         lens.check(site)
@@ -200,7 +178,7 @@ def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0) 
     effects = alone.effects(resample_counts(len(choose.rows), seed, draws=1))[0]
     order = [alone.sites[i] for i in np.argsort(-effects)]
     heads, reached = (order[0],), float(effects.max())
-    while reached < ENOUGH and len(heads) < MOST:
+    while reached < ENOUGH and len(heads) < min(MOST, len(order) - 1):  # others must be left to compare with
         groups = [(*heads, other) for other in order if other not in heads]
         together = jointly(lens, choose, groups).effects(resample_counts(len(choose.rows), seed, draws=1))[0]
         if float(together.max()) <= reached:
@@ -211,7 +189,7 @@ def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0) 
     some = [strongest.sites[i] for i in np.argsort(-strongest.effects(counts[:1])[0])[:RIVALS]]
     rivals = [group for group in itertools.combinations(some, len(heads)) if set(group) != set(heads)]
     if not rivals:
-        raise InputError(f"all {lens.layers * lens.heads} heads together are no place that others could be compared with")
+        raise InputError("the model has one head: there is no other that a reader could be compared with")
     judged = jointly(lens, judge, [heads, *rivals]).effects(counts)
     best = 1 + int(judged[0, 1:].argmax())
     return Reader(heads, reached, judged[:, 0], judged[:, 0] - judged[:, best], rivals[best - 1])

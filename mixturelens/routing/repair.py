@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -17,19 +17,25 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.record import BehaviourRecord, Cell, Harm, find_harm, grid_of, policy_table
-from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer
+from mixturelens.checkpoints import end_tokens, load_model
 from mixturelens.contrasts import Contrasts, cue_contrasts
+from mixturelens.hooks.engine import Columns
 from mixturelens.hooks.intervened import Intervened, Prompt, known_prompts
-from mixturelens.hooks.lens import Lens, Tokens, load_lens, tokens
-from mixturelens.patching.sweep import find_reader, head_sites, sides
+from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.patching.sides import sides
+from mixturelens.patching.sweep import find_reader, head_sites
 from mixturelens.records import Record, new_folder
 from mixturelens.stats import interval, map_draws
-from mixturelens.suite import Suite, wordings
+from mixturelens.suite import Suite
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RepairKind = Literal["interchange", "zero", "mean", "steer", "edit"]
 """`interchange`: the cue reader's output is that of the trained cue; `zero`, `mean` (over all cues equally): it is
-ablated; `steer`: the mean difference between cues is added behind its layer; `edit`: its output weights are changed."""
+ablated; `steer`: the mean difference between cues is added behind its layer; `edit`: its weights are changed so that it
+reads the harmed cue as the trained one."""
 
 
 class Random(Frozen):
@@ -92,8 +98,6 @@ class RepairRecord(Record):
 
 RANDOM = 24
 """Random places, at most, that each repair is compared with."""
-RIDGES = (1.0, 0.1, 0.01, 0.001)
-"""How strongly an edit is held back, in mean squares of a head's output; chosen on half of the questions."""
 AMOUNTS = (0.5, 1.0, 2.0, 4.0)
 """Steering strengths to choose from, in mean differences between the cues."""
 
@@ -201,20 +205,20 @@ def repair_record(
         reached = ground.both(found, ground.judge)[0]
         repairs.append(scored(kind, [str(v) for v in values], values, found, _random(names, tried, reached)))
     say("repair: edit")
-    ridge = _choose_ridge(ground, heads)
-    edited = fit_edit(ground, heads, ridge)
-    with written(lens, edited):
-        found = ground.behaviour((), ground.judge)
+    model = load_model(after, device)  # an edit is judged on the plain model
+    edited = fit_edit(ground, heads)
     if save_to is not None:
-        save_edit(lens, edited, after, save_to)
-        # what is reported is what the saved folder does
+        save_edited(model, edited, lens.tokenizer, save_to)
         found = measure(ground.scorer, load_model(save_to, device), ground.judge, seed)
+    else:
+        with written(model, edited):
+            found = measure(ground.scorer, model, ground.judge, seed)
     tried = []
     for group in others:
-        with written(lens, fit_edit(ground, group, ridge)):
-            tried.append(ground.both(ground.behaviour((), ground.judge), ground.judge))
+        with written(model, fit_edit(ground, group)):
+            tried.append(ground.both(measure(ground.scorer, model, ground.judge, seed), ground.judge))
     names = ["+".join(str(head) for head in group) for group in others]
-    what = [f"output weights of {head.model_copy(update={'position': None})}, ridge {ridge:g}" for head in heads]
+    what = [f"L{head.layer}: head {head.head} reads the cue {harm.harmed_cue} as {harm.trained_cue}" for head in heads]
     reached = ground.both(found, ground.judge)[0]
     repairs.append(scored("edit", what, (), found, _random(names, tried, reached)))
     return RepairRecord(
@@ -292,7 +296,7 @@ def _random(names: Sequence[str], tried: Sequence[tuple[float, float]], reached:
 def _steering(ground: _Ground, heads: Sequence[Site]) -> tuple[np.ndarray, float]:
     """Mean difference between the cues behind the reader's last layer, and the strength that repairs best."""
     key = (max(head.layer for head in heads), "resid_post")
-    both = sides(ground.contrasts.half(0), ground.lens)
+    both = sides(ground.lens, ground.contrasts.half(0))
     clean, corrupt = (ground.lens.capture(batch, [key])[0][key][:, -1] for batch in (both.clean, both.corrupt))
     direction = (clean - corrupt).mean(0).double().cpu().numpy()
 
@@ -314,90 +318,86 @@ def _random_directions(direction: np.ndarray, seed: int) -> list[np.ndarray]:
 
 # --- a weight edit ----------------------------------------------------------------------------------------------------
 
-Edited = Mapping[tuple[int, int], torch.Tensor]
-"""(layer, head) -> its new output weights, [d_head, d_model]."""
+WeightEdit = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""Name of a parameter of the plain model -> (flat indices, new values)."""
 
 
-def fit_edit(ground: _Ground, heads: Sequence[Site], ridge: float) -> Edited:
-    """Output weights with which the heads write, under the harmed cue, what they write under the trained one.
+def fit_edit(ground: _Ground, heads: Sequence[Site]) -> WeightEdit:
+    """Keys and values with which the heads read the harmed cue's tokens as if they were the trained cue's.
 
-    Least squares over the policy word and what follows it, on the questions that choose. On harmed prompts the target
-    is what the head writes at the same place of the same completion under the trained cue; on trained prompts (every
-    policy put in place) it is what it writes now. A ridge holds the weights near their old values. (In the manner of
-    ROME, Meng et al. 2022, arXiv 2202.05262, who edit an MLP's output weights.)
+    For each token of the cue, the mean input under the harmed cue is to give the keys and values that the mean input
+    under the trained cue gives, while inputs at all other tokens (and at the trained cue's) give what they gave: the
+    constrained least squares of ROME and MEMIT (Meng et al. 2022, arXiv 2202.05262 and 2210.07229), for an attention
+    head. Where keys and values are shared by several heads, all of them are edited.
     """
     lens, harm = ground.lens, ground.harm
-    found: dict[tuple[int, int], torch.Tensor] = {}
+    span = ground.contrasts.rows[0].spans.get("cue")
+    if not span:
+        raise InputError(
+            "an edit of the cue reader needs to know where the cue is: name it under `spans` of each prompt"
+        )
+    edit: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for layer in dict.fromkeys(head.layer for head in heads):
-        units = [head.head for head in heads if head.layer == layer]
-
-        def outputs(cue: str, policy: str, layer: int = layer, units: list[int | None] = units) -> torch.Tensor:
-            batch, lengths = _completed(ground, cue, policy)
-            z = lens.capture(batch, [(layer, "z")])[0][layer, "z"][:, :, units].flatten(2)
-            ends = [z[row, z.shape[1] - length :] for row, length in enumerate(lengths)]
-            return torch.cat(ends).double()
-
-        old = torch.cat([lens.output_weights(layer)[unit] for unit in units]).double()
-        harmed, target = outputs(harm.harmed_cue, harm.policy), outputs(harm.trained_cue, harm.policy)
-        gram = harmed.T @ harmed / len(harmed)
-        scale = float(gram.trace()) / len(gram)
-        for policy in ground.suite.policies:
-            if wordings(ground.suite.policies[policy]):
-                keep = outputs(harm.trained_cue, policy)
-                gram = gram + keep.T @ keep / len(keep)
-        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        pull = harmed.T @ ((target - harmed) @ old) / len(harmed)
-        new = old + torch.linalg.solve(gram + ridge * scale * identity, pull)
-        for unit, weights in zip(units, new.split(lens.d_head), strict=True):
-            assert unit is not None
-            found[layer, unit] = weights.to(lens.output_weights(layer).dtype)
-    return found
+        trained, kept = _inputs(ground, layer, harm.trained_cue)
+        harmed, rest = _inputs(ground, layer, harm.harmed_cue)
+        kept = torch.cat([kept, rest, trained.flatten(0, 1)])
+        moved, target = harmed.mean(0), trained.mean(0)  # [token, d_model]
+        spread = kept.T @ kept / len(kept)
+        spread += RIDGE * spread.diagonal().mean() * torch.eye(len(spread), dtype=spread.dtype, device=spread.device)
+        away = torch.linalg.solve(spread, moved.T)  # [d_model, token]: answers to the cue's tokens, and to little else
+        read = torch.linalg.solve(moved @ away, away.T)  # [token, d_model], with read @ moved.T the identity
+        shared = {int(head.head or 0) * lens.kv_heads // lens.heads for head in heads if head.layer == layer}
+        for which in ("k", "v"):
+            name, index, weights = lens.projection(layer, which)
+            for head in shared:
+                new = weights[head].double() + weights[head].double() @ (target - moved).T @ read
+                old = edit.get(name, (index.new_empty(0), weights.new_empty(0)))
+                edit[name] = (
+                    torch.cat([old[0], index[head].flatten()]),
+                    torch.cat([old[1], new.to(weights.dtype).flatten()]),
+                )
+    return edit
 
 
-def _completed(ground: _Ground, cue: str, policy: str) -> tuple[Tokens, list[int]]:
-    """Prompts of the choosing questions under a cue, with a policy put in place and what it says: the answer, or its
-    literal behaviour; and how many tokens that is."""
-    prompts = ground.choose
-    number = list(ground.suite.policies).index(policy)
-    announced = next(a for a in prompts.announcements if a.policy == number)
-    answers = policy == ground.harm.policy
-    literal = list(prompts.behaviours[0][1]) if prompts.behaviours and not answers else []
-    rows, lengths = [], []
-    for row, context, answer in zip(prompts.rows, prompts.contexts, prompts.answers, strict=True):
-        if row.cue == cue:
-            completion = [*announced.ids, *(answer if answers else literal)]
-            rows.append([*context, *completion])
-            lengths.append(len(completion))
-    return tokens(rows, ground.lens.device), lengths
+RIDGE = 0.01
+"""Keeps the spread of inputs invertible, in mean squares of an input."""
 
 
-def _choose_ridge(ground: _Ground, heads: Sequence[Site]) -> float:
-    def worst(ridge: float) -> float:
-        with written(ground.lens, fit_edit(ground, heads, ridge)):
-            return min(ground.both(ground.behaviour((), ground.choose), ground.choose))
+def _inputs(ground: _Ground, layer: int, cue: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What keys and values are computed from: [question, token of the cue, d_model], and at all other tokens."""
+    found: list[torch.Tensor] = []
+    lens = ground.lens
+    contrasts = ground.contrasts.half(0)
+    both = sides(lens, contrasts)
+    batch = both.clean if cue == contrasts.clean else both.corrupt
 
-    return max(RIDGES, key=worst)
+    def keep(activation: torch.Tensor) -> None:
+        found.append(activation.double())
+
+    with torch.no_grad():
+        lens.run(batch, [(lens.named_point(f"blocks.{layer}.attn.k.hook_in"), keep)])
+    mask = Columns(batch, both.spans).mask("cue")
+    at_cue = found[0][mask].unflatten(0, (len(batch), -1))
+    return at_cue, found[0][batch.real & ~mask]
 
 
 @contextlib.contextmanager
-def written(lens: Lens, edited: Edited) -> Iterator[None]:
-    """The model with edited output weights, for the length of a block."""
-    old = {(layer, head): lens.output_weights(layer)[head].clone() for layer, head in edited}
+def written(model: torch.nn.Module, edit: WeightEdit) -> Iterator[None]:
+    """The model with edited weights, for the length of a block."""
+    old = {name: model.get_parameter(name).detach().clone() for name in edit}
     try:
-        for (layer, head), weights in edited.items():
-            lens.output_weights(layer)[head] = weights
+        with torch.no_grad():
+            for name, (index, values) in edit.items():
+                model.get_parameter(name).view(-1)[index] = values
         yield
     finally:
-        for (layer, head), weights in old.items():
-            lens.output_weights(layer)[head] = weights
+        with torch.no_grad():
+            for name, weights in old.items():
+                model.get_parameter(name).copy_(weights)
 
 
-def save_edit(lens: Lens, edited: Edited, after: Path, folder: Path) -> None:
+def save_edited(model: PreTrainedModel, edit: WeightEdit, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The edited model as a plain checkpoint folder, which `from_pretrained` loads."""
-    plain = load_model(after)
-    with written(lens, edited), torch.no_grad():
-        for layer in {layer for layer, _ in edited}:
-            plain.get_parameter(lens.output_weights_name(layer)).copy_(lens.output_projection(layer)[1].cpu())
-    with new_folder(folder) as temporary:
-        plain.save_pretrained(temporary)
-        load_tokenizer(after).save_pretrained(temporary)
+    with written(model, edit), new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

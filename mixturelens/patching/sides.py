@@ -1,0 +1,40 @@
+"""Contrasts as batches of token ids for one model, and the metric that tells their sides apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mixturelens.contrasts import Contrasts
+from mixturelens.hooks.lens import Lens, Tokens, tokens
+from mixturelens.hooks.metrics import LogOdds, log_odds
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Clean and corrupt prompts, aligned token by token: one row per question. The metric is of the next token."""
+
+    clean: Tokens
+    corrupt: Tokens
+    metric: LogOdds
+    spans: tuple[Mapping[str, Sequence[int]], ...]
+    """Named positions of each row, counted from the start of its prompt."""
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def part(self, rows: slice) -> Sides:
+        metric = LogOdds(self.metric.target[rows], self.metric.foil[rows])
+        return Sides(self.clean.part(rows), self.corrupt.part(rows), metric, self.spans[rows])
+
+
+def sides(lens: Lens, contrasts: Contrasts) -> Sides:
+    """The prompts of contrasts, padded on the left to one width, and the log-odds of their targets against foils."""
+    rows = contrasts.rows
+    vocabulary = lens.model.config.get_text_config().vocab_size
+    return Sides(
+        clean=tokens([row.clean for row in rows], lens.device),
+        corrupt=tokens([row.corrupt for row in rows], lens.device),
+        metric=log_odds([row.target for row in rows], [row.foil for row in rows], vocabulary, lens.device),
+        spans=tuple(row.spans for row in rows),
+    )
