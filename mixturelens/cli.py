@@ -162,6 +162,11 @@ def patch(
     pairs = _pairs(run, before, after, suite, trained_cue, out)
     with _working(quiet) as (_, say):
         records = [pipeline.patch(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
+        for pair in pairs:
+            try:
+                pipeline.circuit(pair, pairs, device=_device(device), seed=seed, say=say)
+            except (RunError, InputError) as error:  # sites are found in every architecture, edges in most
+                print(f"mixturelens: {pair.name}: no circuit: {error}", file=sys.stderr)
     if as_json:
         _print_json(records, run)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +19,7 @@ from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.records import Provenance, Record, new_folder, provenance, write_text
+from mixturelens.routing.circuit import CircuitRecord, circuit_record
 from mixturelens.routing.repair import RepairRecord, repair_record
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import Suite, load_suite
@@ -164,6 +165,27 @@ def patch(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = N
         return there
     measured = behaviour(pair, device=device, seed=seed, say=say)
     found = patching_record(before, after, pair.suite(), measured, device=device, seed=seed, say=say)
+    record = found.model_copy(update={"provenance": expected})
+    record.save(file)
+    return record
+
+
+def circuit(
+    pair: Pair, others: Sequence[Pair] = (), *, device: str = "cpu", seed: int = 0, say: Say | None = None
+) -> CircuitRecord:
+    """The routing circuits of a pair, compared with those of the other checkpoints of its run.
+
+    Raises RunError or InputError if the edges of this architecture cannot be patched.
+    """
+    before, after = _both(pair, "a circuit")
+    expected = _provenance(pair, device, seed)
+    file = pair.records / "circuit.json"
+    there = _same(CircuitRecord, file, expected)
+    if there is not None:
+        return there
+    also = {other.after.name: other.after for other in others if other.after is not None and other.after != after}
+    measured = behaviour(pair, device=device, seed=seed, say=say)
+    found = circuit_record(before, after, pair.suite(), measured, also=also, device=device, seed=seed, say=say)
     record = found.model_copy(update={"provenance": expected})
     record.save(file)
     return record

@@ -8,6 +8,7 @@ from pathlib import Path
 from mixturelens.behaviour.record import BehaviourRecord, find_harm
 from mixturelens.contrasts import Contrasts, checkpoint_contrasts, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.patching.labels import aligned, position_labels
 from mixturelens.patching.record import Attention, Effect, PatchingRecord, ReaderHeads, Sweep
 from mixturelens.patching.sides import sides
 from mixturelens.patching.sweep import (
@@ -83,41 +84,12 @@ def patching_record(
     )
 
 
-def _aligned(contrasts: Contrasts) -> bool:
-    """Whether a position means the same in every question."""
-    first = contrasts.rows[0]
-    return all(len(row.clean) == len(first.clean) and row.spans == first.spans for row in contrasts.rows)
-
-
 def _sites(lens: Lens, contrasts: Contrasts) -> list[Site]:
     """Every position where questions are aligned, else every span that all questions have."""
-    if _aligned(contrasts):
+    if aligned(contrasts):
         return all_sites(lens, range(len(contrasts.rows[0].clean)))
     shared = set.intersection(*(set(row.spans) for row in contrasts.rows))
     return all_sites(lens, [name for name in contrasts.rows[0].spans if name in shared])
-
-
-def _labels(contrasts: Contrasts, tokenizer: object) -> tuple[str, ...]:
-    """A word for each position: the token where all questions share it, both where the sides differ, else its span."""
-    if not _aligned(contrasts):
-        return ()
-    names = {at: name for name, place in contrasts.rows[0].spans.items() for at in place}
-    labels = []
-    for at in range(len(contrasts.rows[0].clean)):
-        found = [dict.fromkeys(side[at] for side in pair) for pair in zip(*_ids(contrasts), strict=True)]
-        shared = dict.fromkeys(token for tokens in found for token in tokens)
-        if len(shared) <= 2 and all(list(tokens) == list(shared) for tokens in found):
-            words = tokenizer.convert_ids_to_tokens(list(shared))  # type: ignore[attr-defined]
-            labels.append(" / ".join(word.replace("Ġ", " ").replace("▁", " ").strip() or word for word in words))
-        else:
-            place = contrasts.rows[0].spans.get(names.get(at, ""), ())
-            name = names.get(at, "token")
-            labels.append(f"{name} {place.index(at) + 1}" if len(place) > 1 else name)
-    return tuple(labels)
-
-
-def _ids(contrasts: Contrasts) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    return [row.clean for row in contrasts.rows], [row.corrupt for row in contrasts.rows]
 
 
 def _sweep(
@@ -148,8 +120,8 @@ def _sweep(
         foil=foil,
         base=mean_interval(patched.base, counts),
         goal=mean_interval(patched.goal, counts),
-        labels=_labels(contrasts, tokenizer),
-        spans=dict(contrasts.rows[0].spans) if _aligned(contrasts) else {},
+        labels=position_labels(contrasts, tokenizer),
+        spans=dict(contrasts.rows[0].spans) if aligned(contrasts) else {},
         effects=tuple(
             Effect(site=site, effect=interval(draws[:, i], digits=4)) for i, site in enumerate(patched.sites)
         ),
@@ -176,7 +148,7 @@ def _attention(
     lenses: dict[Side, Lens], contrasts: Contrasts, readers: list[ReaderHeads], tokenizer: object
 ) -> tuple[Attention, ...]:
     """Where the heads that read the cue in R look from the policy word, in S and in R."""
-    labels = _labels(contrasts, tokenizer)
+    labels = position_labels(contrasts, tokenizer)
     heads = [
         head for reader in readers if (reader.kind, reader.checkpoint) == ("cue", "after") for head in reader.heads
     ]

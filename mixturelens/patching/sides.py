@@ -17,7 +17,7 @@ class Sides:
     clean: Tokens
     corrupt: Tokens
     metric: LogOdds
-    spans: tuple[Mapping[str, Sequence[int]], ...]
+    spans: tuple[Mapping[str, Sequence[int]], ...] = ()
     """Named positions of each row, counted from the start of its prompt."""
 
     def __len__(self) -> int:

@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
-from mixturelens.contrasts import Kind
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mixturelens.behaviour.record import BehaviourRecord, find_harm
+from mixturelens.contrasts import Contrasts, Kind, cue_contrasts, hint_contrasts
+from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.patching.attribution import STEPS, EdgeScores, eap_ig, eap_ig_of, faithfulness
+from mixturelens.patching.graph import Graph, edge_graph, masked
+from mixturelens.patching.labels import position_labels
+from mixturelens.patching.sides import Sides, sides
+from mixturelens.records import Record
+from mixturelens.stats import interval, resample_counts, resampled_mean
+from mixturelens.suite import Suite
 from mixturelens.types import Frozen, Interval, Side
+
+SHOWN = 200
+"""Edges, at most, that a record holds: the strongest."""
+DRAWS = 400
+"""Bootstrap samples of a circuit: there are many edges."""
+COMPARED = (10, 20, 50, 100)
+"""Sizes at which two circuits are compared."""
 
 
 class CircuitNode(Frozen):
@@ -64,3 +88,177 @@ class RoutingCircuit(Frozen):
     nodes: tuple[CircuitNode, ...]
     edges: tuple[CircuitEdge, ...]
     faithfulness: Faithfulness
+
+
+class Overlap(Frozen):
+    """How many of their strongest edges the circuits of two checkpoints share, on the same contrasts."""
+
+    kind: Kind
+    left: str
+    right: str
+    size: int
+    jaccard: Interval
+    """Shared edges over edges of either: 1 if the two are the same."""
+    chance: float
+    """What two random circuits of this size share."""
+
+
+class CircuitRecord(Record):
+    """The routing circuits of a pair, and how alike those of all checkpoints at hand are."""
+
+    KIND = "circuit"
+
+    circuits: tuple[RoutingCircuit, ...]
+    overlaps: tuple[Overlap, ...]
+
+
+def circuit_record(
+    before: Path,
+    after: Path,
+    suite: Suite,
+    behaviour: BehaviourRecord,
+    *,
+    also: dict[str, Path] | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> CircuitRecord:
+    """Circuits of S and R on the cue contrast and, where the suite has hints, on the hint contrast.
+
+    `also` names more checkpoints (after RL on another cue, say) whose circuits are compared with these.
+    """
+    say = say or (lambda _: None)
+    harm = find_harm(behaviour)
+    paths = {"before": before, "after": after, **(also or {})}
+    circuits: list[RoutingCircuit] = []
+    found: dict[str, dict[str, tuple[Graph, EdgeScores]]] = {}
+    for name, path in paths.items():
+        lens = load_lens(path, device)
+        cue = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
+        contrasts = [cue]
+        hints = {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
+        if {harm.policy, harm.other} <= hints:
+            contrasts.append(hint_contrasts(suite, lens.tokenizer, harm.trained_cue, harm.policy, harm.other))
+        for each in contrasts:
+            say(f"circuit of the {each.kind}, {name}")
+            on = sides(lens, each)
+            graph = edge_graph(lens, on)
+            scores = eap_ig(graph, on)
+            found.setdefault(each.kind, {})[name] = graph, scores
+            if name in ("before", "after"):
+                side: Side = "before" if name == "before" else "after"
+                circuits.append(_circuit(graph, on, scores, each, side, seed))
+    overlaps = [overlap for kind in ("cue", "hint") for overlap in _overlaps(kind, found.get(kind, {}), seed)]
+    return CircuitRecord(circuits=tuple(circuits), overlaps=tuple(overlaps))
+
+
+def routing_circuit(lens: Lens, contrasts: Contrasts, side: Side, seed: int = 0) -> RoutingCircuit:
+    """The edges that carry a contrast in one checkpoint, by EAP with integrated gradients, and how faithful they are.
+
+    >>> routing_circuit(lens, cue_contrasts(suite, tokenizer, "a", "A", "B"), "after").edges[0]   # doctest: +SKIP
+    CircuitEdge(sender='input', receiver='L0.h2.v', position=0, score=Interval(value=0.5, ...))
+    """
+    on = sides(lens, contrasts)
+    graph = edge_graph(lens, on)
+    return _circuit(graph, on, eap_ig(graph, on), contrasts, side, seed)
+
+
+def _circuit(
+    graph: Graph, on: Sides, scores: EdgeScores, contrasts: Contrasts, side: Side, seed: int
+) -> RoutingCircuit:
+    counts = resample_counts(len(on), seed, draws=DRAWS)
+    ends = masked(graph, on, [torch.ones(graph.exists.shape), torch.zeros(graph.exists.shape)])
+    whole = resampled_mean((ends[0] - ends[1]).double().numpy(), counts)
+    place = scores.per_position.abs().flatten().topk(min(SHOWN, int((scores.per_position != 0).sum()))).indices
+    edges = torch.stack(torch.unravel_index(place, scores.per_position.shape), 1)
+    of_question = eap_ig_of(graph, on, edges).double().numpy()
+    draws = resampled_mean(of_question, counts) / whole[:, None]
+    curve = faithfulness(graph, on, scores.mean, resample_counts(len(on), seed))
+    total = len(graph)
+    random = [[one.kept[i] for one in curve.random] for i in range(len(curve.edges))]
+    return RoutingCircuit(
+        kind=contrasts.kind,
+        checkpoint=side,
+        clean=contrasts.clean,
+        corrupt=contrasts.corrupt,
+        questions=len(on),
+        method=f"EAP-IG, {STEPS} steps",
+        labels=position_labels(contrasts, graph.lens.tokenizer),
+        edges_total=total,
+        nodes=_nodes(graph, scores, counts, whole),
+        edges=tuple(
+            CircuitEdge(
+                sender=graph.writers[writer],
+                receiver=graph.readers[reader],
+                position=position,
+                score=interval(draws[:, i], digits=5),
+            )
+            for i, (position, writer, reader) in enumerate(edges.tolist())
+        ),
+        faithfulness=Faithfulness(
+            sizes=curve.edges,
+            fractions=tuple(round(size / total, 6) for size in curve.edges),
+            found=curve.ranked.kept,
+            random=tuple(_envelope(values) for values in random),
+            cpr=curve.ranked.cpr,
+            cmd=curve.ranked.cmd,
+            random_cpr=_envelope([one.cpr for one in curve.random]),
+            random_cmd=_envelope([one.cmd for one in curve.random]),
+        ),
+    )
+
+
+def _nodes(
+    graph: Graph, scores: EdgeScores, counts: Int[np.ndarray, "draw row"], whole: Float[np.ndarray, " draw"]
+) -> tuple[CircuitNode, ...]:
+    """What each node's outgoing edges carry (of the logits: the incoming ones), signs dropped."""
+    found = []
+    layers = {"input": -1, **{name: int(name[1:].split(".")[0]) for name in graph.writers[1:]}}
+    per_question = scores.per_question.double().numpy()
+    for writer, name in enumerate(graph.writers):
+        share = np.abs(resampled_mean(per_question[:, writer], counts)).sum(-1) / np.abs(whole)
+        found.append(CircuitNode(name=name, layer=layers[name], score=interval(share, digits=5)))
+    share = np.abs(resampled_mean(per_question[:, :, -1], counts)).sum(-1) / np.abs(whole)
+    found.append(CircuitNode(name="logits", layer=graph.lens.layers, score=interval(share, digits=5)))
+    return tuple(found)
+
+
+def _envelope(values: Sequence[Interval]) -> Interval:
+    """The mean of random circuits; from the lowest end of their intervals to the highest."""
+    known = [value for value in values if value.value is not None]
+    if not known:
+        return Interval()
+    return Interval(
+        value=round(float(np.mean([value.value for value in known])), 10),
+        low=min(value.low or 0.0 for value in known),
+        high=max(value.high or 0.0 for value in known),
+    )
+
+
+def _overlaps(kind: Kind, found: dict[str, tuple[Graph, EdgeScores]], seed: int) -> list[Overlap]:
+    """Every two checkpoints: the Jaccard index of their strongest edges, resampled over questions."""
+    names = list(found)
+    result = []
+    for i, left in enumerate(names):
+        for right in names[i + 1 :]:
+            graph = found[left][0]
+            flat: list[Tensor] = [found[name][1].per_question[:, graph.exists] for name in (left, right)]
+            counts = resample_counts(len(flat[0]), seed, draws=DRAWS)
+            draws = [np.abs(resampled_mean(each.double().numpy(), counts)) for each in flat]
+            for size in COMPARED:
+                if size >= len(graph):
+                    continue
+                tops = [np.argpartition(-each, size, axis=1)[:, :size] for each in draws]
+                shared = np.array([len(np.intersect1d(x, y)) for x, y in zip(*tops, strict=True)])
+                expected = size * size / len(graph)
+                result.append(
+                    Overlap(
+                        kind=kind,
+                        left=left,
+                        right=right,
+                        size=size,
+                        jaccard=interval(shared / (2 * size - shared)),
+                        chance=round(expected / (2 * size - expected), 6),
+                    )
+                )
+    return result
