@@ -204,7 +204,7 @@ def span_positions(suite: Suite, row: PromptRow, tokenizer: PreTrainedTokenizerB
 
 
 def _find(piece: str, row: PromptRow, text: str) -> int | None:
-    """Where a piece of the prompt begins in its text, which may have more around it: a system prompt, names of roles."""
+    """Where a piece of the prompt begins in its text, among a system prompt and names of roles."""
     after = 0
     for written in [row.text] if row.messages is None else [m.get("content", "") for m in row.messages]:
         content = written if written in text else written.strip()  # some templates trim what they are given

@@ -258,4 +258,13 @@ def report(pairs: list[Pair], *, device: str = "cpu", seed: int = 0, say: Say | 
         recipe_note=recipes().get(spec.name) if spec else None,
         pairs=measured,
         trajectories=[Trajectory.load(file) for file in files],
+        patching=_there(pairs, PatchingRecord, "patching", device, seed),
+        repair=_there(pairs, RepairRecord, "repair", device, seed),
+        circuits={name: r.circuits for name, r in _there(pairs, CircuitRecord, "circuit", device, seed).items()},
     )
+
+
+def _there(pairs: list[Pair], kind: type[R], name: str, device: str, seed: int) -> dict[str, R]:
+    """Records of an instrument that has been run on these very pairs."""
+    found = {pair.name: _same(kind, pair.records / f"{name}.json", _provenance(pair, device, seed)) for pair in pairs}
+    return {pair: record for pair, record in found.items() if record is not None}

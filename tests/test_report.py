@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_viz import HOSTILE, make_pair, make_trajectory
+from test_viz_patching import make_circuits, make_patching, make_repair
 
 from mixturelens import viz
 from mixturelens.report import write_report
@@ -47,8 +48,8 @@ class Page(HTMLParser):
             self.text += data
 
 
-def write(path: Path, hostile: bool = False, **changes) -> str:
-    """A page of two pairs, of which only one was watched along training."""
+def write(path: Path, hostile: bool = False, mechanism: bool = False, **changes) -> str:
+    """A page of two pairs, of which only one was watched along training; with `mechanism`, the first was patched."""
     words = HOSTILE if hostile else ""
     policies = (HOSTILE, "<img src=http://x.invalid/y onerror=alert(1)>") if hostile else ("a", "b")
     cues = ("<A>", HOSTILE) if hostile else ("A", "B")
@@ -65,6 +66,13 @@ def write(path: Path, hostile: bool = False, **changes) -> str:
             make_trajectory(policies, cues, f"rl-{words}A"),
         ],
     }
+    if mechanism:
+        name = arguments["pairs"][0][0]
+        arguments |= {
+            "patching": {name: make_patching(words, cues)},
+            "repair": {name: make_repair(words, cues, policies)},
+            "circuits": {name: make_circuits(words)},
+        }
     assert write_report(path, **{**arguments, **changes}) == path
     return path.read_text(encoding="utf-8")
 
@@ -115,6 +123,54 @@ def test_controls_say_whether_they_hold(tmp_path):
         assert holds == state
 
 
+def test_page_says_where_the_router_is(tmp_path):
+    text = write(tmp_path / "report.html", mechanism=True)
+    sections = re.findall(r'<section id="(\w+)">', text)
+    assert sections[4:8] == ["policies", "router", "repair", "trajectories"]
+    words = section(text, "router")
+    assert "cue S (before) L0.z.1@policy 0.910 0.900 to 0.920 0.400 0.390 to 0.410 L1.z.0@policy yes" in words
+    assert "R (after) L0.z.1@policy 0.910 0.900 to 0.920 0.400 0.390 to 0.410 L1.z.0@policy cannot say" in words
+    for title in ("The cue reader", "The selector", "What the reader heads look at", "The routing circuit"):
+        assert title in words
+    assert "What undoes RL" not in words, "S was not patched into R"
+    assert words.count("What would falsify it") == 4
+
+
+def test_sections_of_the_mechanism_appear_only_with_their_records(tmp_path):
+    text = write(tmp_path / "report.html", mechanism=True, repair={}, patching={})
+    assert 'id="repair"' not in text
+    assert "The cue reader" not in section(text, "router")
+    assert "The routing circuit" in section(text, "router")
+    text = write(tmp_path / "report.html", mechanism=True, patching={}, circuits={})
+    assert 'id="router"' not in text
+    assert 'id="repair"' in text
+
+
+def test_page_says_what_a_repair_brings_back_and_breaks(tmp_path):
+    words = section(write(tmp_path / "report.html", mechanism=True), "repair")
+    assert "interchange L0.z.1@policy <- that of cue A 0.890 0.880 to 0.900 −0.030 −0.040 to −0.020" in words
+    assert "median 0.015, 0 of 4 reach the repair" in words
+    damage = words[words.index("Damage") :]
+    # not the cell that is meant to move, and not the one that stayed
+    assert damage.endswith("interchange b A 0.125 → 0.750 answer −0.400 [−0.410, −0.390]")
+
+
+@pytest.mark.parametrize(("above", "state"), [(0.0, "yes"), (0.25, "no"), (None, "not measured")])
+def test_random_components_are_those_of_the_best_repair(tmp_path, above, state):
+    record = make_repair(above=(above, None))
+    text = write(tmp_path / "report.html", repair={"watched ": record})
+    row = re.findall(r'<tr><th scope="row">Random components</th>(.*?)</tr>', text, re.DOTALL)[0]
+    _, shown, holds = (" ".join(Page(cell).text.split()) for cell in row.split("<td>")[1:])
+    assert holds == state
+    assert shown.startswith(viz.DASH if above is None else "interchange reaches 0.900 [0.890, 0.910]")
+
+
+def section(text: str, name: str) -> str:
+    """The words of one section."""
+    found = re.findall(rf'<section id="{name}">(.*?)</section>', text, re.DOTALL)
+    return " ".join(Page(found[0]).text.split())
+
+
 def test_page_needs_no_network_and_holds_plotly_once(tmp_path):
     page = Page(write(tmp_path / "report.html"))
     assert page.links == ["data:,"]
@@ -129,7 +185,7 @@ def test_pages_of_equal_records_are_equal(tmp_path):
 
 
 def test_hostile_names_stay_text(tmp_path):
-    plain, hostile = Page(write(tmp_path / "plain.html")), Page(write(tmp_path / "hostile.html", hostile=True))
+    plain, hostile = (Page(write(tmp_path / f"{yes}.html", hostile=yes, mechanism=True)) for yes in (False, True))
     assert hostile.tags == plain.tags
     assert hostile.links == plain.links
     assert HOSTILE in hostile.text
@@ -163,7 +219,7 @@ def test_browser_draws_all_figures_without_network_or_complaint(tmp_path, hostil
     if chromium is None:
         pytest.skip("no browser: install Debian's chromium (apt-get install chromium)")
     path = tmp_path / "report.html"
-    write(path, hostile=hostile)
+    write(path, hostile=hostile, mechanism=True)
     done = subprocess.run(
         [
             chromium,
@@ -189,7 +245,8 @@ def test_browser_draws_all_figures_without_network_or_complaint(tmp_path, hostil
     )
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     page = Page(done.stdout)
-    assert done.stdout.count('class="plot-container plotly"') == 8
+    # cue: two maps, two of heads; hint: two maps; attention; two circuits, faithfulness; repairs and their nulls
+    assert done.stdout.count('class="plot-container plotly"') == 8 + 4 + 2 + 1 + 3 + 2
     assert "<title>owned" not in done.stdout
     assert "img" not in page.tags
     assert "a" not in page.tags

@@ -3,9 +3,15 @@
 from typing import TYPE_CHECKING
 
 from mixturelens.viz.bars import accuracy_split, kl_split
+from mixturelens.viz.circuits import circuit
+from mixturelens.viz.curves import faithfulness
+from mixturelens.viz.heads import attention, head_effects
+from mixturelens.viz.patching import WORTH, patching_map, patching_maps
+from mixturelens.viz.repair import reaching, repair_nulls, repairs
 from mixturelens.viz.style import (
     DASH,
     INTERVALS,
+    SIDES,
     cue_colour,
     figure_html,
     is_rl,
@@ -24,18 +30,29 @@ if TYPE_CHECKING:
 __all__ = [
     "DASH",
     "INTERVALS",
+    "SIDES",
+    "WORTH",
     "accuracy_along_rl",
     "accuracy_split",
+    "attention",
     "before_after",
+    "circuit",
     "cue_colour",
+    "faithfulness",
     "figure_html",
+    "head_effects",
     "is_rl",
     "kl_split",
     "label",
+    "patching_map",
+    "patching_maps",
     "plotly_script",
     "policy_colour",
     "policy_table",
+    "reaching",
     "regimes",
+    "repair_nulls",
+    "repairs",
     "show",
     "show_interval",
     "trajectory",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from mixturelens.types import OTHER, Interval
+from mixturelens.types import OTHER, Interval, Side
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -35,6 +35,10 @@ TERMS = {
 }
 SCALE = ((0.0, "#FFFFFF"), (1.0, "#8CCFC0"))
 """Ends light, so that dark text can be read on every cell."""
+POSITIVE, NEGATIVE = "#C8502D", "#2F7FB8"
+"""For, and against: lines. Cells have the same two hues, light."""
+DIVERGING = ((0.0, "#67A9CF"), (0.5, "#FFFFFF"), (1.0, "#EF8A62"))
+SIDES: Mapping[Side, str] = {"before": "S (before)", "after": "R (after)"}
 
 
 def label(text: str, limit: int = 28) -> str:
@@ -93,6 +97,36 @@ def policy_colour(policy: str, policies: Sequence[str]) -> str:
 
 def cue_colour(cue: str, cues: Sequence[str]) -> str:
     return _CUES[list(cues).index(cue) % len(_CUES)]
+
+
+def token(text: str, limit: int = 14) -> str:
+    """A token as a label: one of white space alone can be seen."""
+    return label(text.replace("\n", "⏎"), limit) or "␣"
+
+
+def token_axis(panels: Iterable[Sequence[str]], column: float) -> tuple[list[list[str]], dict[str, Any], int]:
+    """Tick labels of tokens (a list a panel), how to set them, and the pixels they need below the axis.
+
+    `column`: pixels that a label has; upright where the longest needs more.
+    """
+    named = [[token(text) for text in labels] for labels in panels]
+    longest = max((len(html.unescape(text)) for labels in named for text in labels), default=1)
+    upright = 7.2 * longest + 4 > column
+    axis = {"tickangle": -90 if upright else 0, "tickfont": {"size": 12}, "ticks": ""}
+    return named, axis, 24 + round(7.4 * longest) if upright else 36
+
+
+def apart(x: Interval, y: Interval) -> bool:
+    """Two intervals that do not meet: not even the ends nearest to each other agree."""
+    if x.low is None or x.high is None or y.low is None or y.high is None:
+        return False
+    return x.high < y.low or y.high < x.low
+
+
+def left(figure: Figure, row: int, column: int) -> float:
+    """The left end of a panel, as share of the figure."""
+    panel: Any = figure.get_subplot(row, column)
+    return panel.xaxis.domain[0]
 
 
 def is_rl(record: Trajectory) -> bool:

@@ -1,21 +1,25 @@
-"""Records and figures to one self-contained page that tells the story from the answer to the method."""
+"""One page about all pairs of a run: the answer, the numbers behind it, controls and method."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mixturelens import viz
 from mixturelens.behaviour.record import BehaviourRecord, CueSide, Nats
 from mixturelens.records import Provenance, write_text
+from mixturelens.report import mechanism
+from mixturelens.report.parts import Control, Pictures, number
 from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.types import NOT_MEASURED, Interval
 from mixturelens.viz import DASH, show, show_interval
 
 if TYPE_CHECKING:
+    from mixturelens.patching.record import PatchingRecord
+    from mixturelens.routing.circuit import RoutingCircuit
+    from mixturelens.routing.repair import RepairRecord
     from mixturelens.training import Trajectory
-    from mixturelens.viz import Figure
 
 _TERMS = ("routing", "wording", "conditioning", "skill", "specialist", "novel", "other", "total", "dormant")
 _TERM_NOTES = {
@@ -35,11 +39,6 @@ _ROUNDING = 1e-6
 """Nats that float32 can make out of nothing."""
 
 
-class _Picture(NamedTuple):
-    html: str
-    caption: str
-
-
 class _Row(NamedTuple):
     """One quantity of a table: its name, its numbers as (text, interval) per column."""
 
@@ -47,13 +46,6 @@ class _Row(NamedTuple):
     cells: tuple[tuple[str, str], ...]
     note: str = ""
     strong: bool = False
-
-
-class _Control(NamedTuple):
-    name: str
-    must: str
-    measured: str
-    holds: bool | None
 
 
 def write_report(
@@ -64,9 +56,15 @@ def write_report(
     recipe_note: str | None,
     pairs: Sequence[tuple[str, BehaviourRecord, VerdictRecord]],
     trajectories: Sequence[Trajectory],
+    patching: Mapping[str, PatchingRecord] = {},
+    repair: Mapping[str, RepairRecord] = {},
+    circuits: Mapping[str, Sequence[RoutingCircuit]] = {},
 ) -> Path:
-    """Write the page, whole or not at all. It holds plotly.js once and asks no network for anything."""
-    pictures = _Pictures()
+    """Write the page, whole or not at all. It holds plotly.js once and asks no network for anything.
+
+    `patching`, `repair` and `circuits` go by the names of pairs; what is not there has no section.
+    """
+    pictures = Pictures()
     verdicts = [(name, verdict) for name, _, verdict in pairs]
     along = [(run, _trained_cue(run, pairs)) for run in trajectories if viz.is_rl(run)]
     watched = {run.provenance.after for run, _ in along}
@@ -75,7 +73,7 @@ def write_report(
         "title": title,
         "recipe_note": recipe_note,
         "spec_text": spec_text,
-        "pairs": [_pair(name, record, verdict) for name, record, verdict in pairs],
+        "pairs": [_pair(name, record, verdict, repair.get(name)) for name, record, verdict in pairs],
         "headline": [
             pictures.add(
                 viz.accuracy_along_rl(run, cue),
@@ -110,6 +108,16 @@ def write_report(
             for name, record, verdict in pairs
             if record.table
         ],
+        "where": [
+            mechanism.where(name, patching.get(name), circuits.get(name, ()), record.cues, pictures)
+            for name, record, _ in pairs
+            if name in patching or circuits.get(name)
+        ],
+        "repaired": [
+            mechanism.repaired(name, repair[name], verdict.thresholds.cell, pictures)
+            for name, _, verdict in pairs
+            if name in repair
+        ],
         "trajectories": [pictures.add(viz.trajectory(run), _trajectory_caption(run)) for run in trajectories],
         "intervals": viz.INTERVALS,
         "plotly_script": viz.plotly_script(),
@@ -129,18 +137,6 @@ def _render(context: dict[str, object]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.j2").render(context)
-
-
-class _Pictures:
-    """Figures as HTML under ids that are the same on every run, so that equal records give equal pages."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, figure: Figure, caption: str, *, whiskers: bool = True) -> _Picture:
-        self.count += 1
-        caption += f" Whiskers: {viz.INTERVALS}." if whiskers else ""
-        return _Picture(viz.figure_html(figure, f"figure-{self.count}"), caption)
 
 
 def _trajectory_caption(run: Trajectory) -> str:
@@ -163,7 +159,7 @@ def _trained_cue(run: Trajectory, pairs: Iterable[tuple[str, BehaviourRecord, Ve
 # a pair in words and tables
 
 
-def _pair(name: str, record: BehaviourRecord, verdict: VerdictRecord) -> dict[str, object]:
+def _pair(name: str, record: BehaviourRecord, verdict: VerdictRecord, repair: RepairRecord | None) -> dict[str, object]:
     t = verdict.thresholds
     return {
         "name": name,
@@ -201,7 +197,7 @@ def _pair(name: str, record: BehaviourRecord, verdict: VerdictRecord) -> dict[st
         "nats_cues": list(verdict.per_cue),
         "nats": _nats_rows(verdict.nats, [state.nats for state in verdict.per_cue.values()]),
         "hinted": _hinted_rows(record),
-        "controls": _controls(verdict, exact=record.samples is None),
+        "controls": _controls(verdict, repair, exact=record.samples is None),
         "falsify": _falsify(verdict),
         "thresholds": [(key, f"{value:g}") for key, value in t.model_dump().items()],
         "provenance": _provenance_rows(verdict.provenance),
@@ -212,13 +208,6 @@ def _word(state: bool | None, yes: str, no: str) -> str:
     return "cannot say" if state is None else yes if state else no
 
 
-def _number(value: Interval, digits: int = 3) -> tuple[str, str]:
-    """(number, interval), both as text; a dash and nothing where it was not measured."""
-    if value.value is None or value.low is None or value.high is None:
-        return show(value.value, digits), ""
-    return show(value.value, digits), f"{show(value.low, digits)} to {show(value.high, digits)}"
-
-
 def _side_rows(record: BehaviourRecord) -> list[_Row]:
     """Weights, forced accuracies and expected accuracy; before and after under every cue."""
     sides = [side for cue in record.cues for side in (record.per_cue[cue].before, record.per_cue[cue].after)]
@@ -227,8 +216,7 @@ def _side_rows(record: BehaviourRecord) -> list[_Row]:
     quantities += [(f"accuracy with {policy} put in place", f"accuracy.{policy}") for policy in record.policies]
     quantities += [("expected accuracy", "overall")]
     return [
-        _Row(name, tuple(_number(_of(side, key)) for side in sides), strong=key == "overall")
-        for name, key in quantities
+        _Row(name, tuple(number(_of(side, key)) for side in sides), strong=key == "overall") for name, key in quantities
     ]
 
 
@@ -240,7 +228,7 @@ def _nats_rows(mean: Nats, per_cue: Sequence[Nats | None]) -> list[_Row]:
     return [
         _Row(
             term,
-            tuple(_number(NOT_MEASURED if nats is None else getattr(nats, term), 4) for nats in (mean, *per_cue)),
+            tuple(number(NOT_MEASURED if nats is None else getattr(nats, term), 4) for nats in (mean, *per_cue)),
             _TERM_NOTES[term],
             term == "total",
         )
@@ -264,14 +252,14 @@ def _hinted_rows(record: BehaviourRecord) -> list[tuple[str, str, list[tuple[str
     ]
 
 
-def _controls(verdict: VerdictRecord, exact: bool) -> list[_Control]:
+def _controls(verdict: VerdictRecord, repair: RepairRecord | None, exact: bool) -> list[Control]:
     pair, t = verdict.controls.pair, verdict.thresholds
     terms = {name: getattr(pair.same_checkpoint, name) for name in _TERMS}
     measured = {name: value.value for name, value in terms.items() if value.value is not None}
     worst = max(measured, key=lambda name: abs(measured[name]), default=None)
     shuffled = pair.shuffled_routing_share
     return [
-        _Control(
+        Control(
             "Same checkpoint",
             f"The first checkpoint against itself: every term must be {'zero' if exact else f'under {t.nats:g} nats'}.",
             DASH
@@ -281,27 +269,22 @@ def _controls(verdict: VerdictRecord, exact: bool) -> list[_Control]:
             else "all terms 0 nats",
             None if worst is None else abs(measured[worst]) < (_ROUNDING if exact else t.nats),
         ),
-        _Control(
+        Control(
             "Shuffled labels",
             "Policy labels that have nothing to do with the text carry no routing: the share must stay below "
             f"{t.specialist:g}, where the verdict is “specialist”.",
             show_interval(shuffled),
             None if shuffled.high is None else shuffled.high < t.specialist,
         ),
-        _Control(
+        Control(
             "Independent sum",
             "KL(after || before) as the mean log-ratio of freshly drawn completions, which knows of no policies, must "
             "agree with the sum of the terms.",
             f"{show_interval(pair.independent_total)} nats, terms sum to {show_interval(verdict.nats.total)}",
             pair.sum_agrees,
         ),
-        _Control(
-            "Random components",
-            "Grafting random components of equal size must not move the verdict.",
-            DASH,
-            None,
-        ),
-        _Control(
+        mechanism.random_control(repair),
+        Control(
             "Continued training",
             "Training on without a reward for either policy must leave the weights where they are.",
             DASH,
