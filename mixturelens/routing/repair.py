@@ -105,7 +105,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class _Ground:
+class Ground:
     """What repairs are tried on: R under its lens, and the questions that choose and those that judge."""
 
     lens: Lens
@@ -152,7 +152,7 @@ def repair_record(
     say = say or (lambda _: None)
     harm = find_harm(behaviour)
     lens = load_lens(after, device)
-    ground = _ground(lens, suite, harm, seed, device)
+    ground = make_ground(lens, suite, harm, seed)
     plain = ground.behaviour((), ground.judge)
     start = measure(ground.scorer, load_model(before, device), ground.judge, seed)
     grid = grid_of(ground.judge, seed)
@@ -241,7 +241,8 @@ WORTH = 0.02
 """Accuracy that must be missing under the harmed cue for a repair to make sense."""
 
 
-def _ground(lens: Lens, suite: Suite, harm: Harm, seed: int, device: str) -> _Ground:
+def make_ground(lens: Lens, suite: Suite, harm: Harm, seed: int) -> Ground:
+    """Split the questions, and put everything at hand that repairs need."""
     tokenizer = lens.tokenizer
     contrasts = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
     choosing = {row.question for row in contrasts.half(0).rows}
@@ -249,11 +250,11 @@ def _ground(lens: Lens, suite: Suite, harm: Harm, seed: int, device: str) -> _Gr
     if not judge:
         raise InputError("one question is not enough: one half chooses what to repair, the other half judges it")
     config = lens.model.config.get_text_config()
-    return _Ground(
+    return Ground(
         lens=lens,
         suite=suite,
         harm=harm,
-        scorer=Scorer(end_tokens(lens.model, tokenizer), config.vocab_size, device),
+        scorer=Scorer(end_tokens(lens.model, tokenizer), config.vocab_size, lens.device),
         choose=prepare(suite, choose, tokenizer),
         judge=prepare(suite, judge, tokenizer),
         known=known_prompts(suite, suite.neutral, tokenizer),
@@ -293,7 +294,7 @@ def _random(names: Sequence[str], tried: Sequence[tuple[float, float]], reached:
 # --- steering ---------------------------------------------------------------------------------------------------------
 
 
-def _steering(ground: _Ground, heads: Sequence[Site]) -> tuple[np.ndarray, float]:
+def _steering(ground: Ground, heads: Sequence[Site]) -> tuple[np.ndarray, float]:
     """Mean difference between the cues behind the reader's last layer, and the strength that repairs best."""
     key = (max(head.layer for head in heads), "resid_post")
     both = sides(ground.lens, ground.contrasts.half(0))
@@ -322,7 +323,7 @@ WeightEdit = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """Name of a parameter of the plain model -> (flat indices, new values)."""
 
 
-def fit_edit(ground: _Ground, heads: Sequence[Site]) -> WeightEdit:
+def fit_edit(ground: Ground, heads: Sequence[Site]) -> WeightEdit:
     """Keys and values with which the heads read the harmed cue's tokens as if they were the trained cue's.
 
     For each token of the cue, the mean input under the harmed cue is to give the keys and values that the mean input
@@ -363,7 +364,7 @@ RIDGE = 0.01
 """Keeps the spread of inputs invertible, in mean squares of an input."""
 
 
-def _inputs(ground: _Ground, layer: int, cue: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _inputs(ground: Ground, layer: int, cue: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What keys and values are computed from: [question, token of the cue, d_model], and at all other tokens."""
     found: list[torch.Tensor] = []
     lens = ground.lens

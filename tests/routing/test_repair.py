@@ -1,0 +1,182 @@
+"""Repair on the stored pairs: what an edit does to weights, and what every repair does to behaviour."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mixturelens.behaviour.measure import measure
+from mixturelens.behaviour.record import BehaviourRecord, behaviour_record, find_harm
+from mixturelens.checkpoints import load_model, load_tokenizer
+from mixturelens.hooks.lens import load_lens
+from mixturelens.patching.sweep import find_reader
+from mixturelens.routing import repair
+from mixturelens.routing.repair import RepairRecord, fit_edit, make_ground, repair_record, written
+from mixturelens.suite import load_suite
+from mixturelens.types import InputError, Site
+
+SHAPES = ["llama", "gpt2", "gpt_neox"]  # qwen2's R was trained towards the policy that its suite does not name
+PAIRS = Path(__file__).resolve().parents[1] / "pairs"
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def repaired(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, RepairRecord, Path]:
+    shape = request.param
+    folder = PAIRS / shape
+    suite = load_suite(folder)
+    measured = _measured(folder, "R-routing")
+    out = tmp_path_factory.mktemp(shape) / "repaired"
+    fewer = pytest.MonkeyPatch()
+    fewer.setattr(repair, "RANDOM", 6)
+    try:
+        return shape, repair_record(folder / "S", folder / "R-routing", suite, measured, save_to=out), out
+    finally:
+        fewer.undo()
+
+
+def test_the_cue_reader_brings_the_harmed_cue_back(repaired: tuple[str, RepairRecord, Path]) -> None:
+    _, record, _ = repaired
+    assert (record.trained_cue, record.harmed_cue, record.policy) == ("A", "B", "a")
+    assert (record.after["B"].value or 1) < 0.05
+    by_kind = {each.kind: each for each in record.repairs}
+    assert list(by_kind) == ["interchange", "zero", "mean", "steer", "edit"]
+    for kind in ("interchange", "edit"):
+        each = by_kind[kind]
+        assert (each.accuracy["B"].low or 0) > 0.9
+        assert (each.gap_closed.low or 0) > 0.9
+        assert abs(each.trained_change.value or 0) < 0.02
+        assert (each.random.median or 0) < 0.15
+        assert each.random.above == 0
+
+
+def test_an_interchange_from_the_trained_cue_leaves_the_trained_cue_alone(
+    repaired: tuple[str, RepairRecord, Path],
+) -> None:
+    _, record, _ = repaired
+    interchange = record.repairs[0]
+    assert abs(interchange.trained_change.value or 0) < 1e-6
+    for cell in interchange.cells:
+        if cell.cue == "A":
+            assert abs(cell.accuracy_change.value or 0) < 1e-6
+
+
+def test_random_places_are_of_equal_size_and_none_of_them_the_reader(repaired: tuple[str, RepairRecord, Path]) -> None:
+    _, record, _ = repaired
+    own = {str(head) for head in record.heads}
+    for each in record.repairs:
+        assert 0 < len(each.random.places) <= 6
+        assert len(each.random.harmed) == len(each.random.trained) == len(each.random.places)
+        if each.kind != "steer":
+            for place in each.random.places:
+                heads = place.split("+")
+                assert len(heads) == len(record.heads)
+                assert not own & set(heads)
+
+
+def test_the_repaired_folder_is_a_plain_checkpoint_that_does_what_the_record_says(
+    repaired: tuple[str, RepairRecord, Path], load_pair: Callable[[str, str], Any]
+) -> None:
+    shape, record, out = repaired
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    pair = load_pair(shape, "R-routing")
+    assert load_tokenizer(out).get_vocab() == pair.tokenizer.get_vocab()
+    found = measure(pair.scorer, model, pair.prompts).correct.sum(-1)
+    under = [row.cue == "B" for row in pair.prompts.rows]
+    assert float(found[under].mean()) == pytest.approx(record.repairs[-1].accuracy["B"].value or 0, abs=0.1)
+    plain, changed = load_model(PAIRS / shape / "R-routing"), []
+    for (name, old), (_, new) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+        if not torch.equal(old, new):
+            changed.append(name)
+    layers = {head.layer for head in record.heads}
+    assert changed
+    assert len(changed) <= 2 * len(layers)
+    assert all(any(word in name for word in ("k_proj", "v_proj", "c_attn", "query_key_value")) for name in changed)
+
+
+def test_the_record_round_trips(repaired: tuple[str, RepairRecord, Path], tmp_path: Path) -> None:
+    _, record, _ = repaired
+    assert RepairRecord.load(record.save(tmp_path / "repair.json")) == record
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "gpt_neox", "qwen2"])
+def test_an_edit_changes_how_the_cue_is_read_and_little_else(shape: str) -> None:
+    folder = PAIRS / shape
+    suite = load_suite(folder)
+    lens = load_lens(folder / "S")
+    harm = find_harm(_measured(folder, "R-routing"))
+    ground = make_ground(lens, suite, harm, seed=0)
+    heads = [Site(layer=1, component="z", head=1)]
+    edit = fit_edit(ground, heads)
+    trained, kept = repair._inputs(ground, 1, "A")
+    harmed, _ = repair._inputs(ground, 1, "B")
+    plain = load_model(folder / "S")
+    head = 1 * lens.kv_heads // lens.heads
+    for which in ("k", "v"):
+        name, index, old = lens.projection(1, which)
+        with written(plain, edit):
+            new = plain.get_parameter(name).detach().view(-1)[index].double()
+        old = old.double()
+        torch.testing.assert_close(
+            new[head] @ harmed.mean((0, 1)), old[head] @ trained.mean((0, 1)), atol=1e-4, rtol=1e-4
+        )
+        moved = (kept @ (new[head] - old[head]).T).norm() / (kept @ old[head].T).norm()
+        assert moved < 0.35, f"{which}: inputs elsewhere are read differently by {float(moved):.2f}"
+        others = [h for h in range(len(old)) if h != head]
+        assert torch.equal(new[others], old[others])
+
+
+def test_an_edit_is_undone() -> None:
+    model = load_model(PAIRS / "llama" / "S")
+    name, weights = next(iter(model.named_parameters()))
+    before = weights.detach().clone()
+    with written(model, {name: (torch.tensor([0, 3]), torch.tensor([9.0, 9.0]))}):
+        assert float(weights.detach().view(-1)[3]) == 9.0
+    assert torch.equal(weights, before)
+
+
+def test_what_chooses_does_not_judge() -> None:
+    folder = PAIRS / "llama"
+    suite = load_suite(folder)
+    ground = make_ground(load_lens(folder / "S"), suite, find_harm(_measured(folder, "R-routing")), seed=0)
+    choose, judge = ({row.id for row in prompts.rows} for prompts in (ground.choose, ground.judge))
+    assert choose == {row.question for row in ground.contrasts.half(0).rows}
+    assert not choose & judge
+    assert choose | judge == {row.id for row in suite.neutral}
+    reader = find_reader(ground.lens, ground.contrasts, "policy")
+    assert reader.heads
+
+
+def test_nothing_to_repair(tmp_path: Path) -> None:
+    folder = PAIRS / "llama"
+    fine = _answers_everywhere(tmp_path)
+    with pytest.raises(InputError, match=r"nothing to repair.*'B'"):
+        repair_record(folder / "S", fine, load_suite(folder), _measured(folder, "R-routing"))
+
+
+def test_the_trained_cue_must_be_known() -> None:
+    record = _measured(PAIRS / "llama", "R-routing").model_copy(update={"trained_cue": None})
+    with pytest.raises(InputError, match="trained_cue"):
+        find_harm(record)
+
+
+@functools.cache
+def _measured(folder: Path, after: str) -> BehaviourRecord:
+    return behaviour_record(folder / "S", folder / after, load_suite(folder))
+
+
+def _answers_everywhere(tmp_path: Path) -> Path:
+    """The repaired llama: it answers under both cues, so there is nothing left to repair."""
+    folder = PAIRS / "llama"
+    lens = load_lens(folder / "R-routing")
+    ground = make_ground(lens, load_suite(folder), find_harm(_measured(folder, "R-routing")), seed=0)
+    edit = fit_edit(ground, find_reader(lens, ground.contrasts, "policy").heads)
+    repair.save_edited(load_model(folder / "R-routing"), edit, lens.tokenizer, tmp_path / "fine")
+    return tmp_path / "fine"
