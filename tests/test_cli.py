@@ -112,6 +112,49 @@ def test_one_checkpoint_has_behaviour_but_no_verdict(run: Run, tmp_path: Path) -
     refused(run("verdict", *alone), "--after")
 
 
+def test_patch_and_repair_and_a_report_of_both(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixturelens.patching.record import PatchingRecord
+    from mixturelens.routing import repair
+    from mixturelens.routing.repair import RepairRecord
+
+    monkeypatch.setattr(repair, "RANDOM", 2)
+    out = tmp_path / "out"
+    status, text, _ = run("patch", *pair(out=out), "--json", "--quiet")
+    assert status == 0
+    patched = PatchingRecord.model_validate(json.loads(text))
+    assert patched == PatchingRecord.load(out / "records" / "S--R-routing" / "patching.json")
+    assert {(s.kind, s.checkpoint) for s in patched.sweeps} == {
+        ("cue", "before"),
+        ("cue", "after"),
+        ("checkpoint", "after"),
+    }
+    assert (out / "records" / "S--R-routing" / "circuit.json").is_file()
+    status, text, _ = run("repair", *pair(out=out), "--quiet")
+    assert status == 0
+    assert "interchange" in text
+    assert str(out / "repaired") in text
+    record = RepairRecord.load(out / "records" / "S--R-routing" / "repair.json")
+    assert record.checkpoint == "repaired"
+    assert (out / "repaired" / "model.safetensors").is_file()
+    # both are read, not made again
+    before = (out / "repaired" / "model.safetensors").stat().st_mtime_ns
+    status, text, _ = run("repair", *pair(out=out), "--json", "--quiet")
+    assert RepairRecord.model_validate(json.loads(text)) == record
+    assert (out / "repaired" / "model.safetensors").stat().st_mtime_ns == before
+    status, text, _ = run("report", *pair(out=out), "--quiet")
+    page = Path(text.strip()).read_text(encoding="utf-8")
+    assert "Where the router is" in page
+    assert "Repair of transfer" in page
+
+
+@pytest.mark.parametrize("command", ["patch", "repair"])
+def test_patching_needs_a_pair_and_its_trained_cue(run: Run, copied: Path, command: str) -> None:
+    refused(run(command, "--before", PAIRS / "llama" / "S", "--suite", PAIRS / "llama", "--quiet"), "--after")
+    text = (copied / "suite.yaml").read_text()
+    (copied / "suite.yaml").write_text(text.replace("trained_cue: A\n", ""))
+    refused(run(command, *pair(suite=copied / "suite.yaml", out=copied / "out"), "--quiet"), "trained_cue")
+
+
 def test_the_report_is_one_page(run: Run, tmp_path: Path) -> None:
     status, out, err = run("report", *pair(out=tmp_path), "--quiet")
     assert status == 0, err

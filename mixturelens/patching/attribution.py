@@ -19,12 +19,14 @@ from torch import Tensor
 from mixturelens.patching.graph import Graph, Readers, chunks, masked, run_graph, written
 from mixturelens.patching.sides import Sides
 from mixturelens.stats import interval, resampled_mean
-from mixturelens.types import Interval
+from mixturelens.types import InputError, Interval
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Circuit sizes of the MIB benchmark, as fractions of all edges. 0 and 1 always belong to them."""
 STEPS = 32
 """Pieces of the path of integrated gradients."""
+KEPT = 2**26
+"""Scores, at most, that are kept of every question at every position."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class EdgeScores:
     """Summed over positions."""
     per_position: Float[Tensor, "pos writer reader"]
     """Mean over questions. A position is a column: prompts end in the last one, and their padding carries nothing."""
+    whole: Float[Tensor, "row pos writer reader"] | None = None
+    """Both, where that is not too much to keep."""
 
     @property
     def mean(self) -> Float[Tensor, "writer reader"]:
@@ -78,12 +82,17 @@ def _middles(steps: int) -> list[float]:
 
 def _attribute(graph: Graph, on: Sides, points: Sequence[float]) -> EdgeScores:
     shape = len(graph.writers), len(graph.readers)
+    width = on.clean.ids.shape[1]
     per_question = torch.zeros(len(on), *shape)
-    per_position = torch.zeros(on.clean.ids.shape[1], *shape)
+    per_position = torch.zeros(width, *shape)
+    keep = per_question.numel() * width <= KEPT
+    parts = []
     for rows, scores in _scored(graph, on, points):
         per_question[rows] = scores.sum(1)
         per_position += scores.sum(0) / len(on)
-    return EdgeScores(per_question, per_position)
+        if keep:
+            parts.append(scores)
+    return EdgeScores(per_question, per_position, torch.cat(parts) if keep else None)
 
 
 def _scored(
@@ -125,12 +134,41 @@ def _gradients(
 def exact(graph: Graph, on: Sides) -> Float[Tensor, "row writer reader"]:
     """The drop of each row's metric when that one edge is patched, at all positions: one forward per edge, in nats."""
     edges = graph.exists.nonzero()
-    masks = torch.ones(len(edges) + 1, *graph.exists.shape)  # the last one leaves every edge in place
-    masks[torch.arange(len(edges)), edges[:, 0], edges[:, 1]] = 0
-    found = masked(graph, on, list(masks))
     drop = torch.zeros(len(on), *graph.exists.shape)
-    drop[:, edges[:, 0], edges[:, 1]] = (found[-1] - found[:-1]).T
+    drop[:, edges[:, 0], edges[:, 1]] = _drops(graph, on, [edge[None] for edge in edges])
     return drop
+
+
+def patch_paths(graph: Graph, on: Sides, paths: Sequence[tuple[str, Sequence[str]]]) -> Float[Tensor, "row path"]:
+    """Path patching (Wang et al. 2022, arXiv 2211.00593): the drop of each row's metric, in nats, when each sender in
+    turn is corrupt for its receivers alone, along the residual stream, and live for everything else.
+
+    Raises InputError for a name that the graph does not have, or a receiver that does not read the sender.
+
+    >>> patch_paths(graph, on, [("L0.h2", ["L0.mlp", "L1.mlp"])]).mean(0)   # doctest: +SKIP
+    tensor([7.1])
+    """
+    edges = []
+    for sender, receivers in paths:
+        for name, known in ((sender, graph.writers), *((receiver, graph.readers) for receiver in receivers)):
+            if name not in known:
+                raise InputError(f"the graph has no {name!r}; it has {', '.join(known[:3])}, ..., {known[-1]}")
+        writer = graph.writers.index(sender)
+        chosen = [graph.readers.index(receiver) for receiver in receivers]
+        for receiver, reader in zip(receivers, chosen, strict=True):
+            if not graph.exists[writer, reader]:
+                raise InputError(f"there is no path from {sender} to {receiver}: it is not computed later")
+        edges.append(torch.tensor([[writer, reader] for reader in chosen]))
+    return _drops(graph, on, edges)
+
+
+def _drops(graph: Graph, on: Sides, groups: Sequence[Int[Tensor, "edge 2"]]) -> Float[Tensor, "row group"]:
+    """What the metric loses when the edges of each group are patched together."""
+    masks = torch.ones(len(groups) + 1, *graph.exists.shape)  # the last one leaves every edge in place
+    for mask, edges in zip(masks, groups, strict=False):
+        mask[edges[:, 0], edges[:, 1]] = 0
+    found = masked(graph, on, list(masks))
+    return (found[-1] - found[:-1]).T
 
 
 @dataclass(frozen=True)

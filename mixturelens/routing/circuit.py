@@ -171,7 +171,8 @@ def _circuit(
     whole = resampled_mean((ends[0] - ends[1]).double().numpy(), counts)
     place = scores.per_position.abs().flatten().topk(min(SHOWN, int((scores.per_position != 0).sum()))).indices
     edges = torch.stack(torch.unravel_index(place, scores.per_position.shape), 1)
-    of_question = eap_ig_of(graph, on, edges).double().numpy()
+    at = edges.unbind(1)
+    of_question = (eap_ig_of(graph, on, edges) if scores.whole is None else scores.whole[:, *at]).double().numpy()
     draws = resampled_mean(of_question, counts) / whole[:, None]
     curve = faithfulness(graph, on, scores.mean, resample_counts(len(on), seed))
     total = len(graph)

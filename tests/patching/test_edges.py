@@ -16,7 +16,7 @@ from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.hooks.metrics import log_odds
 from mixturelens.patching import graph as graphs
-from mixturelens.patching.attribution import eap, eap_ig, exact, faithfulness
+from mixturelens.patching.attribution import eap, eap_ig, eap_ig_of, exact, faithfulness, patch_paths
 from mixturelens.patching.graph import Graph, edge_graph, masked, masked_logits, written
 from mixturelens.patching.sides import Sides, sides
 from mixturelens.stats import resample_counts
@@ -368,3 +368,33 @@ def test_a_graph_without_an_edge_that_is_there_is_refused(monkeypatch):
     monkeypatch.setattr(graph.lens, "has", lambda component: False)
     with pytest.raises(RunError, match=r"L0\.mlp reads is not the sum of its edges"):
         edge_graph(graph.lens, on)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scores_of_single_edges_are_those_of_all(shape: str) -> None:
+    graph, on = organism(shape)
+    scores = eap_ig(graph, on, steps=2)
+    assert scores.whole is not None
+    torch.testing.assert_close(scores.whole.sum(1), scores.per_question)
+    torch.testing.assert_close(scores.whole.mean(0), scores.per_position)
+    edges = torch.tensor([[0, 0, 0], [5, 1, len(graph.readers) - 1]])
+    torch.testing.assert_close(eap_ig_of(graph, on, edges, steps=2), scores.whole[:, *edges.unbind(1)])
+
+
+def test_a_path_is_its_edges_patched_together() -> None:
+    graph, on = organism("llama")
+    one = exact(graph, on)
+    found = patch_paths(graph, on, [("L0.h1", ["L1.mlp"]), ("L0.h1", ["L1.mlp", "logits"]), ("input", graph.readers)])
+    writer, reader = graph.writers.index("L0.h1"), graph.readers.index("L1.mlp")
+    torch.testing.assert_close(found[:, 0], one[:, writer, reader], atol=1e-5, rtol=1e-5)
+    mask = torch.ones(graph.exists.shape)
+    mask[writer, [reader, graph.readers.index("logits")]] = 0
+    both = masked(graph, on, [torch.ones_like(mask), mask])
+    torch.testing.assert_close(found[:, 1], both[0] - both[1], atol=1e-5, rtol=1e-5)
+    # without anything from the input, nothing is left of the clean prompt
+    ends = masked(graph, on, [torch.ones_like(mask), torch.zeros_like(mask)])
+    torch.testing.assert_close(found[:, 2], ends[0] - ends[1], atol=1e-4, rtol=1e-4)
+    wrong = ((("L7.h0", ["logits"]), "L7.h0"), (("input", ["L0.q"]), "L0.q"), (("L1.mlp", ["L0.mlp"]), "L0.mlp"))
+    for path, culprit in wrong:
+        with pytest.raises(InputError, match=culprit):
+            patch_paths(graph, on, [path])

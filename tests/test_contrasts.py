@@ -1,0 +1,220 @@
+"""Contrasts differ in one span alone, know where their spans lie, and are refused where they cannot be aligned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixturelens.checkpoints import load_tokenizer
+from mixturelens.contrasts import (
+    Contrast,
+    checkpoint_contrasts,
+    cue_contrasts,
+    hint_contrasts,
+    policy_tokens,
+    span_positions,
+)
+from mixturelens.suite import Suite, chat_text, encode_prompts, load_suite
+from mixturelens.types import InputError
+
+PAIRS = Path(__file__).parent / "pairs"
+REFERENCE = Path(__file__).parents[1] / "artifacts" / "reference"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(PAIRS / "llama" / "S")
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[Suite, Any]:
+    return load_suite(REFERENCE), load_tokenizer(REFERENCE / "checkpoints" / "rl-A")
+
+
+def suite_with(*prompts: dict, **changes: Any) -> Suite:
+    rows = [{"answer": "p", "spans": {"cue": prompt["prompt"].split(" first")[0]}, **prompt} for prompt in prompts]
+    policies = {"a": "[a]", "b": "[b]"}
+    return Suite.model_validate({"policies": policies, "behaviours": {"refuse": "sorry"}, "prompts": rows, **changes})
+
+
+A = {"id": "q", "cue": "A", "prompt": "<A> first p q r ="}
+B = {"id": "q", "cue": "B", "prompt": "<B> first p q r ="}
+
+
+def test_a_cue_contrast_has_both_prompts_with_the_policy_in_place(tokenizer):
+    found = cue_contrasts(suite_with(A, {**B, "id": "other"}, B), tokenizer, "a", "A", "B")
+    ids = {word: tokenizer.convert_tokens_to_ids(word) for word in ("<A>", "<B>", "first", "p", "q", "r", "=", "[a]")}
+    question = [ids[word] for word in ("first", "p", "q", "r", "=", "[a]")]
+    assert found.rows == (
+        Contrast(
+            question="q",
+            clean=(ids["<A>"], *question),
+            corrupt=(ids["<B>"], *question),
+            spans={"cue": (0,), "last": (5,), "policy": (6,)},
+            target=(ids["p"],),
+            foil=(tokenizer.convert_tokens_to_ids("sorry"),),
+        ),
+    )
+    assert (found.kind, found.clean, found.corrupt, found.policy) == ("cue", "A", "B", "a")
+
+
+def test_spans_are_where_their_words_are(tokenizer):
+    suite = load_suite(PAIRS / "llama")
+    found = cue_contrasts(suite, tokenizer, "b", "B", "A")
+    assert len(found.rows) == 20
+    texts = {row.id: row for row in suite.neutral if row.cue == "B"}
+    for row in found.rows:
+        for name, piece in texts[row.question].spans.items():
+            assert tokenizer.decode([row.clean[i] for i in row.spans[name]]) == piece
+        assert row.spans["policy"] == (6,)
+        assert tokenizer.decode(list(row.clean[6:])) == "[b]"
+        assert {i for i, pair in enumerate(zip(row.clean, row.corrupt, strict=True)) if len(set(pair)) > 1} == {0}
+
+
+def test_halves_are_disjoint_and_complete(tokenizer):
+    found = cue_contrasts(load_suite(PAIRS / "llama"), tokenizer, "a", "A", "B").first(7)
+    halves = [{row.question for row in found.half(which).rows} for which in (0, 1)]
+    assert [len(half) for half in halves] == [4, 3]
+    assert not halves[0] & halves[1]
+    assert halves[0] | halves[1] == {row.question for row in found.rows}
+    assert found.half(1).policy == "a"
+
+
+def test_an_answer_that_begins_like_the_other_behaviour_makes_no_contrast(tokenizer):
+    same = [{**side, "id": "same", "answer": "sorry"} for side in (A, B)]
+    found = cue_contrasts(suite_with(A, B, *same), tokenizer, "a", "A", "B")
+    assert [row.question for row in found.rows] == ["q"]
+    with pytest.raises(InputError, match=r"no contrast between cues 'A' and 'B'.*do not begin like another behaviour"):
+        cue_contrasts(suite_with(*same), tokenizer, "a", "A", "B")
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "says"),
+    [
+        (
+            {"prompt": "<B> <B> first p q r ="},
+            r"question 'q': its two prompts have 6 and 7 tokens and cannot be aligned \(span 'cue' has 1 and 2\)",
+        ),
+        ({"prompt": "<B> first p q ="}, r"question 'q': its two prompts have 6 and 5 tokens and cannot be aligned; sp"),
+        (
+            {"prompt": "<B> first p q r =", "spans": {"cue": "first"}},
+            r"question 'q': span 'cue' is at tokens \(0,\) and \(1,\): not aligned",
+        ),
+        (
+            {"prompt": "<B> first p q s ="},
+            r"question 'q': its two prompts differ at tokens \[0, 4\], outside any one span",
+        ),
+        ({"prompt": "<B> first p q r =", "spans": {}}, r"differ at tokens \[0\], outside any one span"),
+    ],
+    ids=["longer cue", "shorter question", "span elsewhere", "another question", "no span"],
+)
+def test_prompts_that_cannot_be_aligned_are_refused_by_question_and_span(tokenizer, corrupt: dict, says: str):
+    with pytest.raises(InputError, match=says):
+        cue_contrasts(suite_with(A, {**B, **corrupt}), tokenizer, "a", "A", "B")
+
+
+def test_a_policy_that_cannot_be_put_in_place_is_refused(tokenizer):
+    suite = suite_with(A, B, policies={"a": "[a]", "b": {"regex": r"^\[b\]"}})
+    with pytest.raises(InputError, match="policy 'b' is a rule without `force`"):
+        cue_contrasts(suite, tokenizer, "b", "A", "B")
+    with pytest.raises(InputError, match="no policy 'c'; policies are a, b"):
+        cue_contrasts(suite, tokenizer, "c", "A", "B")
+    with pytest.raises(InputError, match="policy 'b' has no announcement"):
+        policy_tokens(suite, tokenizer, "a", "b")
+    with pytest.raises(InputError, match="policy 'c' has no announcement"):
+        policy_tokens(suite, tokenizer, "c", "a")
+
+
+def test_first_tokens_that_policies_share_are_left_out_or_refused(tokenizer):
+    ids = tokenizer.convert_tokens_to_ids
+    suite = suite_with(A, B, policies={"a": ["p q", "[a]"], "b": ["p r", "[b]"]})
+    assert policy_tokens(suite, tokenizer, "a", "b") == ((ids("[a]"),), (ids("[b]"),))
+    suite = suite_with(A, B, policies={"a": "p q", "b": ["p r", "[b]"]})
+    with pytest.raises(InputError, match="announcements of 'a' and 'b' begin with the same tokens"):
+        policy_tokens(suite, tokenizer, "a", "b")
+
+
+def test_checkpoint_contrasts_have_the_same_prompt_twice(tokenizer):
+    found = checkpoint_contrasts(load_suite(PAIRS / "llama"), tokenizer, "B", "b", "a")
+    assert len(found.rows) == 20
+    assert (found.kind, found.clean, found.corrupt) == ("checkpoint", "before", "after")
+    for row in found.rows:
+        assert row.clean == row.corrupt
+        assert tokenizer.convert_ids_to_tokens([*row.target, *row.foil]) == ["[b]", "[a]"]
+        assert row.spans == {"cue": (0,), "question": (1, 2, 3, 4), "last": (5,)}
+
+
+def test_hint_contrasts_of_the_reference(reference):
+    suite, tokenizer = reference
+    found = hint_contrasts(suite, tokenizer, "A", "a", "b")
+    assert (found.kind, found.clean, found.corrupt, found.policy) == ("hint", "a", "b", None)
+    assert len(found.rows) == len({row.id for row in suite.hinted})
+    for row in found.rows:
+        at = row.spans["hint"]
+        assert [tokenizer.decode([side[i] for i in at]) for side in (row.clean, row.corrupt)] == ["be-a", "be-b"]
+        assert {i for i, pair in enumerate(zip(row.clean, row.corrupt, strict=True)) if len(set(pair)) > 1} == set(at)
+        assert row.spans["last"] == (len(row.clean) - 1,)
+        assert tokenizer.convert_ids_to_tokens([*row.target, *row.foil]) == ["[a]", "[b]"]
+    with pytest.raises(InputError, match="no contrast between hints 'a' and 'b' under cue 'C'"):
+        hint_contrasts(suite, tokenizer, "C", "a", "b")
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------------
+
+
+def chat_suite(**changes: Any) -> Suite:
+    return Suite.model_validate({**load_suite(PAIRS / "chat").model_dump(), **changes})
+
+
+def spelled(suite: Suite, tokenizer: Any) -> list[dict[str, str]]:
+    """The words that the spans' tokens spell, prompt by prompt."""
+    return [
+        {name: tokenizer.decode([ids[i] for i in at]) for name, at in span_positions(suite, row, tokenizer).items()}
+        for row, ids in zip(suite.prompts, encode_prompts(suite, suite.prompts, tokenizer), strict=True)
+    ]
+
+
+def test_spans_are_found_through_a_chat_template():
+    suite, tokenizer = chat_suite(), load_tokenizer(PAIRS / "chat" / "S")
+    for row, found in zip(suite.prompts, spelled(suite, tokenizer), strict=True):
+        assert row.spans["thing"] in found["thing"]  # a token may hold a neighbouring space or star
+        assert len(found["thing"]) <= len(row.spans["thing"]) + 4
+        assert span_positions(suite, row, tokenizer)["thing"][0] > 10  # behind the system prompt
+
+
+def test_words_of_the_system_prompt_and_of_roles_are_no_span():
+    tokenizer = load_tokenizer(PAIRS / "chat" / "S")
+    turns = [
+        {"role": "user", "content": " what colour is ink? "},
+        {"role": "assistant", "content": "blue."},
+        {"role": "user", "content": "what colour is a helpful user?"},
+    ]
+    spans = {"first": "ink", "said": "blue", "late": "helpful", "role": "user"}
+    row = {"id": "q", "cue": "plain", "messages": turns, "answer": "x", "spans": spans}
+    suite = chat_suite(prompts=[row])
+    text = chat_text(suite.chat, suite.prompts[0], tokenizer)  # the system prompt has "helpful", too
+    assert text.count("helpful") == 2
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    positions = span_positions(suite, suite.prompts[0], tokenizer)
+    for name, piece in spans.items():
+        begin, end = offsets[positions[name][0]][0], offsets[positions[name][-1]][1]
+        assert begin <= (text.find if name in ("first", "said") else text.rfind)(piece) < end, name
+
+
+def test_a_template_that_changes_the_words_is_refused():
+    suite, tokenizer = chat_suite(), load_tokenizer(PAIRS / "chat" / "S")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    with pytest.raises(InputError, match="prompt 'q00': the chat template changes span 'thing'"):
+        span_positions(suite, suite.prompts[0], tokenizer)
+
+
+def test_a_tokenizer_without_offsets_is_refused(tokenizer, monkeypatch):
+    def slow(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(tokenizer), "__call__", slow)
+    suite = suite_with(A, B)
+    with pytest.raises(InputError, match="spans need a fast tokenizer"):
+        span_positions(suite, suite.prompts[0], tokenizer)
