@@ -45,7 +45,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard er
 
 @app.command()
 def demo(out: Out = None, device: Device = None, quiet: Quiet = False) -> None:
-    """Train the formatting-tag organism, say what RL did to it, and write a report."""
+    """Train the formatting-tag organism, say what RL did to it, find the router, repair it, and write a report."""
     from mixturelens import pipeline
     from mixturelens.organism import load_spec
 
@@ -55,8 +55,15 @@ def demo(out: Out = None, device: Device = None, quiet: Quiet = False) -> None:
         pipeline.train(load_spec("default"), folder, where, progress)
         pairs = pipeline.run_pairs(folder)
         verdicts = [pipeline.verdict(pair, device=where, say=say) for pair in pairs]
+        patched = [pipeline.patch(pair, device=where, say=say) for pair in pairs]
+        for pair in pairs:
+            pipeline.circuit(pair, pairs, device=where, say=say)
+        repaired = [pipeline.repair(pair, device=where, say=say) for pair in pairs]
         page = pipeline.report(pairs, device=where)
     _print_verdicts(pairs, verdicts)
+    print()
+    _print_patching(pairs, patched)
+    _print_repairs(pairs, repaired)
     print(f"\nReport: {page}")
 
 

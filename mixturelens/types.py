@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 ANSWER = "answer"
 """Behaviour of a completion that answers the question and matches no other behaviour."""
@@ -109,6 +109,11 @@ class Site(Frozen):
         if self.neuron is not None and self.component != "neurons":
             raise ValueError(f"neuron: {self.component} has no neurons")
         return self
+
+    @model_serializer(mode="wrap")
+    def _short(self, as_usual: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """What an address does not say is left out: records hold many of them."""
+        return {key: value for key, value in as_usual(self).items() if value is not None}
 
     def __str__(self) -> str:
         unit = self.head if self.head is not None else self.neuron

@@ -1,24 +1,28 @@
-"""Write the README's table of seeds from records: `python scripts/readme_table.py`.
+"""Write the README's tables of seeds from records: `python scripts/readme_table.py`.
 
-Records lie in artifacts/reference/seeds/<recipe>-<seed>/<pair>/verdict.json; `--collect RUN ...` copies those of
-finished runs there first.
+What they are made of lies in artifacts/reference/seeds/<recipe>-<seed>/<pair>/: `verdict.json`, and `router.json`, the
+numbers of patching, circuit and repair that the second table shows. `--collect RUN ...` takes those of finished runs
+first.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
 from mixturelens import pipeline
+from mixturelens.patching.record import PatchingRecord
+from mixturelens.routing.circuit import CircuitRecord
+from mixturelens.routing.repair import RepairRecord
 from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.types import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = ROOT / "artifacts" / "reference" / "seeds"
-BEGIN, END = "<!-- seeds: written by scripts/readme_table.py -->", "<!-- /seeds -->"
 
 
 def collect(run: Path) -> None:
@@ -27,6 +31,69 @@ def collect(run: Path) -> None:
         target = SEEDS / f"{spec.name}-{spec.seed}" / pair.name
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy(pair.records / "verdict.json", target)
+        if (pair.records / "repair.json").is_file():
+            (target / "router.json").write_text(json.dumps(router(pair.records), indent=1) + "\n", encoding="utf-8")
+
+
+def router(records: Path) -> dict[str, object]:
+    """The numbers of one pair's cue reader, circuit and repairs."""
+    repair = RepairRecord.load(records / "repair.json")
+    reader = next(
+        r for r in PatchingRecord.load(records / "patching.json").readers if (r.kind, r.checkpoint) == ("cue", "after")
+    )
+    circuits = CircuitRecord.load(records / "circuit.json")
+    harmed, trained = repair.harmed_cue, repair.trained_cue
+    curve = next(c for c in circuits.circuits if (c.kind, c.checkpoint) == ("cue", "after")).faithfulness
+    return {
+        "heads": [str(head.model_copy(update={"position": None})) for head in reader.heads],
+        "effect": reader.effect.model_dump(),
+        "margin": reader.margin.model_dump(),
+        "after": {"harmed": repair.after[harmed].value, "trained": repair.after[trained].value},
+        "repairs": {
+            each.kind: {
+                "harmed": each.accuracy[harmed].model_dump(),
+                "trained_change": each.trained_change.model_dump(),
+                "random_median": each.random.median,
+                "random_most": max(each.random.harmed),
+                "other_cells": round(
+                    max(
+                        abs(cell.accuracy_change.value or 0.0)
+                        for cell in each.cells
+                        if (cell.policy, cell.cue) != (repair.policy, harmed)
+                    ),
+                    6,
+                ),
+            }
+            for each in repair.repairs
+        },
+        "circuit": {name: getattr(curve, name).model_dump() for name in ("cpr", "cmd", "random_cpr", "random_cmd")},
+        "overlap": [o.model_dump() for o in circuits.overlaps if o.kind == "cue" and o.size == 20],
+    }
+
+
+def router_table() -> str:
+    """One line a pair: the cue reader, what patching and repairing it does, and how faithful its circuit is."""
+    lines = [
+        "| run | cue reader | effect on held-out questions | margin over the next | harmed cue: R | interchange | zero "
+        "| mean | steer | edit | random heads | CPR (random) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for file in sorted(SEEDS.glob("*/*/router.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        repairs = found["repairs"]
+        cells = [f"{repairs[kind]['harmed']['value']:.3f}" for kind in ("interchange", "zero", "mean", "steer", "edit")]
+        lines.append(
+            f"| {file.parts[-3]}, {file.parts[-2].removeprefix('sft--')} | {' + '.join(found['heads'])} "
+            f"| {bounds(found['effect'])} | {bounds(found['margin'])} | {found['after']['harmed']:.4f} "
+            f"| {' | '.join(cells)} | {repairs['interchange']['random_median']:.4f} (most "
+            f"{repairs['interchange']['random_most']:.3f}) | {found['circuit']['cpr']['value']:.2f} "
+            f"({found['circuit']['random_cpr']['value']:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def bounds(value: dict[str, float]) -> str:
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def row(recipe: str, cue: str, records: list[VerdictRecord]) -> str:
@@ -92,9 +159,12 @@ def main() -> None:
         collect(run)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    readme.write_text(f"{head}{BEGIN}\n{table()}\n{END}{tail}", encoding="utf-8")
+    for name, made in (("seeds", table()), ("router", router_table())):
+        begin, end = f"<!-- {name}: written by scripts/readme_table.py -->", f"<!-- /{name} -->"
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        text = f"{head}{begin}\n{made}\n{end}{tail}"
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

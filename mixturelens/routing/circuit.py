@@ -22,7 +22,7 @@ from mixturelens.stats import interval, resample_counts, resampled_mean
 from mixturelens.suite import Suite
 from mixturelens.types import Frozen, Interval, Side
 
-SHOWN = 200
+SHOWN = 120
 """Edges, at most, that a record holds: the strongest."""
 DRAWS = 400
 """Bootstrap samples of a circuit: there are many edges."""
