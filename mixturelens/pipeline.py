@@ -260,7 +260,7 @@ def report(pairs: list[Pair], *, device: str = "cpu", seed: int = 0, say: Say | 
         trajectories=[Trajectory.load(file) for file in files],
         patching=_there(pairs, PatchingRecord, "patching", device, seed),
         repair=_there(pairs, RepairRecord, "repair", device, seed),
-        circuits={name: r.circuits for name, r in _there(pairs, CircuitRecord, "circuit", device, seed).items()},
+        circuits=_there(pairs, CircuitRecord, "circuit", device, seed),
     )
 
 

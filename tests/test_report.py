@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_viz import HOSTILE, make_pair, make_trajectory
-from test_viz_patching import make_circuits, make_patching, make_repair
+from test_viz_patching import make_circuit_record, make_patching, make_repair
 
 from mixturelens import viz
 from mixturelens.report import write_report
@@ -71,7 +71,7 @@ def write(path: Path, hostile: bool = False, mechanism: bool = False, **changes)
         arguments |= {
             "patching": {name: make_patching(words, cues)},
             "repair": {name: make_repair(words, cues, policies)},
-            "circuits": {name: make_circuits(words)},
+            "circuits": {name: make_circuit_record(words)},
         }
     assert write_report(path, **{**arguments, **changes}) == path
     return path.read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from test_viz import HOSTILE, around, drawn, panel, same
 from mixturelens import viz
 from mixturelens.behaviour.record import Cell
 from mixturelens.patching.record import Attention, Effect, PatchingRecord, ReaderHeads, Sweep
-from mixturelens.routing.circuit import CircuitEdge, CircuitNode, Faithfulness, RoutingCircuit
+from mixturelens.routing.circuit import CircuitEdge, CircuitNode, CircuitRecord, Faithfulness, Overlap, RoutingCircuit
 from mixturelens.routing.repair import Random, Repair, RepairRecord
 from mixturelens.types import NOT_MEASURED, Interval, Site
 
@@ -178,6 +178,11 @@ def make_circuits(words="", shared=False) -> tuple[RoutingCircuit, ...]:
     return tuple(
         make_circuit(kind, side, words, shared, scores) for kind in ("cue", "hint") for side, scores in changed.items()
     )
+
+
+def make_circuit_record(words="") -> CircuitRecord:
+    alike = Overlap(kind="cue", left="before", right=f"rl-{words}B", size=20, jaccard=around(0.74), chance=0.04)
+    return CircuitRecord(circuits=make_circuits(words), overlaps=(alike,))
 
 
 def outlines(figure) -> set[tuple[int, int, str]]:

@@ -12,12 +12,14 @@ from mixturelens.viz import DASH, show, show_interval
 if TYPE_CHECKING:
     from mixturelens.contrasts import Kind
     from mixturelens.patching.record import PatchingRecord, ReaderHeads
-    from mixturelens.routing.circuit import RoutingCircuit
+    from mixturelens.routing.circuit import CircuitRecord, Overlap, RoutingCircuit
     from mixturelens.routing.repair import Repair, RepairRecord
     from mixturelens.types import Component, Site
 
 RANDOM = 0.05
 """Share of random repairs that may do as well as the repair itself: an error of 5%, as everywhere."""
+ALIKE = 20
+"""Strongest edges of two circuits that are compared on the page."""
 _MAPS: tuple[tuple[Component, str], ...] = (
     ("resid_pre", "The residual stream before each layer: at which token the contrast is."),
     ("z", "What single heads write: who carries it from token to token."),
@@ -44,12 +46,21 @@ class _Reader(NamedTuple):
     first: str
 
 
+class _Alike(NamedTuple):
+    kind: str
+    checkpoints: str
+    size: str
+    jaccard: tuple[str, str]
+    chance: str
+
+
 class Where(NamedTuple):
     """Where the router of a pair is."""
 
     name: str
     groups: list[_Group]
     readers: list[_Reader]
+    overlaps: list[_Alike]
 
 
 class Damage(NamedTuple):
@@ -87,7 +98,7 @@ class Repaired(NamedTuple):
 def where(
     name: str,
     record: PatchingRecord | None,
-    circuits: Sequence[RoutingCircuit],
+    circuits: CircuitRecord | None,
     cues: Sequence[str],
     pictures: Pictures,
 ) -> Where:
@@ -97,9 +108,16 @@ def where(
         groups += [_maps(record, kind, pictures) for kind in ("cue", "hint", "checkpoint") if _sweeps(record, kind)]
         if record.attention:
             groups.append(_attention(record, cues, pictures))
-    if circuits:
-        groups.append(_circuits(circuits, pictures))
-    return Where(name, groups, [] if record is None else _readers(record))
+    if circuits is not None:
+        groups.append(_circuits(circuits.circuits, pictures))
+    overlaps = [] if circuits is None else [_alike(each) for each in circuits.overlaps if each.size == ALIKE]
+    return Where(name, groups, [] if record is None else _readers(record), overlaps)
+
+
+def _alike(overlap: Overlap) -> _Alike:
+    names = {"before": "S", "after": "R"}
+    both = " and ".join(names.get(side, side) for side in (overlap.left, overlap.right))
+    return _Alike(overlap.kind, both, str(overlap.size), number(overlap.jaccard), show(overlap.chance))
 
 
 def _sweeps(record: PatchingRecord, kind: Kind) -> bool:

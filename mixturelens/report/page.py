@@ -17,7 +17,7 @@ from mixturelens.viz import DASH, show, show_interval
 
 if TYPE_CHECKING:
     from mixturelens.patching.record import PatchingRecord
-    from mixturelens.routing.circuit import RoutingCircuit
+    from mixturelens.routing.circuit import CircuitRecord
     from mixturelens.routing.repair import RepairRecord
     from mixturelens.training import Trajectory
 
@@ -58,7 +58,7 @@ def write_report(
     trajectories: Sequence[Trajectory],
     patching: Mapping[str, PatchingRecord] = {},
     repair: Mapping[str, RepairRecord] = {},
-    circuits: Mapping[str, Sequence[RoutingCircuit]] = {},
+    circuits: Mapping[str, CircuitRecord] = {},
 ) -> Path:
     """Write the page, whole or not at all. It holds plotly.js once and asks no network for anything.
 
@@ -109,9 +109,9 @@ def write_report(
             if record.table
         ],
         "where": [
-            mechanism.where(name, patching.get(name), circuits.get(name, ()), record.cues, pictures)
+            mechanism.where(name, patching.get(name), circuits.get(name), record.cues, pictures)
             for name, record, _ in pairs
-            if name in patching or circuits.get(name)
+            if name in patching or name in circuits
         ],
         "repaired": [
             mechanism.repaired(name, repair[name], verdict.thresholds.cell, pictures)
