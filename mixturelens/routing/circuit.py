@@ -20,7 +20,7 @@ from mixturelens.patching.sides import Sides, sides
 from mixturelens.records import Record
 from mixturelens.stats import interval, resample_counts, resampled_mean
 from mixturelens.suite import Suite
-from mixturelens.types import Frozen, Interval, Side
+from mixturelens.types import NOT_MEASURED, Frozen, Interval, Side
 
 SHOWN = 120
 """Edges, at most, that a record holds: the strongest."""
@@ -226,14 +226,13 @@ def _nodes(
 
 def _envelope(values: Sequence[Interval]) -> Interval:
     """The mean of random circuits; from the lowest end of their intervals to the highest."""
-    known = [value for value in values if value.value is not None]
+    known = [
+        (v.value, v.low, v.high) for v in values if v.value is not None and v.low is not None and v.high is not None
+    ]
     if not known:
-        return Interval()
-    return Interval(
-        value=round(float(np.mean([value.value for value in known])), 10),
-        low=min(value.low or 0.0 for value in known),
-        high=max(value.high or 0.0 for value in known),
-    )
+        return NOT_MEASURED
+    value, low, high = zip(*known, strict=True)
+    return Interval(value=round(float(np.mean(value)), 10), low=min(low), high=max(high))
 
 
 def _overlaps(kind: Kind, found: dict[str, tuple[Graph, EdgeScores]], seed: int) -> list[Overlap]:
