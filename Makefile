@@ -25,10 +25,7 @@ bench: $(READY)
 	$(BIN)/python scripts/bench.py
 
 notebooks: $(READY)
-	@for notebook in scripts/notebooks/*.ipynb; do \
-	  [ -e "$$notebook" ] || { echo "no notebooks yet"; exit 0; }; \
-	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace "$$notebook" || exit 1; \
-	done
+	$(BIN)/python scripts/run_notebooks.py
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mixturelens needs Python 3.11 or later; make PYTHON=python3.12")'
