@@ -50,9 +50,13 @@ class Contrasts:
 
         Drawn, because suites tend to list questions in turn by kind.
         """
-        drawn = np.random.default_rng(0).permutation(len(self.rows))
-        chosen = sorted(drawn[which::2])
-        return Contrasts(self.kind, self.clean, self.corrupt, self.policy, tuple(self.rows[i] for i in chosen))
+        return Contrasts(
+            self.kind, self.clean, self.corrupt, self.policy, tuple(self.rows[i] for i in self.rows_of(which))
+        )
+
+    def rows_of(self, which: Literal[0, 1]) -> list[int]:
+        """Numbers of the questions in each half."""
+        return sorted(np.random.default_rng(0).permutation(len(self.rows))[which::2].tolist())
 
     def first(self, number: int) -> Contrasts:
         return Contrasts(self.kind, self.clean, self.corrupt, self.policy, self.rows[:number])

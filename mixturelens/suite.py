@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -163,6 +163,12 @@ class Suite(Frozen):
             if self.answer_match == "regex":
                 _pattern(row.answer, f"answer of {row.id!r}")
         return self
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        copy = super().model_copy(update=update, deep=deep)
+        for name in ("cues", "neutral", "hinted", "behaviour_names"):  # what was derived from the old fields
+            vars(copy).pop(name, None)
+        return copy
 
     @cached_property
     def cues(self) -> tuple[str, ...]:

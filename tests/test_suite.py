@@ -311,3 +311,13 @@ def test_prompts_of_every_length_survive_a_byte_level_tokenizer(pairs: Path):
     tokenizer = load_tokenizer(pairs / "chat" / "S")
     for text in ("ünï ✓", "a\nb", "  two  spaces", "I CAN'T"):
         assert tokenizer.decode(encode_text(text, "here", tokenizer)) == text
+
+
+def test_a_copy_with_other_prompts_forgets_the_old_ones() -> None:
+    rows = tuple(PromptRow(id=f"q{i}", cue=cue, prompt="2 + 2 =", answer="4") for i in range(3) for cue in "AB")
+    suite = Suite(prompts=rows, policies={"a": "[a]", "b": "[b]"})
+    assert len(suite.neutral) == 6
+    assert suite.cues == ("A", "B")
+    fewer = suite.model_copy(update={"prompts": rows[::2]})
+    assert len(fewer.neutral) == 3
+    assert fewer.cues == ("A",)

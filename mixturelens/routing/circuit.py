@@ -54,7 +54,10 @@ class CircuitEdge(Frozen):
 
 
 class Faithfulness(Frozen):
-    """What circuits of growing size keep of the metric's difference: 0 nothing, 1 all of it."""
+    """What circuits of growing size keep of the metric's difference: 0 nothing, 1 all of it.
+
+    Edges are ranked on one half of the questions, and circuits judged on the other.
+    """
 
     sizes: tuple[int, ...]
     """Edges kept."""
@@ -174,7 +177,10 @@ def _circuit(
     at = edges.unbind(1)
     of_question = (eap_ig_of(graph, on, edges) if scores.whole is None else scores.whole[:, *at]).double().numpy()
     draws = resampled_mean(of_question, counts) / whole[:, None]
-    curve = faithfulness(graph, on, scores.mean, resample_counts(len(on), seed))
+    # ranked by one half of the questions, judged on the other
+    judge = sides(graph.lens, contrasts.half(1))
+    ranking = scores.per_question[contrasts.rows_of(0)].mean(0)
+    curve = faithfulness(graph, judge, ranking, resample_counts(len(judge), seed))
     total = len(graph)
     random = [[one.kept[i] for one in curve.random] for i in range(len(curve.edges))]
     return RoutingCircuit(
