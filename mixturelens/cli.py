@@ -169,15 +169,14 @@ def patch(
     pairs = _pairs(run, before, after, suite, trained_cue, out)
     with _working(quiet) as (_, say):
         records = [pipeline.patch(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
-        for pair in pairs:
-            try:
-                pipeline.circuit(pair, pairs, device=_device(device), seed=seed, say=say)
-            except (RunError, InputError) as error:  # sites are found in every architecture, edges in most
-                print(f"mixturelens: {pair.name}: no circuit: {error}", file=sys.stderr)
+        circuits = [pipeline.circuit(pair, pairs, device=_device(device), seed=seed, say=say) for pair in pairs]
     if as_json:
         _print_json(records, run)
     else:
         _print_patching(pairs, records)
+        for pair, record, circuit in zip(pairs, records, circuits, strict=True):
+            for reason in (*record.missing, *(f"circuit of the {why}" for why in circuit.missing)):
+                print(f"{pair.name}: not measured: {reason}")
 
 
 @app.command()

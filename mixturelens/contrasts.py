@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from mixturelens.suite import PromptRow, Rule, Suite, behind, chat_text, encode_prompts, encode_text, wordings
-from mixturelens.types import InputError
+from mixturelens.types import ERR, InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,8 +21,9 @@ Kind = Literal["cue", "hint", "checkpoint"]
 class Contrast:
     """One question under two conditions; the metric is read at the last token.
 
-    `spans` names token positions that mean the same in both prompts. `target` and `foil` are the next tokens that tell
-    the two conditions apart: those of the clean prompt's completion and those of the corrupt one's.
+    `spans` names token positions of the clean prompt that mean the same in the corrupt one, `shift` further on there:
+    prompts of different lengths are aligned at the end. `target` and `foil` are the next tokens that tell the two
+    conditions apart: those of the clean prompt's completion and those of the corrupt one's (none: anything else).
     """
 
     question: str
@@ -31,6 +32,10 @@ class Contrast:
     spans: dict[str, tuple[int, ...]]
     target: tuple[int, ...]
     foil: tuple[int, ...]
+
+    @property
+    def shift(self) -> int:
+        return len(self.corrupt) - len(self.clean)
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,18 @@ class Contrasts:
 
 
 def cue_contrasts(
-    suite: Suite, tokenizer: PreTrainedTokenizerBase, policy: str, clean_cue: str, corrupt_cue: str
+    suite: Suite,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: str,
+    clean_cue: str,
+    corrupt_cue: str,
+    shows: str | None = None,
 ) -> Contrasts:
-    """Both cues with `policy` put in place: answering (under the clean cue) against its literal behaviour (corrupt).
+    """Both cues with `policy` put in place: answering (under the clean cue) against what it does under the other.
 
-    The policy must answer under the clean cue and show a behaviour of the suite under the other; which one it is, the
-    caller knows from behaviour. Raises InputError if the policy cannot be put in place or no contrast is left.
+    `shows` is the behaviour that the policy shows under the corrupt cue, as measured (`behaviour.record.find_harm`);
+    without it, any literal behaviour of the suite. Where it has no literal text, the contrast is with anything else.
+    Raises InputError if the policy cannot be put in place or no contrast is left.
     """
     if policy not in suite.policies:
         raise InputError(f"there is no policy {policy!r}; policies are {', '.join(suite.policies)}")
@@ -76,18 +87,18 @@ def cue_contrasts(
     if not placed:
         raise InputError(f"policy {policy!r} is a rule without `force`: it cannot be put in place for a contrast")
     announcement = encode_text(placed[0], f"policy {policy!r}", tokenizer)
-    foils = _first_tokens(
-        [
-            behind(text, placed)
-            for shown in (suite.behaviours or {}).values()
-            if not isinstance(shown, Rule)
-            for text in wordings(shown)
-        ],
-        tokenizer,
-    )
+    texts = [
+        behind(text, placed)
+        for name, shown in (suite.behaviours or {}).items()
+        if shows in (None, name) and not isinstance(shown, Rule)
+        for text in wordings(shown)
+    ]
+    literal = _first_tokens(texts, tokenizer)
     rows = []
     for clean, corrupt in _pairs(suite.neutral, clean_cue, corrupt_cue):
         target = tuple(encode_text(behind(clean.answer, placed), f"the answer of {clean.id!r}", tokenizer)[:1])
+        wrong = _first_tokens([behind(corrupt.err, placed)], tokenizer) if corrupt.err and shows in (None, ERR) else ()
+        foils = (*literal, *wrong)
         if set(target) & set(foils):
             continue  # the first token cannot tell the two apart
         rows.append(_contrast(suite, tokenizer, (clean, corrupt), announcement, target, foils))
@@ -137,7 +148,9 @@ def policy_tokens(
         sides.append(set(_first_tokens(texts, tokenizer)))
     target, foil = sides[0] - sides[1], sides[1] - sides[0]
     if not target or not foil:
-        raise InputError(f"the announcements of {policy!r} and {other!r} begin with the same tokens; reword one")
+        raise InputError(
+            f"the announcements of {policy!r} and {other!r} begin with the same tokens, which do not tell them apart"
+        )
     return tuple(sorted(target)), tuple(sorted(foil))
 
 
@@ -161,23 +174,20 @@ def _contrast(
     sides = encode_prompts(suite, pair, tokenizer)
     found = [span_positions(suite, row, tokenizer) for row in pair]
     where = f"question {pair[0].id!r}"
-    if len(sides[0]) != len(sides[1]):
-        longer = next((n for n in found[0] if len(found[0][n]) != len(found[1].get(n, ()))), None)
-        detail = f"span {longer!r} has {len(found[0][longer])} and {len(found[1].get(longer, ()))}" if longer else ""
-        raise InputError(
-            f"{where}: its two prompts have {len(sides[0])} and {len(sides[1])} tokens and cannot be aligned"
-            f"{' (' + detail + ')' if detail else ''}; spell both with equally many tokens"
-        )
-    differing = {i for i, (x, y) in enumerate(zip(*sides, strict=True)) if x != y}
-    for name in found[0].keys() & found[1].keys():
-        if found[0][name] != found[1][name]:
-            raise InputError(f"{where}: span {name!r} is at tokens {found[0][name]} and {found[1][name]}: not aligned")
-    spans = {name: at for name, at in found[0].items() if found[1].get(name) == at}
-    if differing and not any(differing <= set(at) for at in spans.values()):
-        raise InputError(
-            f"{where}: its two prompts differ at tokens {sorted(differing)[:5]}, outside any one span; a contrast "
-            "differs in the cue alone, or in the hint alone (name them under `spans`)"
-        )
+    shift = len(sides[1]) - len(sides[0])
+    spans = {name: at for name, at in found[0].items() if tuple(i + shift for i in at) == found[1].get(name) and at}
+    if not shift:
+        differing = {i for i, (x, y) in enumerate(zip(*sides, strict=True)) if x != y}
+        moved = next((name for name in found[0].keys() & found[1].keys() if name not in spans), None)
+        if moved is not None:
+            raise InputError(
+                f"{where}: span {moved!r} is at tokens {found[0][moved]} and {found[1][moved]}: not aligned"
+            )
+        if differing and not any(differing <= set(at) for at in spans.values()):
+            raise InputError(
+                f"{where}: its two prompts differ at tokens {sorted(differing)[:5]}, outside any one span; a contrast "
+                "differs in the cue alone, or in the hint alone (name them under `spans`)"
+            )
     end = len(sides[0])
     spans["last"] = (end - 1,)
     if announcement:

@@ -18,7 +18,7 @@ from mixturelens.checkpoints import check_folder, check_pair
 from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer, parse_spec, recipes, safe_name
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.record import PatchingRecord
-from mixturelens.records import Provenance, Record, new_folder, provenance, write_text
+from mixturelens.records import Provenance, Record, new_folder, provenance, weights_name, write_text
 from mixturelens.routing.circuit import CircuitRecord, circuit_record
 from mixturelens.routing.repair import RepairRecord, repair_record
 from mixturelens.routing.verdict import VerdictRecord, judge
@@ -173,17 +173,14 @@ def patch(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = N
 def circuit(
     pair: Pair, others: Sequence[Pair] = (), *, device: str = "cpu", seed: int = 0, say: Say | None = None
 ) -> CircuitRecord:
-    """The routing circuits of a pair, compared with those of the other checkpoints of its run.
-
-    Raises RunError or InputError if the edges of this architecture cannot be patched.
-    """
+    """The routing circuits of a pair, compared with those of the other checkpoints of its run."""
     before, after = _both(pair, "a circuit")
     expected = _provenance(pair, device, seed)
     file = pair.records / "circuit.json"
     there = _same(CircuitRecord, file, expected)
-    if there is not None:
-        return there
     also = {other.after.name: other.after for other in others if other.after is not None and other.after != after}
+    if there is not None and there.compared == tuple(weights_name(path) for path in also.values()):
+        return there
     measured = behaviour(pair, device=device, seed=seed, say=say)
     found = circuit_record(before, after, pair.suite(), measured, also=also, device=device, seed=seed, say=say)
     record = found.model_copy(update={"provenance": expected})

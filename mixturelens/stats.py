@@ -66,6 +66,22 @@ def mean_interval(values: Float[np.ndarray, " question"], counts: Int[np.ndarray
     return interval(resampled_mean(values, counts))
 
 
+def share(
+    part: Float[np.ndarray, " draw *rest"], whole: Float[np.ndarray, " draw"], least: float
+) -> Float[np.ndarray, " draw *rest"]:
+    """part / whole in every bootstrap sample; all NaN, not measured, unless the whole is surely `least` away from 0.
+
+    The bootstrap of a ratio whose denominator may be 0 means nothing.
+
+    >>> share(np.ones(3), np.array([0.1, -0.2, 0.3]), least=0.5)
+    array([nan, nan, nan])
+    """
+    bounds = interval(whole)
+    if bounds.low is None or bounds.high is None or not (bounds.low >= least or bounds.high <= -least):
+        return np.full_like(part, np.nan, dtype=float)
+    return part / whole.reshape(-1, *[1] * (part.ndim - 1))
+
+
 def map_draws(
     function: Callable[..., Float[np.ndarray, " draw"]], *means: Float[np.ndarray, " draw *rest"]
 ) -> Interval:

@@ -118,6 +118,7 @@ def test_patch_and_repair_and_a_report_of_both(run: Run, tmp_path: Path, monkeyp
     from mixturelens.routing.repair import RepairRecord
 
     monkeypatch.setattr(repair, "RANDOM", 2)
+    monkeypatch.setattr(repair, "DIRECTIONS", 1)
     out = tmp_path / "out"
     status, text, _ = run("patch", *pair(out=out), "--json", "--quiet")
     assert status == 0

@@ -155,14 +155,22 @@ def test_page_says_what_a_repair_brings_back_and_breaks(tmp_path):
     assert damage.endswith("interchange b A 0.125 → 0.750 answer −0.400 [−0.410, −0.390]")
 
 
-@pytest.mark.parametrize(("above", "state"), [(0.0, "yes"), (0.25, "no"), (None, "not measured")])
-def test_random_components_are_those_of_the_best_repair(tmp_path, above, state):
+@pytest.mark.parametrize(
+    ("above", "p", "state"),
+    [(0.0, 0.04, "yes"), (0.0, 0.2, "not measured"), (0.25, 0.4, "no"), (None, None, "not measured")],
+)
+def test_random_components_are_those_of_an_interchange(tmp_path, above, p, state):
+    """Four places cannot give a p below 0.05, whatever they do."""
     record = make_repair(above=(above, None))
+    first = record.repairs[0]
+    places = first.random.places * (6 if p == 0.04 else 1)
+    null = first.random.model_copy(update={"p": p, "places": places})
+    record = record.model_copy(update={"repairs": (first.model_copy(update={"random": null}), *record.repairs[1:])})
     text = write(tmp_path / "report.html", repair={"watched ": record})
     row = re.findall(r'<tr><th scope="row">Random components</th>(.*?)</tr>', text, re.DOTALL)[0]
     _, shown, holds = (" ".join(Page(cell).text.split()) for cell in row.split("<td>")[1:])
     assert holds == state
-    assert shown.startswith(viz.DASH if above is None else "interchange reaches 0.900 [0.890, 0.910]")
+    assert shown.startswith(viz.DASH if above is None else "0.900 [0.890, 0.910]; random: ")
 
 
 def section(text: str, name: str) -> str:

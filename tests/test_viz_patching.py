@@ -121,6 +121,7 @@ def make_repair(words="", cues=("A", "B"), policies=("a", "b"), above=(0.0, 0.5)
                     trained=(0.9,) * 4,
                     median=0.015,
                     above=share,
+                    p=None if share is None else (4 * share + 1) / 5,
                 ),
             )
         )

@@ -8,7 +8,9 @@ from mixturelens.contrasts import Contrasts
 def aligned(contrasts: Contrasts) -> bool:
     """Whether a position means the same in every question."""
     first = contrasts.rows[0]
-    return all(len(row.clean) == len(first.clean) and row.spans == first.spans for row in contrasts.rows)
+    return all(
+        len(row.clean) == len(first.clean) and row.spans == first.spans and not row.shift for row in contrasts.rows
+    )
 
 
 def position_labels(contrasts: Contrasts, tokenizer: object) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +22,12 @@ from mixturelens.patching.sweep import (
 )
 from mixturelens.stats import interval, mean_interval, resample_counts
 from mixturelens.suite import Suite
-from mixturelens.types import Side, Site
+from mixturelens.types import InputError, Side, Site
 
 Say = Callable[[str], None]
+
+FEWEST = 8
+"""Judging questions, with fewer of which a bootstrap says nothing."""
 
 
 def patching_record(
@@ -44,36 +48,51 @@ def patching_record(
     harm = find_harm(behaviour)
     lenses: dict[Side, Lens] = {"before": load_lens(before, device), "after": load_lens(after, device)}
     tokenizer = lenses["after"].tokenizer
-    cue = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
-    hints = {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
-    hint = (
-        hint_contrasts(suite, tokenizer, harm.trained_cue, harm.policy, harm.other)
-        if {harm.policy, harm.other} <= hints
-        else None
-    )
-    same = checkpoint_contrasts(suite, tokenizer, harm.harmed_cue, harm.other, harm.policy)
-    answering, refusing = f"answer under {harm.trained_cue}", f"behaviour under {harm.harmed_cue}"
-    sweeps, readers = [], []
-    for side, lens in lenses.items():
-        say(f"patching the cue, {side}")
+    cue = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+    target = f"answer under {harm.trained_cue}"
+    foil = f"{harm.shows or 'other behaviour'} under {harm.harmed_cue}" if cue.rows[0].foil else "anything else"
+    sweeps: list[Sweep] = []
+    readers: list[ReaderHeads] = []
+    missing: list[str] = []
+
+    def attempt(what: str, work: Callable[[], None]) -> None:
+        """What cannot be measured on this pair is said, and the rest is measured."""
+        say(what)
+        try:
+            work()
+        except InputError as error:
+            missing.append(f"{what}: {error}")
+
+    def of_cue(side: Side) -> None:
+        lens, words = lenses[side], {"target": target, "foil": foil, "policy": harm.policy}
         sites = _sites(lens, cue)
-        words = {"target": answering, "foil": refusing, "policy": harm.policy}
         sweeps.append(_sweep(patch(lens, cue, sites), cue, side, "denoise", seed, tokenizer, **words))
         heads = [site for site in sites if site.component == "z"]
         noised = patch(lens, cue, heads, direction="noise")
         sweeps.append(_sweep(noised, cue, side, "noise", seed, tokenizer, **words))
         readers.append(_reader(lens, cue, side, "policy", seed))
-        if hint is not None:
-            say(f"patching the hint, {side}")
-            some = [site for site in _sites(lens, hint) if site.component in BY_POSITION]
-            words = {"target": f"policy {harm.policy}", "foil": f"policy {harm.other}", "cue": harm.trained_cue}
-            sweeps.append(_sweep(patch(lens, hint, some), hint, side, "denoise", seed, tokenizer, **words))
-            readers.append(_reader(lens, hint, side, "last", seed))
-    say("patching S into R")
-    some = [site for site in _sites(lenses["after"], same) if site.component in BY_POSITION]
-    moved = patch(lenses["after"], same, some, before=lenses["before"])
-    words = {"target": f"policy {harm.other}", "foil": f"policy {harm.policy}", "cue": harm.harmed_cue}
-    sweeps.append(_sweep(moved, same, "after", "denoise", seed, tokenizer, **words))
+
+    def of_hint(side: Side) -> None:
+        hint = hint_contrasts(suite, tokenizer, harm.trained_cue, harm.policy, harm.other)
+        lens = lenses[side]
+        words = {"target": f"policy {harm.policy}", "foil": f"policy {harm.other}", "cue": harm.trained_cue}
+        sites = [site for site in _sites(lens, hint) if site.component in BY_POSITION]
+        sweeps.append(_sweep(patch(lens, hint, sites), hint, side, "denoise", seed, tokenizer, **words))
+        readers.append(_reader(lens, hint, side, "last", seed))
+
+    def of_checkpoints() -> None:
+        same = checkpoint_contrasts(suite, tokenizer, harm.harmed_cue, harm.other, harm.policy)
+        words = {"target": f"policy {harm.other}", "foil": f"policy {harm.policy}", "cue": harm.harmed_cue}
+        sites = [site for site in _sites(lenses["after"], same) if site.component in BY_POSITION]
+        moved = patch(lenses["after"], same, sites, before=lenses["before"])
+        sweeps.append(_sweep(moved, same, "after", "denoise", seed, tokenizer, **words))
+
+    hinted = {harm.policy, harm.other} <= {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
+    for side in lenses:
+        attempt(f"patching the cue, {side}", functools.partial(of_cue, side))
+        if hinted:
+            attempt(f"patching the hint, {side}", functools.partial(of_hint, side))
+    attempt("patching S into R", of_checkpoints)
     return PatchingRecord(
         trained_cue=harm.trained_cue,
         harmed_cue=harm.harmed_cue,
@@ -81,6 +100,7 @@ def patching_record(
         sweeps=tuple(sweeps),
         readers=tuple(readers),
         attention=_attention(lenses, cue, readers, tokenizer),
+        missing=tuple(missing),
     )
 
 
@@ -89,7 +109,8 @@ def _sites(lens: Lens, contrasts: Contrasts) -> list[Site]:
     if aligned(contrasts):
         return all_sites(lens, range(len(contrasts.rows[0].clean)))
     shared = set.intersection(*(set(row.spans) for row in contrasts.rows))
-    return all_sites(lens, [name for name in contrasts.rows[0].spans if name in shared])
+    names = [name for name in contrasts.rows[0].spans if name in shared]
+    return all_sites(lens, names, everywhere=not any(row.shift for row in contrasts.rows))
 
 
 def _sweep(
@@ -140,7 +161,7 @@ def _reader(lens: Lens, contrasts: Contrasts, side: Side, position: str, seed: i
         effect=interval(found.effect),
         margin=margin,
         rival=found.rival,
-        first=None if not margin.measured else (margin.low or 0.0) > 0,
+        first=None if margin.low is None or len(contrasts.half(1).rows) < FEWEST else margin.low > 0,
     )
 
 

@@ -59,7 +59,8 @@ class ReaderHeads(Frozen):
     """`effect` less that of the best other group of as many heads."""
     rival: tuple[Site, ...]
     first: bool | None
-    """Whether these heads are ranked first on the other half, by a margin whose interval lies above zero."""
+    """Whether these heads are ranked first on the other half, by a margin whose interval lies above zero; null with too
+    few questions for an interval."""
 
 
 class Attention(Frozen):
@@ -84,3 +85,5 @@ class PatchingRecord(Record):
     sweeps: tuple[Sweep, ...]
     readers: tuple[ReaderHeads, ...]
     attention: tuple[Attention, ...] = ()
+    missing: tuple[str, ...] = ()
+    """What could not be measured on this pair, and why."""

@@ -18,23 +18,34 @@ class Sides:
     corrupt: Tokens
     metric: LogOdds
     spans: tuple[Mapping[str, Sequence[int]], ...] = ()
-    """Named positions of each row, counted from the start of its prompt."""
+    """Named positions of each row, counted from the start of its clean prompt."""
+    shifts: tuple[int, ...] = ()
+    """How much further on they are in the corrupt prompt."""
+
+    @property
+    def corrupt_spans(self) -> tuple[Mapping[str, Sequence[int]], ...]:
+        return tuple(
+            {name: [i + shift for i in at] for name, at in spans.items()}
+            for spans, shift in zip(self.spans, self.shifts, strict=True)
+        )
 
     def __len__(self) -> int:
         return len(self.clean)
 
     def part(self, rows: slice) -> Sides:
         metric = LogOdds(self.metric.target[rows], self.metric.foil[rows])
-        return Sides(self.clean.part(rows), self.corrupt.part(rows), metric, self.spans[rows])
+        return Sides(self.clean.part(rows), self.corrupt.part(rows), metric, self.spans[rows], self.shifts[rows])
 
 
 def sides(lens: Lens, contrasts: Contrasts) -> Sides:
     """The prompts of contrasts, padded on the left to one width, and the log-odds of their targets against foils."""
     rows = contrasts.rows
     vocabulary = lens.model.config.get_text_config().vocab_size
+    width = max(len(side) for row in rows for side in (row.clean, row.corrupt))
     return Sides(
-        clean=tokens([row.clean for row in rows], lens.device),
-        corrupt=tokens([row.corrupt for row in rows], lens.device),
+        clean=tokens([row.clean for row in rows], lens.device, width),
+        corrupt=tokens([row.corrupt for row in rows], lens.device, width),
         metric=log_odds([row.target for row in rows], [row.foil for row in rows], vocabulary, lens.device),
         spans=tuple(row.spans for row in rows),
+        shifts=tuple(row.shift for row in rows),
     )

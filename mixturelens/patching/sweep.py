@@ -16,13 +16,18 @@ from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.engine import MEMORY, Columns, Engine
 from mixturelens.hooks.lens import Edit, Lens
 from mixturelens.patching.sides import sides
-from mixturelens.stats import resample_counts, resampled_mean
+from mixturelens.stats import resample_counts, resampled_mean, share
 from mixturelens.types import PER_HEAD, Component, InputError, Site
 
 Direction = Literal["denoise", "noise"]
 """`denoise`: clean activations into the corrupt run (what suffices); `noise`: the reverse (what is needed)."""
 
 Progress = Callable[[int, int], None]
+
+APART = 0.5
+"""Nats by which the two sides of a contrast must differ, for the share that a site carries to mean anything."""
+ROWS = 512
+"""Questions whose activations are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,12 @@ class Patched:
     patched: Float[np.ndarray, "site question"]
 
     def effects(self, counts: Int[np.ndarray, "draw question"]) -> Float[np.ndarray, "draw site"]:
-        """(patched - base) / (goal - base), a ratio of means over questions, in every bootstrap sample."""
+        """(patched - base) / (goal - base), a ratio of means over questions, in every bootstrap sample.
+
+        NaN, not measured, where the two runs surely differ by less than APART: there is nothing to share out.
+        """
         moved = resampled_mean((self.patched - self.base).T, counts)
-        whole = resampled_mean(self.goal - self.base, counts)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return moved / whole[:, None]
+        return share(moved, resampled_mean(self.goal - self.base, counts), APART)
 
 
 def patch(
@@ -60,15 +66,25 @@ def patch(
     The activations come from the other prompt of each contrast; with `before`, from that checkpoint on the same prompt
     (cross-model patching, Prakash et al. 2024, arXiv 2402.14811). Raises InputError for sites that do not exist.
     """
-    both = sides(lens, contrasts)
-    into, out_of = (both.corrupt, both.clean) if direction == "denoise" else (both.clean, both.corrupt)
     for site in sites:
         lens.check(site)
-    source, logits = (before or lens).capture(out_of, _activations(sites))
-    engine = Engine(lens, into, both.spans, memory=memory)
-    patched = engine.sweep(sites, source, both.metric, progress)
-    base, goal = (_numpy(both.metric(found)) for found in (engine.logits, logits))
-    return Patched(tuple(sites), base, goal, _numpy(patched))
+    both = sides(lens, contrasts)
+    if any(both.shifts) and any(site.position is None or isinstance(site.position, int) for site in sites):
+        raise InputError("the two prompts of a contrast differ in length: patch at named spans, not at all positions")
+    base, goal, patched = [], [], []
+    for start in range(0, len(both), ROWS):
+        part = both.part(slice(start, start + ROWS))
+        into, out_of, spans = (
+            (part.corrupt, part.clean, part.corrupt_spans)
+            if direction == "denoise"
+            else (part.clean, part.corrupt, part.spans)
+        )
+        source, logits = (before or lens).capture(out_of, _activations(sites))
+        engine = Engine(lens, into, spans, memory=memory)
+        patched.append(_numpy(engine.sweep(sites, source, part.metric, progress)))
+        base.append(_numpy(part.metric(engine.logits)))
+        goal.append(_numpy(part.metric(logits)))
+    return Patched(tuple(sites), np.concatenate(base), np.concatenate(goal), np.concatenate(patched, 1))
 
 
 def jointly(lens: Lens, contrasts: Contrasts, groups: Sequence[Sequence[Site]], before: Lens | None = None) -> Patched:
@@ -78,7 +94,7 @@ def jointly(lens: Lens, contrasts: Contrasts, groups: Sequence[Sequence[Site]], 
     for site in sites:
         lens.check(site)
     source, goal = (before or lens).capture(both.clean, _activations(sites))
-    columns = Columns(both.corrupt, both.spans)
+    columns = Columns(both.corrupt, both.corrupt_spans)
     values = []
     with torch.inference_mode():
         base = both.metric(lens.run(both.corrupt)[:, -1])
@@ -118,11 +134,11 @@ BY_POSITION: tuple[Component, ...] = ("resid_pre", "attn_out", "mlp_out", "z")
 EVERYWHERE: tuple[Component, ...] = ("q", "k", "v", "pattern")
 
 
-def all_sites(lens: Lens, positions: Sequence[str | int]) -> list[Site]:
+def all_sites(lens: Lens, positions: Sequence[str | int], everywhere: bool = True) -> list[Site]:
     """Residual stream, attention, MLP and heads at each position; q, k, v and pattern of every head everywhere."""
     found = []
     for layer in range(lens.layers):
-        for component in (*BY_POSITION, *EVERYWHERE):
+        for component in (*BY_POSITION, *(EVERYWHERE if everywhere else ())):
             heads = range(lens.heads_of(component)) if component in PER_HEAD else (None,)
             places = positions if component in BY_POSITION else (None,)
             found += [
@@ -169,13 +185,19 @@ def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0) 
     """The fewest heads (at most two) whose outputs at `position` carry a contrast.
 
     Chosen on half of the questions: the strongest head and, if it does not carry ENOUGH, the head that adds most to it.
-    Judged on the other half against every other group of as many heads.
+    Judged on the other half against every other group of as many heads among the RIVALS strongest there (which favours
+    the rivals). Raises InputError if the two sides of the contrast do not differ, so that there is nothing to carry.
     """
     if len(contrasts.rows) < 2:
         raise InputError("one half of the questions chooses heads and the other judges them: give at least two")
     choose, judge = contrasts.half(0), contrasts.half(1)
     alone = patch(lens, choose, head_sites(lens, position))
     effects = alone.effects(resample_counts(len(choose.rows), seed, draws=1))[0]
+    if np.isnan(effects).any():
+        between = float((alone.goal - alone.base).mean())
+        raise InputError(
+            f"no {contrasts.kind} reader: the sides of the contrast differ by {between:.2f} nats ({APART} are needed)"
+        )
     order = [alone.sites[i] for i in np.argsort(-effects)]
     heads, reached = (order[0],), float(effects.max())
     while reached < ENOUGH and len(heads) < min(MOST, len(order) - 1):  # others must be left to compare with

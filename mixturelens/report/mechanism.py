@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mixturelens.types import Component, Site
 
 RANDOM = 0.05
-"""Share of random repairs that may do as well as the repair itself: an error of 5%, as everywhere."""
+"""Largest p of the repair among random ones: an error of 5%, as everywhere."""
 ALIKE = 20
 """Strongest edges of two circuits that are compared on the page."""
 _MAPS: tuple[tuple[Component, str], ...] = (
@@ -303,15 +303,16 @@ def _damage(record: RepairRecord, repair: Repair, threshold: float) -> list[Dama
 
 
 def random_control(record: RepairRecord | None) -> Control:
-    """Whether the best repair depends on where it is made."""
+    """Whether an interchange repairs at the cue reader alone. One way, named beforehand: the best of many wins."""
     name = "Random components"
     must = (
-        "The repair at random places of equal size must not bring the harmed cue back: at most "
-        f"{RANDOM:.0%} of them may reach what the repair reaches."
+        "The interchange at other heads, as many at a time, must not bring the harmed cue back: p = (k + 1) / (n + 1), "
+        f"k of n reaching what the cue reader's reaches, is at most {RANDOM:g}. With few heads it cannot be that small."
     )
-    tried = [] if record is None else [repair for repair in record.repairs if repair.random.above is not None]
-    best = max(tried, key=lambda repair: repair.gap_closed.value or 0.0, default=None)
-    if record is None or best is None or best.random.above is None:
+    one = None if record is None else next((each for each in record.repairs if each.kind == "interchange"), None)
+    if record is None or one is None or one.random.p is None:
         return Control(name, must, DASH, None)
-    reached = show_interval(best.accuracy[record.harmed_cue])
-    return Control(name, must, f"{best.kind} reaches {reached}; random: {_null(best)}", best.random.above <= RANDOM)
+    reached = show_interval(one.accuracy[record.harmed_cue])
+    number = len(one.random.places)
+    holds = None if number + 1 < 1 / RANDOM and one.random.above == 0 else one.random.p <= RANDOM
+    return Control(name, must, f"{reached}; random: {_null(one)} (p = {one.random.p:.2g})", holds)

@@ -17,10 +17,11 @@ from mixturelens.patching.attribution import STEPS, EdgeScores, eap_ig, eap_ig_o
 from mixturelens.patching.graph import Graph, edge_graph, masked
 from mixturelens.patching.labels import position_labels
 from mixturelens.patching.sides import Sides, sides
-from mixturelens.records import Record
-from mixturelens.stats import interval, resample_counts, resampled_mean
+from mixturelens.patching.sweep import APART
+from mixturelens.records import Record, weights_name
+from mixturelens.stats import interval, resample_counts, resampled_mean, share
 from mixturelens.suite import Suite
-from mixturelens.types import NOT_MEASURED, Frozen, Interval, Side
+from mixturelens.types import NOT_MEASURED, Frozen, InputError, Interval, RunError, Side
 
 SHOWN = 120
 """Edges, at most, that a record holds: the strongest."""
@@ -28,6 +29,8 @@ DRAWS = 400
 """Bootstrap samples of a circuit: there are many edges."""
 COMPARED = (10, 20, 50, 100)
 """Sizes at which two circuits are compared."""
+MOST = 0.4
+"""Share of all edges up to which it says anything that two circuits share them."""
 
 
 class CircuitNode(Frozen):
@@ -113,6 +116,10 @@ class CircuitRecord(Record):
 
     circuits: tuple[RoutingCircuit, ...]
     overlaps: tuple[Overlap, ...]
+    compared: tuple[str, ...] = ()
+    """Weights of the further checkpoints that were compared."""
+    missing: tuple[str, ...] = ()
+    """Contrasts without a circuit, and why."""
 
 
 def circuit_record(
@@ -134,25 +141,31 @@ def circuit_record(
     harm = find_harm(behaviour)
     paths = {"before": before, "after": after, **(also or {})}
     circuits: list[RoutingCircuit] = []
-    found: dict[str, dict[str, tuple[Graph, EdgeScores]]] = {}
+    missing: list[str] = []
+    found: dict[str, dict[str, Float[Tensor, "row edge"]]] = {}
     for name, path in paths.items():
         lens = load_lens(path, device)
-        cue = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
+        cue = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
         contrasts = [cue]
         hints = {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
         if {harm.policy, harm.other} <= hints:
             contrasts.append(hint_contrasts(suite, lens.tokenizer, harm.trained_cue, harm.policy, harm.other))
         for each in contrasts:
             say(f"circuit of the {each.kind}, {name}")
-            on = sides(lens, each)
-            graph = edge_graph(lens, on)
-            scores = eap_ig(graph, on)
-            found.setdefault(each.kind, {})[name] = graph, scores
-            if name in ("before", "after"):
-                side: Side = "before" if name == "before" else "after"
-                circuits.append(_circuit(graph, on, scores, each, side, seed))
+            try:
+                on = _even(sides(lens, each))
+                graph = edge_graph(lens, on)
+                scores = eap_ig(graph, on)
+                if name in ("before", "after"):
+                    side: Side = "before" if name == "before" else "after"
+                    circuits.append(_circuit(graph, on, scores, each, side, seed))
+            except (InputError, RunError) as error:
+                missing.append(f"{each.kind}, {name}: {error}")
+                continue
+            found.setdefault(each.kind, {})[name] = scores.per_question[:, graph.exists]
     overlaps = [overlap for kind in ("cue", "hint") for overlap in _overlaps(kind, found.get(kind, {}), seed)]
-    return CircuitRecord(circuits=tuple(circuits), overlaps=tuple(overlaps))
+    compared = tuple(weights_name(path) for path in (also or {}).values())
+    return CircuitRecord(circuits=tuple(circuits), overlaps=tuple(overlaps), compared=compared, missing=tuple(missing))
 
 
 def routing_circuit(lens: Lens, contrasts: Contrasts, side: Side, seed: int = 0) -> RoutingCircuit:
@@ -161,9 +174,15 @@ def routing_circuit(lens: Lens, contrasts: Contrasts, side: Side, seed: int = 0)
     >>> routing_circuit(lens, cue_contrasts(suite, tokenizer, "a", "A", "B"), "after").edges[0]   # doctest: +SKIP
     CircuitEdge(sender='input', receiver='L0.h2.v', position=0, score=Interval(value=0.5, ...))
     """
-    on = sides(lens, contrasts)
+    on = _even(sides(lens, contrasts))
     graph = edge_graph(lens, on)
     return _circuit(graph, on, eap_ig(graph, on), contrasts, side, seed)
+
+
+def _even(on: Sides) -> Sides:
+    if any(on.shifts):
+        raise InputError("the two prompts of a contrast differ in length: edges cannot be aligned")
+    return on
 
 
 def _circuit(
@@ -172,11 +191,13 @@ def _circuit(
     counts = resample_counts(len(on), seed, draws=DRAWS)
     ends = masked(graph, on, [torch.ones(graph.exists.shape), torch.zeros(graph.exists.shape)])
     whole = resampled_mean((ends[0] - ends[1]).double().numpy(), counts)
+    if not interval(share(np.ones_like(whole), whole, APART)).measured:
+        raise InputError(f"the two sides of the {contrasts.kind} contrast differ by {whole[0]:.2f} nats: no circuit")
     place = scores.per_position.abs().flatten().topk(min(SHOWN, int((scores.per_position != 0).sum()))).indices
     edges = torch.stack(torch.unravel_index(place, scores.per_position.shape), 1)
     at = edges.unbind(1)
     of_question = (eap_ig_of(graph, on, edges) if scores.whole is None else scores.whole[:, *at]).double().numpy()
-    draws = resampled_mean(of_question, counts) / whole[:, None]
+    draws = share(resampled_mean(of_question, counts), whole, APART)
     # ranked by one half of the questions, judged on the other
     judge = sides(graph.lens, contrasts.half(1))
     ranking = scores.per_question[contrasts.rows_of(0)].mean(0)
@@ -219,15 +240,15 @@ def _nodes(
     graph: Graph, scores: EdgeScores, counts: Int[np.ndarray, "draw row"], whole: Float[np.ndarray, " draw"]
 ) -> tuple[CircuitNode, ...]:
     """What each node's outgoing edges carry (of the logits: the incoming ones), signs dropped."""
-    found = []
     layers = {"input": -1, **{name: int(name[1:].split(".")[0]) for name in graph.writers[1:]}}
     per_question = scores.per_question.double().numpy()
-    for writer, name in enumerate(graph.writers):
-        share = np.abs(resampled_mean(per_question[:, writer], counts)).sum(-1) / np.abs(whole)
-        found.append(CircuitNode(name=name, layer=layers[name], score=interval(share, digits=5)))
-    share = np.abs(resampled_mean(per_question[:, :, -1], counts)).sum(-1) / np.abs(whole)
-    found.append(CircuitNode(name="logits", layer=graph.lens.layers, score=interval(share, digits=5)))
-    return tuple(found)
+    through = {name: per_question[:, writer] for writer, name in enumerate(graph.writers)}
+    through["logits"] = per_question[:, :, -1]
+    carried = {name: np.abs(resampled_mean(each, counts)).sum(-1) / np.abs(whole) for name, each in through.items()}
+    return tuple(
+        CircuitNode(name=name, layer=layers.get(name, graph.lens.layers), score=interval(draws, digits=5))
+        for name, draws in carried.items()
+    )
 
 
 def _envelope(values: Sequence[Interval]) -> Interval:
@@ -241,22 +262,22 @@ def _envelope(values: Sequence[Interval]) -> Interval:
     return Interval(value=round(float(np.mean(value)), 10), low=min(low), high=max(high))
 
 
-def _overlaps(kind: Kind, found: dict[str, tuple[Graph, EdgeScores]], seed: int) -> list[Overlap]:
+def _overlaps(kind: Kind, found: dict[str, Float[Tensor, "row edge"]], seed: int) -> list[Overlap]:
     """Every two checkpoints: the Jaccard index of their strongest edges, resampled over questions."""
     names = list(found)
     result = []
     for i, left in enumerate(names):
         for right in names[i + 1 :]:
-            graph = found[left][0]
-            flat: list[Tensor] = [found[name][1].per_question[:, graph.exists] for name in (left, right)]
+            flat = [found[name] for name in (left, right)]
+            edges = flat[0].shape[1]
             counts = resample_counts(len(flat[0]), seed, draws=DRAWS)
             draws = [np.abs(resampled_mean(each.double().numpy(), counts)) for each in flat]
             for size in COMPARED:
-                if size >= len(graph):
+                if size > MOST * edges:
                     continue
                 tops = [np.argpartition(-each, size, axis=1)[:, :size] for each in draws]
                 shared = np.array([len(np.intersect1d(x, y)) for x, y in zip(*tops, strict=True)])
-                expected = size * size / len(graph)
+                expected = size * size / edges
                 result.append(
                     Overlap(
                         kind=kind,

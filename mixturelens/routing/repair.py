@@ -25,7 +25,7 @@ from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.patching.sides import sides
 from mixturelens.patching.sweep import find_reader, head_sites
 from mixturelens.records import Record, new_folder
-from mixturelens.stats import interval, map_draws
+from mixturelens.stats import interval, share
 from mixturelens.suite import Suite
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
 
@@ -49,6 +49,8 @@ class Random(Frozen):
     """Of `harmed`."""
     above: float | None
     """Share of random repairs that reach at least what the repair itself reaches."""
+    p: float | None
+    """(k + 1) / (n + 1) for k such among n random repairs: few places cannot give a small one."""
 
 
 class Repair(Frozen):
@@ -90,14 +92,18 @@ class RepairRecord(Record):
     ceiling: Interval
     """Best forced accuracy of S under the harmed cue: what a repair could reach."""
     repairs: tuple[Repair, ...]
+    missing: tuple[str, ...] = ()
+    """Ways to repair that this suite does not allow, and why."""
     checkpoint: str | None = None
-    """Folder of the repaired plain checkpoint, beside the run's others."""
+    """Folder of the repaired plain checkpoint; null where the edit closes no gap for sure, and none is kept."""
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 RANDOM = 24
 """Random places, at most, that each repair is compared with."""
+DIRECTIONS = 12
+"""Random directions that steering is compared with, each at the amount that is best for it."""
 AMOUNTS = (0.5, 1.0, 2.0, 4.0)
 """Steering strengths to choose from, in mean differences between the cues."""
 
@@ -151,76 +157,88 @@ def repair_record(
     """
     say = say or (lambda _: None)
     harm = find_harm(behaviour)
+    if harm.change.high is None or harm.change.high > -WORTH:
+        raise InputError(
+            f"nothing to repair: accuracy under {harm.harmed_cue!r} changed by {harm.change.value or 0.0:+.3f} "
+            f"[{harm.change.low or 0.0:+.3f}, {harm.change.high or 0.0:+.3f}], and a loss of {WORTH} or more is needed"
+        )
     lens = load_lens(after, device)
     ground = make_ground(lens, suite, harm, seed)
     plain = ground.behaviour((), ground.judge)
     start = measure(ground.scorer, load_model(before, device), ground.judge, seed)
     grid = grid_of(ground.judge, seed)
-    column = suite.cues.index(harm.harmed_cue)
+    column, trained = (suite.cues.index(cue) for cue in (harm.harmed_cue, harm.trained_cue))
     forced = grid.draws(start.forced_accuracy)[:, column]
     ceiling = forced[:, int(np.nanargmax(forced[0]))]
     broken = grid.draws(plain.correct.sum(-1))
-    if ceiling[0] - broken[0, column] < WORTH:
-        raise InputError(
-            f"nothing to repair: accuracy under {harm.harmed_cue!r} is {broken[0, column]:.3f}, and the best policy of "
-            f"the checkpoint before reaches {ceiling[0]:.3f} there"
-        )
     say("finding the cue reader")
     reader = find_reader(lens, ground.contrasts, "policy", seed)
     heads = tuple(head.model_copy(update={"position": "completion"}) for head in reader.heads)
     others = _other_groups(lens, heads, seed)
-    steering, amount = _steering(ground, heads)
+    places = ["+".join(str(head) for head in group) for group in others]
+    model = load_model(after, device)  # an edit is judged on the plain model
 
     def scored(
-        kind: RepairKind, what: Sequence[str], interventions: Sequence[Intervention], found: Behaviour, null: Random
+        kind: RepairKind,
+        what: Sequence[str],
+        interventions: Sequence[Intervention],
+        found: Behaviour,
+        names: Sequence[str],
+        null: Sequence[Behaviour],
     ) -> Repair:
         accuracy = grid.draws(found.correct.sum(-1))
-        trained = suite.cues.index(harm.trained_cue)
+        tried = [ground.both(each, ground.judge) for each in null]
         return Repair(
             kind=kind,
             what=tuple(what),
             interventions=tuple(interventions),
             accuracy=ground.accuracies(found, ground.judge),
-            gap_closed=map_draws(
-                lambda repaired, r, best: (repaired - r) / (best - r), accuracy[:, column], broken[:, column], ceiling
-            ),
+            gap_closed=interval(share(accuracy[:, column] - broken[:, column], ceiling - broken[:, column], WORTH)),
             trained_change=interval(accuracy[:, trained] - broken[:, trained]),
             cells=policy_table(plain, found, ground.judge, grid),
-            random=null,
+            random=_random(names, tried, ground.both(found, ground.judge)[0]),
         )
 
-    repairs = []
-    for kind in ("interchange", "zero", "mean", "steer"):
+    def at_heads(kind: RepairKind) -> Repair:
+        values, *null = ([_at_head(kind, head, harm.trained_cue) for head in group] for group in (heads, *others))
+        found, *tried = (ground.behaviour(each, ground.judge) for each in (values, *null))
+        return scored(kind, [str(value) for value in values], values, found, places, tried)
+
+    def steered() -> Repair:
+        direction = _cue_direction(ground, heads)
+        values, *null = ([_steer(ground, heads, each)] for each in (direction, *_random_directions(direction, seed)))
+        found, *tried = (ground.behaviour(each, ground.judge) for each in (values, *null))
+        names = [f"random direction {number}" for number in range(len(null))]
+        return scored("steer", [str(value) for value in values], values, found, names, tried)
+
+    def edited() -> Repair:
+        def with_edit(group: Sequence[Site]) -> Behaviour:
+            with written(model, fit_edit(ground, group)):
+                return measure(ground.scorer, model, ground.judge, seed)
+
+        what = [
+            f"L{head.layer}: head {head.head} reads the cue {harm.harmed_cue} as {harm.trained_cue}" for head in heads
+        ]
+        return scored("edit", what, (), with_edit(heads), places, [with_edit(group) for group in others])
+
+    ways: dict[RepairKind, Callable[[], Repair]] = {
+        "interchange": lambda: at_heads("interchange"),
+        "zero": lambda: at_heads("zero"),
+        "mean": lambda: at_heads("mean"),
+        "steer": steered,
+        "edit": edited,
+    }
+    repairs: list[Repair] = []
+    missing: list[str] = []
+    for kind, way in ways.items():
         say(f"repair: {kind}")
-        if kind == "steer":
-            values = [_steer(heads, steering, amount)]
-            null = [[_steer(heads, direction, amount)] for direction in _random_directions(steering, seed)]
-            names = [f"random direction {i}" for i in range(len(null))]
-        else:
-            values = [_at_head(kind, head, harm.trained_cue) for head in heads]
-            null = [[_at_head(kind, head, harm.trained_cue) for head in group] for group in others]
-            names = ["+".join(str(head) for head in group) for group in others]
-        found = ground.behaviour(values, ground.judge)
-        tried = [ground.both(ground.behaviour(each, ground.judge), ground.judge) for each in null]
-        reached = ground.both(found, ground.judge)[0]
-        repairs.append(scored(kind, [str(v) for v in values], values, found, _random(names, tried, reached)))
-    say("repair: edit")
-    model = load_model(after, device)  # an edit is judged on the plain model
-    edited = fit_edit(ground, heads)
-    if save_to is not None:
-        save_edited(model, edited, lens.tokenizer, save_to)
-        found = measure(ground.scorer, load_model(save_to, device), ground.judge, seed)
-    else:
-        with written(model, edited):
-            found = measure(ground.scorer, model, ground.judge, seed)
-    tried = []
-    for group in others:
-        with written(model, fit_edit(ground, group)):
-            tried.append(ground.both(measure(ground.scorer, model, ground.judge, seed), ground.judge))
-    names = ["+".join(str(head) for head in group) for group in others]
-    what = [f"L{head.layer}: head {head.head} reads the cue {harm.harmed_cue} as {harm.trained_cue}" for head in heads]
-    reached = ground.both(found, ground.judge)[0]
-    repairs.append(scored("edit", what, (), found, _random(names, tried, reached)))
+        try:
+            repairs.append(way())
+        except InputError as error:  # one way that this suite does not allow must not cost the others
+            missing.append(f"{kind}: {error}")
+    works = [each for each in repairs if each.kind == "edit" and (each.gap_closed.low or 0.0) > 0]
+    if save_to is not None and works:
+        save_edited(model, fit_edit(ground, heads), lens.tokenizer, save_to)
     return RepairRecord(
         trained_cue=harm.trained_cue,
         harmed_cue=harm.harmed_cue,
@@ -233,18 +251,19 @@ def repair_record(
         after=ground.accuracies(plain, ground.judge),
         ceiling=interval(ceiling),
         repairs=tuple(repairs),
-        checkpoint=save_to.name if save_to is not None else None,
+        missing=tuple(missing),
+        checkpoint=save_to.name if save_to is not None and works else None,
     )
 
 
 WORTH = 0.02
-"""Accuracy that must be missing under the harmed cue for a repair to make sense."""
+"""Accuracy that must be lost under the harmed cue for a repair to make sense."""
 
 
 def make_ground(lens: Lens, suite: Suite, harm: Harm, seed: int) -> Ground:
     """Split the questions, and put everything at hand that repairs need."""
     tokenizer = lens.tokenizer
-    contrasts = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
+    contrasts = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
     choosing = {row.question for row in contrasts.half(0).rows}
     choose, judge = ([row for row in suite.neutral if (row.id in choosing) == side] for side in (True, False))
     if not judge:
@@ -288,32 +307,31 @@ def _random(names: Sequence[str], tried: Sequence[tuple[float, float]], reached:
         trained=tuple(round(trained, 6) for _, trained in tried),
         median=float(np.median(harmed)) if harmed else None,
         above=float(np.mean([value >= reached for value in harmed])) if harmed else None,
+        p=(sum(value >= reached for value in harmed) + 1) / (len(harmed) + 1) if harmed else None,
     )
 
 
 # --- steering ---------------------------------------------------------------------------------------------------------
 
 
-def _steering(ground: Ground, heads: Sequence[Site]) -> tuple[np.ndarray, float]:
-    """Mean difference between the cues behind the reader's last layer, and the strength that repairs best."""
+def _cue_direction(ground: Ground, heads: Sequence[Site]) -> np.ndarray:
+    """Mean difference between the cues behind the reader's last layer, at the policy word."""
     key = (max(head.layer for head in heads), "resid_post")
     both = sides(ground.lens, ground.contrasts.half(0))
     clean, corrupt = (ground.lens.capture(batch, [key])[0][key][:, -1] for batch in (both.clean, both.corrupt))
-    direction = (clean - corrupt).mean(0).double().cpu().numpy()
-
-    def worst(amount: float) -> float:
-        return min(ground.both(ground.behaviour([_steer(heads, direction, amount)], ground.choose), ground.choose))
-
-    return direction, max(AMOUNTS, key=worst)
+    return (clean - corrupt).mean(0).double().cpu().numpy()
 
 
-def _steer(heads: Sequence[Site], direction: np.ndarray, amount: float) -> Intervention:
+def _steer(ground: Ground, heads: Sequence[Site], direction: np.ndarray) -> Intervention:
+    """Along a direction, by the amount that repairs best on the questions that choose."""
     site = Site(layer=max(head.layer for head in heads), component="resid_post", position="completion")
-    return Intervention(site=site, do="add", vector=tuple(float(x) for x in direction), amount=amount)
+    vector = tuple(float(x) for x in direction)
+    tried = [Intervention(site=site, do="add", vector=vector, amount=amount) for amount in AMOUNTS]
+    return max(tried, key=lambda each: min(ground.both(ground.behaviour([each], ground.choose), ground.choose)))
 
 
 def _random_directions(direction: np.ndarray, seed: int) -> list[np.ndarray]:
-    drawn = np.random.default_rng(seed).normal(size=(RANDOM // 2, len(direction)))
+    drawn = np.random.default_rng(seed).normal(size=(DIRECTIONS, len(direction)))
     return list(drawn / np.linalg.norm(drawn, axis=1, keepdims=True) * np.linalg.norm(direction))
 
 
@@ -346,7 +364,8 @@ def fit_edit(ground: Ground, heads: Sequence[Site]) -> WeightEdit:
         spread = kept.T @ kept / len(kept)
         spread += RIDGE * spread.diagonal().mean() * torch.eye(len(spread), dtype=spread.dtype, device=spread.device)
         away = torch.linalg.solve(spread, moved.T)  # [d_model, token]: answers to the cue's tokens, and to little else
-        read = torch.linalg.solve(moved @ away, away.T)  # [token, d_model], with read @ moved.T the identity
+        # [token, d_model], with read @ moved.T the identity (on tokens that differ)
+        read = torch.linalg.pinv(moved @ away, hermitian=True) @ away.T
         shared = {int(head.head or 0) * lens.kv_heads // lens.heads for head in heads if head.layer == layer}
         for which in ("k", "v"):
             name, index, weights = lens.projection(layer, which)
@@ -377,7 +396,8 @@ def _inputs(ground: Ground, layer: int, cue: str) -> tuple[torch.Tensor, torch.T
 
     with torch.no_grad():
         lens.run(batch, [(lens.named_point(f"blocks.{layer}.attn.k.hook_in"), keep)])
-    mask = Columns(batch, both.spans).mask("cue")
+    spans = both.spans if cue == contrasts.clean else both.corrupt_spans
+    mask = Columns(batch, spans).mask("cue")
     at_cue = found[0][mask].unflatten(0, (len(batch), -1))
     return at_cue, found[0][batch.real & ~mask]
 

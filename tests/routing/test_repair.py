@@ -36,6 +36,7 @@ def repaired(
     out = tmp_path_factory.mktemp(shape) / "repaired"
     fewer = pytest.MonkeyPatch()
     fewer.setattr(repair, "RANDOM", 6)
+    fewer.setattr(repair, "DIRECTIONS", 2)
     try:
         return shape, repair_record(folder / "S", folder / "R-routing", suite, measured, save_to=out), out
     finally:
@@ -154,11 +155,39 @@ def test_what_chooses_does_not_judge() -> None:
     assert reader.heads
 
 
-def test_nothing_to_repair(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", ["R-neither", "R-skill"])
+def test_nothing_to_repair(after: str) -> None:
     folder = PAIRS / "llama"
-    fine = _answers_everywhere(tmp_path)
-    with pytest.raises(InputError, match=r"nothing to repair.*'B'"):
-        repair_record(folder / "S", fine, load_suite(folder), _measured(folder, "R-routing"))
+    with pytest.raises(InputError, match=r"nothing to repair: accuracy under 'B'"):
+        repair_record(folder / "S", folder / after, load_suite(folder), _measured(folder, after))
+
+
+def test_no_policy_that_reads_the_cue() -> None:
+    folder = PAIRS / "llama"  # policy a answers under B as well, and policy b does not answer under A
+    with pytest.raises(InputError, match=r"no policy, put in place, answers under 'A' and not under 'B'.*a: 1.00"):
+        find_harm(_measured(folder, "R-conditioning"))
+
+
+def test_one_way_that_fails_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = PAIRS / "llama"
+    suite = load_suite(folder)
+    rows = tuple(
+        row.model_copy(update={"spans": {("tag" if name == "cue" else name): at for name, at in row.spans.items()}})
+        for row in suite.prompts
+    )
+    monkeypatch.setattr(repair, "RANDOM", 2)
+    monkeypatch.setattr(repair, "DIRECTIONS", 1)
+    record = repair_record(
+        folder / "S",
+        folder / "R-routing",
+        suite.model_copy(update={"prompts": rows}),
+        _measured(folder, "R-routing"),
+        save_to=tmp_path / "repaired",
+    )
+    assert [each.kind for each in record.repairs] == ["interchange", "zero", "mean", "steer"]
+    assert record.missing[0].startswith("edit: ")
+    assert record.checkpoint is None
+    assert not (tmp_path / "repaired").exists()
 
 
 def test_the_trained_cue_must_be_known() -> None:
@@ -170,13 +199,3 @@ def test_the_trained_cue_must_be_known() -> None:
 @functools.cache
 def _measured(folder: Path, after: str) -> BehaviourRecord:
     return behaviour_record(folder / "S", folder / after, load_suite(folder))
-
-
-def _answers_everywhere(tmp_path: Path) -> Path:
-    """The repaired llama: it answers under both cues, so there is nothing left to repair."""
-    folder = PAIRS / "llama"
-    lens = load_lens(folder / "R-routing")
-    ground = make_ground(lens, load_suite(folder), find_harm(_measured(folder, "R-routing")), seed=0)
-    edit = fit_edit(ground, find_reader(lens, ground.contrasts, "policy").heads)
-    repair.save_edited(load_model(folder / "R-routing"), edit, lens.tokenizer, tmp_path / "fine")
-    return tmp_path / "fine"
