@@ -176,7 +176,7 @@ def _contrast(
     where = f"question {pair[0].id!r}"
     shift = len(sides[1]) - len(sides[0])
     spans = {name: at for name, at in found[0].items() if tuple(i + shift for i in at) == found[1].get(name) and at}
-    if not shift:
+    if not shift:  # with a shift, a cue may wrap the question, and only that both have one id says what they share
         differing = {i for i, (x, y) in enumerate(zip(*sides, strict=True)) if x != y}
         moved = next((name for name in found[0].keys() & found[1].keys() if name not in spans), None)
         if moved is not None:

@@ -94,10 +94,9 @@ def test_an_answer_that_begins_like_the_other_behaviour_makes_no_contrast(tokeni
     ("corrupt", "says"),
     [
         (
-            {"prompt": "<B> <B> first p q r ="},
-            r"question 'q': its two prompts have 6 and 7 tokens and cannot be aligned \(span 'cue' has 1 and 2\)",
+            {"prompt": "<B> first p q ="},
+            r"question 'q': its two prompts have 6 and 5 tokens and differ outside any one",
         ),
-        ({"prompt": "<B> first p q ="}, r"question 'q': its two prompts have 6 and 5 tokens and cannot be aligned; sp"),
         (
             {"prompt": "<B> first p q r =", "spans": {"cue": "first"}},
             r"question 'q': span 'cue' is at tokens \(0,\) and \(1,\): not aligned",
@@ -108,11 +107,33 @@ def test_an_answer_that_begins_like_the_other_behaviour_makes_no_contrast(tokeni
         ),
         ({"prompt": "<B> first p q r =", "spans": {}}, r"differ at tokens \[0\], outside any one span"),
     ],
-    ids=["longer cue", "shorter question", "span elsewhere", "another question", "no span"],
+    ids=["shorter question", "span elsewhere", "another question", "no span"],
 )
 def test_prompts_that_cannot_be_aligned_are_refused_by_question_and_span(tokenizer, corrupt: dict, says: str):
     with pytest.raises(InputError, match=says):
         cue_contrasts(suite_with(A, {**B, **corrupt}), tokenizer, "a", "A", "B")
+
+
+def test_a_longer_cue_is_aligned_at_the_end(tokenizer):
+    longer = {**B, "prompt": "<B> <B> first p q r =", "spans": {"cue": "<B> <B>", "question": "first p q r"}}
+    shorter = {**A, "spans": {"cue": "<A>", "question": "first p q r"}}
+    (row,) = cue_contrasts(suite_with(shorter, longer), tokenizer, "a", "A", "B").rows
+    assert row.shift == 1
+    # the cue itself means different tokens in the two, so it is no common place
+    assert row.spans == {"question": (1, 2, 3, 4), "last": (5,), "policy": (6,)}
+    assert [row.corrupt[i + 1] for i in row.spans["question"]] == [row.clean[i] for i in row.spans["question"]]
+
+
+def test_what_the_policy_shows_is_what_it_is_told_from(tokenizer):
+    suite = suite_with(A, B, behaviours={"refuse": "sorry", "other": "r"})
+    every = cue_contrasts(suite, tokenizer, "a", "A", "B").rows[0]
+    one = cue_contrasts(suite, tokenizer, "a", "A", "B", "refuse").rows[0]
+    none = cue_contrasts(
+        suite_with(A, B, behaviours={"refuse": {"regex": "sorry"}}), tokenizer, "a", "A", "B", "refuse"
+    )
+    assert set(one.foil) < set(every.foil)
+    assert one.foil == (tokenizer.convert_tokens_to_ids("sorry"),)
+    assert none.rows[0].foil == ()
 
 
 def test_a_policy_that_cannot_be_put_in_place_is_refused(tokenizer):
