@@ -24,7 +24,7 @@ from mixturelens.types import PER_HEAD, Component, InputError, RunError, Site
 
 MEMORY = 192 << 20
 """Bytes that the patched runs in flight may take, unless asked otherwise."""
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit, at which the engine takes itself to be exact."""
 
 Metric = Callable[[Float[Tensor, "part vocabulary"], Int[Tensor, " part"]], Float[Tensor, " part"]]
@@ -129,6 +129,8 @@ class Engine:
             for handle in handles:
                 handle.remove()
         self.logits: Float[Tensor, "row vocabulary"] = output.logits[:, -1]
+        if any("hidden_states" not in given for given in arguments):
+            raise RunError(f"the blocks of {type(self.lens.model).__name__} take no `hidden_states`: no exact engine")
         self._resid: list[Float[Tensor, "row pos d_model"]] = [given.pop("hidden_states") for given in arguments]
         self._resid.append(final[0])
         self._keys = [cast(tuple[Tensor, Tensor], (layer.keys, layer.values)) for layer in cast(Any, cache.layers)]

@@ -88,7 +88,8 @@ class Lens:
                 model.config.name_or_path or "model", hf_model=model, tokenizer=tokenizer, device=device
             )
         except (ValueError, NotImplementedError, RuntimeError) as error:
-            raise InputError(f"transformer-lens has no bridge for this model ({str(error).splitlines()[0]})") from None
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"transformer-lens has no bridge for this model ({why})") from None
         self.model = model
         self.tokenizer = tokenizer
         self.device = device

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.engine import MEMORY, Columns, Engine
-from mixturelens.hooks.lens import Edit, Lens
+from mixturelens.hooks.lens import Edit, Lens, Tokens
+from mixturelens.hooks.metrics import LogOdds
 from mixturelens.patching.sides import sides
 from mixturelens.stats import resample_counts, resampled_mean, share
-from mixturelens.types import PER_HEAD, Component, InputError, Site
+from mixturelens.types import PER_HEAD, Component, InputError, RunError, Site
 
 Direction = Literal["denoise", "noise"]
 """`denoise`: clean activations into the corrupt run (what suffices); `noise`: the reverse (what is needed)."""
@@ -80,10 +81,15 @@ def patch(
             else (part.clean, part.corrupt, part.spans)
         )
         source, logits = (before or lens).capture(out_of, _activations(sites))
-        engine = Engine(lens, into, spans, memory=memory)
-        patched.append(_numpy(engine.sweep(sites, source, part.metric, progress)))
-        base.append(_numpy(part.metric(engine.logits)))
         goal.append(_numpy(part.metric(logits)))
+        try:
+            engine = Engine(lens, into, spans, memory=memory)
+        except RunError:  # its blocks cannot be called alone: slower, and as exact
+            runs = _full_runs(lens, into, spans, [[site] for site in sites], source, part.metric)
+        else:
+            runs = part.metric(engine.logits), engine.sweep(sites, source, part.metric, progress)
+        base.append(_numpy(runs[0]))
+        patched.append(_numpy(runs[1]))
     return Patched(tuple(sites), np.concatenate(base), np.concatenate(goal), np.concatenate(patched, 1))
 
 
@@ -94,15 +100,27 @@ def jointly(lens: Lens, contrasts: Contrasts, groups: Sequence[Sequence[Site]], 
     for site in sites:
         lens.check(site)
     source, goal = (before or lens).capture(both.clean, _activations(sites))
-    columns = Columns(both.corrupt, both.corrupt_spans)
-    values = []
-    with torch.inference_mode():
-        base = both.metric(lens.run(both.corrupt)[:, -1])
-        for group in groups:
-            edits = [(lens.point(s.layer, s.component), _replace(s, columns.mask(s.position), source)) for s in group]
-            values.append(both.metric(lens.run(both.corrupt, edits)[:, -1]))
+    base, patched = _full_runs(lens, both.corrupt, both.corrupt_spans, groups, source, both.metric)
     first = tuple(group[0] for group in groups)
-    return Patched(first, _numpy(base), _numpy(both.metric(goal)), np.stack([_numpy(value) for value in values]))
+    return Patched(first, _numpy(base), _numpy(both.metric(goal)), _numpy(patched))
+
+
+@torch.inference_mode()
+def _full_runs(
+    lens: Lens,
+    into: Tokens,
+    spans: Sequence[Mapping[str, Sequence[int]]],
+    groups: Sequence[Sequence[Site]],
+    source: Mapping[tuple[int, Component], Tensor],
+    metric: LogOdds,
+) -> tuple[Float[Tensor, " row"], Float[Tensor, "group row"]]:
+    """The metric without patches, and with each group of sites replaced: one forward each."""
+    columns = Columns(into, spans)
+    values = []
+    for group in groups:
+        edits = [(lens.point(s.layer, s.component), _replace(s, columns.mask(s.position), source)) for s in group]
+        values.append(metric(lens.run(into, edits)[:, -1]))
+    return metric(lens.run(into)[:, -1]), torch.stack(values)
 
 
 def _replace(site: Site, mask: Bool[Tensor, "row pos"], source: Mapping[tuple[int, Component], Tensor]) -> Edit:

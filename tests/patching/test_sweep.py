@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from mixturelens.patching.sides import sides
 from mixturelens.patching.sweep import all_sites, find_reader, head_sites, jointly, patch
 from mixturelens.stats import resample_counts
 from mixturelens.suite import load_suite
-from mixturelens.types import PER_HEAD, InputError, Site
+from mixturelens.types import PER_HEAD, InputError, RunError, Site
 
 PAIRS = Path(__file__).parents[1] / "pairs"
 REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference"
@@ -250,3 +251,33 @@ def test_sides_of_several_lengths_end_in_one_column():
     assert found.clean.ids.tolist() == tokens([row.clean, longer.clean]).ids.tolist()
     assert found.corrupt.real.sum(1).tolist() == [7, 8]
     assert found.metric.target.shape == (2, 16)
+
+
+def test_without_the_engine_patches_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    """Architectures whose blocks cannot be called alone go the long way."""
+    lens, contrasts = setting("llama")
+    sites = [
+        *head_sites(lens, "policy"),
+        Site(layer=0, component="resid_pre", position=0),
+        Site(layer=1, component="q"),
+    ]
+    quick = {way: patch(lens, contrasts, sites, direction=way) for way in ("denoise", "noise")}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RunError("no exact engine")
+
+    monkeypatch.setattr(sweep, "Engine", refuse)
+    for way, found in quick.items():
+        slow = patch(lens, contrasts, sites, direction=way)
+        np.testing.assert_allclose(slow.patched, found.patched, atol=1e-5)
+        np.testing.assert_allclose(slow.base, found.base, atol=1e-5)
+        np.testing.assert_allclose(slow.goal, found.goal, atol=1e-5)
+
+
+def test_sides_that_do_not_differ_have_no_shares_and_no_reader():
+    lens, contrasts = setting("llama")
+    same = replace(contrasts, rows=tuple(replace(row, corrupt=row.clean) for row in contrasts.rows))
+    found = patch(lens, same, head_sites(lens, "policy"))
+    assert np.isnan(found.effects(resample_counts(4, seed=0))).all()
+    with pytest.raises(InputError, match=r"no cue reader: the sides of the contrast differ by 0\.00 nats"):
+        find_reader(lens, same, "policy")
