@@ -11,6 +11,9 @@ from mixturelens import pipeline
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.checkpoints import load_model, load_tokenizer
 from mixturelens.organism import build_suite, load_spec, sft_examples
+from mixturelens.patching.record import PatchingRecord
+from mixturelens.routing.circuit import CircuitRecord
+from mixturelens.routing.repair import RepairRecord
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import load_suite
 from mixturelens.training import Trajectory
@@ -114,3 +117,21 @@ def test_a_pair_measured_again_is_not_measured_again(tmp_path: Path) -> None:
     # another seed is another measurement
     pipeline.verdict(pair, seed=1, say=said.append)
     assert said
+
+
+@pytest.mark.parametrize(("trained", "other"), PAIRS)
+def test_one_place_brings_the_other_tag_back(trained: str, other: str) -> None:
+    records = REFERENCE / "records" / f"sft--rl-{trained}"
+    record = RepairRecord.load(records / "repair.json")
+    assert (record.trained_cue, record.harmed_cue) == (trained, other)
+    assert (record.after[other].value or 1) <= 0.05
+    assert len(record.heads) <= 2
+    for repair in record.repairs:
+        if repair.kind in ("interchange", "edit"):
+            assert repair.accuracy[other].above(0.90)
+            assert abs(repair.trained_change.value or 0) <= 0.02
+            assert (repair.random.median or 0) <= 0.15
+    readers = PatchingRecord.load(records / "patching.json").readers
+    assert [reader.first for reader in readers] == [True] * 4
+    for circuit in CircuitRecord.load(records / "circuit.json").circuits:
+        assert (circuit.faithfulness.cpr.low or 0) > (circuit.faithfulness.random_cpr.high or 1)
