@@ -374,7 +374,7 @@ def _print_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
         for each in record.repairs:
             state = [f"{cue} {_number(each.accuracy[cue].value)}" for cue in cues]
             rows.append((pair.name, each.kind, *state, _interval(each.gap_closed), _number(each.random.median)))
-    _table(("pair", "repair", "harmed cue", "trained cue", "gap closed", "random sites, median"), rows)
+    _table(("pair", "repair", "harmed cue", "trained cue", "gap closed", "random places, median"), rows)
     for pair, record in zip(pairs, records, strict=True):
         print(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; repaired checkpoint: {pair.repaired}")
 
