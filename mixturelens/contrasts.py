@@ -77,7 +77,7 @@ def cue_contrasts(
 ) -> Contrasts:
     """Both cues with `policy` put in place: answering (under the clean cue) against what it does under the other.
 
-    `shows` is the behaviour that the policy shows under the corrupt cue, as measured (`behaviour.record.find_harm`);
+    `shows` is the behaviour that the policy shows under the corrupt cue, as measured (`behaviour.harm.find_harm`);
     without it, any literal behaviour of the suite. Where it has no literal text, the contrast is with anything else.
     Raises InputError if the policy cannot be put in place or no contrast is left.
     """

@@ -6,6 +6,7 @@ same weights, suite and seed, is not done again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -157,49 +158,52 @@ def behaviour(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None
 
 def patch(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> PatchingRecord:
     """Where the router is: patch a pair, or read the record if it is there and about the same things."""
-    before, after = _both(pair, "patching")
-    expected = _provenance(pair, device, seed)
-    file = pair.records / "patching.json"
-    there = _same(PatchingRecord, file, expected)
-    if there is not None:
-        return there
-    measured = behaviour(pair, device=device, seed=seed, say=say)
-    found = patching_record(before, after, pair.suite(), measured, device=device, seed=seed, say=say)
-    record = found.model_copy(update={"provenance": expected})
-    record.save(file)
-    return record
+    options = {"device": device, "seed": seed, "say": say}
+    return _instrument(pair, PatchingRecord, "patching", functools.partial(patching_record, **options), **options)
 
 
 def circuit(
     pair: Pair, others: Sequence[Pair] = (), *, device: str = "cpu", seed: int = 0, say: Say | None = None
 ) -> CircuitRecord:
     """The routing circuits of a pair, compared with those of the other checkpoints of its run."""
-    before, after = _both(pair, "a circuit")
-    expected = _provenance(pair, device, seed)
-    file = pair.records / "circuit.json"
-    there = _same(CircuitRecord, file, expected)
-    also = {other.after.name: other.after for other in others if other.after is not None and other.after != after}
-    if there is not None and there.compared == tuple(weights_name(path) for path in also.values()):
-        return there
-    measured = behaviour(pair, device=device, seed=seed, say=say)
-    found = circuit_record(before, after, pair.suite(), measured, also=also, device=device, seed=seed, say=say)
-    record = found.model_copy(update={"provenance": expected})
-    record.save(file)
-    return record
+    options = {"device": device, "seed": seed, "say": say}
+    also = {o.after.name: o.after for o in others if o.after is not None and o.after != pair.after}
+    compared = tuple(weights_name(path) for path in also.values())
+    make = functools.partial(circuit_record, also=also, **options)
+    return _instrument(pair, CircuitRecord, "circuit", make, lambda there: there.compared == compared, **options)
 
 
 def repair(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> RepairRecord:
     """Repair the harmed cue, beside it the repaired plain checkpoint; or read what is there about the same things."""
-    before, after = _both(pair, "repair")
+    options = {"device": device, "seed": seed, "say": say}
+    make = functools.partial(repair_record, save_to=pair.repaired, **options)
+
+    def whole(there: RepairRecord) -> bool:
+        return there.checkpoint is None or pair.repaired.exists()
+
+    return _instrument(pair, RepairRecord, "repair", make, whole, **options)
+
+
+def _instrument(
+    pair: Pair,
+    kind: type[R],
+    name: str,
+    make: Callable[[Path, Path, Suite, BehaviourRecord], R],
+    current: Callable[[R], bool] = lambda _: True,
+    *,
+    device: str,
+    seed: int,
+    say: Say | None,
+) -> R:
+    """The record of an instrument that needs a pair and its behaviour: the one on disk if current, or made anew."""
+    before, after = _both(pair, name)
     expected = _provenance(pair, device, seed)
-    file = pair.records / "repair.json"
-    folder = pair.repaired
-    there = _same(RepairRecord, file, expected)
-    if there is not None and folder.exists():
+    file = pair.records / f"{name}.json"
+    there = _same(kind, file, expected)
+    if there is not None and current(there):
         return there
     measured = behaviour(pair, device=device, seed=seed, say=say)
-    found = repair_record(before, after, pair.suite(), measured, save_to=folder, device=device, seed=seed, say=say)
-    record = found.model_copy(update={"provenance": expected})
+    record = make(before, after, pair.suite(), measured).model_copy(update={"provenance": expected})
     record.save(file)
     return record
 

@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 
 from mixturelens import pipeline
-from mixturelens.behaviour.record import find_harm
+from mixturelens.behaviour.harm import find_harm
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.patching.sweep import ENOUGH, find_reader, head_sites, jointly, patch

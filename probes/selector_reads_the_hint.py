@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mixturelens import pipeline
-from mixturelens.behaviour.record import find_harm
+from mixturelens.behaviour.harm import find_harm
 from mixturelens.contrasts import checkpoint_contrasts, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.sweep import head_sites, patch

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixturelens import viz
 from mixturelens.behaviour.arrays import Behaviour
+from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.behaviour.record import behaviour_record, find_harm, grid_of
+from mixturelens.behaviour.record import behaviour_record, grid_of
 from mixturelens.checkpoints import end_tokens, load_model, quiet_libraries
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.intervened import Intervened, known_prompts

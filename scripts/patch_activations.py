@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mixturelens import viz
-from mixturelens.behaviour.record import behaviour_record, find_harm
+from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.record import behaviour_record
 from mixturelens.checkpoints import quiet_libraries
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import load_lens

@@ -135,3 +135,26 @@ def test_one_place_brings_the_other_tag_back(trained: str, other: str) -> None:
     assert [reader.first for reader in readers] == [True] * 4
     for circuit in CircuitRecord.load(records / "circuit.json").circuits:
         assert (circuit.faithfulness.cpr.low or 0) > (circuit.faithfulness.random_cpr.high or 1)
+
+
+def test_a_repair_without_a_checkpoint_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edit that closes no gap leaves no folder, and that is no reason to repair once more."""
+    made = []
+    stored = RepairRecord.load(REFERENCE / "records" / "sft--rl-A" / "repair.json")
+
+    def make(*_: object, **__: object) -> RepairRecord:
+        made.append(1)
+        return stored.model_copy(update={"checkpoint": "repaired" if len(made) > 1 else None})
+
+    monkeypatch.setattr(pipeline, "repair_record", make)
+    monkeypatch.setattr(pipeline, "behaviour", lambda *_, **__: None)
+    folder = REFERENCE / "checkpoints"
+    pair = pipeline.outside_pair(folder / "sft", folder / "rl-A", REFERENCE / "suite.yaml", tmp_path, "A")
+    assert pipeline.repair(pair).checkpoint is None
+    assert pipeline.repair(pair).checkpoint is None
+    assert len(made) == 1
+    # a record whose folder is gone is no whole result
+    (tmp_path / "records" / pair.name / "repair.json").unlink()
+    assert pipeline.repair(pair).checkpoint == "repaired"
+    pipeline.repair(pair)
+    assert len(made) == 3

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from mixturelens.behaviour.record import BehaviourRecord, find_harm
+from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import Contrasts, checkpoint_contrasts, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.patching.labels import aligned, position_labels

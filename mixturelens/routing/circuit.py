@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixturelens.behaviour.record import BehaviourRecord, find_harm
+from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import Contrasts, Kind, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.patching.attribution import STEPS, EdgeScores, eap_ig, eap_ig_of, faithfulness

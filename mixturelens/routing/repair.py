@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from mixturelens.behaviour.arrays import Behaviour
+from mixturelens.behaviour.harm import Harm, find_harm
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare
-from mixturelens.behaviour.record import BehaviourRecord, Cell, Harm, find_harm, grid_of, policy_table
+from mixturelens.behaviour.record import BehaviourRecord, Cell, grid_of, policy_table
 from mixturelens.checkpoints import end_tokens, load_model
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.engine import Columns

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.measure import measure
-from mixturelens.behaviour.record import BehaviourRecord, behaviour_record, find_harm
+from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
 from mixturelens.checkpoints import load_model, load_tokenizer
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.sweep import find_reader

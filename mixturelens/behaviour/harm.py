@@ -1,0 +1,69 @@
+"""What RL harmed, and by which policy: where patching and repair have to look."""
+
+from __future__ import annotations
+
+from mixturelens.behaviour.record import BehaviourRecord
+from mixturelens.types import Frozen, InputError, Interval
+
+HALF = 0.5
+"""Forced accuracy from which a policy counts as answering."""
+
+
+class Harm(Frozen):
+    """Which cue RL trained on, which one it harmed, and the policies in question."""
+
+    trained_cue: str
+    harmed_cue: str
+    """The cue, of those RL did not train on, whose accuracy fell most."""
+    change: Interval
+    """Of its expected accuracy."""
+    policy: str
+    """Which R follows under the trained cue: of the policies that answer there and not under the harmed one."""
+    shows: str | None
+    """What that policy shows under the harmed cue; null where the suite names no behaviours."""
+    other: str
+    """What else S followed under the trained cue, most often."""
+
+
+def find_harm(record: BehaviourRecord) -> Harm:
+    """What to patch and to repair, from the behaviour of a pair.
+
+    Raises InputError if the trained cue is not known, the suite has but one cue or policy, or no policy answers under
+    the trained cue and does something else under the harmed one: then no cue reader is at work.
+    """
+    trained = record.trained_cue
+    if trained is None:
+        raise InputError("patching and repair need the cue that RL trained on: set `trained_cue` or --trained-cue")
+    rest = [cue for cue in record.cues if cue != trained]
+    if not rest or len(record.policies) < 2:
+        raise InputError("patching and repair need prompts under two cues and two policies at least")
+    after = {cue: state.after for cue, state in record.per_cue.items() if state.after is not None}
+    changes = {cue: state.accuracy_change.total for cue, state in record.per_cue.items() if state.accuracy_change}
+    if not after or not changes:
+        raise InputError("patching and repair need a checkpoint after: give --after")
+    harmed = min(rest, key=lambda cue: changes[cue].value or 0.0)
+
+    def right(name: str, cue: str) -> float | None:
+        return after[cue].accuracy[name]
+
+    known = [name for name in record.policies if right(name, trained) is not None and right(name, harmed) is not None]
+    candidates = [n for n in known if (right(n, trained) or 0.0) >= HALF > (right(n, harmed) or 0.0)]
+    if not candidates:
+        both = [(name, right(name, trained) or 0.0, right(name, harmed) or 0.0) for name in known]
+        seen = "; ".join(f"{name}: {on:.2f} under {trained}, {off:.2f} under {harmed}" for name, on, off in both)
+        raise InputError(
+            f"no policy, put in place, answers under {trained!r} and not under {harmed!r} (forced accuracy: "
+            f"{seen or 'no policy can be put in place'}); there is no cue reader to find"
+        )
+    policy = max(candidates, key=lambda name: after[trained].weights[name])
+    cell = next((c for c in record.table if (c.policy, c.cue) == (policy, harmed)), None)
+    before = record.per_cue[trained].before
+    other = max((name for name in record.policies if name != policy), key=lambda name: before.weights[name])
+    return Harm(
+        trained_cue=trained,
+        harmed_cue=harmed,
+        change=changes[harmed],
+        policy=policy,
+        shows=cell.behaviour if cell is not None else None,
+        other=other,
+    )
