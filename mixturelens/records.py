@@ -76,6 +76,8 @@ class Record(Frozen):
 
     KIND: ClassVar[str] = ""
     VERSION: ClassVar[int] = 1
+    INDENT: ClassVar[int | None] = 1
+    """None for records of thousands of numbers, which nobody reads line by line."""
 
     kind: str = ""
     version: int = 0
@@ -88,7 +90,9 @@ class Record(Frozen):
 
     def to_json(self) -> str:
         """JSON with `null` for what was not measured; NaN and infinity are refused rather than written."""
-        return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False)
+        separators = (",", ":") if self.INDENT is None else None
+        data = self.model_dump(mode="json")
+        return json.dumps(data, indent=self.INDENT, separators=separators, allow_nan=False, ensure_ascii=False)
 
     def save(self, path: Path) -> Path:
         write_text(path, self.to_json() + "\n")

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mixturelens.hooks.sides import Sides
 from mixturelens.patching.graph import Graph, Readers, chunks, masked, run_graph, written
-from mixturelens.patching.sides import Sides
 from mixturelens.stats import interval, resampled_mean
 from mixturelens.types import InputError, Interval
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mixturelens.hooks.lens import Edit, Lens, Tokens
-from mixturelens.patching.sides import Sides
+from mixturelens.hooks.sides import Sides
 from mixturelens.types import InputError, RunError
 
 CHUNK = 2**25

@@ -5,14 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.record import BehaviourRecord
-from mixturelens.contrasts import Contrasts, checkpoint_contrasts, cue_contrasts, hint_contrasts
+from mixturelens.contrasts import (
+    Contrasts,
+    aligned,
+    checkpoint_contrasts,
+    cue_contrasts,
+    hint_contrasts,
+    position_labels,
+)
 from mixturelens.hooks.lens import Lens, load_lens
-from mixturelens.patching.labels import aligned, position_labels
+from mixturelens.hooks.sides import sides
 from mixturelens.patching.record import Attention, Effect, PatchingRecord, ReaderHeads, Sweep
-from mixturelens.patching.sides import sides
 from mixturelens.patching.sweep import (
     BY_POSITION,
     Direction,
@@ -24,6 +31,9 @@ from mixturelens.patching.sweep import (
 from mixturelens.stats import interval, mean_interval, resample_counts
 from mixturelens.suite import Suite
 from mixturelens.types import InputError, Side, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
 
@@ -120,7 +130,7 @@ def _sweep(
     side: Side,
     direction: Direction,
     seed: int,
-    tokenizer: object,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     target: str,
     foil: str,
@@ -167,7 +177,7 @@ def _reader(lens: Lens, contrasts: Contrasts, side: Side, position: str, seed: i
 
 
 def _attention(
-    lenses: dict[Side, Lens], contrasts: Contrasts, readers: list[ReaderHeads], tokenizer: object
+    lenses: dict[Side, Lens], contrasts: Contrasts, readers: list[ReaderHeads], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Attention, ...]:
     """Where the heads that read the cue in R look from the policy word, in S and in R."""
     labels = position_labels(contrasts, tokenizer)

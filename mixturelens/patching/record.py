@@ -77,6 +77,7 @@ class PatchingRecord(Record):
     """Which sites carry cue and hint in S and in R, and where S's activations undo what RL did."""
 
     KIND = "patching"
+    INDENT = None
 
     trained_cue: str
     harmed_cue: str

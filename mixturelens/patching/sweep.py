@@ -16,7 +16,7 @@ from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.engine import MEMORY, Columns, Engine
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
-from mixturelens.patching.sides import sides
+from mixturelens.hooks.sides import sides
 from mixturelens.stats import resample_counts, resampled_mean, share
 from mixturelens.types import PER_HEAD, Component, InputError, RunError, Site
 

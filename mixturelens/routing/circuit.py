@@ -12,12 +12,11 @@ from torch import Tensor
 
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.record import BehaviourRecord
-from mixturelens.contrasts import Contrasts, Kind, cue_contrasts, hint_contrasts
+from mixturelens.contrasts import Contrasts, Kind, cue_contrasts, hint_contrasts, position_labels
 from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.hooks.sides import Sides, sides
 from mixturelens.patching.attribution import STEPS, EdgeScores, eap_ig, eap_ig_of, faithfulness
 from mixturelens.patching.graph import Graph, edge_graph, masked
-from mixturelens.patching.labels import position_labels
-from mixturelens.patching.sides import Sides, sides
 from mixturelens.patching.sweep import APART
 from mixturelens.records import Record, weights_name
 from mixturelens.stats import interval, resample_counts, resampled_mean, share
@@ -114,6 +113,7 @@ class CircuitRecord(Record):
     """The routing circuits of a pair, and how alike those of all checkpoints at hand are."""
 
     KIND = "circuit"
+    INDENT = None
 
     circuits: tuple[RoutingCircuit, ...]
     overlaps: tuple[Overlap, ...]

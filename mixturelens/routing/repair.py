@@ -23,7 +23,7 @@ from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.engine import Columns
 from mixturelens.hooks.intervened import Intervened, Prompt, known_prompts
 from mixturelens.hooks.lens import Lens, load_lens
-from mixturelens.patching.sides import sides
+from mixturelens.hooks.sides import sides
 from mixturelens.patching.sweep import find_reader, head_sites
 from mixturelens.records import Record, new_folder
 from mixturelens.stats import interval, share

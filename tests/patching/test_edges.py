@@ -15,10 +15,10 @@ from mixturelens.checkpoints import load_tokenizer
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.hooks.metrics import log_odds
+from mixturelens.hooks.sides import Sides, sides
 from mixturelens.patching import graph as graphs
 from mixturelens.patching.attribution import eap, eap_ig, eap_ig_of, exact, faithfulness, patch_paths
 from mixturelens.patching.graph import Graph, edge_graph, masked, masked_logits, written
-from mixturelens.patching.sides import Sides, sides
 from mixturelens.stats import resample_counts
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, RunError

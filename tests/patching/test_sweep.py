@@ -14,8 +14,8 @@ from transformer_lens import patching
 
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.lens import NAMES, Lens, load_lens, tokens
+from mixturelens.hooks.sides import sides
 from mixturelens.patching import sweep
-from mixturelens.patching.sides import sides
 from mixturelens.patching.sweep import all_sites, find_reader, head_sites, jointly, patch
 from mixturelens.stats import resample_counts
 from mixturelens.suite import load_suite

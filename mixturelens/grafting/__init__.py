@@ -1,0 +1,1 @@
+"""Change it: weights of one checkpoint in the other, component by component."""

@@ -1,0 +1,138 @@
+"""What grafts found on a pair: which components' weights carry the change of routing, and which that of specialists."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mixturelens.records import Record
+from mixturelens.types import Frozen, Interval
+
+
+class Part(Frozen):
+    """One component of the network: parameters that are copied together."""
+
+    name: str
+    """`embed`, `L0.attn`, `L0.mlp`, `L0.norms`, `final_norm`, `unembed`, ..."""
+    parameters: int
+    change: float
+    """Norm of R - S over the norm of S; 0 where RL left it as it was."""
+
+
+class Effects(Frozen):
+    """What a checkpoint (S, R, or a graft of both) does that S does not. Means over questions, and over cues."""
+
+    routing: Interval
+    """Share of R's change of log(c_p / c_o): 0 as S, 1 as R. Null where S and R do not differ."""
+    weight: Interval
+    """The same of the weight of policy p, as a probability."""
+    specialists: Interval
+    """The same of the log-probability of what each policy does in S under each cue, mean over the cells that changed."""
+    chosen: Interval
+    """Squared Hellinger distance from S of the mean policy weights, mean over cues: how far the routing is from S's."""
+    done: Interval
+    """Squared Hellinger distance from S of what policies do, once in place, each policy weighed as R uses it."""
+
+
+class Graft(Frozen):
+    """Some components of one checkpoint put into the other."""
+
+    components: tuple[str, ...]
+    """Taken from R; all others are S's."""
+    effects: Effects
+
+
+class Component(Frozen):
+    """One changed component: alone in S (does it suffice?), missing from R (is it needed?), and along the way."""
+
+    name: str
+    suffices: Effects
+    """S + R[g]."""
+    without: Effects
+    """R - R[g]: how much is left without it. 1 - routing is its necessity."""
+    routing: Interval
+    """Path attribution of log(c_p / c_o), nats, mean over cues."""
+    specialists: dict[str, Interval]
+    """Path attribution of each cell's log-probability, nats: `a@A` is policy a under cue A."""
+    shapley: Interval
+    """Shapley share of R's change of log(c_p / c_o); null where there are too many components."""
+
+
+class Path(Frozen):
+    """Path attribution of one metric: what the components sum to, beside the change itself, nats."""
+
+    metric: str
+    """`routing@A`, ..., `a@A`, ..."""
+    change: float
+    sum: float
+    points: int
+    """Points of the quadrature."""
+
+
+class Placed(Frozen):
+    """R's weights used at some token positions only, S's at all others."""
+
+    positions: tuple[str, ...]
+    """Spans, `last`, `policy`, `answer`, ..."""
+    effects: Effects
+
+
+class Factorial(Frozen):
+    """The 2 x 2 {selector} x {rest}: which of R's weights are in place, on held-out questions."""
+
+    selector: tuple[str, ...]
+    """The fewest components that carry R's change of log(c_p / c_o), chosen on the other half of the questions."""
+    enough: bool
+    """Whether they carry ENOUGH of it on the half that chose."""
+    questions: int
+    selector_only: Effects
+    rest_only: Effects
+    both: Effects
+    noise: tuple[Effects, ...]
+    """S with random weights of the same norm added to the selector's parameters, instead of R's change."""
+
+
+class Rollback(Frozen):
+    """R with S's selector, as a plain checkpoint, scored against S."""
+
+    components: tuple[str, ...]
+    accuracy: dict[str, dict[str, Interval]]
+    """cue -> `before` (S), `after` (R), `rollback` -> expected accuracy."""
+    checkpoint: str | None
+
+
+class Null(Frozen):
+    """What the same statistic gives for labels that mean nothing."""
+
+    chosen: float
+    """95th percentile of the routing distance of S and R under shuffled labels of policy and behaviour."""
+    done: float
+
+
+class GraftRecord(Record):
+    """Which components suffice and which are needed, for routing and for specialists."""
+
+    KIND = "graft"
+
+    policies: tuple[str, str]
+    """(p, o) of log(c_p / c_o): the policy that gained most weight, and the one that lost most."""
+    method: Literal["literal", "forced texts"]
+    """`forced texts`: policies are rules, and the log-odds are those of the texts that put them in place."""
+    cues: tuple[str, ...]
+    questions: int
+    change: dict[str, Interval]
+    """Metric (`routing@A`, `a@A`, ...) -> R less S, nats."""
+    after: Effects
+    """R itself."""
+    parts: tuple[Part, ...]
+    components: tuple[Component, ...]
+    """Changed parts, in the order of the network."""
+    groups: dict[str, Graft]
+    """Name of a group (`attention`, `MLPs`, `layer 0`, ...) -> S + R[group]."""
+    path: tuple[Path, ...]
+    factorial: Factorial | None
+    specialist_part: Graft | None
+    """S with the fewest components that carry R's change of what policies do, chosen on the other half."""
+    placed: tuple[Placed, ...] = ()
+    rollback: Rollback | None = None
+    null: Null
+    missing: tuple[str, ...] = ()
