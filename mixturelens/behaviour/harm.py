@@ -67,3 +67,22 @@ def find_harm(record: BehaviourRecord) -> Harm:
         shows=cell.behaviour if cell is not None else None,
         other=other,
     )
+
+
+def gained_and_lost(record: BehaviourRecord) -> tuple[str, str]:
+    """The policy that gained most weight from S to R, mean over cues, and the one that lost most.
+
+    Where nothing changed they are the first and the last policy. Raises InputError for fewer than two policies, or
+    for a record of one checkpoint.
+    """
+    if len(record.policies) < 2:
+        raise InputError("two policies at least are needed to say which one gained")
+    change = dict.fromkeys(record.policies, 0.0)
+    for state in record.per_cue.values():
+        if state.after is None:
+            raise InputError("which policy gained can be said of a pair: give --after")
+        for name in change:
+            change[name] += state.after.weights[name] - state.before.weights[name]
+    gained = max(record.policies, key=lambda name: change[name])
+    lost = min((name for name in reversed(record.policies) if name != gained), key=lambda name: change[name])
+    return gained, lost

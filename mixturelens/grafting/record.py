@@ -104,8 +104,10 @@ class Null(Frozen):
     """What the same statistic gives for labels that mean nothing."""
 
     chosen: float
-    """95th percentile of the routing distance of S and R under shuffled labels of policy and behaviour."""
+    """95th percentile of the routing distance of S and R when policies are labelled at random, question by question."""
     done: float
+    shuffled: Effects | None = None
+    """R's effects under one such labelling."""
 
 
 class GraftRecord(Record):

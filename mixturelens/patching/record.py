@@ -88,3 +88,7 @@ class PatchingRecord(Record):
     attention: tuple[Attention, ...] = ()
     missing: tuple[str, ...] = ()
     """What could not be measured on this pair, and why."""
+
+    def heads(self, kind: Kind, checkpoint: Side) -> tuple[Site, ...]:
+        """The heads that carry a contrast in a checkpoint; none where they were not found."""
+        return next((each.heads for each in self.readers if (each.kind, each.checkpoint) == (kind, checkpoint)), ())

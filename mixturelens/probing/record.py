@@ -52,6 +52,12 @@ class Readout(Frozen):
     shuffled_high: float | None
     """95th percentile of single shuffles over all sites."""
 
+    @property
+    def best(self) -> int | None:
+        """The site where S's probe reads best."""
+        known = [index for index, value in enumerate(self.before.value) if value is not None]
+        return max(known, key=lambda index: self.before.value[index] or 0.0, default=None)
+
 
 class ErasedSite(Frozen):
     """The cue erased at one site (LEACE), with a policy put in place, by exact patching."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from mixturelens.behaviour.record import BehaviourRecord, Cell, Controls, CueBehaviour, Nats
+from mixturelens.grafting.record import GraftRecord
+from mixturelens.patching.record import PatchingRecord
+from mixturelens.probing.record import ProbingRecord
 from mixturelens.records import Record
+from mixturelens.routing.mechanism import Mechanism, controls, judge_mechanism
 from mixturelens.types import Frozen, Interval, VerdictWord
 
 
@@ -42,19 +46,14 @@ class Changed(Frozen):
     skill: bool | None
 
 
-class Mechanism(Frozen):
-    """The verdict from grafts, patching and features, which look at weights and activations and not at the KL split."""
-
-    verdict: VerdictWord | None = None
-    agrees: bool | None = None
-    evidence: dict[str, float] = {}
-
-
 class VerdictControls(Frozen):
-    """Controls from the pair alone; those that need training or grafts are null here."""
+    """Controls from the pair alone; those that need grafts are null without them, those that need training always."""
 
     pair: Controls
-    random_components: None = None
+    random_components: float | None = None
+    """Largest distance of the choice that random weights give, in the selector's place and of the same norm."""
+    shuffled_mechanism: VerdictWord | None = None
+    """The mechanism verdict for shuffled labels of policies: must be `neither`."""
     continued_training: None = None
 
 
@@ -79,10 +78,16 @@ class VerdictRecord(Record):
     thresholds: Thresholds = Thresholds()
 
 
-def judge(record: BehaviourRecord, thresholds: Thresholds = DEFAULT_THRESHOLDS) -> VerdictRecord:
-    """The behavioural verdict on a pair, from its behaviour record.
+def judge(
+    record: BehaviourRecord,
+    thresholds: Thresholds = DEFAULT_THRESHOLDS,
+    graft: GraftRecord | None = None,
+    patching: PatchingRecord | None = None,
+    probing: ProbingRecord | None = None,
+) -> VerdictRecord:
+    """The behavioural verdict on a pair, from its behaviour record, and beside it the mechanism's from the others.
 
-    Raises ValueError if the record is about one checkpoint only.
+    Neither looks at what the other looks at. Raises ValueError if the record is about one checkpoint only.
     """
     if record.nats is None or record.controls is None:
         raise ValueError("a verdict needs a pair: the record is about one checkpoint")
@@ -91,6 +96,8 @@ def judge(record: BehaviourRecord, thresholds: Thresholds = DEFAULT_THRESHOLDS) 
     moved_cells = tuple(cell for cell in record.table if _cell_moved(cell, thresholds.cell) is not False)
     states = [_cell_moved(cell, thresholds.cell) for cell in record.table]
     intact = None if not states or (None in states and True not in states) else True not in states
+    mechanism = Mechanism() if graft is None else judge_mechanism(graft, patching, probing)
+    agrees = None if mechanism.verdict is None else mechanism.verdict == verdict
     return VerdictRecord(
         provenance=record.provenance,
         verdict=verdict,
@@ -103,7 +110,8 @@ def judge(record: BehaviourRecord, thresholds: Thresholds = DEFAULT_THRESHOLDS) 
         per_cue=record.per_cue,
         coverage=record.coverage,
         moved_cells=moved_cells,
-        controls=VerdictControls(pair=record.controls),
+        mechanism=mechanism.model_copy(update={"agrees": agrees}),
+        controls=VerdictControls(pair=record.controls, **({} if graft is None else controls(graft))),
         thresholds=thresholds,
     )
 

@@ -1,0 +1,319 @@
+"""The mechanism verdict: router or specialists, from grafts, patching and probes alone.
+
+Grafts decide, because they change one thing and look at what follows: weights of R in S. Patching says whether what
+RL did to the choice of policy can be undone in one place, probes whether what S's network shows can still be read in R
+the same way. Both are compared with the grafts, and where they disagree the verdict says so.
+
+Distances are squared Hellinger distances between what S does and what the graft does. They are bounded, so that a slip
+in a saturated policy does not outweigh everything else, and for small changes four of them are about one nat of KL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from mixturelens.grafting.record import Effects, GraftRecord
+from mixturelens.patching.record import PatchingRecord, Sweep
+from mixturelens.patching.sweep import APART
+from mixturelens.probing.record import ProbingRecord
+from mixturelens.types import NOT_MEASURED, Frozen, Interval, VerdictWord
+
+FLOOR = 0.0025
+"""Squared Hellinger distance under which nothing has changed: about 0.01 nats."""
+LOUD = 0.05
+"""Distance of labels that mean nothing above which no change could be told from them."""
+ROUTING, SPECIALIST = 0.9, 0.1
+"""Shares of routing from which the verdict is `routing`, and up to which it is `specialist`."""
+FEWEST = 8
+"""Questions under which a bootstrap says nothing."""
+UNDONE = 0.5
+"""Share of the change that one site must undo for patching to have found it."""
+LOST = 0.1
+"""Loss of a probe's score from which what it read has changed."""
+
+Part = Literal["selector", "specialists"]
+
+
+class Line(Frozen):
+    """What one kind of evidence says about one part, beside what it would say of nothing."""
+
+    source: Literal["grafts", "patching", "probes"]
+    about: Part
+    effect: Interval
+    null: float | None
+    """The same number where there is nothing to find; null where there is no such control."""
+    changed: bool | None
+    """Null where the interval cannot tell."""
+    what: str
+    """What the numbers are, in one sentence."""
+
+
+class Mechanism(Frozen):
+    """The verdict from weights and activations, without looking at the KL split."""
+
+    verdict: VerdictWord | None = None
+    agrees: bool | None = None
+    """Whether the behavioural verdict is the same; null where either is missing."""
+    share: Interval = NOT_MEASURED
+    """Distance of the choice of policy over that and the distance of what policies do."""
+    reason: str = ""
+    evidence: dict[str, Line] = {}
+    disagree: tuple[str, ...] = ()
+    """Lines that say otherwise than the grafts, which the verdict follows."""
+
+
+def judge_mechanism(
+    graft: GraftRecord, patching: PatchingRecord | None = None, probing: ProbingRecord | None = None
+) -> Mechanism:
+    """Put the evidence together. Patching and probing add lines where they were run.
+
+    >>> judge_mechanism(graft_record(sft, sft, suite, behaviour)).verdict   # doctest: +SKIP
+    'neither'
+    """
+    selector, specialists = _grafts(graft)
+    evidence = {"grafts, selector": selector, "grafts, specialists": specialists}
+    if patching is not None:
+        evidence |= _named(_patched_selector(patching), _patched_specialists(patching))
+    if probing is not None:
+        evidence |= _named(_read_selector(probing), _read_specialists(probing))
+    share = share_of(selector.effect, specialists.effect)
+    verdict, why = _verdict(graft.questions, selector, specialists, share)
+    follows = {"selector": selector.changed, "specialists": specialists.changed}
+    disagree = tuple(
+        name
+        for name, line in evidence.items()
+        if line.source != "grafts"
+        and None not in (line.changed, follows[line.about])
+        and line.changed != follows[line.about]
+    )
+    return Mechanism(verdict=verdict, share=share, reason=why, evidence=evidence, disagree=disagree)
+
+
+def controls(graft: GraftRecord) -> dict[str, float | VerdictWord | None]:
+    """What the same judgement says where nothing can be found: random weights, and labels that mean nothing."""
+    noise = [] if graft.factorial is None else _values(graft.factorial.noise)
+    found: dict[str, float | VerdictWord | None] = {"random_components": max(noise, default=None)}
+    if graft.null.shuffled is not None:
+        blind = graft.model_copy(update={"after": graft.null.shuffled, "factorial": None, "specialist_part": None})
+        found["shuffled_mechanism"] = judge_mechanism(blind).verdict
+    return found
+
+
+def share_of(chosen: Interval, done: Interval) -> Interval:
+    """chosen / (chosen + done), as wide as both intervals at their ends make it.
+
+    >>> share_of(Interval(value=0.3, low=0.2, high=0.4), Interval(value=0.0, low=0.0, high=0.1)).low
+    0.6666666666666667
+    """
+    if chosen.value is None or done.value is None or chosen.value + done.value <= 0:
+        return NOT_MEASURED
+    ends = [(chosen.low or 0.0, done.high or 0.0), (chosen.high or 0.0, done.low or 0.0)]
+    low, high = (c / (c + d) if c + d > 0 else 0.5 for c, d in ends)
+    return Interval(value=chosen.value / (chosen.value + done.value), low=low, high=high)
+
+
+def _verdict(questions: int, selector: Line, specialists: Line, share: Interval) -> tuple[VerdictWord, str]:
+    numbers = f"{_show(selector.effect)} of choice and {_show(specialists.effect)} of what policies do"
+    if questions < FEWEST:
+        return "inconclusive", f"{questions} questions are too few for an interval ({FEWEST} are needed)"
+    if selector.changed is False and specialists.changed is False:
+        return "neither", f"R's weights move S by {numbers}: no more than labels that mean nothing, or than {FLOOR}"
+    if True not in (selector.changed, specialists.changed):
+        return "inconclusive", f"R's weights move S by {numbers}, which cannot be told from nothing"
+    # what has surely not changed counts for nothing: its distance is sampling noise
+    if specialists.changed is False and selector.changed:
+        share = share_of(selector.effect, _nothing(specialists))
+    elif selector.changed is False and specialists.changed:
+        share = share_of(_nothing(selector), specialists.effect)
+    for threshold in (ROUTING, SPECIALIST):
+        if not share.excludes(threshold):
+            return "inconclusive", f"the share of the choice, {_show(share)}, crosses {threshold}; ask more questions"
+    assert share.value is not None
+    word: VerdictWord = "routing" if share.value >= ROUTING else "specialist" if share.value <= SPECIALIST else "both"
+    return (
+        word,
+        f"R's weights move S by {numbers} (squared Hellinger distance); the share of the choice is {_show(share)}",
+    )
+
+
+def _nothing(line: Line) -> Interval:
+    """At most what counts as nothing."""
+    high = min(line.effect.high or 0.0, max(FLOOR, line.null or 0.0))
+    return Interval(value=min(line.effect.value or 0.0, high), low=0.0, high=high)
+
+
+def _show(value: Interval) -> str:
+    return "-" if value.value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _named(*lines: Line | None) -> dict[str, Line]:
+    return {f"{line.source}, {line.about}": line for line in lines if line is not None}
+
+
+def told(effect: Interval, null: float) -> bool | None:
+    """Whether a distance is more than nothing; None where it cannot be told from labels that mean nothing.
+
+    >>> told(Interval(value=0.2, low=0.1, high=0.3), null=0.01), told(Interval(value=0.0, low=0.0, high=0.0), null=0.0)
+    (True, False)
+    """
+    if effect.value is None or effect.low is None or effect.high is None:
+        return None
+    if effect.low > max(null, FLOOR):
+        return True
+    if effect.high < FLOOR:
+        return False
+    if effect.value <= null:
+        return False if null <= LOUD else None
+    return None
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+
+def _grafts(graft: GraftRecord) -> tuple[Line, Line]:
+    factorial, part = graft.factorial, graft.specialist_part
+    chosen = graft.after.chosen if factorial is None else factorial.selector_only.chosen
+    noise = [] if factorial is None else _values(factorial.noise)
+    what = (
+        "Distance of the choice of policy between S and R: no part of R changes it"
+        if factorial is None
+        else f"Distance of the choice of policy when S has R's {_list(factorial.selector)}; random weights of the same "
+        f"norm move it by at most {max(noise, default=0.0):.3f}"
+    )
+    null = max([graft.null.chosen, *noise])
+    selector = Line(source="grafts", about="selector", effect=chosen, null=null, changed=told(chosen, null), what=what)
+    done = graft.after.done if part is None else part.effects.done
+    what = (
+        "Distance of what policies do, once in place, between S and R: no part of R changes it"
+        if part is None
+        else f"Distance of what policies do, once in place, when S has R's {_list(part.components)}"
+    )
+    specialists = Line(
+        source="grafts",
+        about="specialists",
+        effect=done,
+        null=graft.null.done,
+        changed=told(done, graft.null.done),
+        what=what,
+    )
+    return selector, specialists
+
+
+def _values(noise: Sequence[Effects]) -> list[float]:
+    return [each.chosen.value for each in noise if each.chosen.value is not None]
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _patched_selector(patching: PatchingRecord) -> Line | None:
+    """S's activations in R: does one place undo the new choice?"""
+    sweep = next((s for s in patching.sweeps if s.kind == "checkpoint"), None)
+    if sweep is None or sweep.base.value is None or sweep.goal.value is None:
+        return None
+    between = abs(sweep.goal.value - sweep.base.value)
+    if between < APART:
+        gap = Interval(value=0.0, low=0.0, high=0.0)
+        what = f"S and R choose alike (log-odds {between:.2f} nats apart), so that there is nothing to undo"
+        return Line(source="patching", about="selector", effect=gap, null=None, changed=False, what=what)
+    inner = [
+        e for e in sweep.effects if e.site.component in ("z", "attn_out", "mlp_out") and e.effect.value is not None
+    ]
+    if not inner:
+        return None
+    best = max(inner, key=lambda e: e.effect.value or 0.0)
+    rest = sorted(abs(e.effect.value or 0.0) for e in inner if e.site.position != best.site.position)
+    null = rest[int(0.95 * (len(rest) - 1))] if rest else None
+    return Line(
+        source="patching",
+        about="selector",
+        effect=best.effect,
+        null=null,
+        changed=True if best.effect.above(UNDONE) else None,
+        what=f"Share of the new choice under {patching.harmed_cue} that S's {best.site} undoes in R (best of "
+        f"{len(inner)} sites; null: 95% of those at other tokens)",
+    )
+
+
+def _patched_specialists(patching: PatchingRecord) -> Line | None:
+    """Policy in place: is the contrast between cues in R what it was in S?"""
+
+    def contrast(side: str) -> Sweep | None:
+        found = (s for s in patching.sweeps if (s.kind, s.checkpoint, s.direction) == ("cue", side, "denoise"))
+        return next(found, None)
+
+    before, after = contrast("before"), contrast("after")
+    if before is None or after is None:
+        return None
+    keeps = [
+        s.base.high is not None and s.goal.low is not None and s.base.high < 0 < s.goal.low for s in (before, after)
+    ]
+    gaps = [(s.goal.value or 0.0) - (s.base.value or 0.0) for s in (before, after)]
+    if not keeps[0] or gaps[0] < APART:
+        return None  # S's policy does not read the cue for sure: nothing that R could have lost
+    spread = [
+        ((s.goal.high or 0) - (s.goal.low or 0) + (s.base.high or 0) - (s.base.low or 0)) / 2 for s in (before, after)
+    ]
+    lost = 1 - gaps[1] / gaps[0]
+    margin = (spread[1] + spread[0] * abs(gaps[1] / gaps[0])) / gaps[0]
+    return Line(
+        source="patching",
+        about="specialists",
+        effect=Interval(value=lost, low=lost - margin, high=lost + margin),
+        null=0.0,
+        changed=not keeps[1] if lost - margin > UNDONE or lost + margin < UNDONE else None,
+        what=f"Share of the contrast between cues (policy {patching.policy} in place, nats) that R has lost; "
+        f"{'R still tells the cues apart' if keeps[1] else 'R no longer does under each cue what S did'}",
+    )
+
+
+def _read_selector(probing: ProbingRecord) -> Line | None:
+    """Do neutral prompts look in R like hinted ones?"""
+    last = max((shift.site.layer for shift in probing.shifts), default=0)
+    # behind the last layer the stream is nearly the logits, and says what the model does rather than what it looks like
+    some = [
+        s for s in probing.shifts if s.site.position == "last" and s.site.layer < last and s.cosine.value is not None
+    ]
+    if not some:
+        return None
+    best = max(some, key=lambda s: s.cosine.value or 0.0)
+    return Line(
+        source="probes",
+        about="selector",
+        effect=best.cosine,
+        null=best.null,
+        changed=True if best.cosine.above(best.null) else None,
+        what=f"Cosine at {best.site} between what RL added to neutral prompts and what a hint adds in S",
+    )
+
+
+def _read_specialists(probing: ProbingRecord) -> Line | None:
+    """Does S's probe for the behaviour still read it in R, behind the policy word?"""
+    readout = probing.readout("behaviour")
+    if readout is None:
+        return None
+    there = [
+        index
+        for index, site in enumerate(probing.sites)
+        if site.component == "resid_post" and site.position == "policy" and readout.before.value[index] is not None
+    ]
+    there = [i for i in there if readout.carried.value[i] is not None]
+    if not there:
+        return None
+    best = max(there, key=lambda index: readout.before.value[index] or 0.0)
+    here, carried = readout.before.at(best), readout.carried.at(best)
+    assert here.value is not None
+    assert carried.value is not None
+    if here.value - readout.chance < LOST or carried.low is None or carried.high is None:
+        return None
+    lost = Interval(value=here.value - carried.value, low=here.value - carried.high, high=here.value - carried.low)
+    return Line(
+        source="probes",
+        about="specialists",
+        effect=lost,
+        null=0.0,
+        changed=None if not lost.excludes(LOST) else (lost.value or 0.0) > LOST,
+        what=f"Loss of {readout.metric} of S's behaviour probe at {probing.sites[best]} when it reads R",
+    )

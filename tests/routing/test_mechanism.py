@@ -1,0 +1,154 @@
+"""The mechanism verdict on evidence made by hand; on real pairs it is judged where the records are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mixturelens.grafting.record import Effects, Factorial, Graft, GraftRecord, Null
+from mixturelens.probing.record import Column, ProbingRecord, Readout, Shift
+from mixturelens.routing.mechanism import Mechanism, controls, judge_mechanism, share_of, told
+from mixturelens.types import NOT_MEASURED, Interval, Site
+
+NOTHING = Interval(value=0.0, low=0.0, high=0.0)
+
+
+def about(value: float, spread: float = 0.005) -> Interval:
+    return Interval(value=value, low=max(0.0, value - spread), high=value + spread)
+
+
+def effects(chosen: Interval = NOTHING, done: Interval = NOTHING) -> Effects:
+    return Effects(routing=NOT_MEASURED, weight=NOT_MEASURED, specialists=NOT_MEASURED, chosen=chosen, done=done)
+
+
+def graft(chosen: Interval = NOTHING, done: Interval = NOTHING, **more: Any) -> GraftRecord:
+    given: dict[str, Any] = {
+        "policies": ("a", "b"),
+        "method": "literal",
+        "cues": ("A", "B"),
+        "questions": 100,
+        "change": {},
+        "after": effects(chosen, done),
+        "parts": (),
+        "components": (),
+        "groups": {},
+        "path": (),
+        "factorial": None,
+        "specialist_part": None,
+        "null": Null(chosen=0.001, done=0.001),
+    }
+    return GraftRecord(**(given | more))
+
+
+def two_by_two(chosen: Interval, noise: float) -> Factorial:
+    return Factorial(
+        selector=("L0.attn",),
+        enough=True,
+        questions=50,
+        selector_only=effects(chosen),
+        rest_only=effects(),
+        both=effects(chosen),
+        noise=(effects(about(noise, 0.0)),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("chosen", "done", "word"),
+    [
+        (about(0.25), NOTHING, "routing"),
+        (NOTHING, about(0.25), "specialist"),
+        (about(0.2), about(0.2), "both"),
+        (NOTHING, NOTHING, "neither"),
+        (about(0.001, 0.001), about(0.0005, 0.0005), "neither"),  # less than labels that mean nothing
+        (about(0.25), about(0.028, 0.02), "inconclusive"),  # the share may lie on either side of 0.9
+        (Interval(value=0.002, low=0.0, high=0.01), NOTHING, "inconclusive"),
+        (about(0.25), about(0.004, 0.0045), "routing"),  # what cannot be told from nothing is small
+    ],
+)
+def test_word_follows_the_two_distances(chosen: Interval, done: Interval, word: str) -> None:
+    assert judge_mechanism(graft(chosen, done)).verdict == word
+
+
+def test_few_questions_say_nothing() -> None:
+    assert judge_mechanism(graft(about(0.25), questions=7)).verdict == "inconclusive"
+
+
+def test_random_weights_that_do_as_much_take_the_finding_away() -> None:
+    found = judge_mechanism(graft(about(0.25), factorial=two_by_two(about(0.25), noise=0.001)))
+    assert found.verdict == "routing"
+    assert "random weights" in found.evidence["grafts, selector"].what
+    spoilt = judge_mechanism(graft(about(0.25), factorial=two_by_two(about(0.25), noise=0.3)))
+    assert spoilt.evidence["grafts, selector"].changed is None  # too loud a null to say that nothing changed
+    assert spoilt.verdict == "inconclusive"
+
+
+def test_the_part_that_carries_the_specialists_is_named() -> None:
+    part = Graft(components=("L1.mlp", "L2.mlp"), effects=effects(NOTHING, about(0.3)))
+    found = judge_mechanism(graft(NOTHING, about(0.25), specialist_part=part))
+    assert found.verdict == "specialist"
+    assert found.evidence["grafts, specialists"].what.endswith("S has R's L1.mlp and L2.mlp")
+    assert found.evidence["grafts, specialists"].effect.value == 0.3
+
+
+def test_controls_judge_labels_that_mean_nothing() -> None:
+    blind = Null(chosen=0.01, done=0.01, shuffled=effects(about(0.006, 0.004), about(0.004, 0.003)))
+    found = controls(graft(about(0.25), null=blind, factorial=two_by_two(about(0.25), noise=0.002)))
+    assert found == {"random_components": 0.002, "shuffled_mechanism": "neither"}
+    assert controls(graft()) == {"random_components": None}
+
+
+def test_probes_may_disagree_and_do_not_decide() -> None:
+    site = Site(layer=1, component="resid_post", position="policy")
+    column, low = Column(value=(0.99,), low=(0.98,), high=(1.0,)), Column(value=(0.5,), low=(0.45,), high=(0.55,))
+    readout = Readout(
+        target="behaviour",
+        metric="AUROC",
+        rows="",
+        questions=100,
+        chance=0.5,
+        before=column,
+        after=column,
+        carried=low,
+        untrained=(0.5,),
+        shuffled=(0.5,),
+        shuffled_high=0.6,
+    )
+    shift = Shift(
+        site=Site(layer=0, component="resid_post", position="last"), cosine=about(0.6), along=about(0.5), null=0.3
+    )
+    behind = shift.model_copy(update={"site": Site(layer=1, component="resid_post", position="last")})
+    probing = ProbingRecord(
+        trained_cue="A", policies=("a", "b"), sites=(site,), readouts=(readout,), shifts=(shift, behind)
+    )
+    found = judge_mechanism(graft(about(0.25)), probing=probing)
+    assert found.verdict == "routing"
+    assert found.disagree == ("probes, specialists",)
+    assert found.evidence["probes, selector"].changed is True
+    assert found.evidence["probes, selector"].what.startswith("Cosine at L0.resid_post@last")
+
+
+def test_share_is_as_wide_as_both_ends() -> None:
+    share = share_of(Interval(value=0.3, low=0.2, high=0.4), Interval(value=0.1, low=0.0, high=0.2))
+    assert share.value == pytest.approx(0.75)
+    assert (share.low, share.high) == (pytest.approx(0.5), pytest.approx(1.0))
+    assert share_of(NOTHING, NOTHING) == NOT_MEASURED
+
+
+@pytest.mark.parametrize(
+    ("effect", "null", "answer"),
+    [
+        (about(0.1), 0.01, True),
+        (about(0.1), 0.2, None),  # a null this loud hides anything
+        (about(0.01), 0.02, False),
+        (Interval(value=0.0024, low=0.001, high=0.004), 0.0, None),
+        (NOT_MEASURED, 0.0, None),
+    ],
+)
+def test_told(effect: Interval, null: float, answer: bool | None) -> None:
+    assert told(effect, null) is answer
+
+
+def test_record_round_trips() -> None:
+    found = judge_mechanism(graft(about(0.25)))
+    assert Mechanism.model_validate_json(found.model_dump_json()) == found
