@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +16,10 @@ from mixturelens.types import InputError, RunError
 
 if TYPE_CHECKING:
     from mixturelens.behaviour.record import BehaviourRecord
+    from mixturelens.grafting.record import GraftRecord
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.pipeline import Pair
+    from mixturelens.probing.record import ProbingRecord
     from mixturelens.records import Record
     from mixturelens.routing.repair import RepairRecord
     from mixturelens.routing.verdict import VerdictRecord
@@ -54,15 +56,20 @@ def demo(out: Out = None, device: Device = None, quiet: Quiet = False) -> None:
         where = _device(device)
         pipeline.train(load_spec("default"), folder, where, progress)
         pairs = pipeline.run_pairs(folder)
-        verdicts = [pipeline.verdict(pair, device=where, say=say) for pair in pairs]
         patched = [pipeline.patch(pair, device=where, say=say) for pair in pairs]
         for pair in pairs:
             pipeline.circuit(pair, pairs, device=where, say=say)
+        grafted = [pipeline.graft(pair, device=where, say=say) for pair in pairs]
+        probed = [pipeline.probe(pair, device=where, say=say) for pair in pairs]
         repaired = [pipeline.repair(pair, device=where, say=say) for pair in pairs]
+        verdicts = [pipeline.verdict(pair, device=where) for pair in pairs]  # now with what the weights say
         page = pipeline.report(pairs, device=where)
     _print_verdicts(pairs, verdicts)
     print()
     _print_patching(pairs, patched)
+    _print_probing(pairs, probed)
+    _print_grafts(pairs, grafted)
+    _print_mechanism(pairs, verdicts)
     _print_repairs(pairs, repaired)
     print(f"\nReport: {page}")
 
@@ -177,6 +184,58 @@ def patch(
         for pair, record, circuit in zip(pairs, records, circuits, strict=True):
             for reason in (*record.missing, *(f"circuit of the {why}" for why in circuit.missing)):
                 print(f"{pair.name}: not measured: {reason}")
+
+
+@app.command()
+def probe(
+    run: Run = None,
+    before: Before = None,
+    after: After = None,
+    suite: SuiteFile = None,
+    trained_cue: TrainedCue = None,
+    out: Out = None,
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what can be read where in S and in R, what erasing it does, and which subspaces carry it."""
+    from mixturelens import pipeline
+
+    pairs = _pairs(run, before, after, suite, trained_cue, out)
+    with _working(quiet) as (_, say):
+        records = [pipeline.probe(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
+    if as_json:
+        _print_json(records, run)
+    else:
+        _print_probing(pairs, records)
+
+
+@app.command()
+def graft(
+    run: Run = None,
+    before: Before = None,
+    after: After = None,
+    suite: SuiteFile = None,
+    trained_cue: TrainedCue = None,
+    out: Out = None,
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say which components of R carry the change of routing and of specialists, and write S's selector back into R."""
+    from mixturelens import pipeline
+
+    pairs = _pairs(run, before, after, suite, trained_cue, out)
+    with _working(quiet) as (_, say):
+        records = [pipeline.graft(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
+        verdicts = [pipeline.verdict(pair, device=_device(device), seed=seed) for pair in pairs]
+    if as_json:
+        _print_json(records, run)
+    else:
+        _print_grafts(pairs, records)
+        _print_mechanism(pairs, verdicts)
 
 
 @app.command()
@@ -363,6 +422,83 @@ def _print_patching(pairs: list[Pair], records: list[PatchingRecord]) -> None:
             which = f"{reader.kind} reader, {reader.checkpoint}"
             rows.append((pair.name, which, heads, _interval(reader.effect), _interval(reader.margin)))
     _table(("pair", "what", "heads", "effect, held out", "margin over the next"), rows)
+
+
+def _print_probing(pairs: list[Pair], records: list[ProbingRecord]) -> None:
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for readout in record.readouts:
+            best = readout.best
+            if best is None:
+                continue
+            numbers = [_interval(column.at(best)) for column in (readout.before, readout.after, readout.carried)]
+            null = f"{_number(readout.shuffled_high)} / {_number(readout.untrained[best])}"
+            rows.append((pair.name, readout.target, readout.metric, str(record.sites[best]), *numbers, null))
+    header = ("pair", "target", "score", "best site in S", "S", "R", "S's probe on R", "shuffled 95% / untrained")
+    _table(header, rows)
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for what, erased in (("where the cue is read", record.used), ("readable, unused", record.unused)):
+            if erased is not None:
+                null = f"{min(erased.random):.3f} to {max(erased.random):.3f}" if erased.random else "-"
+                rows.append(
+                    (pair.name, what, str(erased.site), _interval(erased.readable), _interval(erased.left), null)
+                )
+    _table(("pair", "cue erased", "site", "AUROC", "difference between cues left", "random directions"), rows)
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for each in record.subspaces:
+            for side in each.accuracy:
+                null = f"{max(each.random[side]):.3f} / {max(each.shuffled[side]):.3f}"
+                where = f"{each.site}, {each.dimensions} dim."
+                rows.append((pair.name, each.concept, where, side, _interval(each.accuracy[side]), null))
+    header = ("pair", "subspace", "site", "checkpoint", "interchange accuracy", "best random / shuffled")
+    _table(header, rows)
+    _print_missing(pairs, records)
+
+
+def _print_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for each in record.components:
+            effects = [_interval(each.suffices.routing), _interval(each.without.routing)]
+            rows.append((pair.name, each.name, *effects, _interval(each.routing), _interval(each.shapley)))
+    _table(("pair", "component", "S + R[g]", "R - R[g]", "path attribution, nats", "Shapley share"), rows)
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        if record.factorial is not None:
+            selector = " + ".join(record.factorial.selector)
+            for what, effects in (
+                (f"selector ({selector})", record.factorial.selector_only),
+                ("all the rest", record.factorial.rest_only),
+                ("both", record.factorial.both),
+            ):
+                rows.append(
+                    (pair.name, what, _interval(effects.routing), _interval(effects.chosen), _interval(effects.done))
+                )
+    header = ("pair", "R's weights in S", "share of routing", "distance of the choice", "of what policies do")
+    _table(header, rows)
+    for pair, record in zip(pairs, records, strict=True):
+        if record.rollback is not None and record.rollback.checkpoint is not None:
+            print(f"{pair.name}: R with S's selector: {pair.made('rollback')}")
+    _print_missing(pairs, records)
+
+
+def _print_mechanism(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
+    for pair, record in zip(pairs, verdicts, strict=True):
+        found = record.mechanism
+        if found.verdict is None:
+            continue
+        agrees = "agrees" if found.agrees else f"behaviour says {record.verdict}"
+        print(f"{pair.name}: the mechanism says {found.verdict} ({agrees}): {found.reason}")
+        for name in found.disagree:
+            print(f"{pair.name}: {name} says otherwise: {found.evidence[name].what}")
+
+
+def _print_missing(pairs: list[Pair], records: Sequence[ProbingRecord | GraftRecord]) -> None:
+    for pair, record in zip(pairs, records, strict=True):
+        for reason in record.missing:
+            print(f"{pair.name}: not measured: {reason}")
 
 
 def _print_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:

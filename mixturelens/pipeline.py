@@ -16,9 +16,13 @@ from typing import TypeVar
 
 from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
 from mixturelens.checkpoints import check_folder, check_pair
+from mixturelens.grafting.pair import graft_record
+from mixturelens.grafting.record import GraftRecord
 from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer, parse_spec, recipes, safe_name
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.record import PatchingRecord
+from mixturelens.probing.pair import probing_record
+from mixturelens.probing.record import ProbingRecord
 from mixturelens.records import Provenance, Record, new_folder, provenance, weights_name, write_text
 from mixturelens.routing.circuit import CircuitRecord, circuit_record
 from mixturelens.routing.repair import RepairRecord, repair_record
@@ -46,12 +50,15 @@ class Pair:
     def records(self) -> Path:
         return self.out / "records" / self.name
 
+    def made(self, what: str) -> Path:
+        """Where a checkpoint made from R goes: beside the run's others, or into the outside pair's folder."""
+        if self.after is not None and self.after.parent == self.out / "checkpoints":
+            return self.out / "checkpoints" / f"{self.after.name}-{what}"
+        return self.out / what
+
     @property
     def repaired(self) -> Path:
-        """Where the repaired plain checkpoint goes: beside the run's others, or into the outside pair's folder."""
-        if self.after is not None and self.after.parent == self.out / "checkpoints":
-            return self.out / "checkpoints" / f"{self.after.name}-repaired"
-        return self.out / "repaired"
+        return self.made("repaired")
 
     def suite(self) -> Suite:
         suite = load_suite(self.suite_path)
@@ -184,6 +191,36 @@ def repair(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = 
     return _instrument(pair, RepairRecord, "repair", make, whole, **options)
 
 
+def graft(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> GraftRecord:
+    """Which components of R carry the change, beside it the checkpoint with S's selector; or read what is there."""
+    options = {"device": device, "seed": seed, "say": say}
+    make = functools.partial(graft_record, save_to=pair.made("rollback"), **options)
+
+    def whole(there: GraftRecord) -> bool:
+        return there.rollback is None or there.rollback.checkpoint is None or pair.made("rollback").exists()
+
+    return _instrument(pair, GraftRecord, "graft", make, whole, **options)
+
+
+def probe(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> ProbingRecord:
+    """What can be read where, what erasing it does, and which subspaces carry it; or read what is there.
+
+    Patching says where the cue reader reads, and is done first.
+    """
+    options = {"device": device, "seed": seed, "say": say}
+
+    def make(before: Path, after: Path, suite: Suite, measured: BehaviourRecord) -> ProbingRecord:
+        try:
+            heads = patch(pair, **options).heads("cue", "after")
+        except InputError as error:  # no cue reader: everything else can still be read
+            heads, why = (), str(error)
+        else:
+            why = "" if heads else "patching found no cue reader"
+        return probing_record(before, after, suite, measured, reader=heads, no_reader=why, **options)
+
+    return _instrument(pair, ProbingRecord, "probing", make, **options)
+
+
 def _instrument(
     pair: Pair,
     kind: type[R],
@@ -232,10 +269,17 @@ def _same(kind: type[R], file: Path, expected: Provenance) -> R | None:
 
 
 def verdict(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> VerdictRecord:
-    """The verdict on a pair, written beside its behaviour record."""
+    """The verdict on a pair, written beside its behaviour record; with the mechanism's, where grafts have been made."""
     if pair.after is None:
         raise InputError("a verdict needs a checkpoint after: give --after")
-    record = judge(behaviour(pair, device=device, seed=seed, say=say))
+    measured = behaviour(pair, device=device, seed=seed, say=say)
+    expected = _provenance(pair, device, seed)
+    record = judge(
+        measured,
+        graft=_same(GraftRecord, pair.records / "graft.json", expected),
+        patching=_same(PatchingRecord, pair.records / "patching.json", expected),
+        probing=_same(ProbingRecord, pair.records / "probing.json", expected),
+    )
     record.save(pair.records / "verdict.json")
     return record
 
@@ -260,6 +304,8 @@ def report(pairs: list[Pair], *, device: str = "cpu", seed: int = 0, say: Say | 
         pairs=measured,
         trajectories=[Trajectory.load(file) for file in files],
         patching=_there(pairs, PatchingRecord, "patching", device, seed),
+        probing=_there(pairs, ProbingRecord, "probing", device, seed),
+        grafts=_there(pairs, GraftRecord, "graft", device, seed),
         repair=_there(pairs, RepairRecord, "repair", device, seed),
         circuits=_there(pairs, CircuitRecord, "circuit", device, seed),
     )

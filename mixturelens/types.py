@@ -128,6 +128,8 @@ class Intervention(Frozen):
     - `add`: add `amount` times `vector` (steering)
     - `scale`: multiply by `amount` (0 ablates)
     - `project`: remove the component along `vector`
+    - `erase`: remove `vector` as often as `read` finds it beyond `offset`: x - (read . x - offset) vector, an oblique
+      projection (`read . vector` is 1). A concept of several dimensions takes several, blind to each other's vectors
     - `replace`: put what the same prompt, with the same completion, has there under the cue `source` (interchange)
     - `mean`: the mean of that over all cues, each counted equally
 
@@ -136,17 +138,29 @@ class Intervention(Frozen):
     """
 
     site: Site
-    do: Literal["set", "add", "scale", "project", "replace", "mean"]
+    do: Literal["set", "add", "scale", "project", "erase", "replace", "mean"]
     vector: tuple[float, ...] | None = None
+    read: tuple[float, ...] | None = None
+    offset: float = 0.0
     amount: float = 1.0
     source: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Intervention:
-        if (self.vector is None) == (self.do in ("set", "add", "project")):
+        if (self.vector is None) == (self.do in ("set", "add", "project", "erase")):
             raise ValueError(f"vector: {self.do} {'needs one' if self.vector is None else 'takes none'}")
         if self.do == "project" and not any(self.vector or ()):
             raise ValueError("vector: project needs a direction, and this one is zero")
+        if (self.read is None) == (self.do == "erase"):
+            raise ValueError(f"read: {self.do} {'needs one' if self.read is None else 'takes none'}")
+        if self.offset and self.do != "erase":
+            raise ValueError(f"offset: {self.do} takes none")
+        if self.read is not None and self.vector is not None:
+            if len(self.read) != len(self.vector):
+                raise ValueError(f"read: has {len(self.read)} numbers, and the vector {len(self.vector)}")
+            found = sum(r * v for r, v in zip(self.read, self.vector, strict=True))
+            if not abs(found - 1.0) < 1e-6:
+                raise ValueError(f"read: finds {found:g} in the vector, where it must find 1 to erase it")
         if (self.source is None) == (self.do == "replace"):
             raise ValueError(f"source: {self.do} {'needs the cue to read' if self.source is None else 'takes none'}")
         return self
@@ -157,6 +171,7 @@ class Intervention(Frozen):
             "add": f"+ {self.amount:g} x a vector",
             "scale": f"x {self.amount:g}" if self.amount else "zero",
             "project": "without a direction",
+            "erase": "without a concept",
             "replace": f"that of cue {self.source}",
             "mean": "the mean over cues",
         }[self.do]

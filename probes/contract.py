@@ -10,13 +10,16 @@ import argparse
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol, cast
 
 import probes
-from mixturelens.checkpoints import quiet_libraries
-from mixturelens.records import Record
+from mixturelens import pipeline
+from mixturelens.checkpoints import load_tokenizer, quiet_libraries
+from mixturelens.contrasts import span_positions
+from mixturelens.records import Record, provenance
+from mixturelens.suite import encode_prompts
 from mixturelens.types import Frozen, InputError, Interval, RunError
 
 
@@ -28,7 +31,7 @@ class Answer(Frozen):
     outcome: dict[str, Interval]
     control: dict[str, Interval]
     sites: tuple[str, ...] = ()
-    """Heads that the numbers are about."""
+    """Heads, other sites or components that the numbers are about."""
 
 
 class ProbeRecord(Record):
@@ -66,6 +69,48 @@ def all_probes() -> dict[str, Probe]:
     return {module.NAME: module for module in modules}
 
 
+def ask(
+    name: str,
+    run_folder: Path,
+    seed: int,
+    answer: Callable[[pipeline.Pair], Answer],
+    clause: Callable[[str, Answer], str],
+) -> ProbeRecord:
+    """Ask the question of the module `name` of every pair of a run.
+
+    `clause(pair, answer)` says what came out there, as a part of the finding's sentence. Raises InputError if the
+    folder holds no finished run.
+    """
+    probe = cast(Probe, sys.modules[name])
+    answers = {pair.name: answer(pair) for pair in pipeline.run_pairs(run_folder)}
+    text = "; ".join(clause(*found) for found in answers.items())
+    return ProbeRecord(
+        provenance=provenance(before=run_folder / "checkpoints" / "sft", seed=seed),
+        name=probe.NAME,
+        hypothesis=probe.HYPOTHESIS,
+        prediction=probe.PREDICTION,
+        control=probe.CONTROL,
+        answers=answers,
+        holds=every(answer.holds for answer in answers.values()),
+        finding=f"{text[0].upper()}{text[1:]}.",
+    )
+
+
+def places(pair: pipeline.Pair) -> dict[str, tuple[str | int, ...]]:
+    """Span of the neutral prompts, or `last` -> the positions of a record's sites that lie there.
+
+    Records name a position by its token's index where all questions are aligned, else by its span: both are given.
+    Raises InputError for a suite without neutral prompts.
+    """
+    suite, tokenizer = pair.suite(), load_tokenizer(pair.before)
+    if not suite.neutral:
+        raise InputError(f"{pair.suite_path}: no neutral prompts to ask about")
+    row = suite.neutral[0]
+    end = len(encode_prompts(suite, [row], tokenizer)[0]) - 1
+    spans = {**span_positions(suite, row, tokenizer), "last": (end,)}
+    return {name: (name, *tokens) for name, tokens in spans.items()}
+
+
 def every(states: Iterable[bool | None]) -> bool | None:
     """True if all are; False if one surely is not; else unknown.
 
@@ -84,6 +129,23 @@ def over(value: Interval, threshold: float) -> bool | None:
 def under(value: Interval, threshold: float) -> bool | None:
     above = over(value, threshold)
     return None if above is None else not above
+
+
+def some(states: Iterable[bool | None]) -> bool | None:
+    """True if one surely is; False if none can be; else unknown.
+
+    >>> some([True, None]), some([None, False]), some([False, False]), some([])
+    (True, None, False, False)
+    """
+    known = list(states)
+    return True if True in known else None if None in known else False
+
+
+def more(value: Interval, other: Interval) -> bool | None:
+    """Whether one number lies above another; unknown where their intervals overlap."""
+    if value.low is None or value.high is None or other.low is None or other.high is None:
+        return None
+    return True if value.low > other.high else False if value.high < other.low else None
 
 
 def show(value: Interval) -> str:

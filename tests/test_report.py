@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 from test_viz import HOSTILE, make_pair, make_trajectory
+from test_viz_grafting import make_effects, make_graft, make_mechanism
 from test_viz_patching import make_circuit_record, make_patching, make_repair
+from test_viz_probing import make_probing
 
 from mixturelens import viz
-from mixturelens.report import write_report
+from mixturelens.report import evidence, write_report
+from mixturelens.report.parts import Pictures
 
 
 class Page(HTMLParser):
@@ -72,9 +75,20 @@ def write(path: Path, hostile: bool = False, mechanism: bool = False, **changes)
             "patching": {name: make_patching(words, cues)},
             "repair": {name: make_repair(words, cues, policies)},
             "circuits": {name: make_circuit_record(words)},
+            "probing": {name: make_probing(words, cues)},
+            "grafts": {name: make_graft(words, cues, policies)},
         }
+        pair, record, verdict = arguments["pairs"][0]
+        judged = verdict.model_copy(update={"mechanism": make_mechanism(words, disagree=True)})
+        arguments["pairs"][0] = (pair, record, judged)
     assert write_report(path, **{**arguments, **changes}) == path
     return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> str:
+    """The page with everything on it, written once."""
+    return write(tmp_path_factory.mktemp("report") / "report.html", mechanism=True)
 
 
 def test_page_tells_the_story_in_order(tmp_path):
@@ -123,10 +137,10 @@ def test_controls_say_whether_they_hold(tmp_path):
         assert holds == state
 
 
-def test_page_says_where_the_router_is(tmp_path):
-    text = write(tmp_path / "report.html", mechanism=True)
+def test_page_says_where_the_router_is(whole):
+    text = whole
     sections = re.findall(r'<section id="(\w+)">', text)
-    assert sections[4:8] == ["policies", "router", "repair", "trajectories"]
+    assert sections[4:10] == ["policies", "router", "reading", "weights", "mechanism", "repair"]
     words = section(text, "router")
     assert "cue S (before) L0.z.1@policy 0.910 0.900 to 0.920 0.400 0.390 to 0.410 L1.z.0@policy yes" in words
     assert "R (after) L0.z.1@policy 0.910 0.900 to 0.920 0.400 0.390 to 0.410 L1.z.0@policy cannot say" in words
@@ -137,17 +151,112 @@ def test_page_says_where_the_router_is(tmp_path):
 
 
 def test_sections_of_the_mechanism_appear_only_with_their_records(tmp_path):
-    text = write(tmp_path / "report.html", mechanism=True, repair={}, patching={})
+    text = write(tmp_path / "report.html", mechanism=True, repair={}, patching={}, probing={}, grafts={})
     assert 'id="repair"' not in text
     assert "The cue reader" not in section(text, "router")
     assert "The routing circuit" in section(text, "router")
-    text = write(tmp_path / "report.html", mechanism=True, patching={}, circuits={})
+    text = write(tmp_path / "report.html", mechanism=True, patching={}, circuits={}, probing={}, grafts={})
     assert 'id="router"' not in text
     assert 'id="repair"' in text
 
 
-def test_page_says_what_a_repair_brings_back_and_breaks(tmp_path):
-    words = section(write(tmp_path / "report.html", mechanism=True), "repair")
+def test_sections_of_the_evidence_appear_only_with_their_records(tmp_path):
+    nothing = {key: {} for key in ("patching", "repair", "circuits", "grafts")}
+    bare = make_probing(readouts=(), erased=(), used=None, unused=None, subspaces=(), missing=("no probes",))
+    text = write(tmp_path / "report.html", mechanism=True, **{**nothing, "probing": {"watched ": bare}})
+    words = section(text, "reading")
+    assert "Do neutral prompts look hinted?" in words
+    assert words.count("What would falsify it") == 1
+    assert words.endswith("Not measured: no probes.")
+    assert not {"weights", "router", "repair"} & set(re.findall(r'<section id="(\w+)">', text))
+    assert "Random weights" not in text
+    text = write(tmp_path / "report.html", grafts={"watched ": make_graft(components=(), placed=(), rollback=None)})
+    assert 'id="mechanism"' not in text
+    words = section(text, "weights")
+    assert "Selector and rest, two by two" in words
+    assert words.count("What would falsify it") == 1
+    assert "Rollback" not in words
+
+
+def test_page_says_what_is_read_and_what_is_used(whole):
+    words = section(whole, "reading")
+    titles = ("What can be read where", "Reading is not use", "The subspace that carries it", "Do neutral prompts")
+    assert [words.index(title) for title in titles] == sorted(words.index(title) for title in titles)
+    assert words.count("What would falsify it") == 4
+    assert "Used where the cue reader reads: L0.resid_pre@0; readable but unused: L2.resid_post@8." in words
+    lacking = evidence.reading("x", make_probing(unused=None, readouts=()), ("A", "B"), Pictures())
+    assert "No site was found where the cue is readable and unused" in lacking.groups[0].pictures[0].caption
+
+
+def test_page_says_which_weights_changed_it(whole):
+    words = section(whole, "weights")
+    assert words.count("What would falsify it") == 4
+    assert "Selector: L0.attn, the fewest parts" in words
+    assert "the fewest parts without which it chooses as S does (L0.attn), and nothing trained. It is" in words
+    assert "plain checkpoint: rl-A-rollback. Expected accuracy" in words
+    assert "B 0.500 0.490 to 0.510 0.020 0.010 to 0.030 0.610 0.600 to 0.620" in words
+    assert "routing@A 5.1000 5.1004 32" in words
+    assert "Specialists: the same share" not in words, "no specialist changed"
+    both = evidence.changing("x", make_graft(changed=True, method="forced texts", placed=()), Pictures())
+    assert both.groups[0].pictures[2].caption.startswith("Specialists: the same share")
+    assert both.forced
+
+
+def test_mechanism_stands_beside_the_behavioural_verdict_and_names_who_disagrees(whole):
+    words = section(whole, "answer")
+    says = "Grafts and activations say: routing ; disagrees . Lines of evidence that say otherwise: "
+    assert says + "probes, specialists (changed)." in words
+    assert "Mechanism routing (disagrees with behaviour) from grafts, patching and probes" in words
+    words = section(whole, "mechanism")
+    assert "Mechanism: routing , behaviour: both ; it disagrees. Share of the choice: 0.990 [0.985, 0.995]." in words
+    assert "grafts selector 0.270 0.260 to 0.280 0.004 changed Distance of the choice" in words
+    assert "probes specialists 0.300 0.200 to 0.400 0 changed disagrees Loss of AUROC" in words
+
+
+def test_mechanism_of_grafts_alone_and_of_none():
+    _, verdict = make_pair()
+    assert evidence.judged("x", verdict) is None
+    mechanism = make_mechanism()
+    lines = {name: line for name, line in mechanism.evidence.items() if line.source == "grafts"}
+    alone = verdict.model_copy(update={"mechanism": mechanism.model_copy(update={"evidence": lines})})
+    judged = evidence.judged("x", alone)
+    assert judged is not None
+    assert (judged.who, judged.agrees, judged.disagree) == ("Grafts say", "agrees", [])
+    assert [line.says for line in judged.lines] == ["changed", "unchanged"]
+
+
+@pytest.mark.parametrize(("noise", "holds"), [(0.01, True), (0.99, False), (None, None)])
+def test_random_weights_must_not_do_what_the_selector_does(noise, holds):
+    record = make_graft()
+    assert record.factorial is not None
+    none = () if noise is None else (make_effects(noise), make_effects(0.0))
+    changed = make_graft(factorial=record.factorial.model_copy(update={"noise": none}))
+    control, _ = evidence.controls(make_pair()[1], changed, None)
+    assert (control.name, control.holds) == ("Random weights", holds)
+    assert control.measured.startswith(viz.DASH if noise is None else "0.274 [0.264, 0.284] nats; random: at most")
+
+
+@pytest.mark.parametrize(("word", "holds"), [("neither", True), ("routing", False), (None, None)])
+def test_grafts_must_find_nothing_under_shuffled_labels(word, holds):
+    _, verdict = make_pair()
+    seen = verdict.controls.model_copy(update={"shuffled_mechanism": word})
+    _, control = evidence.controls(verdict.model_copy(update={"controls": seen}), make_graft(), None)
+    assert (control.name, control.holds) == ("Shuffled labels, grafts", holds)
+    assert "choice 0.0040 (true 0.2800 nats)" in control.measured
+
+
+@pytest.mark.parametrize(("shuffled", "holds"), [(0.56, True), (0.999, False), (None, None)])
+def test_probes_must_beat_shuffled_labels(shuffled, holds):
+    record = make_probing()
+    readout = record.readouts[0].model_copy(update={"shuffled_high": shuffled})
+    found = evidence.controls(make_pair()[1], None, record.model_copy(update={"readouts": (readout,)}))
+    assert [control.holds for control in found] == ([] if holds is None else [holds])
+    if found:
+        assert found[0].measured.startswith("AUROC 1.000 [0.980, 1.000] at L0.resid_pre@8; shuffled: 95% under")
+
+
+def test_page_says_what_a_repair_brings_back_and_breaks(whole):
+    words = section(whole, "repair")
     assert "interchange L0.z.1@policy <- that of cue A 0.890 0.880 to 0.900 −0.030 −0.040 to −0.020" in words
     assert "median 0.015, 0 of 4 reach the repair" in words
     damage = words[words.index("Damage") :]
@@ -192,8 +301,8 @@ def test_pages_of_equal_records_are_equal(tmp_path):
     assert write(tmp_path / "one.html") == write(tmp_path / "two.html")
 
 
-def test_hostile_names_stay_text(tmp_path):
-    plain, hostile = (Page(write(tmp_path / f"{yes}.html", hostile=yes, mechanism=True)) for yes in (False, True))
+def test_hostile_names_stay_text(whole, tmp_path):
+    plain, hostile = Page(whole), Page(write(tmp_path / "report.html", hostile=True, mechanism=True))
     assert hostile.tags == plain.tags
     assert hostile.links == plain.links
     assert HOSTILE in hostile.text
@@ -254,7 +363,10 @@ def test_browser_draws_all_figures_without_network_or_complaint(tmp_path, hostil
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     page = Page(done.stdout)
     # cue: two maps, two of heads; hint: two maps; attention; two circuits, faithfulness; repairs and their nulls
-    assert done.stdout.count('class="plot-container plotly"') == 8 + 4 + 2 + 1 + 3 + 2
+    mechanism = 4 + 2 + 1 + 3 + 2
+    # readouts and two in detail, erasure, subspaces, shifts; components twice, plane, factorial, positions; evidence
+    evidence = 3 + 1 + 1 + 1 + 5 + 1
+    assert done.stdout.count('class="plot-container plotly"') == 8 + mechanism + evidence
     assert "<title>owned" not in done.stdout
     assert "img" not in page.tags
     assert "a" not in page.tags

@@ -22,6 +22,9 @@ INTERVENTIONS = {
     "L0.z.3@policy <- zero": Intervention(site=HEAD, do="scale", amount=0),
     "L0.z.3@policy <- x 2": Intervention(site=HEAD, do="scale", amount=2.0),
     "L0.z.3@policy <- without a direction": Intervention(site=HEAD, do="project", vector=(0.0, 1.0)),
+    "L0.z.3@policy <- without a concept": Intervention(
+        site=HEAD, do="erase", vector=(0.5, 0.0), read=(2.0, 1.0), offset=-0.25
+    ),
     "L0.z.3@policy <- that of cue A": Intervention(site=HEAD, do="replace", source="A"),
     "L2.resid_pre <- the mean over cues": Intervention(site=SITES["L2.resid_pre"], do="mean"),
 }
@@ -77,6 +80,15 @@ def test_a_site_that_means_nothing_is_refused(fields: dict, says: str):
         ({"do": "mean", "source": "A"}, "source: mean takes none"),
         ({"do": "project", "vector": (0.0, 0.0)}, "vector: project needs a direction, and this one is zero"),
         ({"do": "zero"}, "'scale'"),
+        ({"do": "erase", "read": (1.0,)}, "vector: erase needs one"),
+        ({"do": "erase", "vector": (1.0,)}, "read: erase needs one"),
+        ({"do": "project", "vector": (1.0,), "read": (1.0,)}, "read: project takes none"),
+        ({"do": "add", "vector": (1.0,), "offset": 1.0}, "offset: add takes none"),
+        ({"do": "erase", "vector": (1.0, 2.0), "read": (1.0,)}, "read: has 1 numbers, and the vector 2"),
+        (
+            {"do": "erase", "vector": (1.0, 2.0), "read": (1.0, 1.0)},
+            "read: finds 3 in the vector, where it must find 1",
+        ),
     ],
     ids=str,
 )

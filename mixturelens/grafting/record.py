@@ -26,11 +26,12 @@ class Effects(Frozen):
     weight: Interval
     """The same of the weight of policy p, as a probability."""
     specialists: Interval
-    """The same of the log-probability of what each policy does in S under each cue, mean over the cells that changed."""
+    """The same of the log-probability of what each policy usually does in S, over the cells that changed."""
     chosen: Interval
-    """Squared Hellinger distance from S of the mean policy weights, mean over cues: how far the routing is from S's."""
+    """KL from S of the mean policy weights, nats, mean over cues: how far the choice is from S's."""
     done: Interval
-    """Squared Hellinger distance from S of what policies do, once in place, each policy weighed as R uses it."""
+    """KL from S of the mean probability of what S's policies usually do, nats, each policy weighed as R uses it, mean
+    over cues: how far what policies do is from S's."""
 
 
 class Graft(Frozen):
@@ -80,7 +81,7 @@ class Factorial(Frozen):
     """The 2 x 2 {selector} x {rest}: which of R's weights are in place, on held-out questions."""
 
     selector: tuple[str, ...]
-    """The fewest components that carry R's change of log(c_p / c_o), chosen on the other half of the questions."""
+    """The fewest components that carry R's change of the weight of p, chosen on the other half of the questions."""
     enough: bool
     """Whether they carry ENOUGH of it on the half that chose."""
     questions: int
@@ -92,9 +93,14 @@ class Factorial(Frozen):
 
 
 class Rollback(Frozen):
-    """R with S's selector, as a plain checkpoint, scored against S."""
+    """R with S's selector, as a plain checkpoint, scored against S on the questions that did not choose it.
+
+    What suffices in S need not be needed in R: here it is the fewest components without which R chooses as S does.
+    """
 
     components: tuple[str, ...]
+    enough: bool
+    """Whether R without them lost ENOUGH of its change, on the half that chose."""
     accuracy: dict[str, dict[str, Interval]]
     """cue -> `before` (S), `after` (R), `rollback` -> expected accuracy."""
     checkpoint: str | None
@@ -104,7 +110,7 @@ class Null(Frozen):
     """What the same statistic gives for labels that mean nothing."""
 
     chosen: float
-    """95th percentile of the routing distance of S and R when policies are labelled at random, question by question."""
+    """95th percentile of `chosen`, of R, when policies are labelled at random, question by question."""
     done: float
     shuffled: Effects | None = None
     """R's effects under one such labelling."""

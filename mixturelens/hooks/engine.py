@@ -99,7 +99,7 @@ class Engine:
         self.lens, self.base, self.memory = lens, base, memory
         self.width = base.ids.shape[1]
         self._columns = Columns(base, spans)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: `logits_with` computes gradients through what is kept
             self._run_base()
             self._check()
 
@@ -280,6 +280,46 @@ class Engine:
                         progress(done, total)
         return result
 
+    def logits_with(
+        self,
+        site: Site,
+        values: Float[Tensor, "run column size"],
+        rows: Int[Tensor, " run"],
+    ) -> Float[Tensor, "run vocabulary"]:
+        """Logits of the last column with `values` at one site of these rows; differentiable in `values`.
+
+        `column` counts the tokens of the site's position; `size` is d_model, or d_head at one head (of z, q, k or v),
+        or d_mlp for neurons. A row may occur several times, with other values. The weights get no gradient;
+        the values get none where the logits do not depend on them.
+        Raises InputError for a site that does not exist, or values that do not fit it.
+
+        >>> engine.logits_with(Site(layer=0, component="resid_post", position="cue"), values, rows)   # doctest: +SKIP
+        """
+        self.lens.check(site)
+        per_head = site.component in PER_HEAD
+        if site.component == "pattern" or site.neuron is not None or per_head != (site.head is not None):
+            raise InputError(f"{site}: values are put at the residual stream, at an output, or at one head")
+        if len(values) != len(rows):
+            raise InputError(f"{site}: {len(values)} values for {len(rows)} rows")
+        runs: dict[tuple[int, ...], list[int]] = {}
+        for run, row in enumerate(rows.tolist()):
+            runs.setdefault(self._columns.of(site.position, row), []).append(run)
+        found: list[Tensor] = []
+        with _no_gradient_for(self.lens.model):
+            for columns, same in runs.items():
+                if values.shape[1] != len(columns):
+                    raise InputError(f"{site}: {values.shape[1]} tokens given, where a row has {len(columns)}")
+                run = torch.tensor(same, device=rows.device)
+                heads = (self.lens.heads_of(site.component),) if per_head else ()
+                given = values.new_zeros(len(same), self.width, *heads, values.shape[2])
+                unit = (site.head,) if per_head else ()
+                given[(slice(None), list(columns), *unit)] = values[run]
+                source: Source = {(site.layer, site.component): given}
+                place = torch.arange(len(same), device=rows.device)
+                found.append(self._logits(self._together([site], columns, rows[run], source, place)))
+        order = torch.tensor([run for same in runs.values() for run in same], device=rows.device)
+        return torch.cat(found)[order.argsort()]
+
     def _places(self, sites: Sequence[Site]) -> Iterator[tuple[tuple[int, ...], Int[Tensor, " run"], list[int]]]:
         """(columns, rows, numbers of sites): rows in which these sites lie at these columns; sites by layer."""
         positions: dict[str | int | None, list[int]] = {}
@@ -308,9 +348,18 @@ class Engine:
                 yield rows[first : first + some], numbers[begin : begin + number]
 
     def _together(
-        self, sites: Sequence[Site], columns: tuple[int, ...], rows: Int[Tensor, " run"], source: Source
+        self,
+        sites: Sequence[Site],
+        columns: tuple[int, ...],
+        rows: Int[Tensor, " run"],
+        source: Source,
+        places: Int[Tensor, " run"] | None = None,
     ) -> Float[Tensor, "job 1 d_model"]:
-        """The residual stream behind the last layer, at the last column, of every site (by layer) x row."""
+        """The residual stream behind the last layer, at the last column, of every site (by layer) x row.
+
+        `places`: where in the source each run's activations lie, if not at its row.
+        """
+        places = rows if places is None else places
         hidden: list[Tensor] = []
         running = 0
         for layer in range(sites[0].layer, self.lens.layers):
@@ -318,12 +367,17 @@ class Engine:
                 hidden = [self._advance(layer, torch.cat(hidden), rows.repeat(running), columns[0])]
             entering = [site for site in sites if site.layer == layer]
             for same in _runs(entering):
-                hidden.append(self._enter(same, columns, rows.repeat(len(same)), source))
+                hidden.append(self._enter(same, columns, rows.repeat(len(same)), places.repeat(len(same)), source))
             running += len(entering)
         return torch.cat(hidden)
 
     def _enter(
-        self, sites: Sequence[Site], columns: tuple[int, ...], rows: Int[Tensor, " run"], source: Source
+        self,
+        sites: Sequence[Site],
+        columns: tuple[int, ...],
+        rows: Int[Tensor, " run"],
+        places: Int[Tensor, " run"],
+        source: Source,
     ) -> Float[Tensor, "run window d_model"]:
         """Behind its own layer, what each site's patch has become, from the first column on (or at the last one)."""
         layer, component, start = sites[0].layer, sites[0].component, columns[0]
@@ -332,9 +386,9 @@ class Engine:
         given = source[layer, component]
         if component == "resid_pre":
             if final:
-                return self._read(given[rows][:, at], rows, columns)
+                return self._read(given[places][:, at], rows, columns)
             hidden = self._resid[layer][rows, start:]
-            hidden[:, [c - start for c in at]] = given[rows][:, at]
+            hidden[:, [c - start for c in at]] = given[places][:, at]
             return self._advance(layer, hidden, rows, start)
         if component in ("k", "v"):
             # every query from here on sees it
@@ -342,7 +396,7 @@ class Engine:
                 before = [part[rows, :, :start] for part in self._keys[layer]]
                 return torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
 
-            edit = self._edit(sites, rows, at, [c - start for c in at], given)
+            edit = self._edit(sites, places, at, [c - start for c in at], given)
             hidden = self._block(layer, self._resid[layer][rows, start:], rows, slice(start, None), keys, [edit])
             return hidden[:, -1:] if final else hidden
         # everything else changes its own columns alone, and in the last layer only the last one is read
@@ -352,10 +406,10 @@ class Engine:
         if not at:
             return after
         if component == "resid_post":
-            changed = given[rows][:, at]
+            changed = given[places][:, at]
         else:
             upto = at[-1] + 1
-            edit = self._edit(sites, rows, at, list(range(len(at))), given)
+            edit = self._edit(sites, places, at, list(range(len(at))), given)
 
             def unchanged(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
                 before = [part[rows, :, :upto] for part in self._keys[layer]]
@@ -370,34 +424,49 @@ class Engine:
     def _edit(
         self,
         sites: Sequence[Site],
-        rows: Int[Tensor, " run"],
+        places: Int[Tensor, " run"],
         columns: Sequence[int],
         inside: Sequence[int],
         given: Tensor,
     ) -> tuple[Any, Edit]:
         """Replaces each site's unit at `columns`, which lie at `inside` of the window, by what is given."""
-        device, component = rows.device, sites[0].component
+        device, component = places.device, sites[0].component
         column = torch.tensor(list(columns), device=device)
         place = torch.tensor(list(inside), device=device)[None]
-        run = torch.arange(len(rows), device=device)[:, None]
+        run = torch.arange(len(places), device=device)[:, None]
         units = [unit for site in sites if (unit := _unit(site)) is not None]
-        unit = torch.tensor(units, device=device).repeat_interleave(len(rows) // len(sites))[:, None] if units else None
+        unit = (
+            torch.tensor(units, device=device).repeat_interleave(len(places) // len(sites))[:, None] if units else None
+        )
 
         def edit(activation: Tensor) -> Tensor:
             # in place: the residual stream between attention and MLP is read twice, by the norm and by the sum
             if component == "pattern":
                 keys = activation.shape[-1]
                 if unit is None:
-                    activation[:, :, place[0]] = given[rows][:, :, column, :keys]
+                    activation[:, :, place[0]] = given[places][:, :, column, :keys]
                 else:
-                    activation[run, unit, place] = given[rows[:, None], unit, column, :keys]
+                    activation[run, unit, place] = given[places[:, None], unit, column, :keys]
             elif unit is None:
-                activation[run, place] = given[rows[:, None], column]
+                activation[run, place] = given[places[:, None], column]
             else:
-                activation[run, place, unit] = given[rows[:, None], column, unit]
+                activation[run, place, unit] = given[places[:, None], column, unit]
             return activation
 
         return self.lens.point(sites[0].layer, component), edit
+
+
+@contextlib.contextmanager
+def _no_gradient_for(model: torch.nn.Module) -> Iterator[None]:
+    """The weights take no gradient for the length of a block: what is computed there depends on activations alone."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def _unit(site: Site) -> int | None:

@@ -30,6 +30,9 @@ NAMES: Mapping[Component, str] = {
 }
 """Component -> what transformer-lens calls its hook point inside a block."""
 
+FINAL: Mapping[str, str] = {"final_norm": "ln_final", "unembed": "unembed"}
+"""Component behind the last block -> what transformer-lens calls its module."""
+
 Edit = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns the one to put in its place, or None to leave it."""
 
@@ -206,6 +209,33 @@ class Lens:
         with torch.no_grad():  # not inference mode: what is captured may meet autograd later
             logits = self.run(batch, [(self.point(*key), keep(key)) for key in keys])
         return found, logits[:, -1]
+
+    def components(self) -> dict[str, tuple[str, ...]]:
+        """Component -> names of the plain model's parameters, each of them once, in the order of the network.
+
+        `embed`, `pos_embed`, `L0.attn`, `L0.mlp`, `L0.norms`, ..., `final_norm`, `unembed`, and `other` for what the
+        bridge knows by no such name. A tied embedding belongs to `embed`, and there is no `unembed`.
+
+        >>> load_lens(Path("checkpoints/sft")).components()["L0.mlp"]  # doctest: +SKIP
+        ('model.layers.0.mlp.gate_proj.weight', 'model.layers.0.mlp.up_proj.weight', ...)
+        """
+        modules: list[tuple[str, nn.Module | None]] = [
+            ("embed", getattr(self.bridge, "embed", None)),
+            ("pos_embed", getattr(self.bridge, "pos_embed", None)),
+        ]
+        for layer, block in enumerate(self.bridge.blocks):
+            modules += [(f"L{layer}.{name}", getattr(block, name, None)) for name in ("attn", "mlp")]
+            modules += [(f"L{layer}.norms", module) for name, module in block.named_children() if name.startswith("ln")]
+        modules += [(name, getattr(self.bridge, at, None)) for name, at in FINAL.items()]
+        owner: dict[str, str] = {}
+        for component, module in modules:
+            for parameter in module.parameters() if module is not None else ():
+                name = self._parameters.get(id(parameter))
+                if name is not None:  # the bridge holds copies of its own, too
+                    owner.setdefault(name, component)
+        order = dict.fromkeys([*(component for component, _ in modules), "other"])
+        found = {c: tuple(n for n in self._parameters.values() if owner.get(n, "other") == c) for c in order}
+        return {component: names for component, names in found.items() if names}
 
     def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """What each head writes: its share of the output projection, as a view of the model's own weights."""

@@ -118,7 +118,7 @@ class Shift(Frozen):
 
     site: Site
     cosine: Interval
-    """Of the mean shift (R less S, neutral prompts) with the hint's direction (hint for R's policy less the other's)."""
+    """Of the mean shift (R less S, neutral prompts) with the hint's direction (for R's policy less for the other)."""
     along: Interval
     """The shift along the hint's direction, as a share of the hint's own: 1 looks like the hint."""
     null: float

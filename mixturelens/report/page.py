@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from mixturelens import viz
 from mixturelens.behaviour.record import BehaviourRecord, CueSide, Nats
 from mixturelens.records import Provenance, write_text
-from mixturelens.report import mechanism
+from mixturelens.report import evidence, mechanism
 from mixturelens.report.parts import Control, Pictures, number
 from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.types import NOT_MEASURED, Interval
 from mixturelens.viz import DASH, show, show_interval
 
 if TYPE_CHECKING:
+    from mixturelens.grafting.record import GraftRecord
     from mixturelens.patching.record import PatchingRecord
+    from mixturelens.probing.record import ProbingRecord
     from mixturelens.routing.circuit import CircuitRecord
     from mixturelens.routing.repair import RepairRecord
     from mixturelens.training import Trajectory
@@ -59,10 +61,12 @@ def write_report(
     patching: Mapping[str, PatchingRecord] = {},
     repair: Mapping[str, RepairRecord] = {},
     circuits: Mapping[str, CircuitRecord] = {},
+    probing: Mapping[str, ProbingRecord] = {},
+    grafts: Mapping[str, GraftRecord] = {},
 ) -> Path:
     """Write the page, whole or not at all. It holds plotly.js once and asks no network for anything.
 
-    `patching`, `repair` and `circuits` go by the names of pairs; what is not there has no section.
+    `patching`, `repair`, `circuits`, `probing` and `grafts` go by the names of pairs; what is not there has no section.
     """
     pictures = Pictures()
     verdicts = [(name, verdict) for name, _, verdict in pairs]
@@ -73,7 +77,10 @@ def write_report(
         "title": title,
         "recipe_note": recipe_note,
         "spec_text": spec_text,
-        "pairs": [_pair(name, record, verdict, repair.get(name)) for name, record, verdict in pairs],
+        "pairs": [
+            _pair(name, record, verdict, repair.get(name), grafts.get(name), probing.get(name))
+            for name, record, verdict in pairs
+        ],
         "headline": [
             pictures.add(
                 viz.accuracy_along_rl(run, cue),
@@ -113,6 +120,11 @@ def write_report(
             for name, record, _ in pairs
             if name in patching or name in circuits
         ],
+        "reading": [
+            evidence.reading(name, probing[name], record.cues, pictures) for name, record, _ in pairs if name in probing
+        ],
+        "changing": [evidence.changing(name, grafts[name], pictures) for name, _, _ in pairs if name in grafts],
+        "judged": [found for name, verdict in verdicts if (found := evidence.judged(name, verdict, pictures))],
         "repaired": [
             mechanism.repaired(name, repair[name], verdict.thresholds.cell, pictures)
             for name, _, verdict in pairs
@@ -159,7 +171,14 @@ def _trained_cue(run: Trajectory, pairs: Iterable[tuple[str, BehaviourRecord, Ve
 # a pair in words and tables
 
 
-def _pair(name: str, record: BehaviourRecord, verdict: VerdictRecord, repair: RepairRecord | None) -> dict[str, object]:
+def _pair(
+    name: str,
+    record: BehaviourRecord,
+    verdict: VerdictRecord,
+    repair: RepairRecord | None,
+    graft: GraftRecord | None,
+    probing: ProbingRecord | None,
+) -> dict[str, object]:
     t = verdict.thresholds
     return {
         "name": name,
@@ -186,7 +205,7 @@ def _pair(name: str, record: BehaviourRecord, verdict: VerdictRecord, repair: Re
                 if verdict.mechanism.verdict is None
                 else f"{verdict.mechanism.verdict} "
                 f"({_word(verdict.mechanism.agrees, 'agrees', 'disagrees')} with behaviour)",
-                "from grafts, patching and features" if verdict.mechanism.verdict else "not measured for this pair",
+                "from grafts, patching and probes" if verdict.mechanism.verdict else "not measured for this pair",
             ),
         ],
         "trained_cue": record.trained_cue,
@@ -197,7 +216,11 @@ def _pair(name: str, record: BehaviourRecord, verdict: VerdictRecord, repair: Re
         "nats_cues": list(verdict.per_cue),
         "nats": _nats_rows(verdict.nats, [state.nats for state in verdict.per_cue.values()]),
         "hinted": _hinted_rows(record),
-        "controls": _controls(verdict, repair, exact=record.samples is None),
+        "mechanism": evidence.judged(name, verdict),
+        "controls": [
+            *_controls(verdict, repair, exact=record.samples is None),
+            *evidence.controls(verdict, graft, probing),
+        ],
         "falsify": _falsify(verdict),
         "thresholds": [(key, f"{value:g}") for key, value in t.model_dump().items()],
         "provenance": _provenance_rows(verdict.provenance),

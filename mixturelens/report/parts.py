@@ -41,3 +41,12 @@ def number(value: Interval, digits: int = 3) -> tuple[str, str]:
     if value.value is None or value.low is None or value.high is None:
         return show(value.value, digits), ""
     return show(value.value, digits), f"{show(value.low, digits)} to {show(value.high, digits)}"
+
+
+class Group(NamedTuple):
+    """Figures under a heading, with what a newcomer needs to read them, and what would speak against them."""
+
+    title: str
+    text: str
+    falsify: str
+    pictures: list[Picture]

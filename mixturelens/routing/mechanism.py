@@ -4,25 +4,24 @@ Grafts decide, because they change one thing and look at what follows: weights o
 RL did to the choice of policy can be undone in one place, probes whether what S's network shows can still be read in R
 the same way. Both are compared with the grafts, and where they disagree the verdict says so.
 
-Distances are squared Hellinger distances between what S does and what the graft does. They are bounded, so that a slip
-in a saturated policy does not outweigh everything else, and for small changes four of them are about one nat of KL.
+Distances are in nats, as those of behaviour are, so that the two verdicts can be compared: the KL divergence from S of
+what S does with R's weights in place, of mean policy weights and of mean probabilities, cell by cell of the policy
+table. They come from weights that were moved, by part, and never from the split of behaviour.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from mixturelens.grafting.record import Effects, GraftRecord
 from mixturelens.patching.record import PatchingRecord, Sweep
 from mixturelens.patching.sweep import APART
 from mixturelens.probing.record import ProbingRecord
-from mixturelens.types import NOT_MEASURED, Frozen, Interval, VerdictWord
+from mixturelens.types import NOT_MEASURED, Frozen, Interval, Site, VerdictWord
 
-FLOOR = 0.0025
-"""Squared Hellinger distance under which nothing has changed: about 0.01 nats."""
-LOUD = 0.05
-"""Distance of labels that mean nothing above which no change could be told from them."""
+FLOOR = 0.01
+"""Nats under which nothing has changed."""
 ROUTING, SPECIALIST = 0.9, 0.1
 """Shares of routing from which the verdict is `routing`, and up to which it is `specialist`."""
 FEWEST = 8
@@ -56,7 +55,7 @@ class Mechanism(Frozen):
     agrees: bool | None = None
     """Whether the behavioural verdict is the same; null where either is missing."""
     share: Interval = NOT_MEASURED
-    """Distance of the choice of policy over that and the distance of what policies do."""
+    """Change of the choice of policy over that and the change of what policies do."""
     reason: str = ""
     evidence: dict[str, Line] = {}
     disagree: tuple[str, ...] = ()
@@ -90,14 +89,17 @@ def judge_mechanism(
     return Mechanism(verdict=verdict, share=share, reason=why, evidence=evidence, disagree=disagree)
 
 
-def controls(graft: GraftRecord) -> dict[str, float | VerdictWord | None]:
-    """What the same judgement says where nothing can be found: random weights, and labels that mean nothing."""
-    noise = [] if graft.factorial is None else _values(graft.factorial.noise)
-    found: dict[str, float | VerdictWord | None] = {"random_components": max(noise, default=None)}
-    if graft.null.shuffled is not None:
-        blind = graft.model_copy(update={"after": graft.null.shuffled, "factorial": None, "specialist_part": None})
-        found["shuffled_mechanism"] = judge_mechanism(blind).verdict
-    return found
+def random_components(graft: GraftRecord) -> float | None:
+    """Largest change of the choice, nats, that random weights give in the selector's place."""
+    return None if graft.factorial is None else max(_values(graft.factorial.noise), default=None)
+
+
+def shuffled_verdict(graft: GraftRecord) -> VerdictWord | None:
+    """What the same judgement says where policies are labelled at random, question by question."""
+    if graft.null.shuffled is None:
+        return None
+    blind = graft.model_copy(update={"after": graft.null.shuffled, "factorial": None, "specialist_part": None})
+    return judge_mechanism(blind).verdict
 
 
 def share_of(chosen: Interval, done: Interval) -> Interval:
@@ -114,7 +116,7 @@ def share_of(chosen: Interval, done: Interval) -> Interval:
 
 
 def _verdict(questions: int, selector: Line, specialists: Line, share: Interval) -> tuple[VerdictWord, str]:
-    numbers = f"{_show(selector.effect)} of choice and {_show(specialists.effect)} of what policies do"
+    numbers = f"{_show(selector.effect)} nats of choice and {_show(specialists.effect)} nats of what policies do"
     if questions < FEWEST:
         return "inconclusive", f"{questions} questions are too few for an interval ({FEWEST} are needed)"
     if selector.changed is False and specialists.changed is False:
@@ -133,7 +135,7 @@ def _verdict(questions: int, selector: Line, specialists: Line, share: Interval)
     word: VerdictWord = "routing" if share.value >= ROUTING else "specialist" if share.value <= SPECIALIST else "both"
     return (
         word,
-        f"R's weights move S by {numbers} (squared Hellinger distance); the share of the choice is {_show(share)}",
+        f"R's weights move S by {numbers}; the share of the choice is {_show(share)}",
     )
 
 
@@ -152,7 +154,7 @@ def _named(*lines: Line | None) -> dict[str, Line]:
 
 
 def told(effect: Interval, null: float) -> bool | None:
-    """Whether a distance is more than nothing; None where it cannot be told from labels that mean nothing.
+    """Whether a change in nats is more than nothing; None where it cannot be told from labels that mean nothing.
 
     >>> told(Interval(value=0.2, low=0.1, high=0.3), null=0.01), told(Interval(value=0.0, low=0.0, high=0.0), null=0.0)
     (True, False)
@@ -163,39 +165,40 @@ def told(effect: Interval, null: float) -> bool | None:
         return True
     if effect.high < FLOOR:
         return False
-    if effect.value <= null:
-        return False if null <= LOUD else None
-    return None
+    return False if effect.value <= null else None
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------
 
 
 def _grafts(graft: GraftRecord) -> tuple[Line, Line]:
+    """All of R's weights, on all questions; and which part of them does it, on those that did not choose it."""
     factorial, part = graft.factorial, graft.specialist_part
-    chosen = graft.after.chosen if factorial is None else factorial.selector_only.chosen
-    noise = [] if factorial is None else _values(factorial.noise)
-    what = (
-        "Distance of the choice of policy between S and R: no part of R changes it"
-        if factorial is None
-        else f"Distance of the choice of policy when S has R's {_list(factorial.selector)}; random weights of the same "
-        f"norm move it by at most {max(noise, default=0.0):.3f}"
-    )
-    null = max([graft.null.chosen, *noise])
-    selector = Line(source="grafts", about="selector", effect=chosen, null=null, changed=told(chosen, null), what=what)
-    done = graft.after.done if part is None else part.effects.done
-    what = (
-        "Distance of what policies do, once in place, between S and R: no part of R changes it"
-        if part is None
-        else f"Distance of what policies do, once in place, when S has R's {_list(part.components)}"
+    carried = "no part of R changes it"
+    if factorial is not None:
+        noise = max(_values(factorial.noise), default=0.0)
+        carried = (
+            f"R's {_list(factorial.selector)} in S alone: {_show(factorial.selector_only.chosen)}; random weights of "
+            f"the same norm there: at most {noise:.3f}"
+        )
+    done = "no part of R changes it"
+    if part is not None:
+        done = f"R's {_list(part.components)} in S alone: {_show(part.effects.done)}"
+    selector = Line(
+        source="grafts",
+        about="selector",
+        effect=graft.after.chosen,
+        null=graft.null.chosen,
+        changed=told(graft.after.chosen, graft.null.chosen),
+        what=f"Change of the choice of policy, nats; {carried}",
     )
     specialists = Line(
         source="grafts",
         about="specialists",
-        effect=done,
+        effect=graft.after.done,
         null=graft.null.done,
-        changed=told(done, graft.null.done),
-        what=what,
+        changed=told(graft.after.done, graft.null.done),
+        what=f"Change of what policies do, once in place, nats; {done}",
     )
     return selector, specialists
 
@@ -273,9 +276,8 @@ def _read_selector(probing: ProbingRecord) -> Line | None:
     """Do neutral prompts look in R like hinted ones?"""
     last = max((shift.site.layer for shift in probing.shifts), default=0)
     # behind the last layer the stream is nearly the logits, and says what the model does rather than what it looks like
-    some = [
-        s for s in probing.shifts if s.site.position == "last" and s.site.layer < last and s.cosine.value is not None
-    ]
+    end = _end((shift.site for shift in probing.shifts), "last")
+    some = [s for s in probing.shifts if s.site.position == end and s.site.layer < last and s.cosine.value is not None]
     if not some:
         return None
     best = max(some, key=lambda s: s.cosine.value or 0.0)
@@ -294,10 +296,11 @@ def _read_specialists(probing: ProbingRecord) -> Line | None:
     readout = probing.readout("behaviour")
     if readout is None:
         return None
+    end = _end(probing.sites, "policy")
     there = [
         index
         for index, site in enumerate(probing.sites)
-        if site.component == "resid_post" and site.position == "policy" and readout.before.value[index] is not None
+        if site.component == "resid_post" and site.position == end and readout.before.value[index] is not None
     ]
     there = [i for i in there if readout.carried.value[i] is not None]
     if not there:
@@ -317,3 +320,8 @@ def _read_specialists(probing: ProbingRecord) -> Line | None:
         changed=None if not lost.excludes(LOST) else (lost.value or 0.0) > LOST,
         what=f"Loss of {readout.metric} of S's behaviour probe at {probing.sites[best]} when it reads R",
     )
+
+
+def _end(sites: Iterable[Site], name: str) -> int | str:
+    """The last position: a token's index where positions are such, else the name."""
+    return max((site.position for site in sites if isinstance(site.position, int)), default=name)

@@ -9,7 +9,7 @@ from mixturelens.grafting.record import GraftRecord
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.record import ProbingRecord
 from mixturelens.records import Record
-from mixturelens.routing.mechanism import Mechanism, controls, judge_mechanism
+from mixturelens.routing.mechanism import Mechanism, judge_mechanism, random_components, shuffled_verdict
 from mixturelens.types import Frozen, Interval, VerdictWord
 
 
@@ -51,7 +51,7 @@ class VerdictControls(Frozen):
 
     pair: Controls
     random_components: float | None = None
-    """Largest distance of the choice that random weights give, in the selector's place and of the same norm."""
+    """Largest change of the choice, nats, that random weights give, in the selector's place and of the same norm."""
     shuffled_mechanism: VerdictWord | None = None
     """The mechanism verdict for shuffled labels of policies: must be `neither`."""
     continued_training: None = None
@@ -111,7 +111,11 @@ def judge(
         coverage=record.coverage,
         moved_cells=moved_cells,
         mechanism=mechanism.model_copy(update={"agrees": agrees}),
-        controls=VerdictControls(pair=record.controls, **({} if graft is None else controls(graft))),
+        controls=VerdictControls(
+            pair=record.controls,
+            random_components=graft and random_components(graft),
+            shuffled_mechanism=graft and shuffled_verdict(graft),
+        ),
         thresholds=thresholds,
     )
 

@@ -5,8 +5,12 @@ from typing import TYPE_CHECKING
 from mixturelens.viz.bars import accuracy_split, kl_split
 from mixturelens.viz.circuits import circuit
 from mixturelens.viz.curves import faithfulness
+from mixturelens.viz.erasure import erasure, subspaces
+from mixturelens.viz.grafting import HALF, components, factorial, placed, plane
 from mixturelens.viz.heads import attention, head_effects
+from mixturelens.viz.mechanism import evidence
 from mixturelens.viz.patching import WORTH, patching_map, patching_maps
+from mixturelens.viz.probing import readability, readable, shifts
 from mixturelens.viz.repair import reaching, repair_nulls, repairs
 from mixturelens.viz.style import (
     DASH,
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DASH",
+    "HALF",
     "INTERVALS",
     "SIDES",
     "WORTH",
@@ -37,7 +42,11 @@ __all__ = [
     "attention",
     "before_after",
     "circuit",
+    "components",
     "cue_colour",
+    "erasure",
+    "evidence",
+    "factorial",
     "faithfulness",
     "figure_html",
     "head_effects",
@@ -46,14 +55,20 @@ __all__ = [
     "label",
     "patching_map",
     "patching_maps",
+    "placed",
+    "plane",
     "plotly_script",
     "policy_colour",
     "policy_table",
     "reaching",
+    "readability",
+    "readable",
     "regimes",
     "repair_nulls",
     "repairs",
+    "shifts",
     "show",
     "show_interval",
+    "subspaces",
     "trajectory",
 ]

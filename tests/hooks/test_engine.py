@@ -222,6 +222,94 @@ def test_rows_may_have_their_position_in_different_places():
     torch.testing.assert_close(found, by_hand(lens, both.corrupt, spans, sites, source, both.metric), **EXACT)
 
 
+def put_anywhere(lens: Lens) -> list[Site]:
+    """Every kind of site that takes values: streams, outputs, neurons, single heads."""
+    kinds = [key for key in every_activation(lens) if key[1] != "pattern"]
+    return [
+        Site(layer=layer, component=component, head=1 if component in PER_HEAD else None, position=place)
+        for layer, component in kinds
+        for place in ("cue", "scattered", 6)
+    ]
+
+
+@every_shape
+def test_values_put_at_a_site_are_its_patch(shape: str):
+    lens, both = setting(shape)
+    spans = [{**named, "scattered": (1, 4, 6)} for named in both.spans]
+    columns = {"cue": [0], "scattered": [1, 4, 6], 6: [6]}
+    engine, source = Engine(lens, both.corrupt, spans), other_source(lens, both.corrupt)
+    rows = torch.tensor([3, 0, 3, 4])  # a row may come back, with other values
+    turned = torch.tensor([3, 0, 1, 4])
+    for site in put_anywhere(lens):
+        whole = source[site.layer, site.component]
+        whole = whole[:, :, site.head] if site.head is not None else whole
+        values = whole[:, columns[site.position]][turned]
+        with torch.no_grad():
+            found = engine.logits_with(site, values, rows)
+        for run, (row, place) in enumerate(zip(rows.tolist(), turned.tolist(), strict=True)):
+            moved = {(site.layer, site.component): source[site.layer, site.component][[place] * 5]}
+            pick = lambda logits, _: logits[:, 11] - logits[:, 14]  # noqa: E731
+            expected = engine.sweep([site], moved, pick)[0, row]
+            torch.testing.assert_close(found[run, 11] - found[run, 14], expected, **EXACT)
+
+
+@every_shape
+def test_its_gradient_is_that_of_the_whole_model(shape: str):
+    lens, both = setting(shape)
+    spans = [{**named, "scattered": (1, 4, 6)} for named in both.spans]
+    columns = {"cue": [0], "scattered": [1, 4, 6], 6: [6]}
+    engine, source = Engine(lens, both.corrupt, spans), other_source(lens, both.corrupt)
+    weighed = [weight.requires_grad for weight in lens.model.parameters()]
+    rows = torch.arange(5)
+    for site in put_anywhere(lens):
+        unit = () if site.head is None else (site.head,)
+        at = (slice(None), columns[site.position], *unit)
+        values = source[site.layer, site.component][at].clone().requires_grad_(True)
+        total = both.metric(engine.logits_with(site, values, rows)).sum()
+        if not total.requires_grad:  # nothing behind the last layer reads what is not at the last token
+            assert (site.layer, site.position) == (lens.layers - 1, "cue")
+            continue
+        total.backward()
+        again = values.detach().clone().requires_grad_(True)
+
+        def edit(activation: torch.Tensor, at=at, again=again) -> torch.Tensor:
+            activation = activation.clone()
+            activation[at] = again
+            return activation
+
+        if site.component in ("resid_mid", "resid_pre") and shape != "gpt_neox":
+            # read twice, by the norm and by the sum: only in place are both changed
+            edit = lambda activation, at=at, again=again: put(activation, at, again)  # noqa: E731
+        both.metric(lens.run(both.corrupt, [(lens.point(site.layer, site.component), edit)])[:, -1]).sum().backward()
+        assert again.grad is not None, site
+        torch.testing.assert_close(
+            values.grad, again.grad, atol=1e-4, rtol=1e-4, msg=lambda m, site=site: f"{site}: {m}"
+        )
+    assert [weight.requires_grad for weight in lens.model.parameters()] == weighed
+    assert all(weight.grad is None or not weight.grad.isnan().any() for weight in lens.model.parameters())
+    lens.model.zero_grad()
+
+
+def put(activation: torch.Tensor, at: tuple, values: torch.Tensor) -> torch.Tensor:
+    activation[at] = values
+    return activation
+
+
+def test_values_that_do_not_fit_are_refused():
+    lens, both = setting("llama")
+    engine, rows = Engine(lens, both.corrupt, both.spans), torch.arange(2)
+    values = torch.zeros(2, 1, lens.d_model)
+    for site, wrong, says in (
+        (Site(layer=0, component="resid_pre", position="question"), values, "1 tokens given, where a row has 4"),
+        (Site(layer=0, component="resid_pre", position="cue"), values[:1], "1 values for 2 rows"),
+        (Site(layer=0, component="z", position="cue"), values, "values are put at the residual stream"),
+        (Site(layer=0, component="pattern", head=0, position="cue"), values, "values are put at the residual stream"),
+        (Site(layer=5, component="resid_pre", position="cue"), values, "blocks.5"),
+    ):
+        with pytest.raises(InputError, match=says):
+            engine.logits_with(site, wrong, rows)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

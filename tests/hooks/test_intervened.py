@@ -206,6 +206,36 @@ def test_set_add_and_project_do_what_they_say(shape: str):
 
 
 @every_shape
+@pytest.mark.parametrize("site", ["L0.resid_post@question", "L1.resid_pre", "L0.z.2@completion", "L1.z@last"])
+def test_erase_removes_what_is_read_and_no_more(shape: str, site: str):
+    context, completion = contexts_of(shape, "B")[2], [13, 15]
+    size = 8 if ".z" in site else 32
+    generator = torch.Generator().manual_seed(3)
+    vector, read = torch.randn(2, size, generator=generator)
+    read = read / (read @ vector)
+    how = {"vector": tuple(vector.double().tolist()), "offset": 0.3}
+    how["read"] = tuple((read.double() / (read.double() @ vector.double())).tolist())
+    name, _, position = site.partition("@")
+    layer, component, *head = name.split(".")
+    columns = {"question": slice(1, 5), "": slice(None), "completion": slice(6, None), "last": slice(5, 6)}[position]
+
+    def edit(x: torch.Tensor) -> torch.Tensor:
+        for unit in [()] if component != "z" else [(int(h),) for h in (head or range(4))]:
+            at = (slice(None), columns, *unit)
+            now = x[at].clone()
+            x[at] = now - torch.einsum("rp,d->rpd", now @ read - 0.3, vector)
+        return x
+
+    plain = logits(plain_model(shape), context, completion)
+    expected = run_by_hand(shape, [*context, *completion], int(layer[1:]), component, edit)[len(context) - 1 :]
+    found = logits(intervened(shape, do(site, "erase", **how)), context, completion)
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert (found - plain).abs().max() > 0.01
+    twice = logits(intervened(shape, *[do(site, "erase", **how)] * 2), context, completion)
+    torch.testing.assert_close(twice, found, atol=1e-4, rtol=0)  # a projection
+
+
+@every_shape
 def test_a_vector_for_heads_goes_to_the_head_or_to_all(shape: str):
     context, vector = contexts_of(shape, "B")[0], torch.linspace(1, 2, 8)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixturelens.checkpoints import load_model
+from mixturelens.checkpoints import load_model, load_tokenizer
 from mixturelens.hooks.lens import NAMES, Lens, load_lens, tokens
 from mixturelens.types import InputError, RunError, Site
 
@@ -273,3 +273,34 @@ def test_a_model_without_a_bridge_is_refused(monkeypatch):
     monkeypatch.setattr(TransformerBridge, "boot_transformers", unknown)
     with pytest.raises(InputError, match=r"no bridge for this model \(Unsupported architecture: Strange\)"):
         load_lens(PAIRS / "llama" / "S")
+
+
+@every_shape
+def test_components_are_all_parameters_once(shape: str):
+    lens, model = lens_of(shape), plain_model(shape)
+    found = lens.components()
+    names = [name for members in found.values() for name in members]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    blocks = [f"L{layer}.{part}" for layer in range(2) for part in ("attn", "mlp", "norms")]
+    first = ["embed", "pos_embed"] if shape == "gpt2" else ["embed"]
+    assert list(found) == [*first, *blocks, "final_norm", "unembed"]
+    for component, members in found.items():
+        if component.startswith("L"):
+            layer, part = component[1:].split(".")
+            assert all(f".{layer}." in name for name in members)
+            told = {"attn": "att", "mlp": "mlp", "norms": "norm" if shape != "gpt2" else "ln_"}[part]
+            assert all(told in name for name in members)
+    assert len(found["unembed"]) == len(found["embed"]) == 1
+
+
+def test_a_tied_embedding_is_one_component():
+    found = load_lens(PAIRS / "chat" / "S").components()
+    assert "unembed" not in found
+    assert found["embed"] == ("model.embed_tokens.weight",)
+
+
+def test_a_parameter_that_the_bridge_does_not_know_is_other():
+    model = load_model(PAIRS / "llama" / "S")
+    model.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
+    lens = Lens(model, load_tokenizer(PAIRS / "llama" / "S"))
+    assert lens.components()["other"] == ("extra",)

@@ -1,0 +1,242 @@
+"""The graft instrument: a pair and a suite to one record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mixturelens.behaviour.harm import gained_and_lost
+from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.measure import measure
+from mixturelens.behaviour.prompts import prepare
+from mixturelens.behaviour.record import BehaviourRecord, grid_of
+from mixturelens.checkpoints import check_pair, end_tokens, load_model, load_tokenizer
+from mixturelens.grafting.components import State, parts, weights_of
+from mixturelens.grafting.effects import Judge, half_of, null
+from mixturelens.grafting.graft import (
+    PLAYERS,
+    Bench,
+    groups,
+    needed,
+    players,
+    shapley,
+    specialist_part,
+    two_by_two,
+    written,
+)
+from mixturelens.grafting.path import Attribution, attribute
+from mixturelens.grafting.positions import placed
+from mixturelens.grafting.readings import make_cells, method_of, metric_names, metrics
+from mixturelens.grafting.record import Component, Graft, GraftRecord, Placed, Rollback
+from mixturelens.grafting.record import Path as PathSum
+from mixturelens.hooks.lens import load_lens
+from mixturelens.records import new_folder, provenance
+from mixturelens.stats import interval, mean_interval, resample_counts, resampled_mean
+from mixturelens.suite import PromptRow, Suite
+from mixturelens.types import NOT_MEASURED, Interval
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+QUESTIONS = 256
+"""Of more questions, so many are drawn."""
+SHARED = 64
+"""Questions, at most, of Shapley shares, which try every set of components."""
+
+Say = Callable[[str], None]
+
+
+def graft_record(
+    before: Path,
+    after: Path,
+    suite: Suite,
+    behaviour: BehaviourRecord,
+    *,
+    save_to: Path | None = None,
+    suite_name: str | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    say: Say | None = None,
+) -> GraftRecord:
+    """Which components carry what RL changed: alone (do they suffice?), missing (are they needed?), and in between.
+
+    `save_to` takes the rollback, R with S's selector, as a plain checkpoint. Raises InputError for folders that are no
+    pair, and where a policy cannot be put in place or has no other beside it.
+    """
+    say = say or (lambda _: None)
+    policies = gained_and_lost(behaviour)
+    check_pair(before, after)
+    tokenizer = load_tokenizer(before)
+    s, r = (load_model(path, device) for path in (before, after))
+    scorer = Scorer(end_tokens(s, tokenizer), s.config.get_text_config().vocab_size, device)
+    cells = make_cells(suite, some_questions(suite.neutral), tokenizer, s, scorer, seed)
+    say("components")
+    components = load_lens(before).components()
+    state_s, state_r = weights_of(s), weights_of(r)
+    found = parts(components, state_s, state_r)
+    changed = {part.name: components[part.name] for part in found if part.change > 0}
+    bench = Bench(s, state_s, state_r, changed, cells)
+    judge = Judge(cells, policies, bench.readings(()), bench.readings(changed), cells.grid)
+    missing: list[str] = []
+    say("grafts of every component and group")
+    bench_groups = {
+        name: Graft(components=members, effects=judge.effects(bench.readings(members)))
+        for name, members in groups(bench.names).items()
+    }
+    shares = _shapley(bench, judge, missing)
+    say("attribution along the path")
+    path = attribute(s, state_s, state_r, changed, cells, policies) if changed else None
+    every = tuple(_component(name, bench, judge, shares, path) for name in changed)
+    factorial = None
+    if not judge.moved_cues.any():
+        missing.append("factorial, rollback: the weights of S and R do not surely differ")
+    elif len(cells.grid.index) < 2:
+        missing.append("factorial, rollback: one question cannot both choose the selector and judge it")
+    else:
+        say("selector and rest")
+        factorial = two_by_two(bench, judge, seed)
+    specialists = None
+    if judge.moved_cells.any() and len(cells.grid.index) > 1:
+        specialists = specialist_part(bench, judge)
+    else:
+        missing.append("specialist part: what policies do does not surely differ")
+    say("grafts at some positions")
+    at = placed(s, r, cells, policies) if changed else {}
+    rollback = None
+    if factorial is not None:
+        say("rollback")
+        back, enough = needed(bench, judge)
+        weights = {name: state_s[name] for each in back for name in changed[each]}
+        ids = [cells.questions[i] for i in half_of(len(cells.questions), 1)]
+        rows = tuple(row for row in suite.neutral if row.id in set(ids))
+        accuracy = rolled_back(s, r, weights, suite, rows, tokenizer, scorer, seed)
+        if save_to is not None:
+            save_rollback(r, weights, tokenizer, save_to)
+        rollback = Rollback(
+            components=back, enough=enough, accuracy=accuracy, checkpoint=save_to.name if save_to else None
+        )
+    return GraftRecord(
+        provenance=provenance(before=before, after=after, suite=suite_name, seed=seed, device=device),
+        policies=policies,
+        method=method_of(suite),
+        cues=suite.cues,
+        questions=len(cells.grid.index),
+        change=_changes(judge),
+        after=judge.effects(judge.after),
+        parts=found,
+        components=every,
+        groups=bench_groups,
+        path=_sums(path),
+        factorial=factorial,
+        specialist_part=specialists,
+        placed=tuple(Placed(positions=names, effects=judge.effects(each)) for names, each in at.items()),
+        rollback=rollback,
+        null=null(judge, seed),
+        missing=tuple(missing),
+    )
+
+
+def some_questions(rows: tuple[PromptRow, ...], number: int = QUESTIONS) -> tuple[PromptRow, ...]:
+    """Prompts of at most so many questions, drawn once and for all, each with all its cues."""
+    ids = list(dict.fromkeys(row.id for row in rows))
+    if len(ids) <= number:
+        return rows
+    kept = {ids[i] for i in np.random.default_rng(0).permutation(len(ids))[:number]}
+    return tuple(row for row in rows if row.id in kept)
+
+
+def _shapley(bench: Bench, judge: Judge, missing: list[str]) -> dict[str, Interval]:
+    who = players(bench.names)
+    if not judge.moved_cues.any():
+        return {}
+    if len(who) > PLAYERS:
+        missing.append(f"Shapley shares: {len(who)} components changed, and at most {PLAYERS} are shared among")
+        return {}
+    joined = [f"{' and '.join(rest)} with {name}" for name, (_, *rest) in who.items() if rest]
+    if joined:
+        missing.append(f"Shapley shares of norms alone: they are counted together ({', '.join(joined)})")
+    few = np.random.default_rng(0).permutation(len(judge.grid.index))[:SHARED]
+    prompts = sorted(int(i) for i in judge.grid.index[few].ravel() if i >= 0)
+    cells = bench.cells.part(prompts)
+    some = Bench(bench.model, bench.before, bench.after, bench.components, cells)
+    jury = Judge(cells, judge.policies, judge.before.part(prompts), judge.after.part(prompts), cells.grid, judge)
+    values = shapley(who, lambda names: jury.odds(some.log_c(names)))
+    return {name: jury.shares(odds) for name, odds in values.items()}
+
+
+def _component(
+    name: str, bench: Bench, judge: Judge, shares: dict[str, Interval], path: Attribution | None
+) -> Component:
+    routing, specialists = NOT_MEASURED, {}
+    if path is not None:
+        values = path.values[..., bench.names.index(name)]  # [question, metric]
+        counts = resample_counts(len(values), bench.cells.seed)
+        is_routing = np.array([metric.startswith("routing@") for metric in path.names])
+        routing = interval(resampled_mean(values[:, is_routing], counts).mean(-1))
+        specialists = {
+            metric: mean_interval(values[:, k], counts) for k, metric in enumerate(path.names) if not is_routing[k]
+        }
+    return Component(
+        name=name,
+        suffices=judge.effects(bench.readings([name])),
+        without=judge.effects(bench.readings(bench.rest([name]))),
+        routing=routing,
+        specialists=specialists,
+        shapley=shares.get(name, NOT_MEASURED),
+    )
+
+
+def _changes(judge: Judge) -> dict[str, Interval]:
+    tables = [metrics(each, judge.cells, judge.policies)[0].cpu().numpy() for each in (judge.before, judge.after)]
+    change = tables[1] - tables[0]
+    return {name: mean_interval(change[:, k], judge.grid.counts) for k, name in enumerate(metric_names(judge.cells))}
+
+
+def _sums(path: Attribution | None) -> tuple[PathSum, ...]:
+    if path is None:
+        return ()
+    return tuple(
+        PathSum(
+            metric=name,
+            change=round(float(np.nanmean(path.change[:, k])), 10),
+            sum=round(float(np.nanmean(path.values[:, k].sum(-1))), 10),
+            points=path.points,
+        )
+        for k, name in enumerate(path.names)
+    )
+
+
+# --- rollback ---------------------------------------------------------------------------------------------------------
+
+
+def rolled_back(
+    before: Any,
+    after: Any,
+    weights: State,
+    suite: Suite,
+    rows: Sequence[PromptRow],
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: Scorer,
+    seed: int,
+) -> dict[str, dict[str, Interval]]:
+    """Expected accuracy under every cue of S, of R, and of R with S's `weights`."""
+    prompts = prepare(suite, rows, tokenizer)
+    grid = grid_of(prompts, seed)
+
+    def accuracy(model: Any) -> np.ndarray:
+        return grid.draws(measure(scorer, model, prompts, seed).correct.sum(-1))
+
+    sides = {"before": accuracy(before), "after": accuracy(after)}
+    with written(after, weights):
+        sides["rollback"] = accuracy(after)
+    return {cue: {side: interval(of[:, c]) for side, of in sides.items()} for c, cue in enumerate(suite.cues)}
+
+
+def save_rollback(model: PreTrainedModel, weights: State, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """R with S's `weights` as a plain checkpoint folder, which `from_pretrained` loads."""
+    with written(model, weights), new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

@@ -1,0 +1,301 @@
+"""Path attribution: how much each component's weights add to a change, along the straight line from S to R."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mixturelens.behaviour.likelihood import BATCH_TOKENS
+from mixturelens.grafting.components import State
+from mixturelens.grafting.readings import Batch, Cells, Readings, metric_names, metrics, read
+from mixturelens.types import InputError, RunError
+
+NODES = 8
+"""Points of the Gauss-Legendre rule on each panel of the line."""
+MOST = 256
+"""Bound on the points at which the slope is taken."""
+CLOSE = 0.005
+"""How near the sum has to come to the change, as a share of max(|change|, LEAST)."""
+LEAST = 0.05
+"""Nats under which a change is too small to be judged by its own size."""
+QUESTIONS = 100
+"""Bound on the questions: a slope costs as much as five forwards, and shares vary little between questions."""
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What each part adds to each metric of each question, nats."""
+
+    names: tuple[str, ...]
+    """Of the metrics."""
+    parts: tuple[str, ...]
+    questions: tuple[str, ...]
+    """All, or QUESTIONS of them, drawn: the rows of what follows."""
+    values: Float[np.ndarray, "question metric part"]
+    """Summed over parts: the change, but for the error of the quadrature. NaN where a question lacks the cue."""
+    change: Float[np.ndarray, "question metric"]
+    """M(R) - M(S)."""
+    points: int
+    """Points of the line at which the slope was taken."""
+
+
+def attribute(
+    model: nn.Module,
+    before_state: State,
+    after_state: State,
+    parts: Mapping[str, tuple[str, ...]],
+    cells: Cells,
+    policies: tuple[str, str],
+) -> Attribution:
+    """Integrated gradients over weights: the integral of dM/dtheta . (theta_R - theta_S) from S to R, for every part.
+
+    Sundararajan et al. 2017 (arXiv 1703.01365), with weights for inputs; every metric of every question at once. The
+    line is halved wherever the parts' sum misses the change between the ends of a piece (which is known exactly),
+    until it misses none by more than CLOSE in all; the result is given even where that takes more than MOST points.
+
+    `model` is a plain Hugging Face model of the two states' shape, with any weights; it is left as it is. `parts`:
+    component -> names of its parameters (a tied one once); parts that did not change get 0. `policies`: the (p, o)
+    of `routing@cue`. Raises InputError for a parameter that changed and is in no part, or in two.
+
+    Example: `attribute(model, weights_of(s), weights_of(r), lens.components(), cells, ("a", "b")).values.mean(0)`.
+    """
+    cells = _some(cells)
+    line = _Line(model, before_state, after_state, parts, cells, policies)
+    about = (metric_names(cells), tuple(parts), cells.questions)
+    if not line.delta:
+        nothing = line.metrics_at(0.0) * 0.0  # NaN stays where there is no prompt
+        return Attribution(*about, np.repeat(nothing[..., None], len(parts), -1), nothing, 0)
+    panels = [_panel(line, (0.0, line.metrics_at(0.0)), (1.0, line.metrics_at(1.0)))]
+    points = NODES
+    change = panels[0].change
+    scale = np.maximum(np.abs(_mean(change)), LEAST)
+    while points + 2 * NODES <= MOST:
+        misses = np.stack([np.abs(panel.misses) / scale for panel in panels])
+        if not bool((misses.sum(0) > CLOSE).any()):
+            break
+        worst = panels.pop(int(misses.max(1).argmax()))
+        middle = (worst.start[0] + worst.end[0]) / 2
+        between = (middle, line.metrics_at(middle))
+        panels += [_panel(line, worst.start, between), _panel(line, between, worst.end)]
+        points += 2 * NODES
+    values = np.sum([panel.values for panel in panels], axis=0)
+    return Attribution(*about, values, change, points)
+
+
+def _some(cells: Cells) -> Cells:
+    index = cells.grid.index  # [question, cue]
+    if len(index) <= QUESTIONS:
+        return cells
+    drawn = np.random.default_rng(cells.seed).choice(len(index), QUESTIONS, replace=False)
+    return cells.part(sorted(int(i) for i in index[drawn].ravel() if i >= 0))
+
+
+# --- quadrature -------------------------------------------------------------------------------------------------------
+
+Point = tuple[float, Float[np.ndarray, "question metric"]]
+"""Where on the line (0: S, 1: R), and the metrics there."""
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A piece of the line, and what the parts add along it."""
+
+    start: Point
+    end: Point
+    values: Float[np.ndarray, "question metric part"]
+
+    @property
+    def change(self) -> Float[np.ndarray, "question metric"]:
+        return self.end[1] - self.start[1]
+
+    @cached_property
+    def misses(self) -> Float[np.ndarray, " metric"]:
+        """By how much the parts' sum differs from the change, mean over questions."""
+        return _mean(self.values.sum(-1) - self.change)
+
+
+def _panel(line: _Line, start: Point, end: Point) -> _Panel:
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    half = (end[0] - start[0]) / 2
+    slopes = (half * w * line.slopes_at(start[0] + half * (1 + x)) for x, w in zip(nodes, weights, strict=True))
+    return _Panel(start, end, sum(slopes, np.zeros(())))
+
+
+def _mean(values: Float[np.ndarray, "question metric"]) -> Float[np.ndarray, " metric"]:
+    known = ~np.isnan(values)
+    return np.where(known, values, 0.0).sum(0) / np.maximum(known.sum(0), 1)
+
+
+# --- slopes along the line --------------------------------------------------------------------------------------------
+
+
+class _Line:
+    """The straight line from S to R in the space of weights: metrics at a point, and their slopes along every part.
+
+    Every module that owns changed parameters adds `push * (d output / d theta . (theta_R - theta_S))` to its output,
+    with a `push` of 0 for each row and part: the gradient in `push`, which takes one pass back for all rows and parts,
+    is the slope. For the bracket, the module is called with the change in place of its weights: what owns parameters
+    (projections, embeddings, norms) is affine in them, which is tried out where it is first called. (Forward-mode
+    differentiation of the whole model would take a pass for every part.)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        before: State,
+        after: State,
+        parts: Mapping[str, tuple[str, ...]],
+        cells: Cells,
+        policies: tuple[str, str],
+    ) -> None:
+        self.model = model
+        self.cells = cells
+        self.policies = policies
+        self.parts = tuple(parts)
+        named = [name for members in parts.values() for name in members]
+        if len(set(named)) < len(named):
+            twice = next(name for name in named if named.count(name) > 1)
+            raise InputError(f"parts: parameter {twice!r} is named twice; name each parameter once")
+        parameters = dict(model.named_parameters())
+        for name in named:
+            if name not in parameters or name not in before or name not in after:
+                raise InputError(f"parts: the model has no parameter {name!r}; name those of Lens.components()")
+        self.before = {name: before[name].to(parameter) for name, parameter in parameters.items()}
+        self.delta = {name: after[name].to(self.before[name]) - self.before[name] for name in parameters}
+        self.delta = {name: delta for name, delta in self.delta.items() if bool(delta.any())}
+        for name in self.delta:
+            if name not in named:
+                raise InputError(f"parts: {name!r} changed but is in no part; put it into one")
+        part_of = {name: k for k, members in enumerate(parts.values()) for name in members}
+        self.owners = _owners(model, {name: part_of[name] for name in self.delta})
+        self.offset: dict[str, bool] = {}
+        """Of a module that was called: whether it gives anything without weights."""
+
+    def _weights(self, t: float) -> dict[str, Tensor]:
+        return self.before | {name: self.before[name] + t * delta for name, delta in self.delta.items()}
+
+    @cached_property
+    def chunks(self) -> list[tuple[list[int], Cells]]:
+        """Prompts whose activations are kept for one way back, and their cells."""
+        width = int(self.cells.lengths.max()) * len(self.cells.announcements)
+        size, count = max(1, BATCH_TOKENS // width), len(self.cells.prompts.rows)
+        found = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+        return [(prompts, self.cells.part(prompts)) for prompts in found]
+
+    def metrics_at(self, t: float) -> Float[np.ndarray, "question metric"]:
+        weights = self._weights(t)
+        with torch.no_grad():
+            return self._metrics(read(lambda **given: functional_call(self.model, weights, (), given), self.cells))
+
+    def slopes_at(self, t: float) -> Float[np.ndarray, "question metric part"]:
+        """d metric / d t along every part; the sum over parts is the whole slope."""
+        weights = self._weights(t)
+        shape = (len(self.cells.prompts.rows), len(self.cells.policies), len(self.parts))
+        log_c, log_p = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        for prompts, some in self.chunks:
+            log_c[prompts], log_p[prompts] = self._slopes(weights, some)
+        slopes = [self._metrics(Readings(log_c[..., k], log_p[..., k])) for k in range(len(self.parts))]
+        return np.stack(slopes, -1) if slopes else np.zeros((*self.cells.grid.index.shape[:1], 0, 0))
+
+    def _metrics(self, readings: Readings) -> Float[np.ndarray, "question metric"]:
+        return metrics(readings, self.cells, self.policies)[0].cpu().numpy()  # linear in readings, so in slopes, too
+
+    def _slopes(
+        self, weights: dict[str, Tensor], cells: Cells
+    ) -> tuple[Float[Tensor, "prompt policy part"], Float[Tensor, "prompt policy part"]]:
+        told: list[tuple[Batch, Float[Tensor, "row part"]]] = []
+
+        def tell(batch: Batch) -> None:
+            shape = (len(batch.ids), len(self.parts))
+            told.append((batch, torch.zeros(shape, device=batch.ids.device, requires_grad=True)))
+
+        with self._pushed(lambda: told[-1][1]), torch.enable_grad():
+            readings = read(lambda **given: functional_call(self.model, weights, (), given), cells, told=tell)
+        pushes = [push for _, push in told]
+        rows = torch.cat([batch.members for batch, _ in told]).cpu()
+        prompt, policy = torch.as_tensor(cells.prompt)[rows], torch.as_tensor(cells.policy)[rows]
+        found = []
+        for values, more in ((readings.log_c, True), (readings.log_p, False)):
+            # each entry of the table reads the rows of its own prompt and policy and no other, so the sum mixes nothing
+            slopes = torch.cat(torch.autograd.grad(values.sum(), pushes, retain_graph=more)).cpu().double()
+            table = torch.zeros(*values.shape, len(self.parts), dtype=torch.float64)
+            found.append(table.index_put((prompt, policy), slopes, accumulate=True))
+        return found[0], found[1]
+
+    @contextlib.contextmanager
+    def _pushed(self, push: Callable[[], Float[Tensor, "row part"]]) -> Iterator[None]:
+        fired = dict.fromkeys(self.owners, 0)
+        inside: list[str] = []
+
+        def hook_of(where: str, own: Mapping[int, dict[str, str]]) -> Callable[..., Tensor | None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+                if inside:  # called again by what follows
+                    return None
+                if not isinstance(output, Tensor):
+                    raise InputError(f"module {where!r} owns parameters but gives no tensor: no slope can be taken")
+                fired[where] += 1
+                inside.append(where)
+                try:
+                    with torch.no_grad():
+                        moves = self._moves(where, module, args, kwargs, output)
+                finally:
+                    inside.pop()
+                for k, move in moves.items():
+                    output = output + push()[:, k].view(-1, *[1] * (output.ndim - 1)) * move
+                return output
+
+            return hook
+
+        with contextlib.ExitStack() as stack:
+            for where, own in self.owners.items():
+                module = self.model.get_submodule(where)
+                handle = module.register_forward_hook(hook_of(where, own), with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+        for where, times in fired.items():
+            if not times:
+                raise RunError(f"module {where!r} was never called, so that its parameters have no slope")
+
+    def _moves(
+        self, where: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> dict[int, Tensor]:
+        """Part -> how the module's output moves with its own weights of that part, its input staying as it is."""
+
+        def call(weights: dict[str, Tensor]) -> Tensor:
+            return functional_call(module, weights, args, kwargs)
+
+        own = dict(module.named_parameters(recurse=False))
+        none = {local: torch.zeros_like(value) for local, value in own.items()}
+        deltas = {
+            k: {local: self.delta[name] for local, name in names.items()} for k, names in self.owners[where].items()
+        }
+        if where not in self.offset:
+            offset = call(none)
+            ahead = own | {local: own[local] + value for delta in deltas.values() for local, value in delta.items()}
+            moved = sum((call(none | delta) - offset for delta in deltas.values()), torch.zeros_like(output))
+            if not torch.allclose(call(ahead), output + moved, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
+                raise InputError(f"module {where!r} is not affine in its own parameters: no slope can be taken")
+            self.offset[where] = bool(offset.any())  # of projections and most norms there is none
+        offset = call(none) if self.offset[where] else 0.0
+        return {k: call(none | delta) - offset for k, delta in deltas.items()}
+
+
+def _owners(model: nn.Module, part_of: Mapping[str, int]) -> dict[str, dict[int, dict[str, str]]]:
+    """Module -> part -> the module's own parameters, and their names in the model. A tied one has several modules."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, dict[int, dict[str, str]]] = {}
+    for where, module in model.named_modules():
+        for local, parameter in module.named_parameters(recurse=False):
+            name = names[id(parameter)]
+            if name in part_of:
+                found.setdefault(where, {}).setdefault(part_of[name], {})[local] = name
+    return found

@@ -1,0 +1,295 @@
+"""What probes are asked about: the prompts of a suite as rows with positions, and a label of each row a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.record import BehaviourRecord
+from mixturelens.checkpoints import end_tokens
+from mixturelens.contrasts import span_positions
+from mixturelens.hooks.lens import Lens
+from mixturelens.probing.record import Metric
+from mixturelens.suite import PromptRow, Rule, Suite, behind, encode_prompts, encode_text, wordings
+from mixturelens.types import InputError, Side
+
+Group = Literal["neutral", "placed", "hinted"]
+"""Neutral prompts up to their last token; neutral prompts behind which each policy is put in place; hinted prompts."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt as a probe sees it: `ids`, and the run that it is read in, perhaps with an announcement behind it."""
+
+    ids: tuple[int, ...]
+    run: tuple[int, ...]
+    question: str
+    cue: str
+    hint: str | None
+    policy: str | None
+    answer: str
+    at: Mapping[str | int, int]
+    """Position -> token index."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    rows: Mapping[Group, tuple[Row, ...]]
+    positions: Mapping[Group, tuple[str | int, ...]]
+    """Positions that all rows of a group have. Those of `placed` are the announcement's."""
+    labels: tuple[str, ...]
+    """A word for each token index, where they mean the same in every question."""
+    halves: tuple[tuple[str, ...], tuple[str, ...]]
+    """Questions that probes are fitted on, and those they are scored on."""
+
+
+def read_prompts(suite: Suite, tokenizer) -> Prompts:
+    """Rows and positions of a suite.
+
+    Where all prompts (and announcements) have one length and equal spans, a position is a token's index, and those of
+    the announcement follow the prompt's. Else it is a named span, read at its last token, `last` (of the prompt), and
+    `policy` (last token of the announcement). Raises InputError for fewer than four questions.
+    """
+    questions = list(dict.fromkeys(row.id for row in suite.neutral))
+    if len(questions) < 4:
+        raise InputError("probes are fitted on one half of the questions and scored on the other: give at least four")
+    order = np.random.default_rng(0).permutation(len(questions))  # as Contrasts.half draws them
+    halves = tuple(tuple(questions[i] for i in sorted(order[which::2].tolist())) for which in (0, 1))
+    announced = {
+        policy: tuple(encode_text(wordings(shown)[0], f"policy {policy!r}", tokenizer))
+        for policy, shown in suite.policies.items()
+        if wordings(shown)
+    }
+    known = [row for row in suite.prompts if row.id in set(questions)]
+    encoded = [tuple(ids) for ids in encode_prompts(suite, known, tokenizer)]
+    spans = [span_positions(suite, row, tokenizer) for row in known]
+    lengths = {len(ids) for ids in encoded}
+    aligned = len(lengths) == 1 and len({len(ids) for ids in announced.values()}) <= 1
+    aligned = aligned and all(span == spans[0] for span in spans)
+    rows: dict[Group, list[Row]] = {"neutral": [], "placed": [], "hinted": []}
+    for row, ids, span in zip(known, encoded, spans, strict=True):
+        width = len(ids)
+        inside: dict[str | int, int] = (
+            {i: i for i in range(width)} if aligned else {**{k: v[-1] for k, v in span.items() if v}, "last": width - 1}
+        )
+        # a prompt's own tokens do not see the announcement, so that any run will do
+        run = (*ids, *next(iter(announced.values()), ())) if row.hint is None else ids
+        rows["neutral" if row.hint is None else "hinted"].append(_row(row, ids, run, None, inside))
+        for policy, word in announced.items() if row.hint is None else ():
+            behind_it: dict[str | int, int] = (
+                {width + i: width + i for i in range(len(word))} if aligned else {"policy": width + len(word) - 1}
+            )
+            rows["placed"].append(_row(row, ids, (*ids, *word), policy, behind_it))
+    positions: dict[Group, tuple[str | int, ...]] = {
+        group: tuple(p for p in dict.fromkeys(p for r in of for p in r.at) if all(p in r.at for r in of))
+        for group, of in rows.items()
+    }
+    return Prompts(
+        rows={group: tuple(of) for group, of in rows.items()},
+        positions=positions,
+        labels=_labels(rows, positions, spans[0], tokenizer) if aligned else (),
+        halves=(halves[0], halves[1]),
+    )
+
+
+def _row(
+    row: PromptRow, ids: tuple[int, ...], run: tuple[int, ...], policy: str | None, at: dict[str | int, int]
+) -> Row:
+    return Row(ids, run, row.id, row.cue, row.hint, policy, row.answer, at)
+
+
+def _labels(
+    rows: Mapping[Group, Sequence[Row]],
+    positions: Mapping[Group, tuple[str | int, ...]],
+    spans: Mapping[str, tuple[int, ...]],
+    tokenizer,
+) -> tuple[str, ...]:
+    """A word for each position: its tokens where cue and policy alone decide them, else its span."""
+    names = {at: name for name, place in spans.items() for at in place}
+    labels = []
+    groups: tuple[Group, Group] = ("neutral", "placed")
+    for group in groups:
+        for at in (p for p in positions[group] if isinstance(p, int)):
+            under: dict[tuple[str, str | None], set[int]] = {}
+            for row in rows[group]:
+                under.setdefault((row.cue, row.policy), set()).add(row.run[at])
+            if all(len(found) == 1 for found in under.values()):
+                shared = list(dict.fromkeys(token for found in under.values() for token in found))
+                words = tokenizer.convert_ids_to_tokens(shared)
+                labels.append(" / ".join(word.replace("Ġ", " ").replace("▁", " ").strip() or word for word in words))
+            else:
+                name = names.get(at, "token")
+                place = spans.get(name, ())
+                labels.append(f"{name} {place.index(at) + 1}" if len(place) > 1 else name)
+    return tuple(labels)
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """What probes are asked for, and of which rows. `labels[side]`: class numbers (-1: unknown), or numbers."""
+
+    name: str
+    metric: Metric
+    classes: tuple[str, ...]
+    said: str
+    rows: Mapping[Group, tuple[Row, ...]]
+    """Rows by the group of positions that they are about."""
+    labels: Mapping[Group, Mapping[Side, np.ndarray]]
+
+
+def find_targets(
+    prompts: Prompts,
+    suite: Suite,
+    lenses: Mapping[Side, Lens],
+    behaviour: BehaviourRecord,
+    policies: tuple[str, str],
+    seed: int,
+) -> tuple[list[Target], list[str]]:
+    """All targets that this suite has, and why others are missing."""
+    missing: list[str] = []
+    neutral, placed, hinted = (prompts.rows[group] for group in ("neutral", "placed", "hinted"))
+    tokenizer = lenses["before"].tokenizer
+    found: list[Target] = []
+
+    def labelled(
+        name: str, said: str, rows: Mapping[Group, tuple[Row, ...]], word: Callable[[Row], str | None]
+    ) -> None:
+        """A target whose label is the same for both sides."""
+        words: dict[Group, list[str | None]] = {group: [word(row) for row in of] for group, of in rows.items() if of}
+        classes = tuple(dict.fromkeys(w for group in words.values() for w in group if w is not None))
+        if len(classes) < 2:
+            missing.append(f"probes for {name}: {'all rows have one' if classes else 'no row has a'} label")
+            return
+        numbers = {g: np.array([-1 if w is None else classes.index(w) for w in of]) for g, of in words.items()}
+        labels = {g: dict.fromkeys(lenses, of) for g, of in numbers.items()}
+        found.append(_target(name, classes, said, {g: rows[g] for g in words}, labels))
+
+    both: dict[Group, tuple[Row, ...]] = {"neutral": neutral, "placed": placed}
+    said = "neutral prompts; from the announcement on, with each policy put in place"
+    labelled("cue", said, both, lambda row: row.cue)
+    if hinted:
+        labelled("hint", "hinted prompts", {"hinted": hinted}, lambda row: row.hint)
+    else:
+        missing.append("probes for hint: the suite has no hinted prompts")
+    drawn: dict[Side, np.ndarray] = {side: _announced(lens, suite, neutral, seed) for side, lens in lenses.items()}
+    names = tuple(suite.policies)
+    if len(names) > 1:
+        rows: dict[Group, tuple[Row, ...]] = {"neutral": neutral}
+        labels: dict[Group, Mapping[Side, np.ndarray]] = {"neutral": drawn}
+        if len({row.policy for row in placed}) == len(names):
+            rows["placed"] = placed
+            put = np.array([names.index(row.policy or "") for row in placed])
+            labels["placed"] = dict.fromkeys(lenses, put)
+        said = "neutral prompts, with the policy that a completion of the model's own shows; then as put in place"
+        found.append(_target("policy", names, said, rows, labels))
+    else:
+        missing.append("probes for policy: the suite has one policy")
+    first = {p: wordings(suite.policies[p])[0] for p in dict.fromkeys(row.policy for row in placed) if p is not None}
+    shown = {(c.policy, c.cue): c.behaviour for c in behaviour.table if first.get(c.policy) == c.announcement}
+    if any(value is not None for value in shown.values()):
+        before = {(row.question, row.cue): row for row in neutral}
+        # before the announcement, the same prompt once for each policy
+        same = tuple(replace(before[row.question, row.cue], policy=row.policy) for row in placed)
+        said = "neutral prompts with each policy put in place, and what that policy does under the prompt's cue"
+        labelled(
+            "behaviour", said, {"neutral": same, "placed": placed}, lambda row: shown.get((row.policy or "", row.cue))
+        )
+    else:
+        missing.append("probes for behaviour: the suite names no behaviours, or no policy can be put in place")
+    _answer(labelled, missing, both, list(first.values()), tokenizer, prompts)
+    odds: dict[Side, np.ndarray | None] = {
+        side: _log_odds(lens, suite, neutral, policies) for side, lens in lenses.items()
+    }
+    if all(value is not None for value in odds.values()):
+        exact: dict[Side, np.ndarray] = {side: value for side, value in odds.items() if value is not None}
+        said = f"neutral prompts, and the model's own log-odds of {policies[0]} against {policies[1]}"
+        found.append(Target("log-odds", "R2", (), said, {"neutral": neutral}, {"neutral": exact}))
+    else:
+        missing.append("probes for log-odds: a policy is shown by a rule, so that its probability is not exact")
+    return found, missing
+
+
+def _target(name: str, classes: tuple[str, ...], said: str, rows, labels) -> Target:
+    return Target(name, "AUROC" if len(classes) == 2 else "accuracy", classes, said, rows, labels)
+
+
+def _answer(labelled, missing: list[str], rows, announced: list[str], tokenizer, prompts: Prompts) -> None:
+    """First token of the answer, if its tokens come often enough to be learnt."""
+    tokens = {
+        row.answer: encode_text(behind(row.answer, announced), f"answer {row.answer!r}", tokenizer)[0]
+        for row in rows["neutral"]
+    }
+    different = len(set(tokens.values()))
+    if different > len(prompts.halves[0]) // 2:
+        missing.append(f"probes for answer: {different} first tokens for {len(prompts.halves[0])} questions to fit on")
+        return
+    words = {token: str(tokenizer.decode([token])).strip() for token in tokens.values()}
+    if len(set(words.values())) < len(words):
+        words = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in words}
+    labelled(
+        "answer", "neutral prompts; then with each policy put in place", rows, lambda row: words[tokens[row.answer]]
+    )
+
+
+def _called(lens: Lens):
+    """The model under the lens, called as the plain model is."""
+
+    def model(**inputs):
+        lens.tell_width(len(inputs["input_ids"]))
+        return lens.model(**inputs)
+
+    return model
+
+
+def _scorer(lens: Lens) -> Scorer:
+    return Scorer(end_tokens(lens.model, lens.tokenizer), lens.model.config.get_text_config().vocab_size, lens.device)
+
+
+def _log_weights(
+    lens: Lens, suite: Suite, rows: Sequence[Row], policies: Sequence[str]
+) -> Float[np.ndarray, "row policy"] | None:
+    """Exact log-probability that a completion begins with an announcement of each policy; None if one is a rule."""
+    shown = [suite.policies[policy] for policy in policies]
+    if any(isinstance(each, Rule) for each in shown):
+        return None
+    texts = [(k, encode_text(t, f"{t!r}", lens.tokenizer)) for k, each in enumerate(shown) for t in wordings(each)]
+    contexts, owner = [row.ids for row in rows], np.array([k for k, _ in texts])
+    flat = [context for context in contexts for _ in texts]
+    logs = _scorer(lens).sequences(_called(lens), flat, [ids for _ in rows for _, ids in texts])
+    logs = logs.reshape(len(rows), len(texts))
+    return np.stack([np.logaddexp.reduce(logs[:, owner == k], axis=1) for k in range(len(policies))], 1)
+
+
+def _log_odds(
+    lens: Lens, suite: Suite, rows: Sequence[Row], policies: tuple[str, str]
+) -> Float[np.ndarray, " row"] | None:
+    logs = _log_weights(lens, suite, rows, policies)
+    return None if logs is None else logs[:, 0] - logs[:, 1]
+
+
+def _announced(lens: Lens, suite: Suite, rows: Sequence[Row], seed: int) -> Int[np.ndarray, " row"]:
+    """Which policy a completion of the model's own shows: drawn from its exact weights (given that it is a known one),
+    or one sampled completion where a policy is a rule; -1 for no known policy."""
+    names = list(suite.policies)
+    logs = _log_weights(lens, suite, rows, names)
+    if logs is not None:
+        weights = np.exp(logs - np.logaddexp.reduce(logs, axis=1)[:, None])
+        uniform = np.random.default_rng(seed).random(len(rows))
+        return (uniform[:, None] > weights.cumsum(1)[:, :-1]).sum(1)
+    scorer = _scorer(lens)
+    drawn = scorer.sample(_called(lens), [row.ids for row in rows], 1, [suite.max_new_tokens] * len(rows), seed)
+    asked = {(row.id, row.cue): row for row in suite.neutral}
+    ends = set(scorer.ends)
+    policies = [
+        suite.label(str(lens.tokenizer.decode([t for t in ids if t not in ends])), asked[row.question, row.cue]).policy
+        for row, ids in zip(rows, drawn.tokens, strict=True)
+    ]
+    return np.array([names.index(policy) if policy in names else -1 for policy in policies])

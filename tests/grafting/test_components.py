@@ -1,0 +1,37 @@
+"""Changed parts and how far they moved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mixturelens.checkpoints import load_model
+from mixturelens.grafting.components import parts, weights_of
+from mixturelens.hooks.lens import load_lens
+
+
+def test_change_is_relative_to_what_was_there():
+    before = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0]), "c": torch.zeros(2)}
+    after = {"a": torch.tensor([3.0, 0.3]), "b": torch.tensor([4.4]), "c": torch.tensor([0.0, 2.0])}
+    found = parts({"x": ("a", "b"), "y": ("c",), "z": ("a",)}, before, {**after, "b": after["b"]})
+    assert [(part.name, part.parameters) for part in found] == [("x", 3), ("y", 2), ("z", 2)]
+    assert [part.change for part in found] == pytest.approx([0.1, 1.0, 0.1], abs=1e-6)  # sqrt(.09 + .16) / 5
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "gpt_neox", "qwen2", "chat"])
+def test_what_did_not_change_has_no_change(pairs, shape: str):
+    folder = pairs / shape / "S"
+    weights = weights_of(load_model(folder))
+    components = load_lens(folder).components()
+    found = parts(components, weights, weights)
+    assert all(part.change == 0 for part in found)
+    assert sum(part.parameters for part in found) == sum(w.numel() for w in weights.values())
+
+
+def test_weights_are_copies():
+    module = torch.nn.Linear(2, 2)
+    copy = weights_of(module)
+    with torch.no_grad():
+        module.weight.zero_()
+    assert copy["weight"].abs().sum() > 0
+    assert not copy["weight"].requires_grad

@@ -1,0 +1,287 @@
+"""Figures of grafts and of the mechanism verdict draw the numbers of their records."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from test_viz import HOSTILE, around, panel
+
+from mixturelens import viz
+from mixturelens.grafting.record import (
+    Component,
+    Effects,
+    Factorial,
+    Graft,
+    GraftRecord,
+    Null,
+    Part,
+    Path,
+    Placed,
+    Rollback,
+)
+from mixturelens.routing.mechanism import Line, Mechanism
+from mixturelens.types import NOT_MEASURED, Interval
+
+PARTS = ("L0.attn", "L0.mlp", "L1.attn", "L1.mlp", "L2.attn", "L2.mlp")
+
+
+def make_effects(routing: float | None, specialists: float | None = None, done: float = 0.0004) -> Effects:
+    if routing is None:
+        return Effects(**dict.fromkeys(Effects.model_fields, NOT_MEASURED))
+    return Effects(
+        routing=around(routing, 0.02),
+        weight=around(min(1.0, 1.4 * routing), 0.02),
+        specialists=NOT_MEASURED if specialists is None else around(specialists, 0.05),
+        chosen=around(max(0.0, 0.28 * routing), 0.01),
+        done=Interval(value=done, low=0.5 * done, high=2 * done),
+    )
+
+
+def make_component(i: int, name: str, cells: tuple[str, ...], changed: bool) -> Component:
+    """The first suffices and is not needed, the fourth is both, the others neither."""
+    suffices, without = ((0.98, 0.81), (0.12, 0.95), (0.05, 0.99), (0.82, 0.3), (0.02, 1.0), (0.21, 0.93))[i % 6]
+    return Component(
+        name=name,
+        suffices=make_effects(suffices, 0.9 if changed and i == 1 else 0.0 if changed else None),
+        without=make_effects(without, 0.2 if changed and i == 1 else 1.0 if changed else None),
+        routing=around((2.6, 0.3, 0.1, 2.1, 0.05, 0.4)[i % 6], 0.15),
+        specialists={cell: around(0.01 * i - 0.02 * (j == 1), 0.01) for j, cell in enumerate(cells)},
+        shapley=around((0.42, 0.06, 0.02, 0.4, 0.01, 0.09)[i % 6]),
+    )
+
+
+def make_graft(words: str = "", cues=("A", "B"), policies=("a", "b"), changed: bool = False, **changes) -> GraftRecord:
+    cells = tuple(f"{policy}@{cue}" for policy in policies for cue in cues)
+    fields = {
+        "policies": policies[:2],
+        "method": "literal",
+        "cues": cues,
+        "questions": 200,
+        "change": {f"routing@{cue}": around(5.1) for cue in cues} | {cell: around(-0.004) for cell in cells},
+        "after": make_effects(1.0, 1.0 if changed else None),
+        "parts": tuple(Part(name=n, parameters=16384, change=0.05 * (n in PARTS)) for n in (*PARTS, "unembed")),
+        "components": tuple(make_component(i, f"{n}{words}", cells, changed) for i, n in enumerate(PARTS)),
+        "groups": {
+            name: Graft(components=PARTS[start::2], effects=make_effects(share, 0.5 if changed else None))
+            for name, start, share in ((f"attention{words}", 0, 0.99), ("MLPs", 1, 0.9))
+        },
+        "path": tuple(Path(metric=f"routing@{cue}", change=5.1, sum=5.1004, points=32) for cue in cues),
+        "factorial": Factorial(
+            selector=(f"L0.attn{words}",),
+            enough=True,
+            questions=100,
+            selector_only=make_effects(0.98, 0.1 if changed else None),
+            rest_only=make_effects(0.81, 0.9 if changed else None),
+            both=make_effects(1.0, 1.0 if changed else None),
+            noise=tuple(make_effects(0.01 * (-1) ** i * i, done=0.001 * i) for i in range(8)),
+        ),
+        "specialist_part": None,
+        "placed": tuple(
+            Placed(positions=positions, effects=make_effects(share, 0.3 if changed else None))
+            for positions, share in (
+                (("cue",), 0.02),
+                (("hint",), 0.4),
+                (("question",), 0.01),
+                (("rest",), 0.0),
+                (("last",), 0.55),
+                (("policy",), 0.0),
+                (("answer",), 0.0),
+                (("cue", "hint", "question", "rest", "last"), 1.0),
+                (("policy", "answer"), 0.0),
+            )
+        ),
+        "rollback": Rollback(
+            components=(f"L0.attn{words}",),
+            enough=True,
+            accuracy={
+                cue: {"before": around(0.5), "after": around(0.97 if c == 0 else 0.02), "rollback": around(0.61)}
+                for c, cue in enumerate(cues)
+            },
+            checkpoint=f"rl-A-rollback{words}",
+        ),
+        "null": Null(chosen=0.004, done=0.0006),
+        "missing": (f"Shapley: too many{words}",),
+        **changes,
+    }
+    return GraftRecord(**fields)
+
+
+def make_mechanism(words: str = "", disagree: bool = False) -> Mechanism:
+    lines = {
+        "grafts, selector": ("selector", around(0.27), 0.004, True, "Distance of the choice when S has R's L0.attn"),
+        "grafts, specialists": ("specialists", around(0.0004, 0.0002), 0.0006, False, "Distance of what policies do"),
+        "patching, selector": ("selector", around(0.93), 0.08, True, "Share of the new choice that S's L0.z.1 undoes"),
+        "patching, specialists": ("specialists", around(0.02, 0.03), 0.0, False, "Share of the contrast that R lost"),
+        "probes, selector": ("selector", around(0.41), 0.12, None, "Cosine of RL's shift with the hint"),
+        "probes, specialists": ("specialists", around(0.3, 0.1), 0.0, True if disagree else None, "Loss of AUROC"),
+    }
+    return Mechanism(
+        verdict="routing",
+        agrees=not disagree,
+        share=around(0.99, 0.005),
+        reason=f"R's weights move S by 0.270 of choice{words}",
+        evidence={
+            name: Line(
+                source=name.split(",")[0], about=about, effect=effect, null=null, changed=state, what=what + words
+            )
+            for name, (about, effect, null, state, what) in lines.items()
+        },
+        disagree=("probes, specialists",) if disagree else (),
+    )
+
+
+def marks(figure, row: int, column: int) -> dict[str, list[float | None]]:
+    return {trace.name.split(":")[0]: list(trace.x) for trace in panel(figure, row, column)}
+
+
+def yellow(figure) -> list[tuple[float, str]]:
+    return [(shape.y0 + 0.5, shape.xref) for shape in figure.layout.shapes if shape.type == "rect"]
+
+
+def test_components_draw_what_suffices_what_is_needed_and_shapley():
+    record = make_graft()
+    figure = viz.components({"one": record})
+    found = marks(figure, 1, 1)
+    assert found["suffices"] == [0.98, 0.12, 0.05, 0.82, 0.02, 0.21, 0.99, 0.9]
+    assert found["needed"][:6] == pytest.approx([0.19, 0.05, 0.01, 0.7, 0.0, 0.07])
+    assert found["needed"][6:] == [None, None], "of groups it was not measured"
+    assert found["Shapley share"][:6] == [each.shapley.value for each in record.components]
+    assert list(figure.layout.yaxis.ticktext) == [*PARTS, "attention", "MLPs"]
+    (needed,) = [trace for trace in figure.data if trace.name.startswith("needed")]
+    assert list(needed.error_x.array)[:6] == pytest.approx([0.02] * 6)
+
+
+def test_redundant_components_are_marked_and_needed_ones_are_not():
+    """L0.attn suffices and is not needed; L1.mlp suffices and is needed."""
+    assert yellow(viz.components({"one": make_graft()})) == [(0, "x")]
+    wide = make_graft().components[0]
+    unsure = wide.model_copy(
+        update={"suffices": wide.suffices.model_copy(update={"routing": Interval(value=0.9, low=0.4, high=1.2)})}
+    )
+    assert not yellow(viz.components({"one": make_graft(components=(unsure,))}))
+
+
+def test_components_of_ten_runs_share_one_figure_and_one_order():
+    late = make_graft()
+    late = late.model_copy(update={"components": late.components[2:], "groups": {}})
+    runs = {f"seed {seed}, RL on {cue}": make_graft() for seed in range(5) for cue in "AB"} | {"<late>": late}
+    figure = viz.components(runs)
+    titles = [a.text for a in figure.layout.annotations]
+    assert titles[:2] == ["<b>seed 0, RL on A</b>", "<b>seed 0, RL on B</b>"]
+    assert titles[-1] == "<b>&lt;late&gt;</b>"
+    assert marks(figure, 3, 1)["suffices"] == [None, None, 0.05, 0.82, 0.02, 0.21, None, None]
+    assert sum(bool(trace.showlegend) for trace in figure.data if trace.name.startswith("suffices")) == 1
+
+
+def test_components_of_specialists_are_their_own_share():
+    figure = viz.components({"one": make_graft(changed=True)}, "specialists")
+    found = marks(figure, 1, 1)
+    assert found["suffices"][:3] == [0.0, 0.9, 0.0]
+    assert found["needed"][1] == pytest.approx(0.8)
+    assert "Shapley share" not in found
+
+
+def test_components_of_the_weight_saturate():
+    """Where the log-odds of L1.mlp are still short of R's, its weight is not."""
+    found = marks(viz.components({"one": make_graft()}, "weight"), 1, 1)
+    assert found["suffices"][:4] == pytest.approx([1.0, 0.168, 0.07, 1.0])
+    assert found["needed"][0] == pytest.approx(0.0)
+
+
+def test_plane_has_a_panel_for_each_policy_under_each_cue():
+    record = make_graft(cues=("A", "B", "C"))
+    figure = viz.plane(record)
+    for i, policy in enumerate(("a", "b"), start=1):
+        for j, cue in enumerate(("A", "B", "C"), start=1):
+            (points,) = panel(figure, i, j)
+            assert list(points.x) == [each.routing.value for each in record.components]
+            values = [each.specialists[f"{policy}@{cue}"] for each in record.components]
+            assert list(points.y) == [value.value for value in values]
+            assert list(points.error_y.array) == pytest.approx([0.01] * 6)
+            assert list(points.error_x.array) == pytest.approx([0.15] * 6)
+    axes = figure.get_subplot(1, 1)
+    # small changes of specialists look small beside large ones of routing
+    wide, high = (axis.range[1] - axis.range[0] for axis in (axes.xaxis, axes.yaxis))
+    assert high > wide / 4
+    assert {"L0.attn", "L1.mlp"} <= {a.text for a in figure.layout.annotations}
+
+
+def test_factorial_shows_routing_specialists_and_noise():
+    record = make_graft()
+    figure = viz.factorial(record)
+    assert record.factorial is not None
+    rows = list(figure.get_subplot(1, 1).yaxis.ticktext)
+    assert rows[0] == "R's selector,<br>S's rest"
+    for j, field in enumerate(("routing", "chosen", "done"), start=1):
+        grafts, noise = panel(figure, 1, j)[:2]
+        assert list(grafts.x) == [
+            getattr(each, field).value
+            for each in (record.factorial.selector_only, record.factorial.rest_only, record.factorial.both)
+        ]
+        assert list(noise.x) == [getattr(each, field).value for each in record.factorial.noise]
+        assert set(noise.y) != {3}
+        assert all(abs(y - 3) < 0.3 for y in noise.y)
+    dashed = [(shape.x0, shape.xref) for shape in figure.layout.shapes if shape.line.dash == "dash"]
+    assert dashed == [(0.004, "x2"), (0.0006, "x3")]
+
+
+def test_specialists_have_a_panel_where_they_changed():
+    titles = [a.text for a in viz.factorial(make_graft(changed=True)).layout.annotations]
+    assert titles == ["<b>Routing</b>", "<b>Specialists</b>", "<b>Which policy</b>", "<b>What policies do</b>"]
+    with pytest.raises(ValueError, match="no factorial"):
+        viz.factorial(make_graft(factorial=None))
+
+
+def test_placed_draws_positions_and_their_unions():
+    record = make_graft()
+    figure = viz.placed(record)
+    (routing,) = panel(figure, 1, 1)[:1]
+    assert list(routing.x) == [each.effects.routing.value for each in record.placed]
+    rows = list(figure.get_subplot(1, 1).yaxis.ticktext)
+    assert rows[0] == "cue"
+    assert rows[7] == "cue + hint + question +<br>rest + last"
+
+
+def test_effects_that_were_not_measured_are_no_points():
+    gone = make_graft().placed[0].model_copy(update={"effects": make_effects(None)})
+    (routing, *_) = panel(viz.placed(make_graft(placed=(gone,))), 1, 1)
+    assert list(routing.x) == [None]
+    assert routing.hovertext[0].endswith(viz.DASH)
+
+
+def test_evidence_stands_beside_its_null_and_says_who_disagrees():
+    mechanism = make_mechanism(disagree=True)
+    figure = viz.evidence(mechanism)
+    lines = sorted(mechanism.evidence.values(), key=lambda line: line.about != "selector")
+    traces = {trace.name: trace for trace in figure.data}
+    assert list(traces["selector"].x) == [line.effect.value for line in lines[:3]]
+    assert list(traces["specialists"].x) == [line.effect.value for line in lines[3:]]
+    assert list(traces["what nothing would give"].x) == [line.null for line in lines]
+    says = [a.text for a in figure.layout.annotations][1:]
+    assert [text.split("<br>")[0] for text in says] == [
+        "changed",
+        "changed",
+        "cannot say",
+        "unchanged",
+        "unchanged",
+        "changed",
+    ]
+    assert ["disagrees" in text for text in says] == [False] * 5 + [True]
+
+
+def test_names_of_grafts_are_shown_literally():
+    cues, policies = ("<A>", HOSTILE), (HOSTILE, "<b>")
+    record = make_graft(HOSTILE, cues, policies)
+    figures = [
+        viz.components({HOSTILE: record}),
+        viz.plane(record),
+        viz.factorial(record),
+        viz.placed(record),
+        viz.evidence(make_mechanism(HOSTILE, disagree=True)),
+    ]
+    for figure in figures:
+        text = json.dumps(figure.to_plotly_json(), default=list, ensure_ascii=False)
+        assert not re.search(r"</?script|<A>|<[0-9]|<- ", text)
+        assert viz.figure_html(figure, "f").count("</script>") == 1
