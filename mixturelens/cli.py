@@ -451,8 +451,9 @@ def _print_probing(pairs: list[Pair], records: list[ProbingRecord]) -> None:
             for side in each.accuracy:
                 null = f"{max(each.random[side]):.3f} / {max(each.shuffled[side]):.3f}"
                 where = f"{each.site}, {each.dimensions} dim."
-                rows.append((pair.name, each.concept, where, side, _interval(each.accuracy[side]), null))
-    header = ("pair", "subspace", "site", "checkpoint", "interchange accuracy", "best random / shuffled")
+                sign = _number(each.by_sign[side].value) if side in each.by_sign else "-"
+                rows.append((pair.name, each.concept, where, side, _interval(each.accuracy[side]), sign, null))
+    header = ("pair", "subspace", "site", "checkpoint", "interchange accuracy", "by sign", "best random / shuffled")
     _table(header, rows)
     _print_missing(pairs, records)
 

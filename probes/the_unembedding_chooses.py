@@ -84,8 +84,8 @@ def _shares(record: GraftRecord) -> dict[str, Interval]:
 def _over(part: Interval, whole: float) -> Interval:
     if part.value is None or part.low is None or part.high is None or not whole:
         return NOT_MEASURED
-    low, high = sorted((part.low / whole, part.high / whole))
-    return Interval(value=part.value / whole, low=low, high=high)
+    low, value, high = sorted(round(end / whole, 6) for end in (part.low, part.value, part.high))
+    return Interval(value=value, low=low, high=high)
 
 
 def _clause(pair: str, answer: Answer) -> str:

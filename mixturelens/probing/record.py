@@ -105,6 +105,11 @@ class Subspace(Frozen):
     """How often each model does what is asked without any interchange of base and source: on the source itself."""
     accuracy: dict[Side, Interval]
     """`before`, `after`."""
+    threshold: dict[Side, float] = {}
+    """Log-odds (nats) above which a model does what the clean side does: 0, or, for a model that does the same under
+    both concepts, its own midpoint between them."""
+    by_sign: dict[Side, Interval] = {}
+    """Accuracy at 0 whatever the midpoint is: whether behaviour itself follows."""
     random: dict[Side, tuple[float, ...]]
     """Accuracy of random subspaces of as many dimensions."""
     shuffled: dict[Side, tuple[float, ...]]

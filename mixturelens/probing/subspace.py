@@ -132,7 +132,7 @@ def find_subspace(before: Lens, after: Lens, contrasts: Contrasts, concept: Conc
     What is asked for is done where the log-odds have the right sign. A model that does the same under both concepts (as
     R does, if no hint is strong enough any more) has no such sign to follow: then its own midpoint between the mean
     log-odds of the two, on the questions that teach, takes the place of 0. So the accuracy says whether the subspace
-    still carries what is left of the concept; that behaviour no longer follows it, `behaviour` of hinted prompts says.
+    still carries what is left of the concept, and `by_sign` whether behaviour follows.
 
     Nulls: random subspaces, and subspaces learnt in the same way with the sources' concepts shuffled. `margin` is the
     accuracy less that of the best of both, in every bootstrap sample over base questions. Same seed, same numbers.
@@ -188,6 +188,10 @@ def find_subspace(before: Lens, after: Lens, contrasts: Contrasts, concept: Conc
         pairs=len(tested),
         plain={side: mean_interval(model.plain(middle), counts) for side, (model, middle) in models.items()},
         accuracy={side: interval(each) for side, each in found.items()},
+        threshold={side: round(middle, 6) for side, (_, middle) in models.items()},
+        by_sign={
+            side: mean_interval(model.right(tested, directions, 0.0), counts) for side, (model, _) in models.items()
+        },
         random={side: tuple(chance[side][:, 0].round(6).tolist()) for side in before_and_after},
         shuffled={side: tuple(nothing[side][:, 0].round(6).tolist()) for side in before_and_after},
         margin={

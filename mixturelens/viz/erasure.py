@@ -268,6 +268,11 @@ def subspaces(record: ProbingRecord) -> Figure:
             {"color": INK, "symbol": "line-ns", "size": 24, "line": {"width": 2, "color": INK}},
         ),
         (
+            "the subspace, by sign of the log-odds",
+            "by_sign",
+            {"color": "rgba(0,0,0,0)", "symbol": "diamond", "size": 19, "line": {"width": 1.5, "color": ROUTER}},
+        ),
+        (
             "the subspace",
             "accuracy",
             {"color": ROUTER, "symbol": "diamond", "size": 13, "line": {"width": 1.5, "color": INK}},

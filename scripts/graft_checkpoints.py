@@ -1,0 +1,211 @@
+# %% [markdown]
+# # Which weights changed it?
+#
+# Copy one component's weights at a time from R into S, and see how much of what RL did comes along: in cells. Run it
+# whole with `python scripts/graft_checkpoints.py --before S --after R --suite suite.yaml --trained-cue A`; without
+# arguments it looks at the reference organism. A minute on one core.
+
+# %%
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from mixturelens import viz
+from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.measure import measure
+from mixturelens.behaviour.prompts import prepare
+from mixturelens.behaviour.record import behaviour_record, grid_of
+from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer, quiet_libraries
+from mixturelens.grafting.components import parts, weights_of
+from mixturelens.grafting.graft import written
+from mixturelens.grafting.pair import graft_record
+from mixturelens.grafting.record import Effects
+from mixturelens.hooks.lens import load_lens
+from mixturelens.stats import interval
+from mixturelens.suite import load_suite
+from mixturelens.types import Interval
+
+RUN = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
+
+parser = argparse.ArgumentParser(description="Which weights changed it?")
+parser.add_argument("--before", type=Path, default=RUN / "checkpoints" / "sft", help="S")
+parser.add_argument("--after", type=Path, default=RUN / "checkpoints" / "rl-A", help="R")
+parser.add_argument("--suite", type=Path, default=RUN / "suite.yaml")
+parser.add_argument("--trained-cue", help="the cue that RL trained on; default: what the suite says, else its first")
+parser.add_argument("--out", type=Path, default=Path("artifacts") / "grafting", help="folder for record and figures")
+parser.add_argument("--device", default="cpu")
+parser.add_argument("--seed", type=int, default=0)
+arguments = parser.parse_args()
+quiet_libraries()
+
+# %% [markdown]
+# ## What RL did
+
+# %%
+suite = load_suite(arguments.suite)
+trained_cue = arguments.trained_cue or suite.trained_cue or suite.cues[0]
+suite = suite.model_copy(update={"trained_cue": trained_cue})
+behaviour = behaviour_record(arguments.before, arguments.after, suite, device=arguments.device, seed=arguments.seed)
+for cue, state in behaviour.per_cue.items():
+    if state.after is not None:
+        print(f"accuracy under {cue}: {state.before.overall:.4f} before, {state.after.overall:.4f} after")
+
+# %% [markdown]
+# ## Which parameters belong together, and how far RL moved them
+# A component is what one name of the network stands for, in any architecture. What did not change cannot carry
+# anything.
+
+# %%
+tokenizer = load_tokenizer(arguments.before)
+s, r = (load_model(path, arguments.device) for path in (arguments.before, arguments.after))
+components = load_lens(arguments.before).components()
+state_s, state_r = weights_of(s), weights_of(r)
+for part in parts(components, state_s, state_r):
+    print(f"{part.name:12} {part.parameters:8} parameters, changed by {part.change:.5f} of their norm")
+changed = [part.name for part in parts(components, state_s, state_r) if part.change > 0]
+
+# %% [markdown]
+# ## One graft by hand
+# `written` puts other weights into a model for the length of a block, and the plain model is measured as ever.
+
+# %%
+prompts = prepare(suite, suite.neutral, tokenizer)
+scorer = Scorer(end_tokens(s, tokenizer), s.config.get_text_config().vocab_size, arguments.device)
+grid = grid_of(prompts, arguments.seed)
+
+
+def accuracies() -> Mapping[str, Interval]:
+    """cue -> expected accuracy of what S has become, with its interval over questions."""
+    draws = grid.draws(measure(scorer, s, prompts, arguments.seed).correct.sum(-1))
+    return {cue: interval(draws[:, c]) for c, cue in enumerate(suite.cues)}
+
+
+print(f"{'accuracy of':16}", *(f"cue {cue:22}" for cue in suite.cues))
+for names in ([], changed[:1], changed):
+    with written(s, {name: state_r[name] for each in names for name in components[each]}):
+        found = accuracies()
+    shown = "S" if not names else "R" if names == changed else f"S + R[{', '.join(names)}]"
+    print(f"{shown:16}", *(f"{viz.show_interval(found[cue]):26}" for cue in suite.cues))
+
+# %% [markdown]
+# ## All of them
+# Grafts are judged by what they do to the policies' log-odds and weights (routing) and to what each policy usually does
+# (specialists), with exact probabilities instead of samples. `weight` and `routing` are shares of R's change: 0 is S, 1
+# is R. `chosen` and `done` say how far the graft is from S at all, in nats.
+
+# %%
+record = graft_record(
+    arguments.before,
+    arguments.after,
+    suite,
+    behaviour,
+    save_to=None,
+    device=arguments.device,
+    seed=arguments.seed,
+    say=lambda step: print("...", step),
+)
+p, o = record.policies
+print(f"{record.questions} questions; routing is log c_{p} / c_{o}")
+for metric, change in record.change.items():
+    print(f"  {metric:12} R less S: {viz.show_interval(change)} nats")
+
+
+def row(name: str, effects: Effects) -> str:
+    of = (effects.weight, effects.routing, effects.specialists, effects.chosen, effects.done)
+    return f"{name:22} " + " ".join(f"{viz.show_interval(value):24}" for value in of)
+
+
+header = f"{'':22} " + " ".join(f"{name:24}" for name in ("weight", "routing", "specialists", "chosen", "done"))
+
+# %% [markdown]
+# ## Who suffices, and who is needed
+# S with one component of R, and R with one component of S. Where several suffice and none is needed, RL has written the
+# same change more than once.
+
+# %%
+print("S + R[g]: is g enough?\n" + header)
+for component in record.components:
+    print(row(component.name, component.suffices))
+for name, group in record.groups.items():
+    print(row(name, group.effects))
+print("\nR - R[g]: how much is left without g?\n" + header)
+for component in record.components:
+    print(row(component.name, component.without))
+print("\nShapley shares of the routing:")
+for component in record.components:
+    print(f"  {component.name:12} {viz.show_interval(component.shapley)}")
+
+# %% [markdown]
+# ## The 2 x 2: {selector} x {rest}
+# The selector is the fewest components that carry the change, chosen on half of the questions and judged on the other
+# half. If RL changed the routing, the selector alone makes S choose as R does, and the rest alone makes it choose as S.
+# Random changes of the same size in the selector's place say what any change would do.
+
+# %%
+factorial = record.factorial
+if factorial is not None:
+    print(f"selector: {' + '.join(factorial.selector)}{'' if factorial.enough else ' (not enough)'}\n{header}")
+    print(row("R's selector, S's rest", factorial.selector_only))
+    print(row("S's selector, R's rest", factorial.rest_only))
+    print(row("R", factorial.both))
+    for number, noise in enumerate(factorial.noise[:3]):
+        print(row(f"random weights {number + 1}", noise))
+if record.specialist_part is not None:
+    print(row(f"what policies do: {' + '.join(record.specialist_part.components)}", record.specialist_part.effects))
+
+# %% [markdown]
+# ## Path attribution: every component a point (routing, specialists)
+# The integral of the gradient along the straight line from S to R, times the change of the weights. Components sum to
+# the whole change, which is checked.
+
+# %%
+for path in record.path:
+    print(f"{path.metric:12} change {path.change:9.4f}, sum of components {path.sum:9.4f} nats ({path.points} points)")
+for component in record.components:
+    cells = ", ".join(f"{cell} {viz.show(value.value)}" for cell, value in component.specialists.items())
+    print(f"{component.name:12} routing {viz.show_interval(component.routing):26} specialists: {cells}")
+
+# %% [markdown]
+# ## R's weights at some tokens only
+# The same question by position: where in the prompt are the new weights at work?
+
+# %%
+print(header)
+for each in record.placed:
+    print(row(" + ".join(each.positions), each.effects))
+
+# %% [markdown]
+# ## The rollback: R with S's selector
+# Scored against S under both cues. With `save_to=FOLDER`, `graft_record` writes it as a plain checkpoint.
+
+# %%
+if record.rollback is not None:
+    print("put back:", " + ".join(record.rollback.components))
+    for cue, accuracy in record.rollback.accuracy.items():
+        print(f"  cue {cue}:", *(f"{name} {viz.show_interval(value)}" for name, value in accuracy.items()))
+
+# %% [markdown]
+# ## What would have falsified it
+# Policies labelled at random, question by question: then there is nothing to route, and distances stay below these.
+
+# %%
+print(f"R itself: chosen {viz.show_interval(record.after.chosen)}, done {viz.show_interval(record.after.done)} nats")
+print(f"random labels, 95%: chosen {viz.show(record.null.chosen)}, done {viz.show(record.null.done)} nats")
+for reason in record.missing:
+    print("not measured:", reason)
+
+# %% [markdown]
+# ## The record, and its figures
+
+# %%
+print("record:", record.save(arguments.out / "graft.json"))
+figures = {
+    "components": viz.components({"": record}),
+    "plane": viz.plane(record),
+    **({"factorial": viz.factorial(record)} if record.factorial else {}),
+    **({"placed": viz.placed(record)} if record.placed else {}),
+}
+for name, figure in figures.items():
+    file = arguments.out / f"{name}.html"
+    figure.write_html(file, include_plotlyjs="directory", config={"displayModeBar": False})
+    print(f"figure: {file}")

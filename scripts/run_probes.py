@@ -1,0 +1,225 @@
+# %% [markdown]
+# # What can be read in *my* pair, and what is used?
+#
+# Linear probes at every site of S and R, the cue erased where it is used and where it is not, the subspaces that carry
+# cue and selector, and what RL added beside what a hint adds: in cells. Run it whole with
+# `python scripts/run_probes.py --before S --after R --suite suite.yaml --trained-cue A`; without arguments it looks at
+# the reference organism. With `--run RUN` it asks, at the end, every question of `probes/` of a finished run. A minute
+# or two on one core.
+
+# %%
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from mixturelens import viz
+from mixturelens.behaviour.harm import find_harm, gained_and_lost
+from mixturelens.behaviour.record import behaviour_record
+from mixturelens.checkpoints import quiet_libraries
+from mixturelens.contrasts import cue_contrasts, hint_contrasts
+from mixturelens.hooks.lens import load_lens
+from mixturelens.patching.sweep import find_reader
+from mixturelens.probing.erase import erase_sites, erasure, reading_site
+from mixturelens.probing.pair import READABLE, least_used
+from mixturelens.probing.readouts import readouts, untrained_lens
+from mixturelens.probing.record import Erasure, ProbingRecord, Subspace
+from mixturelens.probing.shift import shifts
+from mixturelens.probing.subspace import find_subspace
+from mixturelens.records import provenance
+from mixturelens.suite import load_suite
+from mixturelens.types import InputError
+from probes.contract import all_probes
+
+RUN = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
+
+parser = argparse.ArgumentParser(description="What can be read in my pair, and what is used?")
+parser.add_argument("--before", type=Path, default=RUN / "checkpoints" / "sft", help="S")
+parser.add_argument("--after", type=Path, default=RUN / "checkpoints" / "rl-A", help="R")
+parser.add_argument("--suite", type=Path, default=RUN / "suite.yaml")
+parser.add_argument("--trained-cue", help="the cue that RL trained on; default: what the suite says, else its first")
+parser.add_argument("--run", type=Path, help="a finished run: ask it every question of probes/")
+parser.add_argument("--out", type=Path, default=Path("artifacts") / "probing", help="folder for record and figures")
+parser.add_argument("--device", default="cpu")
+parser.add_argument("--seed", type=int, default=0)
+arguments = parser.parse_args()
+quiet_libraries()
+
+# %% [markdown]
+# ## What RL did, which says what to ask
+# The policy that gained and the one that lost, the cue that was harmed, and the policy that R follows everywhere.
+
+# %%
+suite = load_suite(arguments.suite)
+trained_cue = arguments.trained_cue or suite.trained_cue or suite.cues[0]
+suite = suite.model_copy(update={"trained_cue": trained_cue})
+behaviour = behaviour_record(arguments.before, arguments.after, suite, device=arguments.device, seed=arguments.seed)
+policies = gained_and_lost(behaviour)
+harm = find_harm(behaviour)
+print(f"gained: {policies[0]}, lost: {policies[1]}; trained on {harm.trained_cue}, harmed {harm.harmed_cue}")
+
+# %% [markdown]
+# ## Linear probes at every site
+# One probe for each target, layer, component, head and position, fitted on one half of the questions and scored on the
+# other. What a score means is said by the three beside it: `S on R` are S's probes on R as they are, `untrained` the
+# same on random weights (what the tokens alone give), `shuffled` what a probe makes of meaningless labels.
+
+# %%
+before, after = load_lens(arguments.before, arguments.device), load_lens(arguments.after, arguments.device)
+sites, labels, found, missing = readouts(
+    {"before": before, "after": after},
+    untrained_lens(arguments.before, arguments.seed, arguments.device),
+    suite,
+    behaviour,
+    policies=policies,
+    seed=arguments.seed,
+)
+print(f"{len(sites)} sites x {len(found)} targets; positions: {', '.join(labels) or 'named spans'}")
+print(f"{'target':10} {'best site in S':20} {'':8} {'S':24} {'R there':24} {'S on R':24} untrained shuffled chance")
+for readout in found:
+    at = readout.best
+    if at is None:
+        print(f"{readout.target:10} nowhere measured")
+        continue
+    three = " ".join(
+        f"{viz.show_interval(column.at(at)):24}" for column in (readout.before, readout.after, readout.carried)
+    )
+    floor = f"{viz.show(readout.untrained[at]):9} {viz.show(readout.shuffled_high):8} {viz.show(readout.chance)}"
+    print(f"{readout.target:10} {sites[at]!s:20} {readout.metric:8} {three} {floor}")
+for reason in missing:
+    print("not asked:", reason)
+
+# %% [markdown]
+# ## Reading is not use
+# The cue is erased (LEACE: the least change after which no linear probe reads it) at every site of R where it can be
+# read, with R's policy put in place. What is left of the difference between cues says whether anything hangs on it.
+# Erasers are fitted on half of the questions and judged on the other; random directions of equal rank are the null.
+
+# %%
+contrasts = cue_contrasts(suite, after.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+cue = next(readout for readout in found if readout.target == "cue")
+readable = [number for number, value in enumerate(cue.after.value) if value is not None and value >= READABLE]
+erased = erase_sites(
+    after, contrasts, [sites[n] for n in readable], [cue.after.at(n) for n in readable], arguments.seed
+)
+needed = sorted((each for each in erased if each.left.measured), key=lambda each: each.left.value or 0.0)
+print(f"the cue reads with at least {READABLE} at {len(readable)} of {len(sites)} sites")
+print(f"{'erased at':20} {'readable':26} {'left of what it does':26} random directions, median")
+for each in [*needed[:4], *needed[-4:]]:
+    print(
+        f"{each.site!s:20} {viz.show_interval(each.readable):26} {viz.show_interval(each.left):26} "
+        f"{viz.show(statistics.median(each.random) if each.random else None)}"
+    )
+
+# %% [markdown]
+# ## In behaviour: P(answer given policy), erased where the cue is used and where it is not
+# `used` is where the cue reader's heads take the cue from; `unused` the site that reads best among those whose erasure
+# changes nothing.
+
+
+# %%
+def in_behaviour(name: str, one: Erasure) -> None:
+    print(f"{name} at {one.site}: the cue reads with {viz.show_interval(one.readable)}")
+    for each, plain in one.plain.items():
+        print(f"  P(answer) under {each}: {viz.show_interval(plain)}, erased {viz.show_interval(one.erased[each])}")
+    null = f"random directions {viz.show(min(one.random))} to {viz.show(max(one.random))}"
+    print(f"  left of the difference: {viz.show_interval(one.left)}; {null}")
+
+
+reader = find_reader(after, contrasts, "policy", arguments.seed)
+print("cue reader:", " + ".join(map(str, reader.heads)))
+used = erasure(after, suite, contrasts, reading_site(after, reader.heads, contrasts), seed=arguments.seed)
+in_behaviour("used", used)
+candidate = least_used(erased)
+unused = erasure(after, suite, contrasts, candidate.site, candidate.readable, arguments.seed) if candidate else None
+if unused is not None:
+    in_behaviour("unused", unused)
+else:
+    print("no site where the cue reads is surely unused")
+
+# %% [markdown]
+# ## The subspaces that carry cue and selector
+# A few directions, learnt on S, such that a prompt that is given another prompt's coordinates does what the other's cue
+# (or hint) asks for. Tested in R as they are, beside random subspaces and those learnt on shuffled labels.
+
+
+# %%
+def carried(subspace: Subspace) -> None:
+    print(f"{subspace.concept}: {subspace.dimensions} direction(s) at {subspace.site}")
+    for side, accuracy in subspace.accuracy.items():
+        print(
+            f"  interchange accuracy {side}: {viz.show_interval(accuracy)}; random at most "
+            f"{viz.show(max(subspace.random[side]))}, shuffled at most {viz.show(max(subspace.shuffled[side]))}"
+        )
+
+
+subspaces = [find_subspace(before, after, contrasts, "cue", arguments.seed)]
+if suite.hinted:
+    hint = hint_contrasts(suite, before.tokenizer, harm.trained_cue, *policies)
+    subspaces.append(find_subspace(before, after, hint, "selector", arguments.seed))
+for subspace in subspaces:
+    carried(subspace)
+
+# %% [markdown]
+# ## Does RL make neutral prompts look, inside, like hinted ones?
+# The mean of what R adds to S's activations on neutral prompts, beside the direction in which a hint for R's policy
+# differs from one for the other. The null: differences between random halves of the same prompts.
+
+# %%
+moved = shifts(before, after, suite, policies, trained_cue, arguments.seed) if suite.hinted else ()
+for each in sorted(moved, key=lambda shift: -(shift.cosine.value or 0.0))[:6]:
+    print(f"{each.site!s:20} cosine {viz.show_interval(each.cosine):24} null {viz.show(each.null)}", end="  ")
+    print(f"length along it, of the hint's own: {viz.show_interval(each.along)}")
+
+# %% [markdown]
+# ## One record, and its figures
+
+# %%
+record = ProbingRecord(
+    provenance=provenance(before=arguments.before, after=arguments.after, seed=arguments.seed, device=arguments.device),
+    trained_cue=trained_cue,
+    policies=policies,
+    sites=sites,
+    labels=labels,
+    readouts=found,
+    erased=erased,
+    used=used,
+    unused=unused,
+    subspaces=tuple(subspaces),
+    shifts=moved,
+    missing=missing,
+)
+print("record:", record.save(arguments.out / "probing.json"))
+figures = {
+    "readable": viz.readable(record),
+    "cue": viz.readability(record, "cue"),
+    "erasure": viz.erasure(record, suite.cues),
+    "subspaces": viz.subspaces(record),
+    **({"shifts": viz.shifts(record)} if moved else {}),
+}
+for name, figure in figures.items():
+    file = arguments.out / f"{name}.html"
+    figure.write_html(file, include_plotlyjs="directory", config={"displayModeBar": False})
+    print(f"figure: {file}")
+
+# %% [markdown]
+# ## Every question of `probes/`
+# Each says beforehand what it foretells, and at which threshold it would be wrong. A refuted prediction is a result.
+
+
+# %%
+def ask_all(run: Path, names: Sequence[str] = ()) -> None:
+    for name, probe in all_probes().items():
+        if names and name not in names:
+            continue
+        try:
+            answer = probe.run(run, arguments.seed)
+        except InputError as error:
+            print(f"{name}: cannot be asked here: {error}")
+            continue
+        word = {True: "holds", False: "refuted", None: "cannot say"}[answer.holds]
+        print(f"{name}: {word}\n  foretold: {answer.prediction}\n  found: {answer.finding}")
+
+
+if arguments.run is not None:
+    ask_all(arguments.run)
