@@ -142,16 +142,26 @@ def some(states: Iterable[bool | None]) -> bool | None:
 
 
 def more(value: Interval, other: Interval) -> bool | None:
-    """Whether one number lies above another; unknown where their intervals overlap."""
+    """Whether one number lies above another; unknown where their intervals overlap.
+
+    >>> more(Interval(value=0.5, low=0.4, high=0.6), Interval(value=0.2, low=0.1, high=0.3))
+    True
+    """
     if value.low is None or value.high is None or other.low is None or other.high is None:
         return None
     return True if value.low > other.high else False if value.high < other.low else None
 
 
 def show(value: Interval) -> str:
+    """A number with its interval, in three digits.
+
+    >>> show(Interval(value=-0.0001, low=-0.1, high=0.1)), show(Interval())
+    ('0.000 [-0.100, 0.100]', '-')
+    """
     if value.value is None:
         return "-"
-    return f"{value.value:.3f}" + ("" if value.low is None else f" [{value.low:.3f}, {value.high:.3f}]")
+    number, *ends = (f"{round(x, 3) + 0.0:.3f}" for x in (value.value, value.low, value.high) if x is not None)
+    return number + (f" [{', '.join(ends)}]" if ends else "")
 
 
 def main(probe: Probe) -> None:

@@ -99,7 +99,7 @@ record = graft_record(
     arguments.after,
     suite,
     behaviour,
-    save_to=None,
+    save_to=arguments.out / "rollback",
     device=arguments.device,
     seed=arguments.seed,
     say=lambda step: print("...", step),
@@ -176,13 +176,15 @@ for each in record.placed:
 
 # %% [markdown]
 # ## The rollback: R with S's selector
-# Scored against S under both cues. With `save_to=FOLDER`, `graft_record` writes it as a plain checkpoint.
+# Scored against S under both cues, on questions that did not choose what is put back: what suffices in S need not be
+# needed in R. It is a plain checkpoint, which `from_pretrained` loads.
 
 # %%
 if record.rollback is not None:
     print("put back:", " + ".join(record.rollback.components))
     for cue, accuracy in record.rollback.accuracy.items():
-        print(f"  cue {cue}:", *(f"{name} {viz.show_interval(value)}" for name, value in accuracy.items()))
+        print(f"  cue {cue}:", *(f"{name} {viz.show_interval(value)} " for name, value in accuracy.items()))
+    print("checkpoint:", arguments.out / "rollback")
 
 # %% [markdown]
 # ## What would have falsified it

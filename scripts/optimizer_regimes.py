@@ -50,9 +50,8 @@ def cell(epsilon: float, rate: float) -> VerdictRecord:
     )
     run = out / f"epsilon-{epsilon:g}--rate-{rate:g}"
     pipeline.start_run(base.model_copy(update={"rl": rl}), run)
-    for part in ("checkpoints/base", "checkpoints/sft"):
-        if not (run / part).exists():
-            shutil.copytree(origin / part, run / part)
+    if not (run / "checkpoints" / "sft").exists():
+        shutil.copytree(origin / "checkpoints" / "sft", run / "checkpoints" / "sft")
     (run / "trajectory").mkdir(exist_ok=True)
     shutil.copy(origin / "trajectory" / "sft.json", run / "trajectory")
     pipeline.train(pipeline.load_run(run), run)

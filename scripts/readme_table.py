@@ -1,8 +1,8 @@
 """Write the README's tables of seeds from records: `python scripts/readme_table.py`.
 
-What they are made of lies in artifacts/reference/seeds/<recipe>-<seed>/<pair>/: `verdict.json`, and `router.json`, the
-numbers of patching, circuit and repair that the second table shows. `--collect RUN ...` takes those of finished runs
-first.
+What they are made of lies in artifacts/reference/seeds/<recipe>-<seed>/<pair>/: `verdict.json`; `router.json`, the
+numbers of patching, circuit and repair that the second table shows; and `weights.json`, those of grafts, for the third.
+`--collect RUN ...` takes those of finished runs first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from mixturelens import pipeline
+from mixturelens.grafting.record import GraftRecord
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.routing.circuit import CircuitRecord
 from mixturelens.routing.repair import RepairRecord
@@ -33,6 +34,8 @@ def collect(run: Path) -> None:
         shutil.copy(pair.records / "verdict.json", target)
         if (pair.records / "repair.json").is_file():
             (target / "router.json").write_text(json.dumps(router(pair.records), indent=1) + "\n", encoding="utf-8")
+        if (pair.records / "graft.json").is_file():
+            (target / "weights.json").write_text(json.dumps(weights(pair.records), indent=1) + "\n", encoding="utf-8")
 
 
 def router(records: Path) -> dict[str, object]:
@@ -71,6 +74,62 @@ def router(records: Path) -> dict[str, object]:
     }
 
 
+def weights(records: Path) -> dict[str, object]:
+    """The numbers of one pair's grafts."""
+    graft = GraftRecord.load(records / "graft.json")
+    change = sum(graft.change[f"routing@{cue}"].value or 0.0 for cue in graft.cues) / len(graft.cues)
+    found: dict[str, object] = {
+        "change": change,
+        "attribution": {part.name: part.routing.value for part in graft.components},
+        "error": max(abs(line.sum - line.change) / max(abs(line.change), 0.05) for line in graft.path),
+        "suffices": {part.name: part.suffices.weight.model_dump() for part in graft.components},
+        "without": {part.name: part.without.weight.model_dump() for part in graft.components},
+    }
+    if graft.factorial is not None:
+        both = graft.factorial
+        found["selector"] = list(both.selector)
+        found["alone"] = both.selector_only.weight.model_dump()
+        found["rest"] = both.rest_only.weight.model_dump()
+        found["noise"] = max(abs(each.weight.value or 0.0) for each in both.noise)
+    if graft.rollback is not None:
+        found["needed"] = list(graft.rollback.components)
+        found["accuracy"] = {
+            cue: {side: value.value for side, value in sides.items()} for cue, sides in graft.rollback.accuracy.items()
+        }
+    return found
+
+
+def weights_table() -> str:
+    """One line a pair: which weights suffice for the new choice, which are needed, and what both verdicts say."""
+    lines = [
+        "| run | fewest parts of R that suffice in S | share of the choice | all other parts | random weights, most "
+        "| fewest parts needed in R | rolled back: accuracy by cue (S) | largest path attributions, of all nats "
+        "| mechanism (behaviour) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for file in sorted(SEEDS.glob("*/*/weights.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        verdict = VerdictRecord.load(file.with_name("verdict.json"))
+        parts = sorted(found["attribution"].items(), key=lambda item: -abs(item[1]))[:2]
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in parts)
+        cells = ["-"] * 6
+        if "selector" in found:
+            cells[:4] = [
+                " + ".join(found["selector"]),
+                bounds(found["alone"]),
+                bounds(found["rest"]),
+                f"{found['noise']:.3f}",
+            ]
+        if "needed" in found:
+            accuracy = [f"{cue} {of['rollback']:.2f} ({of['before']:.2f})" for cue, of in found["accuracy"].items()]
+            cells[4:] = [" + ".join(found["needed"]), ", ".join(accuracy)]
+        lines.append(
+            f"| {file.parts[-3]}, {file.parts[-2].removeprefix('sft--')} | {' | '.join(cells)} "
+            f"| {shown}, of {found['change']:.1f} | {verdict.mechanism.verdict} ({verdict.verdict}) |"
+        )
+    return "\n".join(lines)
+
+
 def router_table() -> str:
     """One line a pair: the cue reader, what patching and repairing it does, and how faithful its circuit is."""
     lines = [
@@ -92,7 +151,9 @@ def router_table() -> str:
     return "\n".join(lines)
 
 
-def bounds(value: dict[str, float]) -> str:
+def bounds(value: dict[str, float | None]) -> str:
+    if value["value"] is None:
+        return "-"
     return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
@@ -159,7 +220,7 @@ def main() -> None:
         collect(run)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, made in (("seeds", table()), ("router", router_table())):
+    for name, made in (("seeds", table()), ("router", router_table()), ("weights", weights_table())):
         begin, end = f"<!-- {name}: written by scripts/readme_table.py -->", f"<!-- /{name} -->"
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition(end)

@@ -148,6 +148,44 @@ def test_patch_and_repair_and_a_report_of_both(run: Run, tmp_path: Path, monkeyp
     assert "Repair of transfer" in page
 
 
+def test_graft_and_probe_and_what_the_verdict_makes_of_them(run: Run, tmp_path: Path) -> None:
+    from mixturelens.grafting.record import GraftRecord
+    from mixturelens.probing.record import ProbingRecord
+    from mixturelens.routing.verdict import VerdictRecord
+
+    out = tmp_path / "out"
+    records = out / "records" / "S--R-routing"
+    status, text, _ = run("verdict", *pair(out=out), "--json", "--quiet")
+    assert VerdictRecord.model_validate(json.loads(text)).mechanism.verdict is None
+    status, text, _ = run("graft", *pair(out=out), "--quiet")
+    assert status == 0
+    assert "the mechanism says routing (agrees)" in text
+    assert (out / "rollback" / "model.safetensors").is_file()
+    status, text, _ = run("probe", *pair(out=out), "--json", "--quiet")
+    assert status == 0
+    assert ProbingRecord.model_validate(json.loads(text)) == ProbingRecord.load(records / "probing.json")
+    # both are read, not made again
+    before = (out / "rollback" / "model.safetensors").stat().st_mtime_ns
+    status, text, _ = run("graft", *pair(out=out), "--json", "--quiet")
+    assert GraftRecord.model_validate(json.loads(text)) == GraftRecord.load(records / "graft.json")
+    assert (out / "rollback" / "model.safetensors").stat().st_mtime_ns == before
+    status, text, _ = run("probe", *pair(out=out), "--quiet")
+    assert "interchange accuracy" in text
+    status, text, _ = run("report", *pair(out=out), "--quiet")
+    page = Path(text.strip()).read_text(encoding="utf-8")
+    assert "What can be read" in page
+    assert "Which weights" in page
+    found = VerdictRecord.load(records / "verdict.json").mechanism
+    assert found.verdict == "routing"
+    assert found.agrees
+    assert {line.source for line in found.evidence.values()} >= {"grafts", "patching"}
+
+
+def test_grafts_need_a_pair(run: Run) -> None:
+    for command in ("probe", "graft"):
+        refused(run(command, "--before", PAIRS / "llama" / "S", "--suite", PAIRS / "llama", "--quiet"), "--after")
+
+
 @pytest.mark.parametrize("command", ["patch", "repair"])
 def test_patching_needs_a_pair_and_its_trained_cue(run: Run, copied: Path, command: str) -> None:
     refused(run(command, "--before", PAIRS / "llama" / "S", "--suite", PAIRS / "llama", "--quiet"), "--after")

@@ -10,8 +10,10 @@ import torch
 from mixturelens import pipeline
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.checkpoints import load_model, load_tokenizer
+from mixturelens.grafting.record import GraftRecord
 from mixturelens.organism import build_suite, load_spec, sft_examples
 from mixturelens.patching.record import PatchingRecord
+from mixturelens.probing.record import ProbingRecord
 from mixturelens.routing.circuit import CircuitRecord
 from mixturelens.routing.repair import RepairRecord
 from mixturelens.routing.verdict import VerdictRecord, judge
@@ -62,9 +64,18 @@ def test_sft_made_the_mixture_of_the_spec() -> None:
         assert abs(cell.accuracy_change.value or 0) <= 0.02
 
 
-def test_the_verdict_follows_from_the_behaviour_record(verdict: tuple[str, str, VerdictRecord]) -> None:
+def test_the_verdict_follows_from_the_records(verdict: tuple[str, str, VerdictRecord]) -> None:
     trained, _, record = verdict
-    assert judge(BehaviourRecord.load(REFERENCE / "records" / f"sft--rl-{trained}" / "behaviour.json")) == record
+    records = REFERENCE / "records" / f"sft--rl-{trained}"
+    evidence = {
+        "graft": GraftRecord.load(records / "graft.json"),
+        "patching": PatchingRecord.load(records / "patching.json"),
+        "probing": ProbingRecord.load(records / "probing.json"),
+    }
+    assert judge(BehaviourRecord.load(records / "behaviour.json"), **evidence) == record
+    assert record.mechanism.verdict == "routing"
+    assert record.mechanism.agrees
+    assert record.controls.shuffled_mechanism == "neither"
 
 
 def test_the_records_are_about_these_weights(verdict: tuple[str, str, VerdictRecord]) -> None:
@@ -135,6 +146,32 @@ def test_one_place_brings_the_other_tag_back(trained: str, other: str) -> None:
     assert [reader.first for reader in readers] == [True] * 4
     for circuit in CircuitRecord.load(records / "circuit.json").circuits:
         assert (circuit.faithfulness.cpr.low or 0) > (circuit.faithfulness.random_cpr.high or 1)
+
+
+@pytest.mark.parametrize(("trained", "other"), PAIRS)
+def test_what_probes_and_grafts_found(trained: str, other: str) -> None:
+    records = REFERENCE / "records" / f"sft--rl-{trained}"
+    probed, grafted = ProbingRecord.load(records / "probing.json"), GraftRecord.load(records / "graft.json")
+    assert probed.used is not None
+    assert probed.used.left.below(0.1)
+    assert min(probed.used.random) > 0.9
+    assert probed.unused is not None
+    assert probed.unused.left.above(0.9)
+    assert [each.concept for each in probed.subspaces] == ["cue", "selector"]
+    for each in probed.subspaces:
+        assert all((margin.low or 0.0) > 0 for margin in each.margin.values())
+    assert {part.name for part in grafted.parts if not part.change} == {"embed", "final_norm", "unembed"} | {
+        f"L{layer}.norms" for layer in range(3)
+    }
+    for line in grafted.path:
+        assert abs(line.sum - line.change) <= 0.01 * max(abs(line.change), 0.05)
+    assert grafted.factorial is not None
+    assert grafted.factorial.enough
+    assert grafted.factorial.selector_only.weight.above(0.8)
+    assert grafted.rollback is not None
+    for cue in (trained, other):
+        accuracy = grafted.rollback.accuracy[cue]
+        assert abs((accuracy["rollback"].value or 0) - (accuracy["before"].value or 0)) <= 0.1
 
 
 def test_a_repair_without_a_checkpoint_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

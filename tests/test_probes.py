@@ -7,12 +7,16 @@ import functools
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mixturelens.types import InputError
-from probes.contract import Probe, ProbeRecord, all_probes, every
+from mixturelens import pipeline
+from mixturelens.grafting.record import Effects, GraftRecord
+from mixturelens.probing.record import Column, ProbingRecord
+from mixturelens.types import InputError, Interval
+from probes.contract import Answer, Probe, ProbeRecord, all_probes, every, more, over, places, some, under
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "artifacts" / "reference"
@@ -31,6 +35,7 @@ def test_names_are_those_of_the_files():
     files = {file.stem for file in (ROOT / "probes").glob("*.py")} - {"__init__", "contract"}
     assert set(PROBES) == files
     assert len({probe.HYPOTHESIS for probe in PROBES.values()}) == len(PROBES)
+    assert len(PROBES) >= 8
 
 
 @each
@@ -112,6 +117,252 @@ def test_bad_input_is_one_line(tmp_path: Path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+# --- what is read off records -----------------------------------------------------------------------------------------
+
+PAIR = pipeline.run_pairs(REFERENCE)[0]
+
+
+def sure(value: float) -> Interval:
+    return Interval(value=value, low=value - 0.01, high=value + 0.01)
+
+
+@pytest.fixture
+def answer_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """(name of a probe, what to change in the record of the first pair of the reference) -> its answer."""
+
+    def answer(name: str, **changes: object) -> Answer:
+        for what in ("probe", "graft"):
+            record = getattr(pipeline, what)(PAIR)
+            known = {key: value for key, value in changes.items() if key in type(record).model_fields}
+            changed = record.model_copy(update=known)
+            monkeypatch.setattr(pipeline, what, lambda _, changed=changed: changed)
+        monkeypatch.setattr(pipeline, "run_pairs", lambda _: [PAIR])
+        return PROBES[name].run(REFERENCE).answers[PAIR.name]
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def probing() -> ProbingRecord:
+    return pipeline.probe(PAIR)
+
+
+@pytest.fixture(scope="module")
+def graft() -> GraftRecord:
+    return pipeline.graft(PAIR)
+
+
+def test_a_wrong_prediction_is_a_result_and_no_error(tmp_path: Path):
+    """The unembedding of the reference is frozen in RL, so that it cannot carry anything."""
+    out = tmp_path / "record.json"
+    command = [sys.executable, "-m", "probes.the_unembedding_chooses", str(REFERENCE), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "holds: no. In sft--rl-A the unembedding alone carries 0.000" in done.stdout
+    record = ProbeRecord.load(out)
+    assert record.holds is False
+    for answer in record.answers.values():
+        assert answer.outcome["carried by the unembedding"] == Interval(value=0.0, low=0.0, high=0.0)
+        assert answer.control["attributed to the largest other component"].above(0.1)
+
+
+def test_the_tag_is_used_at_the_tag_and_left_unused_elsewhere():
+    for answer in first("the_tag_is_readable_where_nothing_uses_it")[0].answers.values():
+        assert answer.holds is True
+        assert answer.sites[1] == "L0.resid_pre@cue"
+        assert answer.sites[0] != answer.sites[1]
+
+
+def test_the_choice_is_noise_and_the_hint_is_not():
+    for answer in first("the_choice_cannot_be_read_before_it_is_made")[0].answers.values():
+        assert answer.holds is True
+        assert len(answer.sites) == 3
+
+
+def test_the_subspace_of_the_tag_goes_on_working():
+    for answer in first("the_reader_survives_rl")[0].answers.values():
+        assert answer.holds is True
+        assert answer.outcome["interchange accuracy in R"].above(0.99)
+
+
+def test_no_component_alone_is_enough_on_the_reference():
+    """Redundant, but less than foretold: the strongest component carries most of the change, and not 0.9 of it."""
+    for answer in first("one_component_suffices_and_none_is_needed")[0].answers.values():
+        assert answer.holds is False
+        assert answer.outcome["carried by the best component alone"].above(0.7)
+        assert answer.outcome["left without the one that is missed most"].above(0.9)
+
+
+UNKNOWN = {
+    "the_tag_is_readable_where_nothing_uses_it": {"used": None, "unused": None, "erased": ()},
+    "the_reader_survives_rl": {"subspaces": ()},
+    "one_component_suffices_and_none_is_needed": {"components": (), "factorial": None},
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_was_not_measured_is_unknown(name: str, answer_of: Callable[..., Answer]):
+    found = answer_of(name, **UNKNOWN[name])
+    assert found.holds is None
+    assert not any(value.measured for value in (*found.outcome.values(), *found.control.values()))
+
+
+def test_unchanged_routing_has_no_share(graft: GraftRecord, answer_of: Callable[..., Answer]):
+    nothing = graft.after.model_copy(update={"routing": Interval()})
+    found = answer_of("the_unembedding_chooses", after=nothing, components=())
+    assert found.holds is None
+    assert not any(value.measured for value in found.outcome.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("the_choice_cannot_be_read_before_it_is_made", {"readouts": ()}),
+        ("rl_makes_neutral_prompts_look_hinted", {"shifts": ()}),
+    ],
+)
+def test_a_suite_without_hints_is_refused(name: str, changes: dict, answer_of: Callable[..., Answer]):
+    with pytest.raises(InputError, match="sft--rl-A: no "):
+        answer_of(name, **changes)
+
+
+def test_a_tag_that_is_used_wherever_it_is_read_refutes(probing: ProbingRecord, answer_of: Callable[..., Answer]):
+    name = "the_tag_is_readable_where_nothing_uses_it"
+    used = tuple(each.model_copy(update={"left": sure(0.2)}) for each in probing.erased)
+    assert answer_of(name, unused=None, erased=used).holds is False
+    crossing = tuple(
+        each.model_copy(update={"left": Interval(value=0.9, low=0.8, high=1.0)}) for each in probing.erased
+    )
+    assert answer_of(name, unused=None, erased=crossing).holds is None
+
+
+def test_random_erasures_that_harm_refute(probing: ProbingRecord, answer_of: Callable[..., Answer]):
+    assert probing.used is not None
+    harmful = probing.used.model_copy(update={"random": (0.3, 0.4, 0.95)})
+    found = answer_of("the_tag_is_readable_where_nothing_uses_it", used=harmful)
+    assert found.holds is False
+    assert found.control["left by a random erasure where it is used"] == Interval(value=0.4)
+
+
+def test_a_readable_choice_refutes(probing: ProbingRecord, answer_of: Callable[..., Answer]):
+    def read(score: float) -> Column:
+        number = len(probing.sites)
+        return Column(value=(score,) * number, low=(score - 0.01,) * number, high=(score + 0.01,) * number)
+
+    def readouts(**scores: float):
+        return tuple(
+            each.model_copy(update={"before": read(scores[each.target])} if each.target in scores else {})
+            for each in probing.readouts
+        )
+
+    name = "the_choice_cannot_be_read_before_it_is_made"
+    assert answer_of(name, readouts=readouts(policy=0.8)).holds is False
+    assert answer_of(name, readouts=readouts(policy=0.5)).holds is False  # the control: not even at its announcement
+    assert answer_of(name, readouts=readouts(hint=0.7)).holds is False
+
+
+@pytest.mark.parametrize(
+    ("last", "question", "holds"), [(0.8, 0.3, True), (0.8, 0.9, False), (0.3, 0.1, False), (0.5, 0.1, None)]
+)
+def test_a_shift_is_held_against_the_question(
+    last: float, question: float, holds: bool | None, probing: ProbingRecord, answer_of: Callable[..., Answer]
+):
+    at = places(PAIR)["last"]
+    planted = tuple(
+        each.model_copy(update={"cosine": sure(last if each.site.position in at else question), "null": 0.2})
+        for each in probing.shifts
+    )
+    assert answer_of("rl_makes_neutral_prompts_look_hinted", shifts=planted).holds is holds
+
+
+@pytest.mark.parametrize(
+    ("alone", "without", "noise", "holds"),
+    [
+        (0.95, 0.97, 0.02, True),
+        (0.95, 0.5, 0.02, False),
+        (0.5, 0.97, 0.02, False),
+        (0.95, 0.97, -0.3, False),
+        (0.9, 0.97, 0.02, None),
+    ],
+)
+def test_one_component_and_its_nulls(
+    alone: float,
+    without: float,
+    noise: float,
+    holds: bool | None,
+    graft: GraftRecord,
+    answer_of: Callable[..., Answer],
+):
+    def share(effects: Effects, value: float) -> Effects:
+        return effects.model_copy(update={"weight": sure(value)})
+
+    components = tuple(
+        each.model_copy(
+            update={
+                "suffices": share(each.suffices, alone if number == 0 else 0.1),
+                "without": share(each.without, without if number == 1 else 0.99),
+            }
+        )
+        for number, each in enumerate(graft.components)
+    )
+    assert graft.factorial is not None
+    factorial = graft.factorial.model_copy(
+        update={
+            "selector": (components[0].name,),
+            "selector_only": share(graft.factorial.selector_only, alone),
+            "noise": tuple(share(each, noise if k == 2 else 0.0) for k, each in enumerate(graft.factorial.noise)),
+        }
+    )
+    found = answer_of("one_component_suffices_and_none_is_needed", components=components, factorial=factorial)
+    assert found.holds is holds
+    assert found.sites == (components[0].name, components[1].name)
+
+
+def test_an_unembedding_that_chooses(graft: GraftRecord, answer_of: Callable[..., Answer]):
+    """As where RL moves it alone: it carries all, and the rest of what changed nothing."""
+    change = [path.change for path in graft.path if path.metric.startswith("routing@")]
+    mean = sum(change) / len(change)
+    one, other = graft.components[:2]
+    whole = one.suffices.model_copy(update={"routing": sure(0.99)})
+    parts = (
+        other.model_copy(update={"routing": sure(0.0)}),
+        one.model_copy(update={"name": "unembed", "suffices": whole, "routing": sure(mean)}),
+    )
+    found = answer_of("the_unembedding_chooses", components=parts)
+    assert found.holds is True
+    assert found.outcome["attributed to the unembedding"].value == pytest.approx(1.0)
+    assert found.sites == ("unembed", other.name)
+
+
+# --- words of the contract --------------------------------------------------------------------------------------------
+
+
+def test_places_are_tokens_and_spans():
+    found = places(PAIR)
+    assert found["cue"] == ("cue", 0)
+    assert found["last"] == ("last", 7)
+    assert found["question"] == ("question", 2, 3, 4, 5, 6)
+
+
+def test_places_through_a_chat_template(pairs: Path):
+    folder = pairs / "chat"
+    after = next(path for path in sorted(folder.iterdir()) if path.is_dir() and path.name != "S")
+    found = places(pipeline.outside_pair(folder / "S", after, folder / "suite.yaml"))
+    name, last = found["last"]
+    assert name == "last"
+    assert isinstance(last, int)
+    assert all(isinstance(at, str) or at <= last for tokens in found.values() for at in tokens)
+
+
+def test_states():
+    assert (every([]), some([])) == (True, False)
+    assert some([None, True]) is True
+    assert some([None, False]) is None
+    assert (over(sure(0.5), 0.4), under(sure(0.5), 0.4), over(sure(0.4), 0.4)) == (True, False, None)
+    assert (more(sure(0.5), sure(0.4)), more(sure(0.4), sure(0.5)), more(sure(0.4), sure(0.41))) == (True, False, None)
+    assert more(Interval(), sure(0.5)) is None
 
 
 def test_the_package_never_imports_a_probe():

@@ -104,7 +104,7 @@ def graft_record(
     else:
         missing.append("specialist part: what policies do does not surely differ")
     say("grafts at some positions")
-    at = placed(s, r, cells, policies) if changed else {}
+    at = placed(s, r, cells) if changed else {}
     rollback = None
     if factorial is not None:
         say("rollback")

@@ -25,19 +25,17 @@ RESERVED = (PROMPT, POLICY, ANSWER, LAST, REST)
 """Spans of these names are not taken: they mean something else here."""
 
 
-def placed(
-    before_model: nn.Module, after_model: nn.Module, cells: Cells, policies: tuple[str, str]
-) -> dict[tuple[str, ...], Readings]:
+def placed(before_model: nn.Module, after_model: nn.Module, cells: Cells) -> dict[tuple[str, ...], Readings]:
     """What S does with R's weights at tokens of the given positions alone.
 
     Positions are every span of the prompts (`cue`, `hint`, `question`, ...), REST, LAST, POLICY and ANSWER, one by one;
     then every span with LAST (which reads what R writes there), all of the prompt, all behind it, and everything
     (which is R). Positions that no sequence has are left out. The routing is read off the prompt's last token and the
-    announcement (but for its last token), and what a policy does off the announcement's last token and what follows;
-    `policies`, the (p, o) of the metrics, change nothing here. Both models are plain Hugging Face models, left as they
+    announcement (but for its last token), and what a policy does off the announcement's last token and what follows.
+    Both models are plain Hugging Face models, left as they
     are. Raises InputError for a pair of different parameters, or if a changed parameter belongs to no leaf module.
 
-    Example: `placed(s, r, cells, ("a", "b"))[("last",)].log_c`.
+    Example: `placed(s, r, cells)[("last",)].log_c`.
     """
     found = masks(cells)
     sets = [(name,) for name in found if name != PROMPT]

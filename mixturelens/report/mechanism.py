@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mixturelens import viz
-from mixturelens.report.parts import Control, Picture, Pictures, number
+from mixturelens.report.parts import Control, Group, Picture, Pictures, number
 from mixturelens.viz import DASH, show, show_interval
 
 if TYPE_CHECKING:
@@ -25,15 +25,6 @@ _MAPS: tuple[tuple[Component, str], ...] = (
     ("z", "What single heads write: who carries it from token to token."),
     ("mlp_out", "What single MLPs write: where it is worked on."),
 )
-
-
-class _Group(NamedTuple):
-    """Figures under a heading, with what a newcomer needs to read them, and what would speak against them."""
-
-    title: str
-    text: str
-    falsify: str
-    pictures: list[Picture]
 
 
 class _Reader(NamedTuple):
@@ -58,7 +49,7 @@ class Where(NamedTuple):
     """Where the router of a pair is."""
 
     name: str
-    groups: list[_Group]
+    groups: list[Group]
     readers: list[_Reader]
     overlaps: list[_Alike]
 
@@ -147,7 +138,7 @@ _FALSIFY: Mapping[Kind, str] = {
 }
 
 
-def _maps(record: PatchingRecord, kind: Kind, pictures: Pictures) -> _Group:
+def _maps(record: PatchingRecord, kind: Kind, pictures: Pictures) -> Group:
     sites = [effect.site for sweep in record.sweeps if sweep.kind == kind for effect in sweep.effects]
     placed = {site.component for site in sites if site.position is not None}
     differ = f" Outlined: S and R differ by at least {viz.WORTH:g}, and their intervals do not meet."
@@ -172,14 +163,14 @@ def _maps(record: PatchingRecord, kind: Kind, pictures: Pictures) -> _Group:
             for sweep in record.sweeps
             if sweep.kind == kind and sweep.direction == "denoise"
         ]
-    return _Group(_TITLES[kind], _TEXTS[kind], _FALSIFY[kind], found)
+    return Group(_TITLES[kind], _TEXTS[kind], _FALSIFY[kind], found)
 
 
-def _attention(record: PatchingRecord, cues: Sequence[str], pictures: Pictures) -> _Group:
+def _attention(record: PatchingRecord, cues: Sequence[str], pictures: Pictures) -> Group:
     picture = pictures.add(
         viz.attention(record, cues), "Mean attention over questions; each cue adds up to 1.", whiskers=False
     )
-    return _Group(
+    return Group(
         "What the reader heads look at",
         "A head can read the cue in two ways: look at another token under another cue, or look at the same token and "
         "find something else there. Bars of two colours that differ show the first.",
@@ -189,7 +180,7 @@ def _attention(record: PatchingRecord, cues: Sequence[str], pictures: Pictures) 
     )
 
 
-def _circuits(circuits: Sequence[RoutingCircuit], pictures: Pictures) -> _Group:
+def _circuits(circuits: Sequence[RoutingCircuit], pictures: Pictures) -> Group:
     kinds = list(dict.fromkeys(of.kind for of in circuits))
     found = [
         pictures.add(
@@ -210,7 +201,7 @@ def _circuits(circuits: Sequence[RoutingCircuit], pictures: Pictures) -> _Group:
             whiskers=False,
         )
     )
-    return _Group(
+    return Group(
         "The routing circuit",
         "The network as a graph: every node adds to one stream, and every later node reads the sum. Drawn are the "
         "connections that carry the contrast.",

@@ -14,6 +14,7 @@ from mixturelens.viz.style import (
     SIDES,
     SYMBOLS,
     cue_colour,
+    jitter,
     label,
     new_figure,
     number,
@@ -28,13 +29,6 @@ if TYPE_CHECKING:
 
 _CONCEPTS = {"cue": "cue", "selector": "selector (hint)"}
 _KINDS = (("residual stream", "#5B7A99", "circle"), ("heads", "#8A5FBF", "square"), ("MLPs", INK, "triangle-up"))
-_GOLDEN = 0.618
-"""Multiples of it, less their whole part, are spread evenly: jitter that is the same every time."""
-
-
-def jitter(index: int) -> float:
-    """Evenly spread over -0.5 to 0.5, the same every time."""
-    return index * _GOLDEN % 1 - 0.5
 
 
 def erasure(record: ProbingRecord, cues: Sequence[str]) -> Figure:

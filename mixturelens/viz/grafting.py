@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mixturelens.types import NOT_MEASURED, Interval
-from mixturelens.viz.erasure import jitter, remaining
+from mixturelens.viz.erasure import remaining
 from mixturelens.viz.style import (
     GREY,
     INK,
     ROUTER,
     SPECIALIST,
+    jitter,
     label,
     number,
     style,

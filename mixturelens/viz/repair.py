@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mixturelens.types import Interval
-from mixturelens.viz.style import DASH, GREY, INK, SYMBOLS, cue_colour, label, new_figure, number
+from mixturelens.viz.style import DASH, GREY, INK, SYMBOLS, cue_colour, jitter, label, new_figure, number
 from mixturelens.viz.trajectories import whiskers
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from mixturelens.routing.repair import Random, RepairRecord
-
-_GOLDEN = 0.618
-"""Multiples of it, less their whole part, are spread evenly: jitter that is the same every time."""
 
 
 def repairs(record: RepairRecord) -> Figure:
@@ -67,7 +64,7 @@ def repair_nulls(record: RepairRecord) -> Figure:
     points = [(y, i, repair) for y, repair in enumerate(record.repairs) for i in range(len(repair.random.harmed))]
     figure.add_scatter(
         x=[repair.random.harmed[i] for _, i, repair in points],
-        y=[y + 0.56 * (i * _GOLDEN % 1 - 0.5) for y, i, _ in points],
+        y=[y + 0.56 * jitter(i) for y, i, _ in points],
         mode="markers",
         marker={"color": GREY, "size": 7, "opacity": 0.7},
         name="at random places",

@@ -168,3 +168,12 @@ def plotly_script() -> str:
     from plotly.offline import get_plotlyjs
 
     return get_plotlyjs()
+
+
+_GOLDEN = 0.618
+"""Multiples of it, less their whole part, are spread evenly: jitter that is the same every time."""
+
+
+def jitter(index: int) -> float:
+    """Evenly spread over -0.5 to 0.5, the same every time."""
+    return index * _GOLDEN % 1 - 0.5

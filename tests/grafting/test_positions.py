@@ -61,7 +61,7 @@ def test_every_token_is_somewhere(load_pair: Any) -> None:
 def test_everywhere_is_after_and_nowhere_is_before(load_pair: Any, shape: str, after: str) -> None:
     pair = load_pair(shape, after)
     cells = cells_of(pair)
-    found = placed(pair.before, pair.after, cells, cells.policies[:2])
+    found = placed(pair.before, pair.after, cells)
     nowhere = read_placed(pair.before, pair.after, cells, np.zeros(cells.ids.shape, dtype=bool))
     with torch.no_grad():
         ends = read(pair.before, cells), read(pair.after, cells)
@@ -81,7 +81,7 @@ def test_handing_over_the_cache_is_the_same(load_pair: Any, shape: str, after: s
     """R's weights at the prompt alone are R on the prompt and S behind it, on the keys and values that R left."""
     pair = load_pair(shape, after)
     cells = cells_of(pair, 2)
-    found = placed(pair.before, pair.after, cells, cells.policies[:2])
+    found = placed(pair.before, pair.after, cells)
     sides = {("prompt",): (pair.after, pair.before), ("policy", "answer"): (pair.before, pair.after)}
     for names, (first, second) in sides.items():
         for row in range(len(cells)):
@@ -101,9 +101,9 @@ def test_handing_over_the_cache_is_the_same(load_pair: Any, shape: str, after: s
 def test_other_rows_do_not_matter(load_pair: Any) -> None:
     pair = load_pair("chat", "R")
     cells = cells_of(pair, 6)
-    together = placed(pair.before, pair.after, cells, cells.policies[:2])
+    together = placed(pair.before, pair.after, cells)
     for prompt in range(6):
-        alone = placed(pair.before, pair.after, cells.part([prompt]), cells.policies[:2])
+        alone = placed(pair.before, pair.after, cells.part([prompt]))
         assert alone.keys() == together.keys()
         for names, readings in alone.items():
             torch.testing.assert_close(readings.log_c[0], together[names].log_c[prompt], atol=1e-4, rtol=0)
@@ -142,10 +142,10 @@ def test_what_cannot_be_placed_is_refused(load_pair: Any, name: str, error: type
     with torch.no_grad():
         after.get_parameter(name).add_(1.0)
     with pytest.raises(error, match=says):
-        placed(before, after, cells_of(pair), ("a", "b"))
+        placed(before, after, cells_of(pair))
 
 
 def test_models_that_are_no_pair_are_refused(load_pair: Any) -> None:
     pair = load_pair("llama", "R-both")
     with pytest.raises(InputError, match="not a pair"):
-        placed(pair.before, load_pair("gpt2", "R-both").after, cells_of(pair), ("a", "b"))
+        placed(pair.before, load_pair("gpt2", "R-both").after, cells_of(pair))

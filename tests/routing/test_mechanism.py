@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mixturelens.behaviour.record import behaviour_record
+from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import Effects, Factorial, Graft, GraftRecord, Null
 from mixturelens.probing.record import Column, ProbingRecord, Readout, Shift
 from mixturelens.routing.mechanism import (
@@ -16,8 +20,11 @@ from mixturelens.routing.mechanism import (
     shuffled_verdict,
     told,
 )
+from mixturelens.routing.verdict import VerdictRecord, judge
+from mixturelens.suite import load_suite
 from mixturelens.types import NOT_MEASURED, Interval, Site
 
+PAIRS = Path(__file__).parents[1] / "pairs"
 NOTHING = Interval(value=0.0, low=0.0, high=0.0)
 
 
@@ -156,3 +163,35 @@ def test_told(effect: Interval, null: float, answer: bool | None) -> None:
 def test_record_round_trips() -> None:
     found = judge_mechanism(graft(about(0.25)))
     assert Mechanism.model_validate_json(found.model_dump_json()) == found
+
+
+KINDS = ["llama/R-routing", "qwen2/R-skill", "gpt2/R-both", "gpt_neox/R-conditioning", "gpt2/R-neither"]
+ALL = sorted(
+    f"{folder.parent.name}/{folder.name}" for folder in PAIRS.glob("*/R*") if (folder.parent / "truth.json").is_file()
+)
+
+
+def verdict_on(name: str) -> VerdictRecord:
+    shape, after = name.split("/")
+    suite = load_suite(PAIRS / shape)
+    behaviour = behaviour_record(PAIRS / shape / "S", PAIRS / shape / after, suite)
+    grafted = graft_record(PAIRS / shape / "S", PAIRS / shape / after, suite, behaviour)
+    return judge(behaviour, graft=grafted)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
+)
+def test_the_mechanism_knows_the_truth_and_agrees_with_behaviour(name: str) -> None:
+    shape, after = name.split("/")
+    found = verdict_on(name)
+    truth = json.loads((PAIRS / shape / "truth.json").read_text())[after]["verdict"]
+    assert found.mechanism.verdict == truth
+    assert found.mechanism.agrees is (found.verdict == truth)
+    assert found.controls.shuffled_mechanism == "neither"
+
+
+def test_the_same_checkpoint_twice_is_neither() -> None:
+    found = verdict_on("llama/S")
+    assert found.mechanism.verdict == "neither"
+    assert found.mechanism.agrees
