@@ -78,7 +78,11 @@ def weights(records: Path) -> dict[str, object]:
     """The numbers of one pair's grafts."""
     graft = GraftRecord.load(records / "graft.json")
     change = sum(graft.change[f"routing@{cue}"].value or 0.0 for cue in graft.cues) / len(graft.cues)
+    verdict = VerdictRecord.load(records / "verdict.json")
     found: dict[str, object] = {
+        "after": graft.provenance.after,
+        "verdict": verdict.verdict,
+        "mechanism": verdict.mechanism.verdict,
         "change": change,
         "attribution": {part.name: part.routing.value for part in graft.components},
         "error": max(abs(line.sum - line.change) / max(abs(line.change), 0.05) for line in graft.path),
@@ -109,7 +113,6 @@ def weights_table() -> str:
     ]
     for file in sorted(SEEDS.glob("*/*/weights.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
-        verdict = VerdictRecord.load(file.with_name("verdict.json"))
         parts = sorted(found["attribution"].items(), key=lambda item: -abs(item[1]))[:2]
         shown = ", ".join(f"{name} {value:.1f}" for name, value in parts)
         cells = ["-"] * 6
@@ -125,7 +128,7 @@ def weights_table() -> str:
             cells[4:] = [" + ".join(found["needed"]), ", ".join(accuracy)]
         lines.append(
             f"| {file.parts[-3]}, {file.parts[-2].removeprefix('sft--')} | {' | '.join(cells)} "
-            f"| {shown}, of {found['change']:.1f} | {verdict.mechanism.verdict} ({verdict.verdict}) |"
+            f"| {shown}, of {found['change']:.1f} | {found['mechanism']} ({found['verdict']}) |"
         )
     return "\n".join(lines)
 

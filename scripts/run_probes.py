@@ -23,7 +23,7 @@ from mixturelens.patching.sweep import find_reader
 from mixturelens.probing.erase import erase_sites, erasure, reading_site
 from mixturelens.probing.pair import READABLE, least_used
 from mixturelens.probing.readouts import readouts, untrained_lens
-from mixturelens.probing.record import Erasure, ProbingRecord, Subspace
+from mixturelens.probing.record import Erasure, ProbingRecord, Readout, Subspace
 from mixturelens.probing.shift import shifts
 from mixturelens.probing.subspace import find_subspace
 from mixturelens.records import provenance
@@ -76,16 +76,30 @@ sites, labels, found, missing = readouts(
 )
 print(f"{len(sites)} sites x {len(found)} targets; positions: {', '.join(labels) or 'named spans'}")
 print(f"{'target':10} {'best site in S':20} {'':8} {'S':24} {'R there':24} {'S on R':24} untrained shuffled chance")
+
+
+def line(readout: Readout, at: int) -> str:
+    columns = (readout.before, readout.after, readout.carried)
+    three = " ".join(f"{viz.show_interval(column.at(at)):24}" for column in columns)
+    floor = f"{viz.show(readout.untrained[at]):9} {viz.show(readout.shuffled_high):8} {viz.show(readout.chance)}"
+    return f"{readout.target:10} {sites[at]!s:20} {readout.metric:8} {three} {floor}"
+
+
+def learnt(readout: Readout) -> int | None:
+    """The site that reads best beyond what the tokens alone give."""
+    both = enumerate(zip(readout.before.value, readout.untrained, strict=True))
+    gains = {n: score - floor for n, (score, floor) in both if score is not None and floor is not None}
+    return max(gains, key=lambda n: gains[n], default=None)
+
+
 for readout in found:
     at = readout.best
-    if at is None:
-        print(f"{readout.target:10} nowhere measured")
-        continue
-    three = " ".join(
-        f"{viz.show_interval(column.at(at)):24}" for column in (readout.before, readout.after, readout.carried)
-    )
-    floor = f"{viz.show(readout.untrained[at]):9} {viz.show(readout.shuffled_high):8} {viz.show(readout.chance)}"
-    print(f"{readout.target:10} {sites[at]!s:20} {readout.metric:8} {three} {floor}")
+    print(line(readout, at) if at is not None else f"{readout.target:10} nowhere measured")
+print("where S reads most beyond the untrained network:")
+for readout in found:
+    at = learnt(readout)
+    if at is not None:
+        print(line(readout, at))
 for reason in missing:
     print("not asked:", reason)
 
