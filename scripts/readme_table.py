@@ -111,7 +111,8 @@ def weights_table() -> str:
         "| mechanism (behaviour) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for file in sorted(SEEDS.glob("*/*/weights.json")):
+    order = ("default", "phrase", "full", "adam")
+    for file in sorted(SEEDS.glob("*/*/weights.json"), key=lambda file: (order.index(file.parts[-3][:-2]), file)):
         found = json.loads(file.read_text(encoding="utf-8"))
         parts = sorted(found["attribution"].items(), key=lambda item: -abs(item[1]))[:2]
         shown = ", ".join(f"{name} {value:.1f}" for name, value in parts)

@@ -214,7 +214,7 @@ def test_factorial_shows_routing_specialists_and_noise():
     assert record.factorial is not None
     rows = list(figure.get_subplot(1, 1).yaxis.ticktext)
     assert rows[0] == "R's selector,<br>S's rest"
-    for j, field in enumerate(("routing", "chosen", "done"), start=1):
+    for j, field in enumerate(("weight", "chosen", "done"), start=1):
         grafts, noise = panel(figure, 1, j)[:2]
         assert list(grafts.x) == [
             getattr(each, field).value
@@ -229,7 +229,12 @@ def test_factorial_shows_routing_specialists_and_noise():
 
 def test_specialists_have_a_panel_where_they_changed():
     titles = [a.text for a in viz.factorial(make_graft(changed=True)).layout.annotations]
-    assert titles == ["<b>Routing</b>", "<b>Specialists</b>", "<b>Which policy</b>", "<b>What policies do</b>"]
+    assert titles == [
+        "<b>Weight</b> of the policy",
+        "<b>Specialists</b>",
+        "<b>Which policy</b>",
+        "<b>What policies do</b>",
+    ]
     with pytest.raises(ValueError, match="no factorial"):
         viz.factorial(make_graft(factorial=None))
 
@@ -238,7 +243,7 @@ def test_placed_draws_positions_and_their_unions():
     record = make_graft()
     figure = viz.placed(record)
     (routing,) = panel(figure, 1, 1)[:1]
-    assert list(routing.x) == [each.effects.routing.value for each in record.placed]
+    assert list(routing.x) == [each.effects.weight.value for each in record.placed]
     rows = list(figure.get_subplot(1, 1).yaxis.ticktext)
     assert rows[0] == "cue"
     assert rows[7] == "cue + hint + question +<br>rest + last"

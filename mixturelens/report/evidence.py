@@ -267,7 +267,7 @@ def _factorial(record: GraftRecord, pictures: Pictures) -> Group:
         viz.factorial(record),
         f"Selector: {', '.join(of.selector)}, the fewest parts that carry the change of the weight on one half of the "
         f"questions, judged here on the other ({of.questions} questions).{enough} From S: KL in nats, 0 as "
-        "1 nothing in common; dashed: what labels that mean nothing give.",
+        "S; dashed: what labels that mean nothing give.",
     )
     return Group(
         "Selector and rest, two by two",

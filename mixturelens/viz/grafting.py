@@ -360,13 +360,13 @@ def _joined(positions: Sequence[str]) -> str:
 
 
 def _effects(rows: Sequence[_Line], record: GraftRecord) -> Figure:
-    """A row a graft; panels: routing as a share of R's change, specialists where they changed, both in nats."""
+    """A row a graft; panels: shares of R's change of the policy's weight and of specialists, and both in nats."""
     from plotly.subplots import make_subplots
 
     every = [each for row in rows for each in (row.noise or (row.effects,))]
     shared = any(each.specialists.measured for each in every)
     panels: list[tuple[str, str, str, float | None, str]] = [
-        ("routing", "<b>Routing</b>", "share of R's change", None, ROUTER),
+        ("weight", "<b>Weight</b> of the policy", "share of R's change", None, ROUTER),
         ("chosen", "<b>Which policy</b>", "nats from S", record.null.chosen, ROUTER),
         ("done", "<b>What policies do</b>", "nats from S", record.null.done, SPECIALIST),
     ]
