@@ -224,7 +224,7 @@ def graft(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say which components of R carry the change of routing and of specialists, and write S's selector back into R."""
+    """Say which components of R carry the change, of routing and of specialists, and roll R back without them."""
     from mixturelens import pipeline
 
     pairs = _pairs(run, before, after, suite, trained_cue, out)
@@ -475,13 +475,14 @@ def _print_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
                 ("both", record.factorial.both),
             ):
                 rows.append(
-                    (pair.name, what, _interval(effects.routing), _interval(effects.chosen), _interval(effects.done))
+                    (pair.name, what, _interval(effects.weight), _interval(effects.chosen), _interval(effects.done))
                 )
-    header = ("pair", "R's weights in S", "share of routing", "distance of the choice", "of what policies do")
+    header = ("pair", "R's weights in S", "share of the weight", "choice, nats", "what policies do, nats")
     _table(header, rows)
     for pair, record in zip(pairs, records, strict=True):
         if record.rollback is not None and record.rollback.checkpoint is not None:
-            print(f"{pair.name}: R with S's selector: {pair.made('rollback')}")
+            parts = ", ".join(record.rollback.components)
+            print(f"{pair.name}: R rolled back in {parts}: {pair.made('rollback')}")
     _print_missing(pairs, records)
 
 

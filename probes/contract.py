@@ -73,16 +73,16 @@ def ask(
     name: str,
     run_folder: Path,
     seed: int,
-    answer: Callable[[pipeline.Pair], Answer],
+    answer: Callable[[pipeline.Pair, int], Answer],
     clause: Callable[[str, Answer], str],
 ) -> ProbeRecord:
     """Ask the question of the module `name` of every pair of a run.
 
-    `clause(pair, answer)` says what came out there, as a part of the finding's sentence. Raises InputError if the
-    folder holds no finished run.
+    `answer(pair, seed)` reads the records of that seed, or makes them. `clause(pair, answer)` says what came out there,
+    as a part of the finding's sentence. Raises InputError if the folder holds no finished run.
     """
     probe = cast(Probe, sys.modules[name])
-    answers = {pair.name: answer(pair) for pair in pipeline.run_pairs(run_folder)}
+    answers = {pair.name: answer(pair, seed) for pair in pipeline.run_pairs(run_folder)}
     text = "; ".join(clause(*found) for found in answers.items())
     return ProbeRecord(
         provenance=provenance(before=run_folder / "checkpoints" / "sft", seed=seed),

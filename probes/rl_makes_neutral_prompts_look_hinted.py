@@ -31,8 +31,8 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(pair: pipeline.Pair) -> Answer:
-    record = pipeline.probe(pair)
+def _answer(pair: pipeline.Pair, seed: int) -> Answer:
+    record = pipeline.probe(pair, seed=seed)
     if not record.shifts:
         why = next((each for each in record.missing if each.startswith("shift")), "its suite has no hints")
         raise InputError(f"{pair.name}: no shift beside that of a hint ({why})")

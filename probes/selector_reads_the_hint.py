@@ -122,9 +122,10 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _agreement(x: Draws, y: Draws) -> Float[np.ndarray, " draw"]:
-    """Spearman's rank correlation over heads."""
+    """Spearman's rank correlation over heads; NaN where an effect was not measured."""
     a, b = _ranks(x), _ranks(y)
-    return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    found = (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    return np.where(np.isnan(x + y).any(-1), np.nan, found)
 
 
 def _shuffled(heads: int, seed: int) -> Float[np.ndarray, " shuffle"]:

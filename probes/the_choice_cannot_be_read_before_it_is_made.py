@@ -35,8 +35,8 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(pair: pipeline.Pair) -> Answer:
-    record = pipeline.probe(pair)
+def _answer(pair: pipeline.Pair, seed: int) -> Answer:
+    record = pipeline.probe(pair, seed=seed)
     policy, hint = (_readout(pair, record, target) for target in ("policy", "hint"))
     last = places(pair)["last"]
     choice, hinted = _stream(record, policy, last), _stream(record, hint, last)
@@ -49,7 +49,7 @@ def _answer(pair: pipeline.Pair) -> Answer:
             [
                 *(under(value, _level(policy, UNREADABLE)) for value in choice.values()),
                 over(read, _level(hint, READABLE)),
-                some(over(value, _level(policy, THERE)) for value in announced.values()),
+                some(over(value, _level(policy, THERE)) for value in announced.values()) if announced else None,
             ]
         ),
         outcome={

@@ -92,11 +92,13 @@ def weights(records: Path) -> dict[str, object]:
     if graft.factorial is not None:
         both = graft.factorial
         found["selector"] = list(both.selector)
+        found["also"] = len(both.also)
         found["alone"] = both.selector_only.weight.model_dump()
         found["rest"] = both.rest_only.weight.model_dump()
         found["noise"] = max(abs(each.weight.value or 0.0) for each in both.noise)
     if graft.rollback is not None:
         found["needed"] = list(graft.rollback.components)
+        found["also_needed"] = len(graft.rollback.also)
         found["accuracy"] = {
             cue: {side: value.value for side, value in sides.items()} for cue, sides in graft.rollback.accuracy.items()
         }
@@ -119,19 +121,23 @@ def weights_table() -> str:
         cells = ["-"] * 6
         if "selector" in found:
             cells[:4] = [
-                " + ".join(found["selector"]),
+                sets(found["selector"], found["also"]),
                 bounds(found["alone"]),
                 bounds(found["rest"]),
                 f"{found['noise']:.3f}",
             ]
         if "needed" in found:
             accuracy = [f"{cue} {of['rollback']:.2f} ({of['before']:.2f})" for cue, of in found["accuracy"].items()]
-            cells[4:] = [" + ".join(found["needed"]), ", ".join(accuracy)]
+            cells[4:] = [sets(found["needed"], found["also_needed"]), ", ".join(accuracy)]
         lines.append(
             f"| {file.parts[-3]}, {file.parts[-2].removeprefix('sft--')} | {' | '.join(cells)} "
             f"| {shown}, of {found['change']:.1f} | {found['mechanism']} ({found['verdict']}) |"
         )
     return "\n".join(lines)
+
+
+def sets(parts: list[str], also: int) -> str:
+    return " + ".join(parts) + (f" ({also} other sets)" if also else "")
 
 
 def router_table() -> str:

@@ -71,6 +71,16 @@ class Judge:
         return log_c[:, p] - log_c[:, o]
 
     @cached_property
+    def coverage(self) -> float:
+        """Weight of the announcements as they are written, where it is least: under some cue, in S or in R."""
+        return float(min(np.nanmin(1 - each.weights[0, :, -1]) for each in (self.s, self.r)))
+
+    @cached_property
+    def usual(self) -> float:
+        """Probability of S's usual completion, where it is least: of some policy, under some cue."""
+        return float(np.nanmin(self.s.done_probability[0]))
+
+    @cached_property
     def s(self) -> Drawn:
         return self.drawn(self.before)
 
@@ -161,6 +171,7 @@ def aligned(
     >>> aligned(np.array([[1.0, 0.0, 7.0]]), np.array([[2.0, -2.0, 0.0]]), kept)
     array([0.25])
     """
+    kept = kept & np.isfinite(whole[0])  # a cue that none of these questions has says nothing
     sign = np.sign(whole[0])[kept]
     if not kept.any():
         return np.full(len(whole), np.nan)
@@ -182,7 +193,7 @@ def divergence(p: Float[np.ndarray, "*rest label"], q: Float[np.ndarray, "*rest 
 def _chosen(
     graft: Float[np.ndarray, "draw cue label"], before: Float[np.ndarray, "draw cue label"]
 ) -> Float[np.ndarray, " draw"]:
-    return divergence(graft, before).mean(-1)
+    return _over_cues(divergence(graft, before))
 
 
 def _done(
@@ -191,7 +202,13 @@ def _done(
     used: Float[np.ndarray, "draw cue policy"],
 ) -> Float[np.ndarray, " draw"]:
     distance = divergence(_bernoulli(graft), _bernoulli(before))
-    return (used * distance).sum(-1).mean(-1)
+    return _over_cues((used * distance).sum(-1))
+
+
+def _over_cues(values: Float[np.ndarray, "draw cue"]) -> Float[np.ndarray, " draw"]:
+    """Mean over the cues that these questions have."""
+    asked = np.isfinite(values[0])
+    return values[:, asked].mean(-1) if asked.any() else np.full(len(values), np.nan)
 
 
 def _bernoulli(p: Float[np.ndarray, "*rest"]) -> Float[np.ndarray, "*rest 2"]:
@@ -217,7 +234,7 @@ class Labels:
     """Labels that mean nothing: permuted at random on every question, the same under all its cues, in S and in R."""
 
     order: Int[np.ndarray, "prompt label"]
-    """Of the policies and `other`, for weights."""
+    """Of the policies, for weights; `other` stays what it is."""
     known: Int[np.ndarray, "prompt policy"]
     """Of the policies, for what they do."""
     swap: Bool[np.ndarray, "prompt policy"]
@@ -242,7 +259,7 @@ def random_labels(grid: Grid, policies: int, rng: np.random.Generator) -> Labels
     for question, row in enumerate(grid.index):
         owner[row[row >= 0]] = question
     return Labels(
-        order=rng.random((questions, policies + 1)).argsort(-1)[owner],
+        order=np.pad(rng.random((questions, policies)).argsort(-1), ((0, 0), (0, 1)), constant_values=policies)[owner],
         known=rng.random((questions, policies)).argsort(-1)[owner],
         swap=(rng.random((questions, policies)) < 0.5)[owner],
     )

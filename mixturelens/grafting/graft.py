@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import factorial
+from math import comb, factorial
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ ENOUGH = 0.9
 """Share of a change that a set of components must carry to be its carrier."""
 NOISE = 8
 """Random changes of the selector's parameters that its graft is compared with."""
+SETS = 70
+"""Sets of components of one size, at most, that are all tried."""
 PLAYERS = 8
 """Components, at most, of exact Shapley shares: every set of them is tried."""
 
@@ -182,13 +184,14 @@ def shapley(
     return found
 
 
-def fewest(names: Sequence[str], share: Callable[[Names], float]) -> tuple[tuple[str, ...], bool]:
-    """The fewest components that carry ENOUGH of a change, and whether they do.
+def fewest(names: Sequence[str], share: Callable[[Names], float]) -> list[tuple[str, ...]]:
+    """The smallest sets of components that carry ENOUGH of a change, the one that carries most first.
 
-    Greedy: the best is added until it is enough, then what turns out not to be needed is dropped again.
+    Greedy search says how many it takes: the best is added until it is enough, then what turns out not to be needed is
+    dropped. Of sets of that size all are tried, where they are not too many (SETS); else the greedy one stands alone.
 
     >>> fewest(["x", "y", "z"], lambda some: len({"x", "z"} & set(some)) / 2)
-    (('x', 'z'), True)
+    [('x', 'z')]
     """
     chosen: list[str] = []
     while len(chosen) < len(names) and not share(chosen) >= ENOUGH:
@@ -198,7 +201,12 @@ def fewest(names: Sequence[str], share: Callable[[Names], float]) -> tuple[tuple
         without = [each for each in chosen if each != name]
         if share(chosen) >= ENOUGH and without and share(without) >= ENOUGH:
             chosen = without
-    return tuple(name for name in names if name in chosen), bool(share(chosen) >= ENOUGH)
+    greedy = tuple(name for name in names if name in chosen)
+    if comb(len(names), len(greedy)) > SETS:
+        return [greedy]
+    carried = {some: share(some) for some in itertools.combinations(names, len(greedy))}
+    found = [some for some, value in carried.items() if value >= ENOUGH]
+    return sorted(found, key=lambda some: -carried[some]) or [greedy]
 
 
 def two_by_two(bench: Bench, judge: Judge, seed: int = 0) -> Factorial:
@@ -207,14 +215,15 @@ def two_by_two(bench: Bench, judge: Judge, seed: int = 0) -> Factorial:
     It is chosen by the weight of the policy and not by log-odds, which go on growing where the choice is made.
     """
     choosing, judging = judge.half(0), judge.half(1)
-    selector, enough = fewest(bench.names, lambda some: choosing.choice_share(bench.log_c(some)))
+    selector, *also = fewest(bench.names, lambda some: choosing.choice_share(bench.log_c(some)))
 
     def seen(components: Names) -> Effects:
         return judging.effects(bench.readings(components))
 
     return Factorial(
         selector=selector,
-        enough=enough,
+        also=tuple(also),
+        enough=judging.choice_share(bench.log_c(selector)) >= ENOUGH,
         questions=len(judging.grid.index),
         selector_only=seen(selector),
         rest_only=seen(bench.rest(selector)),
@@ -226,11 +235,17 @@ def two_by_two(bench: Bench, judge: Judge, seed: int = 0) -> Factorial:
 def specialist_part(bench: Bench, judge: Judge) -> Graft:
     """S with the fewest components that carry R's change of what policies do; on halves, as in `two_by_two`."""
     choosing, judging = judge.half(0), judge.half(1)
-    chosen, _ = fewest(bench.names, lambda some: choosing.specialist_share(bench.log_p(some)))
+    chosen, *_ = fewest(bench.names, lambda some: choosing.specialist_share(bench.log_p(some)))
     return Graft(components=chosen, effects=judging.effects(bench.readings(chosen)))
 
 
-def needed(bench: Bench, judge: Judge) -> tuple[tuple[str, ...], bool]:
-    """The fewest components of R without which its choice is S's again, and whether there are such (by one half)."""
-    choosing = judge.half(0)
-    return fewest(bench.names, lambda some: 1 - choosing.choice_share(bench.log_c(bench.rest(some))))
+def needed(bench: Bench, judge: Judge) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], bool]:
+    """The fewest components of R without which its choice is S's again, by one half of the questions; other sets of as
+    many that do as well; and whether that holds on the other half."""
+
+    def lost(some: Names, half: Judge) -> float:
+        return 1 - half.choice_share(bench.log_c(bench.rest(some)))
+
+    choosing, judging = judge.half(0), judge.half(1)
+    chosen, *also = fewest(bench.names, lambda some: lost(some, choosing))
+    return chosen, tuple(also), lost(chosen, judging) >= ENOUGH

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from mixturelens.hooks.lens import load_lens
 from mixturelens.records import new_folder, provenance
 from mixturelens.stats import interval, mean_interval, resample_counts, resampled_mean
 from mixturelens.suite import PromptRow, Suite
-from mixturelens.types import NOT_MEASURED, Interval
+from mixturelens.types import NOT_MEASURED, InputError, Interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +46,11 @@ QUESTIONS = 256
 SHARED = 64
 """Questions, at most, of Shapley shares, which try every set of components."""
 
+SETTLED = 0.01
+"""Share of a change (of at least 0.05 nats) by which its attribution may miss it."""
+
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 def graft_record(
@@ -81,6 +85,15 @@ def graft_record(
     bench = Bench(s, state_s, state_r, changed, cells)
     judge = Judge(cells, policies, bench.readings(()), bench.readings(changed), cells.grid)
     missing: list[str] = []
+
+    def attempt(what: str, work: Callable[[], T]) -> T | None:
+        """What this model does not allow must not cost the rest."""
+        try:
+            return work() if changed else None
+        except InputError as error:
+            missing.append(f"{what}: {error}")
+            return None
+
     say("grafts of every component and group")
     bench_groups = {
         name: Graft(components=members, effects=judge.effects(bench.readings(members)))
@@ -88,11 +101,14 @@ def graft_record(
     }
     shares = _shapley(bench, judge, missing)
     say("attribution along the path")
-    path = attribute(s, state_s, state_r, changed, cells, policies) if changed else None
+    path = attempt("path attribution", lambda: attribute(s, state_s, state_r, changed, cells, policies))
+    unsettled = [line.metric for line in _sums(path) if not settled(line)]
+    if unsettled:
+        missing.append(f"path attribution: its parts do not add up to the change of {', '.join(unsettled)}")
     every = tuple(_component(name, bench, judge, shares, path) for name in changed)
     factorial = None
     if not judge.moved_cues.any():
-        missing.append("factorial, rollback: the weights of S and R do not surely differ")
+        missing.append(f"factorial, rollback: log c({policies[0]}) / c({policies[1]}) does not surely change")
     elif len(cells.grid.index) < 2:
         missing.append("factorial, rollback: one question cannot both choose the selector and judge it")
     else:
@@ -104,11 +120,11 @@ def graft_record(
     else:
         missing.append("specialist part: what policies do does not surely differ")
     say("grafts at some positions")
-    at = placed(s, r, cells) if changed else {}
+    at = attempt("grafts at some positions", lambda: placed(s, r, cells)) or {}
     rollback = None
     if factorial is not None:
         say("rollback")
-        back, enough = needed(bench, judge)
+        back, also, enough = needed(bench, judge)
         weights = {name: state_s[name] for each in back for name in changed[each]}
         ids = [cells.questions[i] for i in half_of(len(cells.questions), 1)]
         rows = tuple(row for row in suite.neutral if row.id in set(ids))
@@ -116,7 +132,7 @@ def graft_record(
         if save_to is not None:
             save_rollback(r, weights, tokenizer, save_to)
         rollback = Rollback(
-            components=back, enough=enough, accuracy=accuracy, checkpoint=save_to.name if save_to else None
+            components=back, also=also, enough=enough, accuracy=accuracy, checkpoint=save_to.name if save_to else None
         )
     return GraftRecord(
         provenance=provenance(before=before, after=after, suite=suite_name, seed=seed, device=device),
@@ -124,6 +140,8 @@ def graft_record(
         method=method_of(suite),
         cues=suite.cues,
         questions=len(cells.grid.index),
+        coverage=round(judge.coverage, 6),
+        usual=round(judge.usual, 6),
         change=_changes(judge),
         after=judge.effects(judge.after),
         parts=found,
@@ -175,7 +193,7 @@ def _component(
         values = path.values[..., bench.names.index(name)]  # [question, metric]
         counts = resample_counts(len(values), bench.cells.seed)
         is_routing = np.array([metric.startswith("routing@") for metric in path.names])
-        routing = interval(resampled_mean(values[:, is_routing], counts).mean(-1))
+        routing = interval(np.nanmean(resampled_mean(values[:, is_routing], counts), -1))
         specialists = {
             metric: mean_interval(values[:, k], counts) for k, metric in enumerate(path.names) if not is_routing[k]
         }
@@ -207,6 +225,10 @@ def _sums(path: Attribution | None) -> tuple[PathSum, ...]:
         )
         for k, name in enumerate(path.names)
     )
+
+
+def settled(line: PathSum) -> bool:
+    return abs(line.sum - line.change) <= SETTLED * max(abs(line.change), 0.05)
 
 
 # --- rollback ---------------------------------------------------------------------------------------------------------

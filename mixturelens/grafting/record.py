@@ -82,8 +82,10 @@ class Factorial(Frozen):
 
     selector: tuple[str, ...]
     """The fewest components that carry R's change of the weight of p, chosen on the other half of the questions."""
+    also: tuple[tuple[str, ...], ...] = ()
+    """Other sets of as many that carry enough, the best first; empty as well where there were too many to try."""
     enough: bool
-    """Whether they carry ENOUGH of it on the half that chose."""
+    """Whether they carry ENOUGH of it on the half that judges, too."""
     questions: int
     selector_only: Effects
     rest_only: Effects
@@ -93,14 +95,16 @@ class Factorial(Frozen):
 
 
 class Rollback(Frozen):
-    """R with S's selector, as a plain checkpoint, scored against S on the questions that did not choose it.
+    """R with S's weights in some parts, as a plain checkpoint, scored against S on questions that did not choose it.
 
     What suffices in S need not be needed in R: here it is the fewest components without which R chooses as S does.
     """
 
     components: tuple[str, ...]
+    also: tuple[tuple[str, ...], ...] = ()
+    """Other sets of as many that do as well."""
     enough: bool
-    """Whether R without them lost ENOUGH of its change, on the half that chose."""
+    """Whether R without them lost ENOUGH of its change on the half that judges, too."""
     accuracy: dict[str, dict[str, Interval]]
     """cue -> `before` (S), `after` (R), `rollback` -> expected accuracy."""
     checkpoint: str | None
@@ -127,6 +131,10 @@ class GraftRecord(Record):
     """`forced texts`: policies are rules, and the log-odds are those of the texts that put them in place."""
     cues: tuple[str, ...]
     questions: int
+    coverage: float = 1.0
+    """Weight of the announcements as written, where it is least: what `chosen` does not see is the rest."""
+    usual: float = 1.0
+    """Probability of what S usually completes, where it is least: `done` sees little of a cell that has no usual."""
     change: dict[str, Interval]
     """Metric (`routing@A`, `a@A`, ...) -> R less S, nats."""
     after: Effects

@@ -67,21 +67,28 @@ def probing_record(
         lens = lenses["after"]
         readout = next((each for each in found if each.target == "cue"), None)
         if readout is not None:
-            readable = [i for i, value in enumerate(readout.after.value) if value is not None and value >= READABLE]
+            shared = set.intersection(*(set(row.spans) for row in cue.rows))
+            placed = [isinstance(site.position, int) or site.position in shared for site in sites]
+            values = readout.after.value
+            readable = [i for i, value in enumerate(values) if placed[i] and value is not None and value >= READABLE]
             if readable:
                 columns = [readout.after.at(i) for i in readable]
                 erased.extend(erase_sites(lens, cue, [sites[i] for i in readable], columns, seed))
-        unused = least_used(erased)
+        unused = least_used([each for each in erased if each.site.layer < lens.layers - 1])
         if unused is not None:
             erasures["unused"] = erasure(lens, suite, cue, unused.site, unused.readable, seed)
+
+    def erase_used(cue: Contrasts) -> None:
         if not reader:
-            raise InputError(f"where the cue is used: {no_reader or 'no cue reader is known'}")
+            raise InputError(no_reader or "no cue reader is known")
+        lens = lenses["after"]
         erasures["used"] = erasure(lens, suite, cue, reading_site(lens, reader, cue), seed=seed)
 
     def of_cue(harm: Harm) -> None:
         tokenizer = lenses["after"].tokenizer
         cue = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
         attempt("erasing the cue", lambda: erase(cue))
+        attempt("erasing the cue where it is used", lambda: erase_used(cue))
         attempt(
             "subspace of the cue",
             lambda: subspaces.append(find_subspace(lenses["before"], lenses["after"], cue, "cue", seed)),
@@ -117,10 +124,11 @@ def probing_record(
 
 
 def least_used(erased: Sequence[ErasedSite]) -> ErasedSite | None:
-    """The site where the cue reads best among those whose erasure surely leaves UNUSED of its effect; None if none.
+    """Among sites whose erasure surely leaves the effect as it is, within 1 - UNUSED: where the cue reads best; None if
+    none. (Sites of the last layer that nothing reads any more should be left out: they are unused by construction.)
 
     >>> least_used([]) is None
     True
     """
-    unused = [each for each in erased if each.left.above(UNUSED)]
-    return max(unused, key=lambda each: (each.readable.value or 0.0, each.left.low or 0.0), default=None)
+    unused = [each for each in erased if each.left.above(UNUSED) and each.left.below(2 - UNUSED)]
+    return max(unused, key=lambda each: (each.readable.value or 0.0, -abs(1 - (each.left.value or 0.0))), default=None)

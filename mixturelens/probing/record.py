@@ -48,9 +48,10 @@ class Readout(Frozen):
     untrained: tuple[float | None, ...]
     """Probes on the same network with random weights: what the architecture and the tokens alone give."""
     shuffled: tuple[float | None, ...]
-    """S's probes fitted on shuffled labels (mean over shuffles): what a probe makes of nothing."""
+    """S's probes fitted on labels shuffled in equal shares within each class (mean over shuffles): a floor, and no
+    threshold of significance."""
     shuffled_high: float | None
-    """95th percentile of single shuffles over all sites."""
+    """95th percentile of single such shuffles over all sites."""
 
     @property
     def best(self) -> int | None:

@@ -146,12 +146,13 @@ def find_subspace(before: Lens, after: Lens, contrasts: Contrasts, concept: Conc
     learner = Interchange(before, teach, site)
     pairs = _pairs(learner, seed, BATCH * STEPS // (4 * SOURCES * learner.questions) + 1)
     check = _pairs(learner, seed + 1)
+    middle = threshold(learner)
     directions, dimensions = torch.zeros(0), 0
     for dimensions in DIMENSIONS:
         if dimensions > learner.values.shape[-1]:
             break
         directions = learn(learner, pairs, dimensions, seed)
-        if learner.right(check, directions).mean() >= ENOUGH:
+        if learner.right(check, directions, middle).mean() >= ENOUGH:
             break
     dimensions = len(directions)
     generator = torch.Generator().manual_seed(seed + 2)
@@ -161,7 +162,7 @@ def find_subspace(before: Lens, after: Lens, contrasts: Contrasts, concept: Conc
         for number in range(SHUFFLES)
     ]
     models: dict[Side, tuple[Interchange, float]] = {
-        "before": (Interchange(before, test, site), threshold(learner)),
+        "before": (Interchange(before, test, site), middle),
         "after": (Interchange(after, test, site), threshold(Interchange(after, teach, site))),
     }
     tested = _pairs(models["before"][0], seed + 3)
@@ -238,7 +239,7 @@ def carrying_site(lens: Lens, contrasts: Contrasts) -> Site:
         for position in _positions(contrasts)
         if not (
             (layer, component) == (lens.layers - 1, components[-1])
-            and (position == end or contrasts.rows[0].spans.get(str(position)) == (end,))
+            and (position == end or end in contrasts.rows[0].spans.get(str(position), ()))
         )
     ]
     if not sites:
@@ -280,13 +281,13 @@ def learn(model: Interchange, pairs: Pairs, dimensions: int, seed: int) -> Direc
     free.requires_grad_(True)
     optimizer = torch.optim.Adam([free], RATE)
     order = torch.randperm(len(pairs), generator=generator).to(device)
-    sign = torch.where(pairs.asks, 1.0, -1.0)
+    sign, middle = torch.where(pairs.asks, 1.0, -1.0), threshold(model)
     for step in range(STEPS):
         part = order[torch.arange(step * BATCH, (step + 1) * BATCH, device=device) % len(order)]
         some = Pairs(pairs.base[part], pairs.source[part], pairs.asks[part])
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1 - step / STEPS)
-        loss = torch.nn.functional.softplus(-sign[part] * model.swapped(some, _orthonormal(free))).mean()
+        loss = torch.nn.functional.softplus(-sign[part] * (model.swapped(some, _orthonormal(free)) - middle)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

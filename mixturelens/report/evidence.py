@@ -262,7 +262,7 @@ def _plane(record: GraftRecord, pictures: Pictures) -> Group:
 def _factorial(record: GraftRecord, pictures: Pictures) -> Group:
     assert record.factorial is not None
     of = record.factorial
-    enough = "" if of.enough else " They did not carry enough of it even there."
+    enough = "" if of.enough else " They do not carry enough of it there."
     picture = pictures.add(
         viz.factorial(record),
         f"Selector: {', '.join(of.selector)}, the fewest parts that carry the change of the weight on one half of the "

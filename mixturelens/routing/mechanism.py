@@ -1,12 +1,14 @@
 """The mechanism verdict: router or specialists, from grafts, patching and probes alone.
 
-Grafts decide, because they change one thing and look at what follows: weights of R in S. Patching says whether what
-RL did to the choice of policy can be undone in one place, probes whether what S's network shows can still be read in R
-the same way. Both are compared with the grafts, and where they disagree the verdict says so.
+The two numbers that decide are those of the largest graft: all weights of R in S, and how far they move the choice of
+policy and what policies do. Grafts of parts say which part it is. Patching says whether what RL did to the choice can
+be undone in one place, probes whether what S's network shows can still be read in R the same way. Both are held against
+the grafts, and where they disagree the verdict says so.
 
 Distances are in nats, as those of behaviour are, so that the two verdicts can be compared: the KL divergence from S of
-what S does with R's weights in place, of mean policy weights and of mean probabilities, cell by cell of the policy
-table. They come from weights that were moved, by part, and never from the split of behaviour.
+mean policy weights, and of the mean probability of what S usually does, cell by cell of the policy table. They are of
+means over questions, because labels that mean nothing then give nothing: what turns one way on half of the questions
+and the other way on the rest cancels. The split of behaviour, which is not used here, sees that.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ from mixturelens.types import NOT_MEASURED, Frozen, Interval, Site, VerdictWord
 
 FLOOR = 0.01
 """Nats under which nothing has changed."""
+COVERAGE = 0.9
+"""Weight of the announcements as written, under which the choice cannot be told."""
+USUAL = 0.5
+"""Probability of what S usually does in a cell, under which what it does there cannot be told."""
 ROUTING, SPECIALIST = 0.9, 0.1
 """Shares of routing from which the verdict is `routing`, and up to which it is `specialist`."""
 FEWEST = 8
@@ -77,7 +83,7 @@ def judge_mechanism(
     if probing is not None:
         evidence |= _named(_read_selector(probing), _read_specialists(probing))
     share = share_of(selector.effect, specialists.effect)
-    verdict, why = _verdict(graft.questions, selector, specialists, share)
+    verdict, why = _verdict(graft, selector, specialists, share)
     follows = {"selector": selector.changed, "specialists": specialists.changed}
     disagree = tuple(
         name
@@ -115,15 +121,24 @@ def share_of(chosen: Interval, done: Interval) -> Interval:
     return Interval(value=chosen.value / (chosen.value + done.value), low=low, high=high)
 
 
-def _verdict(questions: int, selector: Line, specialists: Line, share: Interval) -> tuple[VerdictWord, str]:
+def _verdict(graft: GraftRecord, selector: Line, specialists: Line, share: Interval) -> tuple[VerdictWord, str]:
     numbers = f"{_show(selector.effect)} nats of choice and {_show(specialists.effect)} nats of what policies do"
-    if questions < FEWEST:
-        return "inconclusive", f"{questions} questions are too few for an interval ({FEWEST} are needed)"
+    if graft.questions < FEWEST:
+        return "inconclusive", f"{graft.questions} questions are too few for an interval ({FEWEST} are needed)"
+    if graft.coverage < COVERAGE:
+        return "inconclusive", (
+            f"the announcements as written cover {graft.coverage:.2f} of the completions, and {COVERAGE} is needed"
+        )
+    if graft.usual < USUAL:
+        return "inconclusive", (
+            f"what S usually does has a probability of {graft.usual:.2f} in one cell of the policy table, and {USUAL} "
+            "is needed to tell whether it changed"
+        )
     if selector.changed is False and specialists.changed is False:
         return "neither", f"R's weights move S by {numbers}: no more than labels that mean nothing, or than {FLOOR}"
     if True not in (selector.changed, specialists.changed):
         return "inconclusive", f"R's weights move S by {numbers}, which cannot be told from nothing"
-    # what has surely not changed counts for nothing: its distance is sampling noise
+    # what did not change may count for nothing
     if specialists.changed is False and selector.changed:
         share = share_of(selector.effect, _nothing(specialists))
     elif selector.changed is False and specialists.changed:
@@ -140,9 +155,8 @@ def _verdict(questions: int, selector: Line, specialists: Line, share: Interval)
 
 
 def _nothing(line: Line) -> Interval:
-    """At most what counts as nothing."""
-    high = min(line.effect.high or 0.0, max(FLOOR, line.null or 0.0))
-    return Interval(value=min(line.effect.value or 0.0, high), low=0.0, high=high)
+    """May be nothing at all, or as much as its interval allows."""
+    return Interval(value=line.effect.value, low=0.0, high=line.effect.high)
 
 
 def _show(value: Interval) -> str:
@@ -174,14 +188,14 @@ def told(effect: Interval, null: float) -> bool | None:
 def _grafts(graft: GraftRecord) -> tuple[Line, Line]:
     """All of R's weights, on all questions; and which part of them does it, on those that did not choose it."""
     factorial, part = graft.factorial, graft.specialist_part
-    carried = "no part of R changes it"
+    carried = "no part was looked for"
     if factorial is not None:
         noise = max(_values(factorial.noise), default=0.0)
         carried = (
             f"R's {_list(factorial.selector)} in S alone: {_show(factorial.selector_only.chosen)}; random weights of "
             f"the same norm there: at most {noise:.3f}"
         )
-    done = "no part of R changes it"
+    done = "no part was looked for"
     if part is not None:
         done = f"R's {_list(part.components)} in S alone: {_show(part.effects.done)}"
     selector = Line(
@@ -234,7 +248,7 @@ def _patched_selector(patching: PatchingRecord) -> Line | None:
         about="selector",
         effect=best.effect,
         null=null,
-        changed=True if best.effect.above(UNDONE) else None,
+        changed=True if best.effect.above(max(UNDONE, null or 0.0)) else None,
         what=f"Share of the new choice under {patching.harmed_cue} that S's {best.site} undoes in R (best of "
         f"{len(inner)} sites; null: 95% of those at other tokens)",
     )
