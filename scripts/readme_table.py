@@ -137,7 +137,7 @@ def weights_table() -> str:
 
 
 def sets(parts: list[str], also: int) -> str:
-    return " + ".join(parts) + (f" ({also} other sets)" if also else "")
+    return " + ".join(parts) + (f" ({also} other set{'s' if also > 1 else ''})" if also else "")
 
 
 def router_table() -> str:
