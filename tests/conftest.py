@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start: two of them share the cores
 
 import pytest
 import torch

@@ -137,7 +137,7 @@ def answer_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
             record = getattr(pipeline, what)(PAIR)
             known = {key: value for key, value in changes.items() if key in type(record).model_fields}
             changed = record.model_copy(update=known)
-            monkeypatch.setattr(pipeline, what, lambda _, changed=changed: changed)
+            monkeypatch.setattr(pipeline, what, lambda _, changed=changed, **__: changed)
         monkeypatch.setattr(pipeline, "run_pairs", lambda _: [PAIR])
         return PROBES[name].run(REFERENCE).answers[PAIR.name]
 

@@ -297,7 +297,7 @@ def test_record_of_conditioning(pairs: Path, tmp_path: Path):
     assert found.specialist_part is not None
     assert (found.specialist_part.effects.specialists.low or 0) > 0.8
     assert (found.after.done.low or 0) > found.null.done
-    assert any("do not surely differ" in each for each in found.missing)
+    assert any("does not surely change" in each for each in found.missing)
 
 
 def test_s_given_twice_has_nothing_to_graft(pairs: Path):
