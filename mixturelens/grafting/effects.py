@@ -234,7 +234,7 @@ class Labels:
     """Labels that mean nothing: permuted at random on every question, the same under all its cues, in S and in R."""
 
     order: Int[np.ndarray, "prompt label"]
-    """Of the policies, for weights; `other` stays what it is."""
+    """Of the policies and `other`, for weights: a change of `other` is one of the choice, too."""
     known: Int[np.ndarray, "prompt policy"]
     """Of the policies, for what they do."""
     swap: Bool[np.ndarray, "prompt policy"]
@@ -259,7 +259,7 @@ def random_labels(grid: Grid, policies: int, rng: np.random.Generator) -> Labels
     for question, row in enumerate(grid.index):
         owner[row[row >= 0]] = question
     return Labels(
-        order=np.pad(rng.random((questions, policies)).argsort(-1), ((0, 0), (0, 1)), constant_values=policies)[owner],
+        order=rng.random((questions, policies + 1)).argsort(-1)[owner],
         known=rng.random((questions, policies)).argsort(-1)[owner],
         swap=(rng.random((questions, policies)) < 0.5)[owner],
     )
@@ -279,7 +279,8 @@ def null(judge: Judge, seed: int = 0) -> Null:
         labels = random_labels(judge.grid, number, rng)
         s, r = (judge.mean(labels.weights(each)) for each in weights)
         s_did, r_did = (judge.mean(labels.usual(each)) for each in usual)
-        found[k] = _chosen(r, s)[0], _done(r_did, s_did, r[..., :-1])[0]
+        used = r[..., :-1] / r[..., :-1].sum(-1, keepdims=True)  # labels of `other` took some of it
+        found[k] = _chosen(r, s)[0], _done(r_did, s_did, used)[0]
     labels = random_labels(judge.grid, number, rng)
     blind = replace(judge, before=labels.readings(judge.before), after=labels.readings(judge.after))
     chosen, done = np.percentile(found, 95, axis=0)
