@@ -379,7 +379,7 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in header:
-        table.add_column(name)
+        table.add_column(Text(name))  # not as markup: R[g] is a name
     for row in rows:
         table.add_row(*map(Text, row))
     # a pipe has no width: do not wrap a table that goes into a file
