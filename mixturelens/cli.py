@@ -105,162 +105,110 @@ def train(
     print(f"\nRun: {folder}")
 
 
-@app.command()
-def behaviour(
-    run: Run = None,
-    before: Before = None,
-    after: After = None,
-    suite: SuiteFile = None,
-    trained_cue: TrainedCue = None,
-    out: Out = None,
-    device: Device = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+Options = dict[str, Any]
+"""`device`, `seed` and `say` for the functions of the pipeline."""
+Work = Callable[["list[Pair]", Options], tuple[list[Any], Callable[[], None]]]
+
+
+def _on_pairs(work: Work) -> Work:
+    """Make a command of a function that measures pairs: it returns their records, and what prints them for people."""
+
+    def command(
+        run: Run = None,
+        before: Before = None,
+        after: After = None,
+        suite: SuiteFile = None,
+        trained_cue: TrainedCue = None,
+        out: Out = None,
+        device: Device = None,
+        seed: Seed = 0,
+        as_json: Json = False,
+        quiet: Quiet = False,
+    ) -> None:
+        pairs = _pairs(run, before, after, suite, trained_cue, out)
+        with _working(quiet) as (_, say):
+            records, show = work(pairs, {"device": _device(device), "seed": seed, "say": say})
+        if as_json:
+            _print_json(records, run)
+        else:
+            show()
+
+    app.command(work.__name__, help=work.__doc__)(command)
+    return work
+
+
+@_on_pairs
+def behaviour(pairs: list[Pair], options: Options) -> tuple[list[BehaviourRecord], Callable[[], None]]:
     """Weights, forced and expected accuracy under each cue, of a checkpoint or a pair."""
     from mixturelens import pipeline
 
-    pairs = _pairs(run, before, after, suite, trained_cue, out)
-    with _working(quiet) as (_, say):
-        records = [pipeline.behaviour(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
-    if as_json:
-        _print_json(records, run)
-        return
-    for pair, record in zip(pairs, records, strict=True):
-        print(f"{pair.name}: {record.questions} questions, {record.method}")
-        _print_behaviour(record)
+    records = [pipeline.behaviour(pair, **options) for pair in pairs]
+
+    def show() -> None:
+        for pair, record in zip(pairs, records, strict=True):
+            print(f"{pair.name}: {record.questions} questions, {record.method}")
+            _print_behaviour(record)
+
+    return records, show
 
 
-@app.command()
-def verdict(
-    run: Run = None,
-    before: Before = None,
-    after: After = None,
-    suite: SuiteFile = None,
-    trained_cue: TrainedCue = None,
-    out: Out = None,
-    device: Device = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@_on_pairs
+def verdict(pairs: list[Pair], options: Options) -> tuple[list[VerdictRecord], Callable[[], None]]:
     """Say whether the router or the specialists changed, with intervals and a reason."""
     from mixturelens import pipeline
 
-    pairs = _pairs(run, before, after, suite, trained_cue, out)
-    with _working(quiet) as (_, say):
-        verdicts = [pipeline.verdict(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
-    if as_json:
-        _print_json(verdicts, run)
-    else:
-        _print_verdicts(pairs, verdicts)
+    records = [pipeline.verdict(pair, **options) for pair in pairs]
+    return records, lambda: _print_verdicts(pairs, records)
 
 
-@app.command()
-def patch(
-    run: Run = None,
-    before: Before = None,
-    after: After = None,
-    suite: SuiteFile = None,
-    trained_cue: TrainedCue = None,
-    out: Out = None,
-    device: Device = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@_on_pairs
+def patch(pairs: list[Pair], options: Options) -> tuple[list[PatchingRecord], Callable[[], None]]:
     """Find the router: patch every site between cues, between hints, and from S into R."""
     from mixturelens import pipeline
 
-    pairs = _pairs(run, before, after, suite, trained_cue, out)
-    with _working(quiet) as (_, say):
-        records = [pipeline.patch(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
-        circuits = [pipeline.circuit(pair, pairs, device=_device(device), seed=seed, say=say) for pair in pairs]
-    if as_json:
-        _print_json(records, run)
-    else:
+    records = [pipeline.patch(pair, **options) for pair in pairs]
+    circuits = [pipeline.circuit(pair, pairs, **options) for pair in pairs]
+
+    def show() -> None:
         _print_patching(pairs, records)
         for pair, record, circuit in zip(pairs, records, circuits, strict=True):
             for reason in (*record.missing, *(f"circuit of the {why}" for why in circuit.missing)):
                 print(f"{pair.name}: not measured: {reason}")
 
+    return records, show
 
-@app.command()
-def probe(
-    run: Run = None,
-    before: Before = None,
-    after: After = None,
-    suite: SuiteFile = None,
-    trained_cue: TrainedCue = None,
-    out: Out = None,
-    device: Device = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+
+@_on_pairs
+def probe(pairs: list[Pair], options: Options) -> tuple[list[ProbingRecord], Callable[[], None]]:
     """Say what can be read where in S and in R, what erasing it does, and which subspaces carry it."""
     from mixturelens import pipeline
 
-    pairs = _pairs(run, before, after, suite, trained_cue, out)
-    with _working(quiet) as (_, say):
-        records = [pipeline.probe(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
-    if as_json:
-        _print_json(records, run)
-    else:
-        _print_probing(pairs, records)
+    records = [pipeline.probe(pair, **options) for pair in pairs]
+    return records, lambda: _print_probing(pairs, records)
 
 
-@app.command()
-def graft(
-    run: Run = None,
-    before: Before = None,
-    after: After = None,
-    suite: SuiteFile = None,
-    trained_cue: TrainedCue = None,
-    out: Out = None,
-    device: Device = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@_on_pairs
+def graft(pairs: list[Pair], options: Options) -> tuple[list[GraftRecord], Callable[[], None]]:
     """Say which components of R carry the change, of routing and of specialists, and roll R back without them."""
     from mixturelens import pipeline
 
-    pairs = _pairs(run, before, after, suite, trained_cue, out)
-    with _working(quiet) as (_, say):
-        records = [pipeline.graft(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
-        verdicts = [pipeline.verdict(pair, device=_device(device), seed=seed) for pair in pairs]
-    if as_json:
-        _print_json(records, run)
-    else:
+    records = [pipeline.graft(pair, **options) for pair in pairs]
+    verdicts = [pipeline.verdict(pair, **options) for pair in pairs]
+
+    def show() -> None:
         _print_grafts(pairs, records)
         _print_mechanism(pairs, verdicts)
 
+    return records, show
 
-@app.command()
-def repair(
-    run: Run = None,
-    before: Before = None,
-    after: After = None,
-    suite: SuiteFile = None,
-    trained_cue: TrainedCue = None,
-    out: Out = None,
-    device: Device = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+
+@_on_pairs
+def repair(pairs: list[Pair], options: Options) -> tuple[list[RepairRecord], Callable[[], None]]:
     """Bring the harmed cue back through the cue reader, and write the repaired checkpoint."""
     from mixturelens import pipeline
 
-    pairs = _pairs(run, before, after, suite, trained_cue, out)
-    with _working(quiet) as (_, say):
-        records = [pipeline.repair(pair, device=_device(device), seed=seed, say=say) for pair in pairs]
-    if as_json:
-        _print_json(records, run)
-    else:
-        _print_repairs(pairs, records)
+    records = [pipeline.repair(pair, **options) for pair in pairs]
+    return records, lambda: _print_repairs(pairs, records)
 
 
 @app.command()

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
+from mixturelens.stats import half_of
 from mixturelens.suite import PromptRow, Rule, Suite, behind, chat_text, encode_prompts, encode_text, wordings
 from mixturelens.types import ERR, InputError
 
@@ -61,7 +60,7 @@ class Contrasts:
 
     def rows_of(self, which: Literal[0, 1]) -> list[int]:
         """Numbers of the questions in each half."""
-        return sorted(np.random.default_rng(0).permutation(len(self.rows))[which::2].tolist())
+        return half_of(len(self.rows), which)
 
     def first(self, number: int) -> Contrasts:
         return Contrasts(self.kind, self.clean, self.corrupt, self.policy, self.rows[:number])

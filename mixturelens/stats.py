@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,6 +12,17 @@ from mixturelens.types import NOT_MEASURED, Interval
 
 DRAWS = 2000
 LEVEL = 0.95
+
+
+def half_of(number: int, which: Literal[0, 1]) -> list[int]:
+    """Which of so many questions are in each half, drawn once and for all: choose on one half, judge on the other.
+
+    Drawn, because suites tend to list questions in turn by kind.
+
+    >>> half_of(5, 0), half_of(5, 1)
+    ([1, 2, 3], [0, 4])
+    """
+    return sorted(np.random.default_rng(0).permutation(number)[which::2].tolist())
 
 
 def resample_counts(questions: int, seed: int, draws: int = DRAWS) -> Int[np.ndarray, "draw question"]:

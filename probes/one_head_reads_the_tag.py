@@ -14,10 +14,9 @@ from mixturelens.behaviour.harm import find_harm
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.patching.sweep import ENOUGH, find_reader, head_sites, jointly, patch
-from mixturelens.records import provenance
 from mixturelens.stats import interval, resample_counts, resampled_mean
 from mixturelens.types import Interval, Site
-from probes.contract import Answer, Probe, ProbeRecord, every, main, over, show, under
+from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, over, show, under
 
 NOTHING = 0.1
 """Share of the contrast under which a control counts as nothing."""
@@ -37,25 +36,15 @@ CONTROL = (
 
 def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     """Raises InputError if the folder holds no finished run."""
-    answers = {pair.name: _answer(pair, seed) for pair in pipeline.run_pairs(run_folder)}
-    clauses = []
-    for name, answer in answers.items():
-        alone, few = answer.outcome["the head alone"], answer.outcome["as few heads as needed"]
-        elsewhere = answer.outcome["the head alone, from another question"]
-        clauses.append(
-            f"in {name} {answer.sites[0]} alone carries {show(alone)} of the tag ({show(elsewhere)} when it comes from "
-            "another question)" + (f", and {' with '.join(answer.sites)} {show(few)}" if len(answer.sites) > 1 else "")
-        )
-    text = "; ".join(clauses)
-    return ProbeRecord(
-        provenance=provenance(before=run_folder / "checkpoints" / "sft", seed=seed),
-        name=NAME,
-        hypothesis=HYPOTHESIS,
-        prediction=PREDICTION,
-        control=CONTROL,
-        answers=answers,
-        holds=every(answer.holds for answer in answers.values()),
-        finding=f"{text[0].upper()}{text[1:]}.",
+    return ask(__name__, run_folder, seed, _answer, _clause)
+
+
+def _clause(pair: str, answer: Answer) -> str:
+    alone, few = answer.outcome["the head alone"], answer.outcome["as few heads as needed"]
+    elsewhere = answer.outcome["the head alone, from another question"]
+    return (
+        f"in {pair} {answer.sites[0]} alone carries {show(alone)} of the tag ({show(elsewhere)} when it comes from "
+        "another question)" + (f", and {' with '.join(answer.sites)} {show(few)}" if len(answer.sites) > 1 else "")
     )
 
 

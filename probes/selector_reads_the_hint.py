@@ -14,10 +14,9 @@ from mixturelens.behaviour.harm import find_harm
 from mixturelens.contrasts import checkpoint_contrasts, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.sweep import head_sites, patch
-from mixturelens.records import provenance
 from mixturelens.stats import interval, resample_counts
 from mixturelens.types import Interval
-from probes.contract import Answer, Probe, ProbeRecord, every, main, over, show
+from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, over, show
 
 LEVEL = 95
 """Percentile of shuffled heads that a rank agreement must pass."""
@@ -41,26 +40,16 @@ Draws = Float[np.ndarray, "draw head"]
 
 def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     """Raises InputError if the folder holds no finished run, or its suite no hints."""
-    answers = {pair.name: _answer(pair, seed) for pair in pipeline.run_pairs(run_folder)}
-    clauses = []
-    for name, answer in answers.items():
-        here, best = (answer.outcome[key] for key in ("undone at it", "undone at the best other head"))
-        agreement, chance = answer.outcome["rank agreement with the hint"], answer.control[_CHANCE]
-        clauses.append(
-            f"in {name} the hint's first head {answer.sites[0]} undoes {show(here)} of RL and the best other, "
-            f"{answer.sites[1]}, {show(best)}; over all heads the ranks agree by {show(agreement)}, where {LEVEL}% of "
-            f"shuffled ones stay below {show(chance)}"
-        )
-    text = "; ".join(clauses)
-    return ProbeRecord(
-        provenance=provenance(before=run_folder / "checkpoints" / "sft", seed=seed),
-        name=NAME,
-        hypothesis=HYPOTHESIS,
-        prediction=PREDICTION,
-        control=CONTROL,
-        answers=answers,
-        holds=every(answer.holds for answer in answers.values()),
-        finding=f"{text[0].upper()}{text[1:]}.",
+    return ask(__name__, run_folder, seed, _answer, _clause)
+
+
+def _clause(pair: str, answer: Answer) -> str:
+    here, best = (answer.outcome[key] for key in ("undone at it", "undone at the best other head"))
+    agreement, chance = answer.outcome["rank agreement with the hint"], answer.control[_CHANCE]
+    return (
+        f"in {pair} the hint's first head {answer.sites[0]} undoes {show(here)} of RL and the best other, "
+        f"{answer.sites[1]}, {show(best)}; over all heads the ranks agree by {show(agreement)}, where {LEVEL}% of "
+        f"shuffled ones stay below {show(chance)}"
     )
 
 

@@ -25,10 +25,11 @@ from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.record import behaviour_record, grid_of
 from mixturelens.checkpoints import end_tokens, load_model, quiet_libraries
 from mixturelens.contrasts import cue_contrasts
+from mixturelens.grafting.graft import save_with
 from mixturelens.hooks.intervened import Intervened, known_prompts
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.sweep import find_reader, head_sites
-from mixturelens.routing.repair import fit_edit, make_ground, save_edited
+from mixturelens.routing.repair import edited, fit_edit, make_ground
 from mixturelens.stats import interval
 from mixturelens.suite import encode_prompts, load_suite
 from mixturelens.types import Interval, Intervention, Site
@@ -143,7 +144,7 @@ for kind, found in repaired.items():
 # %%
 edit = fit_edit(make_ground(lens, suite, harm, arguments.seed), reader.heads)
 original = load_model(arguments.after, arguments.device)
-save_edited(original, edit, lens.tokenizer, arguments.out)
+save_with(original, edited(original, edit), lens.tokenizer, arguments.out)
 edited = AutoModelForCausalLM.from_pretrained(arguments.out).to(arguments.device).eval()
 tokenizer = AutoTokenizer.from_pretrained(arguments.out)
 found = accuracies(measure(scorer, edited, judge, arguments.seed))

@@ -14,7 +14,7 @@ from torch import Tensor
 from mixturelens.behaviour.record import Grid
 from mixturelens.grafting.readings import Cells, Readings
 from mixturelens.grafting.record import Effects, Null
-from mixturelens.stats import interval, resample_counts
+from mixturelens.stats import half_of, interval, resample_counts
 from mixturelens.types import Interval
 
 WORTH = 0.05
@@ -145,11 +145,6 @@ class Judge:
     def mean(self, values: Float[np.ndarray, " prompt *rest"]) -> Float[np.ndarray, "1 cue *rest"]:
         """Over the questions themselves, without a bootstrap."""
         return Grid(self.grid.index, self.grid.counts[:1]).draws(values)
-
-
-def half_of(number: int, which: Literal[0, 1]) -> list[int]:
-    """Which of so many questions are in a half, as `Contrasts.rows_of` has it."""
-    return sorted(np.random.default_rng(0).permutation(number)[which::2].tolist())
 
 
 def with_other(log_c: Float[np.ndarray, "prompt policy"]) -> Float[np.ndarray, "prompt label"]:

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import comb, factorial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +19,10 @@ from mixturelens.grafting.components import State
 from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.readings import Cells, Readings, read, read_weights
 from mixturelens.grafting.record import Effects, Factorial, Graft
+from mixturelens.records import new_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ENOUGH = 0.9
 """Share of a change that a set of components must carry to be its carrier."""
@@ -39,6 +45,13 @@ def written(model: nn.Module, weights: State) -> Iterator[None]:
         yield
     finally:
         _copy(model, old)
+
+
+def save_with(model: PreTrainedModel, weights: State, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The model with other values in some parameters as a plain checkpoint folder, which `from_pretrained` loads."""
+    with written(model, weights), new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def _copy(model: nn.Module, weights: State) -> None:

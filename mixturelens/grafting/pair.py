@@ -15,13 +15,14 @@ from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.record import BehaviourRecord, grid_of
 from mixturelens.checkpoints import check_pair, end_tokens, load_model, load_tokenizer
 from mixturelens.grafting.components import State, parts, weights_of
-from mixturelens.grafting.effects import Judge, half_of, null
+from mixturelens.grafting.effects import Judge, null
 from mixturelens.grafting.graft import (
     PLAYERS,
     Bench,
     groups,
     needed,
     players,
+    save_with,
     shapley,
     specialist_part,
     two_by_two,
@@ -33,13 +34,13 @@ from mixturelens.grafting.readings import make_cells, method_of, metric_names, m
 from mixturelens.grafting.record import Component, Graft, GraftRecord, Placed, Rollback
 from mixturelens.grafting.record import Path as PathSum
 from mixturelens.hooks.lens import load_lens
-from mixturelens.records import new_folder, provenance
-from mixturelens.stats import interval, mean_interval, resample_counts, resampled_mean
+from mixturelens.records import provenance
+from mixturelens.stats import half_of, interval, mean_interval, resample_counts, resampled_mean
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import NOT_MEASURED, InputError, Interval
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 QUESTIONS = 256
 """Of more questions, so many are drawn."""
@@ -130,7 +131,7 @@ def graft_record(
         rows = tuple(row for row in suite.neutral if row.id in set(ids))
         accuracy = rolled_back(s, r, weights, suite, rows, tokenizer, scorer, seed)
         if save_to is not None:
-            save_rollback(r, weights, tokenizer, save_to)
+            save_with(r, weights, tokenizer, save_to)
         rollback = Rollback(
             components=back, also=also, enough=enough, accuracy=accuracy, checkpoint=save_to.name if save_to else None
         )
@@ -255,10 +256,3 @@ def rolled_back(
     with written(after, weights):
         sides["rollback"] = accuracy(after)
     return {cue: {side: interval(of[:, c]) for side, of in sides.items()} for c, cue in enumerate(suite.cues)}
-
-
-def save_rollback(model: PreTrainedModel, weights: State, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """R with S's `weights` as a plain checkpoint folder, which `from_pretrained` loads."""
-    with written(model, weights), new_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)

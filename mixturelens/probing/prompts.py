@@ -15,6 +15,7 @@ from mixturelens.checkpoints import end_tokens
 from mixturelens.contrasts import span_positions
 from mixturelens.hooks.lens import Lens
 from mixturelens.probing.record import Metric
+from mixturelens.stats import half_of
 from mixturelens.suite import PromptRow, Rule, Suite, behind, encode_prompts, encode_text, wordings
 from mixturelens.types import InputError, Side
 
@@ -58,8 +59,7 @@ def read_prompts(suite: Suite, tokenizer) -> Prompts:
     questions = list(dict.fromkeys(row.id for row in suite.neutral))
     if len(questions) < 4:
         raise InputError("probes are fitted on one half of the questions and scored on the other: give at least four")
-    order = np.random.default_rng(0).permutation(len(questions))  # as Contrasts.half draws them
-    halves = tuple(tuple(questions[i] for i in sorted(order[which::2].tolist())) for which in (0, 1))
+    fit, score = (tuple(questions[i] for i in half_of(len(questions), which)) for which in (0, 1))
     announced = {
         policy: tuple(encode_text(wordings(shown)[0], f"policy {policy!r}", tokenizer))
         for policy, shown in suite.policies.items()
@@ -93,7 +93,7 @@ def read_prompts(suite: Suite, tokenizer) -> Prompts:
         rows={group: tuple(of) for group, of in rows.items()},
         positions=positions,
         labels=_labels(rows, positions, spans[0], tokenizer) if aligned else (),
-        halves=(halves[0], halves[1]),
+        halves=(fit, score),
     )
 
 

@@ -13,7 +13,7 @@ from mixturelens.hooks.lens import Lens, tokens
 from mixturelens.probing.record import Shift
 from mixturelens.stats import interval, resample_counts
 from mixturelens.suite import PromptRow, Suite, encode_prompts
-from mixturelens.types import InputError, Site
+from mixturelens.types import Component, InputError, Site
 
 DRAWS = 1000
 """Bootstrap samples: each holds the activations of every site."""
@@ -137,11 +137,11 @@ def _activations(
 ) -> Float[np.ndarray, "row site d"]:
     """Behind every layer (outer) and at every position (inner), averaged over the tokens of a span."""
     batch = tokens(encode_prompts(suite, rows, lens.tokenizer), lens.device)
-    keys = [(layer, "resid_post") for layer in range(lens.layers)]
-    found, _ = lens.capture(batch, keys)  # type: ignore[arg-type]
+    keys: list[tuple[int, Component]] = [(layer, "resid_post") for layer in range(lens.layers)]
+    found, _ = lens.capture(batch, keys)
     skip = (~batch.real).sum(1).tolist()
     mix = torch.zeros(len(rows), len(names), batch.ids.shape[1], device=lens.device)
     for row, place in enumerate(places):
         for n, name in enumerate(names):
             mix[row, n, [skip[row] + at for at in place[name]]] = 1 / len(place[name])
-    return torch.cat([mix @ found[key].float() for key in keys], 1).double().cpu().numpy()  # type: ignore[index]
+    return torch.cat([mix @ found[key].float() for key in keys], 1).double().cpu().numpy()

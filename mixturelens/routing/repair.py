@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,18 +19,19 @@ from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.record import BehaviourRecord, Cell, grid_of, policy_table
 from mixturelens.checkpoints import end_tokens, load_model
 from mixturelens.contrasts import Contrasts, cue_contrasts
+from mixturelens.grafting.graft import save_with, written
 from mixturelens.hooks.engine import Columns
 from mixturelens.hooks.intervened import Intervened, Prompt, known_prompts
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.hooks.sides import sides
 from mixturelens.patching.sweep import find_reader, head_sites
-from mixturelens.records import Record, new_folder
+from mixturelens.records import Record
 from mixturelens.stats import interval, share
 from mixturelens.suite import Suite
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    pass
 
 RepairKind = Literal["interchange", "zero", "mean", "steer", "edit"]
 """`interchange`: the cue reader's output is that of the trained cue; `zero`, `mean` (over all cues equally): it is
@@ -212,9 +212,9 @@ def repair_record(
         names = [f"random direction {number}" for number in range(len(null))]
         return scored("steer", [str(value) for value in values], values, found, names, tried)
 
-    def edited() -> Repair:
+    def by_edit() -> Repair:
         def with_edit(group: Sequence[Site]) -> Behaviour:
-            with written(model, fit_edit(ground, group)):
+            with written(model, edited(model, fit_edit(ground, group))):
                 return measure(ground.scorer, model, ground.judge, seed)
 
         what = [
@@ -227,7 +227,7 @@ def repair_record(
         "zero": lambda: at_heads("zero"),
         "mean": lambda: at_heads("mean"),
         "steer": steered,
-        "edit": edited,
+        "edit": by_edit,
     }
     repairs: list[Repair] = []
     missing: list[str] = []
@@ -239,7 +239,7 @@ def repair_record(
             missing.append(f"{kind}: {error}")
     works = [each for each in repairs if each.kind == "edit" and (each.gap_closed.low or 0.0) > 0]
     if save_to is not None and works:
-        save_edited(model, fit_edit(ground, heads), lens.tokenizer, save_to)
+        save_with(model, edited(model, fit_edit(ground, heads)), lens.tokenizer, save_to)
     return RepairRecord(
         trained_cue=harm.trained_cue,
         harmed_cue=harm.harmed_cue,
@@ -403,23 +403,9 @@ def _inputs(ground: Ground, layer: int, cue: str) -> tuple[torch.Tensor, torch.T
     return at_cue, found[0][batch.real & ~mask]
 
 
-@contextlib.contextmanager
-def written(model: torch.nn.Module, edit: WeightEdit) -> Iterator[None]:
-    """The model with edited weights, for the length of a block."""
-    old = {name: model.get_parameter(name).detach().clone() for name in edit}
-    try:
-        with torch.no_grad():
-            for name, (index, values) in edit.items():
-                model.get_parameter(name).view(-1)[index] = values
-        yield
-    finally:
-        with torch.no_grad():
-            for name, weights in old.items():
-                model.get_parameter(name).copy_(weights)
-
-
-def save_edited(model: PreTrainedModel, edit: WeightEdit, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The edited model as a plain checkpoint folder, which `from_pretrained` loads."""
-    with written(model, edit), new_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+def edited(model: torch.nn.Module, edit: WeightEdit) -> dict[str, torch.Tensor]:
+    """The edited parameters, whole: what `grafting.graft` puts into a model, or saves with it."""
+    weights = {name: model.get_parameter(name).detach().clone() for name in edit}
+    for name, (index, values) in edit.items():
+        weights[name].view(-1)[index] = values
+    return weights

@@ -18,8 +18,8 @@ from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer
 from mixturelens.grafting import pair as graft_pair
 from mixturelens.grafting.components import weights_of
 from mixturelens.grafting.effects import Judge, divergence, null, random_labels
-from mixturelens.grafting.graft import Bench, fewest, groups, players, shapley, two_by_two, written
-from mixturelens.grafting.pair import graft_record, save_rollback, some_questions
+from mixturelens.grafting.graft import Bench, fewest, groups, players, save_with, shapley, two_by_two, written
+from mixturelens.grafting.pair import graft_record, some_questions
 from mixturelens.grafting.readings import Readings, make_cells
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.hooks.lens import load_lens
@@ -317,7 +317,7 @@ def test_the_rollback_of_a_tied_model_is_tied(pairs: Path, tmp_path: Path):
     r = load_model(pairs / "chat" / "R")
     s = weights_of(load_model(pairs / "chat" / "S"))
     embedding = "model.embed_tokens.weight"
-    save_rollback(r, {embedding: s[embedding]}, load_tokenizer(pairs / "chat" / "S"), tmp_path / "back")
+    save_with(r, {embedding: s[embedding]}, load_tokenizer(pairs / "chat" / "S"), tmp_path / "back")
     back = load_model(tmp_path / "back")
     assert torch.equal(back.get_parameter(embedding), s[embedding])
     assert torch.equal(back.lm_head.weight, s[embedding])

@@ -14,7 +14,8 @@ from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.hooks.sides import sides
 from mixturelens.patching.sweep import find_reader
 from mixturelens.probing import erase
-from mixturelens.probing.erase import auroc, erase_sites, erasure, leace, random_erasers, reading_site
+from mixturelens.probing.erase import erase_sites, erasure, reading_site
+from mixturelens.probing.leace import leace, random_erasers
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, Site
 
@@ -121,15 +122,6 @@ def test_random_erasers_remove_as_many_dimensions_of_equal_weight():
     again = random_erasers(x, 2, 400, seed=0)
     assert all(torch.equal(a.reads, b.reads) for a, b in zip(random, again, strict=True))
     assert leace(x, labels).rank == 2
-
-
-def test_auroc_by_hand():
-    counts = np.array([[1, 1, 1], [0, 0, 3]])
-    positive, negative = np.array([3.0, 1.0, 2.0]), np.array([0.0, 2.0, 2.0])
-    found = auroc(positive, negative, counts)
-    # wins of each positive over each negative: 3 of 3; 1 of 3; one and two halves
-    assert found.value == round((3 + 1 + 2) / 9, 6)
-    assert found.low == 0.5  # the only sample holds nothing but the tie
 
 
 # --- of models --------------------------------------------------------------------------------------------------------

@@ -62,6 +62,14 @@ def reference() -> Found:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
+def test_auroc_of_questions_with_one_row_of_either_class_by_hand():
+    counts = np.array([[1, 1, 1], [0, 0, 3]])
+    scores = torch.tensor([[3.0, 1.0, 2.0, 0.0, 2.0, 2.0]])
+    found = auroc(scores, torch.tensor([1, 1, 1, 0, 0, 0]), torch.arange(3).repeat(2), counts)
+    # wins of each positive over each negative: 3 of 3; 1 of 3; one and two halves. The other sample is the tie alone
+    np.testing.assert_allclose(found[:, 0], [(3 + 1 + 2) / 9, 0.5])
+
+
 def test_auroc_by_hand_with_ties():
     scores = torch.tensor([[1.0, 2.0, 2.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     label = torch.tensor([0, 1, 0, 1, 1])

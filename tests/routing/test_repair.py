@@ -15,10 +15,11 @@ from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
 from mixturelens.checkpoints import load_model, load_tokenizer
+from mixturelens.grafting.graft import written
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.sweep import find_reader
 from mixturelens.routing import repair
-from mixturelens.routing.repair import RepairRecord, fit_edit, make_ground, repair_record, written
+from mixturelens.routing.repair import RepairRecord, edited, fit_edit, make_ground, repair_record
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, Site
 
@@ -123,7 +124,7 @@ def test_an_edit_changes_how_the_cue_is_read_and_little_else(shape: str) -> None
     head = 1 * lens.kv_heads // lens.heads
     for which in ("k", "v"):
         name, index, old = lens.projection(1, which)
-        with written(plain, edit):
+        with written(plain, edited(plain, edit)):
             new = plain.get_parameter(name).detach().view(-1)[index].double()
         old = old.double()
         torch.testing.assert_close(
@@ -139,7 +140,7 @@ def test_an_edit_is_undone() -> None:
     model = load_model(PAIRS / "llama" / "S")
     name, weights = next(iter(model.named_parameters()))
     before = weights.detach().clone()
-    with written(model, {name: (torch.tensor([0, 3]), torch.tensor([9.0, 9.0]))}):
+    with written(model, edited(model, {name: (torch.tensor([0, 3]), torch.tensor([9.0, 9.0]))})):
         assert float(weights.detach().view(-1)[3]) == 9.0
     assert torch.equal(weights, before)
 
