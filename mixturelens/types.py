@@ -130,6 +130,8 @@ class Intervention(Frozen):
     - `project`: remove the component along `vector`
     - `erase`: remove `vector` as often as `read` finds it beyond `offset`: x - (read . x - offset) vector, an oblique
       projection (`read . vector` is 1). A concept of several dimensions takes several, blind to each other's vectors
+    - `clamp`: make a unit's activation `amount`: x + (amount - f) vector, where f is read . x - offset, counted as 0 up to
+      `threshold` (a feature of a sparse dictionary; without a threshold a linear unit, such as a probe's direction)
     - `replace`: put what the same prompt, with the same completion, has there under the cue `source` (interchange)
     - `mean`: the mean of that over all cues, each counted equally
 
@@ -138,28 +140,31 @@ class Intervention(Frozen):
     """
 
     site: Site
-    do: Literal["set", "add", "scale", "project", "erase", "replace", "mean"]
+    do: Literal["set", "add", "scale", "project", "erase", "clamp", "replace", "mean"]
     vector: tuple[float, ...] | None = None
     read: tuple[float, ...] | None = None
     offset: float = 0.0
+    threshold: float | None = None
     amount: float = 1.0
     source: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Intervention:
-        if (self.vector is None) == (self.do in ("set", "add", "project", "erase")):
+        if (self.vector is None) == (self.do in ("set", "add", "project", "erase", "clamp")):
             raise ValueError(f"vector: {self.do} {'needs one' if self.vector is None else 'takes none'}")
         if self.do == "project" and not any(self.vector or ()):
             raise ValueError("vector: project needs a direction, and this one is zero")
-        if (self.read is None) == (self.do == "erase"):
+        if (self.read is None) == (self.do in ("erase", "clamp")):
             raise ValueError(f"read: {self.do} {'needs one' if self.read is None else 'takes none'}")
-        if self.offset and self.do != "erase":
+        if self.offset and self.do not in ("erase", "clamp"):
             raise ValueError(f"offset: {self.do} takes none")
+        if self.threshold is not None and self.do != "clamp":
+            raise ValueError(f"threshold: {self.do} takes none")
         if self.read is not None and self.vector is not None:
             if len(self.read) != len(self.vector):
                 raise ValueError(f"read: has {len(self.read)} numbers, and the vector {len(self.vector)}")
             found = sum(r * v for r, v in zip(self.read, self.vector, strict=True))
-            if not abs(found - 1.0) < 1e-6:
+            if self.do == "erase" and not abs(found - 1.0) < 1e-6:
                 raise ValueError(f"read: finds {found:g} in the vector, where it must find 1 to erase it")
         if (self.source is None) == (self.do == "replace"):
             raise ValueError(f"source: {self.do} {'needs the cue to read' if self.source is None else 'takes none'}")
@@ -172,6 +177,7 @@ class Intervention(Frozen):
             "scale": f"x {self.amount:g}" if self.amount else "zero",
             "project": "without a direction",
             "erase": "without a concept",
+            "clamp": f"a unit at {self.amount:.3g}",
             "replace": f"that of cue {self.source}",
             "mean": "the mean over cues",
         }[self.do]

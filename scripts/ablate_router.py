@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixturelens import viz
 from mixturelens.behaviour.arrays import Behaviour
+from mixturelens.behaviour.ground import make_ground
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
@@ -29,7 +30,7 @@ from mixturelens.grafting.graft import save_with
 from mixturelens.hooks.intervened import Intervened, known_prompts
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.sweep import find_reader, head_sites
-from mixturelens.routing.repair import edited, fit_edit, make_ground
+from mixturelens.routing.repair import edited, fit_edit
 from mixturelens.stats import interval
 from mixturelens.suite import encode_prompts, load_suite
 from mixturelens.types import Interval, Intervention, Site

@@ -314,12 +314,15 @@ def _edit(each: Intervention, columns: Bool[Tensor, "row window"], source: Tenso
             assert vector is not None
             unit_vector = vector / vector.norm()
             now = now - (now @ unit_vector)[..., None] * unit_vector
-        elif each.do == "erase":
+        elif each.do in ("erase", "clamp"):
             assert each.read is not None
             assert vector is not None
             exact = now.float()  # what is read may be a small difference of large numbers
             found = exact @ exact.new_tensor(each.read) - each.offset
-            now = (exact - found[..., None] * vector.float()).to(now.dtype)
+            if each.threshold is not None:
+                found = torch.where(found > each.threshold, found, 0.0)
+            goal = each.amount if each.do == "clamp" else 0.0
+            now = (exact + (goal - found)[..., None] * vector.float()).to(now.dtype)
         else:
             assert value is not None
             now = value[columns].to(now.dtype)

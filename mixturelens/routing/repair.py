@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
 from mixturelens.behaviour.arrays import Behaviour
-from mixturelens.behaviour.harm import Harm, find_harm
-from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.ground import WORTH, Ground, make_ground, scale_of
+from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.measure import measure
-from mixturelens.behaviour.prompts import Prompts, prepare
-from mixturelens.behaviour.record import BehaviourRecord, Cell, grid_of, policy_table
-from mixturelens.checkpoints import end_tokens, load_model
-from mixturelens.contrasts import Contrasts, cue_contrasts
+from mixturelens.behaviour.record import BehaviourRecord, Cell, policy_table
+from mixturelens.checkpoints import load_model
 from mixturelens.grafting.graft import save_with, written
 from mixturelens.hooks.engine import Columns
-from mixturelens.hooks.intervened import Intervened, Prompt, known_prompts
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.hooks.sides import sides
 from mixturelens.patching.sweep import find_reader, head_sites
 from mixturelens.records import Record
-from mixturelens.stats import interval, share
+from mixturelens.stats import interval
 from mixturelens.suite import Suite
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
-
-if TYPE_CHECKING:
-    pass
 
 RepairKind = Literal["interchange", "zero", "mean", "steer", "edit"]
 """`interchange`: the cue reader's output is that of the trained cue; `zero`, `mean` (over all cues equally): it is
@@ -111,35 +104,6 @@ AMOUNTS = (0.5, 1.0, 2.0, 4.0)
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Ground:
-    """What repairs are tried on: R under its lens, and the questions that choose and those that judge."""
-
-    lens: Lens
-    suite: Suite
-    harm: Harm
-    scorer: Scorer
-    choose: Prompts
-    judge: Prompts
-    known: Mapping[tuple[int, ...], Prompt]
-    contrasts: Contrasts
-    """Cue contrasts of all questions; their first half chooses."""
-    seed: int
-
-    def behaviour(self, interventions: Sequence[Intervention], prompts: Prompts) -> Behaviour:
-        model = Intervened(self.lens, interventions, self.known) if interventions else self.lens.model
-        return measure(self.scorer, model, prompts, self.seed)
-
-    def accuracies(self, behaviour: Behaviour, prompts: Prompts) -> dict[str, Interval]:
-        draws = grid_of(prompts, self.seed).draws(behaviour.correct.sum(-1))
-        return {cue: interval(draws[:, c]) for c, cue in enumerate(self.suite.cues)}
-
-    def both(self, behaviour: Behaviour, prompts: Prompts) -> tuple[float, float]:
-        """Accuracy under the harmed and under the trained cue."""
-        found = self.accuracies(behaviour, prompts)
-        return found[self.harm.harmed_cue].value or 0.0, found[self.harm.trained_cue].value or 0.0
-
-
 def repair_record(
     before: Path,
     after: Path,
@@ -165,13 +129,7 @@ def repair_record(
         )
     lens = load_lens(after, device)
     ground = make_ground(lens, suite, harm, seed)
-    plain = ground.behaviour((), ground.judge)
-    start = measure(ground.scorer, load_model(before, device), ground.judge, seed)
-    grid = grid_of(ground.judge, seed)
-    column, trained = (suite.cues.index(cue) for cue in (harm.harmed_cue, harm.trained_cue))
-    forced = grid.draws(start.forced_accuracy)[:, column]
-    ceiling = forced[:, int(np.nanargmax(forced[0]))]
-    broken = grid.draws(plain.correct.sum(-1))
+    scale = scale_of(ground, load_model(before, device))
     say("finding the cue reader")
     reader = find_reader(lens, ground.contrasts, "policy", seed)
     heads = tuple(head.model_copy(update={"position": "completion"}) for head in reader.heads)
@@ -187,16 +145,15 @@ def repair_record(
         names: Sequence[str],
         null: Sequence[Behaviour],
     ) -> Repair:
-        accuracy = grid.draws(found.correct.sum(-1))
         tried = [ground.both(each, ground.judge) for each in null]
         return Repair(
             kind=kind,
             what=tuple(what),
             interventions=tuple(interventions),
             accuracy=ground.accuracies(found, ground.judge),
-            gap_closed=interval(share(accuracy[:, column] - broken[:, column], ceiling - broken[:, column], WORTH)),
-            trained_change=interval(accuracy[:, trained] - broken[:, trained]),
-            cells=policy_table(plain, found, ground.judge, grid),
+            gap_closed=scale.gap_closed(found),
+            trained_change=scale.trained_change(found),
+            cells=policy_table(scale.after, found, ground.judge, scale.grid),
             random=_random(names, tried, ground.both(found, ground.judge)[0]),
         )
 
@@ -245,41 +202,15 @@ def repair_record(
         harmed_cue=harm.harmed_cue,
         policy=harm.policy,
         heads=heads,
-        questions=len(grid.index),
+        questions=len(scale.grid.index),
         policies=tuple(suite.policies),
         cues=suite.cues,
-        before=ground.accuracies(start, ground.judge),
-        after=ground.accuracies(plain, ground.judge),
-        ceiling=interval(ceiling),
+        before=ground.accuracies(scale.before, ground.judge),
+        after=ground.accuracies(scale.after, ground.judge),
+        ceiling=interval(scale.ceiling),
         repairs=tuple(repairs),
         missing=tuple(missing),
         checkpoint=save_to.name if save_to is not None and works else None,
-    )
-
-
-WORTH = 0.02
-"""Accuracy that must be lost under the harmed cue for a repair to make sense."""
-
-
-def make_ground(lens: Lens, suite: Suite, harm: Harm, seed: int) -> Ground:
-    """Split the questions, and put everything at hand that repairs need."""
-    tokenizer = lens.tokenizer
-    contrasts = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
-    choosing = {row.question for row in contrasts.half(0).rows}
-    choose, judge = ([row for row in suite.neutral if (row.id in choosing) == side] for side in (True, False))
-    if not judge:
-        raise InputError("one question is not enough: one half chooses what to repair, the other half judges it")
-    config = lens.model.config.get_text_config()
-    return Ground(
-        lens=lens,
-        suite=suite,
-        harm=harm,
-        scorer=Scorer(end_tokens(lens.model, tokenizer), config.vocab_size, lens.device),
-        choose=prepare(suite, choose, tokenizer),
-        judge=prepare(suite, judge, tokenizer),
-        known=known_prompts(suite, suite.neutral, tokenizer),
-        contrasts=contrasts,
-        seed=seed,
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mixturelens.behaviour.ground import make_ground
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
@@ -19,7 +20,7 @@ from mixturelens.grafting.graft import written
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.sweep import find_reader
 from mixturelens.routing import repair
-from mixturelens.routing.repair import RepairRecord, edited, fit_edit, make_ground, repair_record
+from mixturelens.routing.repair import RepairRecord, edited, fit_edit, repair_record
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, Site
 
