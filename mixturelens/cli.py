@@ -16,6 +16,7 @@ from mixturelens.types import InputError, RunError
 
 if TYPE_CHECKING:
     from mixturelens.behaviour.record import BehaviourRecord
+    from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.pipeline import Pair
@@ -200,6 +201,15 @@ def graft(pairs: list[Pair], options: Options) -> tuple[list[GraftRecord], Calla
         _print_mechanism(pairs, verdicts)
 
     return records, show
+
+
+@_on_pairs
+def features(pairs: list[Pair], options: Options) -> tuple[list[FeatureRecord], Callable[[], None]]:
+    """Train SAEs and crosscoders, and say what their features do that heads, neurons and directions do not."""
+    from mixturelens import pipeline
+
+    records = [pipeline.features(pair, **options) for pair in pairs]
+    return records, lambda: _print_features(pairs, records)
 
 
 @_on_pairs
@@ -445,7 +455,47 @@ def _print_mechanism(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
             print(f"{pair.name}: {name} says otherwise: {found.evidence[name].what}")
 
 
-def _print_missing(pairs: list[Pair], records: Sequence[ProbingRecord | GraftRecord]) -> None:
+def _print_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for sae in record.saes:
+            for side, found in sae.quality.items():
+                numbers = (f"{found.explained:.3f}", f"{found.active:.1f}", f"{found.dead:.3f}")
+                rows.append((pair.name, f"{sae.site} of S on {SHORT[side]}", *numbers, _interval(found.loss_recovered)))
+    _table(("pair", "SAE", "variance explained", "active", "dead", "loss recovered"), rows)
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for table in record.tables:
+            for score in table.scores:
+                most = max(score.random, default=None)
+                gap = _interval(score.gap_closed)
+                numbers = (_number(score.auroc.value), _interval(score.patch), _number(most), gap)
+                rows.append((pair.name, table.concept, str(score.unit), *numbers))
+    _table(("pair", "carries", "best unit", "AUROC", "patched", "random, most", "gap closed, clamped"), rows)
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for change in record.changes:
+            for name, terms in (
+                (f"{len(change.features)} features that moved most", change.together),
+                ("all features", change.every),
+                ("all of R's activations", change.whole),
+            ):
+                numbers = (_interval(terms.routing), _interval(terms.conditioning), _interval(terms.skill))
+                rows.append((pair.name, f"{change.site}: {name}", *numbers))
+    _table(("pair", "R's values in S", "routing, nats", "conditioning, nats", "skill, nats"), rows)
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for fit in record.crosscoders:
+            counts = (fit.shared, fit.exclusive["before"], fit.exclusive["after"], fit.false, fit.causal)
+            rows.append((pair.name, f"{fit.site}, seed {fit.seed}", *map(str, counts)))
+    _table(("pair", "crosscoder", "shared", "only S", "only R", "only by norm", "only R, and causal"), rows)
+    _print_missing(pairs, records)
+
+
+SHORT = {"before": "S", "after": "R"}
+
+
+def _print_missing(pairs: list[Pair], records: Sequence[ProbingRecord | GraftRecord | FeatureRecord]) -> None:
     for pair, record in zip(pairs, records, strict=True):
         for reason in record.missing:
             print(f"{pair.name}: not measured: {reason}")

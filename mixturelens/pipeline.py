@@ -16,9 +16,21 @@ from typing import TypeVar
 
 from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
 from mixturelens.checkpoints import check_folder, check_pair
+from mixturelens.features.pair import feature_record
+from mixturelens.features.record import FeatureRecord
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import GraftRecord
-from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer, parse_spec, recipes, safe_name
+from mixturelens.organism import (
+    Spec,
+    build_model,
+    build_suite,
+    build_tokenizer,
+    parse_spec,
+    prompt_row,
+    questions,
+    recipes,
+    safe_name,
+)
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.pair import probing_record
@@ -27,7 +39,7 @@ from mixturelens.records import Provenance, Record, new_folder, provenance, weig
 from mixturelens.routing.circuit import CircuitRecord, circuit_record
 from mixturelens.routing.repair import RepairRecord, repair_record
 from mixturelens.routing.verdict import VerdictRecord, judge
-from mixturelens.suite import Suite, load_suite
+from mixturelens.suite import PromptRow, Suite, load_suite
 from mixturelens.training import Progress, Trajectory, train_rl, train_sft
 from mixturelens.types import InputError
 
@@ -221,6 +233,45 @@ def probe(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = N
     return _instrument(pair, ProbingRecord, "probing", make, **options)
 
 
+def features(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> FeatureRecord:
+    """SAE features and crosscoder latents beside neurons, heads and directions; or read what is there.
+
+    Patching says where to look, and is done first. The SAEs of S are kept in `features/`, in SAELens' format.
+    """
+    options = {"device": device, "seed": seed, "say": say}
+    folder = pair.out / "features"
+
+    def make(before: Path, after: Path, suite: Suite, measured: BehaviourRecord) -> FeatureRecord:
+        probing = _same(ProbingRecord, pair.records / "probing.json", _provenance(pair, device, seed))
+        return feature_record(
+            before,
+            after,
+            suite,
+            measured,
+            patch(pair, **options),
+            subspaces=probing.subspaces if probing else (),
+            more=_more_prompts(pair),
+            folder=folder,
+            **options,
+        )
+
+    def whole(there: FeatureRecord) -> bool:
+        return all(sae.folder is None or (folder / sae.folder).exists() for sae in there.saes)
+
+    return _instrument(pair, FeatureRecord, "features", make, whole, **options)
+
+
+def _more_prompts(pair: Pair) -> tuple[PromptRow, ...]:
+    """Prompts of a run beside those of its suite, to learn features from: RL's questions, under every cue and hint."""
+    if not (pair.out / "spec.json").is_file():
+        return ()
+    spec = load_run(pair.out)
+    hints = (None, *(spec.policies if spec.hints else ()))
+    return tuple(
+        prompt_row(spec, cue, question, hint) for question in questions(spec).rl for cue in spec.cues for hint in hints
+    )
+
+
 def _instrument(
     pair: Pair,
     kind: type[R],
@@ -279,6 +330,7 @@ def verdict(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None =
         graft=_same(GraftRecord, pair.records / "graft.json", expected),
         patching=_same(PatchingRecord, pair.records / "patching.json", expected),
         probing=_same(ProbingRecord, pair.records / "probing.json", expected),
+        features=_same(FeatureRecord, pair.records / "features.json", expected),
     )
     record.save(pair.records / "verdict.json")
     return record
@@ -306,6 +358,7 @@ def report(pairs: list[Pair], *, device: str = "cpu", seed: int = 0, say: Say | 
         patching=_there(pairs, PatchingRecord, "patching", device, seed),
         probing=_there(pairs, ProbingRecord, "probing", device, seed),
         grafts=_there(pairs, GraftRecord, "graft", device, seed),
+        features=_there(pairs, FeatureRecord, "features", device, seed),
         repair=_there(pairs, RepairRecord, "repair", device, seed),
         circuits=_there(pairs, CircuitRecord, "circuit", device, seed),
     )

@@ -6,6 +6,7 @@
   GPT-2 (random weights). Each runs in a process of its own, so that peak memory can be compared; times are the best of
   several sweeps, captures included.
 - Linear probes at every site of the default organism, against a loop over scikit-learn's LogisticRegression.
+- A sparse autoencoder on activations of the default organism, against SAELens' own trainer with the same settings.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ from mixturelens.suite import load_suite
 REFERENCE = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
 PROMPTS = 100
 SAMPLES = 64
+SAES = ((512, 16, 4096, 150, "sparse"), (128, 8, 1024, 150, "sparse"), (128, 8, 1024, 1200, "train_sae"))
+"""Features, k, batch and steps of the SAEs that are trained, and what SAELens is compared with: the default, last."""
+ROUNDS = 3
 
 
 def main() -> None:
     behaviour()
     probes()
+    sae()
     for case, repeats in (("organism", 5), ("gpt2", 1)):
         found = {}
         for who in ("transformer-lens", "mixturelens"):
@@ -183,6 +188,68 @@ def probes() -> None:
         f"its converged one {np.median(tight):+.1g} and {max(tight):+.1g} ({len(tight)} probes)"
     )
     print(f"accuracy on held-out questions      {np.median(gaps):.3f} apart in the median, {max(gaps):.3f} at most")
+
+
+def sae() -> None:
+    """Trainings in turns, on the same batches. `sparse` is SAELens' trainer and settings, and our steps; `train_sae`
+    the whole of it, with the start at examples, resampling, checkpoints and saving."""
+    import contextlib
+    import io
+    import statistics
+    import tempfile
+
+    from mixturelens.features.activations import collect, texts
+    from mixturelens.features.sae import load_sae, make_trainer, train_sae
+    from mixturelens.hooks.lens import load_lens
+
+    quiet_libraries()
+    lens, suite = load_lens(REFERENCE / "checkpoints" / "sft"), load_suite(REFERENCE / "suite.yaml")
+    acts = collect([lens], texts([lens], suite, suite.prompts), (1, "resid_pre"))
+    x = acts.batch(0, len(acts), seed=1)[:, 0]
+    variance = float((x - x.mean(0)).square().sum())
+
+    def judged(folder: Path) -> tuple[float, float]:
+        """(share of variance that is missed, features that fire on some row)."""
+        dictionary = load_sae(folder)
+        f = dictionary.encode(x)
+        return float((x - dictionary.decode(f)).square().sum()) / variance, int((f > 0).any(0).sum())
+
+    def train(who: str, folder: Path, width: int, k: int, batch: int, steps: int) -> float:
+        if who == "train_sae":
+            start = time.perf_counter()
+            train_sae(acts, folder, site_name="blocks.1.hook_resid_pre", width=width, k=k, batch=batch, steps=steps)
+            return time.perf_counter() - start
+        trainer = make_trainer(acts, width, k, steps, batch, sparse=who == "sparse")
+        trainer.cfg.dead_feature_window = 1000  # their default, so that no auxiliary loss slows them down
+        with contextlib.redirect_stderr(io.StringIO()):  # their progress bar
+            start = time.perf_counter()
+            trained = trainer.fit()
+            seconds = time.perf_counter() - start
+        trained.save_inference_model(folder)
+        return seconds
+
+    with tempfile.TemporaryDirectory() as name:
+        train("sparse", Path(name) / "warm-up", 32, 4, 64, 2)
+        for width, k, batch, steps, ours in SAES:
+            found: dict[str, list[tuple[float, float, float]]] = {"SAELens": [], ours: []}
+            for number in range(ROUNDS):
+                for who, rounds in found.items():
+                    folder = Path(name) / f"{who}-{width}-{steps}-{number}"
+                    seconds = train(who, folder, width, k, batch, steps)
+                    rounds.append((steps * batch / seconds, *judged(folder)))
+            print(
+                f"\nSAE of {len(acts)} activations of width {acts.dim}: {width} features, k {k}, batch {batch}, "
+                f"{steps} steps"
+            )
+            for who, rounds in found.items():
+                speed, missed, fire = (statistics.median(each) for each in zip(*rounds, strict=True))
+                title = who if who == "SAELens" else f"mixturelens ({who})"
+                print(f"{title:28} {speed:9,.0f} samples a second   unexplained {missed:.4f}   features {fire:.0f}")
+            pairs = zip(found["SAELens"], found[ours], strict=True)
+            low, *_, high = ratios = sorted(own[0] / other[0] for other, own in pairs)
+            print(
+                f"training is                  {statistics.median(ratios):9.1f} times faster ({low:.1f} to {high:.1f})"
+            )
 
 
 def _objective(weights: np.ndarray, bias: np.ndarray, rows: np.ndarray, labels: np.ndarray) -> float:

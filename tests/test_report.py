@@ -9,14 +9,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_viz import HOSTILE, make_pair, make_trajectory
+from test_viz import HOSTILE, around, make_pair, make_trajectory
+from test_viz_features import make_card, make_features, make_score
 from test_viz_grafting import make_effects, make_graft, make_mechanism
 from test_viz_patching import make_circuit_record, make_patching, make_repair
 from test_viz_probing import make_probing
 
 from mixturelens import viz
-from mixturelens.report import evidence, write_report
+from mixturelens.features.record import Example
+from mixturelens.report import evidence, features, write_report
 from mixturelens.report.parts import Pictures
+from mixturelens.types import Interval
 
 
 class Page(HTMLParser):
@@ -77,6 +80,7 @@ def write(path: Path, hostile: bool = False, mechanism: bool = False, **changes)
             "circuits": {name: make_circuit_record(words)},
             "probing": {name: make_probing(words, cues)},
             "grafts": {name: make_graft(words, cues, policies)},
+            "features": {name: make_features(words, cues)},
         }
         pair, record, verdict = arguments["pairs"][0]
         judged = verdict.model_copy(update={"mechanism": make_mechanism(words, disagree=True)})
@@ -140,7 +144,7 @@ def test_controls_say_whether_they_hold(tmp_path):
 def test_page_says_where_the_router_is(whole):
     text = whole
     sections = re.findall(r'<section id="(\w+)">', text)
-    assert sections[4:10] == ["policies", "router", "reading", "weights", "mechanism", "repair"]
+    assert sections[4:11] == ["policies", "router", "reading", "weights", "features", "mechanism", "repair"]
     words = section(text, "router")
     assert "cue S (before) L0.z.1@policy 0.910 0.900 to 0.920 0.400 0.390 to 0.410 L1.z.0@policy yes" in words
     assert "R (after) L0.z.1@policy 0.910 0.900 to 0.920 0.400 0.390 to 0.410 L1.z.0@policy cannot say" in words
@@ -161,14 +165,14 @@ def test_sections_of_the_mechanism_appear_only_with_their_records(tmp_path):
 
 
 def test_sections_of_the_evidence_appear_only_with_their_records(tmp_path):
-    nothing = {key: {} for key in ("patching", "repair", "circuits", "grafts")}
+    nothing = {key: {} for key in ("patching", "repair", "circuits", "grafts", "features")}
     bare = make_probing(readouts=(), erased=(), used=None, unused=None, subspaces=(), missing=("no probes",))
     text = write(tmp_path / "report.html", mechanism=True, **{**nothing, "probing": {"watched ": bare}})
     words = section(text, "reading")
     assert "Do neutral prompts look hinted?" in words
     assert words.count("What would falsify it") == 1
     assert words.endswith("Not measured: no probes.")
-    assert not {"weights", "router", "repair"} & set(re.findall(r'<section id="(\w+)">', text))
+    assert not {"weights", "router", "repair", "features"} & set(re.findall(r'<section id="(\w+)">', text))
     assert "Random weights" not in text
     text = write(tmp_path / "report.html", grafts={"watched ": make_graft(components=(), placed=(), rollback=None)})
     assert 'id="mechanism"' not in text
@@ -253,6 +257,77 @@ def test_probes_must_beat_shuffled_labels(shuffled, holds):
     assert [control.holds for control in found] == ([] if holds is None else [holds])
     if found:
         assert found[0].measured.startswith("AUROC 1.000 [0.980, 1.000] at L0.resid_pre@8; shuffled: 95% under")
+
+
+def test_page_says_what_features_do(whole):
+    words = section(whole, "features")
+    assert "A sparse autoencoder (SAE) learns to write each activation as a sum of a few" in words
+    titles = ("Do they describe", "Which unit", "One unit, clamped", "What RL changed", "All units", "S and R in one")
+    assert [words.index(title) for title in titles] == sorted(words.index(title) for title in titles)
+    assert words.count("What would falsify it") == 5
+    assert "L1.resid_pre@policy 128 S (before) 0.993 7.9 0 0.991 0.987 to 0.995" in words
+    assert "cue feature L1.resid_pre@policy feature 17 128 0.990 0.980 to 1.000 0.910 0.880 to 0.940" in words
+    assert "White squares: the repairs of heads" in words
+    assert words.endswith("against R. Whiskers: 95% bootstrap over questions.")
+    assert "Not measured: hint: no site carries it." in words
+
+
+def test_every_card_has_an_address_and_the_index_leads_to_it(whole):
+    page = Page(whole)
+    anchors = [name for name in page.ids if name.startswith("feature-")]
+    assert anchors == ["feature-1-L1-resid_pre-policy-17", "feature-1-L1-resid_pre-policy-3"]
+    assert page.links == ["data:,", *(f"#{name}" for name in anchors)]
+    twins = features.featured("x", 2, make_features(cards=(make_card(), make_card(), make_card(1))), None, Pictures())
+    assert [card.anchor[-4:] for card in twins.cards] == ["y-17", "7--2", "cy-1"]
+
+
+def test_a_card_says_what_a_feature_tells_and_does(whole):
+    (card, _) = re.findall(r'<article class="card".*?</article>', whole, re.DOTALL)
+    words = " ".join(Page(card).text.split())
+    assert words.startswith("L1.resid_pre@policy feature 17 best feature for the cue What it tells (AUROC)")
+    assert f"cue 0.993 ; hint {viz.DASH} ; policy 0.510" in words
+    assert "S (before) 0.061 3.10 R (after) 0.070 4.25" in words
+    assert "Promotes next (nats) sorry +6.20 ␣ +0.30 <eos> +0.01 Suppresses next (nats) a −3.50 b −2.25" in words
+    assert "the nearer its maximum of 4.00 here" in words
+    tokens = re.findall(r'<span style="--shade: (.*?)" title="(.*?)">(.*?)</span>', card)
+    assert tokens[:1] == [("0.00", "0", "&lt;B&gt;")]
+    assert tokens[8:10] == [("1.00", "4.00", "[a]"), ("1.00", "4.00", "␣")]
+    assert [shade for shade, _, text in tokens if text == "[a]"] == ["1.00", "0.50", "0.33"]
+
+
+def test_cards_of_features_that_never_fire_or_read_linearly():
+    silent = Example(tokens=("a", "\n", ""), activations=(0.0, -1.5, 0.0))
+    cards = (make_card(examples=(silent,)), make_card(examples=(), promotes=(), suppresses=(), auroc={}))
+    found = features.featured("x", 1, make_features(cards=cards), None, Pictures()).cards
+    assert [(token.text, token.shade, token.activation) for token in found[0].examples[0]] == [
+        ("a", "0.00", "0"),
+        ("⏎", "0.00", "−1.50"),
+        ("␣", "0.00", "0"),
+    ]
+    assert (found[1].examples, found[1].most) == ([], "0")
+
+
+def test_features_without_tables_changes_or_crosscoders(tmp_path):
+    bare = make_features(saes=(), tables=(), changes=(), cards=(), crosscoders=(), missing=("no SAE",))
+    text = write(tmp_path / "report.html", features={"watched ": bare})
+    words = section(text, "features")
+    assert words.endswith("watched Not measured: no SAE.")
+    assert "falsify" not in words
+    assert Page(text).links == ["data:,"]
+    assert "Random features" not in text
+
+
+@pytest.mark.parametrize(("margin", "holds"), [(0.3, True), (0.005, False), (None, None)])
+def test_the_best_feature_must_beat_matched_random_ones(margin, holds):
+    record = make_features()
+    value = Interval() if margin is None else around(margin)
+    score = make_score("feature", repaired=True).model_copy(update={"margin": value})
+    table = record.tables[0].model_copy(update={"scores": (score,)})
+    (control,) = features.controls(record.model_copy(update={"tables": (table,)}))
+    assert (control.name, control.holds) == ("Random features", holds)
+    assert control.measured.startswith("0.910 [0.880, 0.940] by L1.resid_pre@policy feature 17; margin ")
+    assert features.controls(record.model_copy(update={"tables": ()})) == []
+    assert features.controls(None) == []
 
 
 def test_page_says_what_a_repair_brings_back_and_breaks(whole):
@@ -366,7 +441,9 @@ def test_browser_draws_all_figures_without_network_or_complaint(tmp_path, hostil
     mechanism = 4 + 2 + 1 + 3 + 2
     # readouts and two in detail, erasure, subspaces, shifts; components twice, plane, factorial, positions; evidence
     evidence = 3 + 1 + 1 + 1 + 5 + 1
-    assert done.stdout.count('class="plot-container plotly"') == 8 + mechanism + evidence
+    # units, clamping, what RL changed and how it fires, crosscoders
+    features = 2 + 2 + 1
+    assert done.stdout.count('class="plot-container plotly"') == 8 + mechanism + evidence + features
     assert "<title>owned" not in done.stdout
     assert "img" not in page.tags
-    assert "a" not in page.tags
+    assert page.tags.count("a") == len(re.findall(r'<a href="#feature-1-[\w-]+">', done.stdout)) == 2

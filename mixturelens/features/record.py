@@ -54,10 +54,12 @@ class Sae(Frozen):
     """An SAE trained on S at one site, in SAELens' format."""
 
     site: Site
-    folder: str
-    """Beside the records, as `SAE.load_from_disk` reads it."""
+    folder: str | None = None
+    """In the pair's folder, as `SAE.load_from_disk` reads it; null where it was not kept."""
+    trained: int
+    """Features that were trained."""
     width: int
-    k: int
+    """Features that are left: those that practically never fire are not saved."""
     quality: dict[Side, Quality]
     """On S, and on R as it is."""
 
@@ -90,6 +92,25 @@ class Score(Frozen):
     """The clamp as a value; null for a head, which takes one for all of its output."""
 
 
+class Several(Frozen):
+    """The fewest units of one kind that carry a concept together: chosen on one half of the questions, judged on the
+    other.
+    """
+
+    kind: UnitKind
+    units: tuple[Unit, ...]
+    among: int
+    enough: bool
+    """Whether they carry 0.9 of the contrast on the questions that chose; if not, these are as many as were tried."""
+    patch: Interval
+    """Share of the contrast that they move, patched at once."""
+    random: tuple[float, ...]
+    """That of as many matched random others."""
+    gap_closed: Interval = NOT_MEASURED
+    """In R, each clamped to its mean clean activation, one after the other."""
+    trained_change: Interval = NOT_MEASURED
+
+
 class Table(Frozen):
     """The best unit of every kind for one concept."""
 
@@ -107,6 +128,10 @@ class Table(Frozen):
     site: Site
     """The site that patching named, where features and directions were looked for."""
     scores: tuple[Score, ...]
+    several: tuple[Several, ...] = ()
+
+    def together(self, kind: UnitKind) -> Several | None:
+        return next((each for each in self.several if each.kind == kind), None)
 
     def best(self, kind: UnitKind) -> Score | None:
         return next((each for each in self.scores if each.unit.kind == kind), None)
@@ -121,6 +146,16 @@ class Terms(Frozen):
     routing: Interval
     conditioning: Interval
     skill: Interval
+
+    @property
+    def specialists(self) -> Interval:
+        """Conditioning and skill together, as wide as both intervals at their ends."""
+        both = (self.conditioning, self.skill)
+        known = [each for each in both if each.value is not None]
+        if not known:
+            return NOT_MEASURED
+        value, low, high = (sum(getattr(each, end) for each in known) for end in ("value", "low", "high"))
+        return Interval(value=value, low=low, high=high)
 
     def of(self, part: Part) -> Interval:
         return {"selector": self.routing, "cue_reader": self.conditioning, "skill": self.skill}[part]
@@ -193,8 +228,10 @@ class CrosscoderFit(Frozen):
     """After latent scaling."""
     false: int
     """Exclusive by norm, and not after latent scaling."""
+    tested: int = 0
+    """Latents exclusive to R that were ablated one by one: those that write most."""
     causal: int
-    """Latents exclusive to R without which R does something else, beyond as many matched shared latents."""
+    """Of these, latents without which R does something else, beyond nearly all of as many matched shared latents."""
     causal_terms: dict[Part, int] = {}
     """Of those, by the term they move most."""
     without: Terms | None = None
@@ -221,3 +258,12 @@ class FeatureRecord(Record):
 
     def table(self, concept: Concept) -> Table | None:
         return next((each for each in self.tables if each.concept == concept), None)
+
+    @property
+    def arrived(self) -> SiteChange | None:
+        """What RL changed where R's activations bring most of it along."""
+        return max(
+            self.changes,
+            key=lambda change: (change.whole.routing.value or 0.0) + (change.whole.specialists.value or 0.0),
+            default=None,
+        )

@@ -244,6 +244,12 @@ class Lens:
             weight = weight.T  # Linear stores [out, in], Conv1D [in, out]
         return weight.detach().unflatten(0, (self.heads, self.d_head))
 
+    def neuron_weights(self, layer: int) -> Float[Tensor, "neuron d_model"]:
+        """What each hidden neuron of an MLP writes, as a view of the model's own weights."""
+        module = cast(nn.Module, self.bridge.blocks[layer].mlp.out.original_component)
+        weight = cast(Tensor, module.weight).detach()
+        return weight if type(module).__name__ == "Conv1D" else weight.T
+
     def output_projection(self, layer: int) -> tuple[nn.Module, Tensor]:
         """The module and the weights that all heads of a layer write through."""
         module = cast(nn.Module, self.bridge.blocks[layer].attn.o.original_component)

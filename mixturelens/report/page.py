@@ -10,12 +10,14 @@ from mixturelens import viz
 from mixturelens.behaviour.record import BehaviourRecord, CueSide, Nats
 from mixturelens.records import Provenance, write_text
 from mixturelens.report import evidence, mechanism
+from mixturelens.report import features as units
 from mixturelens.report.parts import Control, Pictures, number
 from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.types import NOT_MEASURED, Interval
 from mixturelens.viz import DASH, show, show_interval
 
 if TYPE_CHECKING:
+    from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.probing.record import ProbingRecord
@@ -63,10 +65,12 @@ def write_report(
     circuits: Mapping[str, CircuitRecord] = {},
     probing: Mapping[str, ProbingRecord] = {},
     grafts: Mapping[str, GraftRecord] = {},
+    features: Mapping[str, FeatureRecord] = {},
 ) -> Path:
     """Write the page, whole or not at all. It holds plotly.js once and asks no network for anything.
 
-    `patching`, `repair`, `circuits`, `probing` and `grafts` go by the names of pairs; what is not there has no section.
+    `patching`, `repair`, `circuits`, `probing`, `grafts` and `features` go by the names of pairs; what is not there has
+    no section.
     """
     pictures = Pictures()
     verdicts = [(name, verdict) for name, _, verdict in pairs]
@@ -78,7 +82,7 @@ def write_report(
         "recipe_note": recipe_note,
         "spec_text": spec_text,
         "pairs": [
-            _pair(name, record, verdict, repair.get(name), grafts.get(name), probing.get(name))
+            _pair(name, record, verdict, repair.get(name), grafts.get(name), probing.get(name), features.get(name))
             for name, record, verdict in pairs
         ],
         "headline": [
@@ -124,6 +128,12 @@ def write_report(
             evidence.reading(name, probing[name], record.cues, pictures) for name, record, _ in pairs if name in probing
         ],
         "changing": [evidence.changing(name, grafts[name], pictures) for name, _, _ in pairs if name in grafts],
+        "featured": [
+            units.featured(name, i, features[name], repair.get(name), pictures)
+            for i, (name, _, _) in enumerate(pairs, start=1)
+            if name in features
+        ],
+        "crosscoders": units.crosscoders({name: features[name] for name, _, _ in pairs if name in features}, pictures),
         "judged": [found for name, verdict in verdicts if (found := evidence.judged(name, verdict, pictures))],
         "repaired": [
             mechanism.repaired(name, repair[name], verdict.thresholds.cell, pictures)
@@ -178,6 +188,7 @@ def _pair(
     repair: RepairRecord | None,
     graft: GraftRecord | None,
     probing: ProbingRecord | None,
+    features: FeatureRecord | None,
 ) -> dict[str, object]:
     t = verdict.thresholds
     return {
@@ -220,6 +231,7 @@ def _pair(
         "controls": [
             *_controls(verdict, repair, exact=record.samples is None),
             *evidence.controls(verdict, graft, probing),
+            *units.controls(features),
         ],
         "falsify": _falsify(verdict),
         "thresholds": [(key, f"{value:g}") for key, value in t.model_dump().items()],

@@ -14,8 +14,9 @@ and the other way on the rest cancels. The split of behaviour, which is not used
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
+from mixturelens.features.record import FeatureRecord, Terms
 from mixturelens.grafting.record import Effects, GraftRecord
 from mixturelens.patching.record import PatchingRecord, Sweep
 from mixturelens.patching.sweep import APART
@@ -43,7 +44,7 @@ Part = Literal["selector", "specialists"]
 class Line(Frozen):
     """What one kind of evidence says about one part, beside what it would say of nothing."""
 
-    source: Literal["grafts", "patching", "probes"]
+    source: Literal["grafts", "patching", "probes", "features"]
     about: Part
     effect: Interval
     null: float | None
@@ -69,9 +70,12 @@ class Mechanism(Frozen):
 
 
 def judge_mechanism(
-    graft: GraftRecord, patching: PatchingRecord | None = None, probing: ProbingRecord | None = None
+    graft: GraftRecord,
+    patching: PatchingRecord | None = None,
+    probing: ProbingRecord | None = None,
+    features: FeatureRecord | None = None,
 ) -> Mechanism:
-    """Put the evidence together. Patching and probing add lines where they were run.
+    """Put the evidence together. Patching, probing and features add lines where they were run.
 
     >>> judge_mechanism(graft_record(sft, sft, suite, behaviour)).verdict   # doctest: +SKIP
     'neither'
@@ -82,6 +86,8 @@ def judge_mechanism(
         evidence |= _named(_patched_selector(patching), _patched_specialists(patching))
     if probing is not None:
         evidence |= _named(_read_selector(probing), _read_specialists(probing))
+    if features is not None:
+        evidence |= _named(*(_changed_features(features, part) for part in get_args(Part)))
     share = share_of(selector.effect, specialists.effect)
     verdict, why = _verdict(graft, selector, specialists, share)
     follows = {"selector": selector.changed, "specialists": specialists.changed}
@@ -333,6 +339,32 @@ def _read_specialists(probing: ProbingRecord) -> Line | None:
         null=0.0,
         changed=None if not lost.excludes(LOST) else (lost.value or 0.0) > LOST,
         what=f"Loss of {readout.metric} of S's behaviour probe at {probing.sites[best]} when it reads R",
+    )
+
+
+def _changed_features(features: FeatureRecord, part: Part) -> Line | None:
+    """What the features that RL moved most do in S, where R's activations bring most of R's change along."""
+
+    def nats(terms: Terms) -> Interval:
+        return terms.routing if part == "selector" else terms.specialists
+
+    change = features.arrived
+    if change is None or not change.features:
+        return None
+    effect, whole = nats(change.together), nats(change.whole)
+    null = max((nats(each).value or 0.0 for each in change.random), default=None)
+    changed = told(effect, null or 0.0)
+    # what the dictionary does not see may have changed all the same
+    unseen = changed is False and told(whole, 0.0) is not False
+    what = "the choice of policy" if part == "selector" else "what policies do, once in place"
+    return Line(
+        source="features",
+        about=part,
+        effect=effect,
+        null=null,
+        changed=None if unseen else changed,
+        what=f"Change of {what}, nats, by R's values of the {len(change.features)} features of {change.site} that RL "
+        f"moved most, in S (all of R's activations there: {_show(whole)}; null: most of random sets of other features)",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mixturelens.behaviour.record import BehaviourRecord, Cell, Controls, CueBehaviour, Nats
+from mixturelens.features.record import FeatureRecord
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.record import ProbingRecord
@@ -84,6 +85,7 @@ def judge(
     graft: GraftRecord | None = None,
     patching: PatchingRecord | None = None,
     probing: ProbingRecord | None = None,
+    features: FeatureRecord | None = None,
 ) -> VerdictRecord:
     """The behavioural verdict on a pair, from its behaviour record, and beside it the mechanism's from the others.
 
@@ -96,7 +98,7 @@ def judge(
     moved_cells = tuple(cell for cell in record.table if _cell_moved(cell, thresholds.cell) is not False)
     states = [_cell_moved(cell, thresholds.cell) for cell in record.table]
     intact = None if not states or (None in states and True not in states) else True not in states
-    mechanism = Mechanism() if graft is None else judge_mechanism(graft, patching, probing)
+    mechanism = Mechanism() if graft is None else judge_mechanism(graft, patching, probing, features)
     agrees = None if mechanism.verdict is None else mechanism.verdict == verdict
     return VerdictRecord(
         provenance=record.provenance,

@@ -6,6 +6,7 @@ from mixturelens.viz.bars import accuracy_split, kl_split
 from mixturelens.viz.circuits import circuit
 from mixturelens.viz.curves import faithfulness
 from mixturelens.viz.erasure import erasure, subspaces
+from mixturelens.viz.features import crosscoder, feature_change, firing
 from mixturelens.viz.grafting import HALF, components, factorial, placed, plane
 from mixturelens.viz.heads import attention, head_effects
 from mixturelens.viz.mechanism import evidence
@@ -27,6 +28,7 @@ from mixturelens.viz.style import (
 )
 from mixturelens.viz.tables import policy_table, regimes
 from mixturelens.viz.trajectories import accuracy_along_rl, before_after, trajectory
+from mixturelens.viz.units import best_units, clamping
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure as Figure
@@ -41,14 +43,19 @@ __all__ = [
     "accuracy_split",
     "attention",
     "before_after",
+    "best_units",
     "circuit",
+    "clamping",
     "components",
+    "crosscoder",
     "cue_colour",
     "erasure",
     "evidence",
     "factorial",
     "faithfulness",
+    "feature_change",
     "figure_html",
+    "firing",
     "head_effects",
     "is_rl",
     "kl_split",

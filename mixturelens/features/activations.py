@@ -1,0 +1,325 @@
+"""Activations of one site over many texts, of one or several models: held in memory, or in shards that are mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.checkpoints import end_tokens
+from mixturelens.hooks.lens import Lens, Tokens
+from mixturelens.records import Record
+from mixturelens.suite import PromptRow, Suite, encode_prompts
+from mixturelens.types import PER_HEAD, Component, InputError
+
+MEMORY = 1 << 30
+"""Bytes of activations that are held in memory, unless asked otherwise."""
+SHARD = 64 << 20
+"""Bytes of activations in one file of a folder: what a kill can cost."""
+BATCH_TOKENS = 4096
+"""Tokens of one forward: larger batches fall out of the cache and are slower on a CPU."""
+SAMPLE = 16384
+"""Rows that mean and scale are taken from."""
+
+STORE = "store.json"
+
+Progress = Callable[[int, int], None]
+"""Called as progress(done, of)."""
+
+
+class Store(Record):
+    """What a folder of shards holds. It is written last: without it the folder is not whole."""
+
+    KIND = "activations"
+
+    layer: int
+    component: Component
+    weights: tuple[str, ...]
+    """Digest of every model's weights."""
+    texts: str
+    """Digest of the texts."""
+    rows: int
+    dim: int
+    shards: int
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Rows (tokens) of activations, in one part or several."""
+
+    parts: tuple[Float[Tensor, "row model d"], ...]
+    digest: str = ""
+    """Of the weights, texts and site that they come from."""
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    @property
+    def models(self) -> int:
+        return self.parts[0].shape[1]
+
+    @property
+    def dim(self) -> int:
+        return self.parts[0].shape[2]
+
+    def batch(self, step: int, size: int, seed: int) -> Float[Tensor, "row model d"]:
+        """The step-th batch of an endless stream that goes through all rows in one random order after the other.
+
+        A function of (step, size, seed) alone, so that whoever resumes needs no state. Rows come sorted by their place,
+        which is quicker to read; which rows are together is random.
+
+        >>> some = Activations((torch.arange(4.0)[:, None, None],))
+        >>> sorted(torch.cat([some.batch(step, 2, seed=0) for step in (0, 1)]).flatten().tolist())
+        [0.0, 1.0, 2.0, 3.0]
+        """
+        stream = np.arange(step * size, (step + 1) * size)
+        rounds, places = np.divmod(stream, len(self))
+        chosen = np.empty(size, dtype=np.int64)
+        for number in range(rounds[0], rounds[-1] + 1):
+            chosen[rounds == number] = _order(len(self), seed, number)[places[rounds == number]]
+        return self.rows(torch.from_numpy(np.sort(chosen)))
+
+    def rows(self, index: Int[Tensor, " chosen"]) -> Float[Tensor, "chosen model d"]:
+        """Some rows, by number; of parts that are mapped, no others are read."""
+        if len(self.parts) == 1:
+            return self.parts[0][index]
+        found = torch.empty(len(index), self.models, self.dim)
+        owner = torch.bucketize(index, self._starts[1:], right=True)
+        for number in owner.unique().tolist():
+            mine = owner == number
+            found[mine] = self.parts[number][index[mine] - self._starts[number]]
+        return found
+
+    @cached_property
+    def mean(self) -> Float[Tensor, "model d"]:
+        return self._sample.mean(0)
+
+    @cached_property
+    def scale(self) -> Float[Tensor, " model"]:
+        """What to multiply each model's activations by, so that their mean square norm is d. Zeros stay as they are."""
+        square = self._sample.square().sum(-1).mean(0)
+        return torch.where(square > 0, (self.dim / square).sqrt(), 1.0)
+
+    @property
+    def _sample(self) -> Float[Tensor, "row model d"]:
+        return self.batch(0, min(SAMPLE, len(self)), seed=0)
+
+    @cached_property
+    def _starts(self) -> Int[Tensor, " part"]:
+        return torch.tensor([0, *accumulate(len(part) for part in self.parts)][:-1])
+
+
+@lru_cache(maxsize=4)
+def _order(rows: int, seed: int, number: int) -> Int[np.ndarray, " row"]:
+    return np.random.default_rng([seed, number]).permutation(rows)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def texts(lenses: Sequence[Lens], suite: Suite, rows: Sequence[PromptRow], seed: int = 0) -> list[list[int]]:
+    """Token ids of every prompt with one completion behind it, drawn at temperature 1; its end token is kept.
+
+    Row i's completion is drawn by lens i % len(lenses). Where rows come in a pattern (cues in turn), shuffle them
+    first, or each model completes its own cue alone. All lenses share the first one's tokenizer.
+    """
+    contexts = encode_prompts(suite, rows, lenses[0].tokenizer)
+    found = [list(context) for context in contexts]
+    for number, lens in enumerate(lenses):
+        own = range(number, len(contexts), len(lenses))
+        vocabulary = lens.model.config.get_text_config().vocab_size
+        scorer = Scorer(end_tokens(lens.model, lens.tokenizer), vocabulary, lens.device)
+        drawn = scorer.sample(_called(lens), [contexts[i] for i in own], 1, [suite.max_new_tokens] * len(own), seed)
+        for i, completion in zip(own, drawn.tokens, strict=True):
+            found[i] += completion
+    return found
+
+
+def _called(lens: Lens) -> Callable[..., Any]:
+    """The model under the lens, called as the plain model is."""
+
+    def model(**inputs: Any) -> Any:
+        lens.tell_width(len(inputs["input_ids"]))
+        return lens.model(**inputs)
+
+    return model
+
+
+def batches(
+    texts: Sequence[Sequence[int]], device: str, most: int = BATCH_TOKENS
+) -> Iterator[tuple[list[int], Tokens]]:
+    """Texts of about one length together: which they are, and their tokens, padded on the right.
+
+    A causal model cannot see the padding, so the tokens do not call it padding: no mask is needed, and activations are
+    those of each text alone. Whoever reads them leaves out what is behind a text's own length.
+    """
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * len(texts[order[end]]) <= most:
+            end += 1
+        some = order[start:end]
+        ids = torch.zeros(len(some), len(texts[some[-1]]), dtype=torch.long)
+        for row, i in enumerate(some):
+            ids[row, : len(texts[i])] = torch.tensor(list(texts[i]))
+        yield some, Tokens(ids.to(device), torch.ones_like(ids, dtype=torch.bool).to(device))
+        start = end
+
+
+def own_tokens(batch: Tokens, lengths: Sequence[int]) -> Bool[Tensor, "row pos"]:
+    """Which tokens of a batch are among the first `lengths[row]` of each row."""
+    at = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    return at < torch.tensor(lengths, device=batch.ids.device)[:, None]
+
+
+# --- collecting -------------------------------------------------------------------------------------------------------
+
+
+def collect(
+    lenses: Sequence[Lens],
+    texts: Sequence[Sequence[int]],
+    at: tuple[int, Component],
+    folder: Path | None = None,
+    memory: int = MEMORY,
+    progress: Progress | None = None,
+) -> Activations:
+    """Activations of all lenses at one (layer, component) on every token of the same texts, in the texts' order.
+
+    Held in memory where they take at most `memory` bytes. Else they go to `folder`, shard by shard (each whole or
+    absent, so that a killed collection goes on behind the shards that are there), and are mapped, not read.
+
+    Raises InputError for a site that is not there or has heads, for models of different width, if they do not fit and
+    there is no folder, and for a folder that holds something else.
+    """
+    layer, component = at
+    if component in PER_HEAD:
+        raise InputError(f"{component}: features are of the residual stream, of outputs or of neurons, not of heads")
+    if not lenses or not texts or not all(texts):
+        raise InputError("activations need at least one model and one text, and every text a token")
+    widths = [lens.capture(next(batches(texts[:1], lens.device))[1], [at])[0][at].shape[-1] for lens in lenses]
+    if len(set(widths)) > 1:
+        raise InputError(f"L{layer}.{component} has {widths[0]} dimensions in one model and {max(widths)} in another")
+    row_bytes = len(lenses) * widths[0] * 4
+    cuts = _cuts([len(text) * row_bytes for text in texts])
+    store = Store(
+        layer=layer,
+        component=component,
+        weights=tuple(_digest(lens) for lens in lenses),
+        texts=hashlib.sha256(json.dumps([list(text) for text in texts]).encode()).hexdigest()[:16],
+        rows=sum(len(text) for text in texts),
+        dim=widths[0],
+        shards=len(cuts),
+    )
+
+    def fill(start: int, end: int, out: Float[Tensor, "row model d"]) -> None:
+        _fill(lenses, texts[start:end], at, out)
+        if progress:
+            progress(end, len(texts))
+
+    if store.rows * row_bytes <= memory:
+        held = torch.empty(store.rows, len(lenses), store.dim)
+        done = 0
+        for start, end in cuts:
+            rows = sum(len(text) for text in texts[start:end])
+            fill(start, end, held[done : done + rows])
+            done += rows
+        return Activations((held,), store.digest)
+    if folder is None:
+        raise InputError(
+            f"the activations take {store.rows * row_bytes / 2**20:,.0f} MiB, and {memory / 2**20:,.0f} are allowed in "
+            "memory: name a folder for them, allow more, or give fewer texts"
+        )
+    return _stored(folder, store, cuts, texts, fill)
+
+
+def _cuts(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive texts, so many that each shard has at most SHARD bytes (or one text)."""
+    cuts, start, total = [], 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > SHARD:
+            cuts.append((start, i))
+            start, total = i, 0
+        total += size
+    return [*cuts, (start, len(sizes))]
+
+
+def _fill(
+    lenses: Sequence[Lens], texts: Sequence[Sequence[int]], at: tuple[int, Component], out: Float[Tensor, "row model d"]
+) -> None:
+    starts = [0, *accumulate(len(text) for text in texts)]
+    for number, lens in enumerate(lenses):
+        for some, batch in batches(texts, lens.device):
+            acts = lens.capture(batch, [at])[0][at]
+            index = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in some])
+            real = own_tokens(batch, [len(texts[i]) for i in some])
+            out[index, number] = acts[real].float().cpu()
+
+
+def _digest(lens: Lens) -> str:
+    """Of the weights as they are in memory, whatever folder they came from."""
+    digest = hashlib.sha256()
+    for parameter in lens.model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _stored(
+    folder: Path,
+    store: Store,
+    cuts: Sequence[tuple[int, int]],
+    texts: Sequence[Sequence[int]],
+    fill: Callable[[int, int, Tensor], None],
+) -> Activations:
+    """The shards of a folder; those that are not there are made first."""
+    from safetensors.torch import save_file
+
+    whole = (folder / STORE).is_file()
+    if whole and Store.load(folder / STORE) != store:
+        raise InputError(f"{folder} holds activations of other weights, texts or another site; give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for number, (start, end) in enumerate(cuts):
+        file = folder / f"shard-{number:05}.safetensors"
+        rows = sum(len(text) for text in texts[start:end])
+        if not file.is_file() and not whole:
+            out = torch.empty(rows, len(store.weights), store.dim)
+            fill(start, end, out)
+            temporary = folder / f".{file.name}"  # one that a kill left is written over
+            save_file({"activations": out}, temporary, metadata={"of": store.digest})
+            temporary.replace(file)
+        parts.append(_mapped(file, store, rows))
+    if not whole:
+        store.save(folder / STORE)
+    return Activations(tuple(parts), store.digest)
+
+
+def _mapped(file: Path, store: Store, rows: int) -> Float[Tensor, "row model d"]:
+    """A shard as a tensor whose pages are read when they are asked for."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise InputError(f"{file} is missing; delete the folder and collect again")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            of, part = (opened.metadata() or {}).get("of"), opened.get_tensor("activations")
+    except SafetensorError as error:
+        raise InputError(f"{file}: not a shard of activations ({error}); delete it and collect again") from None
+    if of != store.digest or part.shape != (rows, len(store.weights), store.dim):
+        raise InputError(f"{file} holds activations of other weights, texts or another site; give another folder")
+    return part

@@ -1,0 +1,339 @@
+"""Which term of the split a change of activations moves: what R has at one site put into S, feature by feature.
+
+Patching across checkpoints (Prakash et al. 2024, arXiv 2402.14811) on the same tokens, at all of them, with behaviour
+measured as on any other model. So a feature that RL changed belongs to the selector if its change alone moves the
+routing, to the cue reader if it moves the conditioning, to the skill if it moves what is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mixturelens.behaviour.arrays import Behaviour
+from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.literal import literal_behaviour
+from mixturelens.behaviour.prompts import Prompts, prepare
+from mixturelens.behaviour.record import Grid, grid_of
+from mixturelens.behaviour.split import class_terms
+from mixturelens.checkpoints import end_tokens
+from mixturelens.features.dictionary import Dictionary
+from mixturelens.features.record import Changed, SiteChange, Terms
+from mixturelens.grafting.effects import LEAST, divergence
+from mixturelens.hooks.lens import Lens, Tokens, tokens
+from mixturelens.stats import half_of, interval
+from mixturelens.suite import Suite
+from mixturelens.types import PER_HEAD, Component, InputError, Interval, Side, Site
+
+TOP = 8
+"""Features that are looked at one by one, at most."""
+RANDOM = 12
+"""Sets of random other features."""
+NEAREST = 8
+"""A random feature is drawn from so many that are nearest in strength to the one it stands for."""
+QUESTIONS = 48
+"""Questions that judge, at most."""
+ROWS = 64
+"""Texts whose activations are compared at a time."""
+KEPT = 256 << 20
+"""Bytes of activations of the other model that are kept, since every splice is asked about the same texts."""
+
+At = tuple[int, Component]
+Progress = Callable[[int, int], None]
+
+Splice = Callable[[Float[Tensor, "row pos d"], Float[Tensor, "row pos d"]], Float[Tensor, "row pos d"]]
+"""(the model's own activations, the other model's) -> what is put in place of the model's own."""
+
+
+# --- terms ------------------------------------------------------------------------------------------------------------
+
+
+def terms(base: Behaviour, changed: Behaviour, grid: Grid) -> Terms:
+    """KL(changed || base) in nats, term by term: means over prompts, per cue and then over cues.
+
+    `routing` and `conditioning` are exact, and those of `behaviour.split`. `skill` is that of right against wrong among
+    answers, sum_m c(m) b(answer | m) KL(right | m, answer), with c and b those of `changed`: a lower bound of the whole
+    term. Where either hardly ever answers (under LEAST) there is no skill to compare, and it is 0. A behaviour against
+    itself is exactly 0. Without named behaviours only the routing can be told: the others are null.
+    """
+    routing, _, conditioning = class_terms(changed.classes, base.classes)
+    skill = _skill(base, changed)
+    if base.classes.shape[-1] == 1:
+        conditioning, skill = np.full_like(routing, np.nan), np.full_like(routing, np.nan)
+
+    def over_cues(values: Float[np.ndarray, " prompt"]) -> Interval:
+        draws = grid.draws(values)
+        asked = ~np.isnan(draws[0])  # a cue that none of these questions has says nothing
+        return interval(draws[:, asked].mean(-1) if asked.any() else np.full(len(draws), np.nan))
+
+    return Terms(routing=over_cues(routing), conditioning=over_cues(conditioning), skill=over_cues(skill))
+
+
+def _skill(base: Behaviour, changed: Behaviour) -> Float[np.ndarray, " prompt"]:
+    right = []
+    for each in (changed, base):
+        answers = each.forced_behaviour[..., -1]
+        # only answers are ever right
+        share = np.clip(each.forced_correct / np.maximum(answers, LEAST), 0, 1)
+        right.append(np.where(answers < LEAST, np.nan, share))
+    distance = divergence(*(np.stack([share, 1 - share], -1) for share in right))
+    return np.nansum(changed.classes[:, :-1, :, -1] * distance, (1, 2))
+
+
+# --- splices ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one model has at one place on any token ids. Activations depend on the ids alone, so they are kept."""
+
+    lens: Lens
+    at: At
+    _kept: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
+
+    def __call__(self, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos d"]:
+        key = (ids.shape[1], ids.cpu().numpy().tobytes())
+        if key not in self._kept:
+            found = self.lens.capture(Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), [self.at])[0][self.at]
+            if sum(values.nbytes for values in self._kept.values()) + found.nbytes > KEPT:
+                return found
+            self._kept[key] = found
+        return self._kept[key]
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """A model into which something of another is put at one place, at all tokens: called like the model itself.
+
+    It keeps no cache, so completions cannot be drawn from it: probabilities of literal texts need none.
+
+    >>> Spliced(s, Observed(r, (2, "resid_post")), whole)  # R up to there, S's head on it   # doctest: +SKIP
+    """
+
+    into: Lens
+    other: Observed
+    splice: Splice
+
+    @torch.inference_mode()
+    def __call__(
+        self, input_ids: Int[Tensor, "row pos"], *, logits_to_keep: int | Tensor = 0, use_cache: bool = False
+    ) -> Any:
+        if use_cache:
+            raise InputError("a spliced model keeps no cache: ask it for the logits of whole texts")
+        given = self.other(input_ids)
+
+        def edit(activation: Tensor) -> Tensor:
+            # in place: the residual stream between attention and MLP is read twice
+            return activation.copy_(self.splice(activation, given))
+
+        self.into.tell_width(len(input_ids))
+        with self.into.hooked([(self.into.point(*self.other.at), edit)]):
+            return self.into.model(input_ids=input_ids, logits_to_keep=logits_to_keep, use_cache=False)
+
+
+def own(mine: Tensor, other: Tensor) -> Tensor:
+    """The model as it is."""
+    return mine
+
+
+def whole(mine: Tensor, other: Tensor) -> Tensor:
+    """The other model's activations in place of its own."""
+    return other
+
+
+def of_features(dictionary: Dictionary, units: Sequence[int] | None = None) -> Splice:
+    """x + sum over units of (f(x_other) - f(x)) write: the change of some features alone; None: of all."""
+    device = dictionary.read.device
+    part = dictionary if units is None else dictionary.part(torch.tensor(list(units), dtype=torch.long, device=device))
+
+    def splice(mine: Tensor, other: Tensor) -> Tensor:
+        return mine + (part.encode(other) - part.encode(mine)) @ part.write
+
+    return splice
+
+
+def splice_terms(
+    into: Lens,
+    other: Lens,
+    at: At,
+    splices: Sequence[Splice],
+    prompts: Prompts,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Terms]:
+    """What each splice makes `into` do on these prompts that it does not do as it is: nats from itself.
+
+    What R's features do is judged in S (`into` S, other R); what R does without something of its own, in R:
+
+    >>> splice_terms(r, s, at, [lambda x_r, x_s: x_r - part(x_s, x_r)], prompts)                        # doctest: +SKIP
+
+    Raises InputError for a suite with rules, or a place that does not exist or has no one vector a token.
+    """
+    if not prompts.suite.literal:
+        raise InputError(
+            "changes of features are judged by exact probabilities of literal texts; this suite has rules (policies, "
+            "behaviours or `answer_match`), whose completions would have to be drawn anew for every feature"
+        )
+    layer, component = at
+    if component in PER_HEAD:
+        raise InputError(f"L{layer}.{component} has a vector for every head; give a place with one vector a token")
+    for lens in (into, other):
+        lens.check(Site(layer=layer, component=component))
+    vocabulary = into.model.config.get_text_config().vocab_size
+    scorer = Scorer(end_tokens(into.model, into.tokenizer), vocabulary, into.device)
+    grid, source = grid_of(prompts, seed), Observed(other, at)
+    base = literal_behaviour(scorer, Spliced(into, source, own), prompts)
+    found = []
+    for number, splice in enumerate(splices, start=1):
+        found.append(terms(base, literal_behaviour(scorer, Spliced(into, source, splice), prompts), grid))
+        if progress:
+            progress(number, len(splices))
+    return found
+
+
+def half_prompts(suite: Suite, tokenizer: Any, which: Literal[0, 1], questions: int | None = None) -> Prompts:
+    """Neutral prompts of one half of the questions (`stats.half_of`), of the first so many of it."""
+    ids = list(dict.fromkeys(row.id for row in suite.neutral))
+    if len(ids) < 2:
+        raise InputError("one half of the questions chooses features, the other judges them: give at least two")
+    chosen = {ids[i] for i in half_of(len(ids), which)[:questions]}
+    return prepare(suite, [row for row in suite.neutral if row.id in chosen], tokenizer)
+
+
+# --- what RL changed of the features ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Firing:
+    """How features fire in S and in R on the same tokens."""
+
+    rate: Mapping[Side, Float[Tensor, " unit"]]
+    """Share of tokens."""
+    strength: Mapping[Side, Float[Tensor, " unit"]]
+    """Mean activation where it fires; 0 where it never does."""
+    moved: Float[Tensor, " unit"]
+    """Mean |f_R - f_S| times the norm of what it writes."""
+    written: Float[Tensor, " unit"]
+    """Mean |f|, over S and R, times that norm."""
+
+
+def firing(before: Lens, after: Lens, dictionary: Dictionary, at: At, prompts: Prompts) -> Firing:
+    """How features fire on prompts, and on each announcement with the right answer behind it (prompts count once).
+
+    Raises InputError if the dictionary does not fit what is there.
+    """
+    texts, new = [], []
+    for context, answer in zip(prompts.contexts, prompts.answers, strict=True):
+        for number, announcement in enumerate(prompts.announcements):
+            texts.append([*context, *announcement.ids, *answer])
+            new.append(len(context) if number else 0)
+    sides: tuple[tuple[Side, Lens], ...] = (("before", before), ("after", after))
+    size = dictionary.read.new_zeros(len(dictionary), dtype=torch.double)
+    fires, total, moved, number = {s: size for s, _ in sides}, {s: size for s, _ in sides}, size, 0
+    amount = size
+    for start in range(0, len(texts), ROWS):
+        batch = tokens(texts[start : start + ROWS], before.device)
+        first = torch.tensor(new[start : start + ROWS], device=before.device)
+        counted = batch.real & (batch.position_ids >= first[:, None])
+        found = {}
+        for side, lens in sides:
+            x = lens.capture(batch, [at])[0][at][counted]
+            if x.shape[-1] != dictionary.read.shape[1]:
+                reads = dictionary.read.shape[1]
+                raise InputError(f"L{at[0]}.{at[1]} has {x.shape[-1]} numbers a token, where features read {reads}")
+            found[side] = dictionary.encode(x).double()
+            fires[side] = fires[side] + (found[side] != 0).sum(0)
+            total[side] = total[side] + found[side].sum(0)
+            amount = amount + found[side].abs().sum(0) / 2
+        moved = moved + (found["after"] - found["before"]).abs().sum(0)
+        number += int(counted.sum())
+    norm = dictionary.write.norm(dim=1).double()
+    return Firing(
+        rate={side: fires[side] / number for side, _ in sides},
+        strength={side: total[side] / fires[side].clamp(min=1) for side, _ in sides},
+        moved=moved / number * norm,
+        written=amount / number * norm,
+    )
+
+
+def matched(
+    written: Float[np.ndarray, " unit"], chosen: Sequence[int], sets: int, rng: np.random.Generator
+) -> list[list[int]]:
+    """Sets of random other units, one for each chosen one, of the NEAREST to it in what they write.
+
+    Units that never fire are no match for anything; no set at all where fewer others fire than are chosen.
+
+    >>> matched(np.array([1.0, 1.0, 5.0, 5.0, 0.0]), [0, 2], 1, np.random.default_rng(0))[0] in ([1, 3], [3, 1])
+    True
+    """
+    others = [unit for unit in np.flatnonzero(written > 0).tolist() if unit not in set(chosen)]
+    if not chosen or len(others) < len(chosen):
+        return []
+    found = []
+    for _ in range(sets):
+        free, drawn = list(others), []
+        for unit in rng.permutation(chosen).tolist():  # whoever comes last has less to choose from
+            near = sorted(free, key=lambda other: abs(np.log(written[other] / max(written[unit], 1e-300))))[:NEAREST]
+            drawn.append(near[rng.integers(len(near))])
+            free.remove(drawn[-1])
+        found.append(drawn)
+    return found
+
+
+def site_change(
+    before: Lens,
+    after: Lens,
+    dictionary: Dictionary,
+    at: At,
+    suite: Suite,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> SiteChange:
+    """What RL changed of S's features at one place, and which term of the split each change moves.
+
+    One half of the questions ranks features by how far they moved; the other half (QUESTIONS of it) judges: S with the
+    change of each of the TOP alone, of all of these, of every feature, R's whole activations, and the change of RANDOM
+    sets of as many random other features that write as much. Features that did not move at all are not among the TOP.
+    The same seed gives the same numbers.
+
+    Raises InputError for a suite with rules, a single question, or a dictionary that does not fit the place.
+    """
+    judge = half_prompts(suite, before.tokenizer, 1, QUESTIONS)
+    fired = firing(before, after, dictionary, at, half_prompts(suite, before.tokenizer, 0))
+    order = fired.moved.argsort(descending=True, stable=True)[:TOP].tolist()
+    top = [unit for unit in order if float(fired.moved[unit]) > 0]
+    random = matched(fired.written.cpu().numpy(), top, RANDOM, np.random.default_rng(seed))
+    splices = [
+        *(of_features(dictionary, [unit]) for unit in top),
+        of_features(dictionary, top),
+        of_features(dictionary),
+        whole,
+        *(of_features(dictionary, units) for units in random),
+    ]
+    found = splice_terms(before, after, at, splices, judge, seed, progress)
+    alone, (together, every, everything), chance = found[: len(top)], found[len(top) :][:3], found[len(top) + 3 :]
+    sides: tuple[Side, Side] = ("before", "after")
+    return SiteChange(
+        site=Site(layer=at[0], component=at[1]),
+        features=tuple(
+            Changed(
+                index=unit,
+                rate={side: round(float(fired.rate[side][unit]), 6) for side in sides},
+                strength={side: round(float(fired.strength[side][unit]), 6) for side in sides},
+                moved=round(float(fired.moved[unit]), 6),
+                terms=each,
+            )
+            for unit, each in zip(top, alone, strict=True)
+        ),
+        together=together,
+        every=every,
+        whole=everything,
+        random=tuple(chance),
+        questions=len({row.id for row in judge.rows}),
+    )

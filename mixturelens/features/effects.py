@@ -1,0 +1,257 @@
+"""What single units do to a contrast: the metric with one unit patched, clamped or ablated, exactly.
+
+A unit reads an activation and writes into it (`Dictionary`): a feature of an SAE, a neuron, a probe's direction. Only
+what it writes is changed, so what its dictionary leaves unexplained stays in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mixturelens.contrasts import Contrasts
+from mixturelens.features.dictionary import Dictionary
+from mixturelens.hooks.engine import Columns, Engine, Spans
+from mixturelens.hooks.lens import Lens, Tokens
+from mixturelens.hooks.metrics import LogOdds
+from mixturelens.hooks.sides import sides
+from mixturelens.patching.sweep import APART
+from mixturelens.stats import resampled_mean, share
+from mixturelens.types import PER_HEAD, InputError, RunError, Site
+
+Do = Literal["patch", "clamp", "ablate"]
+"""`patch`: the unit's activation is that of the clean side, token by token; `clamp`: a fixed number; `ablate`: what the
+unit writes is taken away, on both sides."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One side of contrasts in its model, as it is, and its activations at one site (of the position's tokens)."""
+
+    engine: Engine
+    spans: tuple[Spans, ...]
+    metric: LogOdds
+    site: Site
+    values: Float[Tensor, "question column d"]
+    own: Float[Tensor, " question"]
+    """The metric (log-odds, nats)."""
+
+    @cached_property
+    def most(self) -> int:
+        """Runs that fit into the engine's memory at a time."""
+        lens, engine = self.engine.lens, self.engine
+        columns = Columns(engine.base, self.spans)
+        window = engine.width - min(min(columns.of(self.site.position, row)) for row in range(len(self.own)))
+        per_token = 8 * lens.d_model + 3 * lens.d_mlp + 3 * lens.heads * engine.width
+        kept = engine.width * (self.values.shape[-1] * lens.heads_of(self.site.component) + 5 * lens.d_model)
+        return max(1, int(engine.memory // (4 * (window * per_token + kept + 3 * engine.logits.shape[1]))))
+
+    @torch.no_grad()
+    def with_values(self, values: Float[Tensor, "run column d"], rows: Int[Tensor, " run"]) -> Float[Tensor, " run"]:
+        """The metric of these rows with other values at the site. A row may occur several times."""
+        found = torch.zeros(len(rows), device=self.own.device)
+        for start in range(0, len(rows), self.most):
+            part = slice(start, start + self.most)
+            given = values[part].to(self.engine.logits.dtype)
+            found[part] = self.metric(self.engine.logits_with(self.site, given, rows[part]), rows[part]).float()
+        return found
+
+    def at(self, site: Site) -> Run:
+        """The same run, looked at elsewhere. Raises InputError for a site that does not exist or is no activation."""
+        values = _values(self.engine.lens, self.engine.base, self.spans, site)
+        return Run(self.engine, self.spans, self.metric, site, values, self.own)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Both sides of contrasts at one site: what units take from the clean run is put into the corrupt run."""
+
+    clean: Run
+    corrupt: Run
+
+    @property
+    def site(self) -> Site:
+        return self.corrupt.site
+
+    @property
+    def base(self) -> Float[np.ndarray, " question"]:
+        """The metric (log-odds, nats) of the corrupt side."""
+        return _numpy(self.corrupt.own)
+
+    @property
+    def goal(self) -> Float[np.ndarray, " question"]:
+        """That of the clean side."""
+        return _numpy(self.clean.own)
+
+    def __len__(self) -> int:
+        return len(self.corrupt.own)
+
+    def at(self, site: Site) -> Scene:
+        """The same contrasts, looked at elsewhere. Raises InputError as `make_scene` does."""
+        return Scene(self.clean.at(site), self.corrupt.at(site))
+
+    def shares(
+        self, moved: Float[np.ndarray, "unit question"], counts: Int[np.ndarray, "draw question"]
+    ) -> Float[np.ndarray, "draw unit"]:
+        """moved / (goal - base), a ratio of means over questions, in every bootstrap sample.
+
+        NaN, not measured, where the two sides surely differ by less than APART nats.
+        """
+        return share(resampled_mean(moved.T, counts), resampled_mean(self.goal - self.base, counts), APART)
+
+
+def make_scene(lens: Lens, contrasts: Contrasts, site: Site, before: Lens | None = None) -> Scene:
+    """Run both sides of contrasts, and keep what they have at a site (one with a position, or every token).
+
+    Clean activations come from the clean prompts of the same model; with `before`, from that checkpoint (for contrasts
+    of checkpoints: on the same prompts).
+
+    Raises InputError for a site that does not exist or is no activation, prompts that have the position at several
+    widths, and a model whose blocks cannot be run alone.
+    """
+    both = sides(lens, contrasts)
+    if any(both.shifts) and not isinstance(site.position, str):
+        raise InputError("the two prompts of a contrast differ in length: name a span, not a token or all of them")
+    runs = []
+    for model, batch, spans in (
+        (before or lens, both.clean, both.spans),
+        (lens, both.corrupt, both.corrupt_spans),
+    ):
+        values = _values(model, batch, spans, site)
+        try:
+            engine = Engine(model, batch, spans)
+        except RunError as error:
+            raise InputError(f"effects of units need the patch engine: {error}") from None
+        runs.append(Run(engine, spans, both.metric, site, values, both.metric(engine.logits).float()))
+    clean, corrupt = runs
+    if clean.values.shape != corrupt.values.shape:
+        raise InputError(f"{site}: its activations have another shape on the other side")
+    return Scene(clean, corrupt)
+
+
+def _values(lens: Lens, batch: Tokens, spans: tuple[Spans, ...], site: Site) -> Float[Tensor, "question column d"]:
+    lens.check(site)
+    if (
+        site.component == "pattern"
+        or site.neuron is not None
+        or (site.component in PER_HEAD) != (site.head is not None)
+    ):
+        raise InputError(f"{site}: units read the residual stream, an output, the neurons of a layer, or one head")
+    columns = Columns(batch, spans)
+    places = [columns.of(site.position, row) for row in range(len(batch))]
+    if len({len(place) for place in places}) > 1:
+        raise InputError(f"{site}: prompts differ in their number of tokens there, so units cannot be compared there")
+    key = (site.layer, site.component)
+    device = batch.ids.device
+    rows, at = torch.arange(len(batch), device=device)[:, None], torch.tensor(places, device=device)
+    found = lens.capture(batch, [key])[0][key][rows, at]
+    return (found if site.head is None else found[:, :, site.head]).float()
+
+
+# --- effects ----------------------------------------------------------------------------------------------------------
+
+
+def unit_effects(
+    scene: Scene, dictionary: Dictionary, do: Do = "patch", to: Float[Tensor, " unit"] | None = None
+) -> Float[np.ndarray, "unit question"]:
+    """Nats by which each unit alone moves the metric of each question; `scene.shares` makes shares of them.
+
+    With f the unit's activation at a token of the site's position (every token of it is changed at once):
+
+    - `patch`: the corrupt run with x + (f(clean) - f(corrupt)) write, less the corrupt run
+    - `clamp`: the corrupt run with x + (to - f(corrupt)) write, less the corrupt run; `to` is one number a unit
+    - `ablate`: what the difference between the sides loses when both have x - f(x) write
+
+    Where f is not changed nothing is run: the effect is exactly 0. Raises InputError for units of another size than the
+    site's activations, and for a `clamp` without numbers.
+
+    >>> unit_effects(make_scene(lens, contrasts, site), load_sae(folder)).shape     # doctest: +SKIP
+    (128, 100)
+    """
+    result = torch.zeros(len(dictionary), len(scene), device=scene.corrupt.own.device)
+    for sign, run, change in _changes(scene, dictionary, do, to):
+        result += sign * _moved(run, dictionary, change)
+    return _numpy(result)
+
+
+def joint_effects(
+    scene: Scene,
+    dictionary: Dictionary,
+    groups: Sequence[Sequence[int]],
+    do: Do = "patch",
+    to: Float[Tensor, " unit"] | None = None,
+) -> Float[np.ndarray, "group question"]:
+    """The same for groups of units at once: a concept may need one feature on and another off.
+
+    Raises InputError as `unit_effects` does.
+    """
+    rows = torch.arange(len(scene), device=scene.corrupt.own.device)
+    result = torch.zeros(len(groups), len(scene), device=rows.device)
+    for sign, run, change in _changes(scene, dictionary, do, to):
+        for number, group in enumerate(groups):
+            units = torch.tensor(list(group), dtype=torch.long, device=rows.device)
+            values = run.values + change[..., units] @ dictionary.write[units]
+            result[number] += sign * (run.with_values(values, rows) - run.own)
+    return _numpy(result)
+
+
+Change = tuple[float, Run, Float[Tensor, "question column unit"]]
+"""How an effect counts, the run that is changed, and by how much each unit's activation is."""
+
+
+def _changes(scene: Scene, dictionary: Dictionary, do: Do, to: Float[Tensor, " unit"] | None) -> list[Change]:
+    size = scene.corrupt.values.shape[-1]
+    if dictionary.read.shape[1] != size:
+        raise InputError(f"{scene.site}: units read {dictionary.read.shape[1]} numbers, where there are {size}")
+    clean, corrupt = (dictionary.encode(run.values) for run in (scene.clean, scene.corrupt))
+    if do == "patch":
+        return [(1.0, scene.corrupt, clean - corrupt)]
+    if do == "ablate":
+        return [(1.0, scene.corrupt, -corrupt), (-1.0, scene.clean, -clean)]
+    if to is None or len(to) != len(dictionary):
+        raise InputError(f"{scene.site}: a clamp needs a number for each of the {len(dictionary)} units")
+    return [(1.0, scene.corrupt, to - corrupt)]
+
+
+@torch.no_grad()
+def _moved(
+    run: Run, dictionary: Dictionary, change: Float[Tensor, "question column unit"]
+) -> Float[Tensor, "unit question"]:
+    """The metric with each unit's activation changed, less the metric as it is."""
+    result = torch.zeros(len(dictionary), len(run.own), device=run.own.device)
+    units, questions = (change != 0).any(1).T.nonzero(as_tuple=True)
+    most = run.most
+    for start in range(0, len(units), most):
+        unit, row = units[start : start + most], questions[start : start + most]
+        values = run.values[row] + change[row, :, unit][..., None] * dictionary.write[unit][:, None]
+        result[unit, row] = run.with_values(values, row) - run.own[row]
+    return result
+
+
+def site_effects(
+    scene: Scene, do: Do = "patch", to: Float[Tensor, " d"] | None = None
+) -> Float[np.ndarray, " question"]:
+    """The same for all of a site at once, such as a head: patched, set to a vector, or zero on both sides.
+
+    Raises InputError for a `clamp` without a vector of the site's size.
+    """
+    clean, corrupt = scene.clean, scene.corrupt
+    rows = torch.arange(len(scene), device=corrupt.own.device)
+    if do == "ablate":
+        lost = [run.with_values(torch.zeros_like(run.values), rows) - run.own for run in (corrupt, clean)]
+        return _numpy(lost[0] - lost[1])
+    if do == "clamp" and (to is None or to.shape != corrupt.values.shape[-1:]):
+        raise InputError(f"{scene.site}: a clamp needs a vector of {corrupt.values.shape[-1]} numbers")
+    values = clean.values if to is None else to.expand_as(corrupt.values)
+    return _numpy(corrupt.with_values(values, rows) - corrupt.own)
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()

@@ -1,0 +1,495 @@
+"""Sparse autoencoders: trained with SAELens, kept in its format, read as dictionaries, and judged by what is lost.
+
+Importing sae_lens takes 10 s, so only training does. What it trains here is its BatchTopK SAE (Bussmann et al. 2024,
+arXiv 2412.06410) with two changes. Of each batch only what is selected is ever touched again, which changes speed
+alone. And dead features begin anew at examples that are reconstructed badly (resampling, Bricken et al. 2023), because
+on few and repetitive tokens 20 to 45% of the features would never fire. A site that has no use for as many features
+still leaves some without any: these are not saved.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mixturelens.features.activations import BATCH_TOKENS, Activations, Progress, batches, own_tokens
+from mixturelens.features.dictionary import Dictionary
+from mixturelens.features.record import Quality
+from mixturelens.hooks.lens import Edit, Lens
+from mixturelens.records import new_folder, write_text
+from mixturelens.stats import interval, resample_counts, resampled_mean, share
+from mixturelens.types import Component, InputError
+
+RATE = 2e-3
+"""Adam's learning rate, for activations whose mean square norm is d."""
+WARM_UP = 50
+DECAY = 0.2
+"""Share of the steps, at the end, in which the rate falls to zero."""
+DEAD = 10
+"""Batches without firing after which a feature counts as dead in training."""
+RESAMPLE = 100
+"""Steps between two resamplings."""
+RESAMPLED = 0.7
+"""Share of the steps in which dead features are resampled; what comes late would not be learnt any more."""
+EXAMPLES = 16384
+"""Rows among which badly reconstructed ones are looked for."""
+RARE = 0.01
+"""Of the average feature's rate of firing (k / width): features that are rarer in the end are as good as dead."""
+COUNTED = 1 << 17
+"""Rows on which that is counted."""
+SAVES = 8
+"""Checkpoints a training: what a kill can cost is an eighth of it."""
+LOGITS = 64 << 20
+"""Bytes of logits of one batch, when losses are measured."""
+LEAST = 0.05
+"""Nats by which the mean in a site's place must surely hurt, for a share of that loss to mean anything."""
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train_sae(
+    activations: Activations,
+    folder: Path,
+    *,
+    site_name: str,
+    model_name: str | None = None,
+    width: int | None = None,
+    k: float = 8,
+    steps: int = 1200,
+    batch: int = 1024,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Path:
+    """Train an SAE of `width` features (default 2 d), of which `k` fire on an average token, and return its folder.
+
+    Features that in the end fire less than RARE of what is usual are left out, so there may be fewer than `width`.
+
+    It reads the first model's activations. They are scaled to a mean square norm of d, and the scale is folded back, so
+    that the saved SAE takes activations as they are. `site_name` (`blocks.1.hook_resid_pre`) and `model_name` are kept
+    in its metadata. The folder is what `sae_lens.SAE.load_from_disk` reads.
+
+    The folder is whole or absent. A training that was killed goes on from its last checkpoint, and ends with the same
+    weights to the bit; one that is done is not done again. Raises InputError if the folder holds another SAE, or for
+    sizes that make no sense.
+    """
+    width = width or 2 * activations.dim
+    if not 0 < k <= width or steps < 1 or batch < 1:
+        raise InputError(f"an SAE needs 0 < k <= width, steps and rows: k {k:g}, {width}, {steps}, {batch} were given")
+    made = {
+        "activations": activations.digest,
+        "site": site_name,
+        "width": width,
+        "k": float(k),
+        "steps": steps,
+        "batch": batch,
+        "seed": seed,
+    }
+    if folder.exists():
+        if _config(folder).get("metadata", {}).get("mixturelens") != made:
+            raise InputError(f"{folder} holds another SAE (other activations, site or settings); give another folder")
+        return folder
+    metadata = {"hook_name": site_name, "model_name": model_name, "mixturelens": made}
+    trainer = make_trainer(activations, width, k, steps, batch, metadata)
+    _start_at_examples(trainer, activations, seed)
+    work = folder.parent / f".{folder.name}.training"
+    for step in range(_resume(trainer, work, made), steps):
+        output = trainer.step(activations.batch(step, batch, seed)[:, 0])
+        trainer.n_training_steps += 1
+        if trainer.n_training_steps % RESAMPLE == 0 and trainer.n_training_steps <= RESAMPLED * steps:
+            _resample(trainer, activations, seed)
+        if trainer.n_training_steps % max(1, -(-steps // SAVES)) == 0 and trainer.n_training_steps < steps:
+            _save(trainer, work, made)
+        if not bool(torch.isfinite(output.loss)):
+            raise InputError(f"{site_name}: the loss is not finite at step {step}; are the activations?")
+        if progress:
+            progress(step + 1, steps)
+    trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
+    with new_folder(folder) as temporary:
+        trainer.sae.save_inference_model(temporary)
+        fires = _firing(load_sae(temporary), activations) >= RARE * k / width
+        if not fires.all():
+            _leave_out(trainer.sae, ~fires)
+            trainer.sae.save_inference_model(temporary)
+    shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def make_trainer(
+    activations: Activations,
+    width: int,
+    k: float,
+    steps: int,
+    batch: int,
+    metadata: dict[str, Any] | None = None,
+    sparse: bool = True,
+) -> Any:
+    """SAELens' trainer of a BatchTopK SAE; with `sparse` False, one that SAELens would train by itself."""
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    config = BatchTopKTrainingSAEConfig(
+        d_in=activations.dim,
+        d_sae=width,
+        k=k,
+        dtype="float32",
+        device="cpu",
+        normalize_activations="expected_average_only_in",  # by the trainer's own scaler, which we tell the scale
+        aux_loss_coefficient=0.0,  # dead features are resampled instead
+        metadata=SAEMetadata(**(metadata or {})),
+    )
+    options = SAETrainerConfig(
+        total_training_samples=steps * batch,
+        train_batch_size_samples=batch,
+        lr=RATE,
+        lr_end=RATE / 10,
+        lr_warm_up_steps=min(WARM_UP, steps // 4),
+        lr_decay_steps=int(DECAY * steps),
+        dead_feature_window=DEAD,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # its first weights are drawn from the global generator
+        sae = (_sparse_class() if sparse else BatchTopKTrainingSAE)(config)
+    stream = (activations.batch(step, batch, seed=0)[:, 0] for step in range(steps))
+    trainer: Any = SAETrainer(options, sae, stream)
+    trainer.activation_scaler.scaling_factor = float(activations.scale[0])
+    return trainer
+
+
+@torch.no_grad()
+def _start_at_examples(trainer: Any, activations: Activations, seed: int) -> None:
+    """Bias at the mean, and every feature at a row of its own, less the mean."""
+    sae, scale = trainer.sae, trainer.activation_scaler.scaling_factor
+    sae.b_dec.copy_(activations.mean[0] * scale)
+    generator = torch.Generator().manual_seed(seed)
+    some = activations.rows(torch.randint(len(activations), (len(sae.W_dec),), generator=generator))[:, 0] * scale
+    directions = torch.nn.functional.normalize(some - sae.b_dec, dim=1)
+    # a row that is the mean itself gives no direction; what was there is as good as any
+    directions = torch.where(directions.any(1, keepdim=True), directions, torch.nn.functional.normalize(sae.W_dec))
+    sae.W_dec.copy_(directions * sae.cfg.decoder_init_norm)
+    sae.W_enc.copy_(sae.W_dec.T)
+
+
+@torch.no_grad()
+def _resample(trainer: Any, activations: Activations, seed: int) -> None:
+    """Features that do not fire any more take over what is reconstructed worst: rows drawn by their squared error."""
+    dead = trainer.dead_neurons.nonzero()[:, 0]
+    if not len(dead):
+        return
+    sae, step = trainer.sae, trainer.n_training_steps
+    some = activations.batch(step, max(EXAMPLES, len(dead)), seed + 1)[:, 0] * trainer.activation_scaler.scaling_factor
+    error = some - sae.reconstruct(some)[0]
+    generator = torch.Generator().manual_seed(seed + step)
+    weights = error.square().sum(1).clamp(min=1e-20)  # so that there is something to draw, were all of them 0
+    drawn = error[torch.multinomial(weights, len(dead), generator=generator)]
+    directions = torch.nn.functional.normalize(drawn, dim=1)
+    live = ~trainer.dead_neurons
+    like = live if live.any() else ~live
+    sae.W_dec[dead] = directions * sae.W_dec[like].norm(dim=1).mean()
+    sae.W_enc[:, dead] = directions.T * sae.W_enc[:, like].norm(dim=0).mean()
+    sae.b_enc[dead] = 0
+    for parameter in (sae.W_dec, sae.b_enc, sae.W_enc):
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = trainer.optimizer.state[parameter][name]
+            (moment.T if parameter is sae.W_enc else moment)[dead] = 0
+    trainer.n_forward_passes_since_fired[dead] = 0
+
+
+def _firing(dictionary: Dictionary, activations: Activations) -> Float[Tensor, " feature"]:
+    """Share of (at most COUNTED) rows on which each feature fires."""
+    rows = torch.arange(0, len(activations), -(-len(activations) // COUNTED))
+    fired = torch.zeros(len(dictionary))
+    for some in rows.split(EXAMPLES):
+        fired += (dictionary.encode(activations.rows(some)[:, 0]) > 0).sum(0)
+    return fired / len(rows)
+
+
+@torch.no_grad()
+def _leave_out(sae: Any, without: Bool[Tensor, " feature"]) -> None:
+    sae.W_enc = torch.nn.Parameter(sae.W_enc[:, ~without].contiguous())
+    sae.W_dec, sae.b_enc = (torch.nn.Parameter(each[~without]) for each in (sae.W_dec, sae.b_enc))
+    sae.cfg.d_sae = len(sae.b_enc)
+
+
+def _save(trainer: Any, work: Path, made: dict[str, Any]) -> None:
+    """A checkpoint counts once `progress.json` lies in it, which is written last; then the one before it goes."""
+    name = f"step-{trainer.n_training_steps}"
+    trainer.save_checkpoint(name, base_path=work)
+    write_text(work / name / "progress.json", json.dumps(made))
+    for other in work.iterdir():
+        if other.name != name:
+            shutil.rmtree(other)
+
+
+def _resume(trainer: Any, work: Path, made: dict[str, Any]) -> int:
+    """Load the latest whole checkpoint of this very training, and say how many steps it has taken; remove others."""
+    found = {}
+    for folder in work.glob("step-*"):
+        file = folder / "progress.json"
+        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == made:
+            found[int(folder.name.split("-")[1])] = folder
+        else:
+            shutil.rmtree(folder)
+    if not found:
+        return 0
+    trainer.sae.load_weights_from_checkpoint(found[max(found)])
+    trainer.load_trainer_state(found[max(found)])
+    return trainer.n_training_steps
+
+
+# --- only what is selected --------------------------------------------------------------------------------------------
+
+
+class _Reconstruct(torch.autograd.Function):
+    """Reconstruction from activations at some (row, feature) places, and the gradients that go through these alone.
+
+    `values` are what is read there, before any norm: (x - b_dec) . w_enc + b_enc; `places` come row by row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "row d"],
+        w_enc: Float[Tensor, "d feature"],
+        b_enc: Float[Tensor, " feature"],
+        w_dec: Float[Tensor, "feature d"],
+        b_dec: Float[Tensor, " d"],
+        values: Float[Tensor, " place"],
+        places: Int[Tensor, " place"],
+    ) -> Float[Tensor, "row d"]:
+        width = len(w_dec)
+        features = places % width
+        starts = torch.searchsorted(places, torch.arange(len(x), device=x.device) * width)
+        ctx.save_for_backward(x, w_enc, w_dec, b_dec, values, places, features, starts)
+        return _bag(features, w_dec, starts, values) + b_dec
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_enc, w_dec, b_dec, values, places, features, starts = ctx.saved_tensors
+        (out,) = gradients
+        with torch.enable_grad():
+            known = values.detach().requires_grad_(True)
+            # of every place: the product of its row's gradient with its feature's decoder
+            (read,) = torch.autograd.grad(_bag(features, w_dec.detach(), starts, known), known, out)
+        width = len(w_dec)
+        features, order = features.sort(stable=True)
+        rows = (places // width)[order]
+        starts = torch.searchsorted(features, torch.arange(width, device=x.device))
+        read = read[order]
+        total = b_dec.new_zeros(width).index_add_(0, features, read)
+        # x is read less b_dec: taken off here, once for each feature
+        for_w_enc = _bag(rows, x, starts, read).T - b_dec[:, None] * total
+        for_w_dec = _bag(rows, out, starts, values[order])
+        return None, for_w_enc, total, for_w_dec, out.sum(0) - w_enc @ total, None, None
+
+
+def _bag(index: Tensor, table: Float[Tensor, "row d"], starts: Tensor, weights: Tensor) -> Float[Tensor, "bag d"]:
+    """Weighted sums of some rows of a table."""
+    return torch.nn.functional.embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights)
+
+
+def _cut(values: Float[Tensor, " value"], number: int) -> float:
+    """The number-th largest of many values, without sorting them."""
+    if values.device.type == "cpu":
+        array = values.numpy()
+        return float(np.partition(array, len(array) - number)[len(array) - number])
+    return float(values.topk(number, sorted=False).values.min())
+
+
+@functools.cache
+def _sparse_class() -> type[Any]:
+    from sae_lens import BatchTopKTrainingSAE
+    from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+
+    class SparseBatchTopK(BatchTopKTrainingSAE):
+        """SAELens' BatchTopK SAE, with the same activations, loss and gradients.
+
+        SAELens sorts the whole batch x width array, and goes over it some twenty times. Here a partition finds the
+        smallest activation that is kept, and decoder and gradients see the k of each row that are. Features are chosen
+        by activation times decoder norm; in what they write the norm cancels. Activations that tie at the cut (the same
+        token twice) are all kept, where SAELens drops some of them at random.
+        """
+
+        def reconstruct(self, x: Float[Tensor, "row d"]) -> tuple[Float[Tensor, "row d"], Tensor, Tensor]:
+            """Reconstruction; flat places (row * width + feature) of what is kept; its activations."""
+            with torch.no_grad():
+                norm = self.W_dec.norm(dim=-1)
+                # centre and norm go into weights and bias, so that the large array is written once
+                bias = (self.b_enc - self.b_dec @ self.W_enc) * norm
+                found = torch.addmm(bias, x, self.W_enc * norm).flatten()
+                cut = _cut(found, min(int(self.cfg.k * len(x)), len(found)))
+                places = (found >= cut if cut > 0 else found > 0).nonzero()[:, 0]
+                kept = found[places]
+                values = kept / norm[places % len(norm)]
+            out = _Reconstruct.apply(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, values, places)
+            return cast(Tensor, out), places, kept
+
+        def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+            x = step_input.sae_in
+            out, places, kept = self.reconstruct(x)
+            loss = self.mse_loss_fn(out, x).sum(dim=-1).mean()
+            self.update_topk_threshold(kept)
+            # all that the trainer asks of activations is which features fired: one row says it
+            fired = kept.new_zeros(1, self.cfg.d_sae).index_add_(1, places % self.cfg.d_sae, kept[None])
+            return TrainStepOutput(
+                sae_in=x,
+                sae_out=out,
+                feature_acts=fired,
+                hidden_pre=fired,
+                loss=loss,
+                losses={"mse_loss": loss},
+                metrics={"topk_threshold": self.topk_threshold},
+            )
+
+    return SparseBatchTopK
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_sae(folder: Path) -> Dictionary:
+    """A saved SAE as a dictionary of the same features and reconstruction, without importing sae_lens.
+
+    Raises InputError, naming the file, for architectures other than jumprelu (what BatchTopK SAEs are saved as), and
+    for those that normalise or reshape their input.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = _config(folder)
+    for key, fine in (
+        ("architecture", "jumprelu"),
+        ("normalize_activations", "none"),
+        ("reshape_activations", "none"),
+    ):
+        if config.get(key, fine if key != "architecture" else None) != fine:
+            raise InputError(f"{folder / CONFIG}: {key} is {config.get(key)!r}, and only {fine!r} can be read")
+    file = folder / WEIGHTS
+    try:
+        weights = {name: value.float() for name, value in load_file(file).items()}
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; is the SAE whole?") from None
+    except SafetensorError as error:
+        raise InputError(f"{file}: not a safetensors file ({error})") from None
+    d, width = config.get("d_in"), config.get("d_sae")
+    shapes = {"W_enc": (d, width), "b_enc": (width,), "threshold": (width,), "W_dec": (width, d), "b_dec": (d,)}
+    for name, shape in shapes.items():
+        if name not in weights or tuple(weights[name].shape) != shape:
+            found = list(weights[name].shape) if name in weights else "absent"
+            raise InputError(f"{file}: {name} is {found}, where {CONFIG} says {list(shape)}")
+    read, offset = weights["W_enc"].T.contiguous(), -weights["b_enc"]
+    if config.get("apply_b_dec_to_input", True):
+        offset = offset + read @ weights["b_dec"]
+    # their features are rectified as well, so that a threshold below 0 is one of 0
+    return Dictionary(read, offset, weights["threshold"].clamp(min=0), weights["W_dec"], weights["b_dec"])
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; an SAE is a folder with {CONFIG} and {WEIGHTS}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: holds a {type(config).__name__}, where a configuration is a mapping")
+    return config
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def quality(
+    lens: Lens,
+    dictionary: Dictionary,
+    at: tuple[int, Component],
+    texts: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    seed: int = 0,
+) -> Quality:
+    """Judge a dictionary on texts, at best ones that it was not trained on.
+
+    Loss is taken over what follows each text's prompt, activations over all tokens; the reconstruction takes the place
+    of the activation at all tokens. The interval is a bootstrap over texts, each counted equally; it is not measured
+    where the mean in the site's place does no harm. Raises InputError for a dictionary of another width, one that does
+    not reconstruct, texts without a completion, or a site where nothing varies.
+    """
+    if dictionary.bias is None:
+        raise InputError("the dictionary has no bias: it is not meant to reconstruct, so nothing says what is lost")
+    if len(texts) < 2 or any(not 0 < n < len(text) for n, text in zip(prompt_lengths, texts, strict=True)):
+        raise InputError("quality needs two texts at least, each a prompt with a completion behind it")
+    dictionary = replace(dictionary, **{name: value.to(lens.device) for name, value in vars(dictionary).items()})
+    d = dictionary.read.shape[1]
+    total, fired = (torch.zeros(n, dtype=torch.double, device=lens.device) for n in (d, len(dictionary)))
+    square, error, count = 0.0, 0.0, 0
+    for some, batch in batches(texts, lens.device):
+        x = lens.capture(batch, [at])[0][at]
+        if x.shape[-1] != d:
+            raise InputError(f"the dictionary reads {d} dimensions, and the site has {x.shape[-1]}")
+        x = x[own_tokens(batch, [len(texts[i]) for i in some])]
+        f = dictionary.encode(x)
+        error += float((x - dictionary.decode(f)).double().square().sum())
+        square += float(x.double().square().sum())
+        total += x.double().sum(0)
+        fired += (f != 0).sum(0)
+        count += len(x)
+    mean = total / count
+    variance = square - count * float(mean.square().sum())
+    if not variance > 1e-9 * square:
+        raise InputError(f"L{at[0]}.{at[1]} is the same on every token: there is no variance to explain")
+    point, middle = lens.point(*at), mean.float()
+    edits: tuple[Edit, ...] = (
+        lambda _: None,
+        lambda activation: dictionary.decode(dictionary.encode(activation)),
+        lambda activation: middle.expand_as(activation).clone(),
+    )
+    counts = resample_counts(len(texts), seed)
+    plain, reconstructed, ablated = (
+        resampled_mean(completion_losses(lens, texts, prompt_lengths, [(point, edit)]), counts) for edit in edits
+    )
+    return Quality(
+        explained=1 - error / variance,
+        active=float(fired.sum()) / count,
+        dead=float((fired == 0).double().mean()),
+        loss_recovered=interval(share(ablated - reconstructed, ablated - plain, LEAST)),
+        tokens=count,
+    )
+
+
+@torch.no_grad()
+def completion_losses(
+    lens: Lens,
+    texts: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    edits: Sequence[tuple[Any, Edit]] = (),
+) -> Float[np.ndarray, " text"]:
+    """Mean negative log-probability (nats) of a token behind each text's prompt, in a forward with edits in place."""
+    losses = np.zeros(len(texts))
+    vocabulary = lens.model.config.get_text_config().vocab_size
+    for some, batch in batches(texts, lens.device, max(1, min(BATCH_TOKENS, LOGITS // (4 * vocabulary)))):
+        logits = lens.run(batch, edits, last_only=False)[:, :-1]
+        target = own_tokens(batch, [len(texts[i]) for i in some]) & ~own_tokens(
+            batch, [prompt_lengths[i] for i in some]
+        )
+        target = target[:, 1:]  # the logits at a token are those of the next one
+        values = torch.nn.functional.cross_entropy(logits[target].double(), batch.ids[:, 1:][target], reduction="none")
+        sums = values.new_zeros(len(some)).index_add_(0, target.nonzero()[:, 0], values)
+        losses[some] = (sums / target.sum(1)).cpu().numpy()
+    return losses

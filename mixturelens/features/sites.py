@@ -1,0 +1,90 @@
+"""Where to learn features: the sites that patching named, and the place by which what RL did has arrived."""
+
+from __future__ import annotations
+
+from mixturelens.features.change import half_prompts, splice_terms, whole
+from mixturelens.features.record import Concept, Terms
+from mixturelens.hooks.lens import Lens
+from mixturelens.patching.record import PatchingRecord, Sweep
+from mixturelens.suite import Suite
+from mixturelens.types import Component, InputError, Side, Site
+
+CARRIES = 0.9
+"""Share of a contrast from which the residual stream at one position carries it."""
+NAMED = 0.5
+"""Share under which patching names no site."""
+ARRIVED = 0.5
+"""Share of what R does differently from which it has arrived at a place."""
+FLOOR = 0.01
+"""Nats under which R does nothing differently."""
+QUESTIONS = 24
+
+SWEEPS: dict[Concept, tuple[str, Side]] = {
+    "cue": ("cue", "after"),
+    "hint": ("hint", "before"),
+    "selector": ("checkpoint", "after"),
+}
+"""Concept -> kind of contrast, and the checkpoint that was patched into."""
+
+
+def named_site(patching: PatchingRecord, concept: Concept) -> Site:
+    """The earliest residual stream, behind the tokens in which the prompts differ, that carries the contrast in R (the
+    hint in S); else the stream, attention or MLP output that carries most.
+
+    Raises InputError where patching did not measure the contrast, or no site carries NAMED of it.
+    """
+    kind, side = SWEEPS[concept]
+    sweep = next(
+        (s for s in patching.sweeps if (s.kind, s.checkpoint, s.direction) == (kind, side, "denoise")),
+        None,
+    )
+    if sweep is None:
+        raise InputError(f"patching measured no {kind} contrast here")
+    outputs: tuple[Component, ...] = ("resid_pre", "attn_out", "mlp_out")
+    found = [
+        (each.site, each.effect.value)
+        for each in sweep.effects
+        if each.site.component in outputs
+        and each.effect.value is not None
+        and each.site.position not in _differing(sweep)
+        and (each.site.layer, each.site.component) != (0, "resid_pre")  # the tokens themselves
+    ]
+    streams = [(site, value) for site, value in found if site.component == "resid_pre" and value >= CARRIES]
+    if streams:
+        first = min(site.layer for site, _ in streams)
+        return max((each for each in streams if each[0].layer == first), key=lambda each: each[1])[0]
+    site, value = max(found, key=lambda each: each[1], default=(None, 0.0))
+    if site is None or value < NAMED:
+        best = f"{site} carries most, {value:.2f}" if site is not None else "none was measured"
+        raise InputError(f"no one site carries the {kind} contrast ({best} of it, and {NAMED} is needed)")
+    return site
+
+
+def _differing(sweep: Sweep) -> set[str | int]:
+    """Positions at which the two prompts themselves differ."""
+    return {str(sweep.kind), *sweep.spans.get(sweep.kind, ())}
+
+
+def arrived_at(before: Lens, after: Lens, suite: Suite, seed: int = 0) -> Site:
+    """The earliest residual stream by which most of what R does differently has arrived: R's stream in S does it.
+
+    The last stream where R differs in its unembedding or not at all. Raises InputError for a suite with rules.
+    """
+    prompts = half_prompts(suite, before.tokenizer, 0, QUESTIONS)
+    places: list[tuple[int, Component]] = [(layer, "resid_pre") for layer in range(1, before.layers)]
+    last: tuple[int, Component] = (before.layers - 1, "resid_post")
+    full = _nats(splice_terms(before, after, last, [whole], prompts, seed)[0])
+    if full < FLOOR:
+        return _site(last)
+    for place in places:
+        if _nats(splice_terms(before, after, place, [whole], prompts, seed)[0]) >= ARRIVED * full:
+            return _site(place)
+    return _site(last)
+
+
+def _nats(terms: Terms) -> float:
+    return (terms.routing.value or 0.0) + (terms.specialists.value or 0.0)
+
+
+def _site(place: tuple[int, Component]) -> Site:
+    return Site(layer=place[0], component=place[1])

@@ -1,0 +1,376 @@
+"""The best unit of every kind for one concept: a feature, a neuron, a head, a direction, compared by what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mixturelens.behaviour.ground import Ground, Scale
+from mixturelens.contrasts import Contrasts
+from mixturelens.features.dictionary import Dictionary
+from mixturelens.features.effects import Scene, make_scene, site_effects, unit_effects
+from mixturelens.features.record import Score, Unit
+from mixturelens.hooks.lens import Lens
+from mixturelens.patching.sweep import APART, head_sites, patch
+from mixturelens.probing.leace import leace
+from mixturelens.probing.scores import auroc
+from mixturelens.probing.solve import fit_logistic
+from mixturelens.stats import interval, resample_counts, resampled_mean, share
+from mixturelens.types import NOT_MEASURED, InputError, Interval, Intervention, Site
+
+RANDOM = 24
+"""Matched random units that the best one is compared with, by patching."""
+RANDOM_GAP = 8
+"""The same in behaviour, which takes longer."""
+FEW = 32
+"""Judging questions, at most, on which these are clamped: they are many, and say no more than where chance is."""
+QUESTIONS = 128
+"""Questions of each half, at most."""
+
+
+# --- units as vectors -------------------------------------------------------------------------------------------------
+
+
+def neurons(size: int, device: torch.device | str = "cpu") -> Dictionary:
+    """The hidden neurons of an MLP, as units of the activation that they are."""
+    eye = torch.eye(size, device=device)
+    return _linear(eye, eye, torch.zeros(size, device=device))
+
+
+def directions(scene: Scene) -> tuple[Dictionary, tuple[str, ...]]:
+    """Directions that tell the two sides apart at a site, tokens as rows: unit vectors, and how each was found.
+
+    They are the difference of means, and the weights of a logistic regression in the activation's own coordinates. What
+    they read is counted from its mean over both sides, so that ablating one puts this mean in place of it. Raises
+    InputError where both sides have the same activations.
+    """
+    clean, corrupt = (run.values.flatten(0, 1) for run in (scene.clean, scene.corrupt))
+    x = torch.cat([clean, corrupt])
+    labels = (torch.arange(len(x), device=x.device) < len(clean)).long()
+    probe = fit_logistic(x[None], labels[None])
+    found = torch.stack([clean.mean(0) - corrupt.mean(0), probe.weights[0, 0, 0] * probe.scale[0]])
+    norms = found.norm(dim=1, keepdim=True)
+    if not bool((norms > 0).all()):
+        raise InputError(f"{scene.site}: both sides have the same activations, so no direction tells them apart")
+    return directed(found / norms, scene), ("difference of means", "logistic probe")
+
+
+def directed(vectors: Float[Tensor, "unit d"], scene: Scene) -> Dictionary:
+    """Unit vectors as linear units that read what they write, counted from their mean over both sides of a scene."""
+    mean = (scene.clean.values.mean((0, 1)) + scene.corrupt.values.mean((0, 1))) / 2
+    return _linear(vectors, vectors, vectors @ mean)
+
+
+def _linear(read: Tensor, write: Tensor, offset: Tensor) -> Dictionary:
+    return Dictionary(read, offset, torch.full_like(offset, -torch.inf), write)
+
+
+def strength(scene: Scene, units: Dictionary) -> Float[Tensor, " unit"]:
+    """Mean |f(clean) - f(corrupt)| times the norm of what the unit writes: how far it displaces the activation."""
+    change = units.encode(scene.clean.values) - units.encode(scene.corrupt.values)
+    return change.abs().mean((0, 1)) * units.write.norm(dim=1)
+
+
+# --- in behaviour -----------------------------------------------------------------------------------------------------
+
+
+def clamp_of(units: Dictionary, which: int, site: Site, contrasts: Contrasts, to: float) -> Intervention:
+    """A unit's activation made `to` in behaviour: behind the prompt where the contrast has a policy in place."""
+    where, threshold = in_behaviour(site, contrasts), float(units.threshold[which])
+    read, write = (vectors[which].tolist() for vectors in (units.read, units.write))
+    if site.component == "neurons":  # one number, of itself
+        where = where.model_copy(update={"neuron": int(units.read[which].argmax())})
+        read, write = [1.0], [1.0]
+    return Intervention(
+        site=where,
+        do="clamp",
+        vector=tuple(write),
+        read=tuple(read),
+        offset=float(units.offset[which]),
+        threshold=None if threshold == -np.inf else threshold,
+        amount=to,
+    )
+
+
+def in_behaviour(site: Site, contrasts: Contrasts) -> Site:
+    """Behind the prompt stands what was put in place, which an intervened model calls `completion`."""
+    row = contrasts.rows[0]
+    first = row.spans.get("policy", (len(row.clean),))[0]
+    behind = site.position == "policy" or (isinstance(site.position, int) and site.position >= first)
+    return site.model_copy(update={"position": "completion"}) if behind else site
+
+
+def clamped(ground: Ground, scale: Scale, interventions: Sequence[Intervention]) -> tuple[Interval, Interval]:
+    """R with units clamped, on the questions that judge: the gap closed under the harmed cue, and the change of the
+    accuracy under the trained one. Raises InputError for a site or a position that its prompts lack.
+    """
+    found = ground.behaviour(interventions, ground.judge)
+    return scale.gap_closed(found), scale.trained_change(found)
+
+
+def random_gaps(ground: Ground, scale: Scale, interventions: Sequence[Intervention]) -> tuple[float | None, ...]:
+    """The gap closed by each intervention alone, on at most FEW of the questions that judge; null without a gap."""
+    if not scale.gap_closed(scale.before).measured:
+        return (None,) * len(interventions)
+    few = [i for i, row in enumerate(ground.judge.rows) if row.cue == ground.harm.harmed_cue][:FEW]
+    broken = scale.after.correct.sum(-1)
+    gap = float(scale.ceiling[0]) - float(scale.grid.draws(broken)[0, scale.columns[0]])
+    found = []
+    for each in interventions:
+        reached = ground.behaviour([each], ground.judge.part(few)).correct.sum(-1)
+        found.append(round(float(np.nanmean(reached - broken[few])) / gap, 6))
+    return tuple(found)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One contrast in one model: the questions that choose a unit, and those that judge it."""
+
+    choose: Scene
+    judge: Scene
+    contrasts: Contrasts
+    """Of the questions that choose."""
+    judging: Contrasts
+    counts: Int[np.ndarray, "draw question"]
+    """Bootstrap over the questions that judge."""
+    seed: int
+    before: Lens | None = None
+    """Where clean activations come from, if from another checkpoint."""
+    ground: tuple[Ground, Scale] | None = None
+    """Where behaviour under a clamp is measured, if it is."""
+
+    @property
+    def lens(self) -> Lens:
+        """The model that is patched."""
+        return self.judge.corrupt.engine.lens
+
+    def at(self, site: Site) -> Trial:
+        return replace(self, choose=self.choose.at(site), judge=self.judge.at(site))
+
+    def shares(self, moved: Float[np.ndarray, "unit question"]) -> Float[np.ndarray, "draw unit"]:
+        return self.judge.shares(moved, self.counts)
+
+    def auroc(self, read: Callable[[Float[Tensor, "question column d"]], Float[Tensor, "question column"]]) -> Interval:
+        """How well a number read at the site, mean over tokens, tells the sides apart: the greater one is that of the
+        side for which it is greater on the questions that choose.
+        """
+
+        def draws(scene: Scene, counts: Int[np.ndarray, "draw question"]) -> Float[np.ndarray, " draw"]:
+            found = torch.cat([read(run.values).mean(1) for run in (scene.clean, scene.corrupt)])
+            row = torch.arange(2 * len(scene), device=found.device)
+            return auroc(found[None], (row < len(scene)).long(), row % len(scene), counts)[:, 0]
+
+        chosen = draws(self.choose, np.ones((1, len(self.choose)), dtype=int))[0]
+        found = draws(self.judge, self.counts)
+        return interval(found if chosen >= 0.5 else 1 - found, digits=6)
+
+    def score(
+        self,
+        unit: Unit,
+        among: int,
+        read: Interval,
+        patch: Float[np.ndarray, " draw"],
+        clamp: Float[np.ndarray, " draw"],
+        ablate: Float[np.ndarray, " draw"],
+        random: Float[np.ndarray, "draw random"],
+        do: Intervention,
+        random_do: Sequence[Intervention],
+    ) -> Score:
+        gap, trained, gaps = NOT_MEASURED, NOT_MEASURED, ()
+        if self.ground is not None:
+            gap, trained = clamped(*self.ground, [do])
+            gaps = random_gaps(*self.ground, random_do)
+        return Score(
+            unit=unit,
+            among=among,
+            auroc=read,
+            patch=interval(patch, digits=6),
+            clamp=interval(clamp, digits=6),
+            ablate=interval(ablate, digits=6),
+            random=tuple(random[0].round(6).tolist()),
+            margin=interval(patch - random.max(1), digits=6) if random.shape[1] else NOT_MEASURED,
+            gap_closed=gap,
+            trained_change=trained,
+            random_gap=gaps,
+            intervention=do if do.do == "clamp" else None,
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Units of one site."""
+
+    trial: Trial
+    units: Dictionary
+
+    @property
+    def means(self) -> Float[Tensor, " unit"]:
+        """Mean activation on the clean side of the questions that choose."""
+        return self.units.encode(self.trial.choose.clean.values).mean((0, 1))
+
+    @cached_property
+    def alone(self) -> Float[np.ndarray, " unit"]:
+        """Nats by which each unit alone moves the metric, on the questions that choose."""
+        return unit_effects(self.trial.choose, self.units).mean(1)
+
+    def clamp(self, which: int) -> Intervention:
+        return clamp_of(self.units, which, self.trial.judge.site, self.trial.contrasts, float(self.means[which]))
+
+    def only(self, which: int) -> Place:
+        return Place(self.trial, self.units.part(torch.tensor([which], device=self.units.read.device)))
+
+
+def best_of(places: Sequence[Place], unit: Callable[[int, int], Unit]) -> Score:
+    """The unit that moves most of the contrast, of all units of all places; `unit` names one by its place and number.
+
+    Matched random units: the RANDOM others that displace the activation about as much as the chosen one does (nearest
+    in the logarithm of `strength`, on the questions that choose); those that fire alike on both sides come last. Raises
+    InputError if no unit tells the sides apart at all.
+    """
+    at = [(number, index) for number, place in enumerate(places) for index in range(len(place.units))]
+    moved = np.concatenate([place.alone for place in places])
+    strong = np.concatenate([strength(place.trial.choose, place.units).cpu().numpy() for place in places])
+    if not strong.any():
+        raise InputError(
+            f"{places[0].trial.choose.site}: none of {len(at)} units has another activation on the other side"
+        )
+    best = int(np.where(strong > 0, moved, -np.inf).argmax())
+    with np.errstate(divide="ignore"):
+        far = np.abs(np.log(strong) - np.log(strong[best]))
+    matched = [at[i] for i in np.argsort(far, kind="stable") if i != best][:RANDOM]
+    number, index = at[best]
+    return _judged(places[number].only(index), unit(number, index), len(at), _effects_of(places, matched), [
+        places[n].clamp(i) for n, i in matched[:RANDOM_GAP]
+    ])  # fmt: skip
+
+
+def _effects_of(places: Sequence[Place], which: Sequence[tuple[int, int]]) -> Float[np.ndarray, "draw unit"]:
+    found = []
+    for number, place in enumerate(places):
+        some = torch.tensor([i for n, i in which if n == number], dtype=torch.long, device=place.units.read.device)
+        if len(some):
+            found.append(place.trial.shares(unit_effects(place.trial.judge, place.units.part(some))))
+    return np.concatenate(found, 1) if found else np.zeros((len(places[0].trial.counts), 0))
+
+
+def _judged(
+    own: Place, unit: Unit, among: int, random: Float[np.ndarray, "draw random"], random_do: Sequence[Intervention]
+) -> Score:
+    """The score of a single unit."""
+    trial, units = own.trial, own.units
+    return trial.score(
+        unit,
+        among,
+        trial.auroc(lambda x: units.encode(x)[..., 0]),
+        trial.shares(unit_effects(trial.judge, units, "patch"))[:, 0],
+        trial.shares(unit_effects(trial.judge, units, "clamp", own.means))[:, 0],
+        trial.shares(unit_effects(trial.judge, units, "ablate"))[:, 0],
+        random,
+        own.clamp(0),
+        random_do,
+    )
+
+
+def best_direction(place: Place, unit: Callable[[int], Unit]) -> Score:
+    """The direction, of those of one place, that moves most of the contrast.
+
+    Random ones are displaced as far as it is, row by row, along random unit vectors: they read it, and write elsewhere.
+    """
+    best = int(place.alone.argmax())
+    own = place.only(best)
+    generator = torch.Generator().manual_seed(place.trial.seed)
+    elsewhere = torch.randn(RANDOM, own.units.read.shape[1], generator=generator).to(own.units.read)
+    norm = own.units.write.norm() / elsewhere.norm(dim=1, keepdim=True)
+    others = Place(
+        place.trial,
+        _linear(own.units.read.expand(RANDOM, -1), elsewhere * norm, own.units.offset.expand(RANDOM)),
+    )
+    random = _effects_of([others], [(0, i) for i in range(RANDOM)])
+    clamps = [others.clamp(i) for i in range(RANDOM_GAP)]
+    return _judged(own, unit(best), len(place.units), random, clamps)
+
+
+def best_head(trial: Trial) -> Score:
+    """The head whose output at the position moves most of the contrast. Random: all other heads.
+
+    Its clamp is its mean clean output on the questions that choose, its ablation zero. It is read along the direction
+    that LEACE would erase, fitted on these questions. Raises InputError for a model of one head.
+    """
+    lens, before = trial.lens, trial.before
+    sites = head_sites(lens, trial.judge.site.position)
+    if len(sites) < 2:
+        raise InputError("the model has one head: there is no other that it could be compared with")
+    chosen = patch(lens, trial.contrasts, sites, before=before)
+    best = int((chosen.patched - chosen.base).mean(1).argmax())
+    judged = patch(lens, trial.judging, sites, before=before).effects(trial.counts)
+    here = trial.at(sites[best])
+    mean = here.choose.clean.values.mean((0, 1))
+    sets = [run.values.flatten(0, 1) for run in (here.choose.clean, here.choose.corrupt)]
+    eraser = leace(torch.cat(sets), torch.arange(2, device=mean.device).flip(0).repeat_interleave(len(sets[0])))
+    others = [i for i in range(len(sites)) if i != best]
+    drawn = np.random.default_rng(trial.seed).permutation(others)[:RANDOM_GAP].tolist() if trial.ground else []
+    return trial.score(
+        Unit(kind="head", site=sites[best]),
+        len(sites),
+        here.auroc(lambda x: eraser.found(x)[..., 0]) if eraser.rank else Interval(value=0.5, low=0.5, high=0.5),
+        judged[:, best],
+        here.shares(site_effects(here.judge, "clamp", mean)[None])[:, 0],
+        here.shares(site_effects(here.judge, "ablate")[None])[:, 0],
+        judged[:, others],
+        set_to(sites[best], trial.contrasts, mean),
+        [set_to(sites[i], trial.contrasts, trial.choose.at(sites[i]).clean.values.mean((0, 1))) for i in drawn],
+    )
+
+
+def set_to(head: Site, contrasts: Contrasts, to: Float[Tensor, " d"]) -> Intervention:
+    """A head's output made this vector, in behaviour."""
+    return Intervention(site=in_behaviour(head, contrasts), do="set", vector=tuple(to.tolist()))
+
+
+def make_trial(
+    lens: Lens,
+    contrasts: Contrasts,
+    site: Site,
+    before: Lens | None = None,
+    ground: tuple[Ground, Scale] | None = None,
+    seed: int = 0,
+) -> Trial:
+    """Both halves of a contrast's questions at a site: those on which repairs choose, if repairs are measured.
+
+    Raises InputError as `make_scene` does, for fewer than two questions, and where the two sides do not differ.
+    """
+    halves = _halves(contrasts, ground[0] if ground else None)
+    if not all(half.rows for half in halves):
+        raise InputError("one half of the questions chooses units and the other judges them: give at least two")
+    choose, judge = (make_scene(lens, half.first(QUESTIONS), site, before) for half in halves)
+    counts = resample_counts(len(judge), seed)
+    for scene in (choose, judge):
+        whole = resampled_mean(scene.goal - scene.base, resample_counts(len(scene), seed))
+        between = float(whole[0])
+        if not between > 0 or not interval(share(whole, whole, APART)).measured:
+            raise InputError(
+                f"the sides of the {contrasts.kind} contrast differ by {between:.2f} nats ({APART} are needed): "
+                "nothing to carry"
+            )
+    first, second = (half.first(QUESTIONS) for half in halves)
+    return Trial(choose, judge, first, second, counts, seed, before, ground)
+
+
+def _halves(contrasts: Contrasts, ground: Ground | None) -> tuple[Contrasts, Contrasts]:
+    if ground is None:
+        return contrasts.half(0), contrasts.half(1)
+    choosing = {row.question for row in ground.contrasts.half(0).rows}
+    first, second = (
+        tuple(row for row in contrasts.rows if (row.question in choosing) == side) for side in (True, False)
+    )
+    words = contrasts.kind, contrasts.clean, contrasts.corrupt, contrasts.policy
+    return Contrasts(*words, first), Contrasts(*words, second)
