@@ -1,0 +1,360 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixturelens.cli.tables import (
+    number,
+    print_json,
+    print_table,
+    show_behaviour,
+    show_features,
+    show_grafts,
+    show_mechanism,
+    show_patching,
+    show_probing,
+    show_repairs,
+    show_verdicts,
+)
+from mixturelens.types import InputError, RunError
+
+if TYPE_CHECKING:
+    from mixturelens.behaviour.record import BehaviourRecord
+    from mixturelens.features.record import FeatureRecord
+    from mixturelens.grafting.record import GraftRecord
+    from mixturelens.patching.record import PatchingRecord
+    from mixturelens.pipeline import Pair
+    from mixturelens.probing.record import ProbingRecord
+    from mixturelens.routing.repair import RepairRecord
+    from mixturelens.routing.verdict import VerdictRecord
+
+app = typer.Typer(
+    name="mixturelens",
+    help="Did post-training change the router, or the specialists?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Run = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a run made by `mixturelens train`.")]
+Before = Annotated[Path | None, typer.Option(metavar="DIR", help="Checkpoint before post-training (S).")]
+After = Annotated[Path | None, typer.Option(metavar="DIR", help="Checkpoint after post-training (R).")]
+SuiteFile = Annotated[Path | None, typer.Option("--suite", metavar="FILE", help="Behaviour suite of the pair.")]
+TrainedCue = Annotated[str | None, typer.Option(help="Cue that RL trained on, where the suite does not say.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go; default: under artifacts/.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU when there is one.")]
+Seed = Annotated[int, typer.Option(help="Seed of samples and bootstrap.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the record, and nothing else, on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
+
+
+@app.command()
+def demo(out: Out = None, device: Device = None, quiet: Quiet = False) -> None:
+    """Train the formatting-tag organism, say what RL did to it, find the router, repair it, and write a report."""
+    from mixturelens import pipeline
+    from mixturelens.organism import load_spec
+
+    folder = out or Path("artifacts/demo")
+    with _working(quiet) as (progress, say):
+        where = _device(device)
+        pipeline.train(load_spec("default"), folder, where, progress)
+        pairs = pipeline.run_pairs(folder)
+        patched = [pipeline.patch(pair, device=where, say=say) for pair in pairs]
+        for pair in pairs:
+            pipeline.circuit(pair, pairs, device=where, say=say)
+        grafted = [pipeline.graft(pair, device=where, say=say) for pair in pairs]
+        probed = [pipeline.probe(pair, device=where, say=say) for pair in pairs]
+        repaired = [pipeline.repair(pair, device=where, say=say) for pair in pairs]
+        verdicts = [pipeline.verdict(pair, device=where) for pair in pairs]  # now with what the weights say
+        page = pipeline.report(pairs, device=where)
+    show_verdicts(pairs, verdicts)
+    print()
+    show_patching(pairs, patched)
+    show_probing(pairs, probed)
+    show_grafts(pairs, grafted)
+    show_mechanism(pairs, verdicts)
+    show_repairs(pairs, repaired)
+    print(f"\nReport: {page}")
+
+
+@app.command()
+def train(
+    spec: Annotated[str, typer.Argument(metavar="[SPEC]", help="Recipe by name, or a YAML file.")] = "default",
+    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes that ship with mixturelens.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed instead of the spec's.")] = None,
+    out: Out = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train an organism from a spec: SFT makes the mixture, RL on each cue selects."""
+    from mixturelens.organism import load_spec, recipes
+
+    if list_recipes:
+        for name, description in recipes().items():
+            print(f"{name:10} {description}")
+        return
+    loaded = load_spec(spec, **({} if seed is None else {"seed": seed}))
+    folder = out or Path("artifacts") / f"{loaded.name}-{loaded.seed}"
+    from mixturelens import pipeline
+
+    with _working(quiet) as (progress, _):
+        trajectories = pipeline.train(loaded, folder, _device(device), progress)
+    rows = []
+    for trajectory in trajectories:
+        for cue, state in trajectory.points[-1].cues.items():
+            weights = " ".join(f"{name} {value.value:.3f}" for name, value in state.weights.items())
+            rows.append((trajectory.stage, str(trajectory.steps), cue, weights, number(state.accuracy.value)))
+    print_table(("stage", "steps", "cue", "weights", "accuracy"), rows)
+    print(f"\nRun: {folder}")
+
+
+Options = dict[str, Any]
+"""`device`, `seed` and `say` for the functions of the pipeline."""
+Work = Callable[["list[Pair]", Options], tuple[list[Any], Callable[[], None]]]
+
+
+def _on_pairs(work: Work) -> Work:
+    """Make a command of a function that measures pairs: it returns their records, and what prints them for people."""
+
+    def command(
+        run: Run = None,
+        before: Before = None,
+        after: After = None,
+        suite: SuiteFile = None,
+        trained_cue: TrainedCue = None,
+        out: Out = None,
+        device: Device = None,
+        seed: Seed = 0,
+        as_json: Json = False,
+        quiet: Quiet = False,
+    ) -> None:
+        pairs = _pairs(run, before, after, suite, trained_cue, out)
+        with _working(quiet) as (_, say):
+            records, show = work(pairs, {"device": _device(device), "seed": seed, "say": say})
+        if as_json:
+            print_json(records, run)
+        else:
+            show()
+
+    app.command(work.__name__, help=work.__doc__)(command)
+    return work
+
+
+@_on_pairs
+def behaviour(pairs: list[Pair], options: Options) -> tuple[list[BehaviourRecord], Callable[[], None]]:
+    """Weights, forced and expected accuracy under each cue, of a checkpoint or a pair."""
+    from mixturelens import pipeline
+
+    records = [pipeline.behaviour(pair, **options) for pair in pairs]
+
+    def show() -> None:
+        for pair, record in zip(pairs, records, strict=True):
+            print(f"{pair.name}: {record.questions} questions, {record.method}")
+            show_behaviour(record)
+
+    return records, show
+
+
+@_on_pairs
+def verdict(pairs: list[Pair], options: Options) -> tuple[list[VerdictRecord], Callable[[], None]]:
+    """Say whether the router or the specialists changed, with intervals and a reason."""
+    from mixturelens import pipeline
+
+    records = [pipeline.verdict(pair, **options) for pair in pairs]
+    return records, lambda: show_verdicts(pairs, records)
+
+
+@_on_pairs
+def patch(pairs: list[Pair], options: Options) -> tuple[list[PatchingRecord], Callable[[], None]]:
+    """Find the router: patch every site between cues, between hints, and from S into R."""
+    from mixturelens import pipeline
+
+    records = [pipeline.patch(pair, **options) for pair in pairs]
+    circuits = [pipeline.circuit(pair, pairs, **options) for pair in pairs]
+
+    def show() -> None:
+        show_patching(pairs, records)
+        for pair, record, circuit in zip(pairs, records, circuits, strict=True):
+            for reason in (*record.missing, *(f"circuit of the {why}" for why in circuit.missing)):
+                print(f"{pair.name}: not measured: {reason}")
+
+    return records, show
+
+
+@_on_pairs
+def probe(pairs: list[Pair], options: Options) -> tuple[list[ProbingRecord], Callable[[], None]]:
+    """Say what can be read where in S and in R, what erasing it does, and which subspaces carry it."""
+    from mixturelens import pipeline
+
+    records = [pipeline.probe(pair, **options) for pair in pairs]
+    return records, lambda: show_probing(pairs, records)
+
+
+@_on_pairs
+def graft(pairs: list[Pair], options: Options) -> tuple[list[GraftRecord], Callable[[], None]]:
+    """Say which components of R carry the change, of routing and of specialists, and roll R back without them."""
+    from mixturelens import pipeline
+
+    records = [pipeline.graft(pair, **options) for pair in pairs]
+    verdicts = [pipeline.verdict(pair, **options) for pair in pairs]
+
+    def show() -> None:
+        show_grafts(pairs, records)
+        show_mechanism(pairs, verdicts)
+
+    return records, show
+
+
+@_on_pairs
+def features(pairs: list[Pair], options: Options) -> tuple[list[FeatureRecord], Callable[[], None]]:
+    """Train SAEs and crosscoders, and say what their features do that heads, neurons and directions do not."""
+    from mixturelens import pipeline
+
+    records = [pipeline.features(pair, **options) for pair in pairs]
+    return records, lambda: show_features(pairs, records)
+
+
+@_on_pairs
+def repair(pairs: list[Pair], options: Options) -> tuple[list[RepairRecord], Callable[[], None]]:
+    """Bring the harmed cue back through the cue reader, and write the repaired checkpoint."""
+    from mixturelens import pipeline
+
+    records = [pipeline.repair(pair, **options) for pair in pairs]
+    return records, lambda: show_repairs(pairs, records)
+
+
+@app.command()
+def report(
+    run: Run = None,
+    before: Before = None,
+    after: After = None,
+    suite: SuiteFile = None,
+    trained_cue: TrainedCue = None,
+    out: Out = None,
+    device: Device = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML page, readable without a network, with the answer in words on top."""
+    from mixturelens import pipeline
+
+    pairs = _pairs(run, before, after, suite, trained_cue, out)
+    with _working(quiet) as (_, say):
+        page = pipeline.report(pairs, device=_device(device), seed=seed, say=say)
+    print(page)
+
+
+# --- shared by the commands -------------------------------------------------------------------------------------------
+
+
+def _pairs(
+    run: Path | None,
+    before: Path | None,
+    after: Path | None,
+    suite: Path | None,
+    trained_cue: str | None,
+    out: Path | None,
+) -> list[Pair]:
+    """RUN, or --before [--after] --suite, but not both."""
+    from mixturelens import pipeline
+
+    if run is not None:
+        if before or after or suite:
+            raise InputError("give either RUN or --before/--after/--suite, not both")
+        if out is not None:
+            raise InputError("--out: the results of a RUN go into its own folder; leave --out out")
+        return pipeline.run_pairs(run)
+    if before is None or suite is None:
+        raise InputError("give a RUN folder, or --before DIR [--after DIR] --suite FILE")
+    return [pipeline.outside_pair(before, after, suite, out, trained_cue)]
+
+
+def _device(wanted: str | None) -> str:
+    import torch
+
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
+    return wanted
+
+
+@contextlib.contextmanager
+def _working(quiet: bool) -> Iterator[tuple[Callable[[str, int, int, dict[str, float]], None], Callable[[str], None]]]:
+    """Progress on standard error, and nothing that a library prints on standard output."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from mixturelens.checkpoints import quiet_libraries
+
+    quiet_libraries()
+    console = Console(stderr=True, quiet=quiet)
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    live = console.is_terminal and not quiet
+    with contextlib.redirect_stdout(sys.stderr), Progress(*columns, console=console, disable=not live) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, step: int, steps: int, numbers: dict[str, float]) -> None:
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+            if not live:
+                # a log gets a line now and then instead of a bar
+                if step % max(1, steps // 8) == 0:
+                    console.print(f"{stage} {step}/{steps}  {shown}", highlight=False)
+                return
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=steps, numbers="")
+            bar.update(tasks[stage], completed=step, numbers=shown)
+
+        yield progress, lambda text: console.print(f"measuring: {text}", style="dim")
+
+
+def main() -> None:
+    """Entry point: bad input is one line on standard error and status 2, a failed run status 1."""
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error), 2)
+    except RunError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it stopped", 130)
+    except OSError as error:
+        _fail(*_explain(error))
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own
+        if "No space left on device" in str(error):
+            _fail(*_explain(OSError(errno.ENOSPC, "No space left on device")))
+        raise
+
+
+def _explain(error: OSError) -> tuple[str, int]:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{where}no permission to write; give another --out", 2
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}no space left on the device; nothing half-written was kept: free some and run again", 1
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"{where}a file is in the way of a folder; give another --out", 2
+    return f"{where}{error.strerror or error}", 1
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"mixturelens: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,3 @@
+from mixturelens.cli import main
+
+main()

@@ -1,0 +1,230 @@
+"""Records as tables on the terminal: what each command prints for people, or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mixturelens.behaviour.record import BehaviourRecord
+    from mixturelens.features.record import FeatureRecord
+    from mixturelens.grafting.record import GraftRecord
+    from mixturelens.patching.record import PatchingRecord
+    from mixturelens.pipeline import Pair
+    from mixturelens.probing.record import ProbingRecord
+    from mixturelens.records import Record
+    from mixturelens.routing.repair import RepairRecord
+    from mixturelens.routing.verdict import VerdictRecord
+
+
+def print_json(records: list[Any], run: Path | None) -> None:
+    """The record, or for a RUN with several pairs a list of them."""
+    typed: list[Record] = records
+    texts = [json.loads(record.to_json()) for record in typed]
+    print(json.dumps(texts if run is not None and len(texts) > 1 else texts[0], indent=1, ensure_ascii=False))
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(value: Any) -> str:
+    return "-" if value.value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in header:
+        table.add_column(Text(name))  # not as markup: R[g] is a name
+    for row in rows:
+        table.add_row(*map(Text, row))
+    # a pipe has no width: do not wrap a table that goes into a file
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+
+
+def show_behaviour(record: BehaviourRecord) -> None:
+    rows = []
+    for cue, state in record.per_cue.items():
+        for when, side in (("before", state.before), ("after", state.after)):
+            if side is None:
+                continue
+            weights = " ".join(f"{name} {value:.3f}" for name, value in side.weights.items())
+            forced = " ".join(f"{name} {number(value)}" for name, value in side.accuracy.items())
+            rows.append((cue, when, weights, forced, _interval(side.intervals["overall"])))
+    print_table(("cue", "", "weights", "forced accuracy", "expected accuracy"), rows)
+
+
+def show_verdicts(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
+    rows = []
+    for pair, record in zip(pairs, verdicts, strict=True):
+        accuracy = "  ".join(
+            f"{cue} {state.before.overall:.3f} -> {state.after.overall:.3f}"
+            for cue, state in record.per_cue.items()
+            if state.after is not None
+        )
+        nats = f"{number(record.nats.routing.value)} / {number(record.nats.specialist.value)}"
+        rows.append((pair.name, record.verdict, _interval(record.routing_share), nats, accuracy))
+    print_table(("pair", "verdict", "routing share", "nats: routing / specialist", "accuracy before -> after"), rows)
+    for pair, record in zip(pairs, verdicts, strict=True):
+        print(f"{pair.name}: {record.reason}")
+
+
+def show_patching(pairs: list[Pair], records: list[PatchingRecord]) -> None:
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for reader in record.readers:
+            heads = " + ".join(str(head) for head in reader.heads)
+            which = f"{reader.kind} reader, {reader.checkpoint}"
+            rows.append((pair.name, which, heads, _interval(reader.effect), _interval(reader.margin)))
+    print_table(("pair", "what", "heads", "effect, held out", "margin over the next"), rows)
+
+
+def show_probing(pairs: list[Pair], records: list[ProbingRecord]) -> None:
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for readout in record.readouts:
+            best = readout.best
+            if best is None:
+                continue
+            numbers = [_interval(column.at(best)) for column in (readout.before, readout.after, readout.carried)]
+            null = f"{number(readout.shuffled_high)} / {number(readout.untrained[best])}"
+            rows.append((pair.name, readout.target, readout.metric, str(record.sites[best]), *numbers, null))
+    header = ("pair", "target", "score", "best site in S", "S", "R", "S's probe on R", "shuffled 95% / untrained")
+    print_table(header, rows)
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for what, erased in (("where the cue is read", record.used), ("readable, unused", record.unused)):
+            if erased is not None:
+                null = f"{min(erased.random):.3f} to {max(erased.random):.3f}" if erased.random else "-"
+                rows.append(
+                    (pair.name, what, str(erased.site), _interval(erased.readable), _interval(erased.left), null)
+                )
+    print_table(("pair", "cue erased", "site", "AUROC", "difference between cues left", "random directions"), rows)
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for each in record.subspaces:
+            for side in each.accuracy:
+                null = f"{max(each.random[side]):.3f} / {max(each.shuffled[side]):.3f}"
+                where = f"{each.site}, {each.dimensions} dim."
+                sign = number(each.by_sign[side].value) if side in each.by_sign else "-"
+                rows.append((pair.name, each.concept, where, side, _interval(each.accuracy[side]), sign, null))
+    header = ("pair", "subspace", "site", "checkpoint", "interchange accuracy", "by sign", "best random / shuffled")
+    print_table(header, rows)
+    show_missing(pairs, records)
+
+
+def show_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for each in record.components:
+            effects = [_interval(each.suffices.routing), _interval(each.without.routing)]
+            rows.append((pair.name, each.name, *effects, _interval(each.routing), _interval(each.shapley)))
+    print_table(("pair", "component", "S + R[g]", "R - R[g]", "path attribution, nats", "Shapley share"), rows)
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        if record.factorial is not None:
+            selector = " + ".join(record.factorial.selector)
+            for what, effects in (
+                (f"selector ({selector})", record.factorial.selector_only),
+                ("all the rest", record.factorial.rest_only),
+                ("both", record.factorial.both),
+            ):
+                rows.append(
+                    (pair.name, what, _interval(effects.weight), _interval(effects.chosen), _interval(effects.done))
+                )
+    header = ("pair", "R's weights in S", "share of the weight", "choice, nats", "what policies do, nats")
+    print_table(header, rows)
+    for pair, record in zip(pairs, records, strict=True):
+        if record.rollback is not None and record.rollback.checkpoint is not None:
+            parts = ", ".join(record.rollback.components)
+            print(f"{pair.name}: R rolled back in {parts}: {pair.made('rollback')}")
+    show_missing(pairs, records)
+
+
+def show_mechanism(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
+    for pair, record in zip(pairs, verdicts, strict=True):
+        found = record.mechanism
+        if found.verdict is None:
+            continue
+        agrees = "agrees" if found.agrees else f"behaviour says {record.verdict}"
+        print(f"{pair.name}: the mechanism says {found.verdict} ({agrees}): {found.reason}")
+        for name in found.disagree:
+            print(f"{pair.name}: {name} says otherwise: {found.evidence[name].what}")
+
+
+def show_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
+    rows: list[tuple[str, ...]] = []
+    for pair, record in zip(pairs, records, strict=True):
+        for sae in record.saes:
+            for side, found in sae.quality.items():
+                numbers = (number(found.explained), f"{found.active:.1f}", number(found.dead))
+                rows.append(
+                    (
+                        pair.name,
+                        f"{sae.site} of S on {'S' if side == 'before' else 'R'}",
+                        *numbers,
+                        _interval(found.loss_recovered),
+                    )
+                )
+    print_table(("pair", "SAE", "variance explained", "active", "dead", "loss recovered"), rows)
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for table in record.tables:
+            for score in table.scores:
+                most = max(score.random, default=None)
+                gap = _interval(score.gap_closed)
+                numbers = (number(score.auroc.value), _interval(score.patch), number(most), gap)
+                rows.append((pair.name, table.concept, str(score.unit), *numbers))
+            for some in table.several:
+                most = max(some.random, default=None)
+                what = f"{len(some.units)} {some.kind}s together" + ("" if some.enough else " (more are needed)")
+                numbers = ("", _interval(some.patch), number(most), _interval(some.gap_closed))
+                rows.append((pair.name, table.concept, what, *numbers))
+    print_table(("pair", "carries", "best unit", "AUROC", "patched", "random, most", "gap closed, clamped"), rows)
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for change in record.changes:
+            for name, terms in (
+                (f"{len(change.features)} features that moved most", change.together),
+                ("all features", change.every),
+                ("all of R's activations", change.whole),
+            ):
+                numbers = (_interval(terms.routing), _interval(terms.conditioning), _interval(terms.skill))
+                rows.append((pair.name, f"{change.site}: {name}", *numbers))
+    print_table(("pair", "R's values in S", "routing, nats", "conditioning, nats", "skill, nats"), rows)
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        for fit in record.crosscoders:
+            counts = (fit.shared, fit.exclusive["before"], fit.exclusive["after"], fit.false, fit.causal)
+            rows.append((pair.name, f"{fit.site}, seed {fit.seed}", *map(str, counts)))
+    print_table(("pair", "crosscoder", "shared", "only S", "only R", "only by norm", "only R, and causal"), rows)
+    show_missing(pairs, records)
+
+
+def show_missing(pairs: list[Pair], records: Sequence[ProbingRecord | GraftRecord | FeatureRecord]) -> None:
+    for pair, record in zip(pairs, records, strict=True):
+        for reason in record.missing:
+            print(f"{pair.name}: not measured: {reason}")
+
+
+def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
+    rows = []
+    for pair, record in zip(pairs, records, strict=True):
+        cues = (record.harmed_cue, record.trained_cue)
+        state = [f"{cue} {number(record.after[cue].value)}" for cue in cues]
+        rows.append((pair.name, "none", *state, "-", "-"))
+        for each in record.repairs:
+            state = [f"{cue} {number(each.accuracy[cue].value)}" for cue in cues]
+            rows.append((pair.name, each.kind, *state, _interval(each.gap_closed), number(each.random.median)))
+    print_table(("pair", "repair", "harmed cue", "trained cue", "gap closed", "random places, median"), rows)
+    for pair, record in zip(pairs, records, strict=True):
+        print(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; repaired checkpoint: {pair.repaired}")
