@@ -222,15 +222,21 @@ def probe(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = N
     options = {"device": device, "seed": seed, "say": say}
 
     def make(before: Path, after: Path, suite: Suite, measured: BehaviourRecord) -> ProbingRecord:
-        try:
-            heads = patch(pair, **options).heads("cue", "after")
-        except InputError as error:  # no cue reader: everything else can still be read
-            heads, why = (), str(error)
-        else:
-            why = "" if heads else "patching found no cue reader"
+        patching, why = _patched(pair, **options)
+        heads = patching.heads("cue", "after") if patching else ()
+        if patching and not heads:
+            why = "patching found no cue reader"
         return probing_record(before, after, suite, measured, reader=heads, no_reader=why, **options)
 
     return _instrument(pair, ProbingRecord, "probing", make, **options)
+
+
+def _patched(pair: Pair, *, device: str, seed: int, say: Say | None) -> tuple[PatchingRecord | None, str]:
+    """The patching of a pair, or why there is none: without a cue reader, everything else can still be measured."""
+    try:
+        return patch(pair, device=device, seed=seed, say=say), ""
+    except InputError as error:
+        return None, str(error)
 
 
 def features(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> FeatureRecord:
@@ -243,12 +249,14 @@ def features(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None 
 
     def make(before: Path, after: Path, suite: Suite, measured: BehaviourRecord) -> FeatureRecord:
         probing = _same(ProbingRecord, pair.records / "probing.json", _provenance(pair, device, seed))
+        patching, why = _patched(pair, **options)
         return feature_record(
             before,
             after,
             suite,
             measured,
-            patch(pair, **options),
+            patching,
+            no_patching=why,
             subspaces=probing.subspaces if probing else (),
             more=_more_prompts(pair),
             folder=folder,

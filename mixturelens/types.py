@@ -130,8 +130,8 @@ class Intervention(Frozen):
     - `project`: remove the component along `vector`
     - `erase`: remove `vector` as often as `read` finds it beyond `offset`: x - (read . x - offset) vector, an oblique
       projection (`read . vector` is 1). A concept of several dimensions takes several, blind to each other's vectors
-    - `clamp`: make a unit's activation `amount`: x + (amount - f) vector, where f is read . x - offset, counted as 0 up to
-      `threshold` (a feature of a sparse dictionary; without a threshold a linear unit, such as a probe's direction)
+    - `clamp`: make a unit's activation `amount`: x + (amount - f) vector, where f is read . x - offset, counted as 0 up
+      to `threshold` (a feature of a sparse dictionary; without a threshold a linear unit, such as a probe's direction)
     - `replace`: put what the same prompt, with the same completion, has there under the cue `source` (interchange)
     - `mean`: the mean of that over all cues, each counted equally
 

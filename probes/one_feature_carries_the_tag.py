@@ -52,7 +52,7 @@ def _answer(pair: pipeline.Pair, seed: int) -> Answer:
         },
         control={
             "less the best random feature": feature.margin,
-            "best random feature": Interval(value=max(feature.random)),
+            "best random feature": Interval(value=max(feature.random, default=None)),
         },
         sites=(str(feature.unit), str(neuron.unit)),
     )

@@ -158,8 +158,10 @@ def spread(values: Sequence[float | None], digits: int = 2) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    low, high = (f"{value + 0.0:.{digits}f}" for value in (min(known), max(known)))
-    return f"{statistics.median(known) + 0.0:.{digits}f}" + (f" ({low} to {high})" if low != high else "")
+    middle, low, high = (
+        f"{round(value, digits) + 0.0:.{digits}f}" for value in (statistics.median(known), min(known), max(known))
+    )
+    return middle + (f" ({low} to {high})" if low != high else "")
 
 
 def units_table() -> list[str]:

@@ -181,8 +181,68 @@ def test_graft_and_probe_and_what_the_verdict_makes_of_them(run: Run, tmp_path: 
     assert {line.source for line in found.evidence.values()} >= {"grafts", "patching"}
 
 
+@pytest.mark.filterwarnings("ignore:.*'utils' module has been deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
+def test_features_are_a_table_and_a_record(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixturelens.features import change, exclusive, several, units
+    from mixturelens.features import pair as one_pair
+    from mixturelens.features.crosscoder import train_crosscoder
+    from mixturelens.features.record import FeatureRecord
+    from mixturelens.features.sae import train_sae
+
+    trained: list[str] = []
+
+    def small_sae(*arguments: Any, **options: Any) -> Path:
+        trained.append(options["site_name"])
+        return train_sae(*arguments, **options, steps=60, batch=256)
+
+    monkeypatch.setattr(one_pair, "train_sae", small_sae)
+    monkeypatch.setattr(one_pair, "SEEDS", 1)
+    monkeypatch.setattr(
+        exclusive, "train_crosscoder", lambda some, seed: train_crosscoder(some, steps=60, batch=128, seed=seed)
+    )
+    fewer = {units: ("RANDOM", "RANDOM_GAP"), several: ("RANDOM",), change: ("TOP", "RANDOM"), exclusive: ("RANDOM",)}
+    for module, names in fewer.items():
+        for name in names:
+            monkeypatch.setattr(module, name, 2)
+    monkeypatch.setattr(several, "SIZES", (1, 2))
+    # half of the questions, and the suite does not say which cue RL trained on
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    prompts = (PAIRS / "llama/prompts.jsonl").read_text().splitlines()
+    (suite / "prompts.jsonl").write_text("\n".join(prompts[: len(prompts) // 2]))
+    text = (PAIRS / "llama/suite.yaml").read_text().replace("trained_cue: A\n", "")
+    (suite / "suite.yaml").write_text(text)
+    given = pair(suite=suite / "suite.yaml", trained_cue="A", out=tmp_path / "out")
+    status, text, err = run("features", *given, "--quiet")
+    assert (status, err) == (0, "")
+    for words in (
+        "variance explained",
+        "best unit",
+        "gap closed, clamped",
+        "all of R's activations",
+        "only R, and causal",
+    ):
+        assert words in text
+    saved = tmp_path / "out" / "records" / "S--R-routing" / "features.json"
+    record = FeatureRecord.load(saved)
+    assert record.trained_cue == "A"
+    assert record.saes
+    for sae in record.saes:
+        assert f"{sae.site} of S on R" in text
+        assert (tmp_path / "out" / "features" / str(sae.folder) / "sae_weights.safetensors").is_file()
+    for reason in record.missing:
+        assert f"not measured: {reason}" in text
+    # the record, and nothing else; nothing is trained or measured again
+    stamp, number = saved.stat().st_mtime_ns, len(trained)
+    status, text, err = run("features", *given, "--json", "--quiet")
+    assert (status, err) == (0, "")
+    assert FeatureRecord.model_validate(json.loads(text)) == record
+    assert (saved.stat().st_mtime_ns, len(trained)) == (stamp, number)
+
+
 def test_grafts_need_a_pair(run: Run) -> None:
-    for command in ("probe", "graft"):
+    for command in ("probe", "graft", "features"):
         refused(run(command, "--before", PAIRS / "llama" / "S", "--suite", PAIRS / "llama", "--quiet"), "--after")
 
 

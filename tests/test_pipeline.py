@@ -10,6 +10,7 @@ import torch
 from mixturelens import pipeline
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.checkpoints import load_model, load_tokenizer
+from mixturelens.features.record import FeatureRecord, Quality, Sae
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.organism import build_suite, load_spec, sft_examples
 from mixturelens.patching.record import PatchingRecord
@@ -19,6 +20,7 @@ from mixturelens.routing.repair import RepairRecord
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import load_suite
 from mixturelens.training import Trajectory
+from mixturelens.types import NOT_MEASURED, Site
 
 REFERENCE = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
 PAIRS = [("A", "B"), ("B", "A")]
@@ -71,6 +73,7 @@ def test_the_verdict_follows_from_the_records(verdict: tuple[str, str, VerdictRe
         "graft": GraftRecord.load(records / "graft.json"),
         "patching": PatchingRecord.load(records / "patching.json"),
         "probing": ProbingRecord.load(records / "probing.json"),
+        "features": FeatureRecord.load(records / "features.json"),
     }
     assert judge(BehaviourRecord.load(records / "behaviour.json"), **evidence) == record
     assert record.mechanism.verdict == "routing"
@@ -93,6 +96,7 @@ def test_the_records_are_about_these_weights(verdict: tuple[str, str, VerdictRec
     )
 
 
+@pytest.mark.slow
 def test_sft_continued_is_neither(tmp_path: Path) -> None:
     """The null that needs training: 100 more steps of the same mixture, at a constant 1e-4, other data order."""
     spec = load_spec("default")  # the number of examples makes it another order
@@ -174,6 +178,44 @@ def test_what_probes_and_grafts_found(trained: str, other: str) -> None:
         assert abs((accuracy["rollback"].value or 0) - (accuracy["before"].value or 0)) <= 0.1
 
 
+@pytest.mark.parametrize(("trained", "other"), PAIRS)
+def test_what_features_found(trained: str, other: str) -> None:
+    records = REFERENCE / "records" / f"sft--rl-{trained}"
+    found = FeatureRecord.load(records / "features.json")
+    assert found.missing == ()
+    assert (found.trained_cue, found.harmed_cue) == (trained, other)
+    assert [table.concept for table in found.tables] == ["cue", "hint", "selector"]
+    for sae in found.saes:
+        assert sae.folder is None  # megabytes, which `mixturelens features` makes again
+        assert sae.quality["before"].explained > 0.98
+        assert sae.quality["after"].explained > 0.95  # S's features describe R
+    # the cue: no one feature and no neuron, but a few features, or the heads that patching found
+    cue = found.table("cue")
+    assert cue is not None
+    for kind in ("feature", "neuron"):
+        best = cue.best(kind)
+        assert best is not None
+        assert best.patch.below(0.5)
+    features, heads = cue.together("feature"), cue.together("head")
+    assert features is not None
+    assert heads is not None
+    for several in (features, heads):
+        assert several.enough
+        assert several.patch.above(0.85)
+        assert max(several.random) < 0.1
+    assert len(features.units) <= 16
+    readers = PatchingRecord.load(records / "patching.json").heads("cue", "after")
+    assert {(unit.site.layer, unit.site.head) for unit in heads.units} == {(s.layer, s.head) for s in readers}
+    # what RL did to the features is to choose, and to nothing else
+    arrived = found.arrived
+    assert arrived is not None
+    assert arrived.together.routing.above(0.5 * (arrived.whole.routing.value or 0.0))
+    assert arrived.together.specialists.below(0.01)
+    # and it made no feature that S did not have
+    assert [fit.seed for fit in found.crosscoders] == [0, 1, 2]
+    assert all(fit.exclusive == {"before": 0, "after": 0} for fit in found.crosscoders)
+
+
 def test_a_repair_without_a_checkpoint_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An edit that closes no gap leaves no folder, and that is no reason to repair once more."""
     made = []
@@ -195,3 +237,49 @@ def test_a_repair_without_a_checkpoint_is_not_made_again(tmp_path: Path, monkeyp
     assert pipeline.repair(pair).checkpoint == "repaired"
     pipeline.repair(pair)
     assert len(made) == 3
+
+
+def test_features_are_made_again_where_an_sae_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a record says lies beside it must lie there; one whose SAEs were not kept is whole without them."""
+    made: list[dict] = []
+    kept: list[str | None] = ["sft/L1.resid_pre", None]
+    quality = Quality(explained=0.9, active=8.0, dead=0.0, loss_recovered=NOT_MEASURED, tokens=9)
+
+    def make(before: Path, after: Path, suite: object, measured: object, patching: object, **options: object) -> object:
+        made.append(options)
+        sae = Sae(
+            site=Site(layer=1, component="resid_pre"), folder=kept[len(made) // 3], trained=2, width=2,
+            quality={"before": quality, "after": quality},
+        )  # fmt: skip
+        if sae.folder:
+            (Path(str(options["folder"])) / sae.folder).mkdir(parents=True)
+        return FeatureRecord(trained_cue="A", saes=(sae,))
+
+    monkeypatch.setattr(pipeline, "feature_record", make)
+    for other in ("behaviour", "patch"):
+        monkeypatch.setattr(pipeline, other, lambda *_, **__: None)
+    folder = REFERENCE / "checkpoints"
+    pair = pipeline.outside_pair(folder / "sft", folder / "rl-A", REFERENCE / "suite.yaml", tmp_path, "A")
+    first = pipeline.features(pair)
+    assert pipeline.features(pair) == first
+    assert len(made) == 1
+    assert made[0]["folder"] == tmp_path / "features"
+    assert (made[0]["subspaces"], made[0]["more"]) == ((), ())  # no probing record, and no run to draw prompts from
+    (tmp_path / "features" / "sft" / "L1.resid_pre").rmdir()
+    assert pipeline.features(pair) == first
+    assert len(made) == 2
+    # another seed is another measurement, and this one kept no SAE
+    assert pipeline.features(pair, seed=1).saes[0].folder is None
+    pipeline.features(pair, seed=1)
+    assert len(made) == 3
+
+
+def test_a_run_teaches_features_with_the_questions_of_its_rl() -> None:
+    pair = pipeline.run_pairs(REFERENCE)[0]
+    more = pipeline._more_prompts(pair)
+    spec = load_spec("default")
+    suite = load_suite(REFERENCE)
+    assert not {row.id for row in more} & {row.id for row in suite.prompts}
+    assert {row.cue for row in more} == set(suite.cues)
+    assert {row.hint for row in more} == {None, *spec.policies}
+    assert len({(row.id, row.cue, row.hint) for row in more}) == len(more) == spec.split.rl * 2 * 3

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_viz_features import make_change, make_features, make_score, make_table, make_terms
 
 from mixturelens import pipeline
+from mixturelens.features.record import FeatureRecord, SiteChange, Table
 from mixturelens.grafting.record import Effects, GraftRecord
 from mixturelens.probing.record import Column, ProbingRecord
 from mixturelens.types import InputError, Interval
@@ -35,7 +37,7 @@ def test_names_are_those_of_the_files():
     files = {file.stem for file in (ROOT / "probes").glob("*.py")} - {"__init__", "contract"}
     assert set(PROBES) == files
     assert len({probe.HYPOTHESIS for probe in PROBES.values()}) == len(PROBES)
-    assert len(PROBES) >= 8
+    assert len(PROBES) >= 10
 
 
 @each
@@ -187,6 +189,24 @@ def test_the_subspace_of_the_tag_goes_on_working():
         assert answer.outcome["interchange accuracy in R"].above(0.99)
 
 
+def test_no_one_feature_carries_the_tag():
+    """The prediction fails: the tag is spread over several features, as it is over neurons."""
+    record, _ = first("one_feature_carries_the_tag")
+    for answer in record.answers.values():
+        assert answer.holds is False
+        assert answer.outcome["best feature"].below(0.5)
+        assert answer.outcome["best neuron"].below(0.5)
+        assert answer.outcome["best probe direction"].above(0.9)
+
+
+def test_rl_moves_features_of_the_selector_alone():
+    record, _ = first("rl_moves_features_of_the_selector")
+    for answer in record.answers.values():
+        assert answer.holds is True
+        assert answer.outcome["specialists by the features"].below(0.01)
+        assert answer.sites[0] == "L2.mlp_out"
+
+
 def test_no_component_alone_is_enough_on_the_reference():
     """Redundant, but less than foretold: the strongest component carries most of the change, and not 0.9 of it."""
     for answer in first("one_component_suffices_and_none_is_needed")[0].answers.values():
@@ -334,6 +354,109 @@ def test_an_unembedding_that_chooses(graft: GraftRecord, answer_of: Callable[...
     assert found.holds is True
     assert found.outcome["attributed to the unembedding"].value == pytest.approx(1.0)
     assert found.sites == ("unembed", other.name)
+
+
+# --- what is read off records of features -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, FeatureRecord], Answer]:
+    """(name of a probe, the record of the one pair) -> its answer."""
+
+    def answer(name: str, record: FeatureRecord) -> Answer:
+        monkeypatch.setattr(pipeline, "features", lambda *_, **__: record)
+        monkeypatch.setattr(pipeline, "run_pairs", lambda _: [PAIR])
+        found = PROBES[name].run(REFERENCE)
+        assert found.finding.endswith(".")
+        return found.answers[PAIR.name]
+
+    return answer
+
+
+def carries(feature: float, neuron: float, margin: float) -> Table:
+    """What the best feature and the best neuron move, and by how much the feature exceeds every random one."""
+    made = {"feature": (feature, margin), "neuron": (neuron, 0.0)}
+    scores = [
+        make_score(kind, True).model_copy(
+            update={"patch": sure(value), "margin": sure(least), "random": (0.0, value - least)}
+        )
+        for kind, (value, least) in made.items()
+    ]
+    return make_table("cue", scores=(*scores, make_score("head", True), make_score("direction", True)))
+
+
+@pytest.mark.parametrize(
+    ("feature", "neuron", "margin", "holds"),
+    [
+        (0.9, 0.1, 0.5, True),
+        (0.9, 0.1, 0.05, False),  # a random feature does nearly as much
+        (0.9, 0.95, 0.5, False),  # a neuron does more
+        (0.3, 0.1, 0.2, False),
+        (0.9, 0.895, 0.5, None),
+        (0.505, 0.1, 0.3, None),
+    ],
+)
+def test_a_feature_carries_the_tag_where_no_neuron_and_no_random_one_does(
+    feature: float, neuron: float, margin: float, holds: bool | None, said_of: Callable[[str, FeatureRecord], Answer]
+):
+    record = make_features(tables=(carries(feature, neuron, margin), make_table("selector")))
+    found = said_of("one_feature_carries_the_tag", record)
+    assert found.holds is holds
+    assert found.outcome["best feature"] == sure(feature)
+    assert found.outcome["best neuron"] == sure(neuron)
+    assert found.control["best random feature"].value == pytest.approx(max(0.0, feature - margin))
+    assert found.sites == ("L1.resid_pre@policy feature 17", "L0.neurons.101@policy")
+
+
+def moves(routing: float, specialists: float, random: float) -> SiteChange:
+    """Of 0.4 nats of routing and as much of what policies do that all of R's activations bring."""
+    nothing = make_terms(random, 0.0, 0.0)
+    return make_change(
+        together=make_terms(routing, specialists, 0.0), whole=make_terms(0.4, 0.4, 0.0), random=(nothing,) * 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("routing", "specialists", "random", "holds"),
+    [
+        (0.35, 0.001, 0.05, True),
+        (0.1, 0.001, 0.05, False),
+        (0.35, 0.1, 0.05, False),  # what policies do changes as well
+        (0.35, 0.001, 0.38, False),  # and random ones bring as much
+        (0.202, 0.001, 0.05, None),
+        (0.35, 0.009, 0.05, None),
+    ],
+)
+def test_features_of_the_selector_bring_routing_alone(
+    routing: float,
+    specialists: float,
+    random: float,
+    holds: bool | None,
+    said_of: Callable[[str, FeatureRecord], Answer],
+):
+    record = make_features(changes=(moves(routing, specialists, random),))
+    found = said_of("rl_moves_features_of_the_selector", record)
+    assert found.holds is holds
+    assert found.control["routing by the best random set"] == Interval(value=random)
+    assert found.sites[:2] == ("L1.resid_pre@policy", "feature 17")
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("one_feature_carries_the_tag", make_features(tables=())),
+        ("one_feature_carries_the_tag", make_features(tables=(make_table("cue", kinds=("head", "neuron")),))),
+        ("one_feature_carries_the_tag", make_features(tables=(make_table("selector"),))),
+        ("rl_moves_features_of_the_selector", make_features(changes=())),
+    ],
+)
+def test_features_that_were_not_measured_are_unknown(
+    name: str, record: FeatureRecord, said_of: Callable[[str, FeatureRecord], Answer]
+):
+    found = said_of(name, record)
+    assert found.holds is None
+    assert not all(value.measured for value in found.outcome.values())
+    assert not any(value.measured for value in found.control.values())
 
 
 # --- words of the contract --------------------------------------------------------------------------------------------

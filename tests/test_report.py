@@ -265,7 +265,7 @@ def test_page_says_what_features_do(whole):
     titles = ("Do they describe", "Which unit", "One unit, clamped", "What RL changed", "All units", "S and R in one")
     assert [words.index(title) for title in titles] == sorted(words.index(title) for title in titles)
     assert words.count("What would falsify it") == 5
-    assert "L1.resid_pre@policy 128 S (before) 0.993 7.9 0 0.991 0.987 to 0.995" in words
+    assert "L1.resid_pre@policy 121 of 128 S (before) 0.993 7.9 0 0.991 0.987 to 0.995" in words
     assert "cue feature L1.resid_pre@policy feature 17 128 0.990 0.980 to 1.000 0.910 0.880 to 0.940" in words
     assert "White squares: the repairs of heads" in words
     assert words.endswith("against R. Whiskers: 95% bootstrap over questions.")
@@ -405,7 +405,8 @@ def test_a_failed_page_leaves_the_old_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("hostile", [False, True])
+# hostile names ask for all that plain ones do, and more
+@pytest.mark.parametrize("hostile", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_browser_draws_all_figures_without_network_or_complaint(tmp_path, hostile):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
@@ -442,7 +443,7 @@ def test_browser_draws_all_figures_without_network_or_complaint(tmp_path, hostil
     # readouts and two in detail, erasure, subspaces, shifts; components twice, plane, factorial, positions; evidence
     evidence = 3 + 1 + 1 + 1 + 5 + 1
     # units, clamping, what RL changed and how it fires, crosscoders
-    features = 2 + 2 + 1
+    features = 3 + 2 + 1
     assert done.stdout.count('class="plot-container plotly"') == 8 + mechanism + evidence + features
     assert "<title>owned" not in done.stdout
     assert "img" not in page.tags

@@ -25,6 +25,12 @@ INTERVENTIONS = {
     "L0.z.3@policy <- without a concept": Intervention(
         site=HEAD, do="erase", vector=(0.5, 0.0), read=(2.0, 1.0), offset=-0.25
     ),
+    "L1.mlp_out@5 <- a unit at -0.333": Intervention(
+        site=SITES["L1.mlp_out@5"], do="clamp", vector=(0.5, 0.0), read=(0.0, 1.0), offset=0.1, amount=-1 / 3
+    ),
+    "L0.z.3@policy <- a unit at 2": Intervention(
+        site=HEAD, do="clamp", vector=(0.0, 0.0), read=(2.0, 1.0), threshold=1e-3, amount=2.0
+    ),
     "L0.z.3@policy <- that of cue A": Intervention(site=HEAD, do="replace", source="A"),
     "L2.resid_pre <- the mean over cues": Intervention(site=SITES["L2.resid_pre"], do="mean"),
 }
@@ -37,6 +43,15 @@ def test_printed_and_read_back(printed: str, value: Frozen):
     assert again == value
     assert hash(again) == hash(value)
     assert type(value).model_validate(value.model_dump(mode="json")) == value
+
+
+def test_a_clamp_keeps_its_threshold_and_need_not_write_along_what_it_reads():
+    given = {"site": HEAD, "do": "clamp", "vector": (0.0, 3.0), "read": (1.0, 0.0), "amount": 0.0}
+    linear, sparse = Intervention(**given), Intervention(**given, threshold=0.0)
+    assert (linear.threshold, sparse.threshold) == (None, 0.0)
+    assert linear != sparse
+    for each in (linear, sparse):
+        assert Intervention.model_validate_json(each.model_dump_json()).threshold == each.threshold
 
 
 def test_a_position_keeps_its_kind():
@@ -89,6 +104,12 @@ def test_a_site_that_means_nothing_is_refused(fields: dict, says: str):
             {"do": "erase", "vector": (1.0, 2.0), "read": (1.0, 1.0)},
             "read: finds 3 in the vector, where it must find 1",
         ),
+        ({"do": "clamp", "read": (1.0,)}, "vector: clamp needs one"),
+        ({"do": "clamp", "vector": (1.0,)}, "read: clamp needs one"),
+        ({"do": "clamp", "vector": (1.0,), "read": (1.0, 2.0)}, "read: has 2 numbers, and the vector 1"),
+        ({"do": "clamp", "vector": (1.0,), "read": (1.0,), "source": "A"}, "source: clamp takes none"),
+        ({"do": "erase", "vector": (1.0,), "read": (1.0,), "threshold": 0.0}, "threshold: erase takes none"),
+        ({"do": "add", "vector": (1.0,), "threshold": 1.0}, "threshold: add takes none"),
     ],
     ids=str,
 )

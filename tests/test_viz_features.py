@@ -19,6 +19,7 @@ from mixturelens.features.record import (
     Quality,
     Sae,
     Score,
+    Several,
     SiteChange,
     Table,
     Terms,
@@ -26,6 +27,7 @@ from mixturelens.features.record import (
 )
 from mixturelens.types import NOT_MEASURED, Site
 from mixturelens.viz.style import TERMS, UNITS
+from mixturelens.viz.units import needed
 
 SITE = Site(layer=1, component="resid_pre", position="policy")
 EFFECTS = {"subspace": 0.97, "feature": 0.91, "direction": 0.84, "head": 0.62, "neuron": 0.14}
@@ -65,7 +67,24 @@ def make_score(kind: str, repaired: bool, words: str = "", scale: float = 1.0) -
     )
 
 
-def make_table(concept: str, words: str = "", cues=("A", "B"), kinds=tuple(EFFECTS)) -> Table:
+def make_several(kind: str, repaired: bool, words: str = "", scale: float = 1.0, **changes) -> Several:
+    """Twelve features carry nearly all, 32 neurons a half, and two heads all."""
+    number, effect = {"feature": (12, 0.98), "neuron": (32, 0.5), "head": (2, 1.0)}[kind]
+    clamped = {"gap_closed": around(scale * effect - 0.3, 0.02), "trained_change": around(-0.1)} if repaired else {}
+    fields = {
+        "kind": kind,
+        "units": tuple(make_unit(kind, words, i) for i in range(number)),
+        "among": 128,
+        "enough": kind != "neuron",
+        "patch": around(scale * effect, 0.01),
+        "random": tuple(0.01 * i for i in range(8)) if kind != "head" else (),
+        **clamped,
+        **changes,
+    }
+    return Several(**fields)
+
+
+def make_table(concept: str, words: str = "", cues=("A", "B"), kinds=tuple(EFFECTS), **changes) -> Table:
     clean, corrupt = {"cue": cues, "hint": (f"a{words}", "b"), "selector": ("before", "after")}[concept]
     scale = {"cue": 1.0, "hint": 0.9, "selector": 0.4}[concept]
     return Table(
@@ -77,7 +96,15 @@ def make_table(concept: str, words: str = "", cues=("A", "B"), kinds=tuple(EFFEC
         base=around(-7.12),
         goal=around(6.5),
         site=SITE,
-        scores=tuple(make_score(kind, concept != "hint", words, scale) for kind in kinds),
+        **{
+            "scores": tuple(make_score(kind, concept != "hint", words, scale) for kind in kinds),
+            "several": tuple(
+                make_several(kind, concept != "hint", words, scale)
+                for kind in ("feature", "neuron", "head")
+                if kind in kinds
+            ),
+            **changes,
+        },
     )
 
 
@@ -165,7 +192,8 @@ def make_features(words: str = "", cues=("A", "B"), **changes) -> FeatureRecord:
             Sae(
                 site=SITE,
                 folder="sae/L1.resid_pre",
-                width=128,
+                trained=128,
+                width=121,
                 quality={"before": make_quality(0.993, 0.991), "after": make_quality(0.968, 0.97)},
             ),
         ),
@@ -224,6 +252,43 @@ def test_units_that_were_not_found_have_no_row():
     assert [name.split("<br>")[0] for name in axis.ticktext] == ["<b>feature</b>", "<b>head</b>"]
 
 
+def test_needed_puts_the_fewest_together_beside_the_best_one():
+    record = make_features()
+    figure = needed(record)
+    for column, table in enumerate(record.tables, start=1):
+        traces = {trace.name: trace for trace in panel(figure, 1, column)}
+        assert list(traces["one"].x) == [table.best(kind).patch.value for kind in UNITS]  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
+        assert list(traces["one"].marker.color) == list(UNITS.values())
+        assert list(traces["together"].x) == [each.patch.value for each in table.several]
+        assert list(traces["together"].y) == [0, 1, 2]
+        assert list(traces["together"].text) == ["12 features", "32 neurons, not enough", "2 heads"]
+        lines = [trace for trace in panel(figure, 1, column) if trace.name == "from one to the set"]
+        for line, each in zip(lines, table.several, strict=True):
+            assert list(line.x) == [table.best(each.kind).patch.value, each.patch.value]  # pyright: ignore[reportOptionalMemberAccess]
+        grey = traces["as many matched random others"]
+        rows = {round(y) for y in grey.y}
+        assert rows == {0, 1, 3, 4}, "a set of heads for which there are no others; a direction has those of the one"
+        assert list(grey.x)[:16] == [0.01 * i for i in range(8)] * 2
+    said = [a.text for a in figure.layout.annotations]
+    assert said.count("AUROC") == 3
+    assert said.count("0.99") == 9, "features, heads and directions read it"
+    assert said.count(viz.DASH) == 3
+    assert figure.get_subplot(1, 1).yaxis.ticktext == tuple(f"<b>{kind}</b>" for kind in UNITS)
+
+
+def test_needed_without_a_set_that_moves_anything():
+    none = make_several("feature", False, units=(), enough=False, patch=NOT_MEASURED, random=())
+    one = make_several("head", False, units=(make_unit("head"),))
+    table = make_table("cue", kinds=("feature", "head"), several=(none, one))
+    figure = needed(make_features(tables=(table,)))
+    traces = {trace.name: trace for trace in panel(figure, 1, 1)}
+    assert list(traces["together"].text) == ["1 head"]
+    assert list(traces["together"].y) == [1]
+    assert {trace.name for trace in figure.data if trace.mode == "lines"} == {"from one to the set"}
+    with pytest.raises(ValueError, match="no units were compared"):
+        needed(make_features(tables=()))
+
+
 def test_a_kind_of_unit_looks_like_no_policy_cue_or_term():
     many = [str(i) for i in range(6)]
     others = {viz.policy_colour(name, many) for name in many} | {viz.cue_colour(name, many) for name in many}
@@ -246,18 +311,26 @@ def test_clamping_puts_units_beside_the_repairs_of_heads():
     assert list(change["change"].x) == [each.trained_change.value for each in (*units, *repair.repairs)]
     assert list(gap["gap"].error_x.array)[:10] == pytest.approx([0.02] * 10)
     assert list(gap["gap"].marker.symbol) == ["diamond"] * 10 + ["square"] * 2
+    sets = [each for table in record.tables if table.concept != "hint" for each in table.several]
+    assert list(gap["together"].x) == [each.gap_closed.value for each in sets]
+    assert list(change["together"].x) == [each.trained_change.value for each in sets]
+    assert [round(y) for y in gap["together"].y] == [0, 1, 2, 5, 6, 7]
     random = list(gap["matched random units clamped"].x)
     assert random == [v for each in units for v in each.random_gap if v is not None]
     names = figure.get_subplot(1, 1).yaxis.ticktext
     assert names[0] == "<b>feature</b> for the cue<br>L1.resid_pre@policy feature 17"
     assert names[-2] == "<b>repair</b>: interchange<br>L0.z.1@policy"
-    assert "0.86<br>[0.84, 0.88]" in [a.text for a in figure.layout.annotations]
+    said = [a.text for a in figure.layout.annotations]
+    assert "0.86 [0.84, 0.88]<br>12: 0.68 [0.66, 0.70]" in said, "the feature, and twelve of them"
 
 
 def test_clamping_without_a_repair_or_without_clamps():
     alone = viz.clamping(make_features(tables=(make_table("cue"),)))
     assert len(alone.get_subplot(1, 1).yaxis.ticktext) == 5
     assert "heads repaired" not in {trace.name for trace in alone.data}
+    single = viz.clamping(make_features(tables=(make_table("cue", several=()),)))
+    assert "the fewest together, clamped" not in {trace.name for trace in single.data}
+    assert "0.86 [0.84, 0.88]" in [a.text for a in single.layout.annotations]
     with pytest.raises(ValueError, match="no unit was clamped"):
         viz.clamping(make_features(tables=(make_table("hint"),)), make_repair())
 
@@ -325,6 +398,7 @@ def test_names_of_features_are_shown_literally():
     record = make_features(HOSTILE, ("<A>", HOSTILE))
     figures = [
         viz.best_units(record),
+        needed(record),
         viz.clamping(record, make_repair(HOSTILE, ("<A>", HOSTILE))),
         viz.feature_change(record.changes[0]),
         viz.firing(record.changes[0]),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mixturelens.features.activations import Activations
 from mixturelens.features.change import At, Splice, half_prompts, matched, splice_terms
-from mixturelens.features.crosscoder import judge_latents, train_crosscoder, transplant
+from mixturelens.features.crosscoder import train_crosscoder
+from mixturelens.features.latents import judge_latents, transplant
 from mixturelens.features.record import CrosscoderFit, Part, Terms
 from mixturelens.hooks.lens import Lens
 from mixturelens.suite import Suite

@@ -49,9 +49,10 @@ def feature_record(
     after: Path,
     suite: Suite,
     behaviour: BehaviourRecord,
-    patching: PatchingRecord,
+    patching: PatchingRecord | None,
     *,
     folder: Path,
+    no_patching: str = "",
     subspaces: Sequence[Subspace] = (),
     more: Sequence[PromptRow] = (),
     device: str = "cpu",
@@ -61,18 +62,26 @@ def feature_record(
     """SAEs of S at the sites that patching named; the best feature, neuron, head and direction for cue, hint and
     selector; what RL changed of the features, by the terms of the split; and crosscoders over S and R.
 
-    `folder` keeps the SAEs, by checkpoint and site, in SAELens' format. `more`: prompts beside the suite's to learn
-    features from, so that all of the suite is held out; without them the suite's first half of questions serves. What
-    this pair does not allow is left out, and said in `missing`. Raises InputError for fewer than two questions.
+    `patching` names the sites; without it, `no_patching` says why, and what RL changed is still looked at where it has
+    arrived. `folder` keeps the SAEs, by checkpoint and site, in SAELens' format. `more`: prompts beside the suite's to
+    learn features from, so that all of the suite is held out; without them the suite's first half of questions serves.
+    What this pair does not allow is left out, and said in `missing`. Raises InputError for fewer than two questions.
     """
     teach, held_out = _split(suite, more, seed)
     s, r = load_lens(before, device), load_lens(after, device)
     study = _Study(s, r, suite, (before.resolve().name, after.resolve().name), teach, held_out, folder, seed, say)
     concepts: tuple[Concept, ...] = ("cue", "hint", "selector") if suite.hinted else ("cue", "selector")
-    named: dict[Concept, Site | None] = {
-        c: study.attempt(f"site of the {c}", lambda c=c: named_site(patching, c)) for c in concepts
-    }
-    sites: dict[Concept, Site] = {concept: site for concept, site in named.items() if site is not None}
+
+    def named(concept: Concept) -> Site:
+        if patching is None:
+            raise InputError(no_patching or "nothing was patched")
+        return named_site(patching, concept)
+
+    sites: dict[Concept, Site] = {}
+    for concept in concepts:
+        site = study.attempt(f"site of the {concept}", lambda concept=concept: named(concept))
+        if site is not None:
+            sites[concept] = site
     arrived = study.attempt("where RL's change has arrived", lambda: arrived_at(s, r, suite, seed))
     saes = study.learn([*sites.values(), *([arrived] if arrived else [])])
     harm = study.attempt("what RL harmed", lambda: find_harm(behaviour))

@@ -9,20 +9,20 @@ still leaves some without any: these are not saved.
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mixturelens.features.activations import BATCH_TOKENS, Activations, Progress, batches, own_tokens
+from mixturelens.features.batchtopk import sparse_class
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Quality
 from mixturelens.hooks.lens import Edit, Lens
@@ -164,7 +164,7 @@ def make_trainer(
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)  # its first weights are drawn from the global generator
-        sae = (_sparse_class() if sparse else BatchTopKTrainingSAE)(config)
+        sae = (sparse_class() if sparse else BatchTopKTrainingSAE)(config)
     stream = (activations.batch(step, batch, seed=0)[:, 0] for step in range(steps))
     trainer: Any = SAETrainer(options, sae, stream)
     trainer.activation_scaler.scaling_factor = float(activations.scale[0])
@@ -250,113 +250,6 @@ def _resume(trainer: Any, work: Path, made: dict[str, Any]) -> int:
     trainer.sae.load_weights_from_checkpoint(found[max(found)])
     trainer.load_trainer_state(found[max(found)])
     return trainer.n_training_steps
-
-
-# --- only what is selected --------------------------------------------------------------------------------------------
-
-
-class _Reconstruct(torch.autograd.Function):
-    """Reconstruction from activations at some (row, feature) places, and the gradients that go through these alone.
-
-    `values` are what is read there, before any norm: (x - b_dec) . w_enc + b_enc; `places` come row by row.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Float[Tensor, "row d"],
-        w_enc: Float[Tensor, "d feature"],
-        b_enc: Float[Tensor, " feature"],
-        w_dec: Float[Tensor, "feature d"],
-        b_dec: Float[Tensor, " d"],
-        values: Float[Tensor, " place"],
-        places: Int[Tensor, " place"],
-    ) -> Float[Tensor, "row d"]:
-        width = len(w_dec)
-        features = places % width
-        starts = torch.searchsorted(places, torch.arange(len(x), device=x.device) * width)
-        ctx.save_for_backward(x, w_enc, w_dec, b_dec, values, places, features, starts)
-        return _bag(features, w_dec, starts, values) + b_dec
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_enc, w_dec, b_dec, values, places, features, starts = ctx.saved_tensors
-        (out,) = gradients
-        with torch.enable_grad():
-            known = values.detach().requires_grad_(True)
-            # of every place: the product of its row's gradient with its feature's decoder
-            (read,) = torch.autograd.grad(_bag(features, w_dec.detach(), starts, known), known, out)
-        width = len(w_dec)
-        features, order = features.sort(stable=True)
-        rows = (places // width)[order]
-        starts = torch.searchsorted(features, torch.arange(width, device=x.device))
-        read = read[order]
-        total = b_dec.new_zeros(width).index_add_(0, features, read)
-        # x is read less b_dec: taken off here, once for each feature
-        for_w_enc = _bag(rows, x, starts, read).T - b_dec[:, None] * total
-        for_w_dec = _bag(rows, out, starts, values[order])
-        return None, for_w_enc, total, for_w_dec, out.sum(0) - w_enc @ total, None, None
-
-
-def _bag(index: Tensor, table: Float[Tensor, "row d"], starts: Tensor, weights: Tensor) -> Float[Tensor, "bag d"]:
-    """Weighted sums of some rows of a table."""
-    return torch.nn.functional.embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights)
-
-
-def _cut(values: Float[Tensor, " value"], number: int) -> float:
-    """The number-th largest of many values, without sorting them."""
-    if values.device.type == "cpu":
-        array = values.numpy()
-        return float(np.partition(array, len(array) - number)[len(array) - number])
-    return float(values.topk(number, sorted=False).values.min())
-
-
-@functools.cache
-def _sparse_class() -> type[Any]:
-    from sae_lens import BatchTopKTrainingSAE
-    from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-
-    class SparseBatchTopK(BatchTopKTrainingSAE):
-        """SAELens' BatchTopK SAE, with the same activations, loss and gradients.
-
-        SAELens sorts the whole batch x width array, and goes over it some twenty times. Here a partition finds the
-        smallest activation that is kept, and decoder and gradients see the k of each row that are. Features are chosen
-        by activation times decoder norm; in what they write the norm cancels. Activations that tie at the cut (the same
-        token twice) are all kept, where SAELens drops some of them at random.
-        """
-
-        def reconstruct(self, x: Float[Tensor, "row d"]) -> tuple[Float[Tensor, "row d"], Tensor, Tensor]:
-            """Reconstruction; flat places (row * width + feature) of what is kept; its activations."""
-            with torch.no_grad():
-                norm = self.W_dec.norm(dim=-1)
-                # centre and norm go into weights and bias, so that the large array is written once
-                bias = (self.b_enc - self.b_dec @ self.W_enc) * norm
-                found = torch.addmm(bias, x, self.W_enc * norm).flatten()
-                cut = _cut(found, min(int(self.cfg.k * len(x)), len(found)))
-                places = (found >= cut if cut > 0 else found > 0).nonzero()[:, 0]
-                kept = found[places]
-                values = kept / norm[places % len(norm)]
-            out = _Reconstruct.apply(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, values, places)
-            return cast(Tensor, out), places, kept
-
-        def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-            x = step_input.sae_in
-            out, places, kept = self.reconstruct(x)
-            loss = self.mse_loss_fn(out, x).sum(dim=-1).mean()
-            self.update_topk_threshold(kept)
-            # all that the trainer asks of activations is which features fired: one row says it
-            fired = kept.new_zeros(1, self.cfg.d_sae).index_add_(1, places % self.cfg.d_sae, kept[None])
-            return TrainStepOutput(
-                sae_in=x,
-                sae_out=out,
-                feature_acts=fired,
-                hidden_pre=fired,
-                loss=loss,
-                losses={"mse_loss": loss},
-                metrics={"topk_threshold": self.topk_threshold},
-            )
-
-    return SparseBatchTopK
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

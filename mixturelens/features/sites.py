@@ -55,8 +55,8 @@ def named_site(patching: PatchingRecord, concept: Concept) -> Site:
         return max((each for each in streams if each[0].layer == first), key=lambda each: each[1])[0]
     site, value = max(found, key=lambda each: each[1], default=(None, 0.0))
     if site is None or value < NAMED:
-        best = f"{site} carries most, {value:.2f}" if site is not None else "none was measured"
-        raise InputError(f"no one site carries the {kind} contrast ({best} of it, and {NAMED} is needed)")
+        best = f"{site} carries most, {value:.2f} of it," if site is not None else "no share could be measured,"
+        raise InputError(f"no one site carries the {kind} contrast: {best} and {NAMED} is needed")
     return site
 
 

@@ -18,6 +18,7 @@ from mixturelens.features.effects import Scene, make_scene, site_effects, unit_e
 from mixturelens.features.record import Score, Unit
 from mixturelens.hooks.lens import Lens
 from mixturelens.patching.sweep import APART, head_sites, patch
+from mixturelens.probing.erase import in_behaviour
 from mixturelens.probing.leace import leace
 from mixturelens.probing.scores import auroc
 from mixturelens.probing.solve import fit_logistic
@@ -96,14 +97,6 @@ def clamp_of(units: Dictionary, which: int, site: Site, contrasts: Contrasts, to
         threshold=None if threshold == -np.inf else threshold,
         amount=to,
     )
-
-
-def in_behaviour(site: Site, contrasts: Contrasts) -> Site:
-    """Behind the prompt stands what was put in place, which an intervened model calls `completion`."""
-    row = contrasts.rows[0]
-    first = row.spans.get("policy", (len(row.clean),))[0]
-    behind = site.position == "policy" or (isinstance(site.position, int) and site.position >= first)
-    return site.model_copy(update={"position": "completion"}) if behind else site
 
 
 def clamped(ground: Ground, scale: Scale, interventions: Sequence[Intervention]) -> tuple[Interval, Interval]:

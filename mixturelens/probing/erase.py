@@ -254,7 +254,7 @@ def erasure(
         few = resample_counts(len(judge), seed, AUROC_DRAWS)
         readable = _readable(eraser, _activations(lens, judge, [site]), judge, site, few)
     ground = _ground(lens, suite, contrasts, seed)
-    where = _in_behaviour(site, contrasts)
+    where = in_behaviour(site, contrasts)
     plain = ground.answers(())
     erased = ground.answers(eraser.interventions(where))
     some = _ground(lens, suite, contrasts, seed, SOME)
@@ -325,7 +325,7 @@ def _ground(lens: Lens, suite: Suite, contrasts: Contrasts, seed: int, questions
     )
 
 
-def _in_behaviour(site: Site, contrasts: Contrasts) -> Site:
+def in_behaviour(site: Site, contrasts: Contrasts) -> Site:
     """Behind the prompt stands what was put in place, which an intervened model calls `completion`."""
     first = contrasts.rows[0].spans.get("policy", (len(contrasts.rows[0].clean),))[0]
     behind = site.position == "policy" or (isinstance(site.position, int) and site.position >= first)

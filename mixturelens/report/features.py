@@ -21,6 +21,7 @@ _SIDES: tuple[Side, ...] = ("before", "after")
 class _Quality(NamedTuple):
     site: str
     width: str
+    """Features that are left, of those that were trained."""
     side: str
     explained: str
     active: str
@@ -98,7 +99,7 @@ def _quality(sae: of.Sae, side: Side) -> _Quality:
     found = sae.quality[side]
     return _Quality(
         str(sae.site),
-        str(sae.width),
+        f"{sae.width} of {sae.trained}",
         viz.SIDES[side],
         show(found.explained),
         show(found.active, 1),
@@ -123,21 +124,31 @@ def _scored(table: of.Table, score: of.Score) -> _Scored:
 
 
 def _units(record: of.FeatureRecord, pictures: Pictures) -> Group:
+    many = pictures.add(
+        viz.needed(record),
+        "Share of the contrast (1: all of it). Diamonds: the best one of its kind, put as it is on the clean side. "
+        "Rings: the fewest that move 0.9 of it together, on the questions that chose them; “not enough”: no set that "
+        "was tried does, and this one moves most. AUROC: how well the one tells the two sides apart. Grey: as many "
+        "matched random others.",
+    )
     picture = pictures.add(
         viz.best_units(record),
-        "Share of the contrast (1: all of it). Diamonds: the unit's activation is that of the clean side; squares: it "
+        "The best ones again, in full. Diamonds: the unit's activation is that of the clean side; squares: it "
         "is the clean side's mean; crosses: what is lost without it. Grey: other units of the same kind and like "
         "strength, patched. AUROC: how well its activation alone tells the two sides apart.",
     )
     return Group(
         "Which unit carries it",
-        "For each contrast the best feature, neuron, head and direction, chosen on one half of the questions, judged "
-        "on the other. A good unit moves the contrast when it is patched, and still does when it is held at one value "
-        "(clamped): then its strength alone is the message.",
-        "A unit that tells the sides apart (AUROC near 1) and moves nothing is a bystander. Matched random units that "
-        "move as much (grey at the diamond, a margin that reaches 0) would say that any unit does it. If the feature "
-        "fell far behind the direction, the dictionary would have split the concept over several features.",
-        [picture],
+        "For each contrast the best feature, neuron, head and direction, and the fewest features, neurons and heads "
+        "that carry it together; chosen on one half of the questions, judged on the other. To read a cue is not to "
+        "carry it: a feature can tell the sides apart on every question (AUROC 1) and move next to nothing, because "
+        "the dictionary split the cue over several features and what reads it works like a threshold. Then the set "
+        "moves far more than its members do one by one, and a direction that no dictionary was needed for (the "
+        "difference of means) moves all of it.",
+        "Matched random units, or as many random others, that move as much (grey at the diamond or ring, a margin that "
+        "reaches 0) would say that any unit does it. A set that stays far behind the direction would say that the "
+        "dictionary does not hold the concept at all, in however many pieces.",
+        [many, picture],
     )
 
 
@@ -146,15 +157,16 @@ def _clamping(record: of.FeatureRecord, repair: RepairRecord | None, pictures: P
     picture = pictures.add(
         viz.clamping(record, repair),
         "Share of the accuracy lost under the harmed cue that comes back with one unit of R clamped, nothing trained, "
-        f"and what it costs under the trained cue. Grey: matched random units clamped.{beside}",
+        "and what it costs under the trained cue. Rings: all units of the set above clamped; their number stands with "
+        f"the gap they close. Grey: matched random units clamped.{beside}",
     )
     return Group(
-        "One unit, clamped",
-        "Each unit above is held at its mean on the clean side in R. If it carries what the router reads, R does under "
+        "One unit, clamped; or several at once",
+        "Units are held at their mean on the clean side in R. If they carry what the router reads, R does under "
         "the harmed cue what it does under the trained one. Clamping the choice of policy brings the old choice back "
         "under both cues, and so costs accuracy under the trained one.",
         "Random units that close as much of the gap; or a gap that stays open where patching the same unit moved the "
-        "contrast: then it moves log-odds and not behaviour.",
+        "contrast: then its mean is not its message, or it moves log-odds and not behaviour.",
         [picture],
     )
 

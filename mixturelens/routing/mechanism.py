@@ -354,8 +354,9 @@ def _changed_features(features: FeatureRecord, part: Part) -> Line | None:
     effect, whole = nats(change.together), nats(change.whole)
     null = max((nats(each).value or 0.0 for each in change.random), default=None)
     changed = told(effect, null or 0.0)
-    # what the dictionary does not see may have changed all the same
-    unseen = changed is False and told(whole, 0.0) is not False
+    # what the dictionary does not see may have changed all the same, and so may what lies behind this place
+    all_of_it = (change.whole.routing.value or 0.0) + (change.whole.specialists.value or 0.0)
+    unseen = changed is False and (told(whole, 0.0) is not False or all_of_it < FLOOR)
     what = "the choice of policy" if part == "selector" else "what policies do, once in place"
     return Line(
         source="features",

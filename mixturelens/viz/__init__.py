@@ -28,7 +28,7 @@ from mixturelens.viz.style import (
 )
 from mixturelens.viz.tables import policy_table, regimes
 from mixturelens.viz.trajectories import accuracy_along_rl, before_after, trajectory
-from mixturelens.viz.units import best_units, clamping
+from mixturelens.viz.units import best_units, clamping, needed
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure as Figure
@@ -60,6 +60,7 @@ __all__ = [
     "is_rl",
     "kl_split",
     "label",
+    "needed",
     "patching_map",
     "patching_maps",
     "placed",

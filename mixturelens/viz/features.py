@@ -195,6 +195,11 @@ def crosscoder(records: Mapping[str, Sequence[CrosscoderFit]]) -> Figure:
             row=1,
             col=1,
         )
+    for y, count in enumerate(counts):
+        if not any(count.values()):
+            figure.add_annotation(
+                text="none", x=0, xanchor="left", xshift=6, y=y, showarrow=False, font_size=12, row=1, col=1
+            )
     most = max((sum(count.values()) for count in counts), default=0)
     figure.update_xaxes(range=[0, 1.08 * max(most, 4)], nticks=5, title_text="latents", row=1, col=1)
     lines = [_Line(name, fit.without, fit.random) for name, (_, fit) in zip(names, fits, strict=True)]

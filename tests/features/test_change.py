@@ -165,7 +165,9 @@ def test_terms_agree_with_the_split_of_behaviour(load_pair):
 # --- splices ----------------------------------------------------------------------------------------------------------
 
 
-@every_shape
+@pytest.mark.parametrize(
+    "shape", ["llama", "gpt_neox", *(pytest.param(s, marks=pytest.mark.slow) for s in ("gpt2", "qwen2"))]
+)
 def test_the_whole_site_moves_the_term_that_is_known_to_have_moved(shape: str):
     truth = json.loads((PAIRS / shape / "truth.json").read_text())
     for number, part in enumerate(("routing", "conditioning", "skill")):

@@ -13,19 +13,18 @@ from torch import Tensor
 
 from mixturelens.checkpoints import load_model, load_tokenizer
 from mixturelens.features import crosscoder as module
+from mixturelens.features.activations import collect, texts
+from mixturelens.features.batchtopk import Kept, gradients, smallest_kept
 from mixturelens.features.crosscoder import (
     FILE,
     SETTINGS,
     Crosscoder,
-    Kept,
-    gradients,
-    judge_latents,
     load_crosscoder,
-    smallest_kept,
     train_crosscoder,
-    transplant,
 )
+from mixturelens.features.latents import judge_latents, transplant
 from mixturelens.hooks.lens import Lens, load_lens, tokens
+from mixturelens.suite import load_suite
 from mixturelens.types import InputError
 
 REFERENCE = Path(__file__).resolve().parents[2] / "artifacts" / "reference"
@@ -98,7 +97,7 @@ def random_crosscoder(width: int = 6, d: int = 4) -> Crosscoder:
 # --- what is found ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_direction_that_only_r_has_is_found(seed: int):
     x, v = planted(seed)
     latents, fit = judge_latents(trained(seed), x[-HELD_OUT:], seed)
@@ -205,6 +204,32 @@ def test_what_was_written_into_one_embedding_is_found():
     assert float(latents.relative[found]) > 0.6
     assert fit.exclusive == {"before": 0, "after": 0}
     assert fit.explained["after"] > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_direction_added_to_real_activations_is_found(seed: int):
+    """R is S, with one direction more on a random fifth of the tokens: half as long as what varies, and more."""
+    lens, suite = load_lens(REFERENCE / "checkpoints" / "sft"), load_suite(REFERENCE)
+    s = collect([lens], texts([lens], suite, suite.prompts, seed), (1, "resid_pre")).parts[0][:, 0]
+    generator = torch.Generator().manual_seed(seed)
+    s = s[torch.randperm(len(s), generator=generator)]
+    v = torch.nn.functional.normalize(torch.randn(s.shape[1], generator=generator), dim=0)
+    varies = float((s - s.mean(0)).square().sum(1).mean() ** 0.5)
+    on = torch.rand(len(s), generator=generator) < 0.2
+    much = on * (0.5 + 0.5 * torch.rand(len(s), generator=generator)) * varies
+    x = torch.stack([s, s + much[:, None] * v], 1)
+    crosscoder = train_crosscoder(Memory(x[:-HELD_OUT]), seed=seed)
+    latents, fit = judge_latents(crosscoder, x[-HELD_OUT:], seed)
+    found = latents.of("after")
+    assert found
+    assert max(cosine(crosscoder.decoder[i, 1], v) for i in found) >= 0.95
+    assert cosine(crosscoder.decoder[found[0], 1], v) >= 0.95  # the one that fires most
+    assert fit.exclusive["before"] == 0
+    assert min(fit.explained.values()) > 0.9
+    # it says on which tokens
+    held, fires = on[-HELD_OUT:], crosscoder.encode(x[-HELD_OUT:])[:, found].sum(1) > 0
+    assert float((held == fires).float().mean()) > 0.95
 
 
 # --- the arithmetic ---------------------------------------------------------------------------------------------------

@@ -236,6 +236,52 @@ def test_erase_removes_what_is_read_and_no_more(shape: str, site: str):
 
 
 @every_shape
+@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("site", ["L0.resid_post@question", "L1.resid_pre", "L0.z.2@completion", "L1.neurons@last"])
+def test_a_clamped_unit_has_the_activation_that_was_asked_for(shape: str, site: str, threshold: float | None):
+    context, completion = contexts_of(shape, "B")[2], [13, 15]
+    name, _, position = site.partition("@")
+    layer, component, *head = name.split(".")
+    size = {"z": 8, "neurons": lens_of(shape).d_mlp}.get(component, 32)
+    read, vector = torch.randn(2, size, generator=torch.Generator().manual_seed(3))
+    columns = {"question": slice(1, 5), "": slice(None), "completion": slice(6, None), "last": slice(5, 6)}[position]
+
+    def edit(x: torch.Tensor, to: float = 1.5) -> torch.Tensor:
+        at = (slice(None), columns, *(int(h) for h in head))
+        now = x[at].clone()
+        f = now @ read - 0.3
+        if threshold is not None:
+            f = f * (f > threshold)  # a feature that does not fire is at 0
+        x[at] = now + torch.einsum("rp,d->rpd", to - f, vector)
+        return x
+
+    expected = run_by_hand(shape, [*context, *completion], int(layer[1:]), component, edit)[len(context) - 1 :]
+    how = {"vector": tuple(vector.tolist()), "read": tuple(read.tolist()), "offset": 0.3, "threshold": threshold}
+    clamp = do(site, "clamp", amount=1.5, **how)
+    found = logits(intervened(shape, clamp), context, completion)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (found - logits(plain_model(shape), context, completion)).abs().max() > 0.01
+
+
+def test_clamping_at_zero_is_erasing_and_a_unit_that_never_fires_is_added():
+    """Where the unit reads one in what it writes, and has no threshold; and where the threshold is out of reach."""
+    context, vector = contexts_of("llama", "B")[2], torch.randn(32, generator=torch.Generator().manual_seed(1)).double()
+    read = vector / (vector @ vector)
+    how = {"vector": tuple(vector.tolist()), "read": tuple(read.tolist()), "offset": -0.2}
+
+    def found(what: str, **more) -> torch.Tensor:
+        return logits(intervened("llama", do("L1.resid_pre@last", what, **more)), context, [13])
+
+    torch.testing.assert_close(found("clamp", amount=0.0, **how), found("erase", **how), **EXACT)
+    added = found("add", amount=0.7, vector=how["vector"])
+    torch.testing.assert_close(found("clamp", amount=0.7, threshold=1e6, **how), added, **EXACT)
+    # twice is once, for a unit that reads one in what it writes
+    clamp = do("L1.resid_pre@last", "clamp", amount=0.7, **how)
+    twice = logits(intervened("llama", clamp, clamp), context, [13])
+    torch.testing.assert_close(twice, found("clamp", amount=0.7, **how), **EXACT)
+
+
+@every_shape
 def test_a_vector_for_heads_goes_to_the_head_or_to_all(shape: str):
     context, vector = contexts_of(shape, "B")[0], torch.linspace(1, 2, 8)
 
@@ -336,6 +382,10 @@ VECTOR = tuple(float(i) for i in range(8))
         (do("L0.resid_pre", "add", vector=VECTOR), "L0.resid_pre: the vector has 8 numbers, not 32"),
         (do("L0.neurons.1", "set", vector=VECTOR), "the vector has 8 numbers, not 1"),
         (do("L0.neurons", "set", vector=VECTOR), "the vector has 8 numbers, not 48"),
+        (
+            do("L0.z.1", "clamp", vector=VECTOR[:7], read=VECTOR[:7]),
+            "L0.z.1: the vector has 7 numbers, not 8",
+        ),
         (do("L0.pattern.1", "scale"), "L0.pattern.1: attention patterns can be patched, but not intervened in"),
         (do("L0.z.4", "scale"), "L0.z.4: there is no head 4"),
         (do("L2.z", "scale"), "blocks.2.attn.hook_z"),

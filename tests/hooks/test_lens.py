@@ -126,6 +126,24 @@ def test_components_are_what_they_are_called(shape: str):
 
 
 @every_shape
+def test_what_neurons_write_is_the_output_of_the_mlp(shape: str):
+    lens, model = lens_of(shape), plain_model(shape)
+    names = {"gpt2": "transformer.h.{}.mlp.c_proj", "gpt_neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h"}
+    modules = dict(model.named_modules())
+    found, _ = lens.capture(tokens(ROWS), [(layer, name) for layer in range(2) for name in ("neurons", "mlp_out")])
+    for layer in range(2):
+        module = modules[names.get(shape, "model.layers.{}.mlp.down_proj").format(layer)]
+        weights = lens.neuron_weights(layer)
+        assert weights.shape == (lens.d_mlp, lens.d_model)
+        assert not weights.requires_grad
+        bias = 0 if module.bias is None else module.bias.detach()
+        written = torch.einsum("rpn,nm->rpm", found[layer, "neurons"], weights) + bias
+        torch.testing.assert_close(written, found[layer, "mlp_out"], **EXACT)
+        # a view: what is written into it is in the model
+        assert weights.untyped_storage().data_ptr() in {p.untyped_storage().data_ptr() for p in lens.model.parameters()}
+
+
+@every_shape
 def test_an_edit_changes_the_run_as_a_hook_on_the_plain_model_does(shape: str):
     lens, model = lens_of(shape), plain_model(shape)
     module = dict(model.named_modules())[

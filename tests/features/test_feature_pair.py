@@ -1,0 +1,196 @@
+"""A pair becomes one record: every field of it where the pair allows it, and what it does not allow is said."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
+from mixturelens.features import change, exclusive, pair, several, units
+from mixturelens.features.crosscoder import train_crosscoder
+from mixturelens.features.pair import feature_record
+from mixturelens.features.record import FeatureRecord
+from mixturelens.features.sae import load_sae, train_sae
+from mixturelens.patching.record import Effect, PatchingRecord, Sweep
+from mixturelens.probing.record import ProbingRecord
+from mixturelens.stats import half_of
+from mixturelens.suite import Suite, load_suite
+from mixturelens.types import InputError, Interval, Site
+
+PAIRS = Path(__file__).parents[1] / "pairs"
+REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference"
+RECORDS = REFERENCE / "records" / "sft--rl-A"
+S, R = (REFERENCE / "checkpoints" / name for name in ("sft", "rl-A"))
+QUESTIONS = 8
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*'utils' module has been deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Trainings of a second, and as few nulls as there can be."""
+    with pytest.MonkeyPatch.context() as fewer:
+        fewer.setattr(pair, "train_sae", functools.partial(train_sae, steps=60, batch=256))
+        fewer.setattr(exclusive, "train_crosscoder", functools.partial(train_crosscoder, steps=60, batch=128))
+        fewer.setattr(several, "SIZES", (1, 2))
+        for module, sizes in {
+            pair: {"SEEDS": 2, "WIDTH": 1, "PROMPTS": 100, "HELD_OUT": 40},
+            units: {"RANDOM": 3, "RANDOM_GAP": 1},
+            several: {"RANDOM": 2},
+            change: {"TOP": 2, "RANDOM": 2},
+            exclusive: {"TESTED": 1, "RANDOM": 3},
+        }.items():
+            for name, number in sizes.items():
+                fewer.setattr(module, name, number)
+        yield
+
+
+def part_of(folder: Path, questions: int) -> Suite:
+    suite = load_suite(folder)
+    ids = list(dict.fromkeys(row.id for row in suite.prompts))[:questions]
+    return suite.model_copy(update={"prompts": tuple(row for row in suite.prompts if row.id in ids)})
+
+
+def of_reference(folder: Path, suite: Suite, **more: object) -> FeatureRecord:
+    behaviour = BehaviourRecord.load(RECORDS / "behaviour.json")
+    patching = PatchingRecord.load(RECORDS / "patching.json")
+    return feature_record(S, R, suite, behaviour, patching, folder=folder, **more)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureRecord, Path, list[str]]:
+    """The record of the reference on a few questions, its folder, and what was said."""
+    folder, said = tmp_path_factory.mktemp("features"), []
+    subspaces = ProbingRecord.load(RECORDS / "probing.json").subspaces
+    found = of_reference(folder, part_of(REFERENCE, QUESTIONS), subspaces=subspaces, say=said.append)
+    return found, folder, said
+
+
+def test_every_field_is_filled(whole: tuple[FeatureRecord, Path, list[str]]):
+    found, _, said = whole
+    assert found.missing == ()
+    assert (found.trained_cue, found.harmed_cue) == ("A", "B")
+    assert [(table.concept, table.checkpoint) for table in found.tables] == [
+        ("cue", "after"),
+        ("hint", "before"),
+        ("selector", "after"),
+    ]
+    judging = len(half_of(QUESTIONS, 1))
+    for table in found.tables:
+        kinds = [score.unit.kind for score in table.scores]
+        assert kinds[:4] == ["feature", "neuron", "head", "direction"]
+        assert [each.kind for each in table.several] == ["feature", "neuron", "head"]
+        assert table.questions == judging
+        # behaviour is clamped in R, where the harm is
+        for score in table.scores:
+            assert score.patch.measured
+            assert score.gap_closed.measured is (table.concept != "hint")
+    assert found.table("cue").scores[-1].unit.kind == "subspace"
+    arrived = found.arrived
+    assert arrived is not None
+    assert {str(change.site) for change in found.changes} >= {str(arrived.site)}
+    for each in found.changes:
+        assert len(each.features) == 2
+        assert len(each.random) == 2
+        assert each.whole.routing.measured
+    assert arrived.whole.routing.value >= max(each.whole.routing.value for each in found.changes)
+    assert [(fit.site, fit.seed) for fit in found.crosscoders] == [(found.crosscoders[0].site, seed) for seed in (0, 1)]
+    carded = {(str(card.unit.site), card.unit.index) for card in found.cards}
+    for table in found.tables:
+        best = table.best("feature").unit
+        assert (str(best.site), best.index) in carded
+    assert said[:4] == ["site of the cue", "site of the hint", "site of the selector", "where RL's change has arrived"]
+    assert said[-1].startswith("crosscoder 2 of 2")
+
+
+def test_the_saes_lie_where_the_record_says(whole: tuple[FeatureRecord, Path, list[str]]):
+    found, folder, _ = whole
+    sites = {str(sae.site) for sae in found.saes}
+    assert {str(table.site).split("@")[0] for table in found.tables} <= sites
+    assert {str(fit.site) for fit in found.crosscoders} <= sites
+    for sae in found.saes:
+        assert sae.folder == f"sft/{sae.site}"
+        assert len(load_sae(folder / sae.folder)) == sae.width <= sae.trained
+        assert set(sae.quality) == {"before", "after"}
+        assert 0.3 < sae.quality["before"].explained < 1
+    assert {path.name for path in folder.iterdir()} <= {"sft", ".activations"}
+
+
+def test_saved_and_loaded_back(whole: tuple[FeatureRecord, Path, list[str]], tmp_path: Path):
+    found, _, _ = whole
+    assert FeatureRecord.load(found.save(tmp_path / "features.json")) == found
+
+
+def test_held_out_questions_taught_nothing():
+    suite = part_of(REFERENCE, QUESTIONS)
+    ids = list(dict.fromkeys(row.id for row in suite.prompts))
+    teach, held_out = pair._split(suite, (), 0)
+    assert {row.id for row in held_out} <= {ids[i] for i in half_of(QUESTIONS, 1)}
+    assert not {row.id for row in teach} & {row.id for row in held_out}
+    # with other prompts to learn from, none of the suite teaches
+    other = load_suite(REFERENCE).prompts
+    teach, _ = pair._split(suite, other, 0)
+    assert len(teach) == 100
+    assert not {row.id for row in teach} & set(ids)
+    assert pair._split(suite, other, 0) == pair._split(suite, other, 0) != pair._split(suite, other, 1)
+    with pytest.raises(InputError, match="give at least two"):
+        pair._split(part_of(REFERENCE, 1), (), 0)
+
+
+def test_a_site_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Patching that named nothing, and a table that cannot be made: the rest is measured, and both are said."""
+
+    def fails(concept: str, *_: object) -> None:
+        raise InputError(f"no {concept} today")
+
+    monkeypatch.setattr(pair, "find_table", fails)
+    monkeypatch.setattr(pair, "SEEDS", 0)
+    suite = part_of(REFERENCE, 4)
+    suite = suite.model_copy(update={"prompts": tuple(row for row in suite.prompts if row.hint is None)})
+    patching = PatchingRecord.load(RECORDS / "patching.json")
+    patching = patching.model_copy(update={"sweeps": tuple(s for s in patching.sweeps if s.kind == "cue")})
+    behaviour = BehaviourRecord.load(RECORDS / "behaviour.json")
+    found = feature_record(S, R, suite, behaviour, patching, folder=tmp_path)
+    assert found.missing == (
+        "site of the selector: patching measured no checkpoint contrast here",
+        "units that carry the cue: no cue today",
+    )
+    assert (found.tables, found.crosscoders) == ((), ())
+    assert len(found.changes) == 1  # where it has arrived
+    assert {str(sae.site) for sae in found.saes} >= {str(found.changes[0].site), "L1.resid_pre"}
+    unknown = behaviour.model_copy(update={"trained_cue": None})
+    harmless = feature_record(S, R, suite, unknown, patching, folder=tmp_path)
+    assert harmless.missing[1].startswith("what RL harmed: patching and repair need the cue")
+    assert (harmless.trained_cue, harmless.harmed_cue) == (None, None)
+    assert harmless.saes == found.saes  # read, not trained again
+    assert harmless.changes == found.changes
+
+
+def test_a_chat_pair_with_rules_says_what_it_does_not_allow(tmp_path: Path):
+    folder = PAIRS / "chat"
+    suite = part_of(folder, 6).model_copy(update={"samples": 4})
+    behaviour = behaviour_record(folder / "S", folder / "R", suite)
+    zero, one = (Interval(value=x, low=x, high=x) for x in (0.0, 1.0))
+    site = Site(layer=1, component="resid_pre", position="last")
+    sweep = Sweep(
+        kind="checkpoint", checkpoint="after", direction="denoise", clean="before", corrupt="after", cue="bold",
+        questions=3, target="i", foil="sure", base=zero, goal=one, effects=(Effect(site=site, effect=one),),
+    )  # fmt: skip
+    patching = PatchingRecord(trained_cue="plain", harmed_cue="bold", policy="comply", sweeps=(sweep,), readers=())
+    found = feature_record(folder / "S", folder / "R", suite, behaviour, patching, folder=tmp_path)
+    assert [str(sae.site) for sae in found.saes] == ["L1.resid_pre"]
+    assert found.saes[0].quality["after"].tokens > 0
+    (table,) = found.tables
+    assert (table.concept, table.site) == ("selector", site)
+    assert {"feature", "head", "direction"} <= {score.unit.kind for score in table.scores}
+    said = dict(reason.split(": ", 1) for reason in found.missing)
+    assert said["site of the cue"] == "patching measured no cue contrast here"
+    assert "this suite has rules" in said["where RL's change has arrived"]
+    assert "this suite has rules" in said["features of L1.resid_pre that RL changed"]
+    assert (found.changes, found.crosscoders) == ((), ())
+    assert FeatureRecord.load(found.save(tmp_path / "features.json")) == found
