@@ -247,8 +247,10 @@ def features(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None 
     options = {"device": device, "seed": seed, "say": say}
     folder = pair.out / "features"
 
+    def probed() -> ProbingRecord | None:
+        return _same(ProbingRecord, pair.records / "probing.json", _provenance(pair, device, seed))
+
     def make(before: Path, after: Path, suite: Suite, measured: BehaviourRecord) -> FeatureRecord:
-        probing = _same(ProbingRecord, pair.records / "probing.json", _provenance(pair, device, seed))
         patching, why = _patched(pair, **options)
         return feature_record(
             before,
@@ -257,14 +259,15 @@ def features(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None 
             measured,
             patching,
             no_patching=why,
-            subspaces=probing.subspaces if probing else (),
+            probing=probed(),
             more=_more_prompts(pair),
             folder=folder,
             **options,
         )
 
     def whole(there: FeatureRecord) -> bool:
-        return all(sae.folder is None or (folder / sae.folder).exists() for sae in there.saes)
+        kept = all(sae.folder is None or (folder / sae.folder).exists() for sae in there.saes)
+        return kept and (there.probed or probed() is None)
 
     return _instrument(pair, FeatureRecord, "features", make, whole, **options)
 

@@ -14,15 +14,15 @@ DRAWS = 2000
 LEVEL = 0.95
 
 
-def half_of(number: int, which: Literal[0, 1]) -> list[int]:
+def half_of(number: int, which: Literal[0, 1], most: int | None = None) -> list[int]:
     """Which of so many questions are in each half, drawn once and for all: choose on one half, judge on the other.
 
-    Drawn, because suites tend to list questions in turn by kind.
+    Drawn, because suites tend to list questions in turn by kind; so are the `most` of a half that are kept, if given.
 
     >>> half_of(5, 0), half_of(5, 1)
     ([1, 2, 3], [0, 4])
     """
-    return sorted(np.random.default_rng(0).permutation(number)[which::2].tolist())
+    return sorted(np.random.default_rng(0).permutation(number)[which::2][:most].tolist())
 
 
 def resample_counts(questions: int, seed: int, draws: int = DRAWS) -> Int[np.ndarray, "draw question"]:

@@ -77,7 +77,10 @@ def summary(record: FeatureRecord) -> Found:
                 "together": nats(change.together),
                 "every": nats(change.every),
                 "whole": nats(change.whole),
-                "random": {part: most(each[part] for each in map(middle, change.random)) for part in PARTS},
+                "random": {
+                    "routing": most(each.routing.value for each in change.random),
+                    "specialists": most(each.specialists.value for each in change.random),
+                },
             }
             for change in record.changes
         ],
@@ -104,10 +107,6 @@ PARTS = ("routing", "conditioning", "skill")
 
 def nats(terms: Terms) -> dict[str, dict[str, float | None]]:
     return {part: short(getattr(terms, part)) for part in PARTS}
-
-
-def middle(terms: Terms) -> dict[str, float | None]:
-    return {part: getattr(terms, part).value for part in PARTS}
 
 
 def short(value: Interval) -> dict[str, float | None]:
@@ -198,9 +197,10 @@ def units_table() -> list[str]:
 def change_table() -> list[str]:
     """One line a kind of pair: what the features that moved most bring into S, by term."""
     lines = [
-        "| pairs | number | moved most: routing, nats | conditioning + skill | random sets, most routing "
-        "| all features: routing | conditioning + skill | R's activations: routing | conditioning + skill |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| pairs | number | moved most: routing, nats | conditioning + skill | nulls, most: routing "
+        "| conditioning + skill | all features: routing | conditioning + skill | R's activations: routing "
+        "| conditioning + skill |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, pairs in groups():
         found = [max(p["changes"], key=total) for p in pairs if p["changes"]]
@@ -208,7 +208,7 @@ def change_table() -> list[str]:
             continue
         cells = [spread([each["together"]["routing"]["value"] for each in found])]
         cells.append(spread([specialists(each["together"]) for each in found]))
-        cells.append(spread([each["random"]["routing"] for each in found]))
+        cells += [spread([each["random"][part] for each in found]) for part in ("routing", "specialists")]
         for what in ("every", "whole"):
             cells.append(spread([each[what]["routing"]["value"] for each in found]))
             cells.append(spread([specialists(each[what]) for each in found]))
@@ -255,7 +255,8 @@ def page() -> str:
         "",
         "Written by `scripts/features_table.py` from the records in `seeds/`. Share: of the contrast, moved by the "
         "best unit of a kind, chosen on one half of the questions and judged on the other, with 95% intervals "
-        "over questions. Random: the best of 24 matched units (heads: all others). Gap: closed under the harmed cue "
+        "over questions. Random: the best of 24 controls: other units of like strength, and the unit's own change "
+        "written along random directions of equal norm (heads: all others). Gap: closed under the harmed cue "
         "by clamping it in R, with the change under the trained cue. Together: the fewest units that carry 0.9.",
         "",
         "| pair | what | site | unit | AUROC | share | random | gap closed | trained cue | together | share "
@@ -296,17 +297,17 @@ def page() -> str:
         "",
         "## What RL changed: R's values in S",
         "",
-        "| pair | site | features | routing, nats | conditioning | skill | random, most routing | all of R's: routing "
-        "| conditioning | skill |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| pair | site | features | routing, nats | conditioning | skill | nulls, most: routing | conditioning + skill "
+        "| all of R's: routing | conditioning | skill |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for _, name, found in stored("*"):
         for change in found["changes"]:
             own, whole = ([bounds(change[what][part]) for part in PARTS] for what in ("together", "whole"))
-            random = change["random"]["routing"]
+            random = [change["random"][part] for part in ("routing", "specialists")]
             lines.append(
                 f"| {name} | {change['site']} | {change['features']} | {' | '.join(own)} "
-                f"| {'-' if random is None else f'{random:.3f}'} | {' | '.join(whole)} |"
+                f"| {' | '.join('-' if x is None else f'{x:.3f}' for x in random)} | {' | '.join(whole)} |"
             )
     lines += ["", "## Not measured", ""]
     lines += [f"- {name}: {reason}" for _, name, found in stored("*") for reason in found["missing"]]

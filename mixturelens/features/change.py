@@ -158,6 +158,14 @@ def of_features(dictionary: Dictionary, units: Sequence[int] | None = None) -> S
     return splice
 
 
+def elsewhere(dictionary: Dictionary, units: Sequence[int], generator: torch.Generator) -> Splice:
+    """The change of some features, each written along a random direction of the same norm instead of its own."""
+    part = dictionary.part(torch.tensor(list(units), device=dictionary.read.device))
+    drawn = torch.randn(part.write.shape, generator=generator).to(part.write)
+    drawn = drawn * part.write.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
+    return of_features(Dictionary(part.read, part.offset, part.threshold, drawn))
+
+
 def splice_terms(
     into: Lens,
     other: Lens,
@@ -198,11 +206,11 @@ def splice_terms(
 
 
 def half_prompts(suite: Suite, tokenizer: Any, which: Literal[0, 1], questions: int | None = None) -> Prompts:
-    """Neutral prompts of one half of the questions (`stats.half_of`), of the first so many of it."""
+    """Neutral prompts of one half of the questions (`stats.half_of`), of so many of it, drawn."""
     ids = list(dict.fromkeys(row.id for row in suite.neutral))
     if len(ids) < 2:
         raise InputError("one half of the questions chooses features, the other judges them: give at least two")
-    chosen = {ids[i] for i in half_of(len(ids), which)[:questions]}
+    chosen = {ids[i] for i in half_of(len(ids), which, questions)}
     return prepare(suite, [row for row in suite.neutral if row.id in chosen], tokenizer)
 
 
@@ -298,8 +306,9 @@ def site_change(
     """What RL changed of S's features at one place, and which term of the split each change moves.
 
     One half of the questions ranks features by how far they moved; the other half (QUESTIONS of it) judges: S with the
-    change of each of the TOP alone, of all of these, of every feature, R's whole activations, and the change of RANDOM
-    sets of as many random other features that write as much. Features that did not move at all are not among the TOP.
+    change of each of the TOP alone, of all of these, of every feature, R's whole activations, and RANDOM nulls: as many
+    random other features that write as much, and the changes of the TOP written along random directions.
+    Features that did not move at all are not among the TOP.
     The same seed gives the same numbers.
 
     Raises InputError for a suite with rules, a single question, or a dictionary that does not fit the place.
@@ -308,13 +317,15 @@ def site_change(
     fired = firing(before, after, dictionary, at, half_prompts(suite, before.tokenizer, 0))
     order = fired.moved.argsort(descending=True, stable=True)[:TOP].tolist()
     top = [unit for unit in order if float(fired.moved[unit]) > 0]
-    random = matched(fired.written.cpu().numpy(), top, RANDOM, np.random.default_rng(seed))
+    random = matched(fired.written.cpu().numpy(), top, RANDOM // 2, np.random.default_rng(seed))
+    generator = torch.Generator().manual_seed(seed)
     splices = [
         *(of_features(dictionary, [unit]) for unit in top),
         of_features(dictionary, top),
         of_features(dictionary),
         whole,
         *(of_features(dictionary, units) for units in random),
+        *(elsewhere(dictionary, top, generator) for _ in range(RANDOM - RANDOM // 2 if top else 0)),
     ]
     found = splice_terms(before, after, at, splices, judge, seed, progress)
     alone, (together, every, everything), chance = found[: len(top)], found[len(top) :][:3], found[len(top) + 3 :]

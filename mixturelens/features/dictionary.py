@@ -41,3 +41,9 @@ class Dictionary:
     def part(self, units: Int[Tensor, " part"]) -> Dictionary:
         """Some of the units, without the bias: they do not reconstruct alone."""
         return Dictionary(self.read[units], self.offset[units], self.threshold[units], self.write[units])
+
+    def to(self, device: str) -> Dictionary:
+        bias = None if self.bias is None else self.bias.to(device)
+        return Dictionary(
+            self.read.to(device), self.offset.to(device), self.threshold.to(device), self.write.to(device), bias
+        )

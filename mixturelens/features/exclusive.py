@@ -46,6 +46,7 @@ def fit_crosscoder(
     latents, fit = judge_latents(crosscoder, held_out.batch(0, len(held_out), 0), seed)
     amount = crosscoder.encode(held_out.batch(0, len(held_out), 0)).mean(0)
     written = (amount * crosscoder.decoder[:, 1].norm(dim=1)).double().cpu().numpy()
+    crosscoder = crosscoder.to(after.device)
     exclusive, shared = (latents.of(kind) for kind in ("after", "shared"))
     tested = sorted(exclusive, key=lambda i: -written[i])[:TESTED]
     rng = np.random.default_rng(seed)

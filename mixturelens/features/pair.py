@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +28,8 @@ from mixturelens.features.table import find_table
 from mixturelens.features.units import make_trial
 from mixturelens.hooks.lens import NAMES, Lens, load_lens
 from mixturelens.patching.record import PatchingRecord
-from mixturelens.probing.record import Subspace
+from mixturelens.probing.record import ProbingRecord, Subspace
+from mixturelens.records import weights_name
 from mixturelens.stats import half_of
 from mixturelens.suite import PromptRow, Suite, encode_prompts
 from mixturelens.types import Component, InputError, Side, Site
@@ -53,7 +57,7 @@ def feature_record(
     *,
     folder: Path,
     no_patching: str = "",
-    subspaces: Sequence[Subspace] = (),
+    probing: ProbingRecord | None = None,
     more: Sequence[PromptRow] = (),
     device: str = "cpu",
     seed: int = 0,
@@ -63,13 +67,14 @@ def feature_record(
     selector; what RL changed of the features, by the terms of the split; and crosscoders over S and R.
 
     `patching` names the sites; without it, `no_patching` says why, and what RL changed is still looked at where it has
-    arrived. `folder` keeps the SAEs, by checkpoint and site, in SAELens' format. `more`: prompts beside the suite's to
-    learn features from, so that all of the suite is held out; without them the suite's first half of questions serves.
-    What this pair does not allow is left out, and said in `missing`. Raises InputError for fewer than two questions.
+    arrived. `probing` gives the directions found by interchange. `folder` keeps the SAEs, by checkpoint and site, in
+    SAELens' format. `more`: prompts beside the suite's to learn features from, so that all of the suite is held out;
+    without them the suite's first half of questions serves. What this pair does not allow is left out, and said in
+    `missing`. Raises InputError for fewer than two questions.
     """
     teach, held_out = _split(suite, more, seed)
     s, r = load_lens(before, device), load_lens(after, device)
-    study = _Study(s, r, suite, (before.resolve().name, after.resolve().name), teach, held_out, folder, seed, say)
+    study = _Study(s, r, suite, (weights_name(before), weights_name(after)), teach, held_out, folder, seed, say)
     concepts: tuple[Concept, ...] = ("cue", "hint", "selector") if suite.hinted else ("cue", "selector")
 
     def named(concept: Concept) -> Site:
@@ -85,16 +90,22 @@ def feature_record(
     arrived = study.attempt("where RL's change has arrived", lambda: arrived_at(s, r, suite, seed))
     saes = study.learn([*sites.values(), *([arrived] if arrived else [])])
     harm = study.attempt("what RL harmed", lambda: find_harm(behaviour))
-    tables = study.tables(sites, harm, subspaces) if harm else []
+    tables: list[Table] = []
+    if harm is not None and sites:
+        tables = study.attempt("units", lambda: study.tables(sites, harm, probing.subspaces if probing else ())) or []
     changes = study.changes([site for site in (sites.get("selector"), arrived) if site is not None])
+    fits: list[CrosscoderFit] = []
+    if arrived is not None:
+        fits = study.attempt("activations of S and R", lambda: study.crosscoders(arrived)) or []
     return FeatureRecord(
+        probed=probing is not None,
         trained_cue=behaviour.trained_cue,
         harmed_cue=harm and harm.harmed_cue,
         saes=tuple(saes),
         tables=tuple(tables),
         changes=tuple(changes),
         cards=tuple(study.cards(tables, changes)),
-        crosscoders=tuple(study.crosscoders(arrived)) if arrived else (),
+        crosscoders=tuple(fits),
         missing=tuple(study.missing),
     )
 
@@ -143,6 +154,11 @@ class _Study:
             self.missing.append(f"{what}: {error}")
             return None
 
+    def store(self, some: Sequence[Sequence[int]], site: Site, weights: Sequence[str]) -> Path:
+        """Where activations go that do not fit into memory: a folder named by all that they follow from."""
+        made = json.dumps([*weights, str(site), self.seed, [list(ids) for ids in some]])
+        return self.folder / ".activations" / hashlib.sha256(made.encode()).hexdigest()[:16]
+
     def learn(self, sites: Sequence[Site]) -> list[Sae]:
         """An SAE of S at each site, judged on S and on R, each on its own completions of held-out prompts."""
         sides: tuple[tuple[Side, Lens], ...] = (("before", self.s), ("after", self.r))
@@ -153,16 +169,19 @@ class _Study:
         def sae(place: Place) -> Sae:
             layer, component = place
             site = Site(layer=layer, component=component)
-            name = f"{self.names[0]}/{site}"
+            # another seed, suite or S is another SAE, and does not find this one in its place
+            store = self.store(own, site, self.names[:1])
+            name = f"{self.names[0].partition('@')[0]}/{site}-{store.name[:8]}"
             train_sae(
-                collect([self.s], own, place, self.folder / ".activations" / name),
+                collect([self.s], own, place, store),
                 self.folder / name,
                 site_name=f"blocks.{layer}.{NAMES[component]}",
                 model_name=self.names[0],
                 width=WIDTH * self.s.d_model,
                 seed=self.seed,
             )
-            found = load_sae(self.folder / name)
+            shutil.rmtree(store, ignore_errors=True)
+            found = load_sae(self.folder / name).to(self.s.device)
             self.dictionaries[place] = found
             return Sae(
                 site=site,
@@ -218,10 +237,9 @@ class _Study:
     def crosscoders(self, site: Site) -> list[CrosscoderFit]:
         """Crosscoders over S and R at one site, on completions of both."""
         at, lenses = _place(site), [self.s, self.r]
-        learnt, kept = (
-            collect(lenses, texts(lenses, self.suite, rows, self.seed), at, self.folder / ".activations" / name)
-            for rows, name in ((self.teach, "--".join(self.names)), (self.held_out, "held-out"))
-        )
+        both = [texts(lenses, self.suite, rows, self.seed) for rows in (self.teach, self.held_out)]
+        stores = [self.store(some, site, self.names) for some in both]
+        learnt, kept = (collect(lenses, some, at, store) for some, store in zip(both, stores, strict=True))
         found = [
             self.attempt(
                 f"crosscoder {number + 1} of {SEEDS} at {site}",
@@ -229,6 +247,8 @@ class _Study:
             )
             for number in range(SEEDS)
         ]
+        for store in stores:
+            shutil.rmtree(store, ignore_errors=True)
         return [each for each in found if each is not None]
 
     def cards(self, tables: Sequence[Table], changes: Sequence[SiteChange]) -> list[Card]:

@@ -79,7 +79,8 @@ class Score(Frozen):
     ablate: Interval
     """Share of the contrast that is lost without it."""
     random: tuple[float, ...]
-    """`patch` of matched random units of its kind."""
+    """`patch` of controls: other units nearest in strength, and its own change written along random directions of equal
+    norm (heads: all other heads)."""
     margin: Interval
     """`patch` less that of the best of these, in every bootstrap sample."""
     gap_closed: Interval = NOT_MEASURED
@@ -107,7 +108,7 @@ class Several(Frozen):
     random: tuple[float, ...]
     """That of as many matched random others."""
     gap_closed: Interval = NOT_MEASURED
-    """In R, each clamped to its mean clean activation, one after the other."""
+    """In R, each clamped to its mean clean activation, all at once."""
     trained_change: Interval = NOT_MEASURED
 
 
@@ -177,7 +178,8 @@ class Changed(Frozen):
 class SiteChange(Frozen):
     """What RL changed of S's features at one site: the features that moved most, their change put into S.
 
-    Nulls: the same number of random features of like strength; the whole site shows what there is to explain.
+    Nulls: as many random other features of like strength, and the same changes written along random directions; the
+    whole site shows what there is to explain.
     """
 
     site: Site
@@ -190,7 +192,7 @@ class SiteChange(Frozen):
     whole: Terms
     """Of R's activations themselves: what no dictionary sees is in the difference."""
     random: tuple[Terms, ...]
-    """Of as many random other features at once."""
+    """Of the nulls."""
     questions: int
 
 
@@ -246,6 +248,8 @@ class FeatureRecord(Record):
     KIND = "features"
     INDENT = None
 
+    probed: bool = False
+    """Whether directions found by interchange were at hand."""
     trained_cue: str | None
     harmed_cue: str | None = None
     saes: tuple[Sae, ...]

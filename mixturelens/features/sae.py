@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +327,7 @@ def quality(
         raise InputError("the dictionary has no bias: it is not meant to reconstruct, so nothing says what is lost")
     if len(texts) < 2 or any(not 0 < n < len(text) for n, text in zip(prompt_lengths, texts, strict=True)):
         raise InputError("quality needs two texts at least, each a prompt with a completion behind it")
-    dictionary = replace(dictionary, **{name: value.to(lens.device) for name, value in vars(dictionary).items()})
+    dictionary = dictionary.to(lens.device)
     d = dictionary.read.shape[1]
     total, fired = (torch.zeros(n, dtype=torch.double, device=lens.device) for n in (d, len(dictionary)))
     square, error, count = 0.0, 0.0, 0

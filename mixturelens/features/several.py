@@ -32,7 +32,7 @@ def fewest_features(place: Place, unit: Callable[[int], Unit]) -> Several:
     """The fewest features of one site that carry a contrast together.
 
     They are taken in the order of how far they displace the activation, and in that of what each moves alone: whichever
-    needs fewer. Clamped in behaviour one after the other, in this order: each to its mean clean activation.
+    needs fewer. Clamped in behaviour at once, each to its mean clean activation.
     """
     trial, features = place.trial, place.units
 

@@ -85,7 +85,7 @@ def clamp_of(units: Dictionary, which: int, site: Site, contrasts: Contrasts, to
     """A unit's activation made `to` in behaviour: behind the prompt where the contrast has a policy in place."""
     where, threshold = in_behaviour(site, contrasts), float(units.threshold[which])
     read, write = (vectors[which].tolist() for vectors in (units.read, units.write))
-    if site.component == "neurons":  # one number, of itself
+    if site.component == "neurons" and units.write[which].count_nonzero() == 1:  # one number, of itself
         where = where.model_copy(update={"neuron": int(units.read[which].argmax())})
         read, write = [1.0], [1.0]
     return Intervention(
@@ -225,8 +225,9 @@ class Place:
 def best_of(places: Sequence[Place], unit: Callable[[int, int], Unit]) -> Score:
     """The unit that moves most of the contrast, of all units of all places; `unit` names one by its place and number.
 
-    Matched random units: the RANDOM others that displace the activation about as much as the chosen one does (nearest
-    in the logarithm of `strength`, on the questions that choose); those that fire alike on both sides come last. Raises
+    Controls: the others that displace the activation about as much as the chosen one does (nearest in the logarithm of
+    `strength`, on the questions that choose; where it is the strongest of all, they are weaker), and as many times its
+    own change, written along random directions of the same norm. Raises
     InputError if no unit tells the sides apart at all.
     """
     at = [(number, index) for number, place in enumerate(places) for index in range(len(place.units))]
@@ -238,12 +239,25 @@ def best_of(places: Sequence[Place], unit: Callable[[int, int], Unit]) -> Score:
         )
     best = int(np.where(strong > 0, moved, -np.inf).argmax())
     with np.errstate(divide="ignore"):
-        far = np.abs(np.log(strong) - np.log(strong[best]))
-    matched = [at[i] for i in np.argsort(far, kind="stable") if i != best][:RANDOM]
+        far = np.where(strong > 0, np.abs(np.log(strong) - np.log(strong[best])), np.inf)
+    matched = [at[i] for i in np.argsort(far, kind="stable") if i != best and strong[i] > 0][: RANDOM // 2]
     number, index = at[best]
-    return _judged(places[number].only(index), unit(number, index), len(at), _effects_of(places, matched), [
-        places[n].clamp(i) for n, i in matched[:RANDOM_GAP]
-    ])  # fmt: skip
+    own = places[number].only(index)
+    elsewhere = along_random(own, RANDOM - RANDOM // 2)
+    random = [_effects_of(places, matched), _effects_of([elsewhere], [(0, i) for i in range(len(elsewhere.units))])]
+    clamps = [places[n].clamp(i) for n, i in matched[: RANDOM_GAP // 2]]
+    clamps += [elsewhere.clamp(i) for i in range(min(RANDOM_GAP // 2, len(elsewhere.units)))]
+    return _judged(own, unit(number, index), len(at), np.concatenate(random, 1), clamps)
+
+
+def along_random(own: Place, number: int) -> Place:
+    """The change of a single unit, written along random directions of the same norm: units that read what it reads."""
+    units, trial = own.units, own.trial
+    generator = torch.Generator().manual_seed(trial.seed)
+    elsewhere = torch.randn(number, units.read.shape[1], generator=generator).to(units.read)
+    elsewhere = elsewhere * units.write.norm() / elsewhere.norm(dim=1, keepdim=True)
+    read, offset, threshold = (x.expand(number, *x.shape[1:]) for x in (units.read, units.offset, units.threshold))
+    return Place(trial, Dictionary(read, offset, threshold, elsewhere))
 
 
 def _effects_of(places: Sequence[Place], which: Sequence[tuple[int, int]]) -> Float[np.ndarray, "draw unit"]:
@@ -280,13 +294,7 @@ def best_direction(place: Place, unit: Callable[[int], Unit]) -> Score:
     """
     best = int(place.alone.argmax())
     own = place.only(best)
-    generator = torch.Generator().manual_seed(place.trial.seed)
-    elsewhere = torch.randn(RANDOM, own.units.read.shape[1], generator=generator).to(own.units.read)
-    norm = own.units.write.norm() / elsewhere.norm(dim=1, keepdim=True)
-    others = Place(
-        place.trial,
-        _linear(own.units.read.expand(RANDOM, -1), elsewhere * norm, own.units.offset.expand(RANDOM)),
-    )
+    others = along_random(own, RANDOM)
     random = _effects_of([others], [(0, i) for i in range(RANDOM)])
     clamps = [others.clamp(i) for i in range(RANDOM_GAP)]
     return _judged(own, unit(best), len(place.units), random, clamps)

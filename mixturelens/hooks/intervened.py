@@ -14,7 +14,7 @@ from torch import Tensor
 from mixturelens.contrasts import span_positions
 from mixturelens.hooks.lens import Edit, Lens
 from mixturelens.suite import PromptRow, Suite, encode_prompts
-from mixturelens.types import PER_HEAD, Component, InputError, Intervention
+from mixturelens.types import PER_HEAD, Component, InputError, Intervention, Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -264,14 +264,23 @@ class Intervened:
 
     def _edits(self, call: _Call, given: Mapping[str, list[Tensor]]) -> list[tuple[Any, Edit]]:
         edits = []
+        before: Intervention | None = None
         for each in self.interventions:
             source = None
             if each.do in ("replace", "mean"):
                 index = self.read.index(self._key(each))
                 cues = [each.source] if each.source else self.sources
                 source = torch.stack([given[str(cue)][index] for cue in cues]).mean(0)
-            edits.append((self.lens.point(*self._key(each)), _edit(each, self._columns(each, call), source)))
-        return edits
+            point = self.lens.point(*self._key(each))
+            # units clamped at one site all read what was there before any of them wrote
+            together = before is not None and (before.do, before.site) == ("clamp", each.site) and each.do == "clamp"
+            if each.do == "clamp":
+                some = [*(edits.pop()[2] if together else ()), each]
+                edits.append((point, _clamp(some, self._columns(each, call)), some))
+            else:
+                edits.append((point, _edit(each, self._columns(each, call), source), ()))
+            before = each
+        return [(point, edit) for point, edit, _ in edits]
 
     def _columns(self, each: Intervention, call: _Call) -> Bool[Tensor, "row window"]:
         token = call.tokens()
@@ -292,14 +301,36 @@ class Intervened:
         return chosen
 
 
+def _clamp(some: Sequence[Intervention], columns: Bool[Tensor, "row window"]) -> Edit:
+    """Units of one site made their amounts at once: each reads the activation as it was."""
+
+    def edit(activation: Tensor) -> Tensor:
+        target = activation[_picked(some[0].site)]
+        now = target[columns]
+        exact = now.float()
+        read, write = (exact.new_tensor([getattr(each, name) for each in some]) for name in ("read", "vector"))
+        offset, amount = (exact.new_tensor([getattr(each, name) for each in some]) for name in ("offset", "amount"))
+        least = exact.new_tensor([-torch.inf if each.threshold is None else each.threshold for each in some])
+        found = exact @ read.T - offset
+        found = torch.where(found > least, found, 0.0)
+        target[columns] = (exact + (amount - found) @ write).to(now.dtype)
+        return activation
+
+    return edit
+
+
+def _picked(site: Site) -> tuple[Any, ...]:
+    """Where a site's unit lies in an activation."""
+    if site.component in PER_HEAD and site.head is not None:
+        return (..., site.head, slice(None))
+    return (..., slice(site.neuron, site.neuron + 1)) if site.neuron is not None else (...,)
+
+
 def _edit(each: Intervention, columns: Bool[Tensor, "row window"], source: Tensor | None) -> Edit:
     def edit(activation: Tensor) -> Tensor:
         # views, changed in place: the residual stream between attention and MLP is read twice
-        unit = each.site.head if each.site.component in PER_HEAD else each.site.neuron
-        target, value = activation, source
-        if unit is not None:
-            pick = (..., unit, slice(None)) if each.site.component in PER_HEAD else (..., slice(unit, unit + 1))
-            target, value = activation[pick], None if source is None else source[pick]
+        pick = _picked(each.site)
+        target, value = activation[pick], None if source is None else source[pick]
         now = target[columns]
         vector = None if each.vector is None else torch.tensor(each.vector, dtype=now.dtype, device=now.device)
         if each.do == "set":
@@ -314,15 +345,12 @@ def _edit(each: Intervention, columns: Bool[Tensor, "row window"], source: Tenso
             assert vector is not None
             unit_vector = vector / vector.norm()
             now = now - (now @ unit_vector)[..., None] * unit_vector
-        elif each.do in ("erase", "clamp"):
+        elif each.do == "erase":
             assert each.read is not None
             assert vector is not None
             exact = now.float()  # what is read may be a small difference of large numbers
             found = exact @ exact.new_tensor(each.read) - each.offset
-            if each.threshold is not None:
-                found = torch.where(found > each.threshold, found, 0.0)
-            goal = each.amount if each.do == "clamp" else 0.0
-            now = (exact + (goal - found)[..., None] * vector.float()).to(now.dtype)
+            now = (exact - found[..., None] * vector.float()).to(now.dtype)
         else:
             assert value is not None
             now = value[columns].to(now.dtype)

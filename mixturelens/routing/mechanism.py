@@ -357,13 +357,15 @@ def _changed_features(features: FeatureRecord, part: Part) -> Line | None:
     # what the dictionary does not see may have changed all the same, and so may what lies behind this place
     all_of_it = (change.whole.routing.value or 0.0) + (change.whole.specialists.value or 0.0)
     unseen = changed is False and (told(whole, 0.0) is not False or all_of_it < FLOOR)
+    # a part of the features may move what all of R's activations leave alone: that is no change of R
+    made_up = changed is True and told(whole, 0.0) is not True
     what = "the choice of policy" if part == "selector" else "what policies do, once in place"
     return Line(
         source="features",
         about=part,
         effect=effect,
         null=null,
-        changed=None if unseen else changed,
+        changed=None if unseen or made_up else changed,
         what=f"Change of {what}, nats, by R's values of the {len(change.features)} features of {change.site} that RL "
         f"moved most, in S (all of R's activations there: {_show(whole)}; null: most of random sets of other features)",
     )

@@ -66,8 +66,8 @@ def of_reference(folder: Path, suite: Suite, **more: object) -> FeatureRecord:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureRecord, Path, list[str]]:
     """The record of the reference on a few questions, its folder, and what was said."""
     folder, said = tmp_path_factory.mktemp("features"), []
-    subspaces = ProbingRecord.load(RECORDS / "probing.json").subspaces
-    found = of_reference(folder, part_of(REFERENCE, QUESTIONS), subspaces=subspaces, say=said.append)
+    probing = ProbingRecord.load(RECORDS / "probing.json")
+    found = of_reference(folder, part_of(REFERENCE, QUESTIONS), probing=probing, say=said.append)
     return found, folder, said
 
 
@@ -105,7 +105,7 @@ def test_every_field_is_filled(whole: tuple[FeatureRecord, Path, list[str]]):
         best = table.best("feature").unit
         assert (str(best.site), best.index) in carded
     assert said[:4] == ["site of the cue", "site of the hint", "site of the selector", "where RL's change has arrived"]
-    assert said[-1].startswith("crosscoder 2 of 2")
+    assert any(each.startswith("crosscoder 2 of 2") for each in said)
 
 
 def test_the_saes_lie_where_the_record_says(whole: tuple[FeatureRecord, Path, list[str]]):
@@ -114,7 +114,7 @@ def test_the_saes_lie_where_the_record_says(whole: tuple[FeatureRecord, Path, li
     assert {str(table.site).split("@")[0] for table in found.tables} <= sites
     assert {str(fit.site) for fit in found.crosscoders} <= sites
     for sae in found.saes:
-        assert sae.folder == f"sft/{sae.site}"
+        assert (sae.folder or "").startswith(f"sft/{sae.site}-")
         assert len(load_sae(folder / sae.folder)) == sae.width <= sae.trained
         assert set(sae.quality) == {"before", "after"}
         assert 0.3 < sae.quality["before"].explained < 1

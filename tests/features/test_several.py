@@ -76,7 +76,7 @@ def test_what_does_not_carry_it_is_not_enough():
     assert (nothing.units, nothing.enough, nothing.patch, nothing.random) == ((), False, NOT_MEASURED, ())
 
 
-def test_features_are_clamped_one_after_the_other_in_behaviour():
+def test_features_are_clamped_together_in_behaviour():
     ground, scale = pair()
     trial = make_trial(ground.lens, ground.contrasts, POLICY, ground=(ground, scale))
     place = Place(trial, some_features(ground.contrasts, ground.lens))

@@ -107,7 +107,7 @@ def test_the_table_of_a_pair(monkeypatch):
     feature, neuron, head, direction, subspace = table.scores
     assert feature.unit.index == 9
     assert [score.among for score in table.scores] == [10, 2 * lens.d_mlp, 8, 2, 1]
-    assert [len(score.random) for score in table.scores] == [9, 24, 7, 24, 24]
+    assert [len(score.random) for score in table.scores] == [6 + 12, 12 + 12, 7, 24, 24]
     assert [len(score.random_gap) for score in table.scores] == [2] * 5
     assert (neuron.unit.site.component, neuron.unit.site.position) == ("neurons", "policy")
     assert neuron.unit.site.neuron is not None

@@ -84,7 +84,7 @@ def test_random_gaps_are_gaps_on_fewer_questions(monkeypatch):
 def test_matched_units_are_as_strong(monkeypatch):
     lens, contrasts = organism()
     trial = make_trial(lens, contrasts, planted.SITE)
-    monkeypatch.setattr(units, "RANDOM", 2)
+    monkeypatch.setattr(units, "RANDOM", 4)
     base = torch.stack([planted.CARRIER, *planted.REST[:5]])
     # unit k displaces by what the carrier says, times its norm; the fourth never fires
     size = torch.tensor([1.0, 0.1, 0.9, 1.0, 1.2, 30.0])
@@ -96,7 +96,7 @@ def test_matched_units_are_as_strong(monkeypatch):
     monkeypatch.setattr(units, "_effects_of", lambda places, which: seen.append(which) or whole(places, which))
     score = best_of([Place(trial, made)], lambda _, index: units.Unit(kind="feature", site=planted.SITE, index=index))
     assert score.unit.index == 0
-    assert seen == [[(0, 2), (0, 4)]]  # 0.9 and 1.2, by their logarithms
+    assert seen == [[(0, 2), (0, 4)], [(0, 0), (0, 1)]]  # 0.9 and 1.2, by their logarithms; then random directions
 
 
 def test_auroc_is_of_the_side_that_the_choosing_half_says():

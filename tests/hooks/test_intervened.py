@@ -275,10 +275,15 @@ def test_clamping_at_zero_is_erasing_and_a_unit_that_never_fires_is_added():
     torch.testing.assert_close(found("clamp", amount=0.0, **how), found("erase", **how), **EXACT)
     added = found("add", amount=0.7, vector=how["vector"])
     torch.testing.assert_close(found("clamp", amount=0.7, threshold=1e6, **how), added, **EXACT)
-    # twice is once, for a unit that reads one in what it writes
-    clamp = do("L1.resid_pre@last", "clamp", amount=0.7, **how)
-    twice = logits(intervened("llama", clamp, clamp), context, [13])
-    torch.testing.assert_close(twice, found("clamp", amount=0.7, **how), **EXACT)
+    # two units of one site both read what was there, although each writes into what the other reads
+    clamps = [do("L1.resid_pre@last", "clamp", amount=amount, **how) for amount in (0.7, 0.2)]
+    once = found(
+        "clamp", amount=0.7 + 0.2, **how | {"offset": -0.2, "read": tuple((2 * read).tolist())}, threshold=None
+    )
+    both = logits(intervened("llama", *clamps), context, [13])
+    shifted = {**how, "read": tuple((2 * read).tolist()), "offset": -0.4}
+    torch.testing.assert_close(both, found("clamp", amount=0.9, **shifted), **EXACT)
+    assert not torch.allclose(once, both)
 
 
 @every_shape

@@ -165,8 +165,10 @@ def features(together: Terms, whole: Terms, random: tuple[Terms, ...] = (), numb
         # the dictionary does not see what R's activations do
         (features(moved(0.0), moved(0.3)), None, False),
         (features(moved(0.3), moved(0.3, 0.05)), True, None),
-        # nothing there, and nothing missed
-        (features(moved(0.0), moved(0.0)), False, False),
+        # R's activations bring nothing there: what R does differently, if anything, lies behind
+        (features(moved(0.0), moved(0.0)), None, None),
+        # the dictionary makes up what R's activations do not do
+        (features(moved(0.3), moved(0.0, 0.2, 0.1)), None, None),
     ],
 )
 def test_features_say_which_part_they_move(
