@@ -192,7 +192,7 @@ def train_crosscoder(
 ) -> Crosscoder:
     """A BatchTopK crosscoder of S and R, by Adam on the mean squared error of both.
 
-    In every batch the `k` * `batch` largest products f * (|d_S| + |d_R|) are kept (arXiv 2504.02922, section 2.3), of
+    In every batch the `k` * `batch` largest products f * (|d_S| + |d_R|) are kept (arXiv 2504.02922), of
     activations that are centred and scaled to vary equally in both checkpoints. Latents begin as activations of
     single tokens; those that fire no more take over what is badly reconstructed.
 

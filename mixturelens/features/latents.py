@@ -14,9 +14,9 @@ from mixturelens.features.crosscoder import SIDES, Crosscoder
 from mixturelens.types import Frozen, InputError, Side
 
 EXCLUSIVE = 0.9
-"""Relative decoder norm in one checkpoint from which a latent looks exclusive to it (arXiv 2504.02922, section 3.1)."""
+"""Relative decoder norm in one checkpoint from which a latent looks exclusive to it (after arXiv 2504.02922)."""
 ON_ERROR, ON_RECONSTRUCTION = 0.2, 0.5
-"""Largest latent scaling of an exclusive latent (there, section 3.2): of what the other checkpoint's error still holds
+"""Largest latent scaling of an exclusive latent (after that paper): of what the other checkpoint's error still holds
 of it, and of what the other latents write of it there."""
 
 ROWS = 8192
@@ -65,7 +65,7 @@ class Fit(Frozen):
 
 @torch.no_grad()
 def judge_latents(crosscoder: Crosscoder, x: Float[Tensor, "row model d"], seed: int = 0) -> tuple[Latents, Fit]:
-    """Which latents one checkpoint has alone, by decoder norm and by latent scaling (arXiv 2504.02922, section 3.2).
+    """Which latents one checkpoint has alone, by decoder norm and by latent scaling (arXiv 2504.02922).
 
     A latent whose decoder norm is nearly all in one checkpoint may still describe something of the other: too weak
     there to be worth a decoder, or written there by other latents. So for both checkpoints m a scaling beta_m of f
