@@ -264,7 +264,7 @@ def test_features_are_made_again_where_an_sae_is_gone(tmp_path: Path, monkeypatc
     assert pipeline.features(pair) == first
     assert len(made) == 1
     assert made[0]["folder"] == tmp_path / "features"
-    assert (made[0]["subspaces"], made[0]["more"]) == ((), ())  # no probing record, and no run to draw prompts from
+    assert (made[0]["probing"], made[0]["more"]) == (None, ())  # no probing record, and no run to draw prompts from
     (tmp_path / "features" / "sft" / "L1.resid_pre").rmdir()
     assert pipeline.features(pair) == first
     assert len(made) == 2
