@@ -219,7 +219,7 @@ def test_best_units_draw_every_effect_in_the_colour_of_its_kind():
             assert list(traces[field].x) == [value.value for value in values]
             assert list(traces[field].error_x.array) == pytest.approx([value.high - value.value for value in values])
             assert list(traces[field].marker.color) == [UNITS[kind] for kind in kinds]
-        assert list(traces["patch of matched random units"].x) == [v for score in scores for v in score.random]
+        assert list(traces["patch of controls"].x) == [v for score in scores for v in score.random]
         names = figure.get_subplot(row, 1).yaxis.ticktext
         assert names[0] == "<b>feature</b><br>L1.resid_pre@policy feature 17"
         assert names[2] == "<b>head</b><br>L0.z.3@policy"
@@ -265,7 +265,7 @@ def test_needed_puts_the_fewest_together_beside_the_best_one():
         lines = [trace for trace in panel(figure, 1, column) if trace.name == "from one to the set"]
         for line, each in zip(lines, table.several, strict=True):
             assert list(line.x) == [table.best(each.kind).patch.value, each.patch.value]  # pyright: ignore[reportOptionalMemberAccess]
-        grey = traces["as many matched random others"]
+        grey = traces["controls"]
         rows = {round(y) for y in grey.y}
         assert rows == {0, 1, 3, 4}, "a set of heads for which there are no others; a direction has those of the one"
         assert list(grey.x)[:16] == [0.01 * i for i in range(8)] * 2
@@ -315,7 +315,7 @@ def test_clamping_puts_units_beside_the_repairs_of_heads():
     assert list(gap["together"].x) == [each.gap_closed.value for each in sets]
     assert list(change["together"].x) == [each.trained_change.value for each in sets]
     assert [round(y) for y in gap["together"].y] == [0, 1, 2, 5, 6, 7]
-    random = list(gap["matched random units clamped"].x)
+    random = list(gap["controls, clamped"].x)
     assert random == [v for each in units for v in each.random_gap if v is not None]
     names = figure.get_subplot(1, 1).yaxis.ticktext
     assert names[0] == "<b>feature</b> for the cue<br>L1.resid_pre@policy feature 17"

@@ -129,7 +129,7 @@ def _units(record: of.FeatureRecord, pictures: Pictures) -> Group:
         "Share of the contrast (1: all of it). Diamonds: the best one of its kind, put as it is on the clean side. "
         "Rings: the fewest that move 0.9 of it together, on the questions that chose them; “not enough”: no set that "
         "was tried does, and this one moves most. AUROC: how well the one tells the two sides apart. Grey: as many "
-        "matched random others.",
+        "others of like strength.",
     )
     picture = pictures.add(
         viz.best_units(record),
@@ -158,7 +158,7 @@ def _clamping(record: of.FeatureRecord, repair: RepairRecord | None, pictures: P
         viz.clamping(record, repair),
         "Share of the accuracy lost under the harmed cue that comes back with one unit of R clamped, nothing trained, "
         "and what it costs under the trained cue. Rings: all units of the set above clamped; their number stands with "
-        f"the gap they close. Grey: matched random units clamped.{beside}",
+        f"the gap they close. Grey: controls, clamped (others of like strength, random directions).{beside}",
     )
     return Group(
         "One unit, clamped; or several at once",

@@ -39,7 +39,7 @@ _MARKS = (
 
 
 def best_units(record: FeatureRecord, concept: Concept | None = None) -> Figure:
-    """What the best unit of each kind moves of the contrast, beside matched random units; a panel a concept.
+    """What the best unit of each kind moves of the contrast, beside its controls; a panel a concept.
 
     `concept`: that one alone. Raises KeyError if the record has no table of it, ValueError if it has none at all.
     """
@@ -69,7 +69,7 @@ def best_units(record: FeatureRecord, concept: Concept | None = None) -> Figure:
         [value for scores in found for each in scores for value in each.random],
     )
     for row, scores in enumerate(found, start=1):
-        _strip(figure, [each.random for each in scores], "patch of matched random units", -0.22, row, 1)
+        _strip(figure, [each.random for each in scores], "patch of controls", -0.22, row, 1)
         for mark in _MARKS:
             _effects(figure, scores, mark, row)
         figure.update_xaxes(
@@ -98,7 +98,7 @@ def best_units(record: FeatureRecord, concept: Concept | None = None) -> Figure:
 def needed(record: FeatureRecord) -> Figure:
     """What the best one of each kind moves, and how many it takes to move nearly all; a panel a concept.
 
-    Grey: as many matched random others; where there is no set, random others of the one. Raises ValueError if no units
+    Grey: as many matched others; where there is no set, the controls of the one. Raises ValueError if no units
     were compared.
     """
     from plotly.subplots import make_subplots
@@ -126,7 +126,7 @@ def needed(record: FeatureRecord) -> Figure:
     for column, (one, many) in enumerate(zip(scores, sets, strict=True), start=1):
         drawn.annotations[column - 1].x = left(figure, 1, column)
         random = [(many.get(kind) or one[kind]).random if kind in one else () for kind in kinds]
-        _strip(figure, random, "as many matched random others", 0.24, 1, column)
+        _strip(figure, random, "controls", 0.24, 1, column)
         for y, kind in enumerate(kinds):
             if kind in one and kind in many:
                 ends = one[kind].patch.value, many[kind].patch.value
@@ -393,7 +393,7 @@ def clamping(record: FeatureRecord, repair: RepairRecord | None = None) -> Figur
     margin = _left([str(line.what) for line in lines])
     figure.update_layout(margin={"l": margin, "r": 206, "t": 100, "b": 56}, hovermode="closest")
     figure.update_annotations(font_size=13)
-    _strip(figure, [line.random for line in lines], "matched random units clamped", 0.0, 1, 1)
+    _strip(figure, [line.random for line in lines], "controls, clamped", 0.0, 1, 1)
     sets = [(y + 0.2, line.several) for y, line in enumerate(lines) if line.several is not None]
     for column, field in enumerate(("gap", "change"), start=1):
         _clamped(figure, lines, field, column)
