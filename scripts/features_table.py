@@ -18,7 +18,7 @@ from typing import Any
 from mixturelens import pipeline
 from mixturelens.features.record import FeatureRecord, Score, Several, Terms
 from mixturelens.types import Interval
-from scripts.readme_table import ROOT, SEEDS, bounds
+from scripts.readme_table import ROOT, SEEDS, bounds, put
 
 PAGE = ROOT / "artifacts" / "reference" / "features.md"
 RECIPES = ("default", "full", "adam")
@@ -34,7 +34,7 @@ CONTROLS = {
     "sft--sft-order": "null: S in another data order",
     "sft--sft-continued": "null: SFT continued",
 }
-BEGIN, END = "<!-- features: written by scripts/features_table.py -->", "<!-- /features -->"
+NAME = "features_table"
 
 Found = dict[str, Any]
 
@@ -319,12 +319,9 @@ def main() -> None:
     parser.add_argument("--collect", nargs="*", type=Path, default=[], metavar="RUN")
     for run in parser.parse_args().collect:
         collect(run)
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    made = "\n\n".join("\n".join(table) for table in (units_table(), change_table(), crosscoder_table()))
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    readme.write_text(f"{head}{BEGIN}\n{made}\n{END}{tail}", encoding="utf-8")
+    put(
+        "features", "\n\n".join("\n".join(table) for table in (units_table(), change_table(), crosscoder_table())), NAME
+    )
     PAGE.write_text(page(), encoding="utf-8")
 
 

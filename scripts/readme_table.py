@@ -223,19 +223,21 @@ def signed(value: Interval) -> str:
     return f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 
+def put(name: str, made: str, script: str) -> None:
+    """Write a block of the README that a script makes, in the place of what it made before."""
+    readme = ROOT / "README.md"
+    head, begin, rest = readme.read_text(encoding="utf-8").partition(f"<!-- {name}: written by scripts/{script}.py -->")
+    _, end, tail = rest.partition(f"<!-- /{name} -->")
+    readme.write_text(f"{head}{begin}\n{made}\n{end}{tail}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the README's table of seeds from records.")
     parser.add_argument("--collect", nargs="*", type=Path, default=[], metavar="RUN")
     for run in parser.parse_args().collect:
         collect(run)
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
     for name, made in (("seeds", table()), ("router", router_table()), ("weights", weights_table())):
-        begin, end = f"<!-- {name}: written by scripts/readme_table.py -->", f"<!-- /{name} -->"
-        head, _, rest = text.partition(begin)
-        _, _, tail = rest.partition(end)
-        text = f"{head}{begin}\n{made}\n{end}{tail}"
-    readme.write_text(text, encoding="utf-8")
+        put(name, made, "readme_table")
 
 
 if __name__ == "__main__":
