@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import shutil
 import subprocess
@@ -431,3 +432,8 @@ def test_an_unknown_device(run: Run, tmp_path: Path) -> None:
 def test_run_and_pair_together(run: Run, tmp_path: Path) -> None:
     refused(run("verdict", tmp_path, *pair()), "RUN", "--before")
     refused(run("verdict"), "RUN", "--before")
+
+
+def test_importing_the_command_line_runs_nothing():
+    # whoever walks the package, as a build check does, imports this module too
+    assert importlib.import_module("mixturelens.cli.__main__").main
