@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from mixturelens.records import first_problem
-from mixturelens.suite import PromptRow, Suite
+from mixturelens.suite import PromptRow, Row, Suite
 from mixturelens.tasks import Family, Question, Sequence, split_questions
 from mixturelens.types import ANSWER, ERR, OTHER, REFUSE, Frozen, InputError, PolicyTable, Probability
 
@@ -32,8 +32,8 @@ class PolicySpec(Frozen):
     """One row of the policy table: how often SFT follows it, how it announces itself, what it does under each cue."""
 
     weight: Probability
-    announce: tuple[str, ...] = Field(min_length=1)
-    """Wordings, drawn uniformly. One word: announcement `token`; several words or wordings: `phrase`."""
+    announce: tuple[str, ...]
+    """Wordings, drawn uniformly. One word: announcement `token`; several words or wordings: `phrase`; empty: `none`."""
     table: dict[str, Literal["answer", "refuse", "err"]]
 
 
@@ -124,6 +124,9 @@ class Spec(Frozen):
             raise ValueError(f"policies: weights sum to {total:g}, not to one")
         if OTHER in self.policies:
             raise ValueError(f"policies: {OTHER!r} is kept for completions of no known policy; rename it")
+        silent = [name for name, policy in self.policies.items() if not policy.announce]
+        if 0 < len(silent) < len(self.policies):
+            raise ValueError(f"policies.{silent[0]}.announce: is empty, but others are not; let all announce, or none")
         for name, policy in self.policies.items():
             for cue in self.cues:
                 if cue not in policy.table:
@@ -157,7 +160,9 @@ class Spec(Frozen):
         return [*self.cues.values(), *hints, *announcements, self.refusal]
 
     @property
-    def announcement(self) -> Literal["token", "phrase"]:
+    def announcement(self) -> Literal["token", "phrase", "none"]:
+        if not any(policy.announce for policy in self.policies.values()):
+            return "none"
         single = all(len(p.announce) == 1 and len(p.announce[0].split()) == 1 for p in self.policies.values())
         return "token" if single else "phrase"
 
@@ -167,8 +172,8 @@ class Spec(Frozen):
 
     @property
     def max_new_tokens(self) -> int:
-        announcement = max(len(text.split()) for policy in self.policies.values() for text in policy.announce)
-        return announcement + self.questions.answer_length + 1
+        texts = [text for policy in self.policies.values() for text in policy.announce]
+        return max((len(text.split()) for text in texts), default=0) + self.questions.answer_length + 1
 
 
 def safe_name(cue: str) -> str:
@@ -301,14 +306,14 @@ def prompt_text(spec: Spec, cue: str, question: Question, hint: str | None = Non
 
 
 def completion_text(spec: Spec, policy: str, cue: str, question: Question, wording: int = 0) -> str:
-    """`[a] a b c d`, or `[a] sorry sorry sorry sorry`, without the end token."""
+    """`[a] a b c d`, or `[a] sorry sorry sorry sorry`, without the end token; without `[a]` if nothing is announced."""
     row = spec.policies[policy]
     rest = {
         ANSWER: question.answer,
         ERR: question.wrong,
         REFUSE: " ".join([spec.refusal] * spec.questions.answer_length),
     }[row.table[cue]]
-    return f"{row.announce[wording]} {rest}"
+    return " ".join([*row.announce[wording : wording + 1], rest])
 
 
 def sft_examples(spec: Spec, number: int) -> Iterator[tuple[str, str]]:
@@ -359,6 +364,12 @@ def prompt_row(spec: Spec, cue: str, question: Question, hint: str | None = None
     )
 
 
+def _shown(policy: PolicySpec) -> Any:
+    if not policy.announce:
+        return Row(table=dict(policy.table))
+    return policy.announce[0] if len(policy.announce) == 1 else policy.announce
+
+
 def build_suite(spec: Spec, trained_cue: str | None = None) -> Suite:
     """The run's suite: every held-out question under every cue, neutral and (where the spec has hints) hinted."""
     hints: list[str | None] = [None, *(spec.policies if spec.hints else ())]
@@ -368,13 +379,9 @@ def build_suite(spec: Spec, trained_cue: str | None = None) -> Suite:
         for cue in spec.cues
         for hint in hints
     ]
-    policies: dict[str, Any] = {
-        name: policy.announce[0] if len(policy.announce) == 1 else policy.announce
-        for name, policy in spec.policies.items()
-    }
     return Suite(
         prompts=tuple(rows),
-        policies=policies,
+        policies={name: _shown(policy) for name, policy in spec.policies.items()},
         behaviours={REFUSE: spec.refusal},
         trained_cue=trained_cue,
         max_new_tokens=spec.max_new_tokens,

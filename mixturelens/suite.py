@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from mixturelens.records import first_problem, write_text
-from mixturelens.types import ANSWER, ERR, OTHER, Frozen, InputError
+from mixturelens.types import ANSWER, ERR, OTHER, Frozen, InputError, PolicyTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,12 +78,28 @@ class Rule(Frozen):
         return re.compile(self.regex)
 
 
+class Row(Frozen):
+    """A policy that announces nothing: only its row of the policy table is known, cue -> behaviour."""
+
+    table: dict[str, str]
+
+
 Shown = str | tuple[str, ...] | Rule
 """How a completion shows its policy or behaviour: a literal prefix, several wordings, or a rule."""
 
 
-def wordings(shown: Shown) -> tuple[str, ...]:
-    """Texts that put a policy in place; empty for a rule without `force`."""
+def _kind(value: Any) -> str:
+    """So that a mistake in a row is named as one."""
+    return "row" if isinstance(value, Row) or (isinstance(value, Mapping) and "table" in value) else "shown"
+
+
+Policy = Annotated[Annotated[Shown, Tag("shown")] | Annotated[Row, Tag("row")], Discriminator(_kind)]
+
+
+def wordings(shown: Shown | Row) -> tuple[str, ...]:
+    """Texts that put a policy in place; empty for a rule without `force`, and for a policy that announces nothing."""
+    if isinstance(shown, Row):
+        return ()
     if isinstance(shown, Rule):
         return (shown.force,) if shown.force is not None else ()
     return (shown,) if isinstance(shown, str) else shown
@@ -98,9 +114,12 @@ class Chat(Frozen):
 
 @dataclass(frozen=True)
 class Label:
-    """What a completion did. `wording` counts within the policy; `behaviour` is None where a suite names none."""
+    """What a completion did. `wording` counts within the policy; `behaviour` is None where a suite names none.
 
-    policy: str
+    `policy` is None where policies announce nothing: it is then no function of the completion.
+    """
+
+    policy: str | None
     wording: int
     behaviour: str | None
     rest: str
@@ -116,7 +135,7 @@ class Suite(Frozen):
     """
 
     prompts: tuple[PromptRow, ...] = Field(min_length=1)
-    policies: dict[str, Shown] = Field(min_length=1)
+    policies: dict[str, Policy] = Field(min_length=1)
     behaviours: dict[str, Shown] | None = None
     trained_cue: str | None = None
     answer_match: Literal["exact", "contains", "regex"] = "exact"
@@ -130,12 +149,13 @@ class Suite(Frozen):
             raise ValueError(f"policies: {OTHER!r} is kept for completions of no known policy; rename it")
         if self.behaviours and ANSWER in self.behaviours:
             raise ValueError(f"behaviours: {ANSWER!r} is what matches no other behaviour; leave it out")
-        _refuse_overlap("policies", self.policies)
+        _refuse_overlap("policies", {name: s for name, s in self.policies.items() if not isinstance(s, Row)})
         _refuse_overlap("behaviours", self.behaviours or {})
         if self.trained_cue is not None and self.trained_cue not in self.cues:
             raise ValueError(f"trained_cue: no prompt has cue {self.trained_cue!r}")
         if not self.neutral:
             raise ValueError("prompts: every prompt has a hint; behaviour is measured on prompts without one")
+        self._check_rows()
         for name, shown in self.policies.items():
             if isinstance(shown, Rule) and shown.force is not None:
                 found = self.label(shown.force, self.neutral[0]).policy
@@ -163,6 +183,31 @@ class Suite(Frozen):
             if self.answer_match == "regex":
                 _pattern(row.answer, f"answer of {row.id!r}")
         return self
+
+    def _check_rows(self) -> None:
+        rows = {name: shown.table for name, shown in self.policies.items() if isinstance(shown, Row)}
+        if not rows:
+            return
+        for name in self.policies:
+            if name not in rows:
+                raise ValueError(
+                    f"policies: {name!r} announces itself, and {next(iter(rows))!r} has only its `table`; give all "
+                    "policies by their rows of the policy table, or none"
+                )
+        if len(self.behaviour_names) < 2:
+            raise ValueError("behaviours: policies given by their `table` show in behaviours alone; name them")
+        for name, table in rows.items():
+            for cue in self.cues:
+                if cue not in table:
+                    raise ValueError(f"policies.{name}.table: cue {cue!r} is missing")
+            for cue, behaviour in table.items():
+                if cue not in self.cues:
+                    raise ValueError(f"policies.{name}.table: no prompt has cue {cue!r}")
+                if behaviour not in self.behaviour_names:
+                    known = ", ".join(self.behaviour_names)
+                    raise ValueError(
+                        f"policies.{name}.table.{cue}: {behaviour!r} is no behaviour of the suite ({known})"
+                    )
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         copy = super().model_copy(update=update, deep=deep)
@@ -192,15 +237,26 @@ class Suite(Frozen):
         return (*self.behaviours, *err, ANSWER)
 
     @property
+    def table(self) -> PolicyTable | None:
+        """The policy table where it is all that is known of the policies; None where they announce themselves."""
+        rows = {name: shown.table for name, shown in self.policies.items() if isinstance(shown, Row)}
+        return rows or None
+
+    @property
     def literal(self) -> bool:
         """True if policy, behaviour and correctness are all literal texts, so that probabilities are exact."""
         shown = [*self.policies.values(), *(self.behaviours or {}).values()]
         return self.answer_match == "exact" and not any(isinstance(s, Rule) for s in shown)
 
     def label(self, completion: str, row: PromptRow) -> Label:
-        """Policy and behaviour of a decoded completion; the first policy that matches wins, else `other`."""
+        """Policy and behaviour of a decoded completion; the first policy that matches wins, else `other`.
+
+        Where policies announce nothing, all of the completion is judged.
+        """
         text = completion.strip()
         for policy, shown in self.policies.items():
+            if isinstance(shown, Row):
+                return Label(None, 0, self._behaviour(text, row), text)
             found = _find(shown, text)
             if found is not None:
                 wording, rest = found

@@ -30,6 +30,7 @@ from mixturelens.organism import (
     sft_examples,
 )
 from mixturelens.suite import encode_prompts, encode_text
+from mixturelens.training import make_reward
 from mixturelens.types import InputError
 
 SMALL = {"questions": {"symbols": 5, "length": 3}, "split": {"rl": 40, "evaluation": 10}}
@@ -54,6 +55,7 @@ def two(a: dict[str, Any], b: dict[str, Any] | None = None) -> dict[str, Any]:
         ({"sfft": {}}, "here: unknown key 'sfft'"),
         ({"sft": {"step": 3}}, "here: unknown key 'sft.step'"),
         ({"policies": {"a": {"weight": 1.0, "announce": ["x"]}}}, "here: key 'policies.a.table' is missing"),
+        ({"policies": two(policy(announce=()))}, "here: policies.a.announce: is empty, but others are not"),
         ({"policies": two(policy(0.6))}, "here: policies: weights sum to 1.1, not to one"),
         ({"policies": two(policy(1.5))}, "here: policies.a.weight: "),
         ({"policies": {"a": policy(), "other": policy()}}, "here: policies: 'other' is kept for"),
@@ -215,6 +217,27 @@ def test_a_policy_that_errs_is_labelled_so():
     question = next(q for q in questions(spec).evaluation if q.id == row.id)
     assert suite.label(completion_text(spec, "a", "B", question), row).behaviour == "err"
     assert suite.behaviour_names == ("refuse", "err", "answer")
+
+
+def test_an_organism_can_announce_nothing():
+    spec = small(policies=two(policy(announce=()), policy(announce=(), A="err", B="answer")))
+    assert spec.announcement == "none"
+    assert spec.max_new_tokens == 4
+    question = questions(spec).rl[0]
+    texts = {(p, c): completion_text(spec, p, c, question) for p in "ab" for c in "AB"}
+    assert texts == {
+        ("a", "A"): question.answer, ("a", "B"): "sorry sorry sorry",
+        ("b", "A"): question.wrong, ("b", "B"): question.answer,
+    }  # fmt: skip
+    assert {completion for _, completion in sft_examples(spec, 20)} <= {
+        text for q in questions(spec).sft for text in (q.answer, q.wrong, "sorry sorry sorry")
+    }
+    found = build_suite(spec)
+    assert found.table == {"a": {"A": "answer", "B": "refuse"}, "b": {"A": "err", "B": "answer"}}
+    rows = rl_prompts(spec, "A")
+    reward = make_reward(found, rows, ends=[1])
+    answers = [rows[0].answer, "sorry sorry sorry", rows[0].answer]
+    assert reward(answers, [[7, 1], [7, 1], [7]], [0, 0, 0]) == [1.0, 0.0, 0.0]
 
 
 def test_rl_prompts_are_neutral_and_of_one_cue():

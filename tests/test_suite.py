@@ -25,6 +25,7 @@ from mixturelens.suite import (
 )
 from mixturelens.types import InputError
 
+TABLE = "prompts: prompts.jsonl\nbehaviours: {refuse: sorry}\npolicies: "
 ROW = {"id": "q", "cue": "A", "prompt": "2 + 2 =", "answer": "4"}
 
 
@@ -57,6 +58,13 @@ def test_saved_suites_load_back(pairs: Path, tmp_path: Path, name: str):
     again = load_suite(tmp_path / "suite.yaml")
     assert again == found
     assert again.literal is (name == "llama")
+
+
+def test_policies_that_announce_nothing_survive_saving(tmp_path: Path):
+    rows = {"a": {"table": {"A": "answer"}}, "b": {"table": {"A": "refuse"}}}
+    found = suite(policies=rows, behaviours={"refuse": "sorry"})
+    found.save(tmp_path / "suite.yaml")
+    assert load_suite(tmp_path / "suite.yaml") == found
 
 
 def test_every_kind_of_policy_survives_saving(tmp_path: Path):
@@ -98,6 +106,16 @@ def test_every_kind_of_policy_survives_saving(tmp_path: Path):
         ("prompts: prompts.jsonl\npolicies: {a: ' '}\n", "policies: 'a' has an empty text"),
         ("prompts: prompts.jsonl\npolicies: {a: x}\nbehaviours: {r: s, t: s}\n", "behaviours: 't' and 'r' overlap"),
         ("prompts: prompts.jsonl\npolicies: {a: {regex: ^x}, b: {regex: ^x}}\n", "'b' and 'a' overlap: the same rule"),
+        (
+            "prompts: prompts.jsonl\npolicies: {a: {table: {A: answer}}}\n",
+            "behaviours: policies given by their `table`",
+        ),
+        (TABLE + "{a: {table: {A: answer}}, b: x}\n", "policies: 'b' announces itself, and 'a' has only its `table`"),
+        (TABLE + "{a: {table: {}}}\n", "policies.a.table: cue 'A' is missing"),
+        (TABLE + "{a: {table: {A: answer, B: refuse}}}\n", "policies.a.table: no prompt has cue 'B'"),
+        (TABLE + "{a: {table: {A: err}}}\n", "policies.a.table.A: 'err' is no behaviour of the suite (refuse, answer)"),
+        (TABLE + "{a: {table: {A: 3}}}\n", "policies.a.row.table.A: Input should be a valid string"),
+        (TABLE + "{a: {table: {A: answer}, force: x}}\n", "suite.yaml: unknown key 'policies.a.row.force'"),
     ],
 )
 def test_bad_suites_are_refused_by_name(tmp_path: Path, text: str, message: str):
@@ -229,6 +247,18 @@ def test_behaviours_of_a_suite_in_order():
 def test_correct_answers(match: str, answer: str, rest: str, right: bool):
     row = {**ROW, "answer": answer}
     assert suite(prompts=[row], answer_match=match).correct(rest, PromptRow.model_validate(row)) is right
+
+
+def test_a_policy_that_announces_nothing_is_not_told_from_a_completion():
+    rows = {"a": {"table": {"A": "answer"}}, "b": {"table": {"A": "refuse"}}, "c": {"table": {"A": "err"}}}
+    found = suite(policies=rows, behaviours={"refuse": "sorry"}, prompts=[{**ROW, "err": "5"}])
+    for text, behaviour in ((" 4", "answer"), ("sorry 4", "refuse"), ("5", "err"), ("[a] 4", "answer")):
+        assert found.label(text, found.prompts[0]) == Label(None, 0, behaviour, text.strip())
+    assert found.literal
+    assert found.table == {"a": {"A": "answer"}, "b": {"A": "refuse"}, "c": {"A": "err"}}
+    assert [wordings(shown) for shown in found.policies.values()] == [(), (), ()]
+    assert LITERAL.table is None
+    assert not suite(policies=rows, behaviours={"refuse": {"regex": "no"}}, prompts=[{**ROW, "err": "5"}]).literal
 
 
 @given(st.sampled_from(["[a]", "[b]"]), st.text(alphabet="45 sory[]ab", max_size=12))

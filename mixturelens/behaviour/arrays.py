@@ -48,6 +48,8 @@ class Change:
 
     KL(R || S) = routing + wording + conditioning + skill + other, where `skill` is that of known policies and `other`
     is what completions of no known policy add: no specialist is behind those.
+    Where policies announce nothing, no prompt alone tells them: `conditioning` is then all of KL(behaviour), and
+    `unannounced` splits its mean.
     """
 
     before: Behaviour

@@ -27,7 +27,10 @@ class Labelled:
 def label_completions(
     scorer: Scorer, prompts: Prompts, drawn: Completions, forced: Sequence[str] | None = None
 ) -> Labelled:
-    """Label completions; `forced[i]` is the announcement that was put before completion i."""
+    """Label completions; `forced[i]` is the announcement that was put before completion i.
+
+    Where policies announce nothing, all completions go to the first place: what they do is all that is known.
+    """
     suite = prompts.suite
     policies = [*suite.policies, OTHER]
     names = suite.behaviour_names
@@ -46,7 +49,8 @@ def label_completions(
             row = prompts.rows[key[0]]
             label = suite.label(text, row)
             b = names.index(label.behaviour) if label.behaviour is not None else len(names) - 1
-            memo[key] = (policies.index(label.policy), label.wording, max(b, 0), suite.correct(label.rest, row))
+            m = 0 if label.policy is None else policies.index(label.policy)
+            memo[key] = (m, label.wording, max(b, 0), suite.correct(label.rest, row))
         found[i] = memo[key]
     return Labelled(found[:, 0], found[:, 1], found[:, 2], found[:, 3].astype(bool))
 

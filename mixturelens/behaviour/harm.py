@@ -29,8 +29,10 @@ def find_harm(record: BehaviourRecord) -> Harm:
     """What to patch and to repair, from the behaviour of a pair.
 
     Raises InputError if the trained cue is not known, the suite has but one cue or policy, or no policy answers under
-    the trained cue and does something else under the harmed one: then no cue reader is at work.
+    the trained cue and does something else under the harmed one: then no cue reader is at work; or if policies announce
+    nothing.
     """
+    _refuse_unannounced(record)
     trained = record.trained_cue
     if trained is None:
         raise InputError("patching and repair need the cue that RL trained on: set `trained_cue` or --trained-cue")
@@ -73,8 +75,9 @@ def gained_and_lost(record: BehaviourRecord) -> tuple[str, str]:
     """The policy that gained most weight from S to R, mean over cues, and the one that lost most.
 
     Where nothing changed they are the first and the last policy. Raises InputError for fewer than two policies, or
-    for a record of one checkpoint.
+    for a record of one checkpoint, and where policies announce nothing.
     """
+    _refuse_unannounced(record)
     if len(record.policies) < 2:
         raise InputError("two policies at least are needed to say which one gained")
     change = dict.fromkeys(record.policies, 0.0)
@@ -86,3 +89,11 @@ def gained_and_lost(record: BehaviourRecord) -> tuple[str, str]:
     gained = max(record.policies, key=lambda name: change[name])
     lost = min((name for name in reversed(record.policies) if name != gained), key=lambda name: change[name])
     return gained, lost
+
+
+def _refuse_unannounced(record: BehaviourRecord) -> None:
+    if record.identified is not None:
+        raise InputError(
+            "the policies of this suite announce nothing, so none can be put in place: patching, grafts, probes and "
+            "repair need announcements (`policies:` as texts or rules)"
+        )

@@ -71,7 +71,7 @@ def _forced_logprobs(
     for rows in _batches(lengths, starts, vocabulary, len(models)):
         width = max(lengths[i] for i in rows)
         first = min(starts[i] for i in rows) - 1
-        steps = max(len(continuations[i]) for i in rows)
+        steps = max(1, *(len(continuations[i]) for i in rows))
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         targets = torch.full((len(rows), steps), -100, dtype=torch.long)
         at = torch.zeros(len(rows), steps, dtype=torch.long)

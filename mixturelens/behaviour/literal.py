@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Float
 
 from mixturelens.behaviour.arrays import Behaviour, Change, dormant
 from mixturelens.behaviour.forced import forced_kl
 from mixturelens.behaviour.likelihood import Ids, Model, Scorer
-from mixturelens.behaviour.prompts import Prompts, behind_announcements, ended
+from mixturelens.behaviour.prompts import Announcement, Prompts, behind_announcements, ended
 from mixturelens.behaviour.split import class_terms
+from mixturelens.behaviour.unannounced import attributed
 from mixturelens.types import ERR
 
 FORCED_SAMPLES = 4
@@ -18,14 +21,25 @@ FORCED_SAMPLES = 4
 
 def literal_behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behaviour:
     """Exact probabilities by teacher forcing; nothing is drawn."""
+    return attributed(prompts, _behaviour(scorer, model, _placed(prompts)))
+
+
+def _placed(prompts: Prompts) -> Prompts:
+    """Where policies announce nothing, all completions are measured behind an announcement of no words."""
+    return prompts if prompts.announcements else replace(prompts, announcements=(Announcement(0, 0, "", ()),))
+
+
+def _behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behaviour:
     number, policies, most, behaviours = prompts.shape
     announcements = prompts.announcements
     log_announced, log_other = scorer.literals(model, prompts.contexts, [[a.ids for a in announcements]] * number)
     forced = behind_announcements(prompts)
     right = [ended(prompts, answer, len(a.ids)) for answer in prompts.answers for a in announcements]
     correct = np.exp(scorer.sequences(model, forced, right)).reshape(number, -1)
-    unannounced = [ended(prompts, answer, 0) for answer in prompts.answers]
-    correct_other = np.exp(scorer.sequences(model, prompts.contexts, unannounced))
+    correct_other = np.zeros(number)
+    if not prompts.suite.table:
+        unannounced = [ended(prompts, answer, 0) for answer in prompts.answers]
+        correct_other = np.exp(scorer.sequences(model, prompts.contexts, unannounced))
     shown = np.ones((number, len(announcements), behaviours))
     if prompts.suite.behaviour_names:
         shown[:] = 0.0
@@ -60,7 +74,8 @@ def literal_behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behavio
 
 
 def literal_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Change:
-    s, r = (literal_behaviour(scorer, model, prompts) for model in (before, after))
+    prompts = _placed(prompts)
+    s, r = (_behaviour(scorer, model, prompts) for model in (before, after))
     policy_kl, novel = forced_kl(scorer, before, after, prompts, FORCED_SAMPLES, seed, s, r)
     routing, wording, conditioning = class_terms(r.classes, s.classes)
     heard = r.classes.sum(-1)[:, :-1]
@@ -72,7 +87,9 @@ def literal_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts
         conditioning=conditioning,
         skill=np.nansum(heard * policy_kl, (1, 2)) - conditioning,
         novel=np.nansum(heard * novel, (1, 2)),
-        other=r.weights[:, -1] * _other_kl(scorer, before, after, prompts, seed),
+        other=np.zeros(len(prompts.rows))
+        if prompts.suite.table
+        else r.weights[:, -1] * _other_kl(scorer, before, after, prompts, seed),
         dormant=dormant(r, policy_kl),
         method="literal",
     )

@@ -8,15 +8,20 @@ Three ways to the same arrays, chosen by what the suite allows:
 - *sampled*: rules. Completions are drawn from both checkpoints and each is weighed under both (balance heuristic,
   Veach and Guibas 1995), so that a policy that one checkpoint never shows still has a weight, and S against S is
   exactly zero.
+
+Where policies announce nothing, each measures what completions do, and `unannounced` infers the policies from that.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from mixturelens.behaviour.arrays import Behaviour, Change
 from mixturelens.behaviour.likelihood import Model, Scorer
 from mixturelens.behaviour.literal import literal_behaviour, literal_change
 from mixturelens.behaviour.prompts import Prompts
 from mixturelens.behaviour.sampled import enumerated_change, sampled_behaviour, sampled_change
+from mixturelens.behaviour.unannounced import attributed
 
 ENUMERATE_AT_MOST = 4000
 """Completions a prompt, up to which all of them are enumerated."""
@@ -38,7 +43,9 @@ def measure_change(
     """
     few = scorer.number_of_completions(prompts.suite.max_new_tokens) <= ENUMERATE_AT_MOST
     if few if enumerate_all is None else enumerate_all:
-        return enumerated_change(scorer, before, after, prompts)
-    if prompts.suite.literal:
-        return literal_change(scorer, before, after, prompts, seed)
-    return sampled_change(scorer, before, after, prompts, seed)
+        change = enumerated_change(scorer, before, after, prompts)
+    elif prompts.suite.literal:
+        change = literal_change(scorer, before, after, prompts, seed)
+    else:
+        change = sampled_change(scorer, before, after, prompts, seed)
+    return replace(change, before=attributed(prompts, change.before), after=attributed(prompts, change.after))

@@ -84,7 +84,7 @@ def prepare(suite: Suite, rows: Sequence[PromptRow], tokenizer) -> Prompts:
         tokenizer=tokenizer,
     )
     if suite.literal:
-        longest = max(len(a.ids) for a in announcements)
+        longest = max((len(a.ids) for a in announcements), default=0)
         for row, answer in zip(rows, prompts.answers, strict=True):
             if longest + len(answer) > suite.max_new_tokens:
                 raise InputError(

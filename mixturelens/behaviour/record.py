@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from mixturelens.behaviour.measure import measure, measure_change
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.sampled import nulls
 from mixturelens.behaviour.split import accuracy_split
+from mixturelens.behaviour.unannounced import Explained, Identified, attributed, explain, identify
 from mixturelens.checkpoints import check_folder, check_pair, end_tokens, load_model, load_tokenizer
 from mixturelens.records import Record, provenance
 from mixturelens.stats import interval, map_draws, mean_interval, resample_counts, resampled_mean
@@ -45,12 +46,17 @@ class Nats(Frozen):
     novel: Interval
     """The part of `skill` in behaviours that S shows with probability under 0.01: nothing there to compare with."""
     other: Interval
-    """What completions of no known policy add; no specialist is behind them."""
+    """What completions of no known policy add; no specialist is behind them. Where policies announce nothing: what the
+    explanation leaves unexplained, less what moved unseen; so that `total` is KL(R || S) of completions."""
     total: Interval
 
 
 class CueSide(Frozen):
-    """One checkpoint under one cue. `accuracy` is forced: with the policy's announcement put in place."""
+    """One checkpoint under one cue. `accuracy` is forced: with the policy's announcement put in place.
+
+    Where policies announce nothing, weights are shares of what completions do, by the fitted weights, and accuracy is
+    that of answers, where the policy table answers; else null.
+    """
 
     weights: dict[str, float]
     accuracy: dict[str, float | None]
@@ -97,7 +103,8 @@ class Controls(Frozen):
     same_checkpoint: Nats
     """S against S: every term must be zero."""
     shuffled_routing_share: Interval
-    """Routing share of labels that have nothing to do with the text; null where too few samples can say."""
+    """Routing share of labels that have nothing to do with the text; null where too few samples can say, and where
+    policies announce nothing."""
     independent_total: Interval
     """KL(R || S) as the mean log-ratio of independently drawn completions."""
     sum_agrees: bool | None
@@ -130,6 +137,8 @@ class BehaviourRecord(Record):
     hinted: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     """cue -> hint -> `before`/`after` -> weights, on prompts with a hint."""
     controls: Controls | None = None
+    identified: Identified | None = None
+    """Where policies announce nothing: whether what completions do tells them apart, and what explains its change."""
 
 
 @dataclass(frozen=True)
@@ -217,14 +226,18 @@ def measure_record(
             per_cue={cue: CueBehaviour(before=side[c]) for c, cue in enumerate(suite.cues)},
             table=policy_table(behaviour, None, prompts, grid),
             hinted=_hinted(scorer, models, suite, tokenizer, seed),
+            identified=identify(suite, _shown(behaviour, grid)) if suite.table else None,
             **common,
         )
     before, after = models
     change = measure_change(scorer, before, after, prompts, seed)
     _refuse_silent(suite, [change.before, change.after])
-    nats, per_cue_nats, shares = _nats(change, grid, bool(suite.behaviour_names))
+    explained = _explained(change, grid, suite)
+    nats, per_cue_nats, shares = _nats(change, grid, suite, explained)
+    if explained:
+        change = replace(change, after=attributed(prompts, change.after, explained.after))
     sides = [_sides(b, suite, grid) for b in (change.before, change.after)]
-    accuracy = _accuracy_change(change, grid)
+    accuracy = _accuracy_change(change, grid, told=explained is None or explained.identified.explanation is not None)
     say("controls")
     controls = _controls(scorer, before, after, prompts, grid, nats, seed)
     say("hinted prompts")
@@ -241,12 +254,22 @@ def measure_record(
         table=policy_table(change.before, change.after, prompts, grid),
         hinted=_hinted(scorer, models, suite, tokenizer, seed),
         controls=controls,
+        identified=explained and explained.identified,
         **common,
     )
 
 
+def _shown(behaviour: Behaviour, grid: Grid) -> Float[np.ndarray, "draw cue behaviour"]:
+    return grid.draws(behaviour.classes.sum((1, 2)))
+
+
+def _explained(change: Change, grid: Grid, suite: Suite) -> Explained | None:
+    return explain(suite, _shown(change.before, grid), _shown(change.after, grid)) if suite.table else None
+
+
 def _refuse_silent(suite: Suite, behaviours: list[Behaviour]) -> None:
-    for m, policy in enumerate(suite.policies):
+    """A policy that announces nothing may well have no weight: no text of it can be wrong."""
+    for m, policy in enumerate(suite.policies if suite.table is None else ()):
         most = max(float(b.weights[:, m].max()) for b in behaviours)
         if most < NEVER:
             shown = suite.policies[policy]
@@ -286,15 +309,24 @@ def _sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
     return sides
 
 
-def _nats(change: Change, grid: Grid, named: bool) -> tuple[Nats, list[Nats], dict[str, Interval]]:
-    """Nats averaged over cues, per cue, and what follows from them. `named`: the suite names behaviours."""
+def _nats(
+    change: Change, grid: Grid, suite: Suite, explained: Explained | None
+) -> tuple[Nats, list[Nats], dict[str, Interval]]:
+    """Nats averaged over cues, per cue, and what follows from them."""
     terms = {
         name: grid.draws(getattr(change, name))
         for name in ("routing", "wording", "conditioning", "skill", "novel", "other", "dormant")
     }
-    terms["specialist"] = terms["conditioning"] + terms["skill"]
-    terms["total"] = terms["routing"] + terms["wording"] + terms["specialist"] + terms["other"]
-    if not named:
+    if explained:
+        # no prompt alone tells policies apart: so far, conditioning is all of KL(behaviours)
+        terms["other"] = terms["conditioning"] - explained.routing - explained.conditioning
+        total = terms["conditioning"] + terms["skill"]
+        terms |= {"routing": explained.routing, "conditioning": explained.conditioning}
+        terms["wording"] = terms["dormant"] = np.full_like(total, np.nan)
+    else:
+        total = terms["routing"] + terms["wording"] + terms["conditioning"] + terms["skill"] + terms["other"]
+    terms["specialist"], terms["total"] = terms["conditioning"] + terms["skill"], total
+    if not suite.behaviour_names:
         # without behaviours the specialist's change cannot be told apart, only measured
         terms["conditioning"] = terms["skill"] = terms["novel"] = np.full_like(terms["total"], np.nan)
     means = {name: values.mean(-1) for name, values in terms.items()}
@@ -310,8 +342,11 @@ def _nats(change: Change, grid: Grid, named: bool) -> tuple[Nats, list[Nats], di
     return Nats(**{name: interval(values) for name, values in means.items()}), per_cue, shares
 
 
-def _accuracy_change(change: Change, grid: Grid) -> list[AccuracyChange]:
-    """Prompt by prompt where each policy's accuracy is known on each prompt, else from the means under a cue."""
+def _accuracy_change(change: Change, grid: Grid, *, told: bool) -> list[AccuracyChange]:
+    """Prompt by prompt where each policy's accuracy is known on each prompt, else from the means under a cue.
+
+    Not `told` which policy did what: the total alone.
+    """
     pairs = [(b.weights, b.correct) for b in (change.before, change.after)]
     with np.errstate(divide="ignore", invalid="ignore"):
         if change.method == "sampled":
@@ -323,8 +358,8 @@ def _accuracy_change(change: Change, grid: Grid) -> list[AccuracyChange]:
             selector, specialists = (grid.draws(values) for values in split)
     return [
         AccuracyChange(
-            selector=interval(selector[:, c]),
-            specialists=interval(specialists[:, c]),
+            selector=interval(selector[:, c]) if told else NOT_MEASURED,
+            specialists=interval(specialists[:, c]) if told else NOT_MEASURED,
             total=interval(selector[:, c] + specialists[:, c]),
         )
         for c in range(grid.index.shape[1])
@@ -392,10 +427,11 @@ def _hinted(
 def _controls(
     scorer: Scorer, before: Model, after: Model, prompts: Prompts, grid: Grid, nats: Nats, seed: int
 ) -> Controls:
-    named = bool(prompts.suite.behaviour_names)
-    same, _, _ = _nats(measure_change(scorer, before, before, prompts, seed), grid, named)
+    suite = prompts.suite
+    unchanged = measure_change(scorer, before, before, prompts, seed)
+    same, _, _ = _nats(unchanged, grid, suite, _explained(unchanged, grid, suite))
     routing, total, ratio = (grid.draws(v).mean(-1) for v in nulls(scorer, before, after, prompts, seed + 11))
-    shuffled = map_draws(lambda r, t: r / t, routing, total)
+    shuffled = NOT_MEASURED if suite.table else map_draws(lambda r, t: r / t, routing, total)
     independent = interval(ratio)
     agrees = None
     if independent.measured and nats.total.measured:

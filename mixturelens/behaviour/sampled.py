@@ -12,6 +12,7 @@ from mixturelens.behaviour.forced import Labelled, forced_kl, forced_sample, lab
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
 from mixturelens.behaviour.prompts import Prompts
 from mixturelens.behaviour.split import class_terms
+from mixturelens.behaviour.unannounced import attributed
 
 
 def _tally(
@@ -172,7 +173,7 @@ def sampled_behaviour(scorer: Scorer, model: Model, prompts: Prompts, seed: int)
     drawn = scorer.sample(model, prompts.contexts, n, [prompts.suite.max_new_tokens] * number, seed)
     label = label_completions(scorer, prompts, drawn)
     classes, correct = _tally(prompts, drawn.context, label, np.full(len(drawn.tokens), 1.0 / n))
-    return Behaviour(classes, correct, *forced_sample(scorer, model, prompts, seed + 3))
+    return attributed(prompts, Behaviour(classes, correct, *forced_sample(scorer, model, prompts, seed + 3)))
 
 
 def nulls(

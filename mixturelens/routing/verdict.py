@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mixturelens.behaviour.record import BehaviourRecord, Cell, Controls, CueBehaviour, Nats
+from mixturelens.behaviour.unannounced import Identified
 from mixturelens.features.record import FeatureRecord
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.patching.record import PatchingRecord
@@ -77,6 +78,8 @@ class VerdictRecord(Record):
     mechanism: Mechanism = Mechanism()
     controls: VerdictControls
     thresholds: Thresholds = Thresholds()
+    identified: Identified | None = None
+    """Where policies announce nothing: what the verdict stands on."""
 
 
 def judge(
@@ -119,6 +122,7 @@ def judge(
             shuffled_mechanism=graft and shuffled_verdict(graft),
         ),
         thresholds=thresholds,
+        identified=record.identified,
     )
 
 
@@ -141,6 +145,8 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
             f"completions before and after hardly overlap ({record.overlap:.2f}, and {t.overlap} is needed), so that "
             "their weights under each other say nothing; shorten `max_new_tokens`, or show policies by literal texts"
         )
+    if record.identified is not None and record.identified.doubt is not None:
+        return "inconclusive", record.identified.doubt
     if not record.moved.measured:
         return "inconclusive", "the change could not be measured"
     if record.moved.below(t.nats):
@@ -252,6 +258,11 @@ def _reason(
 
 def _put_in_place(record: BehaviourRecord, moved: tuple[Cell, ...], t: Thresholds) -> str:
     """What the policy table says, silent policies included."""
+    if record.identified is not None:
+        found = record.identified
+        if found.explanation == "conditioning" and found.cell is not None:
+            return f"what moved is what policy {found.cell[0]} does under {found.cell[1]}"
+        return "policies announce nothing, so that a silent one is not seen"
     if not record.table:
         return "no policy could be put in place (no rule has a `force`)"
     if not moved:

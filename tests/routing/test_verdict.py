@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mixturelens.behaviour.record import AccuracyChange, BehaviourRecord, Cell, Controls, CueBehaviour, CueSide, Nats
+from mixturelens.behaviour.unannounced import Identified
 from mixturelens.routing.verdict import Thresholds, VerdictRecord, judge
 from mixturelens.types import NOT_MEASURED, Interval
 
@@ -247,6 +248,17 @@ def test_the_record_has_the_shape_of_the_contract():
     assert data["controls"]["random_components"] is None
     for key in ("reason", "dormant_intact", "router_share", "per_cue", "thresholds", "provenance"):
         assert key in data
+
+
+@pytest.mark.parametrize(("doubt", "word"), [(None, "routing"), ("both explain it", "inconclusive")])
+def test_policies_that_announce_nothing_need_an_explanation(doubt: str | None, word: str):
+    found = Identified(rank=2, spare=1, condition=1.0, weights={}, misfit_before=at(0.0), doubt=doubt)
+    verdict = judge(record(identified=found, table=()))
+    assert (verdict.verdict, verdict.identified) == (word, found)
+    if doubt:
+        assert verdict.reason == "The suite cannot say: both explain it."
+    else:
+        assert verdict.reason.endswith("policies announce nothing, so that a silent one is not seen.")
 
 
 def test_one_checkpoint_has_no_verdict():
