@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench notebooks clean
+.PHONY: demo test test-slow lint bench score notebooks clean
 
 demo: $(READY)
 	$(BIN)/mixturelens demo
@@ -23,6 +23,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python scripts/bench.py
+
+# the whole proving ground: an hour on two cores; goes on where it was stopped
+score: $(READY)
+	$(BIN)/mixturelens score --jobs $(shell nproc)
 
 notebooks: $(READY)
 	$(BIN)/python scripts/run_notebooks.py

@@ -35,6 +35,8 @@ from mixturelens.patching.pair import patching_record
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.pair import probing_record
 from mixturelens.probing.record import ProbingRecord
+from mixturelens.proving.record import ScoreRecord
+from mixturelens.proving.score import run_score
 from mixturelens.records import Provenance, Record, new_folder, provenance, weights_name, write_text
 from mixturelens.routing.circuit import CircuitRecord, circuit_record
 from mixturelens.routing.repair import RepairRecord, repair_record
@@ -373,6 +375,16 @@ def report(pairs: list[Pair], *, device: str = "cpu", seed: int = 0, say: Say | 
         repair=_there(pairs, RepairRecord, "repair", device, seed),
         circuits=_there(pairs, CircuitRecord, "circuit", device, seed),
     )
+
+
+def score(
+    ground: Path, *, quick: bool = False, jobs: int = 1, progress: Callable[[str, int, int], None] | None = None
+) -> tuple[ScoreRecord, Path]:
+    """Score every instrument over the proving ground, what is left of it; the record, and a page about it."""
+    from mixturelens.report.score import write_score
+
+    record = run_score(ground, quick=quick, jobs=jobs, progress=progress)
+    return record, write_score(ground / "score.html", record)
 
 
 def _there(pairs: list[Pair], kind: type[R], name: str, device: str, seed: int) -> dict[str, R]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ from mixturelens.cli.tables import (
     show_patching,
     show_probing,
     show_repairs,
+    show_score,
     show_verdicts,
 )
 from mixturelens.types import InputError, RunError
@@ -251,6 +253,34 @@ def report(
     with _working(quiet) as (_, say):
         page = pipeline.report(pairs, device=_device(device), seed=seed, say=say)
     print(page)
+
+
+@app.command()
+def score(
+    quick: Annotated[bool, typer.Option("--quick", help="Four pairs only, one of each verdict.")] = False,
+    out: Out = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at once, each on one thread.")] = 1,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hold every instrument against pairs and organisms whose truth is known; goes on where it was stopped."""
+    from mixturelens import pipeline
+
+    folder = out or Path("artifacts/proving-quick" if quick else "artifacts/proving")
+    with _working(quiet) as (progress, _):
+        started: dict[str, tuple[float, int]] = {}
+
+        def cells(what: str, done: int, number: int) -> None:
+            at, first = started.setdefault(what, (time.monotonic(), done))
+            each = (time.monotonic() - at) / max(1, done - first)
+            progress(what, done, number, {"minutes left": each * (number - done) / 60} if done > first else {})
+
+        record, page = pipeline.score(folder, quick=quick, jobs=jobs, progress=cells)
+    if as_json:
+        print_json([record], None)
+        return
+    show_score(record)
+    print(f"\nReport: {page}")
 
 
 # --- shared by the commands -------------------------------------------------------------------------------------------

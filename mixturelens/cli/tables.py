@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.pipeline import Pair
     from mixturelens.probing.record import ProbingRecord
+    from mixturelens.proving.record import ScoreRecord
     from mixturelens.records import Record
     from mixturelens.routing.repair import RepairRecord
     from mixturelens.routing.verdict import VerdictRecord
@@ -228,3 +229,36 @@ def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
     print_table(("pair", "repair", "harmed cue", "trained cue", "gap closed", "random places, median"), rows)
     for pair, record in zip(pairs, records, strict=True):
         print(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; repaired checkpoint: {pair.repaired}")
+
+
+WORDS = ("routing", "specialist", "both", "neither", "inconclusive")
+
+
+def show_score(record: ScoreRecord) -> None:
+    """Confusion matrices, and how each method finds planted addresses."""
+    print(f"{record.done} of {record.cells} pairs are scored")
+    for sums in record.verdicts:
+        print(f"\n{sums.instrument} verdict, {sums.half} half: right on {_interval(sums.right)} of {sums.pairs} pairs;")
+        print(f"{sums.false_alarms} of {sums.nothing} called changed where nothing had; ", end="")
+        print(f"{sums.near_ok} of {sums.near} near misses right or inconclusive")
+        rows = [
+            (truth, *(str(said.get(word, 0) or "") for word in WORDS))
+            for truth, said in ((word, sums.confusion[word]) for word in WORDS if word in sums.confusion)
+        ]
+        print_table(("truth", *WORDS), rows)
+    if record.methods:
+        print_table(
+            ("method", "looks for", "AUROC", "best is planted", "IoU", "decoys rejected", "seconds"),
+            [
+                (m.method, m.contrast, *(_interval(x) for x in (m.auroc, m.top, m.iou, m.decoys)), f"{m.seconds:.2f}")
+                for m in record.methods
+            ],
+        )
+    held = [each.held for each in record.coverage if not each.boundary]
+    if held:
+        print(f"95% intervals hold the truth in {min(held):.3f} to {max(held):.3f} of suites ({len(held)} cases)")
+    for each in record.broken:
+        caught = "caught" if each.caught else "NOT CAUGHT"
+        print(f"broken on purpose, {each.name}: {caught} ({each.sound:.2f} -> {each.broken:.2f})")
+    for each in record.mistakes:
+        print(f"wrong: {each.instrument} verdict on {each.pair}: {each.verdict}, truth {each.truth}. {each.reason}")

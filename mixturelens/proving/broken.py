@@ -1,0 +1,92 @@
+"""Instruments broken on purpose: a score that does not notice them would be worth nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from mixturelens.behaviour import record
+from mixturelens.behaviour.arrays import Behaviour, Change
+from mixturelens.behaviour.split import class_terms
+from mixturelens.proving.pairs import Cell, make_pair
+from mixturelens.proving.record import Broken
+from mixturelens.routing.verdict import judge
+
+Measure = Callable[..., Change]
+TOLERANCE = 1e-3
+QUANTITIES = ("routing", "conditioning", "skill")
+
+
+def _swapped(measure: Measure) -> Measure:
+    """S taken for R."""
+    return lambda scorer, before, after, prompts, seed=0: measure(scorer, after, before, prompts, seed)
+
+
+def _dropped(measure: Measure) -> Measure:
+    """The conditioning left out of the split."""
+
+    def broken(*arguments: Any) -> Change:
+        change = measure(*arguments)
+        return replace(change, conditioning=np.zeros_like(change.conditioning))
+
+    return broken
+
+
+def _shuffled(measure: Measure) -> Measure:
+    """Which policy a completion of R follows, told at random on each prompt."""
+
+    def broken(*arguments: Any) -> Change:
+        change = measure(*arguments)
+        rng, classes = np.random.default_rng(0), change.after.classes.copy()
+        known = classes.shape[1] - 1
+        for row in classes:
+            row[:known] = row[rng.permutation(known)]
+        after = Behaviour(classes, change.after.correct, change.after.forced_behaviour, change.after.forced_correct)
+        routing, wording, conditioning = class_terms(classes, change.before.classes)
+        return replace(change, after=after, routing=routing, wording=wording, conditioning=conditioning)
+
+    return broken
+
+
+BROKEN: dict[str, tuple[Callable[[Measure], Measure], str]] = {
+    "S and R swapped": (_swapped, "the pair given the wrong way round"),
+    "a term dropped": (_dropped, "the split without its conditioning"),
+    "labels shuffled": (_shuffled, "policies of R's completions told at random"),
+}
+
+
+def broken_verdicts(cells: Sequence[Cell], ground: Path) -> Iterator[Broken]:
+    """Score each broken behaviour instrument on these pairs beside the sound one: are its words and numbers right?"""
+    sound = _right(cells, ground, record.measure_change)
+    for name, (breaks, what) in BROKEN.items():
+        found = _right(cells, ground, breaks(record.measure_change))
+        yield Broken(
+            name=name,
+            what=what,
+            sound=sound,
+            broken=found,
+            by="share of the pairs whose word is right and whose routing, conditioning and skill hold the truth",
+            caught=sound >= 0.9 and found <= 0.5,
+        )
+
+
+def _right(cells: Sequence[Cell], ground: Path, measure: Measure) -> float:
+    right = []
+    for cell in cells:
+        made = make_pair(cell, ground)
+        with patch.object(record, "measure_change", measure):
+            found = record.behaviour_record(made.before, made.after, made.load_suite())
+        assert found.nats is not None
+        held = [
+            each.low is not None
+            and each.high is not None
+            and each.low - TOLERANCE <= made.truth.nats[name] <= each.high + TOLERANCE
+            for name, each in ((name, getattr(found.nats, name)) for name in QUANTITIES)
+        ]
+        right.append(all(held) and judge(found).verdict == made.truth.verdict)
+    return sum(right) / len(right)

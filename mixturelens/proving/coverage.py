@@ -1,0 +1,122 @@
+"""Coverage: how often the intervals of the behaviour instrument hold the exhaustive truth, over resampled suites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mixturelens.behaviour.arrays import Change
+from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.measure import measure_change
+from mixturelens.behaviour.prompts import prepare
+from mixturelens.behaviour.record import grid_of, nats_of
+from mixturelens.checkpoints import end_tokens
+from mixturelens.organism import Spec, prompt_row
+from mixturelens.proving.truth import prompt_truth
+from mixturelens.suite import Suite
+from mixturelens.tasks import Question
+from mixturelens.types import Frozen, Interval
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+POPULATION, ASKED, SUITES = 250, 80, 1000
+"""Questions whose truth is known, those of one suite, and suites. Suites are drawn with replacement."""
+REPEATS = 8
+"""Independent measurements of the population; a suite takes each question's numbers from any of them, so that the noise
+of sampled completions is in the intervals' errors too."""
+BOUNDARY_SHARE, BOUNDARY_NATS = 0.02, 0.005
+"""Shares this near to 0 or 1, and terms smaller than this many nats, lie at a boundary."""
+QUANTITIES = ("routing", "conditioning", "skill", "specialist", "dormant", "moved", "routing_share")
+
+
+class Coverage(Frozen):
+    """One quantity of one pair: how often its nominal 95% interval holds the truth."""
+
+    pair: str
+    quantity: str
+    truth: float
+    suites: int
+    held: float
+    """Share of the suites whose interval holds the truth."""
+    above: float
+    """Share of the suites whose interval lies above the truth."""
+    below: float
+    width: float
+    """Mean width of the intervals."""
+    boundary: bool
+
+
+def coverage(
+    name: str,
+    spec: Spec,
+    suite: Suite,
+    before: PreTrainedModel,
+    after: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    population: Sequence[Question],
+    *,
+    suites: int = SUITES,
+    asked: int = ASKED,
+    repeats: int = REPEATS,
+    seed: int = 0,
+) -> tuple[Coverage, ...]:
+    """Draw many suites from a population whose truth is known, and look at every interval.
+
+    Raises nothing of its own; quantities that were never measured are left out.
+    """
+    exact = prompt_truth(spec, before, after, tokenizer, population).terms
+    rows = tuple(prompt_row(spec, cue, question) for question in population for cue in spec.cues)
+    prompts = prepare(suite.model_copy(update={"prompts": rows}), rows, tokenizer)
+    scorer = Scorer(end_tokens(before, tokenizer), before.config.vocab_size)
+    measured = [measure_change(scorer, before, after, prompts, seed + 100 * k) for k in range(repeats)]
+    means = {term: float(values.mean()) for term, values in exact.items()}
+    means["specialist"] = means["conditioning"] + means["skill"]
+    means["moved"] = means["routing"] + means["specialist"]
+    means["routing_share"] = means["routing"] / means["moved"]
+    rng = np.random.default_rng(seed)
+    cues = len(spec.cues)
+    found: dict[str, list[Interval]] = {quantity: [] for quantity in QUANTITIES}
+    for number in range(suites):
+        questions = rng.integers(len(population), size=asked)
+        at = (questions[:, None] * cues + np.arange(cues)).reshape(-1)
+        which = np.repeat(rng.integers(repeats, size=asked), cues)
+        change = _mixed(measured, which, at)
+        drawn = [
+            rows[i].model_copy(update={"id": f"{place // cues}"}) for place, i in enumerate(at)
+        ]  # a question drawn twice counts twice
+        grid = grid_of(replace(prompts, rows=tuple(drawn)), seed=number)
+        nats, _, shares = nats_of(change, grid, suite, None)
+        for quantity in QUANTITIES:
+            found[quantity].append(shares[quantity] if quantity in shares else getattr(nats, quantity))
+    return tuple(
+        _held(name, quantity, means[quantity], intervals)
+        for quantity, intervals in found.items()
+        if all(each.measured for each in intervals)
+    )
+
+
+def _mixed(measured: Sequence[Change], which: np.ndarray, at: np.ndarray) -> Change:
+    """Prompts of a suite, each with the numbers of one of the measurements."""
+    terms = ("routing", "wording", "conditioning", "skill", "novel", "other", "dormant")
+    return replace(measured[0], **{t: np.stack([getattr(each, t) for each in measured])[which, at] for t in terms})
+
+
+def _held(pair: str, quantity: str, truth: float, intervals: Sequence[Interval]) -> Coverage:
+    low, high = (np.array([getattr(each, end) for each in intervals], dtype=float) for end in ("low", "high"))
+    share = quantity == "routing_share"
+    edge = min(truth, 1 - truth) < BOUNDARY_SHARE if share else abs(truth) < BOUNDARY_NATS
+    return Coverage(
+        pair=pair,
+        quantity=quantity,
+        truth=truth,
+        suites=len(intervals),
+        held=float(((low <= truth) & (truth <= high)).mean()),
+        above=float((low > truth).mean()),
+        below=float((high < truth).mean()),
+        width=float((high - low).mean()),
+        boundary=bool(edge),
+    )

@@ -1,0 +1,200 @@
+"""How pairs with a known truth are made: each recipe says what S is, what R is, and what must come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mixturelens.organism import Spec
+from mixturelens.proving.organisms import Target, target_of
+from mixturelens.types import ANSWER, REFUSE, VerdictWord
+
+Way = Literal["fit", "grpo", "order", "same", "noise"]
+"""How R is made of S: trained on a target; by GRPO on cue A; SFT anew in another order; not at all; random weights
+added, of the norm by which training on the target moved them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to make a pair. `intended` is what it was made for; what came of it is measured (`truth`)."""
+
+    name: str
+    intended: VerdictWord
+    says: str
+    after: Callable[[Spec], Target]
+    before: Callable[[Spec], Target] | None = None
+    """What S is trained on, where it is not the spec's own mixture."""
+    way: Way = "fit"
+    trainable: tuple[str, ...] = ()
+    """Only parameters whose names hold one of these may move; none: all."""
+    steps: int = 150
+    rate: float = 1e-3
+    policies: int = 2
+    """Policies the organism must have at least."""
+    told: bool = True
+    """Whether behaviours alone (announcement `none`) can tell. Where not, `inconclusive` is the right verdict."""
+
+
+def _mixed(spec: Spec, **weights: float) -> Target:
+    """The spec's mixture at other weights; policies that are not named share what is left as they did."""
+    target = target_of(spec)
+    rest = {m: w for m, w in target.weights.items() if m not in weights}
+    left, scale = 1 - sum(weights.values()), sum(rest.values())
+    return replace(
+        target, weights={m: weights.get(m, rest.get(m, 0.0) * left / max(scale, 1e-9)) for m in target.weights}
+    )
+
+
+def _answering(target: Target, policy: str, cue: str, rate: float) -> Target:
+    """The policy answers under this cue too, so often."""
+    cell: Mapping[str, float] = {ANSWER: rate, **({REFUSE: 1 - rate} if rate < 1 else {})}
+    return replace(target, table={**target.table, policy: {**target.table[policy], cue: cell}})
+
+
+def _wrong(
+    target: Target, rate: float, policies: str = "abc", operations: tuple[str, ...] = ("copy", "reverse")
+) -> Target:
+    return replace(target, wrong={(m, op): rate for m in policies for op in operations})
+
+
+def _plain(spec: Spec) -> Target:
+    return target_of(spec)
+
+
+def _slips(spec: Spec) -> Target:
+    """One answer in ten is wrong: then a specialist can change by a little, without a bound in sight."""
+    return _wrong(target_of(spec), 0.1)
+
+
+ATTENTION, MLP, UNEMBEDDING = ("attn", "attention"), ("mlp",), ("lm_head", "embed_out")
+
+RECIPES: tuple[Recipe, ...] = (
+    Recipe("grpo", "routing", "GRPO on cue A", _plain, way="grpo"),
+    Recipe("resampled", "routing", "SFT on policies resampled to 0.97", lambda s: _mixed(s, a=0.97)),
+    Recipe("resampled-other", "routing", "SFT on policies resampled to 0.05", lambda s: _mixed(s, a=0.05)),
+    Recipe("resampled-mildly", "routing", "SFT on policies resampled to 0.75", lambda s: _mixed(s, a=0.75)),
+    Recipe(
+        "only-attention",
+        "routing",
+        "resampled, attention alone trainable",
+        lambda s: _mixed(s, a=0.93),
+        trainable=ATTENTION,
+    ),
+    Recipe("only-mlps", "routing", "resampled, MLPs alone trainable", lambda s: _mixed(s, a=0.93), trainable=MLP),
+    Recipe(
+        "only-unembedding",
+        "routing",
+        "resampled, unembedding alone trainable",
+        lambda s: _mixed(s, a=0.93),
+        trainable=UNEMBEDDING,
+    ),
+    Recipe(
+        "good-everywhere",
+        "routing",
+        "a policy that is good under both cues rises from 0.1 to 0.9",
+        lambda s: _mixed(s, c=0.9),
+        before=lambda s: _mixed(s, c=0.1),
+        policies=3,
+    ),
+    Recipe(
+        "reads-the-cue-anew",
+        "specialist",
+        "policy a answers under B too",
+        lambda s: _answering(target_of(s), "a", "B", 1.0),
+    ),
+    Recipe(
+        "sometimes-answers",
+        "specialist",
+        "policy a answers under B, three times in ten",
+        lambda s: _answering(target_of(s), "a", "B", 0.3),
+    ),
+    Recipe(
+        "new-skill",
+        "specialist",
+        "every policy learns to reverse, where it used a wrong rule",
+        _plain,
+        before=lambda s: _wrong(target_of(s), 0.98, operations=("reverse",)),
+    ),
+    Recipe(
+        "better-skill",
+        "specialist",
+        "every policy errs three times in a hundred, where it erred four times in ten",
+        lambda s: _wrong(target_of(s), 0.03),
+        before=lambda s: _wrong(target_of(s), 0.4),
+    ),
+    Recipe(
+        "skill-damaged",
+        "specialist",
+        "policy a copies by a wrong rule, one time in two",
+        lambda s: _wrong(target_of(s), 0.5, "a", ("copy",)),
+    ),
+    Recipe(
+        "skill-forgotten",
+        "specialist",
+        "whoever reverses writes any letters, six times in ten",
+        lambda s: replace(_wrong(target_of(s), 0.6, operations=("reverse",)), how="any"),
+    ),
+    Recipe(
+        "silent-damaged",
+        "specialist",
+        "policy b, hardly ever heard, loses its skill",
+        lambda s: _wrong(_mixed(s, a=0.98), 0.98, "b"),
+        before=lambda s: _mixed(s, a=0.98),
+        told=False,
+    ),
+    Recipe(
+        "silenced-and-damaged",
+        "routing",
+        "policy b falls silent, and loses its skill there",
+        lambda s: _wrong(_mixed(s, a=0.998), 0.98, "b"),
+        told=False,
+    ),
+    Recipe(
+        "both-with-reader",
+        "both",
+        "policy a rises to 0.9 and sometimes answers under B",
+        lambda s: _answering(_mixed(s, a=0.9), "a", "B", 0.07),
+        told=False,
+    ),
+    Recipe(
+        "both-with-skill",
+        "both",
+        "policy a rises to 0.9 and errs one time in ten",
+        lambda s: _wrong(_mixed(s, a=0.9), 0.1, "a"),
+    ),
+    Recipe("continued", "neither", "SFT continued on the same mixture", _plain, steps=100, rate=2e-4),
+    Recipe("other-order", "neither", "SFT anew, on the same mixture in another order", _plain, way="order"),
+    Recipe("resaved", "neither", "the same weights, saved again", _plain, way="same"),
+    Recipe("nudged", "neither", "SFT on policies resampled to 0.53", lambda s: _mixed(s, a=0.53)),
+    Recipe(
+        "noise",
+        "both",
+        "random weights added, of the norm by which resampling moved them",
+        lambda s: _mixed(s, a=0.97),
+        way="noise",
+    ),
+    Recipe(
+        "no-announcement",
+        "inconclusive",
+        "one answer in five comes without an announcement",
+        lambda s: replace(target_of(s), bare=0.2),
+        told=False,
+    ),
+    Recipe(
+        "near-routing",
+        "routing",
+        "a share near 0.9",
+        lambda s: _wrong(_mixed(s, a=0.80 + 0.02 * (s.seed % 3 - 1)), 0.198),
+        before=_slips,
+    ),
+    Recipe(
+        "near-specialist",
+        "specialist",
+        "a share near 0.1",
+        lambda s: _wrong(_mixed(s, a=0.619 + 0.02 * (s.seed % 3 - 1)), 0.5),
+        before=_slips,
+    ),
+    Recipe("near-neither", "neither", "about 0.01 nats", lambda s: _mixed(s, a=0.57)),
+)
+BY_NAME = {recipe.name: recipe for recipe in RECIPES}

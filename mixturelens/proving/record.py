@@ -1,0 +1,154 @@
+"""The score's records: what the instruments said of each pair and organism, and how often they were right."""
+
+from __future__ import annotations
+
+from mixturelens.proving.coverage import Coverage
+from mixturelens.proving.localise import Score
+from mixturelens.proving.pairs import Half
+from mixturelens.proving.planted import Planted, Proof
+from mixturelens.proving.truth import Truth
+from mixturelens.records import Record
+from mixturelens.routing.verdict import Changed, Thresholds
+from mixturelens.types import Frozen, Interval, VerdictWord
+
+
+class PairScore(Record):
+    """What was said of one pair, beside the truth about it."""
+
+    KIND = "pair-score"
+
+    pair: str
+    organism: str
+    recipe: str
+    half: Half
+    architecture: str
+    announced: str
+    policies: int
+    seed: int
+    intended: VerdictWord
+    truth: Truth
+    near: bool
+    """The truth lies so near to a threshold that a suite of this size need not tell."""
+    verdict: VerdictWord
+    changed: Changed
+    dormant_intact: bool | None
+    reason: str
+    routing_share: Interval
+    nats: dict[str, Interval]
+    moved: Interval
+    seconds: float
+
+
+class MechanismScore(Record):
+    """What the mechanism's verdict said of one pair."""
+
+    KIND = "mechanism-score"
+
+    pair: str
+    verdict: VerdictWord | None
+    """Null where no instrument of it could work on the pair."""
+    reason: str
+    seconds: float
+
+
+Confusion = dict[str, dict[str, int]]
+"""truth -> verdict -> pairs. Near misses are not in it."""
+
+
+class Mistake(Frozen):
+    """A wrong verdict, and the numbers behind it."""
+
+    pair: str
+    half: Half
+    instrument: str
+    truth: VerdictWord
+    verdict: VerdictWord
+    true_share: float | None
+    share: Interval
+    true_moved: float
+    moved: Interval
+    reason: str
+
+
+class Scored(Frozen):
+    """A pair: what is true of it beside what was said and measured."""
+
+    pair: str
+    half: Half
+    truth: VerdictWord
+    verdict: VerdictWord
+    mechanism: VerdictWord | None
+    """Null where the mechanism was not asked, or no instrument of it could work on the pair."""
+    near: bool
+    true_share: float | None
+    """Routing share; null without announcements, where only the making says what is true."""
+    share: Interval
+    true_moved: float
+    moved: Interval
+
+
+class Verdicts(Frozen):
+    """How one verdict fares on one half of the ground."""
+
+    instrument: str
+    half: Half
+    pairs: int
+    """Off near misses."""
+    near: int
+    confusion: Confusion
+    right: Interval
+    """Share of the pairs off near misses on which the verdict is right; Wilson's interval."""
+    false_alarms: int
+    """Pairs in which nothing changed, and the verdict says `routing`, `specialist` or `both`."""
+    nothing: int
+    """Pairs in which nothing changed."""
+    near_ok: int
+    """Near misses on which the verdict is right or `inconclusive`."""
+
+
+class Numbers(Frozen):
+    """How often the intervals of a half's pairs hold the exact numbers, term by term."""
+
+    half: Half
+    quantity: str
+    pairs: int
+    held: Interval
+    """Share of pairs whose interval holds the truth; Wilson's interval."""
+
+
+class Broken(Frozen):
+    """A deliberately broken instrument, and whether the score notices."""
+
+    name: str
+    what: str
+    sound: float
+    """The score of the sound instrument on the same cells."""
+    broken: float
+    by: str
+    """The number of the score that tells."""
+    caught: bool
+
+
+class ScoreRecord(Record):
+    """The score of every instrument over the proving ground."""
+
+    KIND = "score"
+    INDENT = None
+
+    cells: int
+    done: int
+    thresholds: Thresholds
+    opened: bool
+    """Whether the held-out half has been opened; thresholds and cuts were frozen before."""
+    verdicts: tuple[Verdicts, ...]
+    numbers: tuple[Numbers, ...]
+    mistakes: tuple[Mistake, ...]
+    pairs: tuple[Scored, ...]
+    coverage: tuple[Coverage, ...] = ()
+    methods: tuple[Score, ...] = ()
+    """Held-out half of the planted organisms; cuts were chosen on the other."""
+    planted: tuple[Planted, ...] = ()
+    proofs: tuple[Proof, ...] = ()
+    broken: tuple[Broken, ...] = ()
+    seconds: dict[str, float]
+    """Mean seconds of an instrument on a pair or organism."""

@@ -1,0 +1,420 @@
+"""The score: every instrument over the whole ground, one cell at a time, and what comes of it.
+
+Each cell is a file of its own, so that a score resumes where it was stopped, and grows when the ground does. The
+thresholds are frozen when the open half is done, before anything of the other half is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mixturelens.behaviour.record import behaviour_record
+from mixturelens.checkpoints import load_model, load_tokenizer, quiet_libraries
+from mixturelens.grafting.pair import graft_record
+from mixturelens.organism import questions
+from mixturelens.patching.pair import patching_record
+from mixturelens.proving.broken import broken_verdicts
+from mixturelens.proving.coverage import POPULATION, Coverage, coverage
+from mixturelens.proving.localise import Found, localise
+from mixturelens.proving.localise import score as score_methods
+from mixturelens.proving.pairs import ARCHITECTURES, QUICK, Cell, Half, Organism, grid, make_organism, make_pair, near
+from mixturelens.proving.planted import Planted, Proof, grow, plan, proof
+from mixturelens.proving.record import (
+    Confusion,
+    MechanismScore,
+    Mistake,
+    Numbers,
+    PairScore,
+    Scored,
+    ScoreRecord,
+    Verdicts,
+)
+from mixturelens.records import Record, provenance, write_text
+from mixturelens.routing.verdict import DEFAULT_THRESHOLDS, judge
+from mixturelens.types import InputError, Interval, VerdictWord
+
+R = TypeVar("R", bound=Record)
+HALVES: tuple[Half, ...] = ("open", "held-out")
+Progress = Callable[[str, int, int], None]
+"""Called as progress(what, done, all)."""
+
+PLANTED = tuple(plan(architecture, number) for number in range(3) for architecture in ARCHITECTURES)
+COVERED = (
+    "resampled-mildly",
+    "grpo",
+    "noise",
+    "sometimes-answers",
+    "better-skill",
+    "skill-damaged",
+    "both-with-reader",
+    "both-with-skill",
+    "near-routing",
+    "near-specialist",
+)
+"""Recipes of which one pair each, the first of the ground, shows how often intervals hold the truth."""
+TOLERANCE = 1e-3
+"""Nats (or share) to which the truth itself is resolved."""
+QUANTITIES = ("routing", "conditioning", "skill", "specialist", "moved")
+
+
+def score_pair(cell: Cell, ground: Path) -> PairScore:
+    """Make the pair, and hear what the behavioural verdict says of it."""
+    made = make_pair(cell, ground)
+    start = time.perf_counter()
+    record = behaviour_record(made.before, made.after, made.load_suite())
+    said = judge(record)
+    nats = {name: value for name, value in said.nats if isinstance(value, Interval)}
+    return PairScore(
+        provenance=provenance(before=made.before, after=made.after),
+        pair=cell.name,
+        organism=cell.organism.name,
+        recipe=cell.recipe.name,
+        half=cell.half,
+        architecture=cell.organism.architecture,
+        announced=cell.organism.announced,
+        policies=cell.organism.policies,
+        seed=cell.organism.seed,
+        intended=cell.recipe.intended,
+        truth=made.truth,
+        near=near(made.truth),
+        verdict=said.verdict,
+        changed=said.changed,
+        dormant_intact=said.dormant_intact,
+        reason=said.reason,
+        routing_share=said.routing_share,
+        nats=nats,
+        moved=record.moved,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def score_mechanism(cell: Cell, ground: Path) -> MechanismScore:
+    """The mechanism's verdict on the pair: from grafts and patching alone."""
+    made = make_pair(cell, ground)
+    suite = made.load_suite()
+    record = behaviour_record(made.before, made.after, suite)
+    start = time.perf_counter()
+    word: VerdictWord | None = None
+    try:
+        graft = graft_record(made.before, made.after, suite, record)
+        try:
+            patching = patching_record(made.before, made.after, suite, record)
+        except InputError:
+            patching = None  # no cue reader to find: the grafts still say what they can
+        said = judge(record, graft=graft, patching=patching).mechanism
+        word, reason = said.verdict, said.reason or ""
+    except InputError as error:
+        reason = str(error)
+    return MechanismScore(
+        provenance=provenance(before=made.before, after=made.after),
+        pair=cell.name,
+        verdict=word,
+        reason=reason,
+        seconds=time.perf_counter() - start,
+    )
+
+
+class _Coverages(Record):
+    KIND = "coverage"
+
+    of: tuple[Coverage, ...]
+
+
+def score_coverage(cell: Cell, ground: Path) -> _Coverages:
+    """How often intervals hold the truth, over resampled suites of this pair."""
+    made = make_pair(cell, ground)
+    spec = cell.organism.spec
+    every = [question for pool in reversed(questions(spec)) for question in pool]
+    found = coverage(
+        cell.name,
+        spec,
+        made.load_suite(),
+        load_model(made.before),
+        load_model(made.after),
+        load_tokenizer(made.before),
+        every[:POPULATION],
+    )
+    return _Coverages(provenance=provenance(before=made.before, after=made.after), of=found)
+
+
+class _Localisation(Record):
+    KIND = "localisation"
+
+    planted: Planted
+    proof: Proof
+    found: tuple[Found, ...]
+
+
+def score_planted(planted: Planted, ground: Path) -> _Localisation:
+    """Grow an organism with planted addresses, prove it, and let every method look for them."""
+    folder = ground / "planted" / planted.name
+    grow(planted, folder)
+    found = localise(folder)
+    return _Localisation(
+        provenance=provenance(before=folder / "checkpoints/sft"), planted=planted, proof=proof(folder), found=found
+    )
+
+
+# --- the whole ground -------------------------------------------------------------------------------------------------
+
+
+Step = tuple[Callable[[Any, Path], Record], Any, Path]
+"""What to do, with what, and the file that it ends in."""
+
+
+def run_score(ground: Path, *, quick: bool = False, jobs: int = 1, progress: Progress | None = None) -> ScoreRecord:
+    """Score every cell that has no file yet, then sum up what there is in `ground/score.json`.
+
+    The open half goes first; then the thresholds are frozen, and the other half is opened. Raises InputError if the
+    thresholds have changed since this ground's held-out half was opened.
+    """
+    cells, planted = (QUICK, ()) if quick else (grid(), PLANTED)
+    for half in HALVES:
+        _do(
+            [_verdict(cell, ground) for cell in cells if cell.half == half], ground, jobs, progress, f"verdicts, {half}"
+        )
+        if half == "open":
+            _freeze(ground)
+    _do([_mechanism(cell, ground) for cell in cells if not quick], ground, jobs, progress, "mechanism")
+    _do([_address(each, ground) for each in planted], ground, jobs, progress, "planted addresses")
+    _do([_cover(cell, ground) for cell in covered(cells)], ground, jobs, progress, "coverage")
+    record = sum_up(ground, cells, planted)
+    record.save(ground / "score.json")
+    return record
+
+
+def covered(cells: Sequence[Cell]) -> list[Cell]:
+    """The first pair of each recipe whose intervals are put to the test."""
+    first = {cell.recipe.name: cell for cell in reversed(cells) if cell.organism.announced != "none"}
+    return [first[name] for name in COVERED if len(cells) > len(QUICK)]
+
+
+def _verdict(cell: Cell, ground: Path) -> Step:
+    return score_pair, cell, ground / "cells/verdict" / f"{cell.name}.json"
+
+
+def _mechanism(cell: Cell, ground: Path) -> Step:
+    return score_mechanism, cell, ground / "cells/mechanism" / f"{cell.name}.json"
+
+
+def _cover(cell: Cell, ground: Path) -> Step:
+    return score_coverage, cell, ground / "cells/coverage" / f"{cell.name}.json"
+
+
+def _address(planted: Planted, ground: Path) -> Step:
+    return score_planted, planted, ground / "cells/planted" / f"{planted.name}.json"
+
+
+def opened(planted: Sequence[Planted]) -> list[str]:
+    """Organisms whose scores may choose a method's cut: every other one, of every architecture."""
+    return [each.name for i, each in enumerate(planted) if (i // len(ARCHITECTURES) + i) % 2 == 0]
+
+
+def _do(steps: list[Step], ground: Path, jobs: int, progress: Progress | None, what: str) -> None:
+    """The steps that have no file yet; so many at once, each on one thread; organisms first."""
+    from joblib import Parallel, delayed
+
+    left = [step for step in steps if not step[2].is_file()]
+    done = len(steps) - len(left)
+    if progress is not None and steps:
+        progress(what, done, len(steps))
+    organisms = dict.fromkeys(of.organism for _, of, _ in left if isinstance(of, Cell))
+    missing = [each for each in organisms if not (ground / "organisms" / each.name / "checkpoints/sft").exists()]
+    run = Parallel(n_jobs=jobs, return_as="generator_unordered")
+    for number, _ in enumerate(run(delayed(_organism)(each, ground) for each in missing), start=1):
+        if progress is not None:
+            progress(f"organisms of {what}", number, len(missing))
+    for _ in run(delayed(_step)(*step, ground) for step in left):
+        done += 1
+        if progress is not None:
+            progress(what, done, len(steps))
+
+
+def _organism(organism: Organism, ground: Path) -> None:
+    _alone()
+    make_organism(organism, ground)
+
+
+def _step(work: Callable[[Any, Path], Record], of: Any, file: Path, ground: Path) -> None:
+    _alone()
+    work(of, ground).save(file)
+
+
+def _alone() -> None:
+    """Small networks gain nothing by a second thread, and lose much where cores are shared."""
+    import torch
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+
+
+def _freeze(ground: Path) -> None:
+    """Write down the thresholds, or refuse to go on with others."""
+    now, file = DEFAULT_THRESHOLDS.model_dump_json(indent=1) + "\n", ground / "frozen.json"
+    if not file.is_file():
+        write_text(file, now)
+    elif file.read_text(encoding="utf-8") != now:
+        raise InputError(
+            f"{file}: the thresholds have changed since the held-out half was opened; score a new ground (--out)"
+        )
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+def sum_up(ground: Path, cells: Sequence[Cell], planted: Sequence[Planted]) -> ScoreRecord:
+    """What the finished cells say together."""
+    folder, names = ground / "cells", [cell.name for cell in cells]
+    pairs = _there(PairScore, folder / "verdict", names)
+    by_pair = {each.pair: each for each in _there(MechanismScore, folder / "mechanism", names)}
+    places = _there(_Localisation, folder / "planted", [each.name for each in planted])
+    covers = _there(_Coverages, folder / "coverage", names)
+    truths = {each.planted.name: each.planted for each in places}
+    founds = [found for each in places for found in each.found]
+    known = opened(planted)
+    both = {name in known for name in truths} == {True, False}
+    seconds = {
+        "behavioural verdict": [p.seconds for p in pairs],
+        "mechanism's verdict": [m.seconds for m in by_pair.values()],
+    }
+    return ScoreRecord(
+        provenance=provenance(),
+        cells=len(cells),
+        done=len(pairs),
+        thresholds=DEFAULT_THRESHOLDS,
+        opened=(ground / "frozen.json").is_file(),
+        verdicts=tuple(
+            sums
+            for half in HALVES
+            for sums in (
+                _verdicts("behavioural", half, [(p, p.verdict) for p in pairs if p.half == half]),
+                _verdicts(
+                    "mechanism",
+                    half,
+                    [(p, by_pair[p.pair].verdict) for p in pairs if p.half == half and p.pair in by_pair],
+                ),
+            )
+        ),
+        numbers=tuple(_numbers(half, name, pairs) for half in HALVES for name in QUANTITIES),
+        mistakes=tuple(
+            mistake
+            for p in pairs
+            for mistake in (
+                _mistake(p, "behavioural", p.verdict, p.reason),
+                _mistake(p, "mechanism", by_pair[p.pair].verdict, by_pair[p.pair].reason)
+                if p.pair in by_pair
+                else None,
+            )
+            if mistake is not None
+        ),
+        pairs=tuple(
+            Scored(
+                pair=p.pair,
+                half=p.half,
+                truth=p.truth.verdict,
+                verdict=p.verdict,
+                mechanism=by_pair[p.pair].verdict if p.pair in by_pair else None,
+                near=p.near,
+                true_share=p.truth.routing_share,
+                share=p.routing_share,
+                true_moved=p.truth.moved,
+                moved=p.moved,
+            )
+            for p in pairs
+        ),
+        coverage=tuple(each for one in covers for each in one.of),
+        methods=score_methods(founds, truths, known) if both else (),
+        planted=tuple(truths.values()),
+        proofs=tuple(each.proof for each in places),
+        broken=tuple(
+            broken_verdicts(
+                [cell for cell in cells if cell in QUICK or cell.name in {p.pair for p in pairs}][:4], ground
+            )
+        ),
+        seconds={name: round(float(np.mean(values)), 2) for name, values in seconds.items() if values},
+    )
+
+
+def _there(kind: type[R], folder: Path, names: Iterable[str]) -> list[R]:
+    files = [folder / f"{name}.json" for name in names]
+    return [kind.load(file) for file in files if file.is_file()]
+
+
+def _wrong(pair: PairScore, word: VerdictWord | None) -> bool:
+    return word != pair.truth.verdict and not (pair.near and word == "inconclusive")
+
+
+def _verdicts(instrument: str, half: Half, said: list[tuple[PairScore, VerdictWord | None]]) -> Verdicts:
+    clear = [(p, word) for p, word in said if not p.near and word is not None]
+    close: list[tuple[PairScore, VerdictWord | None]] = [(p, word) for p, word in said if p.near and word is not None]
+    confusion: Confusion = {}
+    for p, word in clear:
+        row = confusion.setdefault(p.truth.verdict, {})
+        row[word] = row.get(word, 0) + 1
+    nothing = [word for p, word in said if p.truth.verdict == "neither" and word is not None]
+    return Verdicts(
+        instrument=instrument,
+        half=half,
+        pairs=len(clear),
+        near=len(close),
+        confusion=confusion,
+        right=wilson(sum(word == p.truth.verdict for p, word in clear), len(clear)),
+        false_alarms=sum(word in ("routing", "specialist", "both") for word in nothing),
+        nothing=len(nothing),
+        near_ok=sum(not _wrong(p, word) for p, word in close),
+    )
+
+
+def _numbers(half: Half, quantity: str, pairs: Sequence[PairScore]) -> Numbers:
+    """Off announcement `none`, whose terms no completion tells."""
+    held = []
+    for pair in pairs:
+        found = pair.moved if quantity == "moved" else pair.nats[quantity]
+        if pair.half != half or pair.announced == "none" or found.low is None or found.high is None:
+            continue
+        truth = true_number(pair, quantity)
+        held.append(found.low - TOLERANCE <= truth <= found.high + TOLERANCE)
+    return Numbers(half=half, quantity=quantity, pairs=len(held), held=wilson(sum(held), len(held)))
+
+
+def true_number(pair: PairScore, quantity: str) -> float:
+    nats = pair.truth.nats
+    if quantity == "moved":
+        return pair.truth.moved
+    return nats["conditioning"] + nats["skill"] if quantity == "specialist" else nats[quantity]
+
+
+def wilson(hits: int, number: int) -> Interval:
+    """A share with Wilson's 95% interval (Wilson 1927); not measured for none at all.
+
+    >>> wilson(19, 20)
+    Interval(value=0.95, low=0.764, high=0.991)
+    """
+    if not number:
+        return Interval()
+    from scipy.stats import binomtest
+
+    bounds = binomtest(hits, number).proportion_ci(method="wilson")
+    return Interval(value=hits / number, low=round(bounds.low, 3), high=round(bounds.high, 3))
+
+
+def _mistake(pair: PairScore, instrument: str, word: VerdictWord | None, reason: str) -> Mistake | None:
+    if word is None or not _wrong(pair, word):
+        return None
+    return Mistake(
+        pair=pair.pair,
+        half=pair.half,
+        instrument=instrument,
+        truth=pair.truth.verdict,
+        verdict=word,
+        true_share=pair.truth.routing_share,
+        share=pair.routing_share,
+        true_moved=pair.truth.moved,
+        moved=pair.moved,
+        reason=reason,
+    )

@@ -1,0 +1,112 @@
+"""The score: sums by hand, thresholds that stay frozen, and the quick part of the ground from end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mixturelens.proving import score
+from mixturelens.proving.pairs import QUICK
+from mixturelens.proving.record import PairScore
+from mixturelens.proving.truth import Truth
+from mixturelens.records import provenance
+from mixturelens.routing.verdict import Changed
+from mixturelens.types import InputError, Interval
+
+
+def pair(truth: str, verdict: str, near: bool = False, **more) -> PairScore:
+    number = Interval(value=0.5, low=0.4, high=0.6)
+    values = {
+        "provenance": provenance(),
+        "pair": f"{truth}-{verdict}-{near}",
+        "organism": "gpt2-token-2-0",
+        "recipe": "resampled",
+        "half": "open",
+        "architecture": "gpt2",
+        "announced": "token",
+        "policies": 2,
+        "seed": 0,
+        "intended": truth,
+        "truth": Truth(
+            verdict=truth,  # type: ignore[arg-type]
+            routing_share=0.5,
+            moved=0.5,
+            nats={"routing": 0.5, "conditioning": 0.2, "skill": 0.3},
+            selector=True,
+            cue_reader=False,
+            skill=False,
+            dormant_intact=True,
+            coverage=1.0,
+            unresolved=0.0,
+        ),
+        "near": near,
+        "verdict": verdict,
+        "changed": Changed(selector=True, cue_reader=False, skill=False),
+        "dormant_intact": True,
+        "reason": "because",
+        "routing_share": number,
+        "nats": dict.fromkeys(("routing", "conditioning", "skill", "specialist"), number),
+        "moved": number,
+        "seconds": 1.0,
+    }
+    return PairScore(**(values | more))
+
+
+def test_a_confusion_matrix_by_hand():
+    said = [
+        pair("routing", "routing"),
+        pair("routing", "both"),
+        pair("neither", "specialist"),
+        pair("neither", "inconclusive"),
+        pair("both", "inconclusive", near=True),
+        pair("both", "routing", near=True),
+    ]
+    sums = score._verdicts("behavioural", "open", [(p, p.verdict) for p in said])
+    assert sums.confusion == {"routing": {"routing": 1, "both": 1}, "neither": {"specialist": 1, "inconclusive": 1}}
+    assert (sums.pairs, sums.near, sums.near_ok) == (4, 2, 1)
+    assert (sums.false_alarms, sums.nothing) == (1, 2)
+    assert sums.right.value == 0.25
+
+
+def test_near_misses_may_be_inconclusive_and_others_may_not():
+    assert score._mistake(pair("both", "inconclusive", near=True), "behavioural", "inconclusive", "") is None
+    mistake = score._mistake(pair("both", "inconclusive"), "behavioural", "inconclusive", "too few")
+    assert mistake is not None
+    assert mistake.reason == "too few"
+
+
+def test_numbers_are_held_to_the_truth():
+    wrong = pair("both", "both", nats=dict.fromkeys(score.QUANTITIES[:-1], Interval(value=0.9, low=0.8, high=1.0)))
+    sums = score._numbers("open", "routing", [pair("both", "both"), wrong])
+    assert (sums.pairs, sums.held.value) == (2, 0.5)
+
+
+def test_wilson_of_none_is_not_measured():
+    assert not score.wilson(0, 0).measured
+    assert score.wilson(20, 20).low == pytest.approx(0.839)
+
+
+def test_thresholds_stay_as_they_were_when_the_other_half_was_opened(tmp_path: Path, monkeypatch):
+    score._freeze(tmp_path)
+    score._freeze(tmp_path)
+    changed = score.DEFAULT_THRESHOLDS.model_copy(update={"routing": 0.8})
+    monkeypatch.setattr(score, "DEFAULT_THRESHOLDS", changed)
+    with pytest.raises(InputError, match="thresholds have changed"):
+        score._freeze(tmp_path)
+
+
+def test_the_quick_ground_from_end_to_end(tmp_path: Path, monkeypatch):
+    """Four pairs made, evaluated and judged; broken instruments caught; and a second run that measures nothing."""
+    steps: list[tuple[str, int, int]] = []
+    record = score.run_score(tmp_path, quick=True, progress=lambda *step: steps.append(step))
+    assert record.done == record.cells == 4
+    behavioural = [sums for sums in record.verdicts if sums.instrument == "behavioural"]
+    assert [sums.right.value for sums in behavioural] == [1.0, 1.0]
+    truths = {word for sums in behavioural for word in sums.confusion}
+    assert truths == {"routing", "specialist", "both", "neither"}
+    assert all(numbers.held.value == 1.0 for numbers in record.numbers)
+    assert [each.caught for each in record.broken] == [True, True, True]
+    assert steps[-1][1:] == (2, 2)
+    monkeypatch.setattr(score, "score_pair", lambda *_: pytest.fail("scored again"))
+    assert score.sum_up(tmp_path, QUICK, ()).verdicts == record.verdicts
