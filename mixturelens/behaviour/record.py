@@ -233,7 +233,7 @@ def measure_record(
     change = measure_change(scorer, before, after, prompts, seed)
     _refuse_silent(suite, [change.before, change.after])
     explained = _explained(change, grid, suite)
-    nats, per_cue_nats, shares = _nats(change, grid, suite, explained)
+    nats, per_cue_nats, shares = nats_of(change, grid, suite, explained)
     if explained:
         change = replace(change, after=attributed(prompts, change.after, explained.after))
     sides = [_sides(b, suite, grid) for b in (change.before, change.after)]
@@ -309,7 +309,7 @@ def _sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
     return sides
 
 
-def _nats(
+def nats_of(
     change: Change, grid: Grid, suite: Suite, explained: Explained | None
 ) -> tuple[Nats, list[Nats], dict[str, Interval]]:
     """Nats averaged over cues, per cue, and what follows from them."""
@@ -429,7 +429,7 @@ def _controls(
 ) -> Controls:
     suite = prompts.suite
     unchanged = measure_change(scorer, before, before, prompts, seed)
-    same, _, _ = _nats(unchanged, grid, suite, _explained(unchanged, grid, suite))
+    same, _, _ = nats_of(unchanged, grid, suite, _explained(unchanged, grid, suite))
     routing, total, ratio = (grid.draws(v).mean(-1) for v in nulls(scorer, before, after, prompts, seed + 11))
     shuffled = NOT_MEASURED if suite.table else map_draws(lambda r, t: r / t, routing, total)
     independent = interval(ratio)

@@ -13,6 +13,7 @@ import numpy as np
 from mixturelens.behaviour import record
 from mixturelens.behaviour.arrays import Behaviour, Change
 from mixturelens.behaviour.split import class_terms
+from mixturelens.proving.localise import INTACT, Score
 from mixturelens.proving.pairs import Cell, make_pair
 from mixturelens.proving.record import Broken
 from mixturelens.routing.verdict import judge
@@ -58,6 +59,22 @@ BROKEN: dict[str, tuple[Callable[[Measure], Measure], str]] = {
     "a term dropped": (_dropped, "the split without its conditioning"),
     "labels shuffled": (_shuffled, "policies of R's completions told at random"),
 }
+
+
+HOOKS = {
+    "one layer off": ("the hook on the wrong layer", "auroc"),
+    "sides shuffled": ("clean and corrupt mixed up", "iou"),
+}
+
+
+def broken_methods(methods: Sequence[Score]) -> Iterator[Broken]:
+    """What the score of planted addresses says of broken patching, beside the sound one, on the cue."""
+    of = {each.method: each for each in methods if each.contrast == "cue"}
+    for name, (what, number) in HOOKS.items():
+        if INTACT in of:
+            sound, broken = (getattr(of[method], number).value for method in (INTACT, f"{INTACT}, {name}"))
+            by = f"{'AUROC' if number == 'auroc' else 'IoU'} of planted addresses"
+            yield Broken(name=name, what=what, sound=sound, broken=broken, by=by, caught=sound >= 0.9 and broken <= 0.6)
 
 
 def broken_verdicts(cells: Sequence[Cell], ground: Path) -> Iterator[Broken]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from mixturelens.proving.coverage import Coverage
 from mixturelens.proving.localise import Score
 from mixturelens.proving.pairs import Half
-from mixturelens.proving.planted import Planted, Proof
+from mixturelens.proving.planted import Planted
+from mixturelens.proving.proof import Proof
 from mixturelens.proving.truth import Truth
 from mixturelens.records import Record
 from mixturelens.routing.verdict import Changed, Thresholds

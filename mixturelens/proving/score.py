@@ -23,7 +23,8 @@ from mixturelens.proving.coverage import POPULATION, Coverage, coverage
 from mixturelens.proving.localise import Found, localise
 from mixturelens.proving.localise import score as score_methods
 from mixturelens.proving.pairs import ARCHITECTURES, QUICK, Cell, Half, Organism, grid, make_organism, make_pair, near
-from mixturelens.proving.planted import Planted, Proof, grow, plan, proof
+from mixturelens.proving.planted import Planted, grow, plan
+from mixturelens.proving.proof import Proof, proof
 from mixturelens.proving.record import (
     Confusion,
     MechanismScore,
@@ -278,6 +279,7 @@ def sum_up(ground: Path, cells: Sequence[Cell], planted: Sequence[Planted]) -> S
     founds = [found for each in places for found in each.found]
     known = opened(planted)
     both = {name in known for name in truths} == {True, False}
+    methods = score_methods(founds, truths, known) if both else ()
     seconds = {
         "behavioural verdict": [p.seconds for p in pairs],
         "mechanism's verdict": [m.seconds for m in by_pair.values()],
@@ -328,7 +330,7 @@ def sum_up(ground: Path, cells: Sequence[Cell], planted: Sequence[Planted]) -> S
             for p in pairs
         ),
         coverage=tuple(each for one in covers for each in one.of),
-        methods=score_methods(founds, truths, known) if both else (),
+        methods=methods,
         planted=tuple(truths.values()),
         proofs=tuple(each.proof for each in places),
         broken=tuple(

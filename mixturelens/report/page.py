@@ -11,7 +11,7 @@ from mixturelens.behaviour.record import BehaviourRecord, CueSide, Nats
 from mixturelens.records import Provenance, write_text
 from mixturelens.report import evidence, mechanism
 from mixturelens.report import features as units
-from mixturelens.report.parts import Control, Pictures, number
+from mixturelens.report.parts import Control, Pictures, number, render
 from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.types import NOT_MEASURED, Interval
 from mixturelens.viz import DASH, show, show_interval
@@ -144,21 +144,8 @@ def write_report(
         "intervals": viz.INTERVALS,
         "plotly_script": viz.plotly_script(),
     }
-    write_text(path, _render(context))
+    write_text(path, render("report.html.j2", context))
     return path
-
-
-def _render(context: dict[str, object]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("mixturelens"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(context)
 
 
 def _trajectory_caption(run: Trajectory) -> str:

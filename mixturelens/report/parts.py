@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from mixturelens import viz
@@ -50,3 +51,17 @@ class Group(NamedTuple):
     text: str
     falsify: str
     pictures: list[Picture]
+
+
+def render(template: str, context: Mapping[str, object]) -> str:
+    """A page, whole; what a template asks for and nobody gave is an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("mixturelens"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(context)

@@ -13,7 +13,8 @@ from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.organism import build_model, build_tokenizer, prompt_text, questions
 from mixturelens.proving import planted as module
 from mixturelens.proving.organisms import Architecture, fit, rows_of, target_of
-from mixturelens.proving.planted import Planted, grow, hold, plan, plant, proof, spec_of
+from mixturelens.proving.planted import Planted, grow, hold, plan, plant, spec_of
+from mixturelens.proving.proof import proof
 
 ARCHITECTURES = get_args(Architecture)
 EACH = pytest.mark.parametrize(("architecture", "number"), [(a, n) for n, a in enumerate(ARCHITECTURES)])
