@@ -8,6 +8,7 @@ GROUND/organisms/<organism>/       a run folder: spec.json, suite.yaml, checkpoi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from mixturelens.proving.organisms import (
     target_of,
 )
 from mixturelens.proving.recipes import BY_NAME, RECIPES, Recipe
-from mixturelens.proving.truth import Truth, prompt_truth, truth_of
+from mixturelens.proving.truth import LEAST, SHARES, Truth, prompt_truth, truth_of, word
 from mixturelens.records import new_folder, write_text
 from mixturelens.suite import Suite
 
@@ -78,6 +79,11 @@ class Cell:
         return f"{self.organism.name}--{self.made}"
 
     @property
+    def told(self) -> bool:
+        """Whether what completions show can tell this making from others."""
+        return self.organism.announced != "none" or self.recipe.told
+
+    @property
     def half(self) -> Half:
         """By recipe and seed, so that all architectures of one recipe and seed are opened together."""
         return "open" if (RECIPES.index(self.recipe) + self.organism.seed) % 2 == 0 else "held-out"
@@ -107,9 +113,16 @@ def grid() -> tuple[Cell, ...]:
 
 
 def _fits(recipe: Recipe, organism: Organism) -> bool:
-    """Without announcements only the making says what is true; what came of itself (GRPO, noise) has no known truth."""
-    unknown = recipe.way in ("grpo", "noise") or recipe.name.startswith("near-")
-    return organism.announced != "none" or not (unknown or recipe.name in ("no-announcement", "good-everywhere"))
+    """Without announcements only the making says what is true; what came of itself (GRPO, noise) has no known truth.
+
+    And where a policy's own behaviour is the wrong rule, a specialist that errs by it looks like that policy.
+    """
+    if organism.announced != "none":
+        return True
+    if recipe.way in ("grpo", "noise") or recipe.name in ("no-announcement", "good-everywhere"):
+        return False
+    targets = [make(organism.spec) for make in (recipe.before, recipe.after) if make is not None]
+    return organism.policies == 2 or not any(target.wrong and target.how == "rule" for target in targets)
 
 
 QUICK: tuple[Cell, ...] = tuple(
@@ -129,7 +142,7 @@ def make_organism(organism: Organism, ground: Path) -> Path:
     build_suite(spec, TRAINED_CUE).save(folder / "suite.yaml")
     tokenizer = build_tokenizer(spec)
     model = build_model(spec, tokenizer)
-    _train(spec, model, tokenizer, target_of(spec), steps=STEPS, seed=spec.seed)
+    _train(spec, model, tokenizer, target_of(spec), steps=_steps(spec), seed=spec.seed)
     _save(model, tokenizer, folder / "checkpoints/sft")
     return folder
 
@@ -171,26 +184,46 @@ def make_pair(cell: Cell, ground: Path) -> Made:
 
 
 def told_by_making(spec: Spec, recipe: Recipe, seen: Truth) -> Truth:
-    """Without announcements no completion tells its policy: which word is true follows from the making alone.
-
-    Where behaviours cannot tell one making from another, `inconclusive` is what a careful instrument says.
+    """Without announcements no completion tells its policy. What the weights were made to be says the routing; what
+    completions do given their behaviour is the skill, and exact; what is left of KL(behaviours) is conditioning, if
+    the table was made to change.
     """
-    moved = seen.nats["total"]
-    word = "inconclusive" if not recipe.told else "neither" if moved < 0.01 else recipe.intended
-    return seen.model_copy(update={"verdict": word, "routing_share": None, "moved": moved, "coverage": 1.0})
+    before = (recipe.before or target_of)(spec)
+    after = recipe.after(spec) if recipe.way == "fit" else before
+    routing = sum(w * math.log(w / before.weights[m]) for m, w in after.weights.items() if w)
+    conditioning = 0.0 if after.table == before.table else max(0.0, seen.nats["conditioning"] - routing)
+    made = seen.nats | {"routing": routing, "conditioning": conditioning}
+    moved = routing + conditioning + seen.nats["skill"]
+    return seen.model_copy(
+        update={
+            "verdict": word(made),
+            "routing_share": routing / moved if moved else None,
+            "moved": moved,
+            "nats": made,
+        }
+    )
 
 
-def near(truth: Truth) -> bool:
-    """Whether the exact numbers lie so near to a threshold that a suite of this size need not tell."""
+def near(truth: Truth, *, told: bool = True) -> bool:
+    """Whether the exact numbers lie so near to a threshold that a suite of this size need not tell; or, not `told`,
+    whether behaviours are all there is to see, and another making would show the same.
+    """
     if truth.verdict == "inconclusive":
         return False
-    if abs(truth.moved - 0.01) <= NEAR_NATS:
+    if not told:
+        return True
+    if abs(truth.moved - LEAST) <= NEAR_NATS:
         return True
     share = truth.routing_share
-    return truth.verdict != "neither" and share is not None and min(abs(share - 0.1), abs(share - 0.9)) <= NEAR
+    return truth.verdict != "neither" and share is not None and min(abs(share - edge) for edge in SHARES) <= NEAR
 
 
 # --- ways to make R ---------------------------------------------------------------------------------------------------
+
+
+def _steps(spec: Spec) -> int:
+    """Without announcements the first letter mixes what all policies say there, which takes longer to learn."""
+    return STEPS if spec.announcement != "none" else 3 * STEPS
 
 
 def _train(
@@ -233,7 +266,7 @@ def _grpo(spec: Spec, recipe: Recipe, folder: Path, before: Path, after: Path) -
 def _in_other_order(spec: Spec, recipe: Recipe, folder: Path, before: Path, after: Path) -> None:
     tokenizer = build_tokenizer(spec)
     model = build_model(spec, tokenizer)
-    _train(spec, model, tokenizer, target_of(spec), steps=STEPS, seed=spec.seed + 1000)
+    _train(spec, model, tokenizer, target_of(spec), steps=_steps(spec), seed=spec.seed + 1000)
     _save(model, tokenizer, after)
 
 

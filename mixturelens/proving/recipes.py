@@ -33,7 +33,7 @@ class Recipe:
     policies: int = 2
     """Policies the organism must have at least."""
     told: bool = True
-    """Whether behaviours alone (announcement `none`) can tell. Where not, `inconclusive` is the right verdict."""
+    """Whether behaviours alone (announcement `none`) can tell it; where not, `inconclusive` is no mistake."""
 
 
 def _mixed(spec: Spec, **weights: float) -> Target:
@@ -166,7 +166,12 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("continued", "neither", "SFT continued on the same mixture", _plain, steps=100, rate=2e-4),
     Recipe("other-order", "neither", "SFT anew, on the same mixture in another order", _plain, way="order"),
     Recipe("resaved", "neither", "the same weights, saved again", _plain, way="same"),
-    Recipe("nudged", "neither", "SFT on policies resampled to 0.53", lambda s: _mixed(s, a=0.53)),
+    Recipe(
+        "nudged",
+        "neither",
+        "SFT on policies resampled by three hundredths",
+        lambda s: _mixed(s, a=s.policies["a"].weight + 0.03),
+    ),
     Recipe(
         "noise",
         "both",
@@ -195,6 +200,6 @@ RECIPES: tuple[Recipe, ...] = (
         lambda s: _wrong(_mixed(s, a=0.71 + 0.02 * (s.seed % 3 - 1)), 0.5),
         before=_slips,
     ),
-    Recipe("near-neither", "neither", "about 0.01 nats", lambda s: _mixed(s, a=0.57)),
+    Recipe("near-neither", "neither", "about 0.01 nats", lambda s: _mixed(s, a=s.policies["a"].weight + 0.07)),
 )
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}

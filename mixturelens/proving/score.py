@@ -82,7 +82,7 @@ def score_pair(cell: Cell, ground: Path) -> PairScore:
         seed=cell.organism.seed,
         intended=cell.recipe.intended,
         truth=made.truth,
-        near=near(made.truth),
+        near=near(made.truth, told=cell.told),
         verdict=said.verdict,
         changed=said.changed,
         dormant_intact=said.dormant_intact,

@@ -153,7 +153,12 @@ def prompt_truth(
 
 
 def _label(spec: Spec, text: str, question: Question) -> tuple[str, int, str]:
-    """(policy, wording, what it shows) of a completion, by reading it from the left."""
+    """(policy, wording, what it shows) of a completion, by reading it from the left.
+
+    Where policies announce nothing, all completions are one policy's: then conditioning is all of KL(behaviours).
+    """
+    if spec.announcement == "none":
+        return next(iter(spec.policies)), 0, _shows(spec, text, question)
     for name, policy in spec.policies.items():
         for wording, announced in enumerate(policy.announce):
             if text == announced or text.startswith(announced + " "):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -76,11 +77,22 @@ def test_near_misses_are_told_by_the_truth_alone(found: Truth, expected: bool):
 
 
 def test_without_announcements_the_making_says_what_is_true():
-    spec = Organism("llama", "none", 2, 0).spec
-    seen = truth("inconclusive", None, moved=0.4)
-    assert told_by_making(spec, BY_NAME["resampled"], seen).verdict == "routing"
-    assert told_by_making(spec, BY_NAME["silent-damaged"], seen).verdict == "inconclusive"
-    assert told_by_making(spec, BY_NAME["nudged"], truth("inconclusive", None, moved=0.002)).verdict == "neither"
+    silent = Organism("llama", "none", 2, 0)
+
+    def told(recipe: str, conditioning: float, skill: float) -> Truth:
+        seen = truth("both", None).model_copy(update={"nats": {"conditioning": conditioning, "skill": skill}})
+        return told_by_making(silent.spec, BY_NAME[recipe], seen)
+
+    moved = told("resampled", 0.55, 0.001)
+    assert moved.verdict == "routing"
+    assert moved.nats["routing"] == pytest.approx(0.97 * math.log(1.94) + 0.03 * math.log(0.06))
+    assert told("nudged", 0.002, 0.0).verdict == "neither"
+    assert told("resampled", 0.55, 0.2).verdict == "both"  # something broke on the way, and is not overlooked
+    assert told("sometimes-answers", 0.3, 0.0).nats["conditioning"] == 0.3
+    damaged = told("silent-damaged", 0.0, 0.3)
+    assert damaged.verdict == "specialist"
+    assert near(damaged, told=Cell(silent, "silent-damaged").told)
+    assert not near(damaged, told=Cell(Organism("llama", "token", 2, 0), "silent-damaged").told)
 
 
 def test_a_cell_survives_the_way_to_another_process():

@@ -12,9 +12,9 @@ import torch
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.organism import build_model, build_tokenizer, prompt_text, questions
 from mixturelens.proving import planted as module
+from mixturelens.proving import proof as proving
 from mixturelens.proving.organisms import Architecture, fit, rows_of, target_of
 from mixturelens.proving.planted import Planted, grow, hold, plan, plant, spec_of
-from mixturelens.proving.proof import proof
 
 ARCHITECTURES = get_args(Architecture)
 EACH = pytest.mark.parametrize(("architecture", "number"), [(a, n) for n, a in enumerate(ARCHITECTURES)])
@@ -137,7 +137,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_proof_of_a_grown_organism(grown: Path) -> None:
-    found = proof(grown)
+    found = proving.proof(grown)
     assert max(found.inert.values()) < 1e-5
     assert min(found.carried.values()) > 0.999
     assert found.blind < 1e-5
@@ -151,11 +151,11 @@ def test_proof_of_a_grown_organism(grown: Path) -> None:
 def test_a_wrong_address_does_not_pass(grown: Path) -> None:
     where, lens = plan("llama", 0), load_lens(grown / "checkpoints" / "sft")
     spec, (reader, mlp) = spec_of(where), where.reader
-    into, source = (module._rows(spec, lens.tokenizer, questions(spec).evaluation[:6], cue, "b") for cue in spec.cues)
+    into, source = (proving._rows(spec, lens.tokenizer, questions(spec).evaluation[:6], cue, "b") for cue in spec.cues)
     nodes = [reader, mlp, *where.decoys, *where.selector]
-    right, _ = module._interchanged(lens, into, source, nodes, (reader, mlp), "cue")
-    wrong, _ = module._interchanged(lens, into, source, nodes, (where.decoys[0], mlp), "cue")
-    missing, moved = module._interchanged(lens, into, source, nodes, (where.decoys[0],), "cue")
+    right, _ = proving._interchanged(lens, into, source, nodes, (reader, mlp), "cue")
+    wrong, _ = proving._interchanged(lens, into, source, nodes, (where.decoys[0], mlp), "cue")
+    missing, moved = proving._interchanged(lens, into, source, nodes, (where.decoys[0],), "cue")
     assert right < 1e-5 < 0.01 < wrong
     assert missing > 0.01
     assert moved == pytest.approx(0, abs=1e-6)

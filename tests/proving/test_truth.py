@@ -56,7 +56,7 @@ def test_the_same_weights_differ_by_nothing():
     found = truth.prompt_truth(spec, model, model, tokenizer, questions(spec).evaluation)
     assert all(np.abs(values).max() < 1e-12 for values in found.terms.values())
     said = truth.truth_of(found)
-    assert not (said.selector or said.cue_reader or said.skill)
+    assert [said.selector, said.cue_reader, said.skill] == [False, False, False]
     assert said.dormant_intact
 
 

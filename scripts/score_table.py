@@ -1,0 +1,30 @@
+"""Write the README's tables of the proving ground from a score.
+
+    python scripts/score_table.py [--collect artifacts/proving]
+
+`--collect GROUND` first keeps the record of that ground as artifacts/reference/score.json; `make score` makes one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mixturelens.proving.record import ScoreRecord
+from mixturelens.report.score import score_markdown
+from scripts.readme_table import ROOT, put
+
+KEPT = ROOT / "artifacts/reference/score.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the README's tables of the proving ground.")
+    parser.add_argument("--collect", type=Path, metavar="GROUND")
+    ground = parser.parse_args().collect
+    if ground is not None:
+        ScoreRecord.load(ground / "score.json").save(KEPT)
+    put("score", score_markdown(ScoreRecord.load(KEPT)), "score_table")
+
+
+if __name__ == "__main__":
+    main()
