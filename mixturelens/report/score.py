@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mixturelens import viz
 from mixturelens.records import write_text
 from mixturelens.report.parts import Picture, Pictures, number, render
+from mixturelens.types import Interval
 from mixturelens.viz import DASH, show, show_interval
 from mixturelens.viz import score as draw
 
@@ -49,16 +50,7 @@ def write_score(path: Path, record: ScoreRecord) -> Path:
             "change: it, the rest",
         ),
         "proofs": [_proof(*pair) for pair in zip(record.planted, record.proofs, strict=True)],
-        "mistakes_head": (
-            "pair",
-            "verdict",
-            "true → said",
-            "true share",
-            "measured share",
-            "true nats moved",
-            "measured nats",
-            "reason",
-        ),
+        "mistakes_head": ("pair", "verdict", "true → said", "share, true → measured", "nats moved, likewise", "reason"),
         "mistakes": _mistakes(record),
         "broken_head": ("instrument", "what was broken", "sound", "broken", "caught"),
         "broken_by": "; ".join(dict.fromkeys(each.by for each in record.broken)),
@@ -177,11 +169,12 @@ def _verdict(instrument: str, record: ScoreRecord, pictures: Pictures) -> tuple[
 
 
 def _shares_caption(record: ScoreRecord) -> str:
-    unknown = sum(each.true_share is None for each in record.pairs)
+    untold = sum(map(draw.untold, record.pairs))
     return (
         "A point a pair. Filled: held-out half; open: open half; ringed: a wrong verdict. Dashed: thresholds; shaded: "
-        "near misses. Left without pairs in which nothing changed, as there is no share of nothing, and without the "
-        f"{unknown} of whose share there is no exact number. Right: less than {draw.LEAST:g} nats is drawn there."
+        f"near misses. Without the {untold} pairs whose policies announce nothing: no completion tells their terms. "
+        "Left, without pairs in which nothing changed: there is no share of nothing. "
+        f"Right, less than {draw.LEAST:g} nats stands there."
     )
 
 
@@ -207,7 +200,8 @@ def _coverage(record: ScoreRecord, pictures: Pictures) -> Picture:
     return pictures.add(
         draw.coverage(record.coverage),
         f"Share of resampled suites whose interval holds the truth. Shaded: {draw.BAND[0]:g} to {draw.BAND[1]:g}. "
-        "Whiskers: 95% binomial, of so many suites (Wilson). Open diamonds: the truth lies at a boundary.",
+        "Whiskers: 95% binomial, of so many suites (Wilson). Open diamonds: the truth lies at a boundary. Red: left of "
+        "the axis; the number is bold where the truth is at no boundary.",
         whiskers=False,
     )
 
@@ -235,19 +229,19 @@ def _method_rows(record: ScoreRecord) -> list[tuple[Cell, ...]]:
 
 
 def _proof(planted: Planted, proof: Proof) -> tuple[Cell, ...]:
-    def both(values: Iterable[float], digits: int = 3) -> str:
-        return ", ".join(show(value, digits) for value in values)
+    def cell(values: Iterable[float], digits: int = 3) -> Cell:
+        return ", ".join(show(value, digits) for value in values), ""
 
     places = f"cue {' + '.join(planted.reader)}; hint {' + '.join(planted.selector)}; change {planted.changed}"
     return (
         planted.name,
         places,
-        ", ".join(f"{value:.0e}" if value else "0" for value in proof.inert.values()),
-        both(proof.carried.values()),
-        show(proof.accuracy),
-        both(proof.alone),
-        show(proof.blind, 6),
-        both(proof.grafted, 2),
+        (", ".join(f"{value:.0e}" if value else "0" for value in proof.inert.values()), ""),
+        cell(proof.carried.values()),
+        cell([proof.accuracy]),
+        cell(proof.alone),
+        cell([proof.blind], 6),
+        cell(proof.grafted, 2),
     )
 
 
@@ -258,14 +252,17 @@ def _mistakes(record: ScoreRecord) -> list[tuple[Cell, ...]]:
             m.pair,
             f"{m.instrument}, {m.half}" + (", near miss" if m.pair in near else ""),
             f"{m.truth} → {m.verdict}",
-            (show(m.true_share), ""),
-            number(m.share),
-            (show(m.true_moved, 4), ""),
-            number(m.moved, 4),
+            _beside(m.true_share, m.share, 3),
+            _beside(m.true_moved, m.moved, 4),
             m.reason,
         )
-        for m in record.mistakes
+        for m in sorted(record.mistakes, key=lambda m: (m.instrument, m.half))
     ]
+
+
+def _beside(true: float | None, measured: Interval, digits: int) -> tuple[str, str]:
+    value, spread = number(measured, digits)
+    return f"{show(true, digits)} → {value}", spread
 
 
 def _yes(so: bool) -> str:

@@ -80,7 +80,7 @@ def confusion(halves: Sequence[Verdicts]) -> Figure:
         counts = [[sums.confusion.get(truth, {}).get(said, 0) for said in WORDS] for truth in WORDS]
         totals = [sum(row) for row in counts]
         figure.add_heatmap(
-            z=[[n / total if total else None for n in row] for row, total in zip(counts, totals, strict=True)],
+            z=[[n / max(total, 1) for n in row] for row, total in zip(counts, totals, strict=True)],
             x=places,
             y=places,
             text=[[str(n) if total else DASH for n in row] for row, total in zip(counts, totals, strict=True)],
@@ -100,10 +100,7 @@ def confusion(halves: Sequence[Verdicts]) -> Figure:
             row=1,
             col=column,
         )
-        for place, total in enumerate(totals):
-            if not total:  # a cell without a value shows no text
-                for x in places:
-                    figure.add_annotation(text=DASH, x=x, y=place, showarrow=False, row=1, col=column)
+        for place in places:
             box = {"x0": place - 0.48, "x1": place + 0.48, "y0": place - 0.47, "y1": place + 0.47}
             figure.add_shape(type="rect", line={"color": INK, "width": 1.5}, row=1, col=column, **box)
         figure.update_xaxes(
@@ -149,13 +146,14 @@ def shares(record: ScoreRecord) -> Figure:
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.1, subplot_titles=["routing share", "what moved"])
     style(figure, 560)
     figure.update_layout(margin={"t": 96}, hovermode="closest", legend={"itemsizing": "constant"})
-    shared = [each for each in record.pairs if each.true_share is not None and each.truth != "neither"]
+    told = [each for each in record.pairs if not untold(each)]
+    shared = [each for each in told if each.true_share is not None and each.truth != "neither"]
     wrong = {each.pair for each in record.mistakes if each.instrument == "behavioural"}
-    most = max([0.1, *(end for each in record.pairs for end in (each.true_moved, each.moved.high) if end is not None)])
+    most = max([0.1, *(end for each in told for end in (each.true_moved, each.moved.high) if end is not None)])
     bands = [[(at - NEAR, at + NEAR) for at in (t.specialist, t.routing)], [(t.nats - NEAR_NATS, t.nats + NEAR_NATS)]]
     lines = ((t.specialist, t.routing), (t.nats,))
     line = {"color": "#777777", "width": 1.2, "dash": "dash"}
-    for column, pairs in enumerate((shared, record.pairs), start=1):
+    for column, pairs in enumerate((shared, told), start=1):
         start, end = (0.0, 1.0) if column == 1 else (LEAST, most)
         figure.add_scatter(
             x=[start, end],
@@ -197,7 +195,7 @@ def shares(record: ScoreRecord) -> Figure:
             mode="markers",
             marker={"symbol": "circle-open", "size": 19, "color": _WRONG, "line": {"width": 2}},
             name="wrong verdict",
-            legendgroup="wrong",
+            legendrank=2000,
             showlegend=column == 2 and bool(ringed),
             hoverinfo="skip",
             row=1,
@@ -225,10 +223,15 @@ def shares(record: ScoreRecord) -> Figure:
     return figure
 
 
+def untold(pair: Scored) -> bool:
+    """Whether there is no exact number to measure: policies that announce nothing leave the split to a model."""
+    return pair.true_share is None and pair.true_moved > 0
+
+
 def _decades(low: float, high: float) -> dict[str, Any]:
     """A logarithmic axis with every power of ten written at the size of other ticks."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    text = ["1" if power == 0 else f"10<sup>{power}</sup>".replace("-", "−") for power in powers]
+    text = [f"{10.0**power:g}" if power > -3 else f"10<sup>−{-power}</sup>" for power in powers]
     ends = [math.log10(low) - 0.2, math.log10(high) + 0.2]
     return {"type": "log", "tickvals": [10.0**power for power in powers], "ticktext": text, "range": ends}
 
@@ -344,7 +347,7 @@ def methods(found: Sequence[Score]) -> Figure:
         row_heights=heights or None,
         subplot_titles=[*METRICS.values()] * max(len(rows), 1),
     )
-    style(figure, sum(heights) + gap * (len(rows) - 1) + 76)
+    style(figure, sum(heights) + gap * max(len(rows) - 1, 0) + 76)
     figure.update_layout(margin={"l": 205, "t": 40, "b": 36}, showlegend=False, hovermode="closest")
     ends = [each.seconds for each in found if each.seconds > 0]
     for i, (kind, scores) in enumerate(rows.items(), start=1):
@@ -370,10 +373,9 @@ def methods(found: Sequence[Score]) -> Figure:
                     row=i,
                     col=j,
                 )
-            for y, value in enumerate(values):
-                if not value.measured:
-                    at = {"x": 0.5, "xref": "x domain", "y": y, "showarrow": False}
-                    figure.add_annotation(text=DASH, font={"color": GREY, "size": 16}, row=i, col=j, **at)
+            none = [y for y, value in enumerate(values) if not value.measured]
+            dashes = {"mode": "text", "text": [DASH] * len(none), "textfont": {"color": GREY, "size": 16}}
+            figure.add_scatter(x=[0.5] * len(none), y=none, hoverinfo="skip", row=i, col=j, **dashes)
             by_chance = metric(chance[kind], name) if kind in chance and name != "seconds" else Interval()
             if by_chance.measured:
                 line = {"color": GREY, "width": 1.5, "dash": "dash"}
