@@ -23,7 +23,9 @@ def make_scored(pair="gpt2-token-2-0--resampled", truth="routing", verdict="rout
         "truth": truth,
         "verdict": verdict,
         "mechanism": truth,
+        "announced": "token",
         "near": False,
+        "told": True,
         "true_share": share,
         "share": Interval(value=share - 0.01, low=share - 0.03, high=share + 0.01),
         "true_moved": moved,
@@ -46,6 +48,8 @@ def make_verdicts(instrument: str, half: Half, confusion: dict[str, dict[str, in
         false_alarms=sum(nothing.get(word, 0) for word in ("routing", "specialist", "both")),
         nothing=sum(nothing.values()),
         near_ok=1 if pairs else 0,
+        untold=0,
+        untold_ok=0,
     )
 
 

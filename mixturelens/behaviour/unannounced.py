@@ -210,13 +210,14 @@ def explain(
     cells = [_moved_cell(after, c_s, table, m, c) for m in range(len(table)) for c in range(len(suite.cues))]
     # of cells that explain as well, the one that takes the least change
     best = min(range(len(cells)), key=lambda k: (round(float(cells[k][1][0]), 6), float(cells[k][2][0])))
-    moved, cell_misfit, cell_nats = cells[best]
+    moved, _, cell_nats = cells[best]
     m, c = divmod(best, len(suite.cues))
     draws: dict[Explanation, Float[np.ndarray, " draw"]] = {
         # blurred by the slip: a behaviour that S happened never to show is not infinitely far
         "nothing": kl(_blurred(after), _blurred(before)).mean(-1),
         "routing": _misfit(after, c_r, table) - own,
-        "conditioning": cell_misfit - own,
+        # whichever cell a sample would choose: that of the estimate alone would seem surer than it is
+        "conditioning": np.min([misfit for _, misfit, _ in cells], axis=0) - own,
     }
     misfit: dict[Explanation, Interval] = {name: interval(values) for name, values in draws.items()}
     cell = (list(suite.policies)[m], suite.cues[c])

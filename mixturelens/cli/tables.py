@@ -260,5 +260,7 @@ def show_score(record: ScoreRecord) -> None:
     for each in record.broken:
         caught = "caught" if each.caught else "NOT CAUGHT"
         print(f"broken on purpose, {each.name}: {caught} ({each.sound:.2f} -> {each.broken:.2f})")
+    for reason in record.failed:
+        print(f"not scored: {reason}")
     for each in record.mistakes:
         print(f"wrong: {each.instrument} verdict on {each.pair}: {each.verdict}, truth {each.truth}. {each.reason}")

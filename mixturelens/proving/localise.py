@@ -78,7 +78,8 @@ class Localised(Frozen):
     auroc: float
     """Of planted nodes against all others; ties count half."""
     top: float
-    """Whether the best node is planted; of nodes that tie for it, the share that is."""
+    """Whether the best head (of a change: the best component) is planted; of those that tie for it, the share that is.
+    Heads alone: the last MLP is in every cue circuit, so that whoever names it is right."""
     iou: float
     """Of the nodes that score at least the cut and those planted: shared over either."""
     decoys: float | None
@@ -397,7 +398,8 @@ def judge(found: Found, planted: Planted, cut: float) -> Localised:
     truth, scores = planted_at(planted, found.contrast), found.scores
     if not truth < scores.keys():
         raise InputError(f"{found.organism}: {', '.join(sorted(truth))} must be some of the scored {', '.join(scores)}")
-    best = [name for name, score in scores.items() if score == max(scores.values())]
+    heads = {name: score for name, score in scores.items() if found.contrast == "change" or ".h" in name}
+    best = [name for name, score in heads.items() if score == max(heads.values())]
     lowest = min(cut, *(scores[name] for name in truth))
     readers, selector = planted.heads
     decoys = [decoy for head, decoy in zip((*readers, selector), planted.decoys, strict=True) if head in truth]

@@ -7,6 +7,7 @@ GROUND/organisms/<organism>/       a run folder: spec.json, suite.yaml, checkpoi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -28,9 +29,10 @@ from mixturelens.proving.organisms import (
     target_of,
 )
 from mixturelens.proving.recipes import BY_NAME, RECIPES, Recipe
-from mixturelens.proving.truth import LEAST, SHARES, Truth, prompt_truth, truth_of, word
+from mixturelens.proving.truth import SHARES, Truth, prompt_truth, truth_of, word
 from mixturelens.records import new_folder, write_text
 from mixturelens.suite import Suite
+from mixturelens.types import InputError, RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,8 +41,8 @@ Half = Literal["open", "held-out"]
 TRAINED_CUE = "A"
 NEAR = 0.03
 """A share this near to a threshold is a near miss."""
-NEAR_NATS = 0.003
-"""And so is a change this near to the hundredth of a nat."""
+ASTRAY = 0.03
+"""Nats by which behaviours may have moved otherwise than they were made to."""
 PREPARED = 150
 """Steps that make S of a recipe from the organism's own."""
 PREPARED_RATE = 1e-3
@@ -77,6 +79,24 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.organism.name}--{self.made}"
+
+    @property
+    def key(self) -> str:
+        """Name and digest of all that the pair is made from: what was made from something else is not taken for it."""
+        spec, r = self.organism.spec, self.recipe
+        targets = [make(spec) for make in (r.before, r.after) if make is not None]
+        made = (
+            spec.model_dump_json(),
+            _steps(spec),
+            PREPARED,
+            PREPARED_RATE,
+            r.way,
+            r.trainable,
+            r.steps,
+            r.rate,
+            targets,
+        )
+        return f"{self.name}-{hashlib.sha256(repr(made).encode()).hexdigest()[:8]}"
 
     @property
     def told(self) -> bool:
@@ -133,12 +153,14 @@ QUICK: tuple[Cell, ...] = tuple(
 
 
 def make_organism(organism: Organism, ground: Path) -> Path:
-    """Train S, unless it is there; the organism's folder."""
-    folder = ground / "organisms" / organism.name
+    """Train S, unless it is there; the organism's folder. Raises InputError if another organism is there."""
+    folder, spec = ground / "organisms" / organism.name, organism.spec
+    text, file = spec.model_dump_json(indent=1) + "\n", folder / "spec.json"
+    if file.is_file() and file.read_text(encoding="utf-8") != text:
+        raise InputError(f"{folder} holds another organism, of another version; score a new ground (--out)")
     if (folder / "checkpoints/sft").exists():
         return folder
-    spec = organism.spec
-    write_text(folder / "spec.json", spec.model_dump_json(indent=1) + "\n")
+    write_text(file, text)
     build_suite(spec, TRAINED_CUE).save(folder / "suite.yaml")
     tokenizer = build_tokenizer(spec)
     model = build_model(spec, tokenizer)
@@ -166,9 +188,10 @@ def make_pair(cell: Cell, ground: Path) -> Made:
     """Make S and R of this cell and evaluate them exhaustively, unless that is done."""
     folder = make_organism(cell.organism, ground)
     spec, recipe = cell.organism.spec, cell.recipe
-    checkpoints, file = folder / "checkpoints", folder / "truth" / f"{recipe.name}.json"
-    before = checkpoints / ("sft" if recipe.before is None else f"{recipe.name}-before")
-    after = checkpoints / ("rl-A" if recipe.way == "grpo" else recipe.name)
+    key = cell.key.removeprefix(f"{cell.organism.name}--")
+    checkpoints, file = folder / "checkpoints", folder / "truth" / f"{key}.json"
+    before = checkpoints / ("sft" if recipe.before is None else f"{key}-before")
+    after = checkpoints / ("rl-A" if recipe.way == "grpo" else key)
     tokenizer = load_tokenizer(checkpoints / "sft")
     if recipe.before is not None and not before.exists():
         model = load_model(checkpoints / "sft")
@@ -178,44 +201,39 @@ def make_pair(cell: Cell, ground: Path) -> Made:
         MAKERS[recipe.way](spec, recipe, folder, before, after)
     if not file.exists():
         found = prompt_truth(spec, load_model(before), load_model(after), tokenizer, questions(spec).evaluation)
-        truth = truth_of(found) if cell.organism.announced != "none" else told_by_making(spec, recipe, truth_of(found))
+        truth = truth_of(found) if cell.organism.announced != "none" else told_by_making(cell, truth_of(found))
         write_text(file, truth.model_dump_json(indent=1) + "\n")
     return Made(before, after, folder / "suite.yaml", Truth.model_validate(json.loads(file.read_text())))
 
 
-def told_by_making(spec: Spec, recipe: Recipe, seen: Truth) -> Truth:
-    """Without announcements no completion tells its policy. What the weights were made to be says the routing; what
-    completions do given their behaviour is the skill, and exact; what is left of KL(behaviours) is conditioning, if
-    the table was made to change.
+def told_by_making(cell: Cell, seen: Truth) -> Truth:
+    """Without announcements no completion tells its policy, and the making has to say what is true.
+
+    The weights that were asked for give the routing; what completions do given their behaviour is skill, and exact;
+    KL(behaviours) is conditioning where only the table was made to change. Where weights and table were, the word is
+    what the recipe intends, and there are no terms. Raises RunError if R did not become what it was made for.
     """
+    spec, recipe = cell.organism.spec, cell.recipe
     before = (recipe.before or target_of)(spec)
     after = recipe.after(spec) if recipe.way == "fit" else before
     routing = sum(w * math.log(w / before.weights[m]) for m, w in after.weights.items() if w)
-    conditioning = 0.0 if after.table == before.table else max(0.0, seen.nats["conditioning"] - routing)
-    made = seen.nats | {"routing": routing, "conditioning": conditioning}
-    moved = routing + conditioning + seen.nats["skill"]
-    return seen.model_copy(
-        update={
-            "verdict": word(made),
-            "routing_share": routing / moved if moved else None,
-            "moved": moved,
-            "nats": made,
-        }
-    )
+    if not cell.told or (routing and after.table != before.table):
+        return seen.model_copy(update={"verdict": recipe.intended, "routing_share": None, "moved": seen.nats["total"]})
+    behaviours = seen.nats["conditioning"]
+    if after.table == before.table and abs(behaviours - routing) > ASTRAY:
+        raise RunError(f"{cell.name}: behaviours moved by {behaviours:.3f} nats, and were made to by {routing:.3f}")
+    made = seen.nats | {"routing": routing, "conditioning": behaviours if after.table != before.table else 0.0}
+    moved = made["routing"] + made["conditioning"] + made["skill"]
+    share = routing / moved if moved else None
+    return seen.model_copy(update={"verdict": word(made), "routing_share": share, "moved": moved, "nats": made})
 
 
-def near(truth: Truth, *, told: bool = True) -> bool:
-    """Whether the exact numbers lie so near to a threshold that a suite of this size need not tell; or, not `told`,
-    whether behaviours are all there is to see, and another making would show the same.
-    """
-    if truth.verdict == "inconclusive":
-        return False
-    if not told:
-        return True
-    if abs(truth.moved - LEAST) <= NEAR_NATS:
-        return True
+def near(truth: Truth) -> bool:
+    """Whether the exact share lies so near to a threshold that a suite of this size need not tell."""
     share = truth.routing_share
-    return truth.verdict != "neither" and share is not None and min(abs(share - edge) for edge in SHARES) <= NEAR
+    if share is None or truth.verdict in ("neither", "inconclusive"):
+        return False
+    return min(abs(share - edge) for edge in SHARES) <= NEAR
 
 
 # --- ways to make R ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ class PairScore(Record):
     intended: VerdictWord
     truth: Truth
     near: bool
-    """The truth lies so near to a threshold that a suite of this size need not tell."""
+    """The true share lies so near to a threshold that a suite of this size need not tell."""
+    told: bool
+    """Whether completions can tell what was made; false for some makings of policies that announce nothing."""
     verdict: VerdictWord
     changed: Changed
     dormant_intact: bool | None
@@ -46,8 +48,8 @@ class MechanismScore(Record):
     KIND = "mechanism-score"
 
     pair: str
-    verdict: VerdictWord | None
-    """Null where no instrument of it could work on the pair."""
+    verdict: VerdictWord
+    """`inconclusive` too where its instruments found nothing to go by."""
     reason: str
     seconds: float
 
@@ -79,10 +81,12 @@ class Scored(Frozen):
     truth: VerdictWord
     verdict: VerdictWord
     mechanism: VerdictWord | None
-    """Null where the mechanism was not asked, or no instrument of it could work on the pair."""
+    """Null where the mechanism was not asked: policies that announce nothing cannot be put in place."""
+    announced: str
     near: bool
+    told: bool
     true_share: float | None
-    """Routing share; null without announcements, where only the making says what is true."""
+    """Routing share; null where the making says the word alone."""
     share: Interval
     true_moved: float
     moved: Interval
@@ -94,17 +98,32 @@ class Verdicts(Frozen):
     instrument: str
     half: Half
     pairs: int
-    """Off near misses."""
-    near: int
+    """Off near misses and pairs that cannot be told."""
     confusion: Confusion
     right: Interval
-    """Share of the pairs off near misses on which the verdict is right; Wilson's interval."""
+    """Share of those pairs on which the verdict is right; Wilson's interval, as if pairs were independent."""
     false_alarms: int
     """Pairs in which nothing changed, and the verdict says `routing`, `specialist` or `both`."""
     nothing: int
     """Pairs in which nothing changed."""
+    near: int
     near_ok: int
     """Near misses on which the verdict is right or `inconclusive`."""
+    untold: int
+    untold_ok: int
+    """Pairs that completions cannot tell, on which the verdict is right or `inconclusive`."""
+
+
+class Parts(Frozen):
+    """How often the verdict names what changed, where the truth is exact: of one half, off near misses."""
+
+    half: Half
+    part: str
+    """`selector`, `cue_reader`, `skill`, or `dormant_intact`."""
+    pairs: int
+    right: int
+    unsaid: int
+    """Null: the interval crosses the threshold."""
 
 
 class Numbers(Frozen):
@@ -140,8 +159,11 @@ class ScoreRecord(Record):
     done: int
     thresholds: Thresholds
     opened: bool
-    """Whether the held-out half has been opened; thresholds and cuts were frozen before."""
+    """Whether the held-out half has been opened; the verdict's thresholds were written down before."""
+    failed: tuple[str, ...] = ()
+    """Cells that could not be scored, and why."""
     verdicts: tuple[Verdicts, ...]
+    parts: tuple[Parts, ...] = ()
     numbers: tuple[Numbers, ...]
     mistakes: tuple[Mistake, ...]
     pairs: tuple[Scored, ...]

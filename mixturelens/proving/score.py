@@ -6,6 +6,7 @@ thresholds are frozen when the open half is done, before anything of the other h
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mixturelens.behaviour import unannounced
 from mixturelens.behaviour.record import behaviour_record
 from mixturelens.checkpoints import load_model, load_tokenizer, quiet_libraries
 from mixturelens.grafting.pair import graft_record
 from mixturelens.organism import questions
 from mixturelens.patching.pair import patching_record
-from mixturelens.proving.broken import broken_verdicts
+from mixturelens.proving.broken import broken_methods, broken_verdicts
 from mixturelens.proving.coverage import POPULATION, Coverage, coverage
 from mixturelens.proving.localise import Found, localise
 from mixturelens.proving.localise import score as score_methods
@@ -31,13 +33,14 @@ from mixturelens.proving.record import (
     Mistake,
     Numbers,
     PairScore,
+    Parts,
     Scored,
     ScoreRecord,
     Verdicts,
 )
 from mixturelens.records import Record, provenance, write_text
 from mixturelens.routing.verdict import DEFAULT_THRESHOLDS, judge
-from mixturelens.types import InputError, Interval, VerdictWord
+from mixturelens.types import InputError, Interval, RunError, VerdictWord
 
 R = TypeVar("R", bound=Record)
 HALVES: tuple[Half, ...] = ("open", "held-out")
@@ -59,7 +62,9 @@ COVERED = (
 )
 """Recipes of which one pair each, the first of the ground, shows how often intervals hold the truth."""
 TOLERANCE = 1e-3
-"""Nats (or share) to which the truth itself is resolved."""
+"""Nats that an interval may miss by: what the truth leaves unresolved, a beginning of small probability counting as one
+completion, is of that order."""
+PARTS = ("selector", "cue_reader", "skill", "dormant_intact")
 QUANTITIES = ("routing", "conditioning", "skill", "specialist", "moved")
 
 
@@ -82,7 +87,8 @@ def score_pair(cell: Cell, ground: Path) -> PairScore:
         seed=cell.organism.seed,
         intended=cell.recipe.intended,
         truth=made.truth,
-        near=near(made.truth, told=cell.told),
+        near=near(made.truth),
+        told=cell.told,
         verdict=said.verdict,
         changed=said.changed,
         dormant_intact=said.dormant_intact,
@@ -100,22 +106,17 @@ def score_mechanism(cell: Cell, ground: Path) -> MechanismScore:
     suite = made.load_suite()
     record = behaviour_record(made.before, made.after, suite)
     start = time.perf_counter()
-    word: VerdictWord | None = None
+    graft = graft_record(made.before, made.after, suite, record)
     try:
-        graft = graft_record(made.before, made.after, suite, record)
-        try:
-            patching = patching_record(made.before, made.after, suite, record)
-        except InputError:
-            patching = None  # no cue reader to find: the grafts still say what they can
-        said = judge(record, graft=graft, patching=patching).mechanism
-        word, reason = said.verdict, said.reason or ""
-    except InputError as error:
-        reason = str(error)
+        patching = patching_record(made.before, made.after, suite, record)
+    except InputError:
+        patching = None  # no cue reader to find: the grafts still say what they can
+    said = judge(record, graft=graft, patching=patching).mechanism
     return MechanismScore(
         provenance=provenance(before=made.before, after=made.after),
         pair=cell.name,
-        verdict=word,
-        reason=reason,
+        verdict=said.verdict or "inconclusive",
+        reason=said.reason or "",
         seconds=time.perf_counter() - start,
     )
 
@@ -181,7 +182,13 @@ def run_score(ground: Path, *, quick: bool = False, jobs: int = 1, progress: Pro
         )
         if half == "open":
             _freeze(ground)
-    _do([_mechanism(cell, ground) for cell in cells if not quick], ground, jobs, progress, "mechanism")
+    _do(
+        [_mechanism(cell, ground) for cell in cells if cell.organism.announced != "none" and not quick],
+        ground,
+        jobs,
+        progress,
+        "mechanism",
+    )
     _do([_address(each, ground) for each in planted], ground, jobs, progress, "planted addresses")
     _do([_cover(cell, ground) for cell in covered(cells)], ground, jobs, progress, "coverage")
     record = sum_up(ground, cells, planted)
@@ -196,15 +203,15 @@ def covered(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _verdict(cell: Cell, ground: Path) -> Step:
-    return score_pair, cell, ground / "cells/verdict" / f"{cell.name}.json"
+    return score_pair, cell, ground / "cells/verdict" / f"{cell.key}.json"
 
 
 def _mechanism(cell: Cell, ground: Path) -> Step:
-    return score_mechanism, cell, ground / "cells/mechanism" / f"{cell.name}.json"
+    return score_mechanism, cell, ground / "cells/mechanism" / f"{cell.key}.json"
 
 
 def _cover(cell: Cell, ground: Path) -> Step:
-    return score_coverage, cell, ground / "cells/coverage" / f"{cell.name}.json"
+    return score_coverage, cell, ground / "cells/coverage" / f"{cell.key}.json"
 
 
 def _address(planted: Planted, ground: Path) -> Step:
@@ -242,8 +249,14 @@ def _organism(organism: Organism, ground: Path) -> None:
 
 
 def _step(work: Callable[[Any, Path], Record], of: Any, file: Path, ground: Path) -> None:
+    """What cannot be scored is written down beside, and tried again by the next run; the rest goes on."""
     _alone()
-    work(of, ground).save(file)
+    failure = file.with_suffix(".failed")
+    try:
+        work(of, ground).save(file)
+        failure.unlink(missing_ok=True)
+    except (InputError, RunError) as error:
+        write_text(failure, f"{error}\n")
 
 
 def _alone() -> None:
@@ -255,8 +268,9 @@ def _alone() -> None:
 
 
 def _freeze(ground: Path) -> None:
-    """Write down the thresholds, or refuse to go on with others."""
-    now, file = DEFAULT_THRESHOLDS.model_dump_json(indent=1) + "\n", ground / "frozen.json"
+    """Write down what verdicts are told by, or refuse to go on with something else."""
+    told_by = {"verdict": DEFAULT_THRESHOLDS.model_dump(), "unannounced": [unannounced.MISFIT, unannounced.UNEXPLAINED]}
+    now, file = json.dumps(told_by, indent=1) + "\n", ground / "frozen.json"
     if not file.is_file():
         write_text(file, now)
     elif file.read_text(encoding="utf-8") != now:
@@ -270,7 +284,7 @@ def _freeze(ground: Path) -> None:
 
 def sum_up(ground: Path, cells: Sequence[Cell], planted: Sequence[Planted]) -> ScoreRecord:
     """What the finished cells say together."""
-    folder, names = ground / "cells", [cell.name for cell in cells]
+    folder, names = ground / "cells", [cell.key for cell in cells]
     pairs = _there(PairScore, folder / "verdict", names)
     by_pair = {each.pair: each for each in _there(MechanismScore, folder / "mechanism", names)}
     places = _there(_Localisation, folder / "planted", [each.name for each in planted])
@@ -302,6 +316,11 @@ def sum_up(ground: Path, cells: Sequence[Cell], planted: Sequence[Planted]) -> S
                 ),
             )
         ),
+        failed=tuple(
+            f"{file.parent.name} of {file.stem}: {file.read_text(encoding='utf-8').strip()}"
+            for file in sorted(folder.glob("*/*.failed"))
+        ),
+        parts=tuple(_parts(half, part, pairs) for half in HALVES for part in PARTS),
         numbers=tuple(_numbers(half, name, pairs) for half in HALVES for name in QUANTITIES),
         mistakes=tuple(
             mistake
@@ -321,7 +340,9 @@ def sum_up(ground: Path, cells: Sequence[Cell], planted: Sequence[Planted]) -> S
                 truth=p.truth.verdict,
                 verdict=p.verdict,
                 mechanism=by_pair[p.pair].verdict if p.pair in by_pair else None,
+                announced=p.announced,
                 near=p.near,
+                told=p.told,
                 true_share=p.truth.routing_share,
                 share=p.routing_share,
                 true_moved=p.truth.moved,
@@ -333,11 +354,7 @@ def sum_up(ground: Path, cells: Sequence[Cell], planted: Sequence[Planted]) -> S
         methods=methods,
         planted=tuple(truths.values()),
         proofs=tuple(each.proof for each in places),
-        broken=tuple(
-            broken_verdicts(
-                [cell for cell in cells if cell in QUICK or cell.name in {p.pair for p in pairs}][:4], ground
-            )
-        ),
+        broken=(*broken_verdicts(QUICK[1:3], ground), *broken_methods(methods)),
         seconds={name: round(float(np.mean(values)), 2) for name, values in seconds.items() if values},
     )
 
@@ -347,29 +364,40 @@ def _there(kind: type[R], folder: Path, names: Iterable[str]) -> list[R]:
     return [kind.load(file) for file in files if file.is_file()]
 
 
-def _wrong(pair: PairScore, word: VerdictWord | None) -> bool:
-    return word != pair.truth.verdict and not (pair.near and word == "inconclusive")
+def _wrong(pair: PairScore, word: VerdictWord) -> bool:
+    return word != pair.truth.verdict and not (word == "inconclusive" and (pair.near or not pair.told))
 
 
-def _verdicts(instrument: str, half: Half, said: list[tuple[PairScore, VerdictWord | None]]) -> Verdicts:
-    clear = [(p, word) for p, word in said if not p.near and word is not None]
-    close: list[tuple[PairScore, VerdictWord | None]] = [(p, word) for p, word in said if p.near and word is not None]
+def _verdicts(instrument: str, half: Half, said: list[tuple[PairScore, VerdictWord]]) -> Verdicts:
+    clear = [(p, word) for p, word in said if p.told and not p.near]
+    close = [not _wrong(p, word) for p, word in said if p.told and p.near]
+    untold = [not _wrong(p, word) for p, word in said if not p.told]
     confusion: Confusion = {}
     for p, word in clear:
         row = confusion.setdefault(p.truth.verdict, {})
         row[word] = row.get(word, 0) + 1
-    nothing = [word for p, word in said if p.truth.verdict == "neither" and word is not None]
+    nothing = [word for p, word in said if p.truth.verdict == "neither"]
     return Verdicts(
         instrument=instrument,
         half=half,
         pairs=len(clear),
-        near=len(close),
         confusion=confusion,
         right=wilson(sum(word == p.truth.verdict for p, word in clear), len(clear)),
         false_alarms=sum(word in ("routing", "specialist", "both") for word in nothing),
         nothing=len(nothing),
-        near_ok=sum(not _wrong(p, word) for p, word in close),
+        near=len(close),
+        near_ok=sum(close),
+        untold=len(untold),
+        untold_ok=sum(untold),
     )
+
+
+def _parts(half: Half, part: str, pairs: Sequence[PairScore]) -> Parts:
+    """Off announcement `none`, where the parts are not all exact."""
+    mine = [p for p in pairs if p.half == half and p.announced != "none" and not p.near]
+    said = [p.dormant_intact if part == "dormant_intact" else getattr(p.changed, part) for p in mine]
+    right = sum(word == getattr(p.truth, part) for p, word in zip(mine, said, strict=True))
+    return Parts(half=half, part=part, pairs=len(mine), right=right, unsaid=said.count(None))
 
 
 def _numbers(half: Half, quantity: str, pairs: Sequence[PairScore]) -> Numbers:
@@ -405,8 +433,8 @@ def wilson(hits: int, number: int) -> Interval:
     return Interval(value=hits / number, low=round(bounds.low, 3), high=round(bounds.high, 3))
 
 
-def _mistake(pair: PairScore, instrument: str, word: VerdictWord | None, reason: str) -> Mistake | None:
-    if word is None or not _wrong(pair, word):
+def _mistake(pair: PairScore, instrument: str, word: VerdictWord, reason: str) -> Mistake | None:
+    if not _wrong(pair, word):
         return None
     return Mistake(
         pair=pair.pair,

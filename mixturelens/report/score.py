@@ -57,6 +57,8 @@ def write_score(path: Path, record: ScoreRecord) -> Path:
         "broken": [(b.name, b.what, show(b.sound, 2), show(b.broken, 2), _yes(b.caught)) for b in record.broken],
         "thresholds": [(name, f"{value:g}") for name, value in record.thresholds.model_dump().items()],
         "seconds": [(name, show(value, 1)) for name, value in record.seconds.items()],
+        "parts_head": ("what changed", "half", "pairs", "right", "wrong", "cannot tell"),
+        "parts": _parts(record),
         "provenance": [("device", record.provenance.device), *record.provenance.versions.items()],
         "plotly_script": viz.plotly_script(),
     }
@@ -81,13 +83,14 @@ def answer(record: ScoreRecord) -> list[str]:
 
 def missing(record: ScoreRecord) -> list[str]:
     """What of the ground has no score yet."""
-    silent = sum(each.mechanism is None for each in record.pairs)
+    silent = sum(each.mechanism is None and each.announced != "none" for each in record.pairs)
     found = [
         (record.done < record.cells, f"{record.cells - record.done} of {record.cells} pairs"),
+        (bool(record.failed), f"what failed: {'; '.join(record.failed)}"),
         (not record.opened, "the held-out half, which has not been opened"),
         (
             silent > 0,
-            f"the mechanism of {silent} of {record.done} pairs (not asked, or nothing of it works there)",
+            f"the mechanism of {silent} of {record.done} pairs",
         ),
         (not record.coverage, "coverage over resampled suites"),
         (not record.planted, "planted addresses"),
@@ -111,6 +114,8 @@ def _sentence(sums: Verdicts) -> str:
         else "none of them is one in which nothing changed"
     )
     near = f" Near misses, apart: {sums.near_ok} of {sums.near} right or inconclusive." if sums.near else ""
+    if sums.untold:
+        near += f" Pairs that completions cannot tell, apart: {sums.untold_ok} of {sums.untold} right or inconclusive."
     return (
         f"On the {sums.half} half {name[0].lower()}{name[1:]} was right on {right} of {sums.pairs} pairs "
         f"({show_interval(sums.right, 2)}){rest}; {alarms}.{near}"
@@ -193,6 +198,21 @@ def _numbers(record: ScoreRecord) -> list[tuple[Cell, ...]]:
             ),
         )
         for quantity in dict.fromkeys(quantity for quantity, _ in found)
+    ]
+
+
+def _parts(record: ScoreRecord) -> list[tuple[Cell, ...]]:
+    return [
+        (
+            each.part.replace("_", " "),
+            each.half,
+            str(each.pairs),
+            str(each.right),
+            str(each.pairs - each.right - each.unsaid),
+            str(each.unsaid),
+        )
+        for each in record.parts
+        if each.pairs
     ]
 
 

@@ -140,7 +140,7 @@ def shares(record: ScoreRecord) -> Figure:
     """
     from plotly.subplots import make_subplots
 
-    from mixturelens.proving.pairs import NEAR, NEAR_NATS
+    from mixturelens.proving.pairs import NEAR
 
     t = record.thresholds
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.1, subplot_titles=["routing share", "what moved"])
@@ -150,7 +150,7 @@ def shares(record: ScoreRecord) -> Figure:
     shared = [each for each in told if each.true_share is not None and each.truth != "neither"]
     wrong = {each.pair for each in record.mistakes if each.instrument == "behavioural"}
     most = max([0.1, *(end for each in told for end in (each.true_moved, each.moved.high) if end is not None)])
-    bands = [[(at - NEAR, at + NEAR) for at in (t.specialist, t.routing)], [(t.nats - NEAR_NATS, t.nats + NEAR_NATS)]]
+    bands = [[(at - NEAR, at + NEAR) for at in (t.specialist, t.routing)], []]
     lines = ((t.specialist, t.routing), (t.nats,))
     line = {"color": "#777777", "width": 1.2, "dash": "dash"}
     for column, pairs in enumerate((shared, told), start=1):
@@ -225,7 +225,7 @@ def shares(record: ScoreRecord) -> Figure:
 
 def untold(pair: Scored) -> bool:
     """Whether there is no exact number to measure: policies that announce nothing leave the split to a model."""
-    return pair.true_share is None and pair.true_moved > 0
+    return pair.announced == "none"
 
 
 def _decades(low: float, high: float) -> dict[str, Any]:

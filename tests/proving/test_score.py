@@ -41,6 +41,7 @@ def pair(truth: str, verdict: str, near: bool = False, **more) -> PairScore:
             unresolved=0.0,
         ),
         "near": near,
+        "told": True,
         "verdict": verdict,
         "changed": Changed(selector=True, cue_reader=False, skill=False),
         "dormant_intact": True,
@@ -65,6 +66,8 @@ def test_a_confusion_matrix_by_hand():
     sums = score._verdicts("behavioural", "open", [(p, p.verdict) for p in said])
     assert sums.confusion == {"routing": {"routing": 1, "both": 1}, "neither": {"specialist": 1, "inconclusive": 1}}
     assert (sums.pairs, sums.near, sums.near_ok) == (4, 2, 1)
+    untold = score._verdicts("behavioural", "open", [(pair("both", "routing", told=False), "routing")])
+    assert (untold.pairs, untold.untold, untold.untold_ok) == (0, 1, 0)
     assert (sums.false_alarms, sums.nothing) == (1, 2)
     assert sums.right.value == 0.25
 
@@ -80,6 +83,47 @@ def test_numbers_are_held_to_the_truth():
     wrong = pair("both", "both", nats=dict.fromkeys(score.QUANTITIES[:-1], Interval(value=0.9, low=0.8, high=1.0)))
     sums = score._numbers("open", "routing", [pair("both", "both"), wrong])
     assert (sums.pairs, sums.held.value) == (2, 0.5)
+
+
+def test_what_changed_is_held_to_the_truth_part_by_part():
+    unsaid = pair("both", "both", changed=Changed(selector=None, cue_reader=True, skill=False))
+    sums = score._parts("open", "selector", [pair("both", "both"), unsaid])
+    assert (sums.pairs, sums.right, sums.unsaid) == (2, 1, 1)
+    assert score._parts("open", "cue_reader", [unsaid]).right == 0
+
+
+def test_what_cannot_be_scored_is_said_and_the_rest_goes_on(tmp_path: Path):
+    def fails(of, ground):
+        raise InputError(f"{of}: nothing to find")
+
+    file = tmp_path / "cells/verdict/x.json"
+    score._step(fails, "x", file, tmp_path)
+    assert not file.exists()
+    assert "nothing to find" in file.with_suffix(".failed").read_text()
+    score._step(lambda *_: pair("both", "both"), "x", file, tmp_path)
+    assert file.exists()
+    assert not file.with_suffix(".failed").exists()
+
+
+def test_broken_patching_is_told_by_its_own_number():
+    from mixturelens.proving.broken import broken_methods
+    from mixturelens.proving.localise import INTACT, Score
+
+    def found(method: str, auroc: float, iou: float) -> Score:
+        numbers = {"auroc": auroc, "top": auroc, "iou": iou, "decoys": 1.0, "both": 1.0}
+        shown = {name: Interval(value=value, low=value, high=value) for name, value in numbers.items()}
+        return Score(method=method, contrast="cue", cut=0.1, organisms=6, seconds=1.0, **shown)  # type: ignore[arg-type]
+
+    methods = [
+        found(INTACT, 1.0, 1.0),
+        found(f"{INTACT}, one layer off", 0.45, 0.1),
+        found(f"{INTACT}, sides shuffled", 1.0, 0.9),
+    ]
+    assert [(each.name, each.caught) for each in broken_methods(methods)] == [
+        ("one layer off", True),
+        ("sides shuffled", False),
+    ]
+    assert not list(broken_methods([]))
 
 
 def test_wilson_of_none_is_not_measured():

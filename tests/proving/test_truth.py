@@ -26,7 +26,7 @@ def short(announced: str, policies: int) -> Spec:
     return spec.model_copy(update={"questions": SHORT, "split": split, "model": sizes("llama", width=16)})
 
 
-@pytest.mark.parametrize(("announced", "policies"), [("token", 2), ("token", 3)])
+@pytest.mark.parametrize(("announced", "policies"), [("token", 2), ("token", 3), ("phrase", 2)])
 def test_every_term_is_that_of_the_instruments_own_enumeration(announced: str, policies: int):
     spec = short(announced, policies)
     tokenizer = build_tokenizer(spec)
