@@ -76,7 +76,7 @@ def test_the_page_says_what_the_record_says(tmp_path, light):
         "Outside that band: gpt2-token-2-0--grpo (moved 0.902).",
         "At a boundary, where no bootstrap need hold: gpt2-token-2-0--grpo (skill 1.000, dormant 0.310).",
         "cue: exact patching (0.90 [0.80, 1.00], chance 0.12); change: graft",
-        "Of 1 verdicts broken on purpose 1 were caught (S and R swapped 1.00 → 0.25).",
+        "Of 1 instruments broken on purpose 1 were caught (S and R swapped 1.00 → 0.25).",
         "the share crosses 0.9 <b>",  # as text
         "0.940 → 0.930 0.910 to 0.950",
         "3e-06, 0",
@@ -109,7 +109,7 @@ def test_nothing_is_missing_where_all_is_there():
 def test_an_instrument_that_is_not_caught_is_said():
     record = make_score()
     passed = record.broken[0].model_copy(update={"broken": 1.0, "caught": False})
-    assert answer(record.model_copy(update={"broken": (passed,)}))[-1].startswith("Of 1 verdicts broken on purpose 0 ")
+    assert answer(record.model_copy(update={"broken": (passed,)}))[-1].startswith("Of 1 instruments broken on purpose 0 ")
 
 
 def test_markdown_has_a_row_a_truth_and_a_method():

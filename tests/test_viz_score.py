@@ -199,4 +199,4 @@ def test_methods_stand_beside_chance_and_what_is_missing_is_a_dash():
 def test_figures_of_an_empty_record_are_drawn():
     empty = make_score(pairs=(), mistakes=(), coverage=(), methods=())
     for figure in (draw.shares(empty), draw.coverage(()), draw.methods(()), draw.confusion(())):
-        assert figure.layout.height > 0
+        assert figure.layout["height"] > 0

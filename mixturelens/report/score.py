@@ -160,7 +160,7 @@ def _best(record: ScoreRecord, kind: str) -> str:
 def _broken_line(record: ScoreRecord) -> str:
     caught = sum(each.caught for each in record.broken)
     each = ", ".join(f"{b.name} {show(b.sound, 2)} → {show(b.broken, 2)}" for b in record.broken)
-    return f"Of {len(record.broken)} verdicts broken on purpose {caught} were caught ({each})."
+    return f"Of {len(record.broken)} instruments broken on purpose {caught} were caught ({each})."
 
 
 # --- pictures and tables ----------------------------------------------------------------------------------------------
