@@ -101,15 +101,20 @@ def test_what_is_missing_is_said(tmp_path, light):
 
 def test_nothing_is_missing_where_all_is_there():
     record = make_score(done=12, planted=(plan("llama", 0),))
-    silent = record.pairs[-1]
-    assert missing(record) == ["the mechanism of 1 of 12 pairs (not asked, or nothing of it works there)"]
-    assert missing(record.model_copy(update={"pairs": tuple(p for p in record.pairs if p != silent)})) == []
+    assert missing(record) == []  # policies that announce nothing are not asked for a mechanism
+    silent = record.pairs[0].model_copy(update={"mechanism": None})
+    assert missing(record.model_copy(update={"pairs": (silent, *record.pairs[1:])})) == [
+        "the mechanism of 1 of 12 pairs"
+    ]
+    assert missing(record.model_copy(update={"failed": ("verdict of x: why",)})) == ["what failed: verdict of x: why"]
 
 
 def test_an_instrument_that_is_not_caught_is_said():
     record = make_score()
     passed = record.broken[0].model_copy(update={"broken": 1.0, "caught": False})
-    assert answer(record.model_copy(update={"broken": (passed,)}))[-1].startswith("Of 1 instruments broken on purpose 0 ")
+    assert answer(record.model_copy(update={"broken": (passed,)}))[-1].startswith(
+        "Of 1 instruments broken on purpose 0 "
+    )
 
 
 def test_markdown_has_a_row_a_truth_and_a_method():

@@ -73,7 +73,7 @@ def make_score(**changes) -> ScoreRecord:
         make_scored("llama-token-2-0--grpo", verdict="inconclusive", share=0.94),
         make_scored("llama-token-2-0--both-with-skill", "both", "both", 0.5, half="open"),
         make_scored("qwen2-token-2-0--resaved", "neither", "neither", 0.2, 0.0),
-        make_scored("gpt2-none-2-6--resampled", true_share=None, mechanism=None),
+        make_scored("gpt2-none-2-6--resampled", announced="none", true_share=None, mechanism=None),
     )
     wrong = pairs[1]
     mistake = Mistake(
@@ -167,7 +167,7 @@ def test_thresholds_are_lines_and_near_misses_bands():
     lines = {(s["x0"], s["y0"]) for s in drawn if s["type"] == "line"}
     assert {(0.1, 0), (0.9, 0), (0, 0.1), (0, 0.9), (0.01, 0), (0, 0.01)} == lines
     bands = sorted((s["x0"], s["x1"]) for s in drawn if s["type"] == "rect")
-    assert bands == [pytest.approx(b) for b in ((0.007, 0.013), (0.07, 0.13), (0.87, 0.93))]
+    assert bands == [pytest.approx(b) for b in ((0.07, 0.13), (0.87, 0.93))]
 
 
 def test_coverage_has_binomial_whiskers_and_its_band():
