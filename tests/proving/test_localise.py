@@ -76,7 +76,7 @@ def test_redundant_readers_are_both_found_or_not():
 
 def test_nothing_found_is_no_better_than_chance():
     result = judge(found(0.0, 0.0, 0.0, 0.0, 0.0), planted(), cut=0.1)
-    assert (result.auroc, result.top, result.iou) == (0.5, 0.4, 0.0)
+    assert (result.auroc, result.top, result.iou) == (0.5, 0.25, 0.0)  # one of four heads
 
 
 def test_a_node_that_nobody_scored_is_refused():
@@ -98,7 +98,7 @@ def test_the_cut_of_greatest_overlap():
 def test_chance_is_where_it_should_be():
     result = chance(found(1.0, 1.0, 0.0, 0.0, 0.0), planted())
     assert result.auroc == pytest.approx(0.5, abs=0.08)
-    assert result.top == pytest.approx(0.4, abs=0.15)
+    assert result.top == pytest.approx(0.25, abs=0.15)
     assert result.method == "random scores"
 
 

@@ -131,11 +131,12 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("planted") / "llama-0"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHANGING", 40)
-        patch.setattr(module, "ASKED", 3)
+        patch.setattr(proving, "ASKED", 3)
         grow(plan("llama", 0), folder, steps=150)
         yield folder
 
 
+@pytest.mark.slow
 def test_proof_of_a_grown_organism(grown: Path) -> None:
     found = proving.proof(grown)
     assert max(found.inert.values()) < 1e-5
@@ -148,6 +149,7 @@ def test_proof_of_a_grown_organism(grown: Path) -> None:
     assert found.change.selector
 
 
+@pytest.mark.slow
 def test_a_wrong_address_does_not_pass(grown: Path) -> None:
     where, lens = plan("llama", 0), load_lens(grown / "checkpoints" / "sft")
     spec, (reader, mlp) = spec_of(where), where.reader
@@ -161,6 +163,7 @@ def test_a_wrong_address_does_not_pass(grown: Path) -> None:
     assert moved == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_grown_again(grown: Path) -> None:
     weights = grown / "checkpoints" / "sft" / "model.safetensors"
     before = weights.stat().st_mtime_ns
