@@ -16,10 +16,10 @@ from mixturelens.behaviour.split import class_terms
 from mixturelens.proving.localise import INTACT, Score
 from mixturelens.proving.pairs import Cell, make_pair
 from mixturelens.proving.record import Broken
+from mixturelens.proving.truth import TOLERANCE
 from mixturelens.routing.verdict import judge
 
 Measure = Callable[..., Change]
-TOLERANCE = 1e-3
 QUANTITIES = ("routing", "conditioning", "skill")
 
 

@@ -31,7 +31,7 @@ from mixturelens.proving.organisms import (
 from mixturelens.proving.recipes import BY_NAME, RECIPES, Recipe
 from mixturelens.proving.truth import SHARES, Truth, prompt_truth, truth_of, word
 from mixturelens.records import new_folder, write_text
-from mixturelens.suite import Suite
+from mixturelens.suite import Suite, load_suite
 from mixturelens.types import InputError, RunError
 
 if TYPE_CHECKING:
@@ -179,8 +179,6 @@ class Made:
     truth: Truth
 
     def load_suite(self) -> Suite:
-        from mixturelens.suite import load_suite
-
         return load_suite(self.suite)
 
 

@@ -38,6 +38,7 @@ from mixturelens.proving.record import (
     ScoreRecord,
     Verdicts,
 )
+from mixturelens.proving.truth import TOLERANCE
 from mixturelens.records import Record, provenance, write_text
 from mixturelens.routing.verdict import DEFAULT_THRESHOLDS, judge
 from mixturelens.types import InputError, Interval, RunError, VerdictWord
@@ -61,9 +62,6 @@ COVERED = (
     "near-specialist",
 )
 """Recipes of which one pair each, the first of the ground, shows how often intervals hold the truth."""
-TOLERANCE = 1e-3
-"""Nats that an interval may miss by: what the truth leaves unresolved, a beginning of small probability counting as one
-completion, is of that order."""
 PARTS = ("selector", "cue_reader", "skill", "dormant_intact")
 QUANTITIES = ("routing", "conditioning", "skill", "specialist", "moved")
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 RESOLVED = 1e-5
 """A beginning less likely than this under both checkpoints is not followed further; it counts as one completion."""
+TOLERANCE = 1e-3
+"""Nats that an interval may miss by: what the truth leaves unresolved, a beginning of small probability counting as one
+completion, is of that order."""
 CHUNK = 4096
 """Beginnings in one forward."""
 SHARES, LEAST, CELL, COVERED = (0.1, 0.9), 0.01, 0.02, 0.9
@@ -29,7 +32,6 @@ SHARES, LEAST, CELL, COVERED = (0.1, 0.9), 0.01, 0.02, 0.9
 a probability from which a cell of the policy table moved, and the weight that known policies must have."""
 NEW = 0.01
 """A behaviour that S shows less often than this leaves no skill to compare."""
-TERMS = ("routing", "wording", "conditioning", "skill", "novel", "other", "dormant", "total")
 
 
 class Truth(Frozen):
