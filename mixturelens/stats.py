@@ -1,8 +1,9 @@
-"""Bootstrap over questions: the only source of intervals. Numpy only."""
+"""Bootstrap over questions: the only source of intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -12,6 +13,10 @@ from mixturelens.types import NOT_MEASURED, Interval
 
 DRAWS = 2000
 LEVEL = 0.95
+NORMAL = NormalDist()
+TAIL = NORMAL.inv_cdf((1 + LEVEL) / 2)
+MOST_SKEWED = 1.5
+"""Skewness of draws, up to which percentiles are corrected for it: beyond, what is needed lies outside all draws."""
 
 
 def half_of(number: int, which: Literal[0, 1], most: int | None = None) -> list[int]:
@@ -28,10 +33,20 @@ def half_of(number: int, which: Literal[0, 1], most: int | None = None) -> list[
 def resample_counts(questions: int, seed: int, draws: int = DRAWS) -> Int[np.ndarray, "draw question"]:
     """How often each question occurs in each bootstrap sample; row 0 is the sample itself (all ones).
 
-    A question is drawn with all its cues, because its prompts share the difficulty of the question.
+    A question is drawn with all its cues, because its prompts share the difficulty of the question. Samples are a
+    little smaller than what they are drawn from, so that percentiles are as wide as t's interval of a mean: those of
+    samples of full size are too narrow, by 2% at 80 questions and by more than a third at 5 (Hesterberg 2015, doi
+    10.1080/00031305.2015.1089789).
+
+    >>> resample_counts(80, seed=0).sum(1)[:3], resample_counts(5, seed=0).sum(1)[:3]
+    (array([80, 77, 77]), array([5, 2, 2]))
     """
+    from scipy.special import stdtrit
+
     rng = np.random.default_rng(seed)
-    counts = rng.multinomial(questions, np.full(questions, 1.0 / questions), size=draws)
+    narrow = (TAIL / stdtrit(questions - 1, (1 + LEVEL) / 2)) ** 2 if questions > 1 else 1.0
+    drawn = max(1, round((questions - 1) * narrow))
+    counts = rng.multinomial(drawn, np.full(questions, 1.0 / questions), size=draws)
     return np.vstack([np.ones((1, questions), dtype=counts.dtype), counts])
 
 
@@ -52,10 +67,17 @@ def resampled_mean(
 
 
 def interval(draws: Float[np.ndarray, " draw"], digits: int = 10) -> Interval:
-    """Percentile interval from draws whose first entry is the estimate itself.
+    """Interval from draws whose first entry is the estimate itself: percentiles, moved where the draws are skewed.
+
+    A long tail of the draws means that the truth may lie further out on that side than the draws do: percentiles alone
+    lean the wrong way. They are moved as by BCa (Efron 1987, doi 10.1080/01621459.1987.10478410), with acceleration and
+    bias correction both a sixth of the draws' skewness, which is what they are for a mean.
 
     Draws in which the quantity is undefined (NaN) are left out; if the estimate itself is undefined, nothing was
     measured. The interval always contains the estimate.
+
+    >>> interval(np.array([50.0, *range(101)]))
+    Interval(value=50.0, low=2.5, high=97.5)
     """
     estimate = float(draws[0])
     if not np.isfinite(estimate):
@@ -63,10 +85,20 @@ def interval(draws: Float[np.ndarray, " draw"], digits: int = 10) -> Interval:
     usable = draws[1:][np.isfinite(draws[1:])]
     if not len(usable):
         return NOT_MEASURED
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(usable, [tail, 100 - tail])
+    low, high = np.percentile(usable, [100 * NORMAL.cdf(_moved(sign * TAIL, usable)) for sign in (-1, 1)])
     value, low, high = (round(float(x), digits) for x in (estimate, min(low, estimate), max(high, estimate)))
     return Interval(value=value, low=low, high=high)
+
+
+def _moved(z: float, draws: Float[np.ndarray, " draw"]) -> float:
+    """BCa's place, in normal units, of what would be at z in draws without skew."""
+    off = draws - draws.mean()
+    spread = off.std()
+    if not spread > 1e-12 * np.abs(draws).max():
+        return z
+    skewness = float((off * off * off).mean() / spread**3)
+    a = max(-MOST_SKEWED, min(MOST_SKEWED, skewness)) / 6
+    return a + (a + z) / (1 - a * (a + z))
 
 
 def mean_interval(values: Float[np.ndarray, " question"], counts: Int[np.ndarray, "draw question"]) -> Interval:
