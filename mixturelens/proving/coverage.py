@@ -15,6 +15,7 @@ from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.record import grid_of, nats_of
 from mixturelens.checkpoints import end_tokens
 from mixturelens.organism import Spec, prompt_row
+from mixturelens.proving.pairs import NEAR
 from mixturelens.proving.truth import prompt_truth
 from mixturelens.suite import Suite
 from mixturelens.tasks import Question
@@ -28,8 +29,8 @@ POPULATION, ASKED, SUITES = 250, 80, 1000
 REPEATS = 8
 """Independent measurements of the population; a suite takes each question's numbers from any of them, so that the noise
 of sampled completions is in the intervals' errors too."""
-BOUNDARY_SHARE, BOUNDARY_NATS = 0.02, 0.005
-"""Shares this near to 0 or 1, and terms smaller than this many nats, lie at a boundary."""
+BOUNDARY = NEAR
+"""Shares this near to 0 or 1 lie at a boundary, and so do terms that are as small a share of all that moved."""
 QUANTITIES = ("routing", "conditioning", "skill", "specialist", "dormant", "moved", "routing_share")
 
 
@@ -93,7 +94,7 @@ def coverage(
         for quantity in QUANTITIES:
             found[quantity].append(shares[quantity] if quantity in shares else getattr(nats, quantity))
     return tuple(
-        _held(name, quantity, means[quantity], intervals)
+        _held(name, quantity, means[quantity], means["moved"], intervals)
         for quantity, intervals in found.items()
         if all(each.measured for each in intervals)
     )
@@ -105,10 +106,9 @@ def _mixed(measured: Sequence[Change], which: np.ndarray, at: np.ndarray) -> Cha
     return replace(measured[0], **{t: np.stack([getattr(each, t) for each in measured])[which, at] for t in terms})
 
 
-def _held(pair: str, quantity: str, truth: float, intervals: Sequence[Interval]) -> Coverage:
+def _held(pair: str, quantity: str, truth: float, moved: float, intervals: Sequence[Interval]) -> Coverage:
     low, high = (np.array([getattr(each, end) for each in intervals], dtype=float) for end in ("low", "high"))
-    share = quantity == "routing_share"
-    edge = min(truth, 1 - truth) < BOUNDARY_SHARE if share else abs(truth) < BOUNDARY_NATS
+    edge = min(truth, 1 - truth) <= BOUNDARY if quantity == "routing_share" else truth <= BOUNDARY * moved
     return Coverage(
         pair=pair,
         quantity=quantity,
@@ -118,5 +118,5 @@ def _held(pair: str, quantity: str, truth: float, intervals: Sequence[Interval])
         above=float((low > truth).mean()),
         below=float((high < truth).mean()),
         width=float((high - low).mean()),
-        boundary=bool(edge),
+        boundary=edge,
     )

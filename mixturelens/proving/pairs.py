@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 Half = Literal["open", "held-out"]
 TRAINED_CUE = "A"
+FIRST = 8
+"""The first seed of the ground. Organisms of the seeds below served to build the instruments and the ground itself, so
+nothing of them is scored."""
 NEAR = 0.03
 """A share this near to a threshold is a near miss."""
 ASTRAY = 0.03
@@ -115,10 +118,10 @@ ARCHITECTURES: tuple[Architecture, ...] = ("llama", "qwen2", "gpt2", "gpt_neox")
 def grid() -> tuple[Cell, ...]:
     """Every pair of the ground: each recipe on some organisms of each kind, in turn."""
     organisms = [
-        *(Organism(a, "token", 2, seed) for seed in (0, 1) for a in ARCHITECTURES),
-        *(Organism(a, "token", 3, 2 + i % 2) for i, a in enumerate(ARCHITECTURES)),
-        *(Organism(a, "phrase", 2, 4 + i % 2) for i, a in enumerate(ARCHITECTURES)),
-        *(Organism(a, "none", 2 if i % 2 else 3, 6 + i // 2) for i, a in enumerate(ARCHITECTURES)),
+        *(Organism(a, "token", 2, FIRST + seed) for seed in (0, 1) for a in ARCHITECTURES),
+        *(Organism(a, "token", 3, FIRST + 2 + i % 2) for i, a in enumerate(ARCHITECTURES)),
+        *(Organism(a, "phrase", 2, FIRST + 4 + i % 2) for i, a in enumerate(ARCHITECTURES)),
+        *(Organism(a, "none", 2 if i % 2 else 3, FIRST + 6 + i // 2) for i, a in enumerate(ARCHITECTURES)),
     ]
     cells = []
     for number, organism in enumerate(organisms):
