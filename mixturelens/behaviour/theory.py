@@ -1,0 +1,198 @@
+"""How RL moves the weights of policies where it moves nothing else: exact drift, and runs of finite groups.
+
+The weights of M policies are a softmax of M numbers theta that all cues share, and an answer of policy m is right with
+probability p_m under the trained cue. Nothing here knows of a network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from mixturelens.types import InputError
+
+Drift = Literal["softmax", "replicator"]
+"""`softmax`: the policy gradient, theta_m' = c_m (p_m - mean p). `replicator`: the natural gradient, theta_m' = p_m - mean
+p, an alternative that plain training does not follow."""
+
+SETTLED = 1e-4
+"""An exact path ends where the trained cue's accuracy is this near to the best policy's."""
+STABLE = 1e-4
+"""What TRL adds to a group's standard deviation."""
+LONG = 1e9
+"""Units of drift after which a path that has not settled never will."""
+POINTS = 400
+"""Of an exact path, evenly spaced in accuracy under the trained cue."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """Weights on their way, from those of S on; by time in units of drift (`clock`), not of steps."""
+
+    time: Float[np.ndarray, " point"]
+    weights: Float[np.ndarray, "point policy"]
+    shift: Float[np.ndarray, "point policy"]
+    """theta - theta of S: what cues share."""
+
+
+def velocity(
+    weights: Float[np.ndarray, "*at policy"], right: Float[np.ndarray, " policy"], drift: Drift = "softmax"
+) -> Float[np.ndarray, "*at policy"]:
+    """How fast theta moves, in units of drift.
+
+    >>> velocity(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
+    array([ 0.25, -0.25])
+    >>> velocity(np.array([0.5, 0.5]), np.array([1.0, 0.0]), "replicator")
+    array([ 0.5, -0.5])
+    """
+    advantage = right - (weights @ right)[..., None]
+    return weights * advantage if drift == "softmax" else advantage
+
+
+def exact_path(
+    weights: Float[np.ndarray, " policy"], right: Float[np.ndarray, " policy"], drift: Drift = "softmax"
+) -> Path:
+    """From these weights until the trained cue is as right as the best policy that has any weight.
+
+    Raises InputError for weights that are no distribution, and where no policy is righter than another: nothing moves.
+
+    >>> path = exact_path(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
+    >>> path.weights[0].round(3), path.weights[-1].round(3)
+    (array([0.5, 0.5]), array([1., 0.]))
+    """
+    from scipy.integrate import solve_ivp
+
+    start, right = _checked(weights, right)
+    best = right[start > 0].max()
+    if not best - start @ right > SETTLED:
+        raise InputError("no policy is righter under the trained cue than all are together: nothing to select")
+
+    def settled(_: float, shift: Float[np.ndarray, " policy"]) -> float:
+        return best - float(shifted(start, shift) @ right) - SETTLED
+
+    settled.terminal = True  # pyright: ignore[reportFunctionMemberAccess]
+    found = solve_ivp(
+        lambda _, shift: velocity(shifted(start, shift), right, drift),
+        (0.0, LONG),
+        np.zeros_like(start),
+        method="LSODA",
+        events=settled,
+        rtol=1e-10,
+        atol=1e-12,
+        dense_output=True,
+    )
+    if not found.t_events[0].size:
+        raise InputError("the drift did not settle: are two policies right alike, but for rounding?")
+    reached = np.array([shifted(start, shift) @ right for shift in found.y.T])
+    time = np.interp(np.linspace(reached[0], reached[-1], POINTS), reached, found.t)
+    shift = found.sol(time).T
+    return Path(time, shifted(start, shift), shift)
+
+
+def shifted(
+    weights: Float[np.ndarray, "*at policy"], shift: Float[np.ndarray, "*to policy"]
+) -> Float[np.ndarray, "*to policy"]:
+    """Weights once theta has moved by so much: softmax(log c + shift).
+
+    >>> shifted(np.array([0.5, 0.5]), np.array([np.log(3), 0.0]))
+    array([0.75, 0.25])
+    """
+    with np.errstate(divide="ignore"):
+        logits = np.log(weights) + shift
+    grown = np.exp(logits - logits.max(-1, keepdims=True))
+    return grown / grown.sum(-1, keepdims=True)
+
+
+def _checked(
+    weights: Float[np.ndarray, " policy"], right: Float[np.ndarray, " policy"]
+) -> tuple[Float[np.ndarray, " policy"], Float[np.ndarray, " policy"]]:
+    weights, right = np.asarray(weights, dtype=float), np.asarray(right, dtype=float)
+    if weights.shape != right.shape or weights.min() < 0 or not np.isclose(weights.sum(), 1):
+        raise InputError(f"weights {weights.tolist()} of policies that are right {right.tolist()}: no distribution")
+    return weights, right
+
+
+def curve(
+    path: Path,
+    weights: Float[np.ndarray, " policy"],
+    on: Float[np.ndarray, " policy"],
+    off: Float[np.ndarray, " policy"],
+) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
+    """Accuracy under the trained cue and under another one along a path: an answer without a clock.
+
+    `weights` are those of S under the other cue, where policies are right `off` as often; theta moves there as it does
+    under the trained cue. What only hurries or slows the drift (the rate, GRPO's division) leaves the curve as it is.
+
+    >>> path = exact_path(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
+    >>> here, there = curve(path, np.array([0.5, 0.5]), np.array([1.0, 0.0]), np.array([0.0, 1.0]))
+    >>> np.allclose(here + there, 1)
+    True
+    """
+    return path.weights @ on, shifted(weights, path.shift) @ off
+
+
+def group_pace(reached: float, group: int, *, scaled: bool = True) -> float:
+    """How much faster than the drift theta moves in groups of so many samples, rewarded 1 or 0.
+
+    In expectation a group moves theta along the softmax drift itself, times
+
+        E[k/G (1 - k/G) / s_k] / (p (1 - p)),   k of G samples being right, p of all.
+
+    GRPO divides by s, the standard deviation of the group's rewards (Shao et al. 2024, arXiv 2402.03300; as in TRL, of
+    G - 1 degrees of freedom, plus 1e-4); not `scaled`, s is 1 and the pace 1 - 1/G.
+
+    >>> round(group_pace(0.5, 8), 3), round(group_pace(0.5, 8, scaled=False), 3)
+    (1.735, 0.875)
+    """
+    from scipy.stats import binom
+
+    if not 0 < reached < 1:
+        return 0.0  # all rewards are alike
+    share = np.arange(group + 1) / group
+    spread = share * (1 - share)
+    s = np.sqrt(spread * group / (group - 1)) + STABLE if scaled else 1.0
+    return float(binom.pmf(np.arange(group + 1), group, reached) @ (spread / s)) / (reached * (1 - reached))
+
+
+def sampled_paths(
+    weights: Float[np.ndarray, " policy"],
+    right: Float[np.ndarray, " policy"],
+    *,
+    group: int,
+    groups: int,
+    rate: float,
+    steps: int,
+    runs: int = 200,
+    seed: int = 0,
+    scaled: bool = True,
+) -> Float[np.ndarray, "run step policy"]:
+    """Weights of many runs that sample: every step, `groups` groups of `group` answers; theta moves by `rate` times the
+    mean of advantage x gradient of log c. The first step holds the weights of S.
+
+    A policy that no group samples is not selected, whatever it could: the initial weight has to be about 1 / `group`.
+
+    >>> runs = sampled_paths(
+    ...     np.array([0.5, 0.5]), np.array([1.0, 0.0]), group=8, groups=32, rate=1.0, steps=20, runs=50
+    ... )
+    >>> runs.shape, bool(runs[:, -1, 0].mean() > 0.95)
+    ((50, 21, 2), True)
+    """
+    start, right = _checked(weights, right)
+    rng = np.random.default_rng(seed)
+    number = len(start)
+    shift, found = np.zeros((runs, number)), np.empty((runs, steps + 1, number))
+    found[:, 0] = start
+    for step in range(steps):
+        now = found[:, step]
+        outcomes = np.concatenate([now * right, now * (1 - right)], -1)
+        drawn = rng.multinomial(group, outcomes[:, None], size=(runs, groups)) / group
+        succeeded, failed = drawn[..., :number], drawn[..., number:]
+        mean = succeeded.sum(-1, keepdims=True)
+        s = np.sqrt(mean * (1 - mean) * group / (group - 1)) + STABLE if scaled else 1.0
+        # advantages sum to 0 in a group, so that of the gradient 1[m] - c only 1[m] is left
+        shift += rate * ((succeeded * (1 - mean) - failed * mean) / s).mean(1)
+        found[:, step + 1] = shifted(start, shift)
+    return found
