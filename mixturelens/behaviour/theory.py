@@ -15,8 +15,8 @@ from jaxtyping import Float
 from mixturelens.types import InputError
 
 Drift = Literal["softmax", "replicator"]
-"""`softmax`: the policy gradient, theta_m' = c_m (p_m - mean p). `replicator`: the natural gradient, theta_m' = p_m - mean
-p, an alternative that plain training does not follow."""
+"""`softmax`: the policy gradient, theta_m' = c_m (p_m - mean p). `replicator`: the natural gradient,
+theta_m' = p_m - mean p, an alternative that plain training does not follow."""
 
 SETTLED = 1e-4
 """An exact path ends where the trained cue's accuracy is this near to the best policy's."""
