@@ -12,13 +12,14 @@ import pytest
 from test_viz import HOSTILE, around, make_pair, make_trajectory
 from test_viz_features import make_card, make_features, make_score
 from test_viz_grafting import make_effects, make_graft, make_mechanism
-from test_viz_patching import make_circuit_record, make_patching, make_repair
+from test_viz_patching import make_circuit, make_circuit_record, make_patching, make_repair, make_verified
 from test_viz_probing import make_probing
 
 from mixturelens import viz
 from mixturelens.features.record import Example
-from mixturelens.report import evidence, features, write_report
+from mixturelens.report import evidence, features, mechanism, write_report
 from mixturelens.report.parts import Pictures
+from mixturelens.routing.circuit import CircuitRecord, RoutingCircuit
 from mixturelens.types import Interval
 
 
@@ -152,6 +153,17 @@ def test_page_says_where_the_router_is(whole):
         assert title in words
     assert "What undoes RL" not in words, "S was not patched into R"
     assert words.count("What would falsify it") == 4
+
+
+def test_the_page_says_which_slopes_exact_patching_refutes():
+    def caption(circuit: RoutingCircuit) -> str:
+        record = CircuitRecord(circuits=(circuit,), overlaps=())
+        return mechanism.where("pair", None, record, ("A", "B"), Pictures()).groups[0].pictures[0].caption
+
+    said = caption(make_verified())
+    assert "S (before): 1 of 2 heads and MLPs move at least 0.01" in said
+    assert said.endswith("slopes alone speak for L0.h1 (slopes 0.200, patched 0.001, needed 0), drawn dotted.")
+    assert caption(make_circuit()).endswith("Hover for numbers.")  # of a record from before they were patched
 
 
 def test_sections_of_the_mechanism_appear_only_with_their_records(tmp_path):

@@ -14,6 +14,7 @@ from mixturelens.patching.record import Attention, Effect, PatchingRecord, Reade
 from mixturelens.routing.circuit import CircuitEdge, CircuitNode, CircuitRecord, Faithfulness, Overlap, RoutingCircuit
 from mixturelens.routing.repair import Random, Repair, RepairRecord
 from mixturelens.types import NOT_MEASURED, Interval, Site
+from mixturelens.viz.style import GREY
 
 LABELS = ("<A>", "up", " ")
 HEADS = (Site(layer=0, component="z", head=1, position="policy"),)
@@ -179,6 +180,17 @@ def make_circuits(words="", shared=False) -> tuple[RoutingCircuit, ...]:
     return tuple(
         make_circuit(kind, side, words, shared, scores) for kind in ("cue", "hint") for side, scores in changed.items()
     )
+
+
+def make_verified() -> RoutingCircuit:
+    """Patched exactly: head 1 moves nothing, and the MLP half of the contrast."""
+    found = {"L0.h1": (around(0.001, 0.001), around(0.0, 0.001)), "L0.mlp": (around(0.5), around(0.9))}
+    circuit = make_circuit()
+    nodes = (
+        node.model_copy(update=dict(zip(("patched", "needed"), found.get(node.name, ()), strict=False)))
+        for node in circuit.nodes
+    )
+    return circuit.model_copy(update={"nodes": tuple(nodes)})
 
 
 def make_circuit_record(words="") -> CircuitRecord:
@@ -352,6 +364,33 @@ def test_circuit_links_where_a_head_reads_to_where_it_writes(shared):
     assert (link.x[-2], link.y[-2]) in heads
     assert link.x[0] < link.x[-2]
     assert (link.y[0], link.y[-2]) == (1, 1)
+
+
+def test_edges_that_exact_patching_refutes_are_dotted():
+    """Those into a head that moves nothing and out of it."""
+    figure = viz.circuit([make_verified()])
+    drawn = {
+        text.split(" ")[0]: (trace.line.dash, trace.opacity < 1, text)
+        for trace in figure.data
+        if trace.name == "edges"
+        for text in trace.hovertext
+    }
+    assert {sender: shown[0] for sender, shown in drawn.items()} == {"input": "dot", "L0.h1": "dot", "L0.mlp": "solid"}
+    says = "slope alone: patching L0.h1 moves under 0.01<br>patched exactly 0.001 [0, 0.002]<br>needed 0 "
+    assert all((dash == "dot") == faint == (says in text) for dash, faint, text in drawn.values())
+    (nodes,) = (trace for trace in figure.data if trace.name == "nodes")
+    greyed = {
+        text.split(" ")[0] for text, ink in zip(nodes.hovertext, nodes.textfont.color, strict=True) if ink == GREY
+    }
+    assert greyed == {"L0.h1"}
+    assert any("patched exactly 0.500 [0.490, 0.510]<br>needed 0.900 [0.890, 0.910]" in t for t in nodes.hovertext)
+    assert "slope alone: patching moves under 0.01" in {trace.name for trace in figure.data}
+
+
+def test_where_nothing_was_patched_nothing_is_refuted():
+    figure = viz.circuit([make_circuit()])
+    assert {trace.line.dash for trace in figure.data if trace.name == "edges"} == {"solid"}
+    assert not any("slope alone" in (trace.name or "") for trace in figure.data)
 
 
 def test_circuit_shows_the_strongest_and_what_the_other_side_shows():

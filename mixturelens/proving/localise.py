@@ -236,9 +236,14 @@ def _edges(case: Case, scored: Callable[..., EdgeScores]) -> dict[str, float]:
 
 
 def _circuit(case: Case) -> dict[str, float]:
-    """The nodes of the routing circuit, by the sum of |score| of their outgoing edges."""
-    nodes = {node.name: node.score.value for node in routing_circuit(case.lens, case.contrasts, "before").nodes}
-    return {name: nodes[name] or 0.0 for name in case.sites}
+    """The nodes of the routing circuit, nominated by slopes and judged by exact patching: what a node moves, into the
+    corrupt run or into the clean one, whichever is more; 0 where it is not surely used."""
+    nodes = {node.name: node for node in routing_circuit(case.lens, case.contrasts, "before").nodes}
+    moved = {
+        name: max((node.patched.value or 0.0, node.needed.value or 0.0), key=abs) if node.used else 0.0
+        for name, node in nodes.items()
+    }
+    return {name: moved[name] for name in case.sites}
 
 
 def _sae(case: Case) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mixturelens import viz
 from mixturelens.report.parts import Control, Group, Picture, Pictures, number
+from mixturelens.routing.circuit import CARRIES
 from mixturelens.viz import DASH, show, show_interval
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _circuits(circuits: Sequence[RoutingCircuit], pictures: Pictures) -> Group:
             viz.circuit([of for of in circuits if of.kind == kind]),
             f"The {kind} contrast: each line runs from who writes (below) to who reads (above), at one token. "
             "Width: share of the contrast; dashed: a head carries it from one token to another; yellow: S and R "
-            "differ. Hover for numbers.",
+            f"differ. Hover for numbers.{_verified([of for of in circuits if of.kind == kind])}",
             whiskers=False,
         )
         for kind in kinds
@@ -204,10 +205,32 @@ def _circuits(circuits: Sequence[RoutingCircuit], pictures: Pictures) -> Group:
     return Group(
         "The routing circuit",
         "The network as a graph: every node adds to one stream, and every later node reads the sum. Drawn are the "
-        "connections that carry the contrast.",
+        "connections that carry the contrast by their slopes; then single heads and MLPs are patched exactly. Dotted: "
+        "lines from or to one that moves next to nothing, so that its slopes mislead.",
         "A circuit that keeps no more of the contrast than random edges of equal number is a picture and no finding.",
         found,
     )
+
+
+def _verified(circuits: Sequence[RoutingCircuit]) -> str:
+    """What exact patching says of the nodes: how many are used, and which slopes it refutes."""
+    found = []
+    for of in circuits:
+        known = [node for node in of.nodes if node.patched.measured]
+        if not known:
+            continue
+        refuted = [node for node in known if node.used is False and (node.score.value or 0.0) >= CARRIES]
+        named = [
+            f"{node.name} (slopes {show(node.score.value)}, patched {show(node.patched.value)}, "
+            f"needed {show(node.needed.value)})"
+            for node in refuted
+        ]
+        found.append(
+            f" {viz.SIDES[of.checkpoint]}: {sum(node.used is True for node in known)} of {len(known)} heads and MLPs "
+            f"move at least {CARRIES:g} of the contrast when they alone are patched, exactly"
+            + (f"; slopes alone speak for {', '.join(named)}, drawn dotted." if named else ".")
+        )
+    return "".join(found)
 
 
 def _heads(sites: Sequence[Site]) -> str:

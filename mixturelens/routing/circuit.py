@@ -1,4 +1,9 @@
-"""The routing circuit: edges that carry hint, policy and cue, each with a score, and how faithful they are."""
+"""The routing circuit: edges that carry hint, policy and cue, each with a score, and how faithful they are.
+
+Slopes nominate, exact patching verifies (as AtP*, Kramar et al. 2024, arXiv 2403.00745, verifies its top nodes with
+their true effects). A head that carries the cue to where nothing reads it has slopes all the same where its x and -x
+leave the norm equal at both ends of the path and not in between; patching it moves nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +22,11 @@ from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.hooks.sides import Sides, sides
 from mixturelens.patching.attribution import STEPS, EdgeScores, eap_ig, eap_ig_of, faithfulness
 from mixturelens.patching.graph import Graph, edge_graph, masked
-from mixturelens.patching.sweep import APART
+from mixturelens.patching.sweep import APART, Direction, patch
 from mixturelens.records import Record, weights_name
 from mixturelens.stats import interval, resample_counts, resampled_mean, share
 from mixturelens.suite import Suite
-from mixturelens.types import NOT_MEASURED, Frozen, InputError, Interval, RunError, Side
+from mixturelens.types import NOT_MEASURED, Frozen, InputError, Interval, RunError, Side, Site
 
 SHOWN = 120
 """Edges, at most, that a record holds: the strongest."""
@@ -31,6 +36,12 @@ COMPARED = (10, 20, 50, 100)
 """Sizes at which two circuits are compared."""
 MOST = 0.4
 """Share of all edges up to which it says anything that two circuits share them."""
+VERIFIED = 48
+"""Heads and MLPs, at most, that are patched exactly: the strongest by slopes. Two directions of so many are 96 runs, as
+many as the slopes take (STEPS forwards and backwards), and of most runs only the later layers are computed."""
+CARRIES = 0.01
+"""Share of the contrast that a node which is used must surely move: slopes themselves are off by about this much
+(`eap_ig`), so a circuit says nothing of less."""
 
 
 class CircuitNode(Frozen):
@@ -42,6 +53,22 @@ class CircuitNode(Frozen):
     """-1 for the input, the number of layers for the logits."""
     score: Interval
     """Sum of |score| of the edges through it, as share of the metric's difference."""
+    patched: Interval = NOT_MEASURED
+    """Share of the contrast that it moves alone, exactly: its clean output, at all positions, in the corrupt run. Not
+    measured of the input, the logits, and nodes beyond the VERIFIED strongest."""
+    needed: Interval = NOT_MEASURED
+    """The same with its corrupt output in the clean run. A node that works only beside another is not found without."""
+
+    @property
+    def used(self) -> bool | None:
+        """Whether patching it moves at least CARRIES of the contrast, one way or the other: False refutes its slope.
+
+        None where it was not patched, or intervals leave it open.
+        """
+        both = (self.patched, self.needed)
+        if any(each.above(CARRIES) or each.below(-CARRIES) for each in both):
+            return True
+        return False if all(each.above(-CARRIES) and each.below(CARRIES) for each in both) else None
 
 
 class CircuitEdge(Frozen):
@@ -172,6 +199,9 @@ def circuit_record(
 def routing_circuit(lens: Lens, contrasts: Contrasts, side: Side, seed: int = 0) -> RoutingCircuit:
     """The edges that carry a contrast in one checkpoint, by EAP with integrated gradients, and how faithful they are.
 
+    Of the VERIFIED strongest nodes `used` says whether exact patching bears them out. A node of less slope is not
+    looked at: what slopes do not see in a large model, this does not find.
+
     >>> routing_circuit(lens, cue_contrasts(suite, tokenizer, "a", "A", "B"), "after").edges[0]   # doctest: +SKIP
     CircuitEdge(sender='input', receiver='L0.h2.v', position=0, score=Interval(value=0.5, ...))
     """
@@ -214,7 +244,7 @@ def _circuit(
         method=f"EAP-IG, {STEPS} steps",
         labels=position_labels(contrasts, graph.lens.tokenizer),
         edges_total=total,
-        nodes=_nodes(graph, scores, counts, whole),
+        nodes=_nodes(graph, scores, contrasts, counts, whole),
         edges=tuple(
             CircuitEdge(
                 sender=graph.writers[writer],
@@ -238,18 +268,43 @@ def _circuit(
 
 
 def _nodes(
-    graph: Graph, scores: EdgeScores, counts: Int[np.ndarray, "draw row"], whole: Float[np.ndarray, " draw"]
+    graph: Graph,
+    scores: EdgeScores,
+    contrasts: Contrasts,
+    counts: Int[np.ndarray, "draw row"],
+    whole: Float[np.ndarray, " draw"],
 ) -> tuple[CircuitNode, ...]:
-    """What each node's outgoing edges carry (of the logits: the incoming ones), signs dropped."""
+    """What each node's outgoing edges carry (of the logits: the incoming ones), signs dropped; and what it moves."""
     layers = {"input": -1, **{name: int(name[1:].split(".")[0]) for name in graph.writers[1:]}}
     per_question = scores.per_question.double().numpy()
     through = {name: per_question[:, writer] for writer, name in enumerate(graph.writers)}
     through["logits"] = per_question[:, :, -1]
     carried = {name: np.abs(resampled_mean(each, counts)).sum(-1) / np.abs(whole) for name, each in through.items()}
+    strongest = sorted(graph.writers[1:], key=lambda name: -carried[name][0])[:VERIFIED]
+
+    def exact(direction: Direction) -> dict[str, Interval]:
+        moved = patch(graph.lens, contrasts, [_site(name) for name in strongest], direction=direction).effects(counts)
+        return {name: interval(draws, digits=5) for name, draws in zip(strongest, moved.T, strict=True)}
+
+    patched, needed = exact("denoise"), exact("noise")
     return tuple(
-        CircuitNode(name=name, layer=layers.get(name, graph.lens.layers), score=interval(draws, digits=5))
+        CircuitNode(
+            name=name,
+            layer=layers.get(name, graph.lens.layers),
+            score=interval(draws, digits=5),
+            patched=patched.get(name, NOT_MEASURED),
+            needed=needed.get(name, NOT_MEASURED),
+        )
         for name, draws in carried.items()
     )
+
+
+def _site(name: str) -> Site:
+    """The output of a head or an MLP, at all positions."""
+    layer, unit = name[1:].split(".")
+    if unit == "mlp":
+        return Site(layer=int(layer), component="mlp_out")
+    return Site(layer=int(layer), component="z", head=int(unit[1:]))
 
 
 def _envelope(values: Sequence[Interval]) -> Interval:

@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mixturelens.routing.circuit import CircuitEdge, RoutingCircuit
+from mixturelens.routing.circuit import CARRIES, CircuitEdge, CircuitNode, RoutingCircuit
 from mixturelens.types import Interval
-from mixturelens.viz.style import DASH, INK, NEGATIVE, POSITIVE, SIDES, apart, label, number, style, token, token_axis
+from mixturelens.viz.style import (
+    DASH,
+    GREY,
+    INK,
+    NEGATIVE,
+    POSITIVE,
+    SIDES,
+    apart,
+    label,
+    number,
+    style,
+    token,
+    token_axis,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -18,6 +31,8 @@ CHANGED = 0.05
 """Share of the metric by which an edge must differ between S and R to be marked, with intervals that do not meet."""
 LEVELS = ((0.3, 8.0), (0.1, 5.0), (0.03, 2.5), (0.0, 1.0))
 """|score| from which an edge is drawn this wide."""
+FAINT = 0.45
+"""Opacity of edges whose nodes exact patching refutes."""
 _HALO = "#F0E442"
 _WIDE = 960
 _SLOT = 26
@@ -100,7 +115,7 @@ def circuit(circuits: Sequence[RoutingCircuit]) -> Figure:
         other = shown[1 - i] if len(circuits) == 2 else None
         where: dict[str, Any] = {"row": row, "col": column}
         _links(figure, layout, of, edges, where)
-        _edges(figure, layout, edges, other, where)
+        _edges(figure, layout, edges, other, {node.name: node for node in of.nodes if node.used is False}, where)
         _nodes(figure, layout, of, edges, where)
         _columns(figure, layout, where)  # last: plotly leaves out panels that are still empty
         figure.update_xaxes(
@@ -122,7 +137,8 @@ def circuit(circuits: Sequence[RoutingCircuit]) -> Figure:
             showticklabels=column == 1,
             **where,
         )
-    _legend(figure, changed=len(circuits) == 2)
+    refuted = any(node.used is False for of in circuits for node in of.nodes)
+    _legend(figure, changed=len(circuits) == 2, refuted=refuted)
     return figure
 
 
@@ -216,26 +232,36 @@ def _edges(
     layout: _Layout,
     edges: dict[_Key, CircuitEdge],
     other: dict[_Key, CircuitEdge] | None,
+    refuted: dict[str, CircuitNode],
     where: dict[str, Any],
 ) -> None:
-    """A trace for every width and sign: plotly has one width a trace."""
-    drawn: dict[tuple[int, str], list[tuple[list[_Place], str]]] = {}
+    """A trace for every width and sign: plotly has one width a trace. Dotted where exact patching refutes a node."""
+    drawn: dict[tuple[bool, int, str], list[tuple[list[_Place], str]]] = {}
     halos: list[tuple[list[_Place], float]] = []
     for key, edge in edges.items():
         score = edge.score.value or 0.0
         level = next(i for i, (least, _) in enumerate(LEVELS) if abs(score) >= least)
         path = _edge_path(layout, edge)
         text = f"{edge.sender} → {edge.receiver} at position {edge.position}<br>score {number(edge.score)}"
+        idle = [refuted[name] for name in (edge.sender, _node(edge.receiver)) if name in refuted]
         if other is not None:
             there = other[key].score if key in other else None
             text += f"<br>other side {DASH if there is None else number(there)}"
-            if _changed(edge.score, there):
+            if _changed(edge.score, there) and not idle:
                 halos.append((path, LEVELS[level][1] + 7))
-        drawn.setdefault((level, POSITIVE if score >= 0 else NEGATIVE), []).append((path, text))
+        text += "".join(
+            f"<br>slope alone: patching {node.name} moves under {CARRIES:g}<br>{_exactly(node)}" for node in idle
+        )
+        drawn.setdefault((not idle, level, POSITIVE if score >= 0 else NEGATIVE), []).append((path, text))
     for width in sorted({width for _, width in halos}):
         _lines(figure, [(path, "") for path, wide in halos if wide == width], {"color": _HALO, "width": width}, where)
-    for (level, colour), paths in sorted(drawn.items(), reverse=True):
-        _lines(figure, paths, {"color": colour, "width": LEVELS[level][1]}, where)
+    for (borne_out, level, colour), paths in sorted(drawn.items(), key=lambda item: (item[0][0], -item[0][1])):
+        line = {"color": colour, "width": LEVELS[level][1], "dash": "solid" if borne_out else "dot"}
+        _lines(figure, paths, line, where, opacity=1.0 if borne_out else FAINT)
+
+
+def _exactly(node: CircuitNode) -> str:
+    return f"patched exactly {number(node.patched)}<br>needed {number(node.needed)}"
 
 
 def _changed(here: Interval, there: Interval | None) -> bool:
@@ -248,7 +274,11 @@ def _changed(here: Interval, there: Interval | None) -> bool:
 
 
 def _lines(
-    figure: Figure, paths: Sequence[tuple[list[_Place], str]], line: dict[str, Any], where: dict[str, Any]
+    figure: Figure,
+    paths: Sequence[tuple[list[_Place], str]],
+    line: dict[str, Any],
+    where: dict[str, Any],
+    opacity: float = 1.0,
 ) -> None:
     x: list[float | None] = []
     y: list[float | None] = []
@@ -262,6 +292,7 @@ def _lines(
         y=y,
         mode="lines",
         line=line,
+        opacity=opacity,
         hovertext=texts,
         hoverinfo="text" if any(texts) else "skip",
         showlegend=False,
@@ -298,10 +329,12 @@ def _curve(start: _Place, end: _Place, arc: float = 0.0) -> list[_Place]:
 def _nodes(
     figure: Figure, layout: _Layout, of: RoutingCircuit, edges: dict[_Key, CircuitEdge], where: dict[str, Any]
 ) -> None:
-    scores = {node.name: node.score for node in of.nodes}
+    nodes = {node.name: node for node in of.nodes}
+    unknown = CircuitNode(name="", layer=0, score=Interval())  # keys and values that heads share are no node
     ends = [((edge.sender, _node(edge.receiver)), edge.position) for edge in edges.values()]
     at = list(dict.fromkeys((name, position) for names, position in ends for name in names))
     places = [layout.place(name, position) for name, position in at]
+    inks = [GREY if nodes.get(name, unknown).used is False else INK for name, _ in at]
     figure.add_scatter(
         x=[place.x for place in places],
         y=[place.y for place in places],
@@ -310,13 +343,14 @@ def _nodes(
             "symbol": ["circle" if _is_head(name) else "square" for name, _ in at],
             "size": 22,
             "color": "white",
-            "line": {"color": INK, "width": 1.2},
+            "line": {"color": inks, "width": 1.2},
         },
         text=[name.split(".")[1] if _is_head(name) else "M" if name.endswith(".mlp") else "" for name, _ in at],
-        textfont={"size": 11, "color": INK},
+        textfont={"size": 11, "color": inks},
         hovertext=[
             f"{name} at {token(of.labels[position], 40)} (position {position})<br>"
-            f"|score| of all edges through it {number(scores.get(name, Interval()))}"
+            f"|score| of all edges through it {number(nodes.get(name, unknown).score)}<br>"
+            f"{_exactly(nodes.get(name, unknown))}"
             for name, position in at
         ],
         hoverinfo="text",
@@ -326,7 +360,7 @@ def _nodes(
     )
 
 
-def _legend(figure: Figure, changed: bool) -> None:
+def _legend(figure: Figure, changed: bool, refuted: bool) -> None:
     def entry(name: str, **line: Any) -> None:
         figure.add_scatter(x=[None], y=[None], mode="lines", name=name, line=line)
 
@@ -338,3 +372,5 @@ def _legend(figure: Figure, changed: bool) -> None:
     if changed:
         entry("differs between S and R", color=_HALO, width=10)
     entry("attention moves it", color="#777777", width=1, dash="dash")
+    if refuted:
+        entry(f"slope alone: patching moves under {CARRIES:g}", color=GREY, width=4, dash="dot")

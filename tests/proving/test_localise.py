@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from mixturelens.probing import subspace
 from mixturelens.proving import localise as at
 from mixturelens.proving.localise import BROKEN, METHODS, Case, Found, best_cut, cases, chance, judge, localise, score
 from mixturelens.proving.planted import Planted
-from mixturelens.types import InputError
+from mixturelens.routing.circuit import CircuitNode, routing_circuit
+from mixturelens.types import InputError, Interval
 
 REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference"
 
@@ -153,9 +155,24 @@ def test_every_node_is_scored_and_patching_finds_the_reader(reference: tuple[Cas
 def test_edges_of_a_node_add_up(small: Case):
     """EAP-IG's signed sums are below the circuit's sums of |score|, and nothing is behind the last MLP."""
     small = replace(small, contrasts=small.contrasts.first(8))
-    signed, whole = METHODS["EAP-IG"](small), METHODS["routing circuit"](small)
-    assert all(abs(signed[node]) <= whole[node] + 1e-4 for node in small.sites)
-    assert signed["L2.mlp"] == pytest.approx(METHODS["exact patching"](small)["L2.mlp"], abs=0.1)
+    nodes = {node.name: node for node in routing_circuit(small.lens, small.contrasts, "before").nodes}
+    signed, exact = METHODS["EAP-IG"](small), METHODS["exact patching"](small)
+    assert all(abs(signed[node]) <= (nodes[node].score.value or 0.0) + 1e-4 for node in small.sites)
+    assert signed["L2.mlp"] == pytest.approx(exact["L2.mlp"], abs=0.1)
+
+
+def test_the_circuit_is_judged_by_what_it_verified(small: Case, monkeypatch: pytest.MonkeyPatch):
+    """The larger of the two effects where a node is used; 0 where its slopes are refuted, undecided or unchecked."""
+
+    def node(name: str, patched: float, needed: float, half: float = 0.0) -> CircuitNode:
+        both = [Interval(value=value, low=value - half, high=value + half) for value in (patched, needed)]
+        return CircuitNode(name=name, layer=0, score=Interval(value=0.9), patched=both[0], needed=both[1])
+
+    unchecked = CircuitNode(name="L1.h0", layer=1, score=Interval(value=0.9))
+    used = node("L0.h0", 0.2, 0.7), node("L0.h1", -0.4, 0.1), node("L0.h2", 0.004, 0.001), node("L0.h3", 0.1, 0.1, 0.2)
+    monkeypatch.setattr(at, "routing_circuit", lambda *_: SimpleNamespace(nodes=(*used, unchecked)))
+    monkeypatch.setattr(Case, "sites", dict.fromkeys(("L0.h0", "L0.h1", "L0.h2", "L0.h3", "L1.h0")))
+    assert list(METHODS["routing circuit"](replace(small)).values()) == [0.7, -0.4, 0, 0, 0]
 
 
 def test_shuffled_sides_take_the_effect_away(small: Case):
