@@ -15,8 +15,9 @@ DRAWS = 2000
 LEVEL = 0.95
 NORMAL = NormalDist()
 TAIL = NORMAL.inv_cdf((1 + LEVEL) / 2)
-MOST_SKEWED = 1.5
-"""Skewness of draws, up to which percentiles are corrected for it: beyond, what is needed lies outside all draws."""
+MOST_SKEWED = 0.6
+"""Skewness of draws, up to which percentiles are corrected for it: by then to the 7.1th and 99.65th. A ratio whose
+whole may be small has wild draws, and the outermost of them say nothing."""
 
 
 def half_of(number: int, which: Literal[0, 1], most: int | None = None) -> list[int]:

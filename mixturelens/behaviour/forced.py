@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mixturelens.behaviour.arrays import NOVEL, Behaviour, log_ratio
-from mixturelens.behaviour.likelihood import Completions, Model, Scorer, without_end
+from mixturelens.behaviour.likelihood import Completions, Model, Scorer
 from mixturelens.behaviour.prompts import Prompts, behind_announcements, owners
 from mixturelens.types import OTHER
 
@@ -34,9 +34,9 @@ def label_completions(
     suite = prompts.suite
     policies = [*suite.policies, OTHER]
     names = suite.behaviour_names
-    memo: dict[tuple[int, str], tuple[int, int, int, bool]] = {}
+    memo: dict[tuple[str, str | None], tuple[tuple[int, int, int], str]] = {}
     found = np.zeros((len(drawn.tokens), 4), dtype=int)
-    ids = [tuple(without_end(tokens, scorer.ends)) for tokens in drawn.tokens]
+    ids = [tuple(tokens[:-1] if tokens and tokens[-1] in scorer.ends else tokens) for tokens in drawn.tokens]
     distinct = list(dict.fromkeys(ids))
     # literals are judged by their tokens: a special token before or between them is not nothing
     decoded = prompts.tokenizer.batch_decode(distinct, skip_special_tokens=not suite.literal)  # type: ignore[attr-defined]
@@ -44,14 +44,15 @@ def label_completions(
     for i, text in enumerate(texts[tokens] for tokens in ids):
         if forced is not None:
             text = f"{forced[i]}{'' if text[:1].isspace() or forced[i][-1:].isspace() else ' '}{text}"
-        key = (int(drawn.context[i]), text)
+        row = prompts.rows[drawn.context[i]]
+        key = text, row.err  # of a prompt, a label depends on nothing else
         if key not in memo:
-            row = prompts.rows[key[0]]
             label = suite.label(text, row)
             b = names.index(label.behaviour) if label.behaviour is not None else len(names) - 1
             m = 0 if label.policy is None else policies.index(label.policy)
-            memo[key] = (m, label.wording, max(b, 0), suite.correct(label.rest, row))
-        found[i] = memo[key]
+            memo[key] = (m, label.wording, max(b, 0)), label.rest
+        label_of, rest = memo[key]
+        found[i] = *label_of, suite.correct(rest, row)
     return Labelled(found[:, 0], found[:, 1], found[:, 2], found[:, 3].astype(bool))
 
 

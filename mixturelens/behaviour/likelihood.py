@@ -341,8 +341,3 @@ class Scorer:
     def number_of_completions(self, max_new_tokens: int) -> int:
         inner = self.vocabulary - len(self.ends)
         return sum(inner**n * len(self.ends) for n in range(max_new_tokens)) + inner**max_new_tokens
-
-
-def without_end(tokens: Ids, ends: Ids) -> Ids:
-    """A completion's tokens without its end token."""
-    return tokens[:-1] if tokens and tokens[-1] in ends else tokens

@@ -24,7 +24,7 @@ from mixturelens.types import Frozen, Interval
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-POPULATION, ASKED, SUITES = 250, 80, 4000
+POPULATION, ASKED, SUITES = 250, 80, 2000
 """Questions whose truth is known, those of one suite, and suites. Suites are drawn with replacement."""
 REPEATS = 8
 """Independent measurements of the population; a suite takes each question's numbers from any of them, so that the noise

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mixturelens.behaviour import likelihood
-from mixturelens.behaviour.likelihood import END, Scorer, without_end
+from mixturelens.behaviour.likelihood import END, Scorer
 
 SHAPES = ["llama", "gpt2", "gpt_neox", "qwen2"]
 LITERALS = [[[5, 3], [5, 4, 6], [7], [1]], [[8, END], [8, 9], [2, 2, 2], [6]], [[13], [14], [15], [3, END]]]
@@ -228,9 +228,3 @@ def test_sampling_does_not_consult_the_generation_config(load_pair, monkeypatch)
     monkeypatch.setattr(pair.after.generation_config, "top_k", 1)
     monkeypatch.setattr(pair.after.generation_config, "temperature", 0.01)
     assert pair.scorer.sample(pair.after, CONTEXTS, 4, [3] * 3, seed=1).tokens == plain.tokens
-
-
-def test_without_end():
-    assert without_end([4, 1], (1, 2)) == [4]
-    assert without_end([4, 5], (1, 2)) == [4, 5]
-    assert without_end([], (1,)) == []
