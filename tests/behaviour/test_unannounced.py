@@ -295,7 +295,7 @@ def tokenizer(load_pair) -> Any:
     return load_pair("llama", "R-both").tokenizer
 
 
-RULES = {"behaviours": {"refuse": {"regex": "^sorry"}}, "samples": 16}
+RULES = {"questions": 32, "behaviours": {"refuse": {"regex": "^sorry"}}, "samples": 16}
 
 
 @pytest.fixture(scope="module")

@@ -81,18 +81,18 @@ def test_auroc_by_hand_with_ties():
 
 def test_bootstraps_are_naive_loops():
     rng = np.random.default_rng(0)
-    question = np.repeat(np.arange(12), 3)
-    label = rng.integers(0, 2, 36)
-    scores = np.round(rng.normal(size=(4, 36)) + label, 1)  # with ties
-    counts = resample_counts(12, seed=3, draws=40)
-    number = rng.normal(size=36)
-    logits, classes = rng.normal(size=(4, 36, 3)), rng.integers(0, 3, 36)
+    question = np.repeat(np.arange(24), 3)
+    label = rng.integers(0, 2, 72)
+    scores = np.round(rng.normal(size=(4, 72)) + label, 1)  # with ties
+    counts = resample_counts(24, seed=3, draws=40)
+    number = rng.normal(size=72)
+    logits, classes = rng.normal(size=(4, 72, 3)), rng.integers(0, 3, 72)
     tensor = torch.from_numpy
     areas = auroc(tensor(scores), tensor(label), tensor(question), counts)
     shares = accuracy(tensor(logits), tensor(classes), tensor(question), counts)
     fits = r_squared(tensor(scores), tensor(number), tensor(question), counts)
     for d, count in enumerate(counts):
-        rows = np.repeat(np.arange(36), count[question])
+        rows = np.repeat(np.arange(72), count[question])
         for p in range(4):
             assert areas[d, p] == pytest.approx(roc_auc_score(label[rows], scores[p, rows]))
             assert shares[d, p] == pytest.approx(accuracy_score(classes[rows], logits[p, rows].argmax(1)))
