@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -74,6 +74,8 @@ def test_resampled_mean_is_the_mean_over_repeated_questions():
 
 
 @given(values)
+@example(np.array([0.0, 5e-148]))
+@example(np.array([0.0, 5e-200]))
 def test_the_interval_contains_the_estimate_and_lies_within_the_values(data: np.ndarray):
     found = mean_interval(data, resample_counts(len(data), 0, draws=50))
     assert found.low is not None
