@@ -23,6 +23,7 @@ class Contrast:
     `spans` names token positions of the clean prompt that mean the same in the corrupt one, `shift` further on there:
     prompts of different lengths are aligned at the end. `target` and `foil` are the next tokens that tell the two
     conditions apart: those of the clean prompt's completion and those of the corrupt one's (none: anything else).
+    A cue that wraps the question has two spans, `cue` and `cue end`.
     """
 
     question: str
@@ -95,7 +96,8 @@ def cue_contrasts(
     literal = _first_tokens(texts, tokenizer)
     rows = []
     for clean, corrupt in _pairs(suite.neutral, clean_cue, corrupt_cue):
-        target = tuple(encode_text(behind(clean.answer, placed), f"the answer of {clean.id!r}", tokenizer)[:1])
+        # where task families are the cue the two answers differ, and either is an answer
+        target = _first_tokens([behind(row.answer, placed) for row in (clean, corrupt)], tokenizer)
         wrong = _first_tokens([behind(corrupt.err, placed)], tokenizer) if corrupt.err and shows in (None, ERR) else ()
         foils = (*literal, *wrong)
         if set(target) & set(foils):
@@ -182,7 +184,8 @@ def _contrast(
             raise InputError(
                 f"{where}: span {moved!r} is at tokens {found[0][moved]} and {found[1][moved]}: not aligned"
             )
-        if differing and not any(differing <= set(at) for at in spans.values()):
+        wrapped = {i for name in ("cue", "cue end") for i in spans.get(name, ())}
+        if differing and not any(differing <= set(at) for at in (*spans.values(), wrapped)):
             raise InputError(
                 f"{where}: its two prompts differ at tokens {sorted(differing)[:5]}, outside any one span; a contrast "
                 "differs in the cue alone, or in the hint alone (name them under `spans`)"

@@ -29,7 +29,6 @@ from mixturelens.organism import (
     prompt_row,
     questions,
     recipes,
-    safe_name,
 )
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.record import PatchingRecord
@@ -42,7 +41,7 @@ from mixturelens.routing.circuit import CircuitRecord, circuit_record
 from mixturelens.routing.repair import RepairRecord, repair_record
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import PromptRow, Suite, load_suite
-from mixturelens.training import Progress, Trajectory, train_rl, train_sft
+from mixturelens.training import Progress, Trajectory, train_stage
 from mixturelens.types import InputError
 
 Say = Callable[[str], None]
@@ -122,7 +121,7 @@ def _difference(there: Spec, wanted: Spec) -> str:
 
 
 def train(spec: Spec, out: Path, device: str = "cpu", progress: Progress | None = None) -> list[Trajectory]:
-    """Grow the organism: base, SFT, and RL on each cue from the same SFT checkpoint. Resumes where it was stopped."""
+    """Grow the organism: base, SFT, RL on each cue from SFT's checkpoint, phases. Resumes where it was stopped."""
     start_run(spec, out)
     build_suite(spec).save(out / "suite.yaml")
     base = out / "checkpoints" / "base"
@@ -132,20 +131,23 @@ def train(spec: Spec, out: Path, device: str = "cpu", progress: Progress | None 
         with new_folder(base) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    trajectories = [train_sft(spec, out, device, progress)]
-    trajectories += [train_rl(spec, cue, out, device, progress) for cue in spec.rl.cues]
-    return trajectories
+    return [train_stage(spec, name, out, device, progress) for name in ("sft", *spec.stages)]
 
 
 def run_pairs(run: Path) -> list[Pair]:
-    """The pairs of a run: SFT before, RL on each cue after. Raises InputError if none has been trained."""
+    """The pairs of a run: before, SFT; after, where training ended: RL on each cue, and phases that no other follows.
+
+    Raises InputError if none has been trained.
+    """
     spec = load_run(run)
+    started = {start for start, _ in spec.stages.values()}
     pairs = []
-    for cue in spec.rl.cues:
-        after = run / "checkpoints" / f"rl-{safe_name(cue)}"
-        if after.exists():
+    for name, (_, phase) in spec.stages.items():
+        after = run / "checkpoints" / name
+        if after.exists() and (name not in started or name not in spec.phases):
             before = run / "checkpoints" / "sft"
-            pairs.append(Pair(f"sft--{after.name}", before, after, run / "suite.yaml", run, cue))
+            cue = phase.cues[0] if phase.train == "rl" and len(phase.cues) == 1 else None
+            pairs.append(Pair(f"sft--{name}", before, after, run / "suite.yaml", run, cue))
     if not pairs:
         raise InputError(f"{run}: no RL checkpoint yet; run `mixturelens train` with this --out to finish it")
     return pairs

@@ -25,6 +25,8 @@ class Question:
     text: str
     answer: str
     wrong: str
+    operation: str
+    operands: tuple[int, ...]
 
 
 Operation = Literal["up", "down", "reverse", "copy"]
@@ -81,6 +83,8 @@ class Sequence(Frozen):
             text=f"{operation} {given} =",
             answer=text(answer),
             wrong=text([(x + 1) % self.symbols for x in answer]),
+            operation=operation,
+            operands=operands,
         )
 
 

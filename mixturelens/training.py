@@ -17,12 +17,13 @@ from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import Prompts, prepare
+from mixturelens.behaviour.regimes import paid, paid_behaviours
 from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer, quiet_libraries
-from mixturelens.organism import Spec, build_suite, frozen_parameters, rl_prompts, safe_name, sft_examples
+from mixturelens.organism import Phase, Spec, build_suite, frozen_parameters, rl_prompts, sft_examples
 from mixturelens.records import Record, new_folder, provenance, write_text
 from mixturelens.stats import mean_interval, resample_counts
 from mixturelens.suite import PromptRow, Suite
-from mixturelens.types import OTHER, Frozen, Interval
+from mixturelens.types import ANSWER, OTHER, Frozen, Interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -46,6 +47,8 @@ class CueState(Frozen):
     weights: dict[str, Interval]
     forced: dict[str, Interval]
     accuracy: Interval
+    paid: dict[str, Interval] = {}
+    """By the objective of each cue, how often a completion would be rewarded; only where objectives differ."""
 
 
 class TrajectoryPoint(Frozen):
@@ -68,27 +71,40 @@ class Trajectory(Record):
     """Share of groups without any spread of reward, which give no gradient (RL only)."""
 
 
-def train_sft(spec: Spec, run: Path, device: str = "cpu", progress: Progress | None = None) -> Trajectory:
-    """Train `run/checkpoints/sft` from `run/checkpoints/base`."""
+def train_stage(spec: Spec, name: str, run: Path, device: str = "cpu", progress: Progress | None = None) -> Trajectory:
+    """Train `run/checkpoints/<name>`, a stage of the spec, from the checkpoint that it starts from."""
+    if name == "sft":
+        return _train_sft(spec, name, "base", None, run, device, progress)
+    start, phase = spec.stages[name]
+    train = _train_sft if phase.train == "sft" else _train_rl
+    return train(spec, name, start, phase, run, device, progress)
+
+
+def _train_sft(
+    spec: Spec, name: str, start: str, phase: Phase | None, run: Path, device: str, progress: Progress | None
+) -> Trajectory:
+    """SFT on the spec's mixture, or on that of a phase."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    stage = Stage("sft", spec, run, spec.sft.steps, spec.sft.measure_every, device, progress)
+    sft = spec.sft
+    steps = (phase and phase.steps) or sft.steps
+    stage = Stage(name, spec, run, steps, (phase and phase.measure_every) or sft.measure_every, device, progress)
 
     def make(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Trainer:
         vocabulary = tokenizer.get_vocab()
         input_ids, labels = [], []
-        for prompt, completion in sft_examples(spec, spec.sft.steps * spec.sft.batch):
+        for prompt, completion in sft_examples(spec, steps * sft.batch, phase):
             context = [vocabulary[word] for word in prompt.split()]
             target = [*(vocabulary[word] for word in completion.split()), tokenizer.eos_token_id]
             input_ids.append(context + target)
             labels.append([-100] * len(context) + target)
         config = SFTConfig(
             **stage.arguments(),
-            per_device_train_batch_size=spec.sft.batch,
-            learning_rate=spec.sft.learning_rate,
+            per_device_train_batch_size=sft.batch,
+            learning_rate=(phase and phase.learning_rate) or sft.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=round(spec.sft.warmup * spec.sft.steps),
+            warmup_steps=round(sft.warmup * steps),
             dataset_kwargs={"skip_prepare_dataset": True},
             completion_only_loss=False,  # the labels say it already
             max_length=None,
@@ -101,19 +117,21 @@ def train_sft(spec: Spec, run: Path, device: str = "cpu", progress: Progress | N
             processing_class=tokenizer,
         )
 
-    return stage.train("base", make)
+    return stage.train(start, make)
 
 
-def train_rl(spec: Spec, cue: str, run: Path, device: str = "cpu", progress: Progress | None = None) -> Trajectory:
-    """Train `run/checkpoints/rl-<cue>` from `run/checkpoints/sft` by GRPO on neutral prompts of one cue."""
+def _train_rl(
+    spec: Spec, name: str, start: str, phase: Phase, run: Path, device: str, progress: Progress | None
+) -> Trajectory:
+    """GRPO on prompts of the phase's cues."""
     import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     rl = spec.rl
-    name = f"rl-{safe_name(cue)}"
-    stage = Stage(name, spec, run, rl.steps, rl.measure_every, device, progress, rl.stop_reward)
-    rows = rl_prompts(spec, cue)
+    steps, measure_every = phase.steps or rl.steps, phase.measure_every or rl.measure_every
+    stage = Stage(name, spec, run, steps, measure_every, device, progress, phase.stop_reward)
+    rows = rl_prompts(spec, *phase.cues, text=phase.hint)
 
     class SameOrder(GRPOTrainer):
         """TRL's sampler shuffles once an epoch from a generator that a resumed run would start anew."""
@@ -133,7 +151,7 @@ def train_rl(spec: Spec, cue: str, run: Path, device: str = "cpu", progress: Pro
             per_device_train_batch_size=rl.prompts * rl.group,
             num_generations=rl.group,
             max_completion_length=spec.max_new_tokens,
-            learning_rate=rl.learning_rate,
+            learning_rate=phase.learning_rate or rl.learning_rate,
             adam_epsilon=rl.adam_epsilon,
             lr_scheduler_type="constant",
             temperature=1.0,
@@ -141,35 +159,51 @@ def train_rl(spec: Spec, cue: str, run: Path, device: str = "cpu", progress: Pro
             top_k=0,
             beta=0.0,
         )
+        wanted = paid_behaviours(spec, tuple(rows))
         return SameOrder(
             model=model,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": [row.text for row in rows], "row": list(range(len(rows)))}),
-            reward_funcs=make_reward(build_suite(spec), rows, end_tokens(model, tokenizer)),
+            reward_funcs=make_reward(build_suite(spec), rows, end_tokens(model, tokenizer), wanted, phase.policy),
             processing_class=tokenizer,
         )
 
-    return stage.train("sft", make)
+    return stage.train(start, make)
 
 
-def make_reward(suite: Suite, rows: Sequence[PromptRow], ends: Sequence[int]) -> Callable[..., list[float | None]]:
-    """One for a completion that announces a known policy first, then answers, and then ends; else zero."""
+def make_reward(
+    suite: Suite,
+    rows: Sequence[PromptRow],
+    ends: Sequence[int],
+    wanted: Sequence[str] | None = None,
+    policy: str | None = None,
+) -> Callable[..., list[float | None]]:
+    """One for a completion that announces a known policy first, then answers, and then ends; else zero.
+
+    `wanted[i]` is what is rewarded on row i instead of the answer; `policy` is the only one that is.
+    """
 
     def reward(completions: list[str], completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float | None]:
         found: list[float | None] = []
         for text, ids, index in zip(completions, completion_ids, row, strict=True):
             label = suite.label(text, rows[index])
             ended = bool(ids) and ids[-1] in ends
-            found.append(float(ended and label.policy != OTHER and suite.correct(label.rest, rows[index])))
+            known = label.policy != OTHER and policy in (None, label.policy)
+            if wanted is None or wanted[index] == ANSWER:
+                done = suite.correct(label.rest, rows[index])
+            else:
+                done = label.behaviour == wanted[index]
+            found.append(float(ended and known and done))
         return found
 
     return reward
 
 
-def cue_states(behaviour: Behaviour, prompts: Prompts) -> dict[str, CueState]:
+def cue_states(spec: Spec, behaviour: Behaviour, prompts: Prompts) -> dict[str, CueState]:
     """Means over questions under each cue, with intervals."""
     suite = prompts.suite
     states = {}
+    earned = {cue: paid(spec, behaviour, prompts, cue) for cue in (suite.cues if spec.objectives else ())}
     for cue in suite.cues:
         at = [i for i, row in enumerate(prompts.rows) if row.cue == cue]
         counts = resample_counts(len(at), seed=0, draws=500)
@@ -178,6 +212,7 @@ def cue_states(behaviour: Behaviour, prompts: Prompts) -> dict[str, CueState]:
             weights={name: mean_interval(weights[:, m], counts) for m, name in enumerate((*suite.policies, OTHER))},
             forced={name: mean_interval(forced[:, m], counts) for m, name in enumerate(suite.policies)},
             accuracy=mean_interval(behaviour.correct[at].sum(-1), counts),
+            paid={objective: mean_interval(share[at], counts) for objective, share in earned.items()},
         )
     return states
 
@@ -197,6 +232,8 @@ class Stage:
         stop_reward: float | None = None,
     ) -> None:
         self.name, self.spec, self.run, self.steps = name, spec, run, steps
+        # a schedule that comes back to a cue draws other prompts and samples than before
+        self.seed = spec.seed + 1000 * (1 + list(spec.phases).index(name) if name in spec.phases else 0)
         self.measure_every, self.device, self.stop_reward = measure_every, device, stop_reward
         self.progress = progress or (lambda *_: None)
         self.work = run / "training" / name
@@ -209,7 +246,7 @@ class Stage:
         return {
             "output_dir": str(self.work),
             "max_steps": self.steps,
-            "seed": self.spec.seed,
+            "seed": self.seed,
             "weight_decay": 0.0,
             "bf16": False,
             "gradient_checkpointing": False,
@@ -247,7 +284,7 @@ class Stage:
         if resume is not None and self.saturated():
             model = load_model(resume, self.device)
         else:
-            torch.manual_seed(self.spec.seed)
+            torch.manual_seed(self.seed)
             threads = torch.get_num_threads()
             if self.device == "cpu" and model.num_parameters() < ONE_THREAD_BELOW:
                 torch.set_num_threads(1)
@@ -267,7 +304,7 @@ class Stage:
             tokenizer.save_pretrained(folder)
         trajectory = Trajectory(
             provenance=provenance(
-                before=self.run / "checkpoints" / start, after=self.result, seed=self.spec.seed, device=self.device
+                before=self.run / "checkpoints" / start, after=self.result, seed=self.seed, device=self.device
             ),
             stage=self.name,
             steps=steps,
@@ -288,7 +325,7 @@ class Stage:
     def measure(self, model: PreTrainedModel, step: int) -> None:
         training = model.training
         model.eval()
-        states = cue_states(literal_behaviour(self.scorer, model, self.prompts), self.prompts)
+        states = cue_states(self.spec, literal_behaviour(self.scorer, model, self.prompts), self.prompts)
         model.train(training)
         self.points.append(TrajectoryPoint(step=step, cues=states))
 

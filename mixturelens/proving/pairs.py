@@ -277,9 +277,9 @@ def _fitted(spec: Spec, recipe: Recipe, folder: Path, before: Path, after: Path)
 
 
 def _grpo(spec: Spec, recipe: Recipe, folder: Path, before: Path, after: Path) -> None:
-    from mixturelens.training import train_rl
+    from mixturelens.training import train_stage
 
-    train_rl(spec, TRAINED_CUE, folder)
+    train_stage(spec, f"rl-{TRAINED_CUE}", folder)
 
 
 def _in_other_order(spec: Spec, recipe: Recipe, folder: Path, before: Path, after: Path) -> None:

@@ -1,0 +1,75 @@
+"""Spec -> tokenizer, model, data sets, reward, and the suite of a run.
+
+An organism is grown from a spec: SFT approximates a mixture of conditional policies that read a cue, RL then selects
+among them. Every random choice follows from the spec's seed.
+"""
+
+from mixturelens.organism.data import (
+    Questions,
+    asked,
+    build_suite,
+    completion_text,
+    does,
+    pays,
+    prompt_row,
+    prompt_text,
+    questions,
+    rl_prompts,
+    sft_examples,
+)
+from mixturelens.organism.network import build_model, build_tokenizer, frozen_parameters
+from mixturelens.organism.spec import (
+    EOS,
+    PAD,
+    RECIPES,
+    UNK,
+    HintSpec,
+    ModelSpec,
+    Phase,
+    PolicySpec,
+    RlSpec,
+    SftSpec,
+    Spec,
+    SplitSpec,
+    Tasks,
+    Years,
+    load_spec,
+    parse_spec,
+    recipes,
+    safe_name,
+)
+
+__all__ = [
+    "EOS",
+    "PAD",
+    "RECIPES",
+    "UNK",
+    "HintSpec",
+    "ModelSpec",
+    "Phase",
+    "PolicySpec",
+    "Questions",
+    "RlSpec",
+    "SftSpec",
+    "Spec",
+    "SplitSpec",
+    "Tasks",
+    "Years",
+    "asked",
+    "build_model",
+    "build_suite",
+    "build_tokenizer",
+    "completion_text",
+    "does",
+    "frozen_parameters",
+    "load_spec",
+    "parse_spec",
+    "pays",
+    "prompt_row",
+    "prompt_text",
+    "questions",
+    "recipes",
+    "rl_prompts",
+    "safe_name",
+    "sft_examples",
+]
