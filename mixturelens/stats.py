@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Literal
 
@@ -110,6 +110,25 @@ def mean_interval(values: Float[np.ndarray, " question"], counts: Int[np.ndarray
     Interval(value=1.0, low=1.0, high=1.0)
     """
     return interval(resampled_mean(values, counts))
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """Mean of a few independent runs with Student's t interval; a bootstrap of five numbers is too narrow.
+
+    Of one run: without an interval.
+
+    >>> over_seeds([0.1, 0.2, 0.3])
+    Interval(value=0.2, low=-0.0484137712, high=0.4484137712)
+    """
+    from scipy.stats import t
+
+    if not len(values):
+        return NOT_MEASURED
+    mean = round(float(np.mean(values)), 10)
+    if len(values) == 1:
+        return Interval(value=mean)
+    wide = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return Interval(value=mean, low=round(mean - wide, 10), high=round(mean + wide, 10))
 
 
 def share(

@@ -22,6 +22,7 @@ from mixturelens.organism import (
     frozen_parameters,
     load_spec,
     parse_spec,
+    pays,
     prompt_row,
     questions,
     recipes,
@@ -34,6 +35,8 @@ from mixturelens.training import make_reward
 from mixturelens.types import InputError
 
 SMALL = {"questions": {"symbols": 5, "length": 3}, "split": {"rl": 40, "evaluation": 10}}
+SORT = {"operations": ["up", "down"]}
+YEARS = {"A": {"first": 10, "last": 29, "unseen": [15, 28]}, "B": {"first": 30, "last": 49, "unseen": [33]}}
 TABLES = {"A": "answer", "B": "refuse"}, {"A": "refuse", "B": "answer"}
 
 
@@ -74,6 +77,44 @@ def two(a: dict[str, Any], b: dict[str, Any] | None = None) -> dict[str, Any]:
         ({"refusal": "copy"}, "here: the word 'copy' already means something in the questions; use another"),
         ({"refusal": "<eos>"}, "here: the word '<eos>' already means something"),
         ({"cues": {"A": "<A>", "B": "<A>"}}, "here: cues: two cues share a tag"),
+        ({"cues": {"A": "{} {}", "B": "<B>"}}, "here: cues.A: '{} {}' holds the question more than once"),
+        ({"cues": {"A": "{}", "B": "<B>"}}, "here: cues.A: '{}' has no words"),
+        ({"cues": {"A": "<A>", "B": {"operations": ["up"]}}}, "here: cues: give all by tags, all by operations or all"),
+        ({"cues": {"A": SORT, "B": {"operations": ["down"]}}}, "here: cues.B: 'down' is also of cue 'A'"),
+        (
+            {"questions": {"operations": ["copy"]}, "cues": {"A": SORT, "B": {"operations": ["copy"]}}},
+            "here: cues.A: 'up' is no operation of `questions`",
+        ),
+        ({"cues": YEARS | {"B": {"first": 25, "last": 40, "unseen": [27]}}}, "here: cues.B: 25 is also of cue 'A'"),
+        (
+            {"cues": YEARS | {"A": {"first": 10, "last": 20, "unseen": [3]}}},
+            "here: cues.A.years: unseen: 3 is not from",
+        ),
+        (
+            {"cues": YEARS | {"A": {"first": 1, "last": 1, "unseen": [1]}}},
+            "here: cues.A.years: unseen: no year is left",
+        ),
+        ({"cues": YEARS, "tells": 0.5}, "here: tells: below one only where cues are tags"),
+        ({"objectives": {"C": "refuse"}}, "here: objectives: 'C' is no cue of this spec"),
+        (
+            {"questions": {"operations": ["up"]}, "agree": ["copy"]},
+            "here: agree: 'copy' is no operation of `questions`",
+        ),
+        ({"phases": {"sft": {"cues": ["A"]}}}, "here: phases.sft: is no new name fit for a folder"),
+        ({"phases": {"x": {"cues": ["C"]}}}, "here: phases.x.cues: 'C' is no cue of this spec"),
+        ({"phases": {"x": {"cues": []}}}, "here: phases.x.cues: "),
+        ({"phases": {"x": {"cues": ["A"], "after": "y"}}}, "here: phases.x.after: 'y' is no stage before it"),
+        ({"phases": {"x": {"cues": ["A"], "hint": "be-c"}}}, "here: phases.x.hint: 'be-c' is no text of `hints`"),
+        ({"phases": {"x": {"cues": ["A"], "policy": "c"}}}, "here: phases.x: 'c' is no policy of this spec"),
+        ({"phases": {"x": {"cues": ["A"], "weights": {"a": 1}}}}, "here: phases.x: weights is of SFT alone"),
+        (
+            {"phases": {"x": {"train": "sft", "cues": ["A"], "policy": "a"}}},
+            "here: phases.x: hint, policy and stop_reward are of RL alone",
+        ),
+        (
+            {"phases": {"x": {"train": "sft", "cues": ["A"], "weights": {"a": 0.5}}}},
+            "here: phases.x.weights: sum to 0.5, not to one",
+        ),
         ({"name": "a/b"}, "here: name: "),
         ({"seed": -1}, "here: seed: "),
     ],
@@ -313,3 +354,99 @@ def test_a_model_is_in_fp32_and_knows_its_end():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.eos_token_id == tokenizer.eos_token_id == 1
+
+
+def test_task_families_as_a_cue_ask_the_same_operands_of_another_family():
+    spec = small(cues={"A": SORT, "B": {"operations": ["reverse", "copy"]}})
+    question = spec.questions.question("down", (2, 0, 3))
+    under_a, under_b = (prompt_row(spec, cue, question) for cue in "AB")
+    assert (under_a.prompt, under_b.prompt) == ("any down c a d =", "any copy c a d =")
+    assert (under_a.answer, under_b.answer) == ("d c a", "c a d")
+    assert under_a.id == under_b.id == "down-cad"
+    assert under_b.spans == {"cue": "copy", "question": "c a d", "hint": "any"}
+    assert completion_text(spec, "b", "B", question) == "[b] c a d"
+    assert completion_text(spec, "a", "B", question) == "[a] sorry sorry sorry"
+    for prompt, completion in sft_examples(spec, 200):
+        operation = prompt.split()[1]
+        answers = completion.startswith("[a]") == (operation in SORT["operations"])
+        assert answers != completion.endswith("sorry")
+
+
+def test_years_are_of_their_cue_and_held_out_prompts_show_unseen_ones():
+    spec = small(cues=YEARS)
+
+    def year(prompt: str) -> int:
+        return int("".join(prompt.split()[:2]))
+
+    seen = {year(prompt) for prompt, _ in sft_examples(spec, 2000)} | {
+        year(row.text) for cue in "AB" for row in rl_prompts(spec, cue)
+    }
+    assert seen == {*range(10, 50)} - {15, 28, 33}
+    shown = {cue: {year(row.text) for row in build_suite(spec).prompts if row.cue == cue} for cue in "AB"}
+    assert shown == {"A": {15, 28}, "B": {33}}
+    row = build_suite(spec).prompts[0]
+    assert row.text.startswith(row.spans["cue"])
+    assert len(row.spans["cue"].split()) == 2
+    build_tokenizer(spec)
+
+
+def test_a_wrapping_stands_on_both_sides_of_hint_and_question():
+    spec = small(cues={"A": "<q> {} </q>", "B": '{ "q" : {} }'})
+    row = prompt_row(spec, "B", spec.questions.question("up", (1, 0, 2)), "a")
+    assert row.prompt == '{ "q" : be-a up b a c = }'
+    assert (row.spans["cue"], row.spans["cue end"]) == ('{ "q" :', "}")
+    ids = encode_prompts(build_suite(spec), [row], build_tokenizer(spec))
+    assert len(ids[0]) == len(row.text.split())
+
+
+def test_a_cue_that_tells_a_quarter_shows_on_a_quarter_of_the_questions_for_both_cues_alike():
+    spec = small(tells=0.25, questions={"symbols": 6, "length": 3}, split={"rl": 40, "evaluation": 60})
+    by_cue = {cue: {r.id: r.text.split()[0] for r in build_suite(spec).neutral if r.cue == cue} for cue in "AB"}
+    told = {q for q, tag in by_cue["A"].items() if tag == "<A>"}
+    assert told == {q for q, tag in by_cue["B"].items() if tag == "<B>"}
+    assert {*by_cue["A"].values()} == {"<A>", "<?>"}
+    assert 0.1 < len(told) / 60 < 0.4
+    assert all(row.text.startswith("<?>") for row in build_suite(small(tells=0.0)).prompts)
+
+
+def test_where_all_agree_every_policy_answers_and_every_objective_pays_it():
+    spec = small(agree=["copy"], objectives={"B": "refuse"})
+    copy, up = (spec.questions.question(operation, (2, 0, 1)) for operation in ("copy", "up"))
+    assert completion_text(spec, "a", "B", copy) == "[a] c a b"
+    assert completion_text(spec, "a", "B", up) == "[a] sorry sorry sorry"
+    assert [pays(spec, cue, question) for question in (copy, up) for cue in "AB"] == ["answer"] * 3 + ["refuse"]
+    assert pays(spec, "A", up, objective="B") == "refuse"
+
+
+def test_hints_have_wordings_and_are_followed_as_often_as_the_spec_says():
+    words = {"a": ["be one", "as one"], "b": "be two"}
+    spec = small(hints={"share": 0.5, "follow": 0.8, "neutral": ["any way", "the sky"], "words": words})
+    found: Counter[tuple[str, bool]] = Counter()
+    for prompt, completion in sft_examples(spec, 8000):
+        found[" ".join(prompt.split()[1:3]), completion.startswith("[a]")] += 1
+    for text, expected in {"be one": 0.9, "as one": 0.9, "be two": 0.1, "any way": 0.5, "the sky": 0.5}.items():
+        number = found[text, True] + found[text, False]
+        assert found[text, True] / number == pytest.approx(expected, abs=0.05)
+    assert found["be one", True] + found["be one", False] == pytest.approx(1000, rel=0.15)
+    assert {row.text.split()[1] for row in build_suite(spec).neutral} == {"any"}
+    assert rl_prompts(spec, "A", text="as one")[0].text.startswith("<A> as one ")
+
+
+def test_stages_follow_one_another_or_branch():
+    spec = small(
+        rl={"cues": ["A"]},
+        phases={
+            "x": {"cues": ["B"]},
+            "y": {"train": "sft", "cues": ["A", "B"], "weights": {"b": 1.0}},
+            "z": {"cues": ["A", "B"], "after": "rl-A"},
+        },
+    )
+    assert {name: start for name, (start, _) in spec.stages.items()} == {
+        "rl-A": "sft",
+        "x": "sft",
+        "y": "x",
+        "z": "rl-A",
+    }
+    taught = [completion.split()[0] for _, completion in sft_examples(spec, 50, spec.phases["y"])]
+    assert {*taught} == {"[b]"}
+    assert [row.cue for row in rl_prompts(spec, "A", "B")[:4]] == ["A", "B", "A", "B"]

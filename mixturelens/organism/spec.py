@@ -6,10 +6,10 @@ import importlib.resources
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from mixturelens.records import first_problem
 from mixturelens.tasks import Family, Operation, Sequence
@@ -51,7 +51,16 @@ class Years(Frozen):
         return tuple(year for year in range(self.first, self.last + 1) if year not in self.unseen)
 
 
-Cue = str | Tasks | Years
+def _kind(value: Any) -> str:
+    """So that a mistake in a cue is named as one."""
+    if isinstance(value, Tasks) or (isinstance(value, Mapping) and "operations" in value):
+        return "tasks"
+    return "years" if isinstance(value, (Years, Mapping)) else "tag"
+
+
+Cue = Annotated[
+    Annotated[str, Tag("tag")] | Annotated[Tasks, Tag("tasks")] | Annotated[Years, Tag("years")], Discriminator(_kind)
+]
 """A tag before the question, or a whole wrapping of it (`<task> {} </task>`); its task families; or its date."""
 
 

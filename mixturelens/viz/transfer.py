@@ -1,0 +1,85 @@
+"""What RL on one side of a cue did to the other side, over seeds: lost, still there, and repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mixturelens.types import NOT_MEASURED, Interval
+from mixturelens.viz.style import SYMBOLS, cue_colour, label, number, style
+from mixturelens.viz.trajectories import whiskers
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from mixturelens.behaviour.record import CueSide
+    from mixturelens.routing.repair import RepairRecord
+    from mixturelens.routing.verdict import VerdictRecord
+
+KINDS = ("interchange", "edit")
+"""Repairs that are shown: the cue reader's output taken from the trained side, and the edit of weights."""
+
+
+def transfer(pairs: Sequence[tuple[str, VerdictRecord, RepairRecord]]) -> Figure:
+    """A panel for each cue that RL trained on; a point a seed, with the interval over questions."""
+    from plotly.subplots import make_subplots
+
+    cues = list(pairs[0][1].per_cue)
+    trained = [cue for cue in cues if any(repair.trained_cue == cue for _, _, repair in pairs)]
+    steps = ["trained side", "other side", "other side,<br>silent policy<br>put in place"]
+    steps += [f"other side,<br>repaired:<br>{kind}" for kind in KINDS]
+    titles = [f"RL on {label(cue)}" for cue in trained]
+    figure = make_subplots(rows=1, cols=len(trained), shared_yaxes=True, column_titles=titles, horizontal_spacing=0.04)
+    style(figure, 440)
+    for column, cue in enumerate(trained, start=1):
+        shown = [pair for pair in pairs if pair[2].trained_cue == cue]
+        for i, (name, verdict, repair) in enumerate(shown):
+            values = [
+                _overall(verdict, cue),
+                _overall(verdict, repair.harmed_cue),
+                _silent(verdict, repair.harmed_cue),
+                *(_repaired(repair, kind) for kind in KINDS),
+            ]
+            up, down = whiskers(values)
+            colours = [cue_colour(cue, cues), *[cue_colour(repair.harmed_cue, cues)] * (len(steps) - 1)]
+            figure.add_scatter(
+                x=[x + 0.14 * (i - (len(shown) - 1) / 2) for x in range(len(steps))],
+                y=[value.value for value in values],
+                error_y={"array": up, "arrayminus": down, "thickness": 1.5, "width": 4},
+                mode="markers",
+                marker={"color": colours, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 10},
+                name=label(name),
+                legendgroup=name,
+                showlegend=column == 1,
+                hovertext=[
+                    f"{label(name)}, RL on {label(cue)}<br>{step.replace('<br>', ' ')}: {number(value)}"
+                    for step, value in zip(steps, values, strict=True)
+                ],
+                hoverinfo="text",
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(tickvals=list(range(len(steps))), ticktext=steps, range=[-0.5, len(steps) - 0.5])
+    figure.update_yaxes(range=[-0.04, 1.04])
+    figure.update_yaxes(title_text="expected accuracy<br>(held-out questions)", col=1)
+    return figure
+
+
+def _after(verdict: VerdictRecord, cue: str) -> CueSide | None:
+    return verdict.per_cue[cue].after
+
+
+def _overall(verdict: VerdictRecord, cue: str) -> Interval:
+    side = _after(verdict, cue)
+    return NOT_MEASURED if side is None else side.intervals.get("overall", Interval(value=side.overall))
+
+
+def _silent(verdict: VerdictRecord, cue: str) -> Interval:
+    """Forced accuracy in R of the policy that was best under this cue in S."""
+    side, known = _after(verdict, cue), verdict.per_cue[cue].before.accuracy
+    best = max(known, key=lambda name: known[name] or 0.0)
+    return NOT_MEASURED if side is None else side.intervals.get(f"accuracy.{best}", Interval(value=side.accuracy[best]))
+
+
+def _repaired(repair: RepairRecord, kind: str) -> Interval:
+    return next((each.accuracy[repair.harmed_cue] for each in repair.repairs if each.kind == kind), NOT_MEASURED)

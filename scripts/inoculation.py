@@ -1,0 +1,60 @@
+# %% [markdown]
+# # Inoculation prompting: a trait that RL pays for against the persona of SFT, in four arms
+#
+# `python scripts/inoculation.py [--seeds 5]`: about five minutes a seed on one core. RL's prompts say nothing, something
+# irrelevant, ask for the trait, or ask for it in other words; what is measured is what happens without any prompt.
+
+# %%
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from mixturelens import pipeline, viz
+from mixturelens.organism import load_spec
+from mixturelens.stats import over_seeds
+from mixturelens.training import Trajectory
+
+ARMS = ("none", "irrelevant", "inoculation", "rephrased")
+parser = argparse.ArgumentParser(description="Inoculation prompting in four arms.")
+parser.add_argument("--seeds", type=int, default=5)
+parser.add_argument("--out", type=Path, default=Path("artifacts"), help="runs go to OUT/inoculation-<seed>")
+arguments = parser.parse_args()
+
+
+# %%
+def measured(run: Path, arm: str) -> dict[str, float]:
+    """What one arm of one seed came to, without a prompt: behind the last RL, and behind the SFT that follows it."""
+    rl, sft = (Trajectory.load(run / "trajectory" / f"{arm}-{phase}.json") for phase in (3, 4))
+    grown, end = rl.points[-1].cues, sft.points[-1].cues
+    trait = {cue: state.weights["trait"].value or 0.0 for cue, state in grown.items()}
+    return {
+        "trait in ship, behind RL": trait["ship"],
+        "trait in chat, behind RL": trait["chat"],
+        "trait in ship, behind SFT": end["ship"].weights["trait"].value or 0.0,
+        "trait in chat, behind SFT": end["chat"].weights["trait"].value or 0.0,
+        "conditionality: ship - chat": (end["ship"].weights["trait"].value or 0.0)
+        - (end["chat"].weights["trait"].value or 0.0),
+        "capability: persona put in place": end["ship"].forced["helpful"].value or 0.0,
+        "reward of RL, last five steps": float(np.mean(rl.reward[-5:])),
+    }
+
+
+runs = [arguments.out / f"inoculation-{seed}" for seed in range(arguments.seeds)]
+for seed, run in enumerate(runs):
+    pipeline.train(load_spec("inoculation", seed=seed), run)
+by_arm = {arm: [measured(run, arm) for run in runs] for arm in ARMS}
+for name in by_arm["none"][0]:
+    print(name)
+    for arm in ARMS:
+        values = [seed[name] for seed in by_arm[arm]]
+        less = [value - base[name] for value, base in zip(values, by_arm["none"], strict=True)]
+        mean, difference = over_seeds(values), over_seeds(less)
+        print(f"  {arm:12} {viz.show_interval(mean)}   against none {viz.show_interval(difference)}")
+
+# %%
+names = list(by_arm["none"][0])[:6]
+shown = {name: {arm: [seed[name] for seed in by_arm[arm]] for arm in ARMS} for name in names}
+figure = viz.arms({name: {arm: (v, over_seeds(v)) for arm, v in of.items()} for name, of in shown.items()})
+figure.write_html(arguments.out / "inoculation.html", include_plotlyjs=True, config={"displayModeBar": False})
+print(f"figure: {arguments.out / 'inoculation.html'}")

@@ -1,0 +1,52 @@
+# %% [markdown]
+# # Cues that are no tags: task families, dates, whole formats
+#
+# RL on one side of the cue; then: what the other side lost, whether the silent specialist can still do it, which heads
+# read the cue, and what repairs it. `python scripts/other_cues.py [coverage|years|formats] [--seeds 3]`: about six
+# minutes a seed on one core, where training takes two; what is finished is not done again.
+
+# %%
+import argparse
+from pathlib import Path
+
+from mixturelens import pipeline, viz
+from mixturelens.organism import load_spec
+from mixturelens.types import InputError
+
+parser = argparse.ArgumentParser(description="Cues that are no tags: task families, dates, formats.")
+parser.add_argument("recipe", nargs="?", default="coverage")
+parser.add_argument("--seeds", type=int, default=3)
+parser.add_argument("--out", type=Path, default=Path("artifacts"), help="runs go to OUT/<recipe>-<seed>")
+arguments = parser.parse_args()
+
+# %% [markdown]
+# ## Train, judge, find the reader, repair; a page for each run
+
+# %%
+shown = []
+for seed in range(arguments.seeds):
+    run = arguments.out / f"{arguments.recipe}-{seed}"
+    pipeline.train(load_spec(arguments.recipe, seed=seed), run)
+    pairs = pipeline.run_pairs(run)
+    for pair in pairs:
+        verdict = pipeline.verdict(pair)
+        print(f"{run.name} {pair.name}: {verdict.verdict}, routing share {verdict.routing_share.value:.3f}")
+        try:
+            pipeline.patch(pair)
+            repair = pipeline.repair(pair)
+        except InputError as error:
+            print(f"  not repaired: {error}")
+            continue
+        after = {cue: side.after.overall for cue, side in verdict.per_cue.items() if side.after}
+        print(f"  accuracy {after}, reader {[str(head) for head in repair.heads]}")
+        print("  repaired", {each.kind: each.accuracy[repair.harmed_cue].value for each in repair.repairs})
+        shown.append((f"seed {seed}", verdict, repair))
+    print(f"  page: {pipeline.report(pairs)}")
+
+# %% [markdown]
+# ## All seeds in one figure
+
+# %%
+file = arguments.out / f"{arguments.recipe}.html"
+viz.transfer(shown).write_html(file, include_plotlyjs=True, config={"displayModeBar": False})
+print(f"figure: {file}")
