@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from mixturelens.behaviour.forecast import ForecastRecord, Point, compare, forecast_records
 from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
 from mixturelens.checkpoints import check_folder, check_pair
 from mixturelens.features.pair import feature_record
@@ -29,6 +30,7 @@ from mixturelens.organism import (
     prompt_row,
     questions,
     recipes,
+    safe_name,
 )
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.record import PatchingRecord
@@ -39,6 +41,7 @@ from mixturelens.proving.score import run_score
 from mixturelens.records import Provenance, Record, new_folder, provenance, weights_name, write_text
 from mixturelens.routing.circuit import CircuitRecord, circuit_record
 from mixturelens.routing.repair import RepairRecord, repair_record
+from mixturelens.routing.structure import StructureRecord, structure_record
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import PromptRow, Suite, load_suite
 from mixturelens.training import Progress, Trajectory, train_stage
@@ -351,6 +354,83 @@ def verdict(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None =
     return record
 
 
+def forecast(run: Path, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> list[ForecastRecord]:
+    """What RL on each cue will do, from SFT and the reward alone; where it is done, against what it did."""
+    spec, sft = load_run(run), run / "checkpoints" / "sft"
+    if not sft.exists():
+        raise InputError(f"{run}: no SFT checkpoint yet; run `mixturelens train` with this --out to finish it")
+    if not spec.rl.cues:
+        raise InputError(f"{run}: its spec trains on no cue (rl.cues), so there is nothing to forecast")
+    found = _forecasts(run, spec, device, seed)
+    missing = [cue for cue in spec.rl.cues if cue not in found]
+    if missing:
+        for cue, made in forecast_records(sft, spec, missing, device=device, seed=seed, say=say).items():
+            about = _forecast_provenance(run, spec, cue, device, seed)
+            found[cue] = _with_rl(run, made).model_copy(update={"provenance": about})
+            found[cue].save(_forecast_file(run, cue))
+    return [found[cue] for cue in spec.rl.cues]
+
+
+def _forecasts(run: Path, spec: Spec, device: str, seed: int) -> dict[str, ForecastRecord]:
+    """Cue -> forecast that is there, about these very checkpoints and this very spec."""
+    found = {
+        cue: _same(ForecastRecord, _forecast_file(run, cue), _forecast_provenance(run, spec, cue, device, seed))
+        for cue in spec.rl.cues
+    }
+    return {cue: record for cue, record in found.items() if record is not None}
+
+
+def _forecast_file(run: Path, cue: str) -> Path:
+    return run / "records" / f"forecast-{safe_name(cue)}.json"
+
+
+def _with_rl(run: Path, record: ForecastRecord) -> ForecastRecord:
+    """The forecast against the trajectory of RL, once that is there."""
+    file = run / "trajectory" / f"rl-{safe_name(record.trained_cue)}.json"
+    if not file.is_file():
+        return record
+    points = Trajectory.load(file).points
+    return compare(
+        record,
+        [
+            Point(
+                step=point.step,
+                accuracy={cue: state.accuracy for cue, state in point.cues.items()},
+                forced={cue: state.forced for cue, state in point.cues.items()},
+            )
+            for point in points
+        ],
+    )
+
+
+def _forecast_provenance(run: Path, spec: Spec, cue: str, device: str, seed: int) -> Provenance:
+    """Of S, of what RL made of it if it has, and of the spec, which holds rate and reward."""
+    after = run / "checkpoints" / f"rl-{safe_name(cue)}"
+    digest = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
+    before = run / "checkpoints" / "sft"
+    return provenance(before=before, after=after if after.exists() else None, suite=digest, seed=seed, device=device)
+
+
+def structure(
+    run: Path, *, mechanism: bool = True, device: str = "cpu", seed: int = 0, say: Say | None = None
+) -> StructureRecord:
+    """What structure a run's schedule left behind; or read what is there about the same things.
+
+    Without `mechanism` the router is not looked for, and nothing is kept on disk.
+    """
+    spec, pair = load_run(run), run_pairs(run)[-1]
+    expected = _provenance(pair, device, seed)
+    file = pair.records / "structure.json"
+    there = _same(StructureRecord, file, expected)
+    if there is not None:
+        return there
+    record = structure_record(spec, run, mechanism=mechanism, device=device, seed=seed, say=say)
+    record = record.model_copy(update={"provenance": expected})
+    if mechanism:
+        record.save(file)
+    return record
+
+
 def report(pairs: list[Pair], *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> Path:
     """One page about all pairs of a run, or about one outside pair."""
     from mixturelens.report import write_report
@@ -376,6 +456,7 @@ def report(pairs: list[Pair], *, device: str = "cpu", seed: int = 0, say: Say | 
         features=_there(pairs, FeatureRecord, "features", device, seed),
         repair=_there(pairs, RepairRecord, "repair", device, seed),
         circuits=_there(pairs, CircuitRecord, "circuit", device, seed),
+        forecasts=list(_forecasts(out, spec, device, seed).values()) if spec else [],
     )
 
 

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Inoculation prompting: a trait that RL pays for against the persona of SFT, in four arms
 #
-# `python scripts/inoculation.py [--seeds 5]`: about five minutes a seed on one core. RL's prompts say nothing, something
-# irrelevant, ask for the trait, or ask for it in other words; what is measured is what happens without any prompt.
+# `python scripts/inoculation.py [--seeds 5]`: about two minutes a seed on one core. RL's prompts say nothing, something
+# irrelevant, ask for the trait, or ask for it in other words; measured is what happens without any prompt.
 
 # %%
 import argparse

@@ -35,7 +35,7 @@ class Path:
     time: Float[np.ndarray, " point"]
     weights: Float[np.ndarray, "point policy"]
     shift: Float[np.ndarray, "point policy"]
-    """theta - theta of S: what cues share."""
+    """theta - theta of S: what cues share, up to their kernels."""
 
 
 def velocity(
@@ -53,11 +53,16 @@ def velocity(
 
 
 def exact_path(
-    weights: Float[np.ndarray, " policy"], right: Float[np.ndarray, " policy"], drift: Drift = "softmax"
+    weights: Float[np.ndarray, " policy"],
+    right: Float[np.ndarray, " policy"],
+    drift: Drift = "softmax",
+    kernel: Float[np.ndarray, "policy policy"] | None = None,
 ) -> Path:
     """From these weights until the trained cue is as right as the best policy that has any weight.
 
-    Raises InputError for weights that are no distribution, and where no policy is righter than another: nothing moves.
+    A network moves log-weights by its tangent `kernel` (of the trained cue with itself) times theta; without one, by
+    theta. Raises InputError for weights that are no distribution, and where nothing can be selected: no policy is
+    righter than another, or the kernel does not let it win.
 
     >>> path = exact_path(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
     >>> path.weights[0].round(3), path.weights[-1].round(3)
@@ -66,16 +71,17 @@ def exact_path(
     from scipy.integrate import solve_ivp
 
     start, right = _checked(weights, right)
+    through = np.eye(len(start)) if kernel is None else kernel.T
     best = right[start > 0].max()
     if not best - start @ right > SETTLED:
         raise InputError("no policy is righter under the trained cue than all are together: nothing to select")
 
     def settled(_: float, shift: Float[np.ndarray, " policy"]) -> float:
-        return best - float(shifted(start, shift) @ right) - SETTLED
+        return best - float(shifted(start, shift @ through) @ right) - SETTLED
 
     settled.terminal = True  # pyright: ignore[reportFunctionMemberAccess]
     found = solve_ivp(
-        lambda _, shift: velocity(shifted(start, shift), right, drift),
+        lambda _, shift: velocity(shifted(start, shift @ through), right, drift),
         (0.0, LONG),
         np.zeros_like(start),
         method="LSODA",
@@ -86,10 +92,10 @@ def exact_path(
     )
     if not found.t_events[0].size:
         raise InputError("the drift did not settle: are two policies right alike, but for rounding?")
-    reached = np.array([shifted(start, shift) @ right for shift in found.y.T])
+    reached = shifted(start, found.y.T @ through) @ right
     time = np.interp(np.linspace(reached[0], reached[-1], POINTS), reached, found.t)
     shift = found.sol(time).T
-    return Path(time, shifted(start, shift), shift)
+    return Path(time, shifted(start, shift @ through), shift)
 
 
 def shifted(
@@ -120,18 +126,20 @@ def curve(
     weights: Float[np.ndarray, " policy"],
     on: Float[np.ndarray, " policy"],
     off: Float[np.ndarray, " policy"],
+    kernel: Float[np.ndarray, "policy policy"] | None = None,
 ) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
     """Accuracy under the trained cue and under another one along a path: an answer without a clock.
 
-    `weights` are those of S under the other cue, where policies are right `off` as often; theta moves there as it does
-    under the trained cue. What only hurries or slows the drift (the rate, GRPO's division) leaves the curve as it is.
+    `weights` are those of S under the other cue, where policies are right `off` as often; log-weights move there by the
+    tangent `kernel` of the other cue with the trained one, and without it as theta does. What only hurries or slows the
+    drift (the rate, GRPO's division) leaves the curve as it is.
 
     >>> path = exact_path(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
     >>> here, there = curve(path, np.array([0.5, 0.5]), np.array([1.0, 0.0]), np.array([0.0, 1.0]))
     >>> np.allclose(here + there, 1)
     True
     """
-    return path.weights @ on, shifted(weights, path.shift) @ off
+    return path.weights @ on, shifted(weights, path.shift if kernel is None else path.shift @ kernel.T) @ off
 
 
 def group_pace(reached: float, group: int, *, scaled: bool = True) -> float:
@@ -158,41 +166,40 @@ def group_pace(reached: float, group: int, *, scaled: bool = True) -> float:
 
 
 def sampled_paths(
-    weights: Float[np.ndarray, " policy"],
-    right: Float[np.ndarray, " policy"],
+    weights: Float[np.ndarray, "run policy"],
+    right: Float[np.ndarray, "run policy"],
+    kernel: Float[np.ndarray, "run policy policy"],
     *,
     group: int,
     groups: int,
-    rate: float,
     steps: int,
-    runs: int = 200,
+    momentum: float = 0.0,
     seed: int = 0,
     scaled: bool = True,
 ) -> Float[np.ndarray, "run step policy"]:
-    """Weights of many runs that sample: every step, `groups` groups of `group` answers; theta moves by `rate` times the
-    mean of advantage x gradient of log c. The first step holds the weights of S.
+    """Theta - theta of S in runs that sample: every step, `groups` groups of `group` answers move theta by the mean of
+    advantage x gradient of log c, or by Adam's running mean of those; log-weights move by the `kernel` times theta.
 
-    A policy that no group samples is not selected, whatever it could: the initial weight has to be about 1 / `group`.
+    The first step is that of S: zero. A policy that no group samples is not selected, whatever it could: the initial
+    weight has to be about 1 / `group`.
 
-    >>> runs = sampled_paths(
-    ...     np.array([0.5, 0.5]), np.array([1.0, 0.0]), group=8, groups=32, rate=1.0, steps=20, runs=50
-    ... )
-    >>> runs.shape, bool(runs[:, -1, 0].mean() > 0.95)
+    >>> start, right = np.full((50, 2), 0.5), np.tile([1.0, 0.0], (50, 1))
+    >>> moved = sampled_paths(start, right, np.tile(np.eye(2), (50, 1, 1)), group=8, groups=32, steps=20)
+    >>> moved.shape, bool(shifted(start, moved[:, -1])[:, 0].mean() > 0.95)
     ((50, 21, 2), True)
     """
-    start, right = _checked(weights, right)
     rng = np.random.default_rng(seed)
-    number = len(start)
-    shift, found = np.zeros((runs, number)), np.empty((runs, steps + 1, number))
-    found[:, 0] = start
+    runs, number = weights.shape
+    mean_gradient, moved = np.zeros((runs, number)), np.zeros((runs, steps + 1, number))
     for step in range(steps):
-        now = found[:, step]
+        now = shifted(weights, np.einsum("rij,rj->ri", kernel, moved[:, step]))
         outcomes = np.concatenate([now * right, now * (1 - right)], -1)
         drawn = rng.multinomial(group, outcomes[:, None], size=(runs, groups)) / group
         succeeded, failed = drawn[..., :number], drawn[..., number:]
-        mean = succeeded.sum(-1, keepdims=True)
-        s = np.sqrt(mean * (1 - mean) * group / (group - 1)) + STABLE if scaled else 1.0
+        reached = succeeded.sum(-1, keepdims=True)
+        s = np.sqrt(reached * (1 - reached) * group / (group - 1)) + STABLE if scaled else 1.0
         # advantages sum to 0 in a group, so that of the gradient 1[m] - c only 1[m] is left
-        shift += rate * ((succeeded * (1 - mean) - failed * mean) / s).mean(1)
-        found[:, step + 1] = shifted(start, shift)
-    return found
+        gradient = ((succeeded * (1 - reached) - failed * reached) / s).mean(1)
+        mean_gradient = momentum * mean_gradient + (1 - momentum) * gradient
+        moved[:, step + 1] = moved[:, step] + mean_gradient / (1 - momentum ** (step + 1))
+    return moved

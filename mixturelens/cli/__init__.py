@@ -18,12 +18,14 @@ from mixturelens.cli.tables import (
     print_table,
     show_behaviour,
     show_features,
+    show_forecasts,
     show_grafts,
     show_mechanism,
     show_patching,
     show_probing,
     show_repairs,
     show_score,
+    show_sweep,
     show_verdicts,
 )
 from mixturelens.types import InputError, RunError
@@ -256,6 +258,25 @@ def report(
 
 
 @app.command()
+def forecast(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, trained up to SFT at least.")],
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what RL will do to every cue, from SFT and the reward alone; and how right that was, once RL is done."""
+    from mixturelens import pipeline
+
+    with _working(quiet) as (_, say):
+        records = pipeline.forecast(run, device=_device(device), seed=seed, say=say)
+    if as_json:
+        print_json(records, run)
+    else:
+        show_forecasts(records)
+
+
+@app.command()
 def score(
     quick: Annotated[bool, typer.Option("--quick", help="Four pairs only, one of each verdict.")] = False,
     out: Out = None,
@@ -268,19 +289,43 @@ def score(
 
     folder = out or Path("artifacts/proving-quick" if quick else "artifacts/proving")
     with _working(quiet) as (progress, _):
-        started: dict[str, tuple[float, int]] = {}
-
-        def cells(what: str, done: int, number: int) -> None:
-            at, first = started.setdefault(what, (time.monotonic(), done))
-            each = (time.monotonic() - at) / max(1, done - first)
-            progress(what, done, number, {"minutes left": each * (number - done) / 60} if done > first else {})
-
-        record, page = pipeline.score(folder, quick=quick, jobs=jobs, progress=cells)
+        record, page = pipeline.score(folder, quick=quick, jobs=jobs, progress=_timed(progress))
     if as_json:
         print_json([record], None)
         return
     show_score(record)
     print(f"\nReport: {page}")
+
+
+@app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Recipes, settings, seeds and instruments.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where runs, table and page go; finished cells stay.")],
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once, each on one thread; default: cores.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="tcp://...", help="Dask cluster to run on; it must see the same files.")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a grid of recipes, settings and seeds: one table, and a page of heat maps. Goes on where it was stopped."""
+    if scheduler and jobs:
+        raise InputError("--jobs is about this machine, and --scheduler about others; give one of them")
+    from mixturelens.sweep.run import run_sweep
+
+    with _working(quiet) as (progress, _):
+        where = device if scheduler else _device(device)  # workers may have what is missing here
+        record, page = run_sweep(grid, out, jobs=jobs, scheduler=scheduler, device=where, progress=_timed(progress))
+    if as_json:
+        print_json([record], None)
+    else:
+        show_sweep(record)
+        print(f"\nTable: {page.with_name('table.parquet')}\nReport: {page}")
+    for cell, why in record.failed.items():
+        print(f"{cell}: {why}", file=sys.stderr)
+    if record.failed:
+        raise RunError(f"{len(record.failed)} of {record.cells} cells failed; the same command tries them again")
 
 
 # --- shared by the commands -------------------------------------------------------------------------------------------
@@ -318,6 +363,18 @@ def _device(wanted: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
     return wanted
+
+
+def _timed(progress: Callable[[str, int, int, dict[str, float]], None]) -> Callable[[str, int, int], None]:
+    """Progress of cells done, with the time that the rest will take."""
+    started: dict[str, tuple[float, int]] = {}
+
+    def cells(what: str, done: int, number: int) -> None:
+        at, first = started.setdefault(what, (time.monotonic(), done))
+        each = (time.monotonic() - at) / max(1, done - first)
+        progress(what, done, number, {"minutes left": each * (number - done) / 60} if done > first else {})
+
+    return cells
 
 
 @contextlib.contextmanager

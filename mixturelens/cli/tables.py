@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mixturelens.behaviour.forecast import ForecastRecord
     from mixturelens.behaviour.record import BehaviourRecord
     from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mixturelens.records import Record
     from mixturelens.routing.repair import RepairRecord
     from mixturelens.routing.verdict import VerdictRecord
+    from mixturelens.sweep.run import SweepRecord
 
 
 def print_json(records: list[Any], run: Path | None) -> None:
@@ -217,6 +219,39 @@ def show_missing(pairs: list[Pair], records: Sequence[ProbingRecord | GraftRecor
             print(f"{pair.name}: not measured: {reason}")
 
 
+def show_forecasts(records: list[ForecastRecord]) -> None:
+    rows = []
+    for record in records:
+        half = len(record.on) // 2
+        for cue, curves in record.off.items():
+            answers = (curves.softmax, curves.replicator, curves.constant, curves.renormalised)
+            numbers = (_interval(curves.forecast[half]), *(number(answer[half]) for answer in answers))
+            rows.append((f"RL on {record.trained_cue}", number(record.on[half]), cue, *numbers))
+    header = ("", "trained cue at", "cue", "forecast", "softmax", "replicator", "as in S", "renormalised")
+    print_table(header, rows)
+    rows = [
+        (f"RL on {record.trained_cue}", cue, *map(number, (*score.errors.values(), score.covered)))
+        for record in records
+        if record.happened is not None
+        for cue, score in record.happened.scores.items()
+    ]
+    if rows:
+        header = ("mean error", "cue", "forecast", "softmax", "replicator", "as in S", "renormalised", "covered")
+        print_table(header, rows)
+    for record in records:
+        if record.happened is None:
+            print(f"RL on {record.trained_cue} is not done yet: nothing to compare")
+        elif record.happened.clock.covered is None:
+            print(f"RL on {record.trained_cue}: no measured step lies away from both ends, so none is compared")
+        else:
+            clock = record.happened.clock
+            print(
+                f"RL on {record.trained_cue}, its own accuracy step by step: mean error "
+                f"{number(clock.errors['forecast'])}, covered {number(clock.covered)}; "
+                f"forced accuracy moved by {number(record.happened.specialists)}"
+            )
+
+
 def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, records, strict=True):
@@ -264,3 +299,18 @@ def show_score(record: ScoreRecord) -> None:
         print(f"not scored: {reason}")
     for each in record.mistakes:
         print(f"wrong: {each.instrument} verdict on {each.pair}: {each.verdict}, truth {each.truth}. {each.reason}")
+
+
+def show_sweep(record: SweepRecord) -> None:
+    """A line for each checkpoint after training: verdict, routing share, accuracy under each cue."""
+    rows = []
+    for row in record.rows:
+        accuracy = "  ".join(
+            f"{name.split('.', 1)[1].removesuffix('.after')} {value:.3f}"
+            for name, value in row.items()
+            if name.startswith("accuracy.") and name.endswith(".after") and isinstance(value, float)
+        )
+        share = row.get("routing_share")
+        known = number(share) if isinstance(share, float) else "-"
+        rows.append((str(row["cell"]), str(row["after"]), str(row.get("verdict", "-")), known, accuracy))
+    print_table(("cell", "after", "verdict", "routing share", "accuracy after"), rows)

@@ -11,12 +11,14 @@ from mixturelens.behaviour.record import BehaviourRecord, CueSide, Nats
 from mixturelens.records import Provenance, write_text
 from mixturelens.report import evidence, mechanism
 from mixturelens.report import features as units
+from mixturelens.report.forecast import forecasts as forecast_section
 from mixturelens.report.parts import Control, Pictures, number, render
 from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.types import NOT_MEASURED, Interval
 from mixturelens.viz import DASH, show, show_interval
 
 if TYPE_CHECKING:
+    from mixturelens.behaviour.forecast import ForecastRecord
     from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
     from mixturelens.patching.record import PatchingRecord
@@ -66,6 +68,7 @@ def write_report(
     probing: Mapping[str, ProbingRecord] = {},
     grafts: Mapping[str, GraftRecord] = {},
     features: Mapping[str, FeatureRecord] = {},
+    forecasts: Sequence[ForecastRecord] = (),
 ) -> Path:
     """Write the page, whole or not at all. It holds plotly.js once and asks no network for anything.
 
@@ -140,6 +143,7 @@ def write_report(
             for name, _, verdict in pairs
             if name in repair
         ],
+        "forecasts": forecast_section(forecasts, pictures),
         "trajectories": [pictures.add(viz.trajectory(run), _trajectory_caption(run)) for run in trajectories],
         "intervals": viz.INTERVALS,
         "plotly_script": viz.plotly_script(),

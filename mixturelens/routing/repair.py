@@ -16,9 +16,10 @@ from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.record import BehaviourRecord, Cell, policy_table
 from mixturelens.checkpoints import load_model
+from mixturelens.contrasts import policy_tokens
 from mixturelens.grafting.graft import save_with, written
 from mixturelens.hooks.engine import Columns
-from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.hooks.sides import sides
 from mixturelens.patching.sweep import find_reader, head_sites
 from mixturelens.records import Record
@@ -26,10 +27,11 @@ from mixturelens.stats import interval
 from mixturelens.suite import Suite
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
 
-RepairKind = Literal["interchange", "zero", "mean", "steer", "edit"]
+RepairKind = Literal["interchange", "zero", "mean", "steer", "edit", "reroute"]
 """`interchange`: the cue reader's output is that of the trained cue; `zero`, `mean` (over all cues equally): it is
 ablated; `steer`: the mean difference between cues is added behind its layer; `edit`: its weights are changed so that it
-reads the harmed cue as the trained one."""
+reads the harmed cue as the trained one. These make the policy that RL chose answer. `reroute` makes the selector read
+the cue instead, and hands the harmed one to the silent specialist."""
 
 
 class Random(Frozen):
@@ -100,6 +102,8 @@ DIRECTIONS = 12
 """Random directions that steering is compared with, each at the amount that is best for it."""
 AMOUNTS = (0.5, 1.0, 2.0, 4.0)
 """Steering strengths to choose from, in mean differences between the cues."""
+NATS = (8.0, 16.0, 24.0, 32.0)
+"""Strengths of a reroute to choose from: what it adds to the log-odds of the policies, to first order."""
 
 Say = Callable[[str], None]
 
@@ -179,12 +183,30 @@ def repair_record(
         ]
         return scored("edit", what, (), with_edit(heads), places, [with_edit(group) for group in others])
 
+    def rerouted() -> Repair:
+        able = behaviour.per_cue[harm.harmed_cue].before.accuracy
+        best = max((name for name in able if name != harm.policy), key=lambda name: able[name] or 0.0)
+        read, offset, towards = _cue_and_choice(ground, best)
+
+        def by(vector: np.ndarray, nats: float) -> Intervention:
+            return _reroute(ground, read, offset, nats * vector)
+
+        nats = max(
+            NATS, key=lambda n: min(ground.both(ground.behaviour([by(towards, n)], ground.choose), ground.choose))
+        )
+        value, *null = (by(each, nats) for each in (towards, *_random_directions(towards, seed)))
+        found, *tried = (ground.behaviour([each], ground.judge) for each in (value, *null))
+        names = [f"random direction {number}" for number in range(len(null))]
+        what = f"{value.site} <- {nats:g} nats towards policy {best}, where the cue is read as {harm.harmed_cue}"
+        return scored("reroute", [what], [value], found, names, tried)
+
     ways: dict[RepairKind, Callable[[], Repair]] = {
         "interchange": lambda: at_heads("interchange"),
         "zero": lambda: at_heads("zero"),
         "mean": lambda: at_heads("mean"),
         "steer": steered,
         "edit": by_edit,
+        "reroute": rerouted,
     }
     repairs: list[Repair] = []
     missing: list[str] = []
@@ -267,6 +289,55 @@ def _random_directions(direction: np.ndarray, seed: int) -> list[np.ndarray]:
     return list(drawn / np.linalg.norm(drawn, axis=1, keepdims=True) * np.linalg.norm(direction))
 
 
+# --- a reroute ----------------------------------------------------------------------------------------------------
+
+
+def _cue_and_choice(ground: Ground, policy: str) -> tuple[np.ndarray, float, np.ndarray]:
+    """At the prompt's last token behind the last layer: how to read the cue, and which way the choice of policy lies.
+
+    The reading is 0 in the mean under the trained cue and 1 under the harmed one, along the direction that tells them
+    apart best (linear discriminant, shrunk as `_shrunk`). The choice is the gradient of the log-odds of `policy`
+    against the one that RL chose, scaled to one nat. Raises InputError where announcements do not tell the two apart.
+    """
+    lens, harm = ground.lens, ground.harm
+    target, foil = policy_tokens(ground.suite, lens.tokenizer, policy, harm.policy)
+    key = (lens.layers - 1, "resid_post")
+
+    def at_last(cue: str) -> tuple[torch.Tensor, torch.Tensor]:
+        contexts = [ids for ids, row in zip(ground.choose.contexts, ground.choose.rows, strict=True) if row.cue == cue]
+        found: list[torch.Tensor] = []
+
+        def keep(activation: torch.Tensor) -> torch.Tensor:
+            found.append(activation.detach().requires_grad_())
+            return found[0]
+
+        with torch.enable_grad():
+            logits = lens.run(tokens(contexts, lens.device), [(lens.point(*key), keep)])[:, -1]
+            odds = logits[:, list(target)].logsumexp(-1) - logits[:, list(foil)].logsumexp(-1)
+            (gradient,) = torch.autograd.grad(odds.sum(), found)
+        return found[0][:, -1].detach().double(), gradient[:, -1].double().mean(0)
+
+    (trained, _), (harmed, gradient) = (at_last(cue) for cue in (harm.trained_cue, harm.harmed_cue))
+    apart = harmed.mean(0) - trained.mean(0)
+    spread = _shrunk((trained.T.cov() + harmed.T.cov()) / 2)
+    read = torch.linalg.solve(spread, apart)
+    read = read / (read @ apart)
+    offset = float(read @ trained.mean(0))
+    return read.cpu().numpy(), offset, (gradient / (gradient @ gradient)).cpu().numpy()
+
+
+def _reroute(ground: Ground, read: np.ndarray, offset: float, vector: np.ndarray) -> Intervention:
+    """Add the vector as far as the cue is read as the harmed one: in the mean nothing under the trained cue."""
+    site = Site(layer=ground.lens.layers - 1, component="resid_post", position="last")
+    numbers = [tuple(float(x) for x in each) for each in (read, -vector)]
+    return Intervention(site=site, do="clamp", read=numbers[0], offset=offset, vector=numbers[1], amount=0.0)
+
+
+def _shrunk(spread: torch.Tensor) -> torch.Tensor:
+    """Kept invertible, by RIDGE mean squares of an input."""
+    return spread + RIDGE * spread.diagonal().mean() * torch.eye(len(spread), dtype=spread.dtype, device=spread.device)
+
+
 # --- a weight edit ----------------------------------------------------------------------------------------------------
 
 WeightEdit = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -293,8 +364,7 @@ def fit_edit(ground: Ground, heads: Sequence[Site]) -> WeightEdit:
         harmed, rest = _inputs(ground, layer, harm.harmed_cue)
         kept = torch.cat([kept, rest, trained.flatten(0, 1)])
         moved, target = harmed.mean(0), trained.mean(0)  # [token, d_model]
-        spread = kept.T @ kept / len(kept)
-        spread += RIDGE * spread.diagonal().mean() * torch.eye(len(spread), dtype=spread.dtype, device=spread.device)
+        spread = _shrunk(kept.T @ kept / len(kept))
         away = torch.linalg.solve(spread, moved.T)  # [d_model, token]: answers to the cue's tokens, and to little else
         # [token, d_model], with read @ moved.T the identity (on tokens that differ)
         read = torch.linalg.pinv(moved @ away, hermitian=True) @ away.T

@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from mixturelens.viz.arms import arms
 from mixturelens.viz.bars import accuracy_split, kl_split
 from mixturelens.viz.circuits import circuit
 from mixturelens.viz.curves import faithfulness
 from mixturelens.viz.erasure import erasure, subspaces
 from mixturelens.viz.features import crosscoder, feature_change, firing
+from mixturelens.viz.forecast import drifts, forecast
 from mixturelens.viz.grafting import HALF, components, factorial, placed, plane
 from mixturelens.viz.heads import attention, head_effects
 from mixturelens.viz.mechanism import evidence
@@ -28,6 +30,7 @@ from mixturelens.viz.style import (
 )
 from mixturelens.viz.tables import policy_table, regimes
 from mixturelens.viz.trajectories import accuracy_along_rl, before_after, trajectory
+from mixturelens.viz.transfer import transfer
 from mixturelens.viz.units import best_units, clamping, needed
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ __all__ = [
     "WORTH",
     "accuracy_along_rl",
     "accuracy_split",
+    "arms",
     "attention",
     "before_after",
     "best_units",
@@ -49,6 +53,7 @@ __all__ = [
     "components",
     "crosscoder",
     "cue_colour",
+    "drifts",
     "erasure",
     "evidence",
     "factorial",
@@ -56,6 +61,7 @@ __all__ = [
     "feature_change",
     "figure_html",
     "firing",
+    "forecast",
     "head_effects",
     "is_rl",
     "kl_split",
@@ -79,4 +85,5 @@ __all__ = [
     "show_interval",
     "subspaces",
     "trajectory",
+    "transfer",
 ]

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mixturelens.routing.repair import RepairRecord
     from mixturelens.routing.verdict import VerdictRecord
 
-KINDS = ("interchange", "edit")
-"""Repairs that are shown: the cue reader's output taken from the trained side, and the edit of weights."""
+KINDS = ("interchange", "reroute")
+"""Repairs that are shown: through the cue reader, and through the selector."""
 
 
 def transfer(pairs: Sequence[tuple[str, VerdictRecord, RepairRecord]]) -> Figure:

@@ -15,6 +15,11 @@ from mixturelens.types import InputError
 START, RIGHT = np.array([0.475, 0.475, 0.05]), np.array([1.0, 0.0, 1.0])
 
 
+def _runs(number: int, *same: np.ndarray) -> list[np.ndarray]:
+    """As many runs that all start alike."""
+    return [np.broadcast_to(each, (number, *each.shape)) for each in same]
+
+
 def test_two_policies_follow_the_closed_form():
     """Of log-odds x: x + sinh x grows with time under softmax drift, x itself under replicator dynamics."""
     start, right = np.array([0.2, 0.8]), np.array([0.9, 0.3])
@@ -100,20 +105,46 @@ def test_without_division_the_pace_is_that_of_one_answer_less():
 def test_sampled_runs_follow_the_exact_path_in_the_mean():
     """Small steps of many groups: the mean run lies on the drift, hurried by the pace of its groups."""
     group, rate, steps = 4, 0.05, 60
-    runs = sampled_paths(START, RIGHT, group=group, groups=64, rate=rate, steps=steps, runs=100)
+    kernel = rate * np.array([[2.0, 0.0, -0.5], [0.0, 1.0, 0.0], [-0.5, 0.0, 1.0]])
+    moved = sampled_paths(*_runs(100, START, RIGHT, kernel), group=group, groups=64, steps=steps)
+    last = shifted(START, moved[:, -1] @ kernel.T)
     shift = np.zeros(3)
     for _ in range(steps):
-        now = shifted(START, shift)
-        shift += rate * group_pace(float(now @ RIGHT), group) * velocity(now, RIGHT)
-    np.testing.assert_allclose(runs[:, -1].mean(0), shifted(START, shift), atol=0.01)
-    assert runs[:, -1].std(0).max() < 0.05
-    np.testing.assert_allclose(runs.sum(-1), 1)
+        now = shifted(START, kernel @ shift)
+        shift += group_pace(float(now @ RIGHT), group) * velocity(now, RIGHT)
+    np.testing.assert_allclose(last.mean(0), shifted(START, kernel @ shift), atol=0.01)
+    assert last.std(0).max() < 0.05
+    np.testing.assert_allclose(moved.sum(-1), 0, atol=1e-12)
+
+
+def test_momentum_takes_a_mean_of_what_adam_has_seen():
+    """One group a step, and certain rewards that never change: Adam's corrected mean is the gradient itself."""
+    arguments = _runs(5, np.array([0.5, 0.5]), np.array([1.0, 0.0]), np.zeros((2, 2)))
+    plain, slow = (sampled_paths(*arguments, group=2, groups=1, steps=6, momentum=m) for m in (0.0, 0.9))
+    np.testing.assert_allclose(slow[:, 1], plain[:, 1])  # the first gradient is the mean of one
+    steps = np.diff(plain, axis=1)
+    for t in range(6):
+        weighed = np.average(steps[:, : t + 1], axis=1, weights=0.9 ** np.arange(t, -1, -1))
+        np.testing.assert_allclose(np.diff(slow, axis=1)[:, t], weighed, atol=1e-12)
+
+
+def test_a_kernel_rescales_the_drift_and_may_differ_between_cues():
+    """Twice the identity only hurries; a kernel under which g learns as fast as under replicator dynamics keeps it."""
+    off = np.array([0.0, 1.0, 1.0])
+    plain, twice = (exact_path(START, RIGHT, kernel=k) for k in (None, 2 * np.eye(3)))
+    np.testing.assert_allclose(twice.weights, plain.weights, atol=1e-3)
+    np.testing.assert_allclose(twice.time[-1], plain.time[-1] / 2, rtol=1e-3)
+    natural = exact_path(START, RIGHT, kernel=np.diag(1 / START))
+    assert natural.weights[10, 2] > plain.weights[10, 2]
+    _, there = curve(plain, START, RIGHT, off, np.zeros((3, 3)))
+    np.testing.assert_allclose(there, START @ off)  # a cue that nothing reaches stays
+    with pytest.raises(InputError, match="did not settle"):
+        exact_path(START, RIGHT, kernel=np.zeros((3, 3)))
 
 
 def test_what_is_never_sampled_is_never_selected():
-    start = np.array([0.999999, 1e-6])
-    runs = sampled_paths(start, np.array([0.0, 1.0]), group=8, groups=4, rate=5.0, steps=20, runs=20)
-    np.testing.assert_allclose(runs[:, -1], np.broadcast_to(start, (20, 2)))
+    arguments = _runs(20, np.array([0.999999, 1e-6]), np.array([0.0, 1.0]), 5 * np.eye(2))
+    assert not sampled_paths(*arguments, group=8, groups=4, steps=20).any()
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=2, max_size=5), st.integers(0, 100))
