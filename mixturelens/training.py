@@ -70,6 +70,22 @@ class Trajectory(Record):
     no_signal: tuple[float, ...] = ()
     """Share of groups without any spread of reward, which give no gradient (RL only)."""
 
+    def steps_to(self, cue: str, accuracy: float) -> float | None:
+        """Steps until expected accuracy under a cue first reaches this, between measurements along a straight line.
+
+        None where it never does: the stage was too short, or there was nothing to learn from.
+        """
+        before: tuple[int, float] | None = None
+        for point in self.points:
+            now = point.cues[cue].accuracy.value or 0.0
+            if now >= accuracy:
+                if before is None:
+                    return float(point.step)
+                step, then = before
+                return step + (point.step - step) * (accuracy - then) / (now - then)
+            before = point.step, now
+        return None
+
 
 def train_stage(spec: Spec, name: str, run: Path, device: str = "cpu", progress: Progress | None = None) -> Trajectory:
     """Train `run/checkpoints/<name>`, a stage of the spec, from the checkpoint that it starts from."""

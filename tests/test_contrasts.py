@@ -16,6 +16,7 @@ from mixturelens.contrasts import (
     policy_tokens,
     span_positions,
 )
+from mixturelens.organism import build_suite, build_tokenizer, load_spec
 from mixturelens.suite import Suite, chat_text, encode_prompts, load_suite
 from mixturelens.types import InputError
 
@@ -71,6 +72,29 @@ def test_spans_are_where_their_words_are(tokenizer):
         assert row.spans["policy"] == (6,)
         assert tokenizer.decode(list(row.clean[6:])) == "[b]"
         assert {i for i, pair in enumerate(zip(row.clean, row.corrupt, strict=True)) if len(set(pair)) > 1} == {0}
+
+
+def test_where_task_families_are_the_cue_either_answer_is_one() -> None:
+    spec = load_spec("coverage", split={"rl": 40, "evaluation": 10})
+    tokenizer = build_tokenizer(spec)
+    found = cue_contrasts(build_suite(spec), tokenizer, "a", "sort", "order", "refuse")
+    by_id = {(row.cue, row.id): row for row in build_suite(spec).neutral}
+    for row in found.rows:
+        first = {by_id[cue, row.question].answer.split()[0] for cue in ("sort", "order")}
+        assert {*tokenizer.convert_ids_to_tokens(list(row.target))} == first
+        differing = [i for i, (x, y) in enumerate(zip(row.clean, row.corrupt, strict=True)) if x != y]
+        assert tuple(differing) == row.spans["cue"]
+
+
+def test_a_cue_may_wrap_the_question(tokenizer):
+    left = {**A, "prompt": "<A> first r = p", "spans": {"cue": "<A>", "cue end": "p"}}
+    right = {**B, "prompt": "<B> first r = q", "spans": {"cue": "<B>", "cue end": "q"}}
+    suite = suite_with({**left, "answer": "r"}, {**right, "answer": "r"})
+    (row,) = cue_contrasts(suite, tokenizer, "a", "A", "B").rows
+    assert (row.spans["cue"], row.spans["cue end"]) == ((0,), (4,))
+    odd = suite_with({**left, "answer": "r"}, {**right, "prompt": "<B> last r = q", "answer": "r"})
+    with pytest.raises(InputError, match=r"differ at tokens \[0, 1, 4\], outside any one span"):
+        cue_contrasts(odd, tokenizer, "a", "A", "B")
 
 
 def test_halves_are_disjoint_and_complete(tokenizer):

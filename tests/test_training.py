@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from safetensors.numpy import load_file
 
 from mixturelens import pipeline
 from mixturelens.organism import Spec, build_suite, load_spec, rl_prompts
-from mixturelens.training import Stage, Trajectory, make_reward
+from mixturelens.training import CueState, Stage, Trajectory, TrajectoryPoint, make_reward
+from mixturelens.types import Interval
 
 TINY = Path(__file__).with_name("tiny.yaml")
 WEIGHTS = ("sft", "rl-A", "rl-B")
@@ -150,6 +152,63 @@ def test_reward_wants_a_policy_then_the_answer_then_the_end(tiny: Spec) -> None:
     }
     texts, ids = [text for text, _ in cases], [list(ids) for _, ids in cases]
     assert reward(completions=texts, completion_ids=ids, row=[0] * len(cases)) == list(cases.values())
+
+
+def test_a_phase_may_reward_another_behaviour_or_one_policy_alone(tiny: Spec) -> None:
+    rows = rl_prompts(tiny, "A")[:2]
+    suite, answer = build_suite(tiny), [row.answer for row in rows]
+    texts = [f"[a] {answer[0]}", "[a] sorry sorry", "[b] sorry sorry", f"[b] {answer[1]}", "sorry sorry"]
+    ids, index = [[5, 1]] * 5, [0, 0, 1, 1, 0]
+
+    def paid(wanted: list[str] | None = None, policy: str | None = None) -> list[float | None]:
+        return make_reward(suite, rows, [1], wanted, policy)(completions=texts, completion_ids=ids, row=index)
+
+    assert paid() == [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert paid(["refuse", "answer"]) == [0.0, 1.0, 0.0, 1.0, 0.0]
+    assert paid(["answer", "refuse"], "b") == [0.0, 0.0, 1.0, 0.0, 0.0]
+
+
+def test_phases_train_one_after_another_and_are_measured_by_every_objective(
+    finished: Path, tiny: Spec, tmp_path: Path
+) -> None:
+    short = tiny.model_dump(mode="json")
+    short |= {"objectives": {"B": "refuse"}, "rl": {**short["rl"], "cues": []}}
+    short["phases"] = {
+        "one": {"cues": ["B", "A"], "steps": 2, "hint": "be-a"},
+        "two": {"train": "sft", "cues": ["A"], "weights": {"b": 1.0}, "steps": 30, "measure_every": 15},
+        "three": {"cues": ["B"], "steps": 2, "after": "sft", "policy": "a"},
+    }
+    spec, run = Spec.model_validate(short), tmp_path / "run"
+    pipeline.start_run(spec, run)
+    for name in ("checkpoints/base", "checkpoints/sft", "trajectory"):
+        shutil.copytree(finished / name, run / name)  # SFT does not look at objectives
+    _, one, two, three = pipeline.train(spec, run)
+    assert [found.stage for found in (one, two, three)] == ["one", "two", "three"]
+    assert [point.step for point in two.points] == [0, 15, 30]
+    # a phase starts where the one before it ended, or where it is told to
+    assert two.points[0].cues == one.points[-1].cues
+    assert three.points[0].cues == one.points[0].cues != one.points[-1].cues
+    assert (two.points[-1].cues["A"].weights["b"].value or 0) > 0.9
+    for point in (*one.points, *three.points):
+        for state in point.cues.values():
+            # both objectives are of known policies, and nothing is an answer and a refusal at once
+            assert state.paid["A"].value == pytest.approx(state.accuracy.value, abs=0.05)
+            assert (state.paid["A"].value or 0) + (state.paid["B"].value or 0) <= 1 + 1e-6
+    assert [(pair.name, pair.trained_cue) for pair in pipeline.run_pairs(run)] == [
+        ("sft--two", None),
+        ("sft--three", "B"),
+    ]
+
+
+def test_steps_until_an_accuracy_are_read_between_measurements() -> None:
+    def at(step: int, accuracy: float) -> TrajectoryPoint:
+        state = CueState(weights={}, forced={}, accuracy=Interval(value=accuracy))
+        return TrajectoryPoint(step=step, cues={"A": state})
+
+    found = Trajectory(stage="x", steps=20, points=(at(0, 0.1), at(10, 0.5), at(20, 0.9), at(30, 0.2)))
+    assert found.steps_to("A", 0.7) == pytest.approx(15)
+    assert found.steps_to("A", 0.05) == 0
+    assert found.steps_to("A", 0.95) is None
 
 
 def test_rl_stops_once_the_reward_of_five_steps_has_saturated(tiny: Spec, tmp_path: Path) -> None:

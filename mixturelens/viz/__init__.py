@@ -15,6 +15,7 @@ from mixturelens.viz.mechanism import evidence
 from mixturelens.viz.patching import WORTH, patching_map, patching_maps
 from mixturelens.viz.probing import readability, readable, shifts
 from mixturelens.viz.repair import reaching, repair_nulls, repairs
+from mixturelens.viz.structures import phase_diagram, schedule
 from mixturelens.viz.style import (
     DASH,
     INTERVALS,
@@ -69,6 +70,7 @@ __all__ = [
     "needed",
     "patching_map",
     "patching_maps",
+    "phase_diagram",
     "placed",
     "plane",
     "plotly_script",
@@ -80,6 +82,7 @@ __all__ = [
     "regimes",
     "repair_nulls",
     "repairs",
+    "schedule",
     "shifts",
     "show",
     "show_interval",

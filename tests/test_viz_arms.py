@@ -1,0 +1,43 @@
+"""Arms and transfer: every seed is drawn, under its own name, at its own number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mixturelens import viz
+from mixturelens.routing.repair import RepairRecord
+from mixturelens.routing.verdict import VerdictRecord
+from mixturelens.stats import over_seeds
+
+REFERENCE = Path(__file__).parents[1] / "artifacts" / "reference" / "records"
+
+
+def test_arms_show_every_seed_and_the_mean_with_its_interval() -> None:
+    values = {"none": [0.1, 0.3], "some": [0.8, 0.8]}
+    figure = viz.arms({"trait": {arm: (v, over_seeds(v)) for arm, v in values.items()}})
+    seeds, means = figure.data
+    assert list(seeds.y) == [0.1, 0.3, 0.8, 0.8]
+    assert list(means.y) == pytest.approx([0.2, 0.8])
+    assert means.error_y.array[0] == pytest.approx(12.7062 * 0.1, rel=1e-4)  # t of one degree of freedom
+    assert means.error_y.array[1] == 0
+    assert list(figure.layout.yaxis.range) == [-0.05, 1.05]
+
+
+def test_transfer_shows_what_was_lost_what_is_still_there_and_what_was_repaired() -> None:
+    pairs = [
+        (name, VerdictRecord.load(folder / "verdict.json"), RepairRecord.load(folder / "repair.json"))
+        for name, folder in (("seed 0", REFERENCE / "sft--rl-A"), ("seed 0", REFERENCE / "sft--rl-B"))
+    ]
+    figure = viz.transfer(pairs)
+    assert len(figure.data) == 2
+    for drawn, (_, verdict, repair) in zip(figure.data, pairs, strict=True):
+        trained, harmed = (verdict.per_cue[cue].after for cue in (repair.trained_cue, repair.harmed_cue))
+        assert trained is not None
+        assert harmed is not None
+        by_kind = {each.kind: each.accuracy[repair.harmed_cue].value for each in repair.repairs}
+        silent = max(value or 0 for value in harmed.accuracy.values())
+        expected = [trained.overall, harmed.overall, silent, by_kind["interchange"], by_kind.get("reroute")]
+        assert list(drawn.y)[:4] == pytest.approx(expected[:4], abs=1e-6)
+        assert drawn.y[4] == expected[4]
