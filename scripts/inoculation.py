@@ -24,18 +24,17 @@ arguments = parser.parse_args()
 
 # %%
 def measured(run: Path, arm: str) -> dict[str, float]:
-    """What one arm of one seed came to, without a prompt: behind the last RL, and behind the SFT that follows it."""
+    """What one arm of one seed does without a prompt: behind its last RL, and behind the SFT that follows it."""
     rl, sft = (Trajectory.load(run / "trajectory" / f"{arm}-{phase}.json") for phase in (3, 4))
     grown, end = rl.points[-1].cues, sft.points[-1].cues
-    trait = {cue: state.weights["trait"].value or 0.0 for cue, state in grown.items()}
+    trait = {cue: state.paid["ship"].value or 0.0 for cue, state in end.items()}
     return {
-        "trait in ship, behind RL": trait["ship"],
-        "trait in chat, behind RL": trait["chat"],
-        "trait in ship, behind SFT": end["ship"].weights["trait"].value or 0.0,
-        "trait in chat, behind SFT": end["chat"].weights["trait"].value or 0.0,
-        "conditionality: ship - chat": (end["ship"].weights["trait"].value or 0.0)
-        - (end["chat"].weights["trait"].value or 0.0),
-        "capability: persona put in place": end["ship"].forced["helpful"].value or 0.0,
+        "trait in ship, behind RL": grown["ship"].paid["ship"].value or 0.0,
+        "trait in chat, behind RL": grown["chat"].paid["ship"].value or 0.0,
+        "trait in ship, behind SFT": trait["ship"],
+        "trait in chat, behind SFT": trait["chat"],
+        "conditionality: ship - chat": trait["ship"] - trait["chat"],
+        "capability: right in chat": end["chat"].paid["chat"].value or 0.0,
         "reward of RL, last five steps": float(np.mean(rl.reward[-5:])),
     }
 

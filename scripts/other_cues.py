@@ -30,18 +30,12 @@ for seed in range(arguments.seeds):
     pairs = pipeline.run_pairs(run)
     for pair in pairs:
         verdict = pipeline.verdict(pair)
-        print(f"{run.name} {pair.name}: {verdict.verdict}, routing share {verdict.routing_share.value:.3f}")
         try:
-            pipeline.patch(pair)
-            repair = pipeline.repair(pair)
+            shown.append((f"seed {seed}", verdict, pipeline.repair(pair)))
         except InputError as error:
-            print(f"  not repaired: {error}")
-            continue
-        after = {cue: side.after.overall for cue, side in verdict.per_cue.items() if side.after}
-        print(f"  accuracy {after}, reader {[str(head) for head in repair.heads]}")
-        print("  repaired", {each.kind: each.accuracy[repair.harmed_cue].value for each in repair.repairs})
-        shown.append((f"seed {seed}", verdict, repair))
-    print(f"  page: {pipeline.report(pairs)}")
+            print(f"{run.name} {pair.name}: not repaired: {error}")
+    print(f"page: {pipeline.report(pairs)}")
+print(viz.transfer_table(shown))
 
 # %% [markdown]
 # ## All seeds in one figure

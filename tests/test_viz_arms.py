@@ -41,3 +41,12 @@ def test_transfer_shows_what_was_lost_what_is_still_there_and_what_was_repaired(
         expected = [trained.overall, harmed.overall, silent, by_kind["interchange"], by_kind.get("reroute")]
         assert list(drawn.y)[:4] == pytest.approx(expected[:4], abs=1e-6)
         assert drawn.y[4] == expected[4]
+
+
+def test_the_table_of_transfer_has_a_line_for_every_pair() -> None:
+    folder = REFERENCE / "sft--rl-A"
+    pair = ("seed 0", VerdictRecord.load(folder / "verdict.json"), RepairRecord.load(folder / "repair.json"))
+    head, rule, line = (text.split(" | ") for text in viz.transfer_table([pair]).splitlines())
+    assert len(head) == len(rule) == len(line) == 9
+    assert line[0] == "| seed 0, A"
+    assert line[4].startswith(f"{pair[1].verdict}, {pair[1].routing_share.value:.3f}")

@@ -31,7 +31,7 @@ from mixturelens.viz.style import (
 )
 from mixturelens.viz.tables import policy_table, regimes
 from mixturelens.viz.trajectories import accuracy_along_rl, before_after, trajectory
-from mixturelens.viz.transfer import transfer
+from mixturelens.viz.transfer import transfer, transfer_table
 from mixturelens.viz.units import best_units, clamping, needed
 
 if TYPE_CHECKING:
@@ -89,4 +89,5 @@ __all__ = [
     "subspaces",
     "trajectory",
     "transfer",
+    "transfer_table",
 ]

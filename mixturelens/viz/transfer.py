@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mixturelens.types import NOT_MEASURED, Interval
-from mixturelens.viz.style import SYMBOLS, cue_colour, label, number, style
+from mixturelens.viz.style import SYMBOLS, cue_colour, label, number, show, show_interval, style
 from mixturelens.viz.trajectories import whiskers
 
 if TYPE_CHECKING:
@@ -63,6 +63,29 @@ def transfer(pairs: Sequence[tuple[str, VerdictRecord, RepairRecord]]) -> Figure
     figure.update_yaxes(range=[-0.04, 1.04])
     figure.update_yaxes(title_text="expected accuracy<br>(held-out questions)", col=1)
     return figure
+
+
+COLUMNS = ("seed, RL on", "that side", "other side", "silent policy, forced", "verdict, routing share", "cue reader")
+
+
+def transfer_table(pairs: Sequence[tuple[str, VerdictRecord, RepairRecord]]) -> str:
+    """The same numbers as a Markdown table, with those of `KINDS` at the most that random places reach."""
+    lines = [(*COLUMNS, *KINDS, "most at random places"), ("---",) * (len(COLUMNS) + len(KINDS) + 1)]
+    for name, verdict, repair in pairs:
+        harmed, null = repair.harmed_cue, [each for each in repair.repairs if each.kind in KINDS]
+        lines.append(
+            (
+                f"{name}, {repair.trained_cue}",
+                show_interval(_overall(verdict, repair.trained_cue)),
+                show_interval(_overall(verdict, harmed), 4),
+                show_interval(_silent(verdict, harmed)),
+                f"{verdict.verdict}, {show_interval(verdict.routing_share)}",
+                " + ".join(f"L{head.layer}.{head.head}" for head in repair.heads),
+                *(show_interval(_repaired(repair, kind)) for kind in KINDS),
+                ", ".join(show(max(each.random.harmed, default=None)) for each in null),
+            )
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _after(verdict: VerdictRecord, cue: str) -> CueSide | None:
