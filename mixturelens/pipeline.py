@@ -412,22 +412,32 @@ def _forecast_provenance(run: Path, spec: Spec, cue: str, device: str, seed: int
 
 
 def structure(
-    run: Path, *, mechanism: bool = True, device: str = "cpu", seed: int = 0, say: Say | None = None
+    run: Path,
+    end: str | None = None,
+    *,
+    mechanism: bool = True,
+    device: str = "cpu",
+    seed: int = 0,
+    say: Say | None = None,
 ) -> StructureRecord:
-    """What structure a run's schedule left behind; or read what is there about the same things.
+    """What structure a schedule of the run left behind, and the router behind it; or read what is there about it.
 
-    Without `mechanism` the router is not looked for, and nothing is kept on disk.
+    The schedule ends in the phase `end`, which no other follows; by default in the last one.
     """
-    spec, pair = load_run(run), run_pairs(run)[-1]
+    spec, pairs = load_run(run), {pair.name: pair for pair in run_pairs(run)}
+    if end is not None and f"sft--{end}" not in pairs:
+        raise InputError(
+            f"{end!r} ends no schedule of this run; {', '.join(p.removeprefix('sft--') for p in pairs)} do"
+        )
+    pair = pairs[f"sft--{end}"] if end else list(pairs.values())[-1]
     expected = _provenance(pair, device, seed)
     file = pair.records / "structure.json"
     there = _same(StructureRecord, file, expected)
-    if there is not None:
+    if there is not None and (there.looked or not mechanism):
         return there
-    record = structure_record(spec, run, mechanism=mechanism, device=device, seed=seed, say=say)
+    record = structure_record(spec, run, end, mechanism=mechanism, device=device, seed=seed, say=say)
     record = record.model_copy(update={"provenance": expected})
-    if mechanism:
-        record.save(file)
+    record.save(file)
     return record
 
 

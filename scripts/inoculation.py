@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Inoculation prompting: a trait that RL pays for against the persona of SFT, in four arms
 #
-# `python scripts/inoculation.py [--seeds 5]`: about two minutes a seed on one core. RL's prompts say nothing, something
+# `python scripts/inoculation.py [--seeds 5]`: three minutes a seed on one core. RL's prompts say nothing, something
 # irrelevant, ask for the trait, or ask for it in other words; measured is what happens without any prompt.
 
 # %%
@@ -18,7 +18,7 @@ from mixturelens.training import Trajectory
 ARMS = ("none", "irrelevant", "inoculation", "rephrased")
 parser = argparse.ArgumentParser(description="Inoculation prompting in four arms.")
 parser.add_argument("--seeds", type=int, default=5)
-parser.add_argument("--out", type=Path, default=Path("artifacts"), help="runs go to OUT/inoculation-<seed>")
+parser.add_argument("--out", type=Path, default=Path("artifacts"))
 arguments = parser.parse_args()
 
 
@@ -26,11 +26,11 @@ arguments = parser.parse_args()
 def measured(run: Path, arm: str) -> dict[str, float]:
     """What one arm of one seed does without a prompt: behind its last RL, and behind the SFT that follows it."""
     rl, sft = (Trajectory.load(run / "trajectory" / f"{arm}-{phase}.json") for phase in (3, 4))
-    grown, end = rl.points[-1].cues, sft.points[-1].cues
-    trait = {cue: state.paid["ship"].value or 0.0 for cue, state in end.items()}
+    end = sft.points[-1].cues
+    grown, trait = ({cue: at.paid["ship"].value or 0.0 for cue, at in p.points[-1].cues.items()} for p in (rl, sft))
     return {
-        "trait in ship, behind RL": grown["ship"].paid["ship"].value or 0.0,
-        "trait in chat, behind RL": grown["chat"].paid["ship"].value or 0.0,
+        "trait in ship, behind RL": grown["ship"],
+        "trait in chat, behind RL": grown["chat"],
         "trait in ship, behind SFT": trait["ship"],
         "trait in chat, behind SFT": trait["chat"],
         "conditionality: ship - chat": trait["ship"] - trait["chat"],
@@ -48,12 +48,15 @@ for name in by_arm["none"][0]:
     for arm in ARMS:
         values = [seed[name] for seed in by_arm[arm]]
         less = [value - base[name] for value, base in zip(values, by_arm["none"], strict=True)]
-        mean, difference = over_seeds(values), over_seeds(less)
-        print(f"  {arm:12} {viz.show_interval(mean)}   against none {viz.show_interval(difference)}")
+        print(
+            f"  {arm:12} {viz.show_interval(over_seeds(values))}   against none {viz.show_interval(over_seeds(less))}"
+        )
+
+for arm in ARMS:  # and what is behind it: is there a router between the environments?
+    found = pipeline.structure(runs[0], f"{arm}-4").pairs[0]
+    print(arm, found.structure, found.mechanism and (found.mechanism.heads, found.mechanism.carried))
 
 # %%
-names = list(by_arm["none"][0])[:6]
-shown = {name: {arm: [seed[name] for seed in by_arm[arm]] for arm in ARMS} for name in names}
+shown = {n: {a: [seed[n] for seed in by_arm[a]] for a in ARMS} for n in list(by_arm["none"][0])[:6]}
 figure = viz.arms({name: {arm: (v, over_seeds(v)) for arm, v in of.items()} for name, of in shown.items()})
 figure.write_html(arguments.out / "inoculation.html", include_plotlyjs=True, config={"displayModeBar": False})
-print(f"figure: {arguments.out / 'inoculation.html'}")

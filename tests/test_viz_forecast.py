@@ -101,11 +101,11 @@ def test_before_rl_there_is_nothing_measured():
 
 def test_runs_of_several_seeds_are_drawn_less_the_plain_drift():
     record = make_record()
-    figure = drifts({"one": {"5%": [record, record], "10%": [record]}, "two": {"5%": [], "10%": [record]}}, "B")
+    figure = drifts({"5%": [record, record], "10%": [record]}, "B")
     assert [a.text for a in figure.layout.annotations] == ["5%", "10%"]
     plain = traces(figure, "softmax")
-    assert len(plain) == 7
-    assert [tuple(trace.y) for trace in plain[3:]] == [(0.0, 0.0, 0.0)] * 4  # below the first row
+    above, below = [(0.5, 0.26, 0.02)] * 2, [(0.0, 0.0, 0.0)] * 2
+    assert [tuple(trace.y) for trace in plain] == [*above, *below, above[0], below[0]]
     lines = traces(figure, "replicator")[-1]
     np.testing.assert_allclose(lines.y, (0, 0.07, 0.16))
     points = traces(figure, "measured")[-1]

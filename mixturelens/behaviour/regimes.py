@@ -90,8 +90,9 @@ class Course:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Regimes: cues that RL trains on."""
-        return tuple(cue for cue in self.cues if any(kind[0] == "rl" and cue in kind[1:] for kind in self.phases))
+        """Regimes: cues that RL trains on, or SFT alone; SFT on several at once is the base mixture again."""
+        alone = [kind[1:] for kind in self.phases if kind[0] == "rl" or len(kind) == 2]
+        return tuple(cue for cue in self.cues if any(cue in cues for cues in alone))
 
     def own(self, cue: str, checkpoints: Sequence[int]) -> Float[np.ndarray, "checkpoint question"]:
         """What a cue's own objective pays there."""

@@ -91,7 +91,9 @@ def exact_path(
         dense_output=True,
     )
     if not found.t_events[0].size:
-        raise InputError("the drift did not settle: are two policies right alike, but for rounding?")
+        raise InputError(
+            "the drift did not settle: are two policies right alike but for rounding, or does the kernel hold it?"
+        )
     reached = shifted(start, found.y.T @ through) @ right
     time = np.interp(np.linspace(reached[0], reached[-1], POINTS), reached, found.t)
     shift = found.sol(time).T

@@ -25,6 +25,7 @@ from mixturelens.cli.tables import (
     show_probing,
     show_repairs,
     show_score,
+    show_structure,
     show_sweep,
     show_verdicts,
 )
@@ -255,6 +256,26 @@ def report(
     with _working(quiet) as (_, say):
         page = pipeline.report(pairs, device=_device(device), seed=seed, say=say)
     print(page)
+
+
+@app.command()
+def structure(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run whose recipe has `phases`.")],
+    end: Annotated[str | None, typer.Option(help="Phase that ends the schedule; default: the last.")] = None,
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a schedule of objectives left: a generalist, a conditional policy, churn, a mix, or nested ones."""
+    from mixturelens import pipeline
+
+    with _working(quiet) as (_, say):
+        record = pipeline.structure(run, end, device=_device(device), seed=seed, say=say)
+    if as_json:
+        print_json([record], None)
+    else:
+        show_structure(record)
 
 
 @app.command()

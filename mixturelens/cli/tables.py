@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mixturelens.proving.record import ScoreRecord
     from mixturelens.records import Record
     from mixturelens.routing.repair import RepairRecord
+    from mixturelens.routing.structure import StructureRecord
     from mixturelens.routing.verdict import VerdictRecord
     from mixturelens.sweep.run import SweepRecord
 
@@ -264,6 +265,32 @@ def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
     print_table(("pair", "repair", "harmed cue", "trained cue", "gap closed", "random places, median"), rows)
     for pair, record in zip(pairs, records, strict=True):
         print(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; repaired checkpoint: {pair.repaired}")
+
+
+def show_structure(record: StructureRecord) -> None:
+    """The structure of a schedule: what two regimes' behaviour is made of, and the router between them."""
+    names = ("generality", "conditionality", "oscillation", "fixed")
+    rows = []
+    for each in record.pairs:
+        shares = [_interval(getattr(each.shares, name)) for name in names]
+        rows.append((f"{each.first}, {each.second}", each.structure, *shares))
+    print_table(("regimes", "structure", *names), rows)
+    print(f"structure: {record.structure} " + " | ".join(", ".join(group) for group in record.groups))
+    print(f"retention: {', '.join(f'{cue} {_interval(value)}' for cue, value in record.retention.items())}")
+    print(f"fragility: {_interval(record.fragility)}")
+    for each in record.culled:
+        gone = ", ".join(f"{_interval(value)} under {cue}" for cue, value in each.under.items())
+        print(f"culled by {each.phase} of what {each.trait} pays: {gone}")
+    for each in record.pairs:
+        if each.mechanism is not None:
+            found = each.mechanism
+            print(
+                f"{each.first}, {each.second}: decoded {_interval(found.decoded)} (shuffled {number(found.shuffled)}), "
+                f"router {' + '.join(map(str, found.heads)) or '-'} carries {_interval(found.carried)} "
+                f"(best others {_interval(found.rival)}), overlap {_interval(found.overlap)}"
+            )
+    for reason in record.missing:
+        print(f"not measured: {reason}")
 
 
 WORDS = ("routing", "specialist", "both", "neither", "inconclusive")

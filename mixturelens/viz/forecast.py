@@ -94,33 +94,30 @@ def forecast(record: ForecastRecord) -> Figure:
     return figure
 
 
-def drifts(rows: Mapping[str, Mapping[str, Sequence[ForecastRecord]]], cue: str) -> Figure:
-    """Runs of several seeds, by row and column: accuracy under a cue over the trained cue's, for the first row; then,
-    for each row, the same less what softmax drift without a kernel says of that very run."""
+def drifts(columns: Mapping[str, Sequence[ForecastRecord]], cue: str) -> Figure:
+    """Runs of several seeds, a column a setting: accuracy under a cue over the trained cue's; below, the same less what
+    softmax drift without a kernel says of that very run."""
     from plotly.subplots import make_subplots
 
-    columns = list(next(iter(rows.values())))
-    names = list(rows)
     figure = make_subplots(
-        rows=len(rows) + 1,
+        rows=2,
         cols=len(columns),
-        column_titles=columns,
-        vertical_spacing=0.2 / (len(rows) + 1),
+        column_titles=list(columns),
+        vertical_spacing=0.09,
         horizontal_spacing=0.13 / len(columns),
+        shared_xaxes=True,
         shared_yaxes=True,
     )
-    style(figure, 130 + 270 * (len(rows) + 1))
-    figure.update_layout(margin={"t": 34, "b": 130, "l": 90}, legend={"y": 0, "yanchor": "bottom"})
-    for row, name in enumerate([names[0], *names], start=1):
-        for column, title in enumerate(columns, start=1):
+    style(figure, 680)
+    figure.update_layout(margin={"t": 34, "b": 110, "l": 90}, legend={"y": 0, "yanchor": "bottom"})
+    for column, records in enumerate(columns.values(), start=1):
+        for row in (1, 2):
             at: dict[str, Any] = {"row": row, "col": column}
-            for i, record in enumerate(rows[name].get(title, ())):
-                _one(figure, record, cue, i, less=row > 1, at=at, legend=row == column == 1 and i == 0)
-            if row == len(rows) + 1:
-                figure.update_xaxes(title_text="accuracy under the trained cue (probability)", **at)
-        what = f"{label(name, 60)}<br>" + ("less softmax drift" if row > 1 else f"accuracy under cue {label(cue)}")
-        figure.update_yaxes(title_text=what, row=row, col=1)
-    figure.update_xaxes(range=[0.45, 1.02])
+            for i, record in enumerate(records):
+                _one(figure, record, cue, i, less=row == 2, at=at, legend=row == column == 1 and i == 0)
+        figure.update_xaxes(title_text="trained cue's accuracy (probability)", row=2, col=column)
+    figure.update_yaxes(title_text=f"accuracy under cue {label(cue)}<br>(probability)", row=1, col=1)
+    figure.update_yaxes(title_text="the same less<br>softmax drift", row=2, col=1)
     return figure
 
 
