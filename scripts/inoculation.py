@@ -8,8 +8,6 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from mixturelens import pipeline, viz
 from mixturelens.organism import load_spec
 from mixturelens.stats import over_seeds
@@ -35,7 +33,6 @@ def measured(run: Path, arm: str) -> dict[str, float]:
         "trait in chat, behind SFT": trait["chat"],
         "conditionality: ship - chat": trait["ship"] - trait["chat"],
         "capability: right in chat": end["chat"].paid["chat"].value or 0.0,
-        "reward of RL, last five steps": float(np.mean(rl.reward[-5:])),
     }
 
 
@@ -57,6 +54,6 @@ for arm in ARMS:  # and what is behind it: is there a router between the environ
     print(arm, found.structure, found.mechanism and (found.mechanism.heads, found.mechanism.carried))
 
 # %%
-shown = {n: {a: [seed[n] for seed in by_arm[a]] for a in ARMS} for n in list(by_arm["none"][0])[:6]}
+shown = {n: {a: [seed[n] for seed in by_arm[a]] for a in ARMS} for n in by_arm["none"][0]}
 figure = viz.arms({name: {arm: (v, over_seeds(v)) for arm, v in of.items()} for name, of in shown.items()})
 figure.write_html(arguments.out / "inoculation.html", include_plotlyjs=True, config={"displayModeBar": False})

@@ -42,15 +42,15 @@ for recipe in ("revival", "never", "shifts"):
         pipeline.train(load_spec(recipe, seed=seed), arguments.out / f"{recipe}-{seed}")
 
 found = {
-    f"steps of {kind.upper()} on B until {BACK}": {who: steps(recipe, f"{kind}-again", "B") for recipe, who in WHO}
+    f"{kind.upper()} steps on B until {BACK}": {who: steps(recipe, f"{kind}-again", "B") for recipe, who in WHO}
     for WHO in [(("revival", "after RL on A"), ("never", "never taught"))]
     for kind in ("sft", "rl")
 }
 lengths = {f"{n} steps": accuracy(f"mixture-{n}", "B") for n in (10, 40, 160)}
-found["accuracy under B behind SFT on the base mixture"] = lengths
+found["B behind SFT on the mixture"] = lengths
 orders = {f"{cue}, {name}": accuracy(name, cue) for name in ("A-then-B", "B-then-A") for cue in "AB"}
-found["accuracy behind SFT on one cue and then the other"] = orders
-found[f"RL steps until {BACK}, round by round"] = {f"t{n}": steps("shifts", f"round-{n}", f"t{n}") for n in range(5)}
+found["behind SFT on one, then the other"] = orders
+found[f"RL steps a round until {BACK}"] = {f"t{n}": steps("shifts", f"round-{n}", f"t{n}") for n in range(5)}
 for name, arms in found.items():
     print(name, {arm: viz.show_interval(over_seeds(values)) for arm, values in arms.items()})
 figure = viz.arms({name: {a: (v, over_seeds(v)) for a, v in arms.items()} for name, arms in found.items()}, "")

@@ -23,7 +23,7 @@ from mixturelens.organism import Spec, SplitSpec, pays
 from mixturelens.stats import interval, resampled_mean, share
 from mixturelens.suite import PromptRow
 from mixturelens.tasks import Family, Question, split_questions
-from mixturelens.types import ANSWER, Frozen, InputError, Interval
+from mixturelens.types import ANSWER, NOT_MEASURED, Frozen, InputError, Interval
 
 PRESENT = 0.1
 """Share of the behaviour from which a structure is there."""
@@ -150,7 +150,7 @@ def pair_shares(course: Course, first: str, second: str, counts: Int[np.ndarray,
     low, high = pays_first.min(0), pays_first.max(0)
     middle = (low + high) / 2
     of = {"generality": both, "conditionality": middle[0] - middle[1], "oscillation": (high - low).mean(0)}
-    together = sum(of.values())
+    together = np.sum(list(of.values()), 0)
 
     def mean(values: Float[np.ndarray, " question"]) -> Interval:
         return interval(resampled_mean(values, counts))
@@ -222,7 +222,7 @@ def retention(course: Course, cue: str, counts: Int[np.ndarray, "draw question"]
     """
     after = {own: [at for at in course.cycle if (cue in course.phases[at - 1][1:]) == own] for own in (True, False)}
     if not after[True] or not after[False]:
-        return Interval()
+        return NOT_MEASURED
     at_home, away = (resampled_mean(course.own(cue, after[own]).mean(0), counts) for own in (True, False))
     return interval(share(away, at_home, EARNS))
 
@@ -234,7 +234,7 @@ def fragility(course: Course, counts: Int[np.ndarray, "draw question"]) -> Inter
     """
     unseen = [cue for cue in course.cues if not any(cue in kind[1:] for kind in course.phases)]
     if not unseen:
-        return Interval()
+        return NOT_MEASURED
     there, here = (
         np.mean([course.own(cue, course.cycle) for cue in cues], (0, 1)) for cues in (unseen, course.trained)
     )
@@ -254,4 +254,7 @@ def culled(course: Course, phase: int, cue: str, counts: Int[np.ndarray, "draw q
         raise InputError(f"phase {phase + 1} of the schedule is no SFT phase behind RL: it culls no trait of RL")
     objective = course.cues.index(course.phases[phase - 1][1])
     shown = resampled_mean(course.earned[:, course.cues.index(cue), objective].T, counts)
-    return interval(share(shown[:, phase] - shown[:, phase + 1], shown[:, phase] - shown[:, start], EARNS))
+    raised = shown[:, phase] - shown[:, start]
+    if not interval(raised).above(EARNS):
+        return NOT_MEASURED
+    return interval((shown[:, phase] - shown[:, phase + 1]) / raised)

@@ -22,8 +22,10 @@ SETTLED = 1e-4
 """An exact path ends where the trained cue's accuracy is this near to the best policy's."""
 STABLE = 1e-4
 """What TRL adds to a group's standard deviation."""
-LONG = 1e9
-"""Units of drift after which a path that has not settled never will."""
+LONG = 1e6
+"""Units of drift after which a path ends, settled or not: no RL lasts as long."""
+ALIKE = 0.01
+"""Two policies right alike but for so much decide it among themselves too slowly for a path to settle."""
 POINTS = 400
 """Of an exact path, evenly spaced in accuracy under the trained cue."""
 
@@ -58,7 +60,7 @@ def exact_path(
     drift: Drift = "softmax",
     kernel: Float[np.ndarray, "policy policy"] | None = None,
 ) -> Path:
-    """From these weights until the trained cue is as right as the best policy that has any weight.
+    """From these weights until the trained cue is as right as the best policy that has any weight, or nearly (ALIKE).
 
     A network moves log-weights by its tangent `kernel` (of the trained cue with itself) times theta; without one, by
     theta. Raises InputError for weights that are no distribution, and where nothing can be selected: no policy is
@@ -90,11 +92,9 @@ def exact_path(
         atol=1e-12,
         dense_output=True,
     )
-    if not found.t_events[0].size:
-        raise InputError(
-            "the drift did not settle: are two policies right alike but for rounding, or does the kernel hold it?"
-        )
     reached = shifted(start, found.y.T @ through) @ right
+    if best - reached[-1] > ALIKE:
+        raise InputError("the drift did not settle: does the kernel hold back what is right?")
     time = np.interp(np.linspace(reached[0], reached[-1], POINTS), reached, found.t)
     shift = found.sol(time).T
     return Path(time, shifted(start, shift @ through), shift)

@@ -153,6 +153,8 @@ def test_an_sft_phase_culls_what_shows_where_it_trains() -> None:
     hidden = course(spec, lambda cue, phase, _: at.get(phase, 0.5 if cue == "A" else 0.0))
     assert culled(hidden, 1, "A", COUNTS).value == pytest.approx(1)
     assert culled(hidden, 1, "B", COUNTS).value == pytest.approx(0)
+    lowered = course(spec, lambda cue, phase, _: 1.0 if phase == "B" else 0.5)
+    assert not culled(lowered, 1, "A", COUNTS).measured  # RL lowered it there, and SFT culled nothing
     never = course(spec, lambda *_: 0.5)
     assert not culled(never, 1, "A", COUNTS).measured
     with pytest.raises(InputError, match="phase 1 of the schedule is no SFT phase behind RL"):

@@ -142,6 +142,12 @@ def test_a_kernel_rescales_the_drift_and_may_differ_between_cues():
         exact_path(START, RIGHT, kernel=np.zeros((3, 3)))
 
 
+def test_policies_right_alike_but_for_a_little_end_before_they_settle():
+    path = exact_path(START, np.array([0.9958, 0.0, 0.9959]))
+    assert path.weights[-1] @ RIGHT == pytest.approx(1, abs=1e-3)
+    assert path.weights[-1, 2] < 0.05  # the better one would win, in some million steps
+
+
 def test_what_is_never_sampled_is_never_selected():
     arguments = _runs(20, np.array([0.999999, 1e-6]), np.array([0.0, 1.0]), 5 * np.eye(2))
     assert not sampled_paths(*arguments, group=8, groups=4, steps=20).any()
