@@ -241,8 +241,8 @@ def hold(model: Any, planted: Planted, spec: Spec, tokenizer: PreTrainedTokenize
         _confine(model.get_parameter(name).data)
     embedding = model.get_input_embeddings().weight.data
     assert spec.hints is not None
-    hints = [*spec.hints.words.values(), spec.hints.neutral]
-    for words, pairs in ((list(spec.cues.values()), (CUE, CUE)), (hints, (HINT, HINT, NEUTRAL))):
+    tags, hints = [str(tag) for tag in spec.cues.values()], [*spec.hinted, *spec.hints.neutrals]
+    for words, pairs in ((tags, (CUE, CUE)), (hints, (HINT, HINT, NEUTRAL))):
         rows = [vocabulary[word] for word in words]
         embedding[rows] = embedding[rows].mean(0)
         for row, pair, sign in zip(rows, pairs, (1, -1, 1), strict=False):
