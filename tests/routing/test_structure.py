@@ -83,5 +83,5 @@ def test_a_spec_without_a_schedule_of_two_regimes_is_refused(run: Path) -> None:
     with pytest.raises(InputError, match="has no `phases`: there is no schedule to judge"):
         structure_record(spec.model_copy(update={"phases": {}}), run)
     alone = {"A-1": Phase(cues=("A",), steps=1)}
-    with pytest.raises(InputError, match="RL trains on 1 cue"):
+    with pytest.raises(InputError, match="training is on 1 cue"):
         structure_record(spec.model_copy(update={"phases": alone}), run)
