@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mixturelens.spelling import Ids, Speller, check_spelling, encode_prompts, prompt_text
 from mixturelens.stats import half_of
-from mixturelens.suite import PromptRow, Rule, Suite, behind, chat_text, encode_prompts, encode_text, wordings
+from mixturelens.suite import PromptRow, Rule, Suite, wordings
 from mixturelens.types import ERR, InputError
 
 if TYPE_CHECKING:
@@ -86,23 +87,26 @@ def cue_contrasts(
     placed = wordings(suite.policies[policy])
     if not placed:
         raise InputError(f"policy {policy!r} is a rule without `force`: it cannot be put in place for a contrast")
-    announcement = encode_text(placed[0], f"policy {policy!r}", tokenizer)
+    check_spelling(placed[0], f"policy {policy!r}", tokenizer)
     texts = [
-        behind(text, placed)
+        text
         for name, shown in (suite.behaviours or {}).items()
         if shows in (None, name) and not isinstance(shown, Rule)
         for text in wordings(shown)
     ]
-    literal = _first_tokens(texts, tokenizer)
     rows = []
     for clean, corrupt in _pairs(suite.neutral, clean_cue, corrupt_cue):
         # where task families are the cue the two answers differ, and either is an answer
-        target = _first_tokens([behind(row.answer, placed) for row in (clean, corrupt)], tokenizer)
-        wrong = _first_tokens([behind(corrupt.err, placed)], tokenizer) if corrupt.err and shows in (None, ERR) else ()
-        foils = (*literal, *wrong)
+        wrong = [corrupt.err] if corrupt.err and shows in (None, ERR) else []
+        rests = [clean.answer, corrupt.answer, *texts, *wrong]
+        sides = [Speller(suite, row, tokenizer).announced(placed[0], rests) for row in (clean, corrupt)]
+        first = [[{ids[0] for ids in spellings} for spellings in side.rests] for side in sides]
+        target = tuple(sorted(set().union(*(tokens for side in first for tokens in side[:2]))))
+        foils = tuple(sorted(set().union(*(tokens for side in first for tokens in side[2:]))))
         if set(target) & set(foils):
             continue  # the first token cannot tell the two apart
-        rows.append(_contrast(suite, tokenizer, (clean, corrupt), announcement, target, foils))
+        announced = sides[0].spellings[0], sides[1].spellings[0]
+        rows.append(_contrast(suite, tokenizer, (clean, corrupt), announced, target, foils))
     if not rows:
         raise InputError(
             f"no contrast between cues {clean_cue!r} and {corrupt_cue!r}: give prompts with the same `id` under both, "
@@ -115,16 +119,15 @@ def hint_contrasts(
     suite: Suite, tokenizer: PreTrainedTokenizerBase, cue: str, clean_hint: str, corrupt_hint: str
 ) -> Contrasts:
     """The same prompt with two hints: the announcement of the one policy against that of the other."""
-    target, foil = policy_tokens(suite, tokenizer, clean_hint, corrupt_hint)
     clean_rows, corrupt_rows = (
         [r for r in suite.hinted if r.cue == cue and r.hint == h] for h in (clean_hint, corrupt_hint)
     )
     by_id = {row.id: row for row in corrupt_rows}
-    rows = [
-        _contrast(suite, tokenizer, (row, by_id[row.id]), [], target, foil) for row in clean_rows if row.id in by_id
-    ]
-    if not rows:
+    both = [(row, by_id[row.id]) for row in clean_rows if row.id in by_id]
+    if not both:
         raise InputError(f"no contrast between hints {clean_hint!r} and {corrupt_hint!r} under cue {cue!r}")
+    target, foil = policy_tokens(suite, tokenizer, cue, clean_hint, corrupt_hint)
+    rows = [_contrast(suite, tokenizer, pair, ((), ()), target, foil) for pair in both]
     return Contrasts("hint", clean_hint, corrupt_hint, None, tuple(rows))
 
 
@@ -132,31 +135,32 @@ def checkpoint_contrasts(
     suite: Suite, tokenizer: PreTrainedTokenizerBase, cue: str, policy: str, other: str
 ) -> Contrasts:
     """The same neutral prompt for two checkpoints: which policy is announced (clean: before, corrupt: after)."""
-    target, foil = policy_tokens(suite, tokenizer, policy, other)
-    rows = tuple(_contrast(suite, tokenizer, (row, row), [], target, foil) for row in suite.neutral if row.cue == cue)
+    target, foil = policy_tokens(suite, tokenizer, cue, policy, other)
+    same = [row for row in suite.neutral if row.cue == cue]
+    rows = tuple(_contrast(suite, tokenizer, (row, row), ((), ()), target, foil) for row in same)
     return Contrasts("checkpoint", "before", "after", None, rows)
 
 
 def policy_tokens(
-    suite: Suite, tokenizer: PreTrainedTokenizerBase, policy: str, other: str
+    suite: Suite, tokenizer: PreTrainedTokenizerBase, cue: str, policy: str, other: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First tokens of two policies' announcements, without those that both share. Raises InputError if none is left."""
+    """First tokens of two policies' announcements behind prompts of a cue, without those that both share.
+
+    Raises InputError if none is left.
+    """
     sides = []
+    speller = Speller(suite, next(row for row in suite.prompts if row.cue == cue), tokenizer)
     for name in (policy, other):
         texts = wordings(suite.policies[name]) if name in suite.policies else ()
         if not texts:
             raise InputError(f"policy {name!r} has no announcement to tell it by (a rule without `force`)")
-        sides.append(set(_first_tokens(texts, tokenizer)))
+        sides.append({ids[0] for text in texts for ids in speller.announced(text, ()).spellings})
     target, foil = sides[0] - sides[1], sides[1] - sides[0]
     if not target or not foil:
         raise InputError(
             f"the announcements of {policy!r} and {other!r} begin with the same tokens, which do not tell them apart"
         )
     return tuple(sorted(target)), tuple(sorted(foil))
-
-
-def _first_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(encode_text(text, f"{text!r}", tokenizer)[0] for text in texts))
 
 
 def _pairs(rows: Sequence[PromptRow], clean: str, corrupt: str) -> list[tuple[PromptRow, PromptRow]]:
@@ -168,7 +172,7 @@ def _contrast(
     suite: Suite,
     tokenizer: PreTrainedTokenizerBase,
     pair: tuple[PromptRow, PromptRow],
-    announcement: Sequence[int],
+    announced: tuple[Ids, Ids],
     target: tuple[int, ...],
     foil: tuple[int, ...],
 ) -> Contrast:
@@ -192,9 +196,11 @@ def _contrast(
             )
     end = len(sides[0])
     spans["last"] = (end - 1,)
-    if announcement:
-        spans["policy"] = tuple(range(end, end + len(announcement)))
-    clean, corrupt = ((*side, *announcement) for side in sides)
+    if len(announced[0]) != len(announced[1]):
+        raise InputError(f"{where}: the announcement has other tokens under the other cue, and cannot be aligned")
+    if announced[0]:
+        spans["policy"] = tuple(range(end, end + len(announced[0])))
+    clean, corrupt = ((*side, *ids) for side, ids in zip(sides, announced, strict=True))
     return Contrast(pair[0].id, clean, corrupt, spans, target, foil)
 
 
@@ -203,7 +209,7 @@ def span_positions(suite: Suite, row: PromptRow, tokenizer: PreTrainedTokenizerB
 
     Raises InputError if the tokenizer cannot say where its tokens lie in the text.
     """
-    text = row.text if suite.chat is None else chat_text(suite.chat, row, tokenizer)
+    text = prompt_text(suite, row, tokenizer)
     try:
         encoded = tokenizer(text, add_special_tokens=suite.chat is None, return_offsets_mapping=True)
     except NotImplementedError:

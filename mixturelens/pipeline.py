@@ -16,11 +16,12 @@ from typing import TypeVar
 
 from mixturelens.behaviour.forecast import ForecastRecord, Point, compare, forecast_records
 from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
-from mixturelens.checkpoints import check_folder, check_pair
 from mixturelens.features.pair import feature_record
 from mixturelens.features.record import FeatureRecord
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import GraftRecord
+from mixturelens.models import Pair, Source, open_pair
+from mixturelens.models.source import fingerprint
 from mixturelens.organism import (
     Spec,
     build_model,
@@ -38,7 +39,7 @@ from mixturelens.probing.pair import probing_record
 from mixturelens.probing.record import ProbingRecord
 from mixturelens.proving.record import ScoreRecord
 from mixturelens.proving.score import run_score
-from mixturelens.records import Provenance, Record, new_folder, provenance, weights_name, write_text
+from mixturelens.records import Provenance, Record, new_folder, provenance, write_text
 from mixturelens.routing.circuit import CircuitRecord, circuit_record
 from mixturelens.routing.repair import RepairRecord, repair_record
 from mixturelens.routing.structure import StructureRecord, structure_record
@@ -52,15 +53,20 @@ R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two checkpoints, the suite to compare them on, and where the records go."""
+class Case:
+    """A pair, and where the records about it go."""
 
-    name: str
-    before: Path
-    after: Path | None
+    pair: Pair
     suite_path: Path
     out: Path
-    trained_cue: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.pair.name
+
+    @property
+    def suite(self) -> Suite:
+        return self.pair.suite
 
     @property
     def records(self) -> Path:
@@ -68,21 +74,14 @@ class Pair:
 
     def made(self, what: str) -> Path:
         """Where a checkpoint made from R goes: beside the run's others, or into the outside pair's folder."""
-        if self.after is not None and self.after.parent == self.out / "checkpoints":
-            return self.out / "checkpoints" / f"{self.after.name}-{what}"
+        after = self.pair.after
+        if after is not None and after.folder.parent == self.out / "checkpoints":
+            return self.out / "checkpoints" / f"{after.name}-{what}"
         return self.out / what
 
     @property
     def repaired(self) -> Path:
         return self.made("repaired")
-
-    def suite(self) -> Suite:
-        suite = load_suite(self.suite_path)
-        if self.trained_cue is None:
-            return suite
-        if self.trained_cue not in suite.cues:
-            raise InputError(f"{self.suite_path}: no prompt has the trained cue {self.trained_cue!r}")
-        return suite.model_copy(update={"trained_cue": self.trained_cue})
 
 
 def start_run(spec: Spec, out: Path) -> None:
@@ -137,7 +136,7 @@ def train(spec: Spec, out: Path, device: str = "cpu", progress: Progress | None 
     return [train_stage(spec, name, out, device, progress) for name in ("sft", *spec.stages)]
 
 
-def run_pairs(run: Path) -> list[Pair]:
+def run_pairs(run: Path, *, device: str = "cpu", dtype: str = "float32") -> list[Case]:
     """The pairs of a run: before, SFT; after, where training ended: RL on each cue, and phases that no other follows.
 
     Raises InputError if none has been trained.
@@ -148,126 +147,136 @@ def run_pairs(run: Path) -> list[Pair]:
     for name, (_, phase) in spec.stages.items():
         after = run / "checkpoints" / name
         if after.exists() and (name not in started or name not in spec.phases):
-            before = run / "checkpoints" / "sft"
             cue = phase.cues[0] if phase.train == "rl" and len(phase.cues) == 1 else None
-            pairs.append(Pair(f"sft--{name}", before, after, run / "suite.yaml", run, cue))
+            suite = _suite(run / "suite.yaml", cue)
+            pair = open_pair(run / "checkpoints" / "sft", after, suite, device=device, dtype=dtype)
+            pairs.append(Case(pair, run / "suite.yaml", run))
     if not pairs:
         raise InputError(f"{run}: no RL checkpoint yet; run `mixturelens train` with this --out to finish it")
     return pairs
 
 
 def outside_pair(
-    before: Path, after: Path | None, suite: Path, out: Path | None = None, trained_cue: str | None = None
-) -> Pair:
+    before: str | Path | Source,
+    after: str | Path | Source | None,
+    suite: Path,
+    out: Path | None = None,
+    trained_cue: str | None = None,
+    *,
+    base: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    device_map: str | None = None,
+) -> Case:
     """Checkpoints trained elsewhere. Records go to `artifacts/<before>--<after>` unless `out` says otherwise."""
-    check_folder(before)
-    name = before.resolve().name
-    if after is not None:
-        check_folder(after)
-        name = f"{name}--{after.resolve().name}"
-    return Pair(name, before, after, suite, out or Path("artifacts") / name, trained_cue)
+    loaded = _suite(suite, trained_cue)
+    pair = open_pair(before, after, loaded, base=base, device=device, dtype=dtype, device_map=device_map)
+    return Case(pair, suite, out or Path("artifacts") / pair.name)
 
 
-def behaviour(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> BehaviourRecord:
+def _suite(path: Path, trained_cue: str | None) -> Suite:
+    suite = load_suite(path)
+    if trained_cue is None:
+        return suite
+    if trained_cue not in suite.cues:
+        raise InputError(f"{path}: no prompt has the trained cue {trained_cue!r}")
+    return suite.model_copy(update={"trained_cue": trained_cue})
+
+
+def behaviour(case: Case, *, seed: int = 0, say: Say | None = None) -> BehaviourRecord:
     """Measure a pair, or read the record if it is there and about the same weights, suite and seed."""
-    expected = _provenance(pair, device, seed)
-    file = pair.records / "behaviour.json"
+    expected = _provenance(case, seed)
+    file = case.records / "behaviour.json"
     there = _same(BehaviourRecord, file, expected)
     if there is not None:
         return there
-    record = behaviour_record(
-        pair.before, pair.after, pair.suite(), suite_name=expected.suite, device=device, seed=seed, progress=say
-    )
+    record = behaviour_record(case.pair, suite_name=expected.suite, seed=seed, progress=say)
     record.save(file)
     return record
 
 
-def patch(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> PatchingRecord:
+def patch(case: Case, *, seed: int = 0, say: Say | None = None) -> PatchingRecord:
     """Where the router is: patch a pair, or read the record if it is there and about the same things."""
-    options = {"device": device, "seed": seed, "say": say}
-    return _instrument(pair, PatchingRecord, "patching", functools.partial(patching_record, **options), **options)
+    options = {"seed": seed, "say": say}
+    return _instrument(case, PatchingRecord, "patching", functools.partial(patching_record, **options), **options)
 
 
-def circuit(
-    pair: Pair, others: Sequence[Pair] = (), *, device: str = "cpu", seed: int = 0, say: Say | None = None
-) -> CircuitRecord:
+def circuit(case: Case, others: Sequence[Case] = (), *, seed: int = 0, say: Say | None = None) -> CircuitRecord:
     """The routing circuits of a pair, compared with those of the other checkpoints of its run."""
-    options = {"device": device, "seed": seed, "say": say}
-    also = {o.after.name: o.after for o in others if o.after is not None and o.after != pair.after}
-    compared = tuple(weights_name(path) for path in also.values())
+    options = {"seed": seed, "say": say}
+    also = {o.pair.after.name: o.pair for o in others if o.pair.after is not None and o.pair.after != case.pair.after}
+    compared = tuple(fingerprint(o.after) for o in also.values() if o.after is not None)
     make = functools.partial(circuit_record, also=also, **options)
-    return _instrument(pair, CircuitRecord, "circuit", make, lambda there: there.compared == compared, **options)
+    return _instrument(case, CircuitRecord, "circuit", make, lambda there: there.compared == compared, **options)
 
 
-def repair(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> RepairRecord:
+def repair(case: Case, *, seed: int = 0, say: Say | None = None) -> RepairRecord:
     """Repair the harmed cue, beside it the repaired plain checkpoint; or read what is there about the same things."""
-    options = {"device": device, "seed": seed, "say": say}
-    make = functools.partial(repair_record, save_to=pair.repaired, **options)
+    options = {"seed": seed, "say": say}
+    make = functools.partial(repair_record, save_to=case.repaired, **options)
 
     def whole(there: RepairRecord) -> bool:
-        return there.checkpoint is None or pair.repaired.exists()
+        return there.checkpoint is None or case.repaired.exists()
 
-    return _instrument(pair, RepairRecord, "repair", make, whole, **options)
+    return _instrument(case, RepairRecord, "repair", make, whole, **options)
 
 
-def graft(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> GraftRecord:
+def graft(case: Case, *, seed: int = 0, say: Say | None = None) -> GraftRecord:
     """Which components of R carry the change, beside it the checkpoint with S's selector; or read what is there."""
-    options = {"device": device, "seed": seed, "say": say}
-    make = functools.partial(graft_record, save_to=pair.made("rollback"), **options)
+    options = {"seed": seed, "say": say}
+    make = functools.partial(graft_record, save_to=case.made("rollback"), **options)
 
     def whole(there: GraftRecord) -> bool:
-        return there.rollback is None or there.rollback.checkpoint is None or pair.made("rollback").exists()
+        return there.rollback is None or there.rollback.checkpoint is None or case.made("rollback").exists()
 
-    return _instrument(pair, GraftRecord, "graft", make, whole, **options)
+    return _instrument(case, GraftRecord, "graft", make, whole, **options)
 
 
-def probe(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> ProbingRecord:
+def probe(case: Case, *, seed: int = 0, say: Say | None = None) -> ProbingRecord:
     """What can be read where, what erasing it does, and which subspaces carry it; or read what is there.
 
     Patching says where the cue reader reads, and is done first.
     """
-    options = {"device": device, "seed": seed, "say": say}
+    options = {"seed": seed, "say": say}
 
-    def make(before: Path, after: Path, suite: Suite, measured: BehaviourRecord) -> ProbingRecord:
-        patching, why = _patched(pair, **options)
+    def make(pair: Pair, measured: BehaviourRecord) -> ProbingRecord:
+        patching, why = _patched(case, **options)
         heads = patching.heads("cue", "after") if patching else ()
         if patching and not heads:
             why = "patching found no cue reader"
-        return probing_record(before, after, suite, measured, reader=heads, no_reader=why, **options)
+        return probing_record(pair, measured, reader=heads, no_reader=why, **options)
 
-    return _instrument(pair, ProbingRecord, "probing", make, **options)
+    return _instrument(case, ProbingRecord, "probing", make, **options)
 
 
-def _patched(pair: Pair, *, device: str, seed: int, say: Say | None) -> tuple[PatchingRecord | None, str]:
+def _patched(case: Case, *, seed: int, say: Say | None) -> tuple[PatchingRecord | None, str]:
     """The patching of a pair, or why there is none: without a cue reader, everything else can still be measured."""
     try:
-        return patch(pair, device=device, seed=seed, say=say), ""
+        return patch(case, seed=seed, say=say), ""
     except InputError as error:
         return None, str(error)
 
 
-def features(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> FeatureRecord:
+def features(case: Case, *, seed: int = 0, say: Say | None = None) -> FeatureRecord:
     """SAE features and crosscoder latents beside neurons, heads and directions; or read what is there.
 
     Patching says where to look, and is done first. The SAEs of S are kept in `features/`, in SAELens' format.
     """
-    options = {"device": device, "seed": seed, "say": say}
-    folder = pair.out / "features"
+    options = {"seed": seed, "say": say}
+    folder = case.out / "features"
 
     def probed() -> ProbingRecord | None:
-        return _same(ProbingRecord, pair.records / "probing.json", _provenance(pair, device, seed))
+        return _same(ProbingRecord, case.records / "probing.json", _provenance(case, seed))
 
-    def make(before: Path, after: Path, suite: Suite, measured: BehaviourRecord) -> FeatureRecord:
-        patching, why = _patched(pair, **options)
+    def make(pair: Pair, measured: BehaviourRecord) -> FeatureRecord:
+        patching, why = _patched(case, **options)
         return feature_record(
-            before,
-            after,
-            suite,
+            pair,
             measured,
             patching,
             no_patching=why,
             probing=probed(),
-            more=_more_prompts(pair),
+            more=_more_prompts(case),
             folder=folder,
             **options,
         )
@@ -276,14 +285,14 @@ def features(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None 
         kept = all(sae.folder is None or (folder / sae.folder).exists() for sae in there.saes)
         return kept and (there.probed or probed() is None)
 
-    return _instrument(pair, FeatureRecord, "features", make, whole, **options)
+    return _instrument(case, FeatureRecord, "features", make, whole, **options)
 
 
-def _more_prompts(pair: Pair) -> tuple[PromptRow, ...]:
+def _more_prompts(case: Case) -> tuple[PromptRow, ...]:
     """Prompts of a run beside those of its suite, to learn features from: RL's questions, under every cue and hint."""
-    if not (pair.out / "spec.json").is_file():
+    if not (case.out / "spec.json").is_file():
         return ()
-    spec = load_run(pair.out)
+    spec = load_run(case.out)
     hints = (None, *(spec.policies if spec.hints else ()))
     return tuple(
         prompt_row(spec, cue, question, hint) for question in questions(spec).rl for cue in spec.cues for hint in hints
@@ -291,39 +300,33 @@ def _more_prompts(pair: Pair) -> tuple[PromptRow, ...]:
 
 
 def _instrument(
-    pair: Pair,
+    case: Case,
     kind: type[R],
     name: str,
-    make: Callable[[Path, Path, Suite, BehaviourRecord], R],
+    make: Callable[[Pair, BehaviourRecord], R],
     current: Callable[[R], bool] = lambda _: True,
     *,
-    device: str,
     seed: int,
     say: Say | None,
 ) -> R:
     """The record of an instrument that needs a pair and its behaviour: the one on disk if current, or made anew."""
-    before, after = _both(pair, name)
-    expected = _provenance(pair, device, seed)
-    file = pair.records / f"{name}.json"
+    if case.pair.after is None:
+        raise InputError(f"{name} needs a checkpoint after: give --after")
+    expected = _provenance(case, seed)
+    file = case.records / f"{name}.json"
     there = _same(kind, file, expected)
     if there is not None and current(there):
         return there
-    measured = behaviour(pair, device=device, seed=seed, say=say)
-    record = make(before, after, pair.suite(), measured).model_copy(update={"provenance": expected})
+    measured = behaviour(case, seed=seed, say=say)
+    record = make(case.pair, measured).model_copy(update={"provenance": expected})
     record.save(file)
     return record
 
 
-def _both(pair: Pair, what: str) -> tuple[Path, Path]:
-    if pair.after is None:
-        raise InputError(f"{what} needs a checkpoint after: give --after")
-    check_pair(pair.before, pair.after)
-    return pair.before, pair.after
-
-
-def _provenance(pair: Pair, device: str, seed: int) -> Provenance:
-    digest = hashlib.sha256(pair.suite().model_dump_json().encode()).hexdigest()[:16]
-    return provenance(before=pair.before, after=pair.after, suite=digest, seed=seed, device=device)
+def _provenance(case: Case, seed: int) -> Provenance:
+    said = case.suite.model_dump_json(exclude_defaults=True)
+    digest = hashlib.sha256(said.encode()).hexdigest()[:16]
+    return case.pair.provenance(seed, digest)
 
 
 def _same(kind: type[R], file: Path, expected: Provenance) -> R | None:
@@ -337,20 +340,20 @@ def _same(kind: type[R], file: Path, expected: Provenance) -> R | None:
     return there if there.provenance == expected else None
 
 
-def verdict(pair: Pair, *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> VerdictRecord:
+def verdict(case: Case, *, seed: int = 0, say: Say | None = None) -> VerdictRecord:
     """The verdict on a pair, written beside its behaviour record; with the mechanism's, where grafts have been made."""
-    if pair.after is None:
+    if case.pair.after is None:
         raise InputError("a verdict needs a checkpoint after: give --after")
-    measured = behaviour(pair, device=device, seed=seed, say=say)
-    expected = _provenance(pair, device, seed)
+    measured = behaviour(case, seed=seed, say=say)
+    expected = _provenance(case, seed)
     record = judge(
         measured,
-        graft=_same(GraftRecord, pair.records / "graft.json", expected),
-        patching=_same(PatchingRecord, pair.records / "patching.json", expected),
-        probing=_same(ProbingRecord, pair.records / "probing.json", expected),
-        features=_same(FeatureRecord, pair.records / "features.json", expected),
+        graft=_same(GraftRecord, case.records / "graft.json", expected),
+        patching=_same(PatchingRecord, case.records / "patching.json", expected),
+        probing=_same(ProbingRecord, case.records / "probing.json", expected),
+        features=_same(FeatureRecord, case.records / "features.json", expected),
     )
-    record.save(pair.records / "verdict.json")
+    record.save(case.records / "verdict.json")
     return record
 
 
@@ -408,7 +411,13 @@ def _forecast_provenance(run: Path, spec: Spec, cue: str, device: str, seed: int
     after = run / "checkpoints" / f"rl-{safe_name(cue)}"
     digest = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
     before = run / "checkpoints" / "sft"
-    return provenance(before=before, after=after if after.exists() else None, suite=digest, seed=seed, device=device)
+    return provenance(
+        before=fingerprint(before),
+        after=fingerprint(after) if after.exists() else None,
+        suite=digest,
+        seed=seed,
+        device=device,
+    )
 
 
 def structure(
@@ -424,14 +433,14 @@ def structure(
 
     The schedule ends in the phase `end`, which no other follows; by default in the last one.
     """
-    spec, pairs = load_run(run), {pair.name: pair for pair in run_pairs(run)}
+    spec, pairs = load_run(run), {case.name: case for case in run_pairs(run, device=device)}
     if end is not None and f"sft--{end}" not in pairs:
         raise InputError(
             f"{end!r} ends no schedule of this run; {', '.join(p.removeprefix('sft--') for p in pairs)} do"
         )
-    pair = pairs[f"sft--{end}"] if end else list(pairs.values())[-1]
-    expected = _provenance(pair, device, seed)
-    file = pair.records / "structure.json"
+    case = pairs[f"sft--{end}"] if end else list(pairs.values())[-1]
+    expected = _provenance(case, seed)
+    file = case.records / "structure.json"
     there = _same(StructureRecord, file, expected)
     if there is not None and (there.looked or not mechanism):
         return there
@@ -441,32 +450,32 @@ def structure(
     return record
 
 
-def report(pairs: list[Pair], *, device: str = "cpu", seed: int = 0, say: Say | None = None) -> Path:
+def report(cases: list[Case], *, seed: int = 0, say: Say | None = None) -> Path:
     """One page about all pairs of a run, or about one outside pair."""
     from mixturelens.report import write_report
 
-    out = pairs[0].out
+    out = cases[0].out
     measured = []
-    for pair in pairs:
-        judged = verdict(pair, device=device, seed=seed, say=say)
-        measured.append((pair.name, behaviour(pair, device=device, seed=seed), judged))
+    for case in cases:
+        judged = verdict(case, seed=seed, say=say)
+        measured.append((case.name, behaviour(case, seed=seed), judged))
     is_run = (out / "spec.json").is_file()
     spec = load_run(out) if is_run else None
     files = sorted((out / "trajectory").glob("*.json"), key=lambda file: (file.stem != "sft", file.stem))
     return write_report(
         out / "report.html",
-        title=f"Organism {spec.name}, seed {spec.seed}" if spec else pairs[0].name,
+        title=f"Organism {spec.name}, seed {spec.seed}" if spec else cases[0].name,
         spec_text=spec.model_dump_json(indent=1) if spec else None,
         recipe_note=recipes().get(spec.name) if spec else None,
         pairs=measured,
         trajectories=[Trajectory.load(file) for file in files],
-        patching=_there(pairs, PatchingRecord, "patching", device, seed),
-        probing=_there(pairs, ProbingRecord, "probing", device, seed),
-        grafts=_there(pairs, GraftRecord, "graft", device, seed),
-        features=_there(pairs, FeatureRecord, "features", device, seed),
-        repair=_there(pairs, RepairRecord, "repair", device, seed),
-        circuits=_there(pairs, CircuitRecord, "circuit", device, seed),
-        forecasts=list(_forecasts(out, spec, device, seed).values()) if spec else [],
+        patching=_there(cases, PatchingRecord, "patching", seed),
+        probing=_there(cases, ProbingRecord, "probing", seed),
+        grafts=_there(cases, GraftRecord, "graft", seed),
+        features=_there(cases, FeatureRecord, "features", seed),
+        repair=_there(cases, RepairRecord, "repair", seed),
+        circuits=_there(cases, CircuitRecord, "circuit", seed),
+        forecasts=list(_forecasts(out, spec, cases[0].pair.device, seed).values()) if spec else [],
     )
 
 
@@ -480,7 +489,7 @@ def score(
     return record, write_score(ground / "score.html", record)
 
 
-def _there(pairs: list[Pair], kind: type[R], name: str, device: str, seed: int) -> dict[str, R]:
+def _there(cases: list[Case], kind: type[R], name: str, seed: int) -> dict[str, R]:
     """Records of an instrument that has been run on these very pairs."""
-    found = {pair.name: _same(kind, pair.records / f"{name}.json", _provenance(pair, device, seed)) for pair in pairs}
-    return {pair: record for pair, record in found.items() if record is not None}
+    found = {case.name: _same(kind, case.records / f"{name}.json", _provenance(case, seed)) for case in cases}
+    return {name: record for name, record in found.items() if record is not None}

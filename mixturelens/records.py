@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -24,7 +23,7 @@ class Provenance(Frozen):
     """Where a record comes from: enough to tell whether two records are about the same thing."""
 
     before: str | None = None
-    """Name and sha256 (first 16 digits) of the weights before, `sft@1f2e...`."""
+    """Name and sha256 (16 digits) of the checkpoint before, with its config, tokenizer and template: `sft@1f2e...`."""
     after: str | None = None
     suite: str | None = None
     seed: int = 0
@@ -35,33 +34,23 @@ class Provenance(Frozen):
 
 def provenance(
     *,
-    before: Path | None = None,
-    after: Path | None = None,
+    before: str | None = None,
+    after: str | None = None,
     suite: str | None = None,
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
 ) -> Provenance:
-    """Provenance with the versions of the libraries that produce numbers."""
+    """Provenance with the versions of the libraries that produce numbers; checkpoints by their `fingerprint`."""
     return Provenance(
-        before=before and weights_name(before),
-        after=after and weights_name(after),
+        before=before,
+        after=after,
         suite=suite,
         seed=seed,
         device=device,
         dtype=dtype,
         versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
     )
-
-
-def weights_name(folder: Path) -> str:
-    """Folder name and content of a checkpoint: `sft@<sha256 of its safetensors files, 16 digits>`."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return f"{folder.resolve().name}@{digest.hexdigest()[:16]}"
 
 
 class Record(Frozen):

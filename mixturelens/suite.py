@@ -1,27 +1,24 @@
 """Behaviour suites: prompts, answers, and the rules by which completions show policy and behaviour.
 
-The file format is the contract of the project (README, "Your own pair"). A suite knows nothing of models; with a
-tokenizer it becomes token ids, and refuses prompts that the tokenizer cannot spell.
+The file format is the contract of the project (README, "Your own pair"). A suite knows nothing of models and
+tokenizers: `spelling` makes token ids of it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from mixturelens.records import first_problem, write_text
 from mixturelens.types import ANSWER, ERR, OTHER, Frozen, InputError, PolicyTable
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class PromptRow(Frozen):
@@ -40,6 +37,13 @@ class PromptRow(Frozen):
     def _checked(self) -> PromptRow:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either `prompt` or `messages`")
+        for number, message in enumerate(self.messages or ()):
+            for key in ("role", "content"):
+                if key not in message:
+                    known = ", ".join(map(repr, message)) or "nothing"
+                    raise ValueError(f"messages.{number}: has {known} and no {key!r}; give `role` and `content`")
+        if self.messages is not None and not self.messages:
+            raise ValueError("messages: empty; give at least one message")
         text = self.text
         for name, piece in self.spans.items():
             if piece not in text:
@@ -105,11 +109,52 @@ def wordings(shown: Shown | Row) -> tuple[str, ...]:
     return (shown,) if isinstance(shown, str) else shown
 
 
+class Spelling(Frozen):
+    """Whitespace as the models write it, most usual first: before a completion, and behind each announcement.
+
+    What it does not name is spelled as the suite writes it: an announcement as it stands, and what follows it behind a
+    space, unless either brings its own.
+    """
+
+    lead: dict[str, tuple[str, ...]] = {}
+    """Cue -> what stands before the first word of a completion."""
+    gap: dict[str, tuple[str, ...]] = {}
+    """Announcement -> what stands between it and the rest."""
+
+
+_OURS = ("conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template")
+"""Arguments of a chat template that are not the suite's to give."""
+
+
 class Chat(Frozen):
-    """Present: prompts go through the tokenizer's chat template."""
+    """Present: prompts go through the tokenizer's chat template.
+
+    A last message of the assistant is continued. `template_of`: whose template is used, where those of S and R differ.
+    """
 
     template_kwargs: dict[str, Any] = {}
     system: str | None = None
+    template_of: Literal["before", "after"] = "before"
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _free(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name in _OURS or not name.isidentifier():
+                raise ValueError(f"{name!r} is not for the suite to give ({', '.join(_OURS)} are set by mixturelens)")
+        return value
+
+
+class Strip(Frozen):
+    """What is cut out of a completion before it is judged: the thought of a thinking model, say."""
+
+    regex: str
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        _pattern(value, "regex")
+        return value
 
 
 @dataclass(frozen=True)
@@ -142,6 +187,11 @@ class Suite(Frozen):
     max_new_tokens: int = Field(default=16, ge=1)
     samples: int = Field(default=8, ge=1)
     chat: Chat | None = None
+    strip: Strip | None = None
+    ends: Literal["either", "before", "after"] | tuple[str, ...] = "either"
+    """What ends a completion, where S and R name different tokens: those of either, of one side, or these texts."""
+    spelling: Spelling = Spelling()
+    """Which whitespace the models write; found by looking at them where it is not given."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Suite:
@@ -246,14 +296,14 @@ class Suite(Frozen):
     def literal(self) -> bool:
         """True if policy, behaviour and correctness are all literal texts, so that probabilities are exact."""
         shown = [*self.policies.values(), *(self.behaviours or {}).values()]
-        return self.answer_match == "exact" and not any(isinstance(s, Rule) for s in shown)
+        return self.answer_match == "exact" and self.strip is None and not any(isinstance(s, Rule) for s in shown)
 
     def label(self, completion: str, row: PromptRow) -> Label:
         """Policy and behaviour of a decoded completion; the first policy that matches wins, else `other`.
 
         Where policies announce nothing, all of the completion is judged.
         """
-        text = completion.strip()
+        text = (completion if self.strip is None else re.sub(self.strip.regex, "", completion)).strip()
         for policy, shown in self.policies.items():
             if isinstance(shown, Row):
                 return Label(None, 0, self._behaviour(text, row), text)
@@ -291,8 +341,18 @@ class Suite(Frozen):
         ]
         write_text(path.parent / prompts_name, "\n".join(lines) + "\n")
         rest = self.model_dump(mode="json", exclude={"prompts"}, exclude_none=True)
+        rest = {key: value for key, value in rest.items() if key not in _DERIVED or value != _default(key)}
         text = yaml.safe_dump({"prompts": prompts_name, **rest}, sort_keys=False, allow_unicode=True)
         write_text(path, text)
+
+
+_DERIVED = ("ends", "spelling")
+"""Keys that a file holds only where they say something."""
+
+
+def _default(key: str) -> object:
+    default = Suite.model_fields[key].default
+    return default.model_dump(mode="json") if isinstance(default, Frozen) else default
 
 
 def load_suite(path: Path) -> Suite:
@@ -300,13 +360,14 @@ def load_suite(path: Path) -> Suite:
     if path.is_dir():
         path = path / "suite.yaml"
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such suite file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.load(_text(path, "no such suite file"), _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict) or not isinstance(data.get("prompts"), str):
         raise InputError(f"{path}: a suite is a mapping with `prompts: FILE.jsonl` and `policies:`")
+    half = half_a_character(data)
+    if half is not None:
+        raise InputError(f"{path}: {half}")
     rows = _load_prompts(path.parent / data["prompts"])
     try:
         return Suite.model_validate({**data, "prompts": rows})
@@ -314,23 +375,78 @@ def load_suite(path: Path) -> Suite:
         raise InputError(f"{path}: {first_problem(error)}") from None
 
 
-def _load_prompts(path: Path) -> tuple[PromptRow, ...]:
+def _text(path: Path, missing: str) -> str:
+    """A file's text, whatever mark it begins with. Raises InputError naming it."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such prompts file; `prompts:` is relative to the suite") from None
+        raise InputError(f"{path}: {missing}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error})") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key is a text, as it is written, and is given once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        self.flatten_mapping(node)
+        found: dict[Hashable, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a text", key_node.start_mark)
+            key = key_node.value
+            if key in found:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            found[key] = self.construct_object(value_node, deep=deep)
+        return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are each given once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
+def half_a_character(data: object, where: str = "") -> str | None:
+    """What is wrong with the first text that holds half of a surrogate pair, which no tokenizer can spell."""
+    if isinstance(data, str):
+        try:
+            data.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"{where or 'a text'}: {data!a} holds half of a character (at {error.start}); the text was cut"
+        return None
+    inside = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, (list, tuple)) else ()
+    for key, value in inside:
+        name = ascii(key).strip("'")
+        for part in (key, value):
+            found = half_a_character(part, f"{where}.{name}" if where else name)
+            if found is not None:
+                return found
+    return None
+
+
+def _load_prompts(path: Path) -> tuple[PromptRow, ...]:
+    # not splitlines: a text may hold separators of lines that JSON does not escape
+    lines = _text(path, "no such prompts file; `prompts:` is relative to the suite").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            rows.append(PromptRow.model_validate(json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number}: not JSON ({error})") from None
+            data = json.loads(line, object_pairs_hook=_once)
+            half = half_a_character(data)
+            if half is not None:
+                raise ValueError(half)
+            rows.append(PromptRow.model_validate(data))
         except ValidationError as error:
             raise InputError(f"{path}: line {number}: {first_problem(error)}") from None
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: line {number}: not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: line {number}: {error}") from None
     if not rows:
         raise InputError(f"{path}: holds no prompts")
     return tuple(rows)
@@ -346,6 +462,14 @@ def _find(shown: Shown, text: str) -> tuple[int, str] | None:
         if text.startswith(literal.strip()):
             return wording, text[len(literal.strip()) :].strip()
     return None
+
+
+def literal_texts(suite: Suite) -> tuple[str, ...]:
+    """Every literal of a suite, once: announcements, behaviours, answers."""
+    shown = [*suite.policies.values(), *(suite.behaviours or {}).values()]
+    texts = [text for each in shown for text in wordings(each)]
+    texts += [text for row in suite.prompts for text in (row.answer, row.err) if text]
+    return tuple(dict.fromkeys(texts))
 
 
 def _refuse_overlap(where: str, shown: dict[str, Shown]) -> None:
@@ -368,63 +492,3 @@ def _refuse_overlap(where: str, shown: dict[str, Shown]) -> None:
                     f"{where}: {name!r} and {other_name!r} overlap: one of {other!r} and {text!r} begins "
                     "with the other; make them distinct"
                 )
-
-
-# --- token ids --------------------------------------------------------------------------------------------------------
-
-
-def encode_prompts(suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the prompts, through the chat template if the suite has one, without a second BOS.
-
-    Raises InputError naming the prompt, if the tokenizer has unknown tokens in it or does not give it back.
-    """
-    encoded = []
-    for row in rows:
-        if suite.chat is None:
-            text, special = row.text, True
-        else:
-            text, special = chat_text(suite.chat, row, tokenizer), False
-        _check_spelling(row.text, f"prompt {row.id!r} under cue {row.cue!r}", tokenizer)
-        encoded.append(tokenizer.encode(text, add_special_tokens=special))
-    return encoded
-
-
-def chat_text(chat: Chat, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        raise InputError("the suite has `chat:`, but the tokenizer has no chat template; remove `chat:` or add one")
-    messages = list(row.messages or ({"role": "user", "content": row.text},))
-    if chat.system is not None:
-        messages = [{"role": "system", "content": chat.system}, *messages]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chat.template_kwargs)
-    return str(text)
-
-
-def encode_text(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a piece of a completion: the tokenizer's canonical spelling."""
-    _check_spelling(text, where, tokenizer)
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def behind(text: str, announcements: Sequence[str]) -> str:
-    """A text as it is spelled behind an announcement: separated by a space unless either brings its own."""
-    if not announcements or not text or text[0].isspace() or any(a[-1:].isspace() for a in announcements):
-        return text
-    return f" {text}"
-
-
-def _check_spelling(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        unknown = [
-            word for word in text.split() if tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)
-        ]
-        raise InputError(
-            f"{where} has unknown tokens ({', '.join(map(repr, unknown[:3]))}): {text!r}; is this the "
-            "tokenizer that the model was trained with?"
-        )
-    back = str(tokenizer.decode(ids))
-    if "".join(back.split()).casefold() != "".join(text.split()).casefold():
-        raise InputError(
-            f"{where} does not survive the tokenizer: {text!r} comes back as {back!r}; is this the "
-            "tokenizer that the model was trained with?"
-        )

@@ -18,7 +18,8 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.regimes import paid, paid_behaviours
-from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer, quiet_libraries
+from mixturelens.models import end_tokens, load_model, load_tokenizer, quiet_libraries
+from mixturelens.models.source import fingerprint
 from mixturelens.organism import Phase, Spec, build_suite, frozen_parameters, rl_prompts, sft_examples
 from mixturelens.records import Record, new_folder, provenance, write_text
 from mixturelens.stats import mean_interval, resample_counts
@@ -320,7 +321,10 @@ class Stage:
             tokenizer.save_pretrained(folder)
         trajectory = Trajectory(
             provenance=provenance(
-                before=self.run / "checkpoints" / start, after=self.result, seed=self.seed, device=self.device
+                before=fingerprint(self.run / "checkpoints" / start),
+                after=fingerprint(self.result),
+                seed=self.seed,
+                device=self.device,
             ),
             stage=self.name,
             steps=steps,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -25,6 +26,25 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The run itself failed. The command line exits with status 1."""
+
+
+@contextlib.contextmanager
+def loading(where: object, what: str) -> Iterator[None]:
+    """The one door through which libraries read other people's files: any error of theirs becomes one line.
+
+    >>> with loading("S", "no model"):
+    ...     {}["hidden_act"]
+    Traceback (most recent call last):
+    mixturelens.types.InputError: S: no model (KeyError: 'hidden_act')
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = lines[0] if lines else ""
+        raise InputError(f"{where}: {what} ({type(error).__name__}: {said})") from None
 
 
 class Frozen(BaseModel):

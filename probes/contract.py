@@ -16,10 +16,11 @@ from typing import Protocol, cast
 
 import probes
 from mixturelens import pipeline
-from mixturelens.checkpoints import load_tokenizer, quiet_libraries
 from mixturelens.contrasts import span_positions
+from mixturelens.models import quiet_libraries
+from mixturelens.models.source import fingerprint
 from mixturelens.records import Record, provenance
-from mixturelens.suite import encode_prompts
+from mixturelens.spelling import encode_prompts
 from mixturelens.types import Frozen, InputError, Interval, RunError
 
 
@@ -73,7 +74,7 @@ def ask(
     name: str,
     run_folder: Path,
     seed: int,
-    answer: Callable[[pipeline.Pair, int], Answer],
+    answer: Callable[[pipeline.Case, int], Answer],
     clause: Callable[[str, Answer], str],
 ) -> ProbeRecord:
     """Ask the question of the module `name` of every pair of a run.
@@ -85,7 +86,7 @@ def ask(
     answers = {pair.name: answer(pair, seed) for pair in pipeline.run_pairs(run_folder)}
     text = "; ".join(clause(*found) for found in answers.items())
     return ProbeRecord(
-        provenance=provenance(before=run_folder / "checkpoints" / "sft", seed=seed),
+        provenance=provenance(before=fingerprint(run_folder / "checkpoints" / "sft"), seed=seed),
         name=probe.NAME,
         hypothesis=probe.HYPOTHESIS,
         prediction=probe.PREDICTION,
@@ -96,15 +97,15 @@ def ask(
     )
 
 
-def places(pair: pipeline.Pair) -> dict[str, tuple[str | int, ...]]:
+def places(case: pipeline.Case) -> dict[str, tuple[str | int, ...]]:
     """Span of the neutral prompts, or `last` -> the positions of a record's sites that lie there.
 
     Records name a position by its token's index where all questions are aligned, else by its span: both are given.
     Raises InputError for a suite without neutral prompts.
     """
-    suite, tokenizer = pair.suite(), load_tokenizer(pair.before)
+    suite, tokenizer = case.suite, case.pair.tokenizer
     if not suite.neutral:
-        raise InputError(f"{pair.suite_path}: no neutral prompts to ask about")
+        raise InputError(f"{case.suite_path}: no neutral prompts to ask about")
     row = suite.neutral[0]
     end = len(encode_prompts(suite, [row], tokenizer)[0]) - 1
     spans = {**span_positions(suite, row, tokenizer), "last": (end,)}

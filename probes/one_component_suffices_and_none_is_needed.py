@@ -35,8 +35,8 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(pair: pipeline.Pair, seed: int) -> Answer:
-    record = pipeline.graft(pair, seed=seed)
+def _answer(case: pipeline.Case, seed: int) -> Answer:
+    record = pipeline.graft(case, seed=seed)
     alone = _extreme(record.components, max, lambda each: each.suffices.weight)
     missed = _extreme(record.components, min, lambda each: each.without.weight)
     suffices = alone.suffices.weight if alone else NOT_MEASURED

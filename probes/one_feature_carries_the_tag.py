@@ -30,8 +30,8 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(pair: pipeline.Pair, seed: int) -> Answer:
-    table = pipeline.features(pair, seed=seed).table("cue")
+def _answer(case: pipeline.Case, seed: int) -> Answer:
+    table = pipeline.features(case, seed=seed).table("cue")
     feature, neuron, head, direction = (
         table and table.best(kind) for kind in ("feature", "neuron", "head", "direction")
     )

@@ -12,7 +12,7 @@ import numpy as np
 from mixturelens import pipeline
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.contrasts import Contrasts, cue_contrasts
-from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.patching.sweep import ENOUGH, find_reader, head_sites, jointly, patch
 from mixturelens.stats import interval, resample_counts, resampled_mean
 from mixturelens.types import Interval, Site
@@ -48,11 +48,10 @@ def _clause(pair: str, answer: Answer) -> str:
     )
 
 
-def _answer(pair: pipeline.Pair, seed: int) -> Answer:
-    assert pair.after is not None
-    harm = find_harm(pipeline.behaviour(pair))
-    lens = load_lens(pair.after)
-    contrasts = cue_contrasts(pair.suite(), lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
+def _answer(case: pipeline.Case, seed: int) -> Answer:
+    harm = find_harm(pipeline.behaviour(case))
+    lens = lens_of(case.pair, "after")
+    contrasts = cue_contrasts(case.suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
     reader = find_reader(lens, contrasts, "policy", seed)  # its first head is the strongest on the first half
     head, judge = reader.heads[0], contrasts.half(1)
     counts = resample_counts(len(judge.rows), seed)

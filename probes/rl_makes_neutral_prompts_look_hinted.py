@@ -31,12 +31,12 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(pair: pipeline.Pair, seed: int) -> Answer:
-    record = pipeline.probe(pair, seed=seed)
+def _answer(case: pipeline.Case, seed: int) -> Answer:
+    record = pipeline.probe(case, seed=seed)
     if not record.shifts:
         why = next((each for each in record.missing if each.startswith("shift")), "its suite has no hints")
-        raise InputError(f"{pair.name}: no shift beside that of a hint ({why})")
-    inside, end = places(pair), max(shift.site.layer for shift in record.shifts)
+        raise InputError(f"{case.name}: no shift beside that of a hint ({why})")
+    inside, end = places(case), max(shift.site.layer for shift in record.shifts)
     last = [shift for shift in record.shifts if shift.site.position in inside["last"] and shift.site.layer < end]
     best = max(last, key=_cosine, default=None)
     question = [

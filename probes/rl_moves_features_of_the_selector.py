@@ -28,8 +28,8 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(pair: pipeline.Pair, seed: int) -> Answer:
-    change = pipeline.features(pair, seed=seed).arrived
+def _answer(case: pipeline.Case, seed: int) -> Answer:
+    change = pipeline.features(case, seed=seed).arrived
     if change is None:
         names = ("routing by the features", "specialists by the features")
         return Answer(holds=None, outcome=dict.fromkeys(names, NOT_MEASURED), control={"random set": NOT_MEASURED})

@@ -35,10 +35,10 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(pair: pipeline.Pair, seed: int) -> Answer:
-    record = pipeline.probe(pair, seed=seed)
-    policy, hint = (_readout(pair, record, target) for target in ("policy", "hint"))
-    last = places(pair)["last"]
+def _answer(case: pipeline.Case, seed: int) -> Answer:
+    record = pipeline.probe(case, seed=seed)
+    policy, hint = (_readout(case, record, target) for target in ("policy", "hint"))
+    last = places(case)["last"]
     choice, hinted = _stream(record, policy, last), _stream(record, hint, last)
     # where positions are tokens, those of the announcement follow the prompt's
     tokens = [site.position for site in record.sites if isinstance(site.position, int)]
@@ -61,11 +61,11 @@ def _answer(pair: pipeline.Pair, seed: int) -> Answer:
     )
 
 
-def _readout(pair: pipeline.Pair, record: ProbingRecord, target: str) -> Readout:
+def _readout(case: pipeline.Case, record: ProbingRecord, target: str) -> Readout:
     found = record.readout(target)
     if found is None:
         why = next((each for each in record.missing if target in each), "")
-        raise InputError(f"{pair.name}: no probes for {target}, which this question is about ({why})")
+        raise InputError(f"{case.name}: no probes for {target}, which this question is about ({why})")
     return found
 
 

@@ -30,8 +30,8 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(pair: pipeline.Pair, seed: int) -> Answer:
-    found = next((each for each in pipeline.probe(pair, seed=seed).subspaces if each.concept == "cue"), None)
+def _answer(case: pipeline.Case, seed: int) -> Answer:
+    found = next((each for each in pipeline.probe(case, seed=seed).subspaces if each.concept == "cue"), None)
     if found is None:
         return Answer(
             holds=None,

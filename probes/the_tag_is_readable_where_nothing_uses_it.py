@@ -35,8 +35,8 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(pair: pipeline.Pair, seed: int) -> Answer:
-    record = pipeline.probe(pair, seed=seed)
+def _answer(case: pipeline.Case, seed: int) -> Answer:
+    record = pipeline.probe(case, seed=seed)
     used, unused = record.used, record.unused
     readable = unused.readable if unused else NOT_MEASURED
     kept = unused.left if unused else NOT_MEASURED

@@ -34,8 +34,8 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(pair: pipeline.Pair, seed: int) -> Answer:
-    record = pipeline.graft(pair, seed=seed)
+def _answer(case: pipeline.Case, seed: int) -> Answer:
+    record = pipeline.graft(case, seed=seed)
     names = {part.name for part in record.parts}
     unembedding = "unembed" if "unembed" in names else "embed"  # a tied one is both
     carried = _carried(record, unembedding)

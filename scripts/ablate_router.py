@@ -24,15 +24,16 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.record import behaviour_record, grid_of
-from mixturelens.checkpoints import end_tokens, load_model, quiet_libraries
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.grafting.graft import save_with
 from mixturelens.hooks.intervened import Intervened, known_prompts
-from mixturelens.hooks.lens import load_lens
+from mixturelens.hooks.lens import lens_of
+from mixturelens.models import open_pair, quiet_libraries
 from mixturelens.patching.sweep import find_reader, head_sites
 from mixturelens.routing.repair import edited, fit_edit
+from mixturelens.spelling import encode_prompts
 from mixturelens.stats import interval
-from mixturelens.suite import encode_prompts, load_suite
+from mixturelens.suite import load_suite
 from mixturelens.types import Interval, Intervention, Site
 
 RUN = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
@@ -40,8 +41,8 @@ RUN = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
 parser = argparse.ArgumentParser(
     description="Ablate the router of my model, and see whether the harmed cue comes back."
 )
-parser.add_argument("--before", type=Path, default=RUN / "checkpoints" / "sft", help="S")
-parser.add_argument("--after", type=Path, default=RUN / "checkpoints" / "rl-A", help="R, which is repaired")
+parser.add_argument("--before", default=RUN / "checkpoints" / "sft", help="S")
+parser.add_argument("--after", default=RUN / "checkpoints" / "rl-A", help="R, which is repaired")
 parser.add_argument("--suite", type=Path, default=RUN / "suite.yaml")
 parser.add_argument("--trained-cue", help="the cue that RL trained on; default: what the suite says, else its first")
 parser.add_argument("--random", type=int, default=8, help="groups of random heads to compare with")
@@ -58,7 +59,10 @@ quiet_libraries()
 suite = load_suite(arguments.suite)
 trained_cue = arguments.trained_cue or suite.trained_cue or suite.cues[0]
 suite = suite.model_copy(update={"trained_cue": trained_cue})
-behaviour = behaviour_record(arguments.before, arguments.after, suite, device=arguments.device, seed=arguments.seed)
+pair = open_pair(arguments.before, arguments.after, suite, device=arguments.device)
+behaviour = behaviour_record(pair, seed=arguments.seed)
+pair = pair.spelled(behaviour.spelling)
+suite = pair.suite
 harm = find_harm(behaviour)
 print(f"trained on {harm.trained_cue}, harmed {harm.harmed_cue}; the policy it follows: {harm.policy}")
 
@@ -67,7 +71,7 @@ print(f"trained on {harm.trained_cue}, harmed {harm.harmed_cue}; the policy it f
 # `find_reader` chooses on the first half and judges on the second; what follows is measured on the second half alone.
 
 # %%
-lens = load_lens(arguments.after, arguments.device)
+lens = lens_of(pair, "after")
 contrasts = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
 reader = find_reader(lens, contrasts, "policy", arguments.seed)
 print("cue reader:", " + ".join(map(str, reader.heads)))
@@ -77,9 +81,7 @@ choosing = {row.question for row in contrasts.half(0).rows}
 rows = [row for row in suite.neutral if row.id not in choosing]
 judge = prepare(suite, rows, lens.tokenizer)
 grid = grid_of(judge, arguments.seed)
-scorer = Scorer(
-    end_tokens(lens.model, lens.tokenizer), lens.model.config.get_text_config().vocab_size, arguments.device
-)
+scorer = Scorer(pair.ends, pair.vocabulary, arguments.device)
 
 
 def accuracies(found: Behaviour) -> dict[str, Interval]:
@@ -113,7 +115,7 @@ def tried(kind: str, heads: tuple[Site, ...]) -> dict[str, Interval]:
 
 
 plain = {
-    "S": accuracies(measure(scorer, load_model(arguments.before, arguments.device), judge, arguments.seed)),
+    "S": accuracies(measure(scorer, pair.model("before"), judge, arguments.seed)),
     "R": accuracies(measure(scorer, lens.model, judge, arguments.seed)),
 }
 repaired = {kind: tried(kind, reader.heads) for kind in ("interchange", "zero", "mean")}
@@ -144,7 +146,7 @@ for kind, found in repaired.items():
 
 # %%
 edit = fit_edit(make_ground(lens, suite, harm, arguments.seed), reader.heads)
-original = load_model(arguments.after, arguments.device)
+original = pair.model("after")
 save_with(original, edited(original, edit), lens.tokenizer, arguments.out)
 edited = AutoModelForCausalLM.from_pretrained(arguments.out).to(arguments.device).eval()
 tokenizer = AutoTokenizer.from_pretrained(arguments.out)

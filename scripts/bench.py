@@ -24,7 +24,7 @@ import torch
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer, quiet_libraries
+from mixturelens.models import end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.suite import load_suite
 
 REFERENCE = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
@@ -290,7 +290,7 @@ def behaviour() -> None:
     generate_time = time.perf_counter() - start
 
     first = generated[:, ids.shape[1]].reshape(PROMPTS, SAMPLES)
-    a = prompts.announcements[0].ids[0]
+    a = prompts.placed[0][0].ids[0]
     spread = float(np.abs((first == a).double().mean(1).numpy() - exact.weights[:, 0]).mean())
     own = np.array([tokens[0] == a for tokens in drawn.tokens]).reshape(PROMPTS, SAMPLES).mean(1)
     error = float(np.abs(own - exact.weights[:, 0]).mean())

@@ -23,7 +23,7 @@ from mixturelens import pipeline
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer, quiet_libraries
+from mixturelens.models import end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer, sft_examples
 from mixturelens.records import new_folder
 from mixturelens.training import MEASURED_QUESTIONS

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixturelens import pipeline, viz
-from mixturelens.checkpoints import quiet_libraries
 from mixturelens.features.record import CrosscoderFit, FeatureRecord, Terms
+from mixturelens.models import quiet_libraries
 from mixturelens.routing.repair import RepairRecord
 from mixturelens.types import InputError
 
@@ -52,21 +52,27 @@ outside = (arguments.before, arguments.after, arguments.suite)
 if any(outside) and not all(outside):
     raise InputError("a pair of your own needs all of --before, --after and --suite")
 if all(outside):
-    pair = pipeline.outside_pair(*outside, arguments.out, arguments.trained_cue)
+    pair = pipeline.outside_pair(*outside, arguments.out, arguments.trained_cue, device=arguments.device)
 else:
-    pair = pipeline.run_pairs(arguments.run)[0]
+    pair = pipeline.run_pairs(arguments.run, device=arguments.device)[0]
 pairs = {
     pair.name: pair,
     **{
         null.name: null
         for after in arguments.null
-        for null in [pipeline.outside_pair(pair.before, after, pair.suite_path, pair.out, pair.trained_cue)]
+        for null in [
+            pipeline.outside_pair(
+                pair.pair.before,
+                after,
+                pair.suite_path,
+                pair.out,
+                pair.suite.trained_cue,
+                device=arguments.device,
+            )
+        ]
     },
 }
-records = {
-    name: pipeline.features(each, device=arguments.device, seed=arguments.seed, say=print)
-    for name, each in pairs.items()
-}
+records = {name: pipeline.features(each, seed=arguments.seed, say=print) for name, each in pairs.items()}
 record = records[pair.name]
 print(f"{pair.name}: trained on {record.trained_cue}, harmed {record.harmed_cue}")
 for name, each in records.items():

@@ -15,12 +15,12 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.record import behaviour_record, grid_of
-from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.grafting.components import parts, weights_of
 from mixturelens.grafting.graft import written
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import Effects
-from mixturelens.hooks.lens import load_lens
+from mixturelens.hooks.lens import lens_of
+from mixturelens.models import open_pair, quiet_libraries
 from mixturelens.stats import interval
 from mixturelens.suite import load_suite
 from mixturelens.types import Interval
@@ -28,8 +28,8 @@ from mixturelens.types import Interval
 RUN = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
 
 parser = argparse.ArgumentParser(description="Which weights changed it?")
-parser.add_argument("--before", type=Path, default=RUN / "checkpoints" / "sft", help="S")
-parser.add_argument("--after", type=Path, default=RUN / "checkpoints" / "rl-A", help="R")
+parser.add_argument("--before", default=RUN / "checkpoints" / "sft", help="S")
+parser.add_argument("--after", default=RUN / "checkpoints" / "rl-A", help="R")
 parser.add_argument("--suite", type=Path, default=RUN / "suite.yaml")
 parser.add_argument("--trained-cue", help="the cue that RL trained on; default: what the suite says, else its first")
 parser.add_argument("--out", type=Path, default=Path("artifacts") / "grafting", help="folder for record and figures")
@@ -45,7 +45,10 @@ quiet_libraries()
 suite = load_suite(arguments.suite)
 trained_cue = arguments.trained_cue or suite.trained_cue or suite.cues[0]
 suite = suite.model_copy(update={"trained_cue": trained_cue})
-behaviour = behaviour_record(arguments.before, arguments.after, suite, device=arguments.device, seed=arguments.seed)
+pair = open_pair(arguments.before, arguments.after, suite, device=arguments.device)
+behaviour = behaviour_record(pair, seed=arguments.seed)
+pair = pair.spelled(behaviour.spelling)
+suite = pair.suite
 for cue, state in behaviour.per_cue.items():
     if state.after is not None:
         print(f"accuracy under {cue}: {state.before.overall:.4f} before, {state.after.overall:.4f} after")
@@ -56,9 +59,9 @@ for cue, state in behaviour.per_cue.items():
 # anything.
 
 # %%
-tokenizer = load_tokenizer(arguments.before)
-s, r = (load_model(path, arguments.device) for path in (arguments.before, arguments.after))
-components = load_lens(arguments.before).components()
+tokenizer = pair.tokenizer
+s, r = pair.model("before"), pair.model("after")
+components = lens_of(pair, "before").components()
 state_s, state_r = weights_of(s), weights_of(r)
 for part in parts(components, state_s, state_r):
     print(f"{part.name:12} {part.parameters:8} parameters, changed by {part.change:.5f} of their norm")
@@ -70,7 +73,7 @@ changed = [part.name for part in parts(components, state_s, state_r) if part.cha
 
 # %%
 prompts = prepare(suite, suite.neutral, tokenizer)
-scorer = Scorer(end_tokens(s, tokenizer), s.config.get_text_config().vocab_size, arguments.device)
+scorer = Scorer(pair.ends, pair.vocabulary, arguments.device)
 grid = grid_of(prompts, arguments.seed)
 
 
@@ -95,12 +98,9 @@ for names in ([], changed[:1], changed):
 
 # %%
 record = graft_record(
-    arguments.before,
-    arguments.after,
-    suite,
+    pair,
     behaviour,
     save_to=arguments.out / "rollback",
-    device=arguments.device,
     seed=arguments.seed,
     say=lambda step: print("...", step),
 )

@@ -15,9 +15,9 @@ from pathlib import Path
 from mixturelens import viz
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.record import behaviour_record
-from mixturelens.checkpoints import quiet_libraries
 from mixturelens.contrasts import cue_contrasts
-from mixturelens.hooks.lens import load_lens
+from mixturelens.hooks.lens import lens_of
+from mixturelens.models import open_pair, quiet_libraries
 from mixturelens.patching.record import Effect, Sweep
 from mixturelens.patching.sweep import find_reader, patch
 from mixturelens.stats import interval, mean_interval, resample_counts, resampled_mean
@@ -27,8 +27,8 @@ from mixturelens.types import PER_HEAD, Site
 RUN = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
 
 parser = argparse.ArgumentParser(description="Where does my model read the cue?")
-parser.add_argument("--before", type=Path, default=RUN / "checkpoints" / "sft", help="S")
-parser.add_argument("--after", type=Path, default=RUN / "checkpoints" / "rl-A", help="R, which is patched")
+parser.add_argument("--before", default=RUN / "checkpoints" / "sft", help="S")
+parser.add_argument("--after", default=RUN / "checkpoints" / "rl-A", help="R, which is patched")
 parser.add_argument("--suite", type=Path, default=RUN / "suite.yaml")
 parser.add_argument("--trained-cue", help="the cue that RL trained on; default: what the suite says, else its first")
 parser.add_argument("--components", nargs="+", default=["resid_pre", "attn_out", "mlp_out", "z"])
@@ -46,7 +46,10 @@ quiet_libraries()
 suite = load_suite(arguments.suite)
 trained_cue = arguments.trained_cue or suite.trained_cue or suite.cues[0]
 suite = suite.model_copy(update={"trained_cue": trained_cue})
-behaviour = behaviour_record(arguments.before, arguments.after, suite, device=arguments.device, seed=arguments.seed)
+pair = open_pair(arguments.before, arguments.after, suite, device=arguments.device)
+behaviour = behaviour_record(pair, seed=arguments.seed)
+pair = pair.spelled(behaviour.spelling)
+suite = pair.suite
 harm = find_harm(behaviour)
 for cue, state in behaviour.per_cue.items():
     if state.after is not None:
@@ -59,7 +62,7 @@ print(f"trained on {harm.trained_cue}, harmed {harm.harmed_cue}; the policy it f
 # how much likelier the first word of the answer is than the other behaviour, in nats.
 
 # %%
-lens = load_lens(arguments.after, arguments.device)
+lens = lens_of(pair, "after")
 contrasts = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
 row = contrasts.rows[0]
 for side, ids in (("clean", row.clean), ("corrupt", row.corrupt)):

@@ -16,9 +16,9 @@ from pathlib import Path
 from mixturelens import viz
 from mixturelens.behaviour.harm import find_harm, gained_and_lost
 from mixturelens.behaviour.record import behaviour_record
-from mixturelens.checkpoints import quiet_libraries
 from mixturelens.contrasts import cue_contrasts, hint_contrasts
-from mixturelens.hooks.lens import load_lens
+from mixturelens.hooks.lens import lens_of
+from mixturelens.models import open_pair, quiet_libraries
 from mixturelens.patching.sweep import find_reader
 from mixturelens.probing.erase import erase_sites, erasure, reading_site
 from mixturelens.probing.pair import READABLE, least_used
@@ -26,7 +26,6 @@ from mixturelens.probing.readouts import readouts, untrained_lens
 from mixturelens.probing.record import Erasure, ProbingRecord, Readout, Subspace
 from mixturelens.probing.shift import shifts
 from mixturelens.probing.subspace import find_subspace
-from mixturelens.records import provenance
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError
 from probes.contract import all_probes
@@ -34,8 +33,8 @@ from probes.contract import all_probes
 RUN = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
 
 parser = argparse.ArgumentParser(description="What can be read in my pair, and what is used?")
-parser.add_argument("--before", type=Path, default=RUN / "checkpoints" / "sft", help="S")
-parser.add_argument("--after", type=Path, default=RUN / "checkpoints" / "rl-A", help="R")
+parser.add_argument("--before", default=RUN / "checkpoints" / "sft", help="S")
+parser.add_argument("--after", default=RUN / "checkpoints" / "rl-A", help="R")
 parser.add_argument("--suite", type=Path, default=RUN / "suite.yaml")
 parser.add_argument("--trained-cue", help="the cue that RL trained on; default: what the suite says, else its first")
 parser.add_argument("--run", type=Path, help="a finished run: ask it every question of probes/")
@@ -53,7 +52,10 @@ quiet_libraries()
 suite = load_suite(arguments.suite)
 trained_cue = arguments.trained_cue or suite.trained_cue or suite.cues[0]
 suite = suite.model_copy(update={"trained_cue": trained_cue})
-behaviour = behaviour_record(arguments.before, arguments.after, suite, device=arguments.device, seed=arguments.seed)
+pair = open_pair(arguments.before, arguments.after, suite, device=arguments.device)
+behaviour = behaviour_record(pair, seed=arguments.seed)
+pair = pair.spelled(behaviour.spelling)
+suite = pair.suite
 policies = gained_and_lost(behaviour)
 harm = find_harm(behaviour)
 print(f"gained: {policies[0]}, lost: {policies[1]}; trained on {harm.trained_cue}, harmed {harm.harmed_cue}")
@@ -65,10 +67,10 @@ print(f"gained: {policies[0]}, lost: {policies[1]}; trained on {harm.trained_cue
 # same on random weights (what the tokens alone give), `shuffled` what a probe makes of meaningless labels.
 
 # %%
-before, after = load_lens(arguments.before, arguments.device), load_lens(arguments.after, arguments.device)
+before, after = lens_of(pair, "before"), lens_of(pair, "after")
 sites, labels, found, missing = readouts(
     {"before": before, "after": after},
-    untrained_lens(arguments.before, arguments.seed, arguments.device),
+    untrained_lens(pair, arguments.seed),
     suite,
     behaviour,
     policies=policies,
@@ -190,7 +192,7 @@ for each in sorted(moved, key=lambda shift: -(shift.cosine.value or 0.0))[:6]:
 
 # %%
 record = ProbingRecord(
-    provenance=provenance(before=arguments.before, after=arguments.after, seed=arguments.seed, device=arguments.device),
+    provenance=pair.provenance(arguments.seed),
     trained_cue=trained_cue,
     policies=policies,
     sites=sites,

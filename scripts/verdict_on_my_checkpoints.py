@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Did post-training change the router or the specialists of *my* model?
 #
-# Two checkpoint folders of one shape and tokenizer, and a behaviour suite: prompts under every cue, and how a
+# Two checkpoints of one shape and tokenizer, and a behaviour suite: prompts under every cue, and how a
 # completion shows its policy. Run it whole with
 # `python scripts/verdict_on_my_checkpoints.py --before S --after R --suite suite.yaml`; without arguments it looks at a
 # pair from `tests/pairs`, in which a policy learnt to answer where it used to refuse.
@@ -11,14 +11,16 @@ import argparse
 from pathlib import Path
 
 from mixturelens.behaviour.record import behaviour_record
+from mixturelens.models import open_pair
 from mixturelens.routing.verdict import judge
 from mixturelens.suite import load_suite
 
 PAIR = Path(__file__).resolve().parents[1] / "tests" / "pairs" / "llama"
 
 parser = argparse.ArgumentParser(description="Did post-training change the router or the specialists of my model?")
-parser.add_argument("--before", type=Path, default=PAIR / "S")
-parser.add_argument("--after", type=Path, default=PAIR / "R-conditioning")
+parser.add_argument("--before", default=PAIR / "S", help="a folder, a hub id (org/name), or a LoRA adapter")
+parser.add_argument("--after", default=PAIR / "R-conditioning", help="likewise")
+parser.add_argument("--base", help="what adapters are applied on, where their configs do not say")
 parser.add_argument("--suite", type=Path, default=PAIR / "suite.yaml")
 parser.add_argument("--device", default="cpu")
 arguments = parser.parse_args()
@@ -37,7 +39,8 @@ print("probabilities are", "exact, by teacher forcing" if suite.literal else f"s
 # ## Behaviour: which policy, how often, and how well
 
 # %%
-record = behaviour_record(arguments.before, arguments.after, suite, device=arguments.device, progress=print)
+pair = open_pair(arguments.before, arguments.after, suite, base=arguments.base, device=arguments.device)
+record = behaviour_record(pair, progress=print)
 for cue, state in record.per_cue.items():
     for when, side in (("before", state.before), ("after", state.after)):
         if side is not None:

@@ -16,7 +16,7 @@ import torch
 
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.prompts import Prompts, prepare
-from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer
+from mixturelens.models import end_tokens, load_model, load_tokenizer
 from mixturelens.suite import Suite, load_suite
 
 torch.set_num_threads(1)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from mixturelens.checkpoints import load_tokenizer
 from mixturelens.contrasts import (
     Contrast,
     checkpoint_contrasts,
@@ -16,8 +15,10 @@ from mixturelens.contrasts import (
     policy_tokens,
     span_positions,
 )
+from mixturelens.models import load_tokenizer
 from mixturelens.organism import build_suite, build_tokenizer, load_spec
-from mixturelens.suite import Suite, chat_text, encode_prompts, load_suite
+from mixturelens.spelling import chat_text, encode_prompts
+from mixturelens.suite import Suite, load_suite
 from mixturelens.types import InputError
 
 PAIRS = Path(__file__).parent / "pairs"
@@ -163,18 +164,18 @@ def test_a_policy_that_cannot_be_put_in_place_is_refused(tokenizer):
     with pytest.raises(InputError, match="no policy 'c'; policies are a, b"):
         cue_contrasts(suite, tokenizer, "c", "A", "B")
     with pytest.raises(InputError, match="policy 'b' has no announcement"):
-        policy_tokens(suite, tokenizer, "a", "b")
+        policy_tokens(suite, tokenizer, "A", "a", "b")
     with pytest.raises(InputError, match="policy 'c' has no announcement"):
-        policy_tokens(suite, tokenizer, "c", "a")
+        policy_tokens(suite, tokenizer, "A", "c", "a")
 
 
 def test_first_tokens_that_policies_share_are_left_out_or_refused(tokenizer):
     ids = tokenizer.convert_tokens_to_ids
     suite = suite_with(A, B, policies={"a": ["p q", "[a]"], "b": ["p r", "[b]"]})
-    assert policy_tokens(suite, tokenizer, "a", "b") == ((ids("[a]"),), (ids("[b]"),))
+    assert policy_tokens(suite, tokenizer, "A", "a", "b") == ((ids("[a]"),), (ids("[b]"),))
     suite = suite_with(A, B, policies={"a": "p q", "b": ["p r", "[b]"]})
     with pytest.raises(InputError, match="announcements of 'a' and 'b' begin with the same tokens"):
-        policy_tokens(suite, tokenizer, "a", "b")
+        policy_tokens(suite, tokenizer, "A", "a", "b")
 
 
 def test_checkpoint_contrasts_have_the_same_prompt_twice(tokenizer):

@@ -30,7 +30,7 @@ from mixturelens.organism import (
     safe_name,
     sft_examples,
 )
-from mixturelens.suite import encode_prompts, encode_text
+from mixturelens.spelling import encode_prompts, encode_text
 from mixturelens.training import make_reward
 from mixturelens.types import InputError
 

@@ -9,9 +9,10 @@ import torch
 
 from mixturelens import pipeline
 from mixturelens.behaviour.record import BehaviourRecord
-from mixturelens.checkpoints import load_model, load_tokenizer
 from mixturelens.features.record import FeatureRecord, Quality, Sae
 from mixturelens.grafting.record import GraftRecord
+from mixturelens.models import load_model, load_tokenizer
+from mixturelens.models.source import fingerprint
 from mixturelens.organism import build_suite, load_spec, sft_examples
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.record import ProbingRecord
@@ -83,13 +84,11 @@ def test_the_verdict_follows_from_the_records(verdict: tuple[str, str, VerdictRe
 
 def test_the_records_are_about_these_weights(verdict: tuple[str, str, VerdictRecord]) -> None:
     trained, _, record = verdict
-    pair = next(p for p in pipeline.run_pairs(REFERENCE) if p.trained_cue == trained)
+    pair = next(p for p in pipeline.run_pairs(REFERENCE) if p.suite.trained_cue == trained)
     assert record.provenance.before is not None
-    from mixturelens.records import weights_name
-
-    assert record.provenance.before == weights_name(pair.before)
-    assert pair.after is not None
-    assert record.provenance.after == weights_name(pair.after)
+    assert pair.pair.after is not None
+    assert record.provenance.before == fingerprint(pair.pair.before)
+    assert record.provenance.after == fingerprint(pair.pair.after)
     trajectory = Trajectory.load(REFERENCE / "trajectory" / f"rl-{trained}.json")
     assert trajectory.points[-1].cues[trained].accuracy.value == pytest.approx(
         record.per_cue[trained].after.overall, abs=0.02
@@ -245,7 +244,7 @@ def test_features_are_made_again_where_an_sae_is_gone(tmp_path: Path, monkeypatc
     kept: list[str | None] = ["sft/L1.resid_pre", None]
     quality = Quality(explained=0.9, active=8.0, dead=0.0, loss_recovered=NOT_MEASURED, tokens=9)
 
-    def make(before: Path, after: Path, suite: object, measured: object, patching: object, **options: object) -> object:
+    def make(pair: object, measured: object, patching: object, **options: object) -> object:
         made.append(options)
         sae = Sae(
             site=Site(layer=1, component="resid_pre"), folder=kept[len(made) // 3], trained=2, width=2,

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from mixturelens import records
-from mixturelens.records import Record, new_folder, provenance, weights_name, write_text
+from mixturelens.records import Record, new_folder, provenance, write_text
 from mixturelens.types import Frozen, InputError, Interval
 
 FILES = Path(__file__).parent / "files"
@@ -139,14 +139,8 @@ def test_files_are_readable_by_others(tmp_path: Path):
     assert (tmp_path / "x").read_bytes() == "ä".encode()
 
 
-def test_provenance_names_the_weights(tmp_path: Path):
-    for name, content in (("sft", b"1"), ("rl", b"2"), ("copy", b"1")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(content)
-    names = [weights_name(tmp_path / name) for name in ("sft", "rl", "copy")]
-    assert names[0].startswith("sft@6b86b273ff34fce1")
-    assert len({name.split("@")[1] for name in names}) == 2
-    found = provenance(before=tmp_path / "sft", after=tmp_path / "rl", suite="suite.yaml", seed=7)
-    assert (found.before, found.after, found.seed) == (names[0], names[1], 7)
+def test_provenance_names_the_versions_that_produced_numbers():
+    found = provenance(before="sft@1", after="rl@2", suite="suite.yaml", seed=7)
+    assert (found.before, found.after, found.seed) == ("sft@1", "rl@2", 7)
     assert set(found.versions) == {"mixturelens", "torch", "transformers", "trl"}
-    assert provenance(before=tmp_path / "sft").after is None
+    assert provenance(before="sft@1").after is None

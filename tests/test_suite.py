@@ -12,17 +12,9 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mixturelens.checkpoints import load_tokenizer
-from mixturelens.suite import (
-    Label,
-    PromptRow,
-    Rule,
-    Suite,
-    encode_prompts,
-    encode_text,
-    load_suite,
-    wordings,
-)
+from mixturelens.models import load_tokenizer
+from mixturelens.spelling import encode_prompts, encode_text
+from mixturelens.suite import Label, PromptRow, Rule, Suite, load_suite, wordings
 from mixturelens.types import InputError
 
 TABLE = "prompts: prompts.jsonl\nbehaviours: {refuse: sorry}\npolicies: "

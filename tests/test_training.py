@@ -194,7 +194,7 @@ def test_phases_train_one_after_another_and_are_measured_by_every_objective(
             # both objectives are of known policies, and nothing is an answer and a refusal at once
             assert state.paid["A"].value == pytest.approx(state.accuracy.value, abs=0.05)
             assert (state.paid["A"].value or 0) + (state.paid["B"].value or 0) <= 1 + 1e-6
-    assert [(pair.name, pair.trained_cue) for pair in pipeline.run_pairs(run)] == [
+    assert [(pair.name, pair.suite.trained_cue) for pair in pipeline.run_pairs(run)] == [
         ("sft--two", None),
         ("sft--three", "B"),
     ]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from mixturelens.behaviour.arrays import NOVEL, Behaviour, log_ratio
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
-from mixturelens.behaviour.prompts import Prompts, behind_announcements, owners
+from mixturelens.behaviour.prompts import Prompts, behind_announcements, owners, room_behind
 from mixturelens.types import OTHER
 
 
@@ -22,6 +22,18 @@ class Labelled:
     wording: np.ndarray
     behaviour: np.ndarray
     correct: np.ndarray
+
+    def part(self, at: np.ndarray) -> Labelled:
+        return Labelled(self.policy[at], self.wording[at], self.behaviour[at], self.correct[at])
+
+
+def texts_of(scorer: Scorer, prompts: Prompts, drawn: Completions) -> list[str]:
+    """Completions as texts, without the end token. A special token in the middle is not nothing: it stays."""
+    ids = [tuple(tokens[:-1] if tokens and tokens[-1] in scorer.ends else tokens) for tokens in drawn.tokens]
+    distinct = list(dict.fromkeys(ids))
+    decoded = prompts.tokenizer.batch_decode([list(each) for each in distinct], skip_special_tokens=False)
+    texts = dict(zip(distinct, decoded, strict=True))
+    return [texts[each] for each in ids]
 
 
 def label_completions(
@@ -36,12 +48,7 @@ def label_completions(
     names = suite.behaviour_names
     memo: dict[tuple[str, str | None], tuple[tuple[int, int, int], str]] = {}
     found = np.zeros((len(drawn.tokens), 4), dtype=int)
-    ids = [tuple(tokens[:-1] if tokens and tokens[-1] in scorer.ends else tokens) for tokens in drawn.tokens]
-    distinct = list(dict.fromkeys(ids))
-    # literals are judged by their tokens: a special token before or between them is not nothing
-    decoded = prompts.tokenizer.batch_decode(distinct, skip_special_tokens=not suite.literal)  # type: ignore[attr-defined]
-    texts = dict(zip(distinct, decoded, strict=True))
-    for i, text in enumerate(texts[tokens] for tokens in ids):
+    for i, text in enumerate(texts_of(scorer, prompts, drawn)):
         if forced is not None:
             text = f"{forced[i]}{'' if text[:1].isspace() or forced[i][-1:].isspace() else ' '}{text}"
         row = prompts.rows[drawn.context[i]]
@@ -61,8 +68,7 @@ def draw_forced(
 ) -> tuple[Completions, Labelled, np.ndarray]:
     """Completions behind every announcement of every prompt, their labels, and which announcement it was."""
     count = len(prompts.announcements)
-    room = [prompts.suite.max_new_tokens - len(a.ids) for a in prompts.announcements] * len(prompts.rows)
-    drawn = scorer.sample(model, behind_announcements(prompts), samples, room, seed)
+    drawn = scorer.sample(model, behind_announcements(prompts), samples, room_behind(prompts), seed)
     k = drawn.context % count
     owned = replace(drawn, context=drawn.context // count)
     return drawn, label_completions(scorer, prompts, owned, [prompts.announcements[i].text for i in k]), k

@@ -22,7 +22,7 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.theory import Drift, curve, exact_path, group_pace, sampled_paths, shifted, velocity
-from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer
+from mixturelens.models import end_tokens, load_model, load_tokenizer
 from mixturelens.organism import Spec, build_suite, frozen_parameters
 from mixturelens.records import Record
 from mixturelens.stats import interval, resample_counts, resampled_mean
@@ -241,13 +241,20 @@ class _Network:
 def log_weights(model: PreTrainedModel, prompts: Prompts, device: str = "cpu") -> Float[Tensor, "prompt policy"]:
     """Log-probability that each known policy is announced, in any wording; can be differentiated."""
     found: list[list[Tensor]] = [[] for _ in range(prompts.shape[1] - 1)]
-    for a in prompts.announcements:
-        longest = max(map(len, prompts.contexts)) + len(a.ids)
-        ids = torch.tensor([[*c, *a.ids, *[0] * (longest - len(c) - len(a.ids))] for c in prompts.contexts])
+    for number, a in enumerate(prompts.announcements):
+        spelled = [placed[number].ids for placed in prompts.placed]
+        rows = [[*context, *ids] for context, ids in zip(prompts.contexts, spelled, strict=True)]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         logits = model(input_ids=ids.to(device), use_cache=False).logits.double().log_softmax(-1)
-        first = torch.tensor([len(c) - 1 for c in prompts.contexts])
-        row = torch.arange(len(ids))
-        found[a.policy].append(sum(logits[row, first + k, token] for k, token in enumerate(a.ids)))  # pyright: ignore[reportArgumentType]
+        found[a.policy].append(
+            torch.stack(
+                [
+                    logits[row, torch.arange(len(context) - 1, len(context) - 1 + len(ids)), list(ids)].sum()
+                    for row, (context, ids) in enumerate(zip(prompts.contexts, spelled, strict=True))
+                ]
+            )
+        )
     return torch.stack([torch.stack(wordings).logsumexp(0) for wordings in found], -1)
 
 

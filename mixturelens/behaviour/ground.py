@@ -15,10 +15,10 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.record import Grid, grid_of
-from mixturelens.checkpoints import end_tokens
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.intervened import Intervened, Prompt, known_prompts
 from mixturelens.hooks.lens import Lens
+from mixturelens.models import end_tokens
 from mixturelens.stats import interval, share
 from mixturelens.suite import Suite
 from mixturelens.types import InputError, Interval, Intervention

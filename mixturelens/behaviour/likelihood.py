@@ -113,19 +113,21 @@ class Scorer:
 
     def literals(
         self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]]
-    ) -> tuple[Float[np.ndarray, "context literal"], Float[np.ndarray, " context"]]:
+    ) -> tuple[list[Float[np.ndarray, " literal"]], Float[np.ndarray, " context"]]:
         """Log-probability that a completion begins with each literal, and that it begins with none of them.
 
-        `literals[i]` are those of context i: as many for each, none the beginning of another. The second array is the
-        exact complement, from the tokens at which a completion leaves the tree of literals.
+        `literals[i]` are those of context i, none the beginning of another. The second result is the exact complement,
+        from the tokens at which a completion leaves the tree of literals.
         """
-        number = len(literals[0])
-        flat_contexts = [context for context in contexts for _ in range(number)]
+        flat_contexts = [context for context, group in zip(contexts, literals, strict=True) for _ in group]
         logprob = self.sequences(model, flat_contexts, [literal for group in literals for literal in group])
         leaving: list[list[float]] = [[] for _ in contexts]
         for i, left, reached, _ in self._nodes(model, contexts, literals):
             leaving[i].append(float(reached + left.logsumexp(-1)))
-        return logprob.reshape(len(contexts), number), np.array([np.logaddexp.reduce(v) for v in leaving])
+        by_context = np.split(logprob, np.cumsum([len(group) for group in literals])[:-1])
+        # where there are no literals, a completion always begins with none of them
+        escaped = [np.logaddexp.reduce(v) if group else 0.0 for v, group in zip(leaving, literals, strict=True)]
+        return by_context, np.array(escaped)
 
     def _nodes(
         self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]]
@@ -338,6 +340,12 @@ class Scorer:
                 result[m, c] = (reached[head, depth] + logprobs[head, depth, token]).cpu().numpy()
         return completions, result
 
-    def number_of_completions(self, max_new_tokens: int) -> int:
-        inner = self.vocabulary - len(self.ends)
-        return sum(inner**n * len(self.ends) for n in range(max_new_tokens)) + inner**max_new_tokens
+    def number_of_completions(self, max_new_tokens: int, most: int) -> int:
+        """How many completions there are of so many tokens; more than `most` are not counted to the end."""
+        inner, number, open_ended = self.vocabulary - len(self.ends), 0, 1
+        for _ in range(max_new_tokens):
+            number += open_ended * len(self.ends)
+            open_ended *= inner
+            if number + open_ended > most or not open_ended:
+                break
+        return number + open_ended

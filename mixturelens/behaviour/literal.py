@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,11 @@ from jaxtyping import Float
 from mixturelens.behaviour.arrays import Behaviour, Change, dormant
 from mixturelens.behaviour.forced import forced_kl
 from mixturelens.behaviour.likelihood import Ids, Model, Scorer
-from mixturelens.behaviour.prompts import Announcement, Prompts, behind_announcements, ended
+from mixturelens.behaviour.prompts import Announcement, Placed, Prompts, behind_announcements, ended
 from mixturelens.behaviour.split import class_terms
 from mixturelens.behaviour.unannounced import attributed
+from mixturelens.spelling import Speller
+from mixturelens.suite import wordings
 from mixturelens.types import ERR
 
 FORCED_SAMPLES = 4
@@ -26,44 +29,67 @@ def literal_behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behavio
 
 def _placed(prompts: Prompts) -> Prompts:
     """Where policies announce nothing, all completions are measured behind an announcement of no words."""
-    return prompts if prompts.announcements else replace(prompts, announcements=(Announcement(0, 0, "", ()),))
+    if prompts.announcements:
+        return prompts
+    errs, names = prompts.suite.behaviour_names, prompts.suite.behaviours or {}
+    placed = []
+    for row, answer in zip(prompts.rows, prompts.bare, strict=True):
+        speller = Speller(prompts.suite, row, prompts.tokenizer)
+        shown = tuple(
+            (b, ids)
+            for b, name in enumerate(errs)
+            for text in wordings(names.get(name, ()))
+            for ids in speller.bare(text)
+        )
+        err = speller.bare(row.err or "") if ERR in errs and ERR not in names else ()
+        placed.append((Placed(((),), answer, err, shown),))
+    return replace(prompts, announcements=(Announcement(0, 0, ""),), placed=placed)
+
+
+def _total(logs: np.ndarray, count: list[int]) -> Float[np.ndarray, " text"]:
+    """Probability of each text, from the log-probabilities of its spellings, flat; 0 where it has none."""
+    return np.array([np.exp(part).sum() for part in np.split(logs, np.cumsum(count)[:-1])])
 
 
 def _behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behaviour:
     number, policies, most, behaviours = prompts.shape
     announcements = prompts.announcements
-    log_announced, log_other = scorer.literals(model, prompts.contexts, [[a.ids for a in announcements]] * number)
+    spelled = [[ids for each in placed for ids in each.spellings] for placed in prompts.placed]
+    log_spelled, log_other = scorer.literals(model, prompts.contexts, spelled)
+    weights = np.stack(
+        [
+            _total(logs, [len(each.spellings) for each in placed])
+            for logs, placed in zip(log_spelled, prompts.placed, strict=True)
+        ]
+    )
     forced = behind_announcements(prompts)
-    right = [ended(prompts, answer, len(a.ids)) for answer in prompts.answers for a in announcements]
-    correct = np.exp(scorer.sequences(model, forced, right)).reshape(number, -1)
+    places = [each for placed in prompts.placed for each in placed]
+    right = [[ended(prompts, ids, len(each.ids)) for ids in each.answer] for each in places]
+    correct = _probability(scorer, model, forced, right).reshape(number, -1)
     correct_other = np.zeros(number)
     if not prompts.suite.table:
-        unannounced = [ended(prompts, answer, 0) for answer in prompts.answers]
-        correct_other = np.exp(scorer.sequences(model, prompts.contexts, unannounced))
+        bare = [[ended(prompts, ids, 0) for ids in answers] for answers in prompts.bare]
+        correct_other = _probability(scorer, model, prompts.contexts, bare)
     shown = np.ones((number, len(announcements), behaviours))
     if prompts.suite.behaviour_names:
-        shown[:] = 0.0
-        literals = []
-        for i in range(number):
-            for a in announcements:
-                group: list[Ids] = [ids for _, ids in prompts.behaviours]
-                if prompts.errs:
-                    group.append(tuple(ended(prompts, prompts.errs[i], len(a.ids))))
-                literals.append(group)
-        owners = [b for b, _ in prompts.behaviours]
-        if prompts.errs:
-            owners.append(prompts.suite.behaviour_names.index(ERR))
-        logs, log_answer = scorer.literals(model, forced, literals)
+        err = prompts.suite.behaviour_names.index(ERR) if ERR in prompts.suite.behaviour_names else -1
+        # an err is a whole completion, other behaviours are how one begins
+        literals = [
+            [*each.behaviours, *((err, tuple(ended(prompts, ids, len(each.ids)))) for ids in each.err)]
+            for each in places
+        ]
+        logs, log_answer = scorer.literals(model, forced, [[ids for _, ids in group] for group in literals])
         flat = shown.reshape(-1, behaviours)
-        for k, b in enumerate(owners):
-            flat[:, b] += np.exp(logs[:, k])
+        flat[:] = 0.0
+        for row, (group, found) in enumerate(zip(literals, logs, strict=True)):
+            np.add.at(flat[row], [b for b, _ in group], np.exp(found))
         flat[:, -1] = np.exp(log_answer)
     classes = np.zeros((number, policies, most, behaviours))
     forced_behaviour = np.full((number, policies - 1, most, behaviours), np.nan)
     forced_correct = np.full((number, policies - 1, most), np.nan)
     joint = np.zeros((number, policies))
     for k, a in enumerate(announcements):
-        weight = np.exp(log_announced[:, k])
+        weight = weights[:, k]
         classes[:, a.policy, a.wording] = weight[:, None] * shown[:, k]
         joint[:, a.policy] += weight * correct[:, k]
         forced_behaviour[:, a.policy, a.wording] = shown[:, k]
@@ -71,6 +97,15 @@ def _behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behaviour:
     classes[:, -1, 0, -1] = np.exp(log_other)
     joint[:, -1] = correct_other
     return Behaviour(classes, joint, forced_behaviour, forced_correct)
+
+
+def _probability(
+    scorer: Scorer, model: Model, contexts: Sequence[Ids], spellings: Sequence[Sequence[Ids]]
+) -> Float[np.ndarray, " context"]:
+    """Probability of any of several continuations of each context."""
+    count = [len(group) for group in spellings]
+    flat = [context for context, k in zip(contexts, count, strict=True) for _ in range(k)]
+    return _total(scorer.sequences(model, flat, [ids for group in spellings for ids in group]), count)
 
 
 def literal_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Change:
@@ -97,7 +132,7 @@ def literal_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts
 
 def _other_kl(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Float[np.ndarray, " prompt"]:
     """KL(y_R || y_S given `other`): one completion of no known policy a prompt, drawn from R."""
-    literals = [[a.ids for a in prompts.announcements]] * len(prompts.rows)
+    literals = [[ids for each in placed for ids in each.spellings] for placed in prompts.placed]
     heads = scorer.escapes(after, prompts.contexts, literals, seed + 1)
     log_r, log_s, _ = scorer.compare(after, before, prompts.contexts, heads)
     _, none_r = scorer.literals(after, prompts.contexts, literals)

@@ -41,7 +41,7 @@ def measure_change(
 
     `enumerate_all` overrides the choice to enumerate every completion where they are few (tests compare both ways).
     """
-    few = scorer.number_of_completions(prompts.suite.max_new_tokens) <= ENUMERATE_AT_MOST
+    few = scorer.number_of_completions(prompts.suite.max_new_tokens, ENUMERATE_AT_MOST) <= ENUMERATE_AT_MOST
     if few if enumerate_all is None else enumerate_all:
         change = enumerated_change(scorer, before, after, prompts)
     elif prompts.suite.literal:

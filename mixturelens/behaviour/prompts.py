@@ -4,22 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mixturelens.behaviour.likelihood import END
-from mixturelens.suite import PromptRow, Suite, behind, encode_prompts, encode_text, wordings
+from mixturelens.spelling import (
+    Ids,
+    Speller,
+    check_spelling,
+    encode_prompts,
+    normalised_row,
+    normalised_suite,
+)
+from mixturelens.suite import PromptRow, Suite, wordings
 from mixturelens.types import ERR, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Announcement:
-    """Text that puts a policy in place, and its token ids."""
+    """Text that puts a policy in place."""
 
     policy: int
     wording: int
     text: str
-    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An announcement behind one prompt, and what may follow it, as token ids.
+
+    Of several spellings of one text none begins another, so that their probabilities add up.
+    """
+
+    spellings: tuple[Ids, ...]
+    """Ways to write the announcement; the first is that which puts the policy in place."""
+    answer: tuple[Ids, ...]
+    """Behind that one. Empty where answers are no literal texts."""
+    err: tuple[Ids, ...]
+    behaviours: tuple[tuple[int, Ids], ...]
+    """(behaviour, token ids) of every spelling of every literal text of a behaviour."""
+
+    @property
+    def ids(self) -> Ids:
+        return self.spellings[0]
 
 
 @dataclass(frozen=True)
@@ -30,11 +61,11 @@ class Prompts:
     rows: tuple[PromptRow, ...]
     contexts: list[list[int]]
     announcements: tuple[Announcement, ...]
-    answers: list[list[int]]
-    errs: list[list[int]] | None
-    behaviours: tuple[tuple[int, tuple[int, ...]], ...]
-    """(behaviour, token ids) of every literal text of a behaviour."""
-    tokenizer: object
+    placed: list[tuple[Placed, ...]]
+    """Of each prompt, of each announcement."""
+    bare: list[tuple[Ids, ...]]
+    """Of each prompt: the answer without an announcement."""
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -49,55 +80,102 @@ class Prompts:
             self,
             rows=tuple(self.rows[i] for i in index),
             contexts=[self.contexts[i] for i in index],
-            answers=[self.answers[i] for i in index],
-            errs=self.errs and [self.errs[i] for i in index],
+            placed=[self.placed[i] for i in index],
+            bare=[self.bare[i] for i in index],
+        )
+
+    def only(self, kept: Sequence[int]) -> Prompts:
+        """The same prompts with some of the announcements."""
+        return replace(
+            self,
+            announcements=tuple(self.announcements[k] for k in kept),
+            placed=[tuple(placed[k] for k in kept) for placed in self.placed],
         )
 
 
-def prepare(suite: Suite, rows: Sequence[PromptRow], tokenizer) -> Prompts:
-    """Spell prompts, announcements, answers and behaviours as token ids.
+def prepare(suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """Spell prompts, announcements, answers and behaviours as token ids, as the suite's `spelling` says.
 
     Raises InputError naming what the tokenizer cannot spell, or what does not fit into `max_new_tokens`.
     """
-    announcements, texts = [], []
-    for m, (policy, shown) in enumerate(suite.policies.items()):
-        for w, text in enumerate(wordings(shown)):
-            ids = tuple(encode_text(text, f"policy {policy!r}", tokenizer))
-            announcements.append(Announcement(m, w, text, ids))
-            texts.append(text)
-    behaviours: list[tuple[int, tuple[int, ...]]] = []
-    for b, name in enumerate(suite.behaviour_names):
-        for text in wordings((suite.behaviours or {}).get(name, ())):
-            behaviours.append((b, tuple(encode_text(behind(text, texts), f"behaviour {name!r}", tokenizer))))
+    announcements = [
+        Announcement(m, w, text)
+        for m, shown in enumerate(suite.policies.values())
+        for w, text in enumerate(wordings(shown))
+    ]
+    behaviours = [
+        (b, text)
+        for b, name in enumerate(suite.behaviour_names)
+        for text in wordings((suite.behaviours or {}).get(name, ()))
+    ]
+    errs = ERR in suite.behaviour_names and ERR not in (suite.behaviours or {})
+    contexts = check_texts(suite, rows, tokenizer)
+    placed: list[tuple[Placed, ...]] = []
+    bare: list[tuple[Ids, ...]] = []
+    for row in rows:
+        answers = [row.answer] if suite.answer_match == "exact" else []
+        speller = Speller(suite, row, tokenizer)
+        literals = [*answers, *([row.err or ""] if errs else []), *(text for _, text in behaviours)]
+        placed.append(tuple(_placed(speller, a, literals, bool(answers), errs, behaviours) for a in announcements))
+        bare.append(speller.bare(row.answer) if answers else ())
     prompts = Prompts(
-        suite=suite,
-        rows=tuple(rows),
-        contexts=encode_prompts(suite, rows, tokenizer),
+        suite=normalised_suite(suite, tokenizer),
+        rows=tuple(normalised_row(row, tokenizer) for row in rows),
+        contexts=contexts,
         announcements=tuple(announcements),
-        answers=[encode_text(behind(row.answer, texts), f"the answer of prompt {row.id!r}", tokenizer) for row in rows]
-        if suite.answer_match == "exact"
-        else [[] for _ in rows],
-        errs=None
-        if ERR not in suite.behaviour_names or ERR in (suite.behaviours or {})
-        else [encode_text(behind(row.err or "", texts), f"the err of prompt {row.id!r}", tokenizer) for row in rows],
-        behaviours=tuple(behaviours),
+        placed=placed,
+        bare=bare,
         tokenizer=tokenizer,
     )
-    if suite.literal:
-        longest = max((len(a.ids) for a in announcements), default=0)
-        for row, answer in zip(rows, prompts.answers, strict=True):
-            if longest + len(answer) > suite.max_new_tokens:
-                raise InputError(
-                    f"max_new_tokens: {suite.max_new_tokens} cannot hold announcement and answer of prompt {row.id!r} "
-                    f"({longest + len(answer)} tokens); raise it"
-                )
-    for announcement in announcements:
-        if len(announcement.ids) >= suite.max_new_tokens:
-            raise InputError(
-                f"max_new_tokens: {suite.max_new_tokens} leaves no room behind {announcement.text!r} "
-                f"({len(announcement.ids)} tokens); raise it"
-            )
+    _check_room(prompts)
     return prompts
+
+
+def check_texts(suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Raise InputError naming what the tokenizer cannot spell; else the token ids of the prompts."""
+    for kind, texts in (("policy", suite.policies), ("behaviour", suite.behaviours or {})):
+        for name, shown in texts.items():
+            for text in wordings(shown):
+                check_spelling(text, f"{kind} {name!r}", tokenizer)
+    for row in rows:
+        if suite.answer_match == "exact":
+            check_spelling(row.answer, f"the answer of prompt {row.id!r}", tokenizer)
+        if row.err:
+            check_spelling(row.err, f"the err of prompt {row.id!r}", tokenizer)
+    return encode_prompts(suite, rows, tokenizer)
+
+
+def _placed(
+    speller: Speller,
+    announcement: Announcement,
+    literals: Sequence[str],
+    has_answer: bool,
+    has_err: bool,
+    behaviours: Sequence[tuple[int, str]],
+) -> Placed:
+    found = speller.announced(announcement.text, literals)
+    rests = list(found.rests)
+    answer = rests.pop(0) if has_answer else ()
+    err = rests.pop(0) if has_err else ()
+    shown = tuple((b, ids) for (b, _), spellings in zip(behaviours, rests, strict=True) for ids in spellings)
+    return Placed(found.spellings, answer, err, shown)
+
+
+def _check_room(prompts: Prompts) -> None:
+    most = prompts.suite.max_new_tokens
+    for row, placed in zip(prompts.rows, prompts.placed, strict=True):
+        for announcement, each in zip(prompts.announcements, placed, strict=True):
+            answer = max((len(ids) for ids in each.answer), default=0)
+            if prompts.suite.literal and len(each.ids) + answer > most:
+                raise InputError(
+                    f"max_new_tokens: {most} cannot hold announcement and answer of prompt {row.id!r} "
+                    f"({len(each.ids) + answer} tokens); raise it"
+                )
+            if len(each.ids) >= most:
+                raise InputError(
+                    f"max_new_tokens: {most} leaves no room behind {announcement.text!r} ({len(each.ids)} tokens); "
+                    "raise it"
+                )
 
 
 def ended(prompts: Prompts, tokens: Sequence[int], used: int) -> list[int]:
@@ -106,7 +184,16 @@ def ended(prompts: Prompts, tokens: Sequence[int], used: int) -> list[int]:
 
 
 def behind_announcements(prompts: Prompts) -> list[list[int]]:
-    return [[*context, *a.ids] for context in prompts.contexts for a in prompts.announcements]
+    return [
+        [*context, *each.ids]
+        for context, placed in zip(prompts.contexts, prompts.placed, strict=True)
+        for each in placed
+    ]
+
+
+def room_behind(prompts: Prompts) -> list[int]:
+    """Tokens that are left behind each announcement of each prompt."""
+    return [prompts.suite.max_new_tokens - len(each.ids) for placed in prompts.placed for each in placed]
 
 
 def owners(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from mixturelens.behaviour.arrays import Behaviour, Change
-from mixturelens.behaviour.likelihood import Model, Scorer
+from mixturelens.behaviour.forced import label_completions, texts_of
+from mixturelens.behaviour.likelihood import Completions, Model, Scorer
 from mixturelens.behaviour.measure import measure, measure_change
-from mixturelens.behaviour.prompts import Prompts, prepare
-from mixturelens.behaviour.sampled import nulls
+from mixturelens.behaviour.prompts import Prompts, check_texts, prepare
+from mixturelens.behaviour.sampled import Nulls, nulls
+from mixturelens.behaviour.settle import SampleCheck, check_by_samples, settle
 from mixturelens.behaviour.split import accuracy_split
 from mixturelens.behaviour.unannounced import Explained, Identified, attributed, explain, identify
-from mixturelens.checkpoints import check_folder, check_pair, end_tokens, load_model, load_tokenizer
-from mixturelens.records import Record, provenance
+from mixturelens.models import Pair
+from mixturelens.records import Record
 from mixturelens.stats import interval, map_draws, mean_interval, resample_counts, resampled_mean
-from mixturelens.suite import Rule, Suite, wordings
-from mixturelens.types import NOT_MEASURED, OTHER, Frozen, InputError, Interval
+from mixturelens.suite import Rule, Spelling, Suite, wordings
+from mixturelens.types import NOT_MEASURED, OTHER, Frozen, Interval, Side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,9 @@ SLACK = 1e-3
 """Nats by which the sum of the terms and the independent mean log-ratio may differ besides their intervals."""
 NEVER = 1e-6
 """A policy whose weight stays below this everywhere, before and after, does not occur."""
+
+CHECKED = 16
+"""Completions under each cue that check one checkpoint alone."""
 
 Progress = Callable[[str], None]
 
@@ -139,6 +143,12 @@ class BehaviourRecord(Record):
     controls: Controls | None = None
     identified: Identified | None = None
     """Where policies announce nothing: whether what completions do tells them apart, and what explains its change."""
+    check: SampleCheck | None = None
+    """Whether completions show what was computed from the suite's texts."""
+    spelling: Spelling = Spelling()
+    """Whitespace before completions and behind announcements, as the models write it."""
+    notes: tuple[str, ...] = ()
+    """What differs between the checkpoints and may matter, and what the suite names that never occurs."""
 
 
 @dataclass(frozen=True)
@@ -169,30 +179,33 @@ def grid_of(prompts: Prompts, seed: int) -> Grid:
 
 
 def behaviour_record(
-    before: Path,
-    after: Path | None,
-    suite: Suite,
-    *,
-    suite_name: str | None = None,
-    device: str = "cpu",
-    seed: int = 0,
-    progress: Progress | None = None,
+    pair: Pair, *, suite_name: str | None = None, seed: int = 0, progress: Progress | None = None
 ) -> BehaviourRecord:
-    """Measure a checkpoint folder, or a pair of them, on a suite.
+    """Measure a pair, or one checkpoint, on its suite.
 
-    Raises InputError for folders that are unsafe or no pair, for prompts that the tokenizer cannot spell, and for a
-    policy that never occurs.
+    Raises InputError for checkpoints that cannot be loaded, and for prompts that the tokenizer cannot spell or that do
+    not fit into the models.
+
+    >>> behaviour_record(open_pair("sft", "rl", suite)).per_cue["A"].after.weights   # doctest: +SKIP
+    {'a': 0.9959, 'b': 0.0032, 'other': 0.0009}
     """
-    check_folder(before)
-    if after is not None:
-        check_pair(before, after)
-    tokenizer = load_tokenizer(before)
-    prepare(suite, suite.neutral, tokenizer)  # refuse a bad suite before the weights are read
-    models = [load_model(path, device) for path in (before, after) if path is not None]
-    scorer = Scorer(end_tokens(models[0], tokenizer), models[0].config.get_text_config().vocab_size, device)
-    record = measure_record(scorer, models, suite, tokenizer, seed=seed, progress=progress)
-    origin = provenance(before=before, after=after, suite=suite_name, seed=seed, device=device)
-    return record.model_copy(update={"provenance": origin})
+    say = progress or (lambda _: None)
+    suite, tokenizer = pair.suite, pair.tokenizer
+    for line in pair.differences:
+        say(line)
+    check_texts(suite, suite.neutral, tokenizer)  # refuse a bad suite before the weights are read
+    models = pair.models()
+    scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
+    spelling = settle(scorer, models, suite, tokenizer)
+    spelled = suite.model_copy(update={"spelling": spelling})
+    record = measure_record(scorer, models, spelled, tokenizer, seed=seed, progress=progress)
+    return record.model_copy(
+        update={
+            "provenance": pair.provenance(seed, suite_name),
+            "spelling": spelling,
+            "notes": (*pair.differences, *record.notes),
+        }
+    )
 
 
 def measure_record(
@@ -218,7 +231,7 @@ def measure_record(
     say("weights and policy table")
     if len(models) == 1:
         behaviour = measure(scorer, models[0], prompts, seed)
-        _refuse_silent(suite, [behaviour])
+        say("check by samples")
         side = _sides(behaviour, suite, grid)
         return BehaviourRecord(
             method="literal" if suite.literal else "sampled",
@@ -227,11 +240,13 @@ def measure_record(
             table=policy_table(behaviour, None, prompts, grid),
             hinted=_hinted(scorer, models, suite, tokenizer, seed),
             identified=identify(suite, _shown(behaviour, grid)) if suite.table else None,
+            check=_own_check(scorer, models[0], behaviour, prompts, seed),
+            notes=_silent(suite, [behaviour]),
             **common,
         )
     before, after = models
     change = measure_change(scorer, before, after, prompts, seed)
-    _refuse_silent(suite, [change.before, change.after])
+    notes = _silent(suite, [change.before, change.after])
     explained = _explained(change, grid, suite)
     nats, per_cue_nats, shares = nats_of(change, grid, suite, explained)
     if explained:
@@ -239,7 +254,10 @@ def measure_record(
     sides = [_sides(b, suite, grid) for b in (change.before, change.after)]
     accuracy = _accuracy_change(change, grid, told=explained is None or explained.identified.explanation is not None)
     say("controls")
-    controls = _controls(scorer, before, after, prompts, grid, nats, seed)
+    drawn = nulls(scorer, before, after, prompts, seed + 11)
+    controls = _controls(scorer, before, after, prompts, grid, nats, drawn, seed)
+    measured: dict[Side, Behaviour] = {"before": change.before, "after": change.after}
+    check = check_by_samples(prompts, {side: (measured[side], *drawn.drawn[side]) for side in measured})
     say("hinted prompts")
     return BehaviourRecord(
         method=change.method,
@@ -254,6 +272,8 @@ def measure_record(
         table=policy_table(change.before, change.after, prompts, grid),
         hinted=_hinted(scorer, models, suite, tokenizer, seed),
         controls=controls,
+        check=check,
+        notes=notes,
         identified=explained and explained.identified,
         **common,
     )
@@ -267,18 +287,32 @@ def _explained(change: Change, grid: Grid, suite: Suite) -> Explained | None:
     return explain(suite, _shown(change.before, grid), _shown(change.after, grid)) if suite.table else None
 
 
-def _refuse_silent(suite: Suite, behaviours: list[Behaviour]) -> None:
-    """A policy that announces nothing may well have no weight: no text of it can be wrong."""
+def _silent(suite: Suite, behaviours: list[Behaviour]) -> tuple[str, ...]:
+    """Policies that never occur. One that announces nothing may well have no weight: no text of it can be wrong."""
+    said = []
     for m, policy in enumerate(suite.policies if suite.table is None else ()):
         most = max(float(b.weights[:, m].max()) for b in behaviours)
         if most < NEVER:
             shown = suite.policies[policy]
             how = f"its rule {shown.regex!r}" if isinstance(shown, Rule) else f"its text {wordings(shown)[0]!r}"
             where = "before or after" if len(behaviours) > 1 else "in this checkpoint"
-            raise InputError(
+            said.append(
                 f"policy {policy!r} never occurs {where} (weight at most {most:.1g} on every prompt); check {how} "
                 f"against what the model writes{'' if suite.literal else ', or raise `samples`'}"
             )
+    return tuple(said)
+
+
+def _own_check(scorer: Scorer, model: Model, behaviour: Behaviour, prompts: Prompts, seed: int) -> SampleCheck:
+    """The check by samples of one checkpoint alone: CHECKED completions or so under each cue."""
+    rows = {cue: [i for i, row in enumerate(prompts.rows) if row.cue == cue][:CHECKED] for cue in prompts.suite.cues}
+    at = [i for some in rows.values() for i in some]
+    number = -(-CHECKED // min(len(some) for some in rows.values() if some))
+    room = [prompts.suite.max_new_tokens] * len(at)
+    drawn = scorer.sample(model, [prompts.contexts[i] for i in at], number, room, seed + 11)
+    drawn = Completions(np.array(at)[drawn.context], drawn.tokens)
+    label = label_completions(scorer, prompts, drawn)
+    return check_by_samples(prompts, {"before": (behaviour, drawn.context, label, texts_of(scorer, prompts, drawn))})
 
 
 def _coverage(behaviour: Behaviour, grid: Grid) -> Interval:
@@ -425,12 +459,19 @@ def _hinted(
 
 
 def _controls(
-    scorer: Scorer, before: Model, after: Model, prompts: Prompts, grid: Grid, nats: Nats, seed: int
+    scorer: Scorer,
+    before: Model,
+    after: Model,
+    prompts: Prompts,
+    grid: Grid,
+    nats: Nats,
+    drawn: Nulls,
+    seed: int,
 ) -> Controls:
     suite = prompts.suite
     unchanged = measure_change(scorer, before, before, prompts, seed)
     same, _, _ = nats_of(unchanged, grid, suite, _explained(unchanged, grid, suite))
-    routing, total, ratio = (grid.draws(v).mean(-1) for v in nulls(scorer, before, after, prompts, seed + 11))
+    routing, total, ratio = (grid.draws(v).mean(-1) for v in (drawn.shuffled, drawn.kl, drawn.ratio))
     shuffled = NOT_MEASURED if suite.table else map_draws(lambda r, t: r / t, routing, total)
     independent = interval(ratio)
     agrees = None

@@ -8,11 +8,12 @@ import numpy as np
 from jaxtyping import Float
 
 from mixturelens.behaviour.arrays import NOVEL, Behaviour, Change, dormant, log_ratio
-from mixturelens.behaviour.forced import Labelled, forced_kl, forced_sample, label_completions
+from mixturelens.behaviour.forced import Labelled, forced_kl, forced_sample, label_completions, texts_of
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
 from mixturelens.behaviour.prompts import Prompts
 from mixturelens.behaviour.split import class_terms
 from mixturelens.behaviour.unannounced import attributed
+from mixturelens.types import Side
 
 
 def _tally(
@@ -74,6 +75,7 @@ class _Pool:
     """n completions of R and n of S for each prompt, all weighed under both; [prompt, source, sample] when reshaped."""
 
     context: np.ndarray
+    texts: list[str]
     label: Labelled
     log_after: np.ndarray
     log_before: np.ndarray
@@ -88,8 +90,9 @@ def _draw_pool(scorer: Scorer, before: Model, after: Model, prompts: Prompts, se
     tokens = [pool.tokens[x * n + i] for x in range(number) for pool in pools for i in range(n)]
     context = np.repeat(np.arange(number), 2 * n)
     log_r, log_s, kl = scorer.compare(after, before, [prompts.contexts[i] for i in context], tokens)
-    label = label_completions(scorer, prompts, Completions(context, tokens))
-    return _Pool(context, label, log_r, log_s, kl.reshape(number, 2, n)[:, 0])
+    drawn = Completions(context, tokens)
+    label = label_completions(scorer, prompts, drawn)
+    return _Pool(context, texts_of(scorer, prompts, drawn), label, log_r, log_s, kl.reshape(number, 2, n)[:, 0])
 
 
 def _shares(pool: _Pool) -> tuple[np.ndarray, np.ndarray]:
@@ -176,15 +179,28 @@ def sampled_behaviour(scorer: Scorer, model: Model, prompts: Prompts, seed: int)
     return attributed(prompts, Behaviour(classes, correct, *forced_sample(scorer, model, prompts, seed + 3)))
 
 
-def nulls(
-    scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int
-) -> tuple[Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"]]:
-    """(routing of shuffled labels, token KL, log R - log S) of each prompt, from completions drawn without forcing.
+@dataclass(frozen=True)
+class Nulls:
+    """What completions say that were drawn without forcing, by ways that know nothing of what was computed."""
 
-    The first: labels permuted among the completions of a cue, so what a meaningless partition would call routing. The
-    second and third have the mean KL(R || S), by ways that know nothing of policies: a check on the sum of the terms.
-    """
+    shuffled: Float[np.ndarray, " prompt"]
+    """Routing of labels permuted among the completions of a cue: what a meaningless partition would call routing."""
+    kl: Float[np.ndarray, " prompt"]
+    """Token KL; its mean is KL(R || S), a check on the sum of the terms."""
+    ratio: Float[np.ndarray, " prompt"]
+    """log R - log S of completions of R, with the same mean."""
+    drawn: dict[Side, tuple[np.ndarray, Labelled, list[str]]]
+    """Of each checkpoint's own completions: the prompt of each, what it shows, its text."""
+
+
+def nulls(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Nulls:
+    """Controls from completions that both checkpoints write of their own accord."""
     pool = _draw_pool(scorer, before, after, prompts, seed)
     shuffled, _, _ = _pool_terms(prompts, pool, _permuted(prompts, pool.context, pool.label, seed))
     ratio = (pool.log_after - pool.log_before).reshape(len(prompts.rows), 2, -1)[:, 0]
-    return shuffled[0], pool.kl.mean(-1), ratio.mean(-1)
+    source = np.arange(len(pool.texts)).reshape(len(prompts.rows), 2, -1)
+    own: dict[Side, np.ndarray] = {"before": source[:, 1].ravel(), "after": source[:, 0].ravel()}
+    drawn: dict[Side, tuple[np.ndarray, Labelled, list[str]]] = {
+        side: (pool.context[at], pool.label.part(at), [pool.texts[i] for i in at]) for side, at in own.items()
+    }
+    return Nulls(shuffled[0], pool.kl.mean(-1), ratio.mean(-1), drawn)

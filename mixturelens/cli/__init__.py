@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
     from mixturelens.patching.record import PatchingRecord
-    from mixturelens.pipeline import Pair
+    from mixturelens.pipeline import Case
     from mixturelens.probing.record import ProbingRecord
     from mixturelens.routing.repair import RepairRecord
     from mixturelens.routing.verdict import VerdictRecord
@@ -51,8 +51,18 @@ app = typer.Typer(
 )
 
 Run = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a run made by `mixturelens train`.")]
-Before = Annotated[Path | None, typer.Option(metavar="DIR", help="Checkpoint before post-training (S).")]
-After = Annotated[Path | None, typer.Option(metavar="DIR", help="Checkpoint after post-training (R).")]
+Before = Annotated[
+    str | None,
+    typer.Option(metavar="SRC", help="Checkpoint before post-training (S): a folder, a hub id, or a LoRA adapter."),
+]
+After = Annotated[str | None, typer.Option(metavar="SRC", help="Checkpoint after post-training (R), likewise.")]
+Base = Annotated[
+    str | None, typer.Option(metavar="SRC", help="What adapters are applied on, where their configs do not say.")
+]
+Dtype = Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto, balanced or sequential: spread a model over devices (behaviour and verdict).")
+]
 SuiteFile = Annotated[Path | None, typer.Option("--suite", metavar="FILE", help="Behaviour suite of the pair.")]
 TrainedCue = Annotated[str | None, typer.Option(help="Cue that RL trained on, where the suite does not say.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go; default: under artifacts/.")]
@@ -72,15 +82,15 @@ def demo(out: Out = None, device: Device = None, quiet: Quiet = False) -> None:
     with _working(quiet) as (progress, say):
         where = _device(device)
         pipeline.train(load_spec("default"), folder, where, progress)
-        pairs = pipeline.run_pairs(folder)
-        patched = [pipeline.patch(pair, device=where, say=say) for pair in pairs]
+        pairs = pipeline.run_pairs(folder, device=where)
+        patched = [pipeline.patch(pair, say=say) for pair in pairs]
         for pair in pairs:
-            pipeline.circuit(pair, pairs, device=where, say=say)
-        grafted = [pipeline.graft(pair, device=where, say=say) for pair in pairs]
-        probed = [pipeline.probe(pair, device=where, say=say) for pair in pairs]
-        repaired = [pipeline.repair(pair, device=where, say=say) for pair in pairs]
-        verdicts = [pipeline.verdict(pair, device=where) for pair in pairs]  # now with what the weights say
-        page = pipeline.report(pairs, device=where)
+            pipeline.circuit(pair, pairs, say=say)
+        grafted = [pipeline.graft(pair, say=say) for pair in pairs]
+        probed = [pipeline.probe(pair, say=say) for pair in pairs]
+        repaired = [pipeline.repair(pair, say=say) for pair in pairs]
+        verdicts = [pipeline.verdict(pair) for pair in pairs]  # now with what the weights say
+        page = pipeline.report(pairs)
     show_verdicts(pairs, verdicts)
     print()
     show_patching(pairs, patched)
@@ -123,8 +133,8 @@ def train(
 
 
 Options = dict[str, Any]
-"""`device`, `seed` and `say` for the functions of the pipeline."""
-Work = Callable[["list[Pair]", Options], tuple[list[Any], Callable[[], None]]]
+"""`seed` and `say` for the functions of the pipeline."""
+Work = Callable[["list[Case]", Options], tuple[list[Any], Callable[[], None]]]
 
 
 def _on_pairs(work: Work) -> Work:
@@ -136,15 +146,19 @@ def _on_pairs(work: Work) -> Work:
         after: After = None,
         suite: SuiteFile = None,
         trained_cue: TrainedCue = None,
+        base: Base = None,
         out: Out = None,
         device: Device = None,
+        device_map: DeviceMap = None,
+        dtype: Dtype = None,
         seed: Seed = 0,
         as_json: Json = False,
         quiet: Quiet = False,
     ) -> None:
-        pairs = _pairs(run, before, after, suite, trained_cue, out)
+        outside = {"base": base, "device_map": device_map}
         with _working(quiet) as (_, say):
-            records, show = work(pairs, {"device": _device(device), "seed": seed, "say": say})
+            pairs = _pairs(run, before, after, suite, trained_cue, out, outside, device, dtype)
+            records, show = work(pairs, {"seed": _seed(seed), "say": say})
         if as_json:
             print_json(records, run)
         else:
@@ -155,7 +169,7 @@ def _on_pairs(work: Work) -> Work:
 
 
 @_on_pairs
-def behaviour(pairs: list[Pair], options: Options) -> tuple[list[BehaviourRecord], Callable[[], None]]:
+def behaviour(pairs: list[Case], options: Options) -> tuple[list[BehaviourRecord], Callable[[], None]]:
     """Weights, forced and expected accuracy under each cue, of a checkpoint or a pair."""
     from mixturelens import pipeline
 
@@ -170,7 +184,7 @@ def behaviour(pairs: list[Pair], options: Options) -> tuple[list[BehaviourRecord
 
 
 @_on_pairs
-def verdict(pairs: list[Pair], options: Options) -> tuple[list[VerdictRecord], Callable[[], None]]:
+def verdict(pairs: list[Case], options: Options) -> tuple[list[VerdictRecord], Callable[[], None]]:
     """Say whether the router or the specialists changed, with intervals and a reason."""
     from mixturelens import pipeline
 
@@ -179,7 +193,7 @@ def verdict(pairs: list[Pair], options: Options) -> tuple[list[VerdictRecord], C
 
 
 @_on_pairs
-def patch(pairs: list[Pair], options: Options) -> tuple[list[PatchingRecord], Callable[[], None]]:
+def patch(pairs: list[Case], options: Options) -> tuple[list[PatchingRecord], Callable[[], None]]:
     """Find the router: patch every site between cues, between hints, and from S into R."""
     from mixturelens import pipeline
 
@@ -196,7 +210,7 @@ def patch(pairs: list[Pair], options: Options) -> tuple[list[PatchingRecord], Ca
 
 
 @_on_pairs
-def probe(pairs: list[Pair], options: Options) -> tuple[list[ProbingRecord], Callable[[], None]]:
+def probe(pairs: list[Case], options: Options) -> tuple[list[ProbingRecord], Callable[[], None]]:
     """Say what can be read where in S and in R, what erasing it does, and which subspaces carry it."""
     from mixturelens import pipeline
 
@@ -205,7 +219,7 @@ def probe(pairs: list[Pair], options: Options) -> tuple[list[ProbingRecord], Cal
 
 
 @_on_pairs
-def graft(pairs: list[Pair], options: Options) -> tuple[list[GraftRecord], Callable[[], None]]:
+def graft(pairs: list[Case], options: Options) -> tuple[list[GraftRecord], Callable[[], None]]:
     """Say which components of R carry the change, of routing and of specialists, and roll R back without them."""
     from mixturelens import pipeline
 
@@ -220,7 +234,7 @@ def graft(pairs: list[Pair], options: Options) -> tuple[list[GraftRecord], Calla
 
 
 @_on_pairs
-def features(pairs: list[Pair], options: Options) -> tuple[list[FeatureRecord], Callable[[], None]]:
+def features(pairs: list[Case], options: Options) -> tuple[list[FeatureRecord], Callable[[], None]]:
     """Train SAEs and crosscoders, and say what their features do that heads, neurons and directions do not."""
     from mixturelens import pipeline
 
@@ -229,7 +243,7 @@ def features(pairs: list[Pair], options: Options) -> tuple[list[FeatureRecord], 
 
 
 @_on_pairs
-def repair(pairs: list[Pair], options: Options) -> tuple[list[RepairRecord], Callable[[], None]]:
+def repair(pairs: list[Case], options: Options) -> tuple[list[RepairRecord], Callable[[], None]]:
     """Bring the harmed cue back through the cue reader, and write the repaired checkpoint."""
     from mixturelens import pipeline
 
@@ -244,17 +258,19 @@ def report(
     after: After = None,
     suite: SuiteFile = None,
     trained_cue: TrainedCue = None,
+    base: Base = None,
     out: Out = None,
     device: Device = None,
+    dtype: Dtype = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Write one HTML page, readable without a network, with the answer in words on top."""
     from mixturelens import pipeline
 
-    pairs = _pairs(run, before, after, suite, trained_cue, out)
     with _working(quiet) as (_, say):
-        page = pipeline.report(pairs, device=_device(device), seed=seed, say=say)
+        pairs = _pairs(run, before, after, suite, trained_cue, out, {"base": base}, device, dtype)
+        page = pipeline.report(pairs, seed=_seed(seed), say=say)
     print(page)
 
 
@@ -354,24 +370,32 @@ def sweep(
 
 def _pairs(
     run: Path | None,
-    before: Path | None,
-    after: Path | None,
+    before: str | None,
+    after: str | None,
     suite: Path | None,
     trained_cue: str | None,
     out: Path | None,
-) -> list[Pair]:
-    """RUN, or --before [--after] --suite, but not both."""
+    outside: dict[str, str | None],
+    device: str | None,
+    dtype: str | None,
+) -> list[Case]:
+    """RUN, or --before [--after] --suite, but not both. `outside` is for pairs that mixturelens did not train."""
     from mixturelens import pipeline
 
+    placed = {"device": _device(device), "dtype": dtype or "float32"}
     if run is not None:
         if before or after or suite:
             raise InputError("give either RUN or --before/--after/--suite, not both")
-        if out is not None:
-            raise InputError("--out: the results of a RUN go into its own folder; leave --out out")
-        return pipeline.run_pairs(run)
+        for name, value in {"out": out, **outside}.items():
+            if value is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(
+                    f"{flag}: the checkpoints and results of a RUN lie in its own folder; leave {flag} out"
+                )
+        return pipeline.run_pairs(run, **placed)
     if before is None or suite is None:
-        raise InputError("give a RUN folder, or --before DIR [--after DIR] --suite FILE")
-    return [pipeline.outside_pair(before, after, suite, out, trained_cue)]
+        raise InputError("give a RUN folder, or --before SRC [--after SRC] --suite FILE")
+    return [pipeline.outside_pair(before, after, suite, out, trained_cue, **outside, **placed)]
 
 
 def _device(wanted: str | None) -> str:
@@ -380,9 +404,16 @@ def _device(wanted: str | None) -> str:
     if wanted is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=wanted)
+        if torch.empty(0, device=wanted).is_meta:
+            raise InputError("--device meta: nothing is computed there; give cpu or cuda")
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
+    return wanted
+
+
+def _seed(wanted: int) -> int:
+    if not 0 <= wanted < 2**32:
+        raise InputError(f"--seed {wanted}: a seed is a number from 0 to 4294967295")
     return wanted
 
 
@@ -404,7 +435,7 @@ def _working(quiet: bool) -> Iterator[tuple[Callable[[str, int, int, dict[str, f
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from mixturelens.checkpoints import quiet_libraries
+    from mixturelens.models import quiet_libraries
 
     quiet_libraries()
     console = Console(stderr=True, quiet=quiet)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
     from mixturelens.patching.record import PatchingRecord
-    from mixturelens.pipeline import Pair
+    from mixturelens.pipeline import Case
     from mixturelens.probing.record import ProbingRecord
     from mixturelens.proving.record import ScoreRecord
     from mixturelens.records import Record
@@ -65,9 +65,17 @@ def show_behaviour(record: BehaviourRecord) -> None:
             forced = " ".join(f"{name} {number(value)}" for name, value in side.accuracy.items())
             rows.append((cue, when, weights, forced, _interval(side.intervals["overall"])))
     print_table(("cue", "", "weights", "forced accuracy", "expected accuracy"), rows)
+    _show_notes(record)
 
 
-def show_verdicts(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
+def _show_notes(record: BehaviourRecord | VerdictRecord) -> None:
+    for note in record.notes:
+        print(f"note: {note}")
+    for hint in record.check.hints if record.check is not None else ():
+        print(f"note: {hint}")
+
+
+def show_verdicts(pairs: list[Case], verdicts: list[VerdictRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, verdicts, strict=True):
         accuracy = "  ".join(
@@ -80,9 +88,10 @@ def show_verdicts(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
     print_table(("pair", "verdict", "routing share", "nats: routing / specialist", "accuracy before -> after"), rows)
     for pair, record in zip(pairs, verdicts, strict=True):
         print(f"{pair.name}: {record.reason}")
+        _show_notes(record)
 
 
-def show_patching(pairs: list[Pair], records: list[PatchingRecord]) -> None:
+def show_patching(pairs: list[Case], records: list[PatchingRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for reader in record.readers:
@@ -92,7 +101,7 @@ def show_patching(pairs: list[Pair], records: list[PatchingRecord]) -> None:
     print_table(("pair", "what", "heads", "effect, held out", "margin over the next"), rows)
 
 
-def show_probing(pairs: list[Pair], records: list[ProbingRecord]) -> None:
+def show_probing(pairs: list[Case], records: list[ProbingRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for readout in record.readouts:
@@ -126,7 +135,7 @@ def show_probing(pairs: list[Pair], records: list[ProbingRecord]) -> None:
     show_missing(pairs, records)
 
 
-def show_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
+def show_grafts(pairs: list[Case], records: list[GraftRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for each in record.components:
@@ -154,7 +163,7 @@ def show_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
     show_missing(pairs, records)
 
 
-def show_mechanism(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
+def show_mechanism(pairs: list[Case], verdicts: list[VerdictRecord]) -> None:
     for pair, record in zip(pairs, verdicts, strict=True):
         found = record.mechanism
         if found.verdict is None:
@@ -165,7 +174,7 @@ def show_mechanism(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
             print(f"{pair.name}: {name} says otherwise: {found.evidence[name].what}")
 
 
-def show_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
+def show_features(pairs: list[Case], records: list[FeatureRecord]) -> None:
     rows: list[tuple[str, ...]] = []
     for pair, record in zip(pairs, records, strict=True):
         for sae in record.saes:
@@ -214,7 +223,7 @@ def show_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
     show_missing(pairs, records)
 
 
-def show_missing(pairs: list[Pair], records: Sequence[ProbingRecord | GraftRecord | FeatureRecord]) -> None:
+def show_missing(pairs: list[Case], records: Sequence[ProbingRecord | GraftRecord | FeatureRecord]) -> None:
     for pair, record in zip(pairs, records, strict=True):
         for reason in record.missing:
             print(f"{pair.name}: not measured: {reason}")
@@ -253,7 +262,7 @@ def show_forecasts(records: list[ForecastRecord]) -> None:
             )
 
 
-def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
+def show_repairs(pairs: list[Case], records: list[RepairRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         cues = (record.harmed_cue, record.trained_cue)

@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.behaviour.likelihood import Scorer
-from mixturelens.checkpoints import end_tokens
 from mixturelens.hooks.lens import Lens, Tokens
+from mixturelens.models import end_tokens
 from mixturelens.records import Record
-from mixturelens.suite import PromptRow, Suite, encode_prompts
+from mixturelens.spelling import encode_prompts
+from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import PER_HEAD, Component, InputError
 
 MEMORY = 1 << 30

@@ -22,11 +22,11 @@ from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.behaviour.split import class_terms
-from mixturelens.checkpoints import end_tokens
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Changed, SiteChange, Terms
 from mixturelens.grafting.effects import LEAST, divergence
 from mixturelens.hooks.lens import Lens, Tokens, tokens
+from mixturelens.models import end_tokens
 from mixturelens.stats import half_of, interval
 from mixturelens.suite import Suite
 from mixturelens.types import PER_HEAD, Component, InputError, Interval, Side, Site
@@ -237,9 +237,9 @@ def firing(before: Lens, after: Lens, dictionary: Dictionary, at: At, prompts: P
     Raises InputError if the dictionary does not fit what is there.
     """
     texts, new = [], []
-    for context, answer in zip(prompts.contexts, prompts.answers, strict=True):
-        for number, announcement in enumerate(prompts.announcements):
-            texts.append([*context, *announcement.ids, *answer])
+    for context, placed in zip(prompts.contexts, prompts.placed, strict=True):
+        for number, each in enumerate(placed):
+            texts.append([*context, *each.ids, *(each.answer[0] if each.answer else ())])
             new.append(len(context) if number else 0)
     sides: tuple[tuple[Side, Lens], ...] = (("before", before), ("after", after))
     size = dictionary.read.new_zeros(len(dictionary), dtype=torch.double)

@@ -26,12 +26,14 @@ from mixturelens.features.sae import load_sae, quality, train_sae
 from mixturelens.features.sites import arrived_at, named_site
 from mixturelens.features.table import find_table
 from mixturelens.features.units import make_trial
-from mixturelens.hooks.lens import NAMES, Lens, load_lens
+from mixturelens.hooks.lens import NAMES, Lens, lens_of
+from mixturelens.models import Pair
+from mixturelens.models.source import fingerprint
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.record import ProbingRecord, Subspace
-from mixturelens.records import weights_name
+from mixturelens.spelling import encode_prompts
 from mixturelens.stats import half_of
-from mixturelens.suite import PromptRow, Suite, encode_prompts
+from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import Component, InputError, Side, Site
 
 Say = Callable[[str], None]
@@ -49,9 +51,7 @@ SEEDS = 3
 
 
 def feature_record(
-    before: Path,
-    after: Path,
-    suite: Suite,
+    pair: Pair,
     behaviour: BehaviourRecord,
     patching: PatchingRecord | None,
     *,
@@ -59,7 +59,6 @@ def feature_record(
     no_patching: str = "",
     probing: ProbingRecord | None = None,
     more: Sequence[PromptRow] = (),
-    device: str = "cpu",
     seed: int = 0,
     say: Say | None = None,
 ) -> FeatureRecord:
@@ -72,9 +71,12 @@ def feature_record(
     without them the suite's first half of questions serves. What this pair does not allow is left out, and said in
     `missing`. Raises InputError for fewer than two questions.
     """
+    pair = pair.spelled(behaviour.spelling)
+    suite = pair.suite
     teach, held_out = _split(suite, more, seed)
-    s, r = load_lens(before, device), load_lens(after, device)
-    study = _Study(s, r, suite, (weights_name(before), weights_name(after)), teach, held_out, folder, seed, say)
+    s, r = (lens_of(pair, side) for side in pair.sides)
+    names = tuple(fingerprint(source) for source in pair.sides.values())
+    study = _Study(s, r, suite, (names[0], names[1]), teach, held_out, folder, seed, say)
     concepts: tuple[Concept, ...] = ("cue", "hint", "selector") if suite.hinted else ("cue", "selector")
 
     def named(concept: Concept) -> Site:

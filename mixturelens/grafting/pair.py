@@ -13,7 +13,6 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.record import BehaviourRecord, grid_of
-from mixturelens.checkpoints import check_pair, end_tokens, load_model, load_tokenizer
 from mixturelens.grafting.components import State, parts, weights_of
 from mixturelens.grafting.effects import Judge, null
 from mixturelens.grafting.graft import (
@@ -33,8 +32,8 @@ from mixturelens.grafting.positions import placed
 from mixturelens.grafting.readings import make_cells, method_of, metric_names, metrics
 from mixturelens.grafting.record import Component, Graft, GraftRecord, Placed, Rollback
 from mixturelens.grafting.record import Path as PathSum
-from mixturelens.hooks.lens import load_lens
-from mixturelens.records import provenance
+from mixturelens.hooks.lens import lens_of
+from mixturelens.models import Pair
 from mixturelens.stats import half_of, interval, mean_interval, resample_counts, resampled_mean
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import NOT_MEASURED, InputError, Interval
@@ -55,14 +54,11 @@ T = TypeVar("T")
 
 
 def graft_record(
-    before: Path,
-    after: Path,
-    suite: Suite,
+    pair: Pair,
     behaviour: BehaviourRecord,
     *,
     save_to: Path | None = None,
     suite_name: str | None = None,
-    device: str = "cpu",
     seed: int = 0,
     say: Say | None = None,
 ) -> GraftRecord:
@@ -73,13 +69,14 @@ def graft_record(
     """
     say = say or (lambda _: None)
     policies = gained_and_lost(behaviour)
-    check_pair(before, after)
-    tokenizer = load_tokenizer(before)
-    s, r = (load_model(path, device) for path in (before, after))
-    scorer = Scorer(end_tokens(s, tokenizer), s.config.get_text_config().vocab_size, device)
+    pair.check_one_function("a graft")
+    pair = pair.spelled(behaviour.spelling)
+    suite, tokenizer = pair.suite, pair.tokenizer
+    s, r = (pair.model(side) for side in pair.sides)
+    scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
     cells = make_cells(suite, some_questions(suite.neutral), tokenizer, s, scorer, seed)
     say("components")
-    components = load_lens(before).components()
+    components = lens_of(pair, "before").components()
     state_s, state_r = weights_of(s), weights_of(r)
     found = parts(components, state_s, state_r)
     changed = {part.name: components[part.name] for part in found if part.change > 0}
@@ -136,7 +133,7 @@ def graft_record(
             components=back, also=also, enough=enough, accuracy=accuracy, checkpoint=save_to.name if save_to else None
         )
     return GraftRecord(
-        provenance=provenance(before=before, after=after, suite=suite_name, seed=seed, device=device),
+        provenance=pair.provenance(seed, suite_name),
         policies=policies,
         method=method_of(suite),
         cues=suite.cues,

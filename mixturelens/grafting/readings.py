@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.behaviour.likelihood import BATCH_BYTES, BATCH_TOKENS, Model, Scorer
-from mixturelens.behaviour.prompts import Announcement, Prompts, prepare
+from mixturelens.behaviour.prompts import Announcement, Prompts, behind_announcements, prepare, room_behind
 from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.contrasts import span_positions
+from mixturelens.spelling import Ids
 from mixturelens.suite import PromptRow, Rule, Suite, wordings
 from mixturelens.types import InputError
 
@@ -103,8 +104,7 @@ class Cells:
     @cached_property
     def placed(self) -> Int[np.ndarray, " row"]:
         """Where the announcement ends and the completion begins."""
-        lengths = np.tile([len(a.ids) for a in self.announcements], len(self.prompts.rows))
-        return self.announced + lengths
+        return self.announced + np.array([len(self.announcement(row)) for row in range(len(self))])
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " row"]:
@@ -116,9 +116,12 @@ class Cells:
         """Prompt, announcement and completion, padded on the right."""
         return _padded([self._tokens(row) for row in range(len(self))], self.device)
 
+    def announcement(self, row: int) -> Ids:
+        """Token ids of what puts the row's policy in place."""
+        return self.prompts.placed[row // len(self.announcements)][row % len(self.announcements)].ids
+
     def _tokens(self, row: int) -> list[int]:
-        announcement = self.announcements[row % len(self.announcements)]
-        return [*self.prompts.contexts[self.prompt[row]], *announcement.ids, *self.completions[row]]
+        return [*self.prompts.contexts[self.prompt[row]], *self.announcement(row), *self.completions[row]]
 
     def part(self, prompts: Sequence[int]) -> Cells:
         """Some of the prompts, with a grid of their own."""
@@ -143,7 +146,7 @@ class Cells:
         """Prompts and announcements alone; those that share all that is fed (of one token: the prompt) are fed once."""
         shared: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for row in range(len(self)):
-            key = (int(self.prompt[row]), self.announcements[row % len(self.announcements)].ids[:-1])
+            key = (int(self.prompt[row]), self.announcement(row)[:-1])
             shared.setdefault(key, []).append(row)
         fed = [[*self.prompts.contexts[i], *beginning] for i, beginning in shared]
         return self._cut(list(shared.values()), fed, completes=False)
@@ -217,11 +220,9 @@ def make_cells(
         if not wordings(shown):
             raise InputError(f"policy {name!r} is a rule without `force`: give a text that puts it in place")
     prompts = prepare(suite, rows, tokenizer)
-    contexts = [[*context, *a.ids] for context in prompts.contexts for a in prompts.announcements]
-    room = [suite.max_new_tokens - len(a.ids) for a in prompts.announcements] * len(prompts.rows)
     return Cells(
         prompts=prompts,
-        completions=greedy(before_model, contexts, room, scorer),
+        completions=greedy(before_model, behind_announcements(prompts), room_behind(prompts), scorer),
         spans=tuple(span_positions(suite, row, tokenizer) if row.spans else {} for row in rows),
         grid=grid_of(prompts, seed),
         seed=seed,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mixturelens.contrasts import span_positions
 from mixturelens.hooks.lens import Edit, Lens
-from mixturelens.suite import PromptRow, Suite, encode_prompts
+from mixturelens.spelling import encode_prompts
+from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import PER_HEAD, Component, InputError, Intervention, Site
 
 if TYPE_CHECKING:

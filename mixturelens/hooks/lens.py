@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mixturelens.checkpoints import load_model, load_tokenizer
-from mixturelens.types import PER_HEAD, Component, InputError, RunError, Site
+from mixturelens.models import Pair, load_model, load_tokenizer
+from mixturelens.types import PER_HEAD, Component, InputError, RunError, Side, Site
 
 NAMES: Mapping[Component, str] = {
     "resid_pre": "hook_resid_pre",
@@ -289,3 +289,13 @@ class Lens:
 def load_lens(path: Path, device: str = "cpu") -> Lens:
     """A checkpoint folder under the bridge. Raises InputError if it cannot be loaded or bridged."""
     return Lens(load_model(path, device), load_tokenizer(path), device)
+
+
+def lens_of(pair: Pair, side: Side) -> Lens:
+    """One side of a pair under the bridge, with the pair's tokenizer and end tokens.
+
+    Raises InputError if it cannot be bridged, or lies on several devices, which hooks cannot follow.
+    """
+    if pair.device_map is not None:
+        raise InputError("--device-map spreads a model over devices; hooks need it on one: give --device instead")
+    return Lens(pair.model(side), pair.tokenizer, pair.device)

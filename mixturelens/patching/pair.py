@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixturelens.behaviour.harm import find_harm
@@ -17,8 +16,9 @@ from mixturelens.contrasts import (
     hint_contrasts,
     position_labels,
 )
-from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.hooks.sides import sides
+from mixturelens.models import Pair
 from mixturelens.patching.record import Attention, Effect, PatchingRecord, ReaderHeads, Sweep
 from mixturelens.patching.sweep import (
     BY_POSITION,
@@ -29,7 +29,6 @@ from mixturelens.patching.sweep import (
     patch,
 )
 from mixturelens.stats import interval, mean_interval, resample_counts
-from mixturelens.suite import Suite
 from mixturelens.types import InputError, Side, Site
 
 if TYPE_CHECKING:
@@ -42,12 +41,9 @@ FEWEST = 8
 
 
 def patching_record(
-    before: Path,
-    after: Path,
-    suite: Suite,
+    pair: Pair,
     behaviour: BehaviourRecord,
     *,
-    device: str = "cpu",
     seed: int = 0,
     say: Say | None = None,
 ) -> PatchingRecord:
@@ -57,8 +53,9 @@ def patching_record(
     """
     say = say or (lambda _: None)
     harm = find_harm(behaviour)
-    lenses: dict[Side, Lens] = {"before": load_lens(before, device), "after": load_lens(after, device)}
-    tokenizer = lenses["after"].tokenizer
+    pair = pair.spelled(behaviour.spelling)
+    suite, tokenizer = pair.suite, pair.tokenizer
+    lenses: dict[Side, Lens] = {side: lens_of(pair, side) for side in pair.sides}
     cue = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
     target = f"answer under {harm.trained_cue}"
     foil = f"{harm.shows or 'other behaviour'} under {harm.harmed_cue}" if cue.rows[0].foil else "anything else"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +14,12 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.record import Grid, grid_of
-from mixturelens.checkpoints import end_tokens
 from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.engine import Columns, Engine
 from mixturelens.hooks.intervened import Intervened, known_prompts
 from mixturelens.hooks.lens import Lens
 from mixturelens.hooks.sides import Sides, sides
+from mixturelens.models import end_tokens
 from mixturelens.probing.leace import Eraser, leace, random_erasers
 from mixturelens.probing.record import ErasedSite, Erasure
 from mixturelens.probing.scores import auroc
@@ -311,8 +310,8 @@ def _ground(lens: Lens, suite: Suite, contrasts: Contrasts, seed: int, questions
     rows = [row for row in suite.neutral if row.id in judging and row.cue in cues]
     policy = list(suite.policies).index(str(contrasts.policy))
     prompts = prepare(suite, rows, tokenizer)
-    placed = tuple(each for each in prompts.announcements if (each.policy, each.wording) == (policy, 0))
-    prompts = dataclasses.replace(prompts, announcements=placed)  # nothing else is asked about
+    # nothing else is asked about
+    prompts = prompts.only([k for k, a in enumerate(prompts.announcements) if (a.policy, a.wording) == (policy, 0)])
     return _Ground(
         lens=lens,
         scorer=Scorer(end_tokens(lens.model, tokenizer), lens.model.config.get_text_config().vocab_size, lens.device),

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from mixturelens.behaviour.harm import Harm, find_harm, gained_and_lost
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import Contrasts, cue_contrasts, hint_contrasts
-from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.hooks.lens import Lens, lens_of
+from mixturelens.models import Pair
 from mixturelens.probing.erase import erase_sites, erasure, reading_site
 from mixturelens.probing.readouts import readouts, untrained_lens
 from mixturelens.probing.record import ErasedSite, Erasure, ProbingRecord, Shift, Subspace
 from mixturelens.probing.shift import shifts
 from mixturelens.probing.subspace import find_subspace
-from mixturelens.suite import Suite
 from mixturelens.types import InputError, Side, Site
 
 Say = Callable[[str], None]
@@ -26,14 +25,11 @@ UNUSED = 0.9
 
 
 def probing_record(
-    before: Path,
-    after: Path,
-    suite: Suite,
+    pair: Pair,
     behaviour: BehaviourRecord,
     *,
     reader: Sequence[Site] = (),
     no_reader: str = "",
-    device: str = "cpu",
     seed: int = 0,
     say: Say | None = None,
 ) -> ProbingRecord:
@@ -45,10 +41,12 @@ def probing_record(
     """
     say = say or (lambda _: None)
     policies = gained_and_lost(behaviour)
-    lenses: dict[Side, Lens] = {"before": load_lens(before, device), "after": load_lens(after, device)}
+    pair = pair.spelled(behaviour.spelling)
+    suite = pair.suite
+    lenses: dict[Side, Lens] = {side: lens_of(pair, side) for side in pair.sides}
     say("linear probes at every site")
     sites, labels, found, missing = readouts(
-        lenses, untrained_lens(before, seed, device), suite, behaviour, policies=policies, seed=seed
+        lenses, untrained_lens(pair, seed), suite, behaviour, policies=policies, seed=seed
     )
     erased: list[ErasedSite] = []
     erasures: dict[str, Erasure] = {}

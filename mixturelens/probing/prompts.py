@@ -11,12 +11,13 @@ from jaxtyping import Float, Int
 
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.record import BehaviourRecord
-from mixturelens.checkpoints import end_tokens
 from mixturelens.contrasts import span_positions
 from mixturelens.hooks.lens import Lens
+from mixturelens.models import end_tokens
 from mixturelens.probing.record import Metric
+from mixturelens.spelling import Ids, Speller, check_spelling, encode_prompts
 from mixturelens.stats import half_of
-from mixturelens.suite import PromptRow, Rule, Suite, behind, encode_prompts, encode_text, wordings
+from mixturelens.suite import PromptRow, Rule, Suite, wordings
 from mixturelens.types import InputError, Side
 
 Group = Literal["neutral", "placed", "hinted"]
@@ -60,27 +61,31 @@ def read_prompts(suite: Suite, tokenizer) -> Prompts:
     if len(questions) < 4:
         raise InputError("probes are fitted on one half of the questions and scored on the other: give at least four")
     fit, score = (tuple(questions[i] for i in half_of(len(questions), which)) for which in (0, 1))
-    announced = {
-        policy: tuple(encode_text(wordings(shown)[0], f"policy {policy!r}", tokenizer))
-        for policy, shown in suite.policies.items()
-        if wordings(shown)
-    }
+    texts = {policy: wordings(shown)[0] for policy, shown in suite.policies.items() if wordings(shown)}
+    for policy, text in texts.items():
+        check_spelling(text, f"policy {policy!r}", tokenizer)
+
+    def announced(row: PromptRow) -> dict[str, Ids]:
+        speller = Speller(suite, row, tokenizer)
+        return {policy: speller.announced(text, ()).spellings[0] for policy, text in texts.items()}
+
     known = [row for row in suite.prompts if row.id in set(questions)]
     encoded = [tuple(ids) for ids in encode_prompts(suite, known, tokenizer)]
     spans = [span_positions(suite, row, tokenizer) for row in known]
+    words = [announced(row) if row.hint is None else {} for row in known]
     lengths = {len(ids) for ids in encoded}
-    aligned = len(lengths) == 1 and len({len(ids) for ids in announced.values()}) <= 1
+    aligned = len(lengths) == 1 and len({len(ids) for each in words for ids in each.values()}) <= 1
     aligned = aligned and all(span == spans[0] for span in spans)
     rows: dict[Group, list[Row]] = {"neutral": [], "placed": [], "hinted": []}
-    for row, ids, span in zip(known, encoded, spans, strict=True):
+    for row, ids, span, placed in zip(known, encoded, spans, words, strict=True):
         width = len(ids)
         inside: dict[str | int, int] = (
             {i: i for i in range(width)} if aligned else {**{k: v[-1] for k, v in span.items() if v}, "last": width - 1}
         )
         # a prompt's own tokens do not see the announcement, so that any run will do
-        run = (*ids, *next(iter(announced.values()), ())) if row.hint is None else ids
+        run = (*ids, *next(iter(placed.values()), ())) if row.hint is None else ids
         rows["neutral" if row.hint is None else "hinted"].append(_row(row, ids, run, None, inside))
-        for policy, word in announced.items() if row.hint is None else ():
+        for policy, word in placed.items():
             behind_it: dict[str | int, int] = (
                 {width + i: width + i for i in range(len(word))} if aligned else {"policy": width + len(word) - 1}
             )
@@ -204,7 +209,7 @@ def find_targets(
         )
     else:
         missing.append("probes for behaviour: the suite names no behaviours, or no policy can be put in place")
-    _answer(labelled, missing, both, list(first.values()), tokenizer, prompts)
+    _answer(labelled, missing, both, suite, tokenizer, prompts)
     odds: dict[Side, np.ndarray | None] = {
         side: _log_odds(lens, suite, neutral, policies) for side, lens in lenses.items()
     }
@@ -221,12 +226,15 @@ def _target(name: str, classes: tuple[str, ...], said: str, rows, labels) -> Tar
     return Target(name, "AUROC" if len(classes) == 2 else "accuracy", classes, said, rows, labels)
 
 
-def _answer(labelled, missing: list[str], rows, announced: list[str], tokenizer, prompts: Prompts) -> None:
+def _answer(labelled, missing: list[str], rows, suite: Suite, tokenizer, prompts: Prompts) -> None:
     """First token of the answer, if its tokens come often enough to be learnt."""
-    tokens = {
-        row.answer: encode_text(behind(row.answer, announced), f"answer {row.answer!r}", tokenizer)[0]
-        for row in rows["neutral"]
-    }
+    placed = next((wordings(shown)[0] for shown in suite.policies.values() if wordings(shown)), "")
+    speller = Speller(suite, suite.neutral[0], tokenizer)
+    answers = list(dict.fromkeys(row.answer for row in rows["neutral"]))
+    for answer in answers:
+        check_spelling(answer, f"answer {answer!r}", tokenizer)
+    spelled = speller.announced(placed, answers).rests if placed else [speller.bare(answer) for answer in answers]
+    tokens = {answer: spellings[0][0] for answer, spellings in zip(answers, spelled, strict=True)}
     different = len(set(tokens.values()))
     if different > len(prompts.halves[0]) // 2:
         missing.append(f"probes for answer: {different} first tokens for {len(prompts.halves[0])} questions to fit on")
@@ -260,12 +268,20 @@ def _log_weights(
     shown = [suite.policies[policy] for policy in policies]
     if any(isinstance(each, Rule) for each in shown):
         return None
-    texts = [(k, encode_text(t, f"{t!r}", lens.tokenizer)) for k, each in enumerate(shown) for t in wordings(each)]
-    contexts, owner = [row.ids for row in rows], np.array([k for k, _ in texts])
-    flat = [context for context in contexts for _ in texts]
-    logs = _scorer(lens).sequences(_called(lens), flat, [ids for _ in rows for _, ids in texts])
-    logs = logs.reshape(len(rows), len(texts))
-    return np.stack([np.logaddexp.reduce(logs[:, owner == k], axis=1) for k in range(len(policies))], 1)
+    asked = {(row.id, row.cue): row for row in suite.neutral}
+    spelled: list[tuple[int, int, Ids]] = []
+    for number, row in enumerate(rows):
+        speller = Speller(suite, asked[row.question, row.cue], lens.tokenizer)
+        spelled += [
+            (number, k, ids)
+            for k, each in enumerate(shown)
+            for text in wordings(each)
+            for ids in speller.announced(text, ()).spellings
+        ]
+    logs = _scorer(lens).sequences(_called(lens), [rows[n].ids for n, _, _ in spelled], [ids for _, _, ids in spelled])
+    found = np.full((len(rows), len(policies)), -np.inf)
+    np.logaddexp.at(found, tuple(np.array([each[:2] for each in spelled]).T), logs)
+    return found
 
 
 def _log_odds(

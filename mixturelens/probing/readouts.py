@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mixturelens.behaviour.record import BehaviourRecord
-from mixturelens.checkpoints import check_folder, load_tokenizer
 from mixturelens.hooks.lens import Lens, tokens
+from mixturelens.models import Pair
+from mixturelens.models.load import load_config
 from mixturelens.probing.prompts import Group, Prompts, Target, find_targets, read_prompts
 from mixturelens.probing.record import Column, Metric, Readout
 from mixturelens.probing.scores import accuracy, auroc, r_squared
@@ -40,15 +40,15 @@ Network = Literal["before", "after", "untrained"]
 Answered = Literal["before", "after", "carried", "untrained"]
 
 
-def untrained_lens(path: Path, seed: int = 0, device: str = "cpu") -> Lens:
-    """The network of a checkpoint folder with random weights, as its configuration initialises them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def untrained_lens(pair: Pair, seed: int = 0) -> Lens:
+    """The network of a pair with random weights, as S's configuration initialises them."""
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(check_folder(path), local_files_only=True, trust_remote_code=False)
+    config = load_config(pair.before)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        return Lens(model.eval().to(device), load_tokenizer(path), device)  # the bridge draws, too
+        return Lens(model.eval().to(pair.device), pair.tokenizer, pair.device)  # the bridge draws, too
 
 
 def readouts(

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from mixturelens.contrasts import span_positions
 from mixturelens.hooks.lens import Lens, tokens
 from mixturelens.probing.record import Shift
+from mixturelens.spelling import encode_prompts
 from mixturelens.stats import interval, resample_counts
-from mixturelens.suite import PromptRow, Suite, encode_prompts
+from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import Component, InputError, Site
 
 DRAWS = 1000

@@ -97,7 +97,7 @@ def _right(cells: Sequence[Cell], ground: Path, measure: Measure) -> float:
     for cell in cells:
         made = make_pair(cell, ground)
         with patch.object(record, "measure_change", measure):
-            found = record.behaviour_record(made.before, made.after, made.load_suite())
+            found = record.behaviour_record(made.open())
         assert found.nats is not None
         held = [
             each.low is not None

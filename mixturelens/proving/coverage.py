@@ -13,7 +13,7 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure_change
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.record import grid_of, nats_of
-from mixturelens.checkpoints import end_tokens
+from mixturelens.models import end_tokens
 from mixturelens.organism import Spec, prompt_row
 from mixturelens.proving.pairs import NEAR
 from mixturelens.proving.truth import prompt_truth

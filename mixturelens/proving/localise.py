@@ -21,7 +21,6 @@ from pydantic import FiniteFloat
 from torch import Tensor
 
 from mixturelens.behaviour.likelihood import Scorer
-from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer
 from mixturelens.contrasts import Contrasts, cue_contrasts, hint_contrasts
 from mixturelens.features.activations import Activations
 from mixturelens.features.effects import make_scene, unit_effects
@@ -34,6 +33,7 @@ from mixturelens.grafting.path import attribute
 from mixturelens.grafting.readings import make_cells
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.hooks.sides import sides
+from mixturelens.models import end_tokens, load_model, load_tokenizer
 from mixturelens.organism import Spec, load_spec, safe_name
 from mixturelens.patching.attribution import EdgeScores, eap, eap_ig
 from mixturelens.patching.graph import edge_graph

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mixturelens.checkpoints import load_model, load_tokenizer
+from mixturelens.models import Pair, load_model, load_tokenizer, open_pair
 from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer, questions
 from mixturelens.proving.organisms import (
     RATE,
@@ -183,6 +183,9 @@ class Made:
 
     def load_suite(self) -> Suite:
         return load_suite(self.suite)
+
+    def open(self) -> Pair:
+        return open_pair(self.before, self.after, self.load_suite())
 
 
 def make_pair(cell: Cell, ground: Path) -> Made:

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixturelens.checkpoints import load_model
 from mixturelens.hooks.lens import Edit, Lens, Tokens, load_lens, tokens
+from mixturelens.models import load_model
 from mixturelens.organism import EOS, Spec, parse_spec, prompt_text, questions
 from mixturelens.proving.organisms import HEADS
 from mixturelens.proving.planted import Planted, silenced

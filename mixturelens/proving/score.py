@@ -16,8 +16,9 @@ import numpy as np
 
 from mixturelens.behaviour import unannounced
 from mixturelens.behaviour.record import behaviour_record
-from mixturelens.checkpoints import load_model, load_tokenizer, quiet_libraries
 from mixturelens.grafting.pair import graft_record
+from mixturelens.models import load_model, load_tokenizer, quiet_libraries
+from mixturelens.models.source import fingerprint
 from mixturelens.organism import questions
 from mixturelens.patching.pair import patching_record
 from mixturelens.proving.broken import broken_methods, broken_verdicts
@@ -70,11 +71,12 @@ def score_pair(cell: Cell, ground: Path) -> PairScore:
     """Make the pair, and hear what the behavioural verdict says of it."""
     made = make_pair(cell, ground)
     start = time.perf_counter()
-    record = behaviour_record(made.before, made.after, made.load_suite())
+    pair = made.open()
+    record = behaviour_record(pair)
     said = judge(record)
     nats = {name: value for name, value in said.nats if isinstance(value, Interval)}
     return PairScore(
-        provenance=provenance(before=made.before, after=made.after),
+        provenance=pair.provenance(),
         pair=cell.name,
         organism=cell.organism.name,
         recipe=cell.recipe.name,
@@ -101,17 +103,17 @@ def score_pair(cell: Cell, ground: Path) -> PairScore:
 def score_mechanism(cell: Cell, ground: Path) -> MechanismScore:
     """The mechanism's verdict on the pair: from grafts and patching alone."""
     made = make_pair(cell, ground)
-    suite = made.load_suite()
-    record = behaviour_record(made.before, made.after, suite)
+    pair = made.open()
+    record = behaviour_record(pair)
     start = time.perf_counter()
-    graft = graft_record(made.before, made.after, suite, record)
+    graft = graft_record(pair, record)
     try:
-        patching = patching_record(made.before, made.after, suite, record)
+        patching = patching_record(pair, record)
     except InputError:
         patching = None  # no cue reader to find: the grafts still say what they can
     said = judge(record, graft=graft, patching=patching).mechanism
     return MechanismScore(
-        provenance=provenance(before=made.before, after=made.after),
+        provenance=pair.provenance(),
         pair=cell.name,
         verdict=said.verdict or "inconclusive",
         reason=said.reason or "",
@@ -139,7 +141,7 @@ def score_coverage(cell: Cell, ground: Path) -> _Coverages:
         load_tokenizer(made.before),
         every[:POPULATION],
     )
-    return _Coverages(provenance=provenance(before=made.before, after=made.after), of=found)
+    return _Coverages(provenance=made.open().provenance(), of=found)
 
 
 class _Localisation(Record):
@@ -156,7 +158,10 @@ def score_planted(planted: Planted, ground: Path) -> _Localisation:
     grow(planted, folder)
     found = localise(folder)
     return _Localisation(
-        provenance=provenance(before=folder / "checkpoints/sft"), planted=planted, proof=proof(folder), found=found
+        provenance=provenance(before=fingerprint(folder / "checkpoints/sft")),
+        planted=planted,
+        proof=proof(folder),
+        found=found,
     )
 
 

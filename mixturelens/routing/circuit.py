@@ -7,8 +7,7 @@ leave the norm equal at both ends of the path and not in between; patching it mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,14 +17,15 @@ from torch import Tensor
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import Contrasts, Kind, cue_contrasts, hint_contrasts, position_labels
-from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.hooks.sides import Sides, sides
+from mixturelens.models import Pair
+from mixturelens.models.source import fingerprint
 from mixturelens.patching.attribution import STEPS, EdgeScores, eap_ig, eap_ig_of, faithfulness
 from mixturelens.patching.graph import Graph, edge_graph, masked
 from mixturelens.patching.sweep import APART, Direction, patch
-from mixturelens.records import Record, weights_name
+from mixturelens.records import Record
 from mixturelens.stats import interval, resample_counts, resampled_mean, share
-from mixturelens.suite import Suite
 from mixturelens.types import NOT_MEASURED, Frozen, InputError, Interval, RunError, Side, Site
 
 SHOWN = 120
@@ -151,28 +151,28 @@ class CircuitRecord(Record):
 
 
 def circuit_record(
-    before: Path,
-    after: Path,
-    suite: Suite,
+    pair: Pair,
     behaviour: BehaviourRecord,
     *,
-    also: dict[str, Path] | None = None,
-    device: str = "cpu",
+    also: Mapping[str, Pair] | None = None,
     seed: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> CircuitRecord:
     """Circuits of S and R on the cue contrast and, where the suite has hints, on the hint contrast.
 
-    `also` names more checkpoints (after RL on another cue, say) whose circuits are compared with these.
+    `also` names more pairs (after RL on another cue, say): the circuits of their R are compared with these.
     """
     say = say or (lambda _: None)
     harm = find_harm(behaviour)
-    paths = {"before": before, "after": after, **(also or {})}
+    pair = pair.spelled(behaviour.spelling)
+    suite = pair.suite
+    checkpoints: dict[str, tuple[Pair, Side]] = {"before": (pair, "before"), "after": (pair, "after")}
+    checkpoints |= {name: (other, "after") for name, other in (also or {}).items()}
     circuits: list[RoutingCircuit] = []
     missing: list[str] = []
     found: dict[str, dict[str, Float[Tensor, "row edge"]]] = {}
-    for name, path in paths.items():
-        lens = load_lens(path, device)
+    for name, (of, which) in checkpoints.items():
+        lens = lens_of(of, which)
         cue = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
         contrasts = [cue]
         hints = {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
@@ -192,7 +192,7 @@ def circuit_record(
                 continue
             found.setdefault(each.kind, {})[name] = scores.per_question[:, graph.exists]
     overlaps = [overlap for kind in ("cue", "hint") for overlap in _overlaps(kind, found.get(kind, {}), seed)]
-    compared = tuple(weights_name(path) for path in (also or {}).values())
+    compared = tuple(fingerprint(other.after) for other in (also or {}).values() if other.after is not None)
     return CircuitRecord(circuits=tuple(circuits), overlaps=tuple(overlaps), compared=compared, missing=tuple(missing))
 
 

@@ -15,16 +15,15 @@ from mixturelens.behaviour.ground import WORTH, Ground, make_ground, scale_of
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.record import BehaviourRecord, Cell, policy_table
-from mixturelens.checkpoints import load_model
 from mixturelens.contrasts import policy_tokens
 from mixturelens.grafting.graft import save_with, written
 from mixturelens.hooks.engine import Columns
-from mixturelens.hooks.lens import Lens, load_lens, tokens
+from mixturelens.hooks.lens import Lens, lens_of, tokens
 from mixturelens.hooks.sides import sides
+from mixturelens.models import Pair
 from mixturelens.patching.sweep import find_reader, head_sites
 from mixturelens.records import Record
 from mixturelens.stats import interval
-from mixturelens.suite import Suite
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
 
 RepairKind = Literal["interchange", "zero", "mean", "steer", "edit", "reroute"]
@@ -109,13 +108,10 @@ Say = Callable[[str], None]
 
 
 def repair_record(
-    before: Path,
-    after: Path,
-    suite: Suite,
+    pair: Pair,
     behaviour: BehaviourRecord,
     *,
     save_to: Path | None = None,
-    device: str = "cpu",
     seed: int = 0,
     say: Say | None = None,
 ) -> RepairRecord:
@@ -131,15 +127,16 @@ def repair_record(
             f"nothing to repair: accuracy under {harm.harmed_cue!r} changed by {harm.change.value or 0.0:+.3f} "
             f"[{harm.change.low or 0.0:+.3f}, {harm.change.high or 0.0:+.3f}], and a loss of {WORTH} or more is needed"
         )
-    lens = load_lens(after, device)
-    ground = make_ground(lens, suite, harm, seed)
-    scale = scale_of(ground, load_model(before, device))
+    pair = pair.spelled(behaviour.spelling)
+    lens = lens_of(pair, "after")
+    ground = make_ground(lens, pair.suite, harm, seed)
+    scale = scale_of(ground, pair.model("before"))
     say("finding the cue reader")
     reader = find_reader(lens, ground.contrasts, "policy", seed)
     heads = tuple(head.model_copy(update={"position": "completion"}) for head in reader.heads)
     others = _other_groups(lens, heads, seed)
     places = ["+".join(str(head) for head in group) for group in others]
-    model = load_model(after, device)  # an edit is judged on the plain model
+    model = pair.model("after")  # an edit is judged on the plain model
 
     def scored(
         kind: RepairKind,
@@ -225,8 +222,8 @@ def repair_record(
         policy=harm.policy,
         heads=heads,
         questions=len(scale.grid.index),
-        policies=tuple(suite.policies),
-        cues=suite.cues,
+        policies=tuple(pair.suite.policies),
+        cues=pair.suite.cues,
         before=ground.accuracies(scale.before, ground.judge),
         after=ground.accuracies(scale.after, ground.judge),
         ceiling=interval(scale.ceiling),
@@ -300,7 +297,7 @@ def _cue_and_choice(ground: Ground, policy: str) -> tuple[np.ndarray, float, np.
     against the one that RL chose, scaled to one nat. Raises InputError where announcements do not tell the two apart.
     """
     lens, harm = ground.lens, ground.harm
-    target, foil = policy_tokens(ground.suite, lens.tokenizer, policy, harm.policy)
+    target, foil = policy_tokens(ground.suite, lens.tokenizer, harm.harmed_cue, policy, harm.policy)
     key = (lens.layers - 1, "resid_post")
 
     def at_last(cue: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,9 +30,9 @@ from mixturelens.behaviour.regimes import (
     pair_shares,
     retention,
 )
-from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer
 from mixturelens.hooks.intervened import Intervened, Prompt, known_prompts
 from mixturelens.hooks.lens import Lens, load_lens, tokens
+from mixturelens.models import end_tokens, load_model, load_tokenizer
 from mixturelens.organism import Spec, build_suite
 from mixturelens.patching.sweep import ENOUGH, MOST, head_sites
 from mixturelens.records import Record

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mixturelens.behaviour.record import BehaviourRecord, Cell, Controls, CueBehaviour, Nats
+from mixturelens.behaviour.settle import SampleCheck, shorten
 from mixturelens.behaviour.unannounced import Identified
 from mixturelens.features.record import FeatureRecord
 from mixturelens.grafting.record import GraftRecord
@@ -12,7 +13,7 @@ from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.record import ProbingRecord
 from mixturelens.records import Record
 from mixturelens.routing.mechanism import Mechanism, judge_mechanism, random_components, shuffled_verdict
-from mixturelens.types import Frozen, Interval, VerdictWord
+from mixturelens.types import NOT_MEASURED, Frozen, Interval, VerdictWord
 
 
 class Thresholds(Frozen):
@@ -80,6 +81,10 @@ class VerdictRecord(Record):
     thresholds: Thresholds = Thresholds()
     identified: Identified | None = None
     """Where policies announce nothing: what the verdict stands on."""
+    check: SampleCheck | None = None
+    """Whether completions show what was computed from the suite's texts; where they do not, no share is given."""
+    notes: tuple[str, ...] = ()
+    """What differs between the checkpoints and may matter."""
 
 
 def judge(
@@ -97,7 +102,8 @@ def judge(
     if record.nats is None or record.controls is None:
         raise ValueError("a verdict needs a pair: the record is about one checkpoint")
     verdict, doubt = _verdict(record, thresholds)
-    changed = _changed(record, thresholds)
+    trusted = _contradiction(record) is None and all(c.above(thresholds.coverage) for c in record.coverage.values())
+    changed = _changed(record, thresholds) if trusted else Changed(selector=None, cue_reader=None, skill=None)
     moved_cells = tuple(cell for cell in record.table if _cell_moved(cell, thresholds.cell) is not False)
     states = [_cell_moved(cell, thresholds.cell) for cell in record.table]
     intact = None if not states or (None in states and True not in states) else True not in states
@@ -109,9 +115,9 @@ def judge(
         changed=changed,
         dormant_intact=intact,
         reason=_reason(record, verdict, doubt, changed, moved_cells, thresholds),
-        routing_share=record.routing_share,
-        router_share=record.router_share,
-        nats=record.nats,
+        routing_share=record.routing_share if trusted else NOT_MEASURED,
+        router_share=record.router_share if trusted else NOT_MEASURED,
+        nats=record.nats if trusted else Nats(**dict.fromkeys(Nats.model_fields, NOT_MEASURED)),
         per_cue=record.per_cue,
         coverage=record.coverage,
         moved_cells=moved_cells,
@@ -123,15 +129,35 @@ def judge(
         ),
         thresholds=thresholds,
         identified=record.identified,
+        check=record.check,
+        notes=record.notes,
+    )
+
+
+def _contradiction(record: BehaviourRecord) -> str | None:
+    """What samples contradict most, in words; None where they agree."""
+    check = record.check
+    if check is None or check.agrees:
+        return None
+    worst = check.disagreements[0]
+    shown = check.examples.get(worst.checkpoint, {}).get(worst.cue, ())
+    return (
+        f"under {worst.cue} {worst.checkpoint}, {worst.what} has probability {worst.literal:.2f} as the suite spells "
+        f"it, and {worst.sampled:.2f} of the completions show it; they look like {', '.join(map(shorten, shown))}"
     )
 
 
 def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
     """(verdict, why not more) in the fixed order: can the suite say, did anything change, what."""
+    contradiction = _contradiction(record)
+    if contradiction is not None:
+        return "inconclusive", f"what completions show contradicts what was computed from its texts: {contradiction}"
     for when, coverage in record.coverage.items():
         if not coverage.above(t.coverage):
+            hints = record.check.hints if record.check is not None else ()
             return "inconclusive", (
                 f"the known policies cover only {_show(coverage)} of the completions {when}, and {t.coverage} is needed"
+                f"{''.join(f'; {hint}' for hint in hints[:2])}"
             )
     if record.questions < t.questions:
         return "inconclusive", f"{record.questions} questions are too few for an interval ({t.questions} are needed)"

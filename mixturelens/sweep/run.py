@@ -70,7 +70,7 @@ def run_cell(cell: Cell, out: Path, then: Sequence[str], device: str | None) -> 
     import torch
     from filelock import FileLock
 
-    from mixturelens.checkpoints import quiet_libraries
+    from mixturelens.models import quiet_libraries
 
     assert cell.spec is not None
     folder, failure, lock = out / "cells" / cell.name, out / "failed" / f"{cell.name}.txt", out / "locks"
@@ -85,7 +85,7 @@ def run_cell(cell: Cell, out: Path, then: Sequence[str], device: str | None) -> 
                 then = [name for name in INSTRUMENTS if name in {*then, *known}]
                 device = device or ("cuda" if torch.cuda.is_available() else "cpu")
                 pipeline.train(cell.spec, folder, device)
-                rows = tuple(_row(pair, then, device) for pair in pipeline.run_pairs(folder))
+                rows = tuple(_row(case, then) for case in pipeline.run_pairs(folder, device=device))
                 CellRecord(rows=rows).save(folder / "cell.json")
         except Exception as error:
             write_text(failure, traceback.format_exc())
@@ -95,12 +95,12 @@ def run_cell(cell: Cell, out: Path, then: Sequence[str], device: str | None) -> 
         return ""
 
 
-def _row(pair: pipeline.Pair, then: Sequence[str], device: str) -> CellRow:
-    assert pair.after is not None
-    found = {name: INSTRUMENTS[name](getattr(pipeline, name)(pair, device=device)) for name in then}
+def _row(case: pipeline.Case, then: Sequence[str]) -> CellRow:
+    assert case.pair.after is not None
+    found = {name: INSTRUMENTS[name](getattr(pipeline, name)(case)) for name in then}
     return CellRow(
-        after=pair.after.name,
-        trained_cue=pair.trained_cue,
+        after=case.pair.after.name,
+        trained_cue=case.suite.trained_cue,
         numbers={name: flat(numbers) for name, numbers in found.items()},
     )
 

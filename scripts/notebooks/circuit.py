@@ -28,6 +28,7 @@
 # procedure gives where it should give nothing.
 
 # %%
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -45,10 +46,10 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.record import grid_of
-from mixturelens.checkpoints import end_tokens, quiet_libraries
 from mixturelens.contrasts import cue_contrasts, hint_contrasts
 from mixturelens.hooks.intervened import Intervened, known_prompts
-from mixturelens.hooks.lens import load_lens
+from mixturelens.hooks.lens import lens_of
+from mixturelens.models import end_tokens, quiet_libraries
 from mixturelens.organism import sft_examples
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.record import ReaderHeads
@@ -101,7 +102,7 @@ table(["prompt", "completion"], ([f"`{prompt}`", f"`{completion}`"] for prompt, 
 # *put policy b's announcement in place* and R still answers under `<B>`: the skill is there, and not called for.
 
 # %%
-pairs = {pair.trained_cue: pair for pair in pipeline.run_pairs(RUN)}
+pairs = {pair.suite.trained_cue: pair for pair in pipeline.run_pairs(RUN)}
 records = {cue: pipeline.behaviour(pair) for cue, pair in pairs.items()}
 rows = []
 for trained, record in records.items():
@@ -128,19 +129,19 @@ viz.accuracy_along_rl(Trajectory.load(RUN / "trajectory" / "rl-A.json"), "A").sh
 
 # %%
 pair, behaviour = pairs["A"], records["A"]
-harm, whole = find_harm(behaviour), pair.suite()
+harm, whole = find_harm(behaviour), pair.suite
 asked = set(list(dict.fromkeys(row.id for row in whole.prompts))[:80])  # 80 of its 200 questions, to be quick
 some = [row for row in whole.model_dump()["prompts"] if row["id"] in asked]
 suite = Suite.model_validate({**whole.model_dump(), "prompts": some})
 
-assert pair.after is not None
-after, before = load_lens(pair.after), load_lens(pair.before)
+asked_pair = dataclasses.replace(pair.pair, suite=suite)  # S and R, and the questions that are asked here
+after, before = lens_of(asked_pair, "after"), lens_of(asked_pair, "before")
 cue = cue_contrasts(suite, after.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
 for side, ids in (("clean", cue.rows[0].clean), ("corrupt", cue.rows[0].corrupt)):
     print(f"{side:8}", *after.tokenizer.convert_ids_to_tokens(list(ids)))
 print("target  ", after.tokenizer.decode(cue.rows[0].target), "   foil", after.tokenizer.decode(cue.rows[0].foil))
 
-patching = patching_record(pair.before, pair.after, suite, behaviour)
+patching = patching_record(asked_pair, behaviour)
 
 # %% [markdown]
 # The residual stream as it enters each layer (up) at each position (across), in S and in R. What the tag decides stays
@@ -174,8 +175,7 @@ def judged(name: str, found: ReaderHeads) -> list[object]:
 
 readers = {(reader.kind, reader.checkpoint): reader for reader in patching.readers}
 reverse = find_harm(records["B"])
-assert pairs["B"].after is not None
-lens_b = load_lens(pairs["B"].after)
+lens_b = lens_of(pairs["B"].pair, "after")
 cue_b = cue_contrasts(suite, lens_b.tokenizer, reverse.policy, reverse.trained_cue, reverse.harmed_cue)
 found = find_reader(lens_b, cue_b, "policy")
 in_b = readers["cue", "after"].model_copy(
@@ -299,7 +299,7 @@ table(["contrast", "checkpoint", "edges kept", "behaviour kept", "by random edge
 # half a repair at most: a model that cannot tell the tags apart wavers under both.
 
 # %%
-repair = repair_record(pair.before, pair.after, suite, behaviour)
+repair = repair_record(asked_pair, behaviour)
 viz.repairs(repair).show()
 
 # %%

@@ -46,7 +46,6 @@ from torch import Tensor
 from mixturelens import pipeline, viz
 from mixturelens.behaviour.ground import make_ground, scale_of
 from mixturelens.behaviour.harm import find_harm
-from mixturelens.checkpoints import quiet_libraries
 from mixturelens.features.activations import Activations, collect, texts
 from mixturelens.features.cards import card
 from mixturelens.features.change import half_prompts, matched, of_features, site_change, splice_terms
@@ -60,13 +59,14 @@ from mixturelens.features.sites import arrived_at, named_site
 from mixturelens.features.table import find_table
 from mixturelens.features.units import Place, best_of, make_trial, strength
 from mixturelens.hooks.intervened import Intervened
-from mixturelens.hooks.lens import NAMES, load_lens
+from mixturelens.hooks.lens import NAMES, lens_of
+from mixturelens.models import quiet_libraries
 from mixturelens.organism import prompt_row, questions
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.record import ProbingRecord
-from mixturelens.records import provenance
+from mixturelens.spelling import encode_prompts
 from mixturelens.stats import interval
-from mixturelens.suite import Suite, encode_prompts
+from mixturelens.suite import Suite
 from mixturelens.types import Interval, Intervention
 from mixturelens.viz.style import GREY, INK, UNITS, new_figure
 
@@ -102,13 +102,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 # %%
 pair = pipeline.run_pairs(RUN)[0]
 behaviour = pipeline.behaviour(pair)
-harm, whole_suite = find_harm(behaviour), pair.suite()
+harm, whole_suite = find_harm(behaviour), pair.suite
 asked = set(list(dict.fromkeys(row.id for row in whole_suite.prompts))[:64])  # 64 of its 200 questions, to be quick
 some = [row for row in whole_suite.model_dump()["prompts"] if row["id"] in asked]
 suite = Suite.model_validate({**whole_suite.model_dump(), "prompts": some})
 
-assert pair.after is not None
-s, r = load_lens(pair.before), load_lens(pair.after)
+s, r = lens_of(pair.pair, "before"), lens_of(pair.pair, "after")
 site = named_site(PatchingRecord.load(pair.records / "patching.json"), "cue")
 at = (site.layer, site.component)
 print(f"trained on {harm.trained_cue}, harmed {harm.harmed_cue}; patching names {site}")
@@ -175,7 +174,7 @@ probing = ProbingRecord.load(pair.records / "probing.json")
 interchange = next((each for each in probing.subspaces if each.concept == "cue"), None)
 units = find_table("cue", trial, features, interchange)
 record = FeatureRecord(
-    provenance=provenance(before=pair.before, after=pair.after),
+    provenance=pair.pair.provenance(),
     trained_cue=harm.trained_cue,
     harmed_cue=harm.harmed_cue,
     saes=(

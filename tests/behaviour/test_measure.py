@@ -185,7 +185,8 @@ def test_a_checkpoint_against_itself_is_exactly_zero(load_pair, way: str, shape:
 def test_independent_estimates_agree_with_the_sum_of_the_terms(load_pair, shape: str):
     pair, truth = load_pair(shape, "R-both"), TRUTH[shape, "R-both"]["nats"]["total"]
     prompts = prepare(pair.suite.model_copy(update={"samples": 32}), pair.suite.neutral, pair.tokenizer)
-    shuffled, token_kl, ratio = nulls(pair.scorer, pair.before, pair.after, prompts, seed=3)
+    found = nulls(pair.scorer, pair.before, pair.after, prompts, seed=3)
+    shuffled, token_kl, ratio = found.shuffled, found.kl, found.ratio
     for values in (token_kl, ratio):
         assert values.mean() == pytest.approx(truth, abs=4 * values.std() / np.sqrt(len(values)))
     assert abs(shuffled.mean()) < 0.1 * truth  # labels that mean nothing explain nothing
@@ -238,4 +239,5 @@ def test_parts_of_the_prompts_keep_their_answers(load_pair):
     part = prompts.part([3, 1])
     assert part.rows == (prompts.rows[3], prompts.rows[1])
     assert part.contexts == [prompts.contexts[3], prompts.contexts[1]]
-    assert part.answers == [prompts.answers[3], prompts.answers[1]]
+    assert part.placed == [prompts.placed[3], prompts.placed[1]]
+    assert part.bare == [prompts.bare[3], prompts.bare[1]]

@@ -10,12 +10,12 @@ import torch
 
 from mixturelens.behaviour.ground import Ground, Scale, make_ground, scale_of
 from mixturelens.behaviour.harm import Harm
-from mixturelens.checkpoints import load_model
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import make_scene
 from mixturelens.features.units import directions
 from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.models import load_model
 from mixturelens.suite import load_suite
 from mixturelens.types import Interval, Site
 

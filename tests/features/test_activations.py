@@ -11,7 +11,8 @@ import torch
 from mixturelens.features import activations as module
 from mixturelens.features.activations import Activations, batches, collect, texts
 from mixturelens.hooks.lens import Lens, Tokens, load_lens
-from mixturelens.suite import encode_prompts, load_suite
+from mixturelens.spelling import encode_prompts
+from mixturelens.suite import load_suite
 from mixturelens.types import Component, InputError
 
 PAIRS = Path(__file__).parents[1] / "pairs"

@@ -12,8 +12,9 @@ from mixturelens.features.cards import EXAMPLES, WORDS, card, interesting
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Changed, Score, SiteChange, Table, Terms, Unit, UnitKind
 from mixturelens.hooks.lens import Lens, load_lens, tokens
+from mixturelens.spelling import encode_prompts
 from mixturelens.stats import half_of
-from mixturelens.suite import Suite, encode_prompts, load_suite
+from mixturelens.suite import Suite, load_suite
 from mixturelens.types import NOT_MEASURED, Component, InputError, Interval, Site
 
 PAIRS = Path(__file__).parents[1] / "pairs"

@@ -14,9 +14,8 @@ from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.measure import measure_change
-from mixturelens.behaviour.prompts import prepare
+from mixturelens.behaviour.prompts import behind_announcements, prepare
 from mixturelens.behaviour.record import Grid, grid_of
-from mixturelens.checkpoints import end_tokens
 from mixturelens.features.change import (
     NEAREST,
     Observed,
@@ -34,6 +33,7 @@ from mixturelens.features.change import (
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Terms
 from mixturelens.hooks.lens import Lens, load_lens, tokens
+from mixturelens.models import end_tokens
 from mixturelens.stats import half_of, interval
 from mixturelens.suite import Rule, Suite, load_suite
 from mixturelens.types import InputError, Side
@@ -279,9 +279,9 @@ def test_how_features_fire_is_counted_by_hand(shape: str):
     sides: tuple[tuple[Side, Lens], ...] = (("before", s), ("after", r))
     for side, lens in sides:
         rows = []
-        for context, answer in zip(prompts.contexts, prompts.answers, strict=True):
-            for number, announcement in enumerate(prompts.announcements):
-                text = [*context, *announcement.ids, *answer]
+        for context, placed in zip(prompts.contexts, prompts.placed, strict=True):
+            for number, each in enumerate(placed):
+                text = [*context, *each.ids, *each.answer[0]]
                 x = lens.capture(tokens([text]), [at])[0][at][0]
                 rows.append(dictionary.encode(x)[len(context) if number else 0 :])
         f[side] = torch.cat(rows)
@@ -316,7 +316,7 @@ def test_the_feature_that_rl_changed_is_first_and_moves_its_term_alone(monkeypat
     s, r = lens_of("llama", "S"), lens_of("llama", "R-conditioning")
     suite = suite_of("llama")
     teach = half_prompts(suite, s.tokenizer, 0)
-    contexts = tokens([[*context, *a.ids] for context in teach.contexts for a in teach.announcements])
+    contexts = tokens(behind_announcements(teach))
     x_s, x_r = (lens.capture(contexts, [LATE])[0][LATE][:, -1] for lens in (s, r))
     shift = (x_r - x_s).mean(0)
     basis = torch.linalg.qr(torch.cat([shift[None], torch.eye(32)]).T)[0].T

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixturelens.checkpoints import load_model, load_tokenizer
 from mixturelens.features import crosscoder as module
 from mixturelens.features.activations import collect, texts
 from mixturelens.features.batchtopk import Kept, gradients, smallest_kept
@@ -24,6 +23,7 @@ from mixturelens.features.crosscoder import (
 )
 from mixturelens.features.latents import judge_latents, transplant
 from mixturelens.hooks.lens import Lens, load_lens, tokens
+from mixturelens.models import load_model, load_tokenizer
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError
 

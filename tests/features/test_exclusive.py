@@ -7,7 +7,6 @@ import torch
 from scenes import PAIRS
 from torch.nn.functional import normalize
 
-from mixturelens.checkpoints import load_model, load_tokenizer
 from mixturelens.features import exclusive
 from mixturelens.features.activations import collect, texts
 from mixturelens.features.change import half_prompts, splice_terms, whole
@@ -15,6 +14,7 @@ from mixturelens.features.crosscoder import Crosscoder
 from mixturelens.features.exclusive import FLOOR, causes, fit_crosscoder
 from mixturelens.features.record import CrosscoderFit, Terms
 from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.models import load_model, load_tokenizer
 from mixturelens.suite import load_suite
 from mixturelens.types import NOT_MEASURED, Interval
 

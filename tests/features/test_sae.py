@@ -17,7 +17,8 @@ from mixturelens.features.activations import Activations, collect, texts
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.sae import completion_losses, load_sae, make_trainer, quality, train_sae
 from mixturelens.hooks.lens import Lens, load_lens
-from mixturelens.suite import encode_prompts, load_suite
+from mixturelens.spelling import encode_prompts
+from mixturelens.suite import load_suite
 from mixturelens.types import InputError
 
 PAIRS = Path(__file__).parents[1] / "pairs"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixturelens.checkpoints import load_model
 from mixturelens.grafting.components import parts, weights_of
 from mixturelens.hooks.lens import load_lens
+from mixturelens.models import load_model
 
 
 def test_change_is_relative_to_what_was_there():

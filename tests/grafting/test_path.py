@@ -85,7 +85,7 @@ PRODUCT = {"one": ("one.weight",), "same": ("same.weight",), "two": ("two.weight
 
 
 def product(pair: Any, cells: Any, u: float, v: float) -> Product:
-    return Product(u, v, cells.announcements[0].ids[0], pair.before.config.vocab_size)
+    return Product(u, v, cells.announcement(0)[0], pair.before.config.vocab_size)
 
 
 def test_a_product_is_divided_as_computed_by_hand(load_pair: Any) -> None:

@@ -70,7 +70,7 @@ def test_everywhere_is_after_and_nowhere_is_before(load_pair: Any, shape: str, a
         assert torch.equal(mixed.log_p, whole.log_p)
     # what comes after a token cannot change what is read at it
     assert torch.equal(found["answer",].log_c, ends[0].log_c)
-    if all(len(announcement.ids) == 1 for announcement in cells.announcements):
+    if all(len(cells.announcement(row)) == 1 for row in range(len(cells))):
         assert torch.equal(found["prompt",].log_c, ends[1].log_c)
     assert not torch.equal(found["last",].log_c, ends[0].log_c)
     assert not any(module._forward_hooks for module in pair.before.modules())

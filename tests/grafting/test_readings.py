@@ -33,7 +33,7 @@ def test_readings_are_the_scorers(load_pair, shape: str, after: str):
     with torch.no_grad():
         found, weights = read(pair.after, cells), read_weights(pair.after, cells)
     contexts = [cells.prompts.contexts[i] for i in cells.prompt]
-    announced = [cells.announcements[k % len(cells.announcements)].ids for k in range(len(cells))]
+    announced = [cells.announcement(row) for row in range(len(cells))]
     log_c = pair.scorer.sequences(pair.after, contexts, announced).reshape(12, -1)
     log_p = pair.scorer.sequences(pair.after, behind_announcements(cells.prompts), cells.completions).reshape(12, -1)
     np.testing.assert_allclose(found.log_c.numpy(), log_c, atol=2e-5)
@@ -50,9 +50,8 @@ def test_wordings_are_added_for_the_weight_and_averaged_for_what_is_done(load_pa
     assert cells.wording.tolist() == [0, 1, 0, 1] * 3
     with torch.no_grad():
         found, weights = read(pair.after, cells), read_weights(pair.after, cells)
-    log_c = pair.scorer.sequences(
-        pair.after, [cells.prompts.contexts[i] for i in cells.prompt], [a.ids for a in cells.announcements] * 3
-    )
+    announced = [cells.announcement(row) for row in range(len(cells))]
+    log_c = pair.scorer.sequences(pair.after, [cells.prompts.contexts[i] for i in cells.prompt], announced)
     log_p = pair.scorer.sequences(pair.after, behind_announcements(cells.prompts), cells.completions)
     np.testing.assert_allclose(found.log_c.numpy(), np.logaddexp.reduce(log_c.reshape(3, 2, 2), -1), atol=2e-5)
     np.testing.assert_allclose(weights.numpy(), found.log_c.numpy(), atol=2e-5)

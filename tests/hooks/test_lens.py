@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixturelens.checkpoints import load_model, load_tokenizer
 from mixturelens.hooks.lens import NAMES, Lens, load_lens, tokens
+from mixturelens.models import load_model, load_tokenizer
 from mixturelens.types import InputError, RunError, Site
 
 PAIRS = Path(__file__).parents[1] / "pairs"

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mixturelens.checkpoints import load_tokenizer
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.hooks.metrics import log_odds
 from mixturelens.hooks.sides import Sides, sides
+from mixturelens.models import load_tokenizer
 from mixturelens.patching import graph as graphs
 from mixturelens.patching.attribution import eap, eap_ig, eap_ig_of, exact, faithfulness, patch_paths
 from mixturelens.patching.graph import Graph, edge_graph, masked, masked_logits, written

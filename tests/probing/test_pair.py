@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixturelens.behaviour.record import behaviour_record
+from mixturelens.models import open_pair
 from mixturelens.probing.pair import least_used, probing_record
 from mixturelens.probing.record import ErasedSite, ProbingRecord
 from mixturelens.suite import load_suite
@@ -17,9 +18,9 @@ from mixturelens.types import Interval, Site
 def routing() -> ProbingRecord:
     folder = Path(__file__).parents[1] / "pairs" / "llama"
     suite = load_suite(folder)
-    behaviour = behaviour_record(folder / "S", folder / "R-routing", suite)
+    behaviour = behaviour_record(open_pair(folder / "S", folder / "R-routing", suite))
     reader = (Site(layer=0, component="z", head=0, position="policy"),)
-    return probing_record(folder / "S", folder / "R-routing", suite, behaviour, reader=reader)
+    return probing_record(open_pair(folder / "S", folder / "R-routing", suite), behaviour, reader=reader)
 
 
 def test_erasing_the_cue_at_the_tag_takes_the_difference_between_cues_away(routing: ProbingRecord) -> None:
@@ -51,8 +52,10 @@ def test_it_round_trips(routing: ProbingRecord, tmp_path: Path) -> None:
 def test_without_a_reader_the_rest_is_measured_and_the_reason_said() -> None:
     folder = Path(__file__).parents[1] / "pairs" / "gpt2"
     suite = load_suite(folder)
-    behaviour = behaviour_record(folder / "S", folder / "R-conditioning", suite)
-    found = probing_record(folder / "S", folder / "R-conditioning", suite, behaviour, no_reader="none was found")
+    behaviour = behaviour_record(open_pair(folder / "S", folder / "R-conditioning", suite))
+    found = probing_record(
+        open_pair(folder / "S", folder / "R-conditioning", suite), behaviour, no_reader="none was found"
+    )
     assert found.used is None
     assert any("cue" in reason for reason in found.missing)
     assert found.readout("behaviour") is not None

@@ -13,9 +13,9 @@ from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
 
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.record import BehaviourRecord, measure_record
-from mixturelens.checkpoints import end_tokens, load_model, load_tokenizer
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.models import end_tokens, load_model, load_tokenizer, open_pair
 from mixturelens.probing.prompts import read_prompts
 from mixturelens.probing.readouts import readouts, untrained_lens
 from mixturelens.probing.record import Readout
@@ -39,7 +39,9 @@ def read(folder: Path, after: Path, suite: Suite, behaviour: BehaviourRecord, **
     lenses: dict[Side, Lens] = {"before": lens_of(folder), "after": lens_of(after)}
     names = list(suite.policies)
     options = {"policies": (names[0], names[1]), "seed": 0, **options}
-    sites, labels, found, missing = readouts(lenses, untrained_lens(folder), suite, behaviour, **options)
+    sites, labels, found, missing = readouts(
+        lenses, untrained_lens(open_pair(folder, None, suite)), suite, behaviour, **options
+    )
     for each in found:
         for column in (each.before, each.after, each.carried):
             assert len(column.value) == len(column.low) == len(column.high) == len(sites)
@@ -228,7 +230,9 @@ def test_too_few_questions_are_refused():
 def test_the_untrained_network_is_drawn_from_the_seed():
     folder = PAIRS / "gpt2" / "S"
     state = torch.get_rng_state()
-    first, again, other = (untrained_lens(folder, seed).output_weights(0) for seed in (0, 0, 1))
+    first, again, other = (
+        untrained_lens(open_pair(folder, None, load_suite(folder.parent)), seed).output_weights(0) for seed in (0, 0, 1)
+    )
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

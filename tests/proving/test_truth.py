@@ -12,7 +12,7 @@ import torch
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure_change
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.checkpoints import end_tokens
+from mixturelens.models import end_tokens
 from mixturelens.organism import Spec, SplitSpec, build_model, build_suite, build_tokenizer, questions
 from mixturelens.proving import truth
 from mixturelens.proving.organisms import fit, rows_of, sizes, small_spec, target_of

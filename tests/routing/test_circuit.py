@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixturelens.behaviour.record import behaviour_record
-from mixturelens.checkpoints import load_tokenizer
 from mixturelens.contrasts import Contrast, Contrasts, cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.hooks.sides import sides
+from mixturelens.models import load_tokenizer, open_pair
 from mixturelens.patching.sweep import jointly
 from mixturelens.routing import circuit as module
 from mixturelens.routing.circuit import CircuitNode, CircuitRecord, RoutingCircuit, circuit_record, routing_circuit
@@ -27,9 +27,12 @@ PAIRS = Path(__file__).resolve().parents[1] / "pairs"
 def record() -> CircuitRecord:
     folder = PAIRS / "llama"
     suite = load_suite(folder)
-    measured = behaviour_record(folder / "S", folder / "R-routing", suite)
-    also = {"again": folder / "S", "skill": folder / "R-skill"}
-    return circuit_record(folder / "S", folder / "R-routing", suite, measured, also=also)
+    pair = open_pair(folder / "S", folder / "R-routing", suite)
+    measured = behaviour_record(pair)
+    also = {
+        name: open_pair(folder / "S", folder / after, suite) for name, after in (("again", "S"), ("skill", "R-skill"))
+    }
+    return circuit_record(pair, measured, also=also)
 
 
 def test_a_circuit_of_each_checkpoint(record: CircuitRecord) -> None:

@@ -12,6 +12,7 @@ from mixturelens.behaviour.record import behaviour_record
 from mixturelens.features.record import Changed, FeatureRecord, SiteChange, Terms
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import Effects, Factorial, Graft, GraftRecord, Null
+from mixturelens.models import open_pair
 from mixturelens.probing.record import Column, ProbingRecord, Readout, Shift
 from mixturelens.routing.mechanism import (
     Mechanism,
@@ -247,8 +248,9 @@ ALL = sorted(
 def verdict_on(name: str) -> VerdictRecord:
     shape, after = name.split("/")
     suite = load_suite(PAIRS / shape)
-    behaviour = behaviour_record(PAIRS / shape / "S", PAIRS / shape / after, suite)
-    grafted = graft_record(PAIRS / shape / "S", PAIRS / shape / after, suite, behaviour)
+    pair = open_pair(PAIRS / shape / "S", PAIRS / shape / after, suite)
+    behaviour = behaviour_record(pair)
+    grafted = graft_record(pair, behaviour)
     return judge(behaviour, graft=grafted)
 
 

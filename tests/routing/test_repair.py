@@ -15,9 +15,9 @@ from mixturelens.behaviour.ground import make_ground
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
-from mixturelens.checkpoints import load_model, load_tokenizer
 from mixturelens.grafting.graft import written
 from mixturelens.hooks.lens import load_lens
+from mixturelens.models import load_model, load_tokenizer, open_pair
 from mixturelens.patching.sweep import find_reader
 from mixturelens.routing import repair
 from mixturelens.routing.repair import RepairRecord, edited, fit_edit, repair_record
@@ -42,7 +42,7 @@ def repaired(
     fewer.setattr(repair, "RANDOM", 6)
     fewer.setattr(repair, "DIRECTIONS", 2)
     try:
-        return shape, repair_record(folder / "S", folder / "R-routing", suite, measured, save_to=out), out
+        return shape, repair_record(open_pair(folder / "S", folder / "R-routing", suite), measured, save_to=out), out
     finally:
         fewer.undo()
 
@@ -168,7 +168,7 @@ def test_what_chooses_does_not_judge() -> None:
 def test_nothing_to_repair(after: str) -> None:
     folder = PAIRS / "llama"
     with pytest.raises(InputError, match=r"nothing to repair: accuracy under 'B'"):
-        repair_record(folder / "S", folder / after, load_suite(folder), _measured(folder, after))
+        repair_record(open_pair(folder / "S", folder / after, load_suite(folder)), _measured(folder, after))
 
 
 def test_no_policy_that_reads_the_cue() -> None:
@@ -187,9 +187,7 @@ def test_one_way_that_fails_does_not_cost_the_others(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(repair, "RANDOM", 2)
     monkeypatch.setattr(repair, "DIRECTIONS", 1)
     record = repair_record(
-        folder / "S",
-        folder / "R-routing",
-        suite.model_copy(update={"prompts": rows}),
+        open_pair(folder / "S", folder / "R-routing", suite.model_copy(update={"prompts": rows})),
         _measured(folder, "R-routing"),
         save_to=tmp_path / "repaired",
     )
@@ -207,4 +205,4 @@ def test_the_trained_cue_must_be_known() -> None:
 
 @functools.cache
 def _measured(folder: Path, after: str) -> BehaviourRecord:
-    return behaviour_record(folder / "S", folder / after, load_suite(folder))
+    return behaviour_record(open_pair(folder / "S", folder / after, load_suite(folder)))

@@ -1,0 +1,232 @@
+"""Load a model or tokenizer faithfully; refuse what is not safe or does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from mixturelens.models.source import ADAPTER_WEIGHTS, CONFIG, Source, find_source, read_json, weight_files
+from mixturelens.types import InputError, loading
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_HARMLESS = re.compile(
+    r"(^|\.)(attn|attention|self_attn)\.(bias|masked_bias)$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
+    r"|^(v_head|score|value_head|classifier)\."
+)
+"""Tensors that some savers store beside a model's own: masks, tables of rotations, the value head of RL."""
+
+
+def load_tokenizer(source: Source | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer exactly as its tokenizer.json says; that of an adapter's base where the adapter has none.
+
+    AutoTokenizer picks a class by model type, and some classes replace the saved pre-tokenizer by their own.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    source = find_source(source)
+    folder = tokenizer_folder(source) or source.weights
+    with loading(folder, "no tokenizer could be loaded"):
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def tokenizer_folder(source: Source) -> Path | None:
+    """The folder that a checkpoint's tokenizer lies in; None where neither it nor its base has one."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    return next((folder for folder in source.folders if any((folder / name).is_file() for name in names)), None)
+
+
+def load_config(source: Source | Path) -> PretrainedConfig:
+    """The config of a checkpoint's full weights. Raises InputError naming the folder."""
+    from transformers import AutoConfig
+
+    folder = find_source(source).weights
+    with loading(folder, f"{CONFIG} describes no model that transformers knows"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        text = config.get_text_config()
+        for name in ("num_hidden_layers", "vocab_size"):
+            number = getattr(text, name, None)
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise InputError(f"{folder}: {name} is {number!r} in {CONFIG}")
+        return config
+
+
+def skeleton(source: Source | Path) -> nn.Module:
+    """The model without its weights: names and shapes alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = find_source(source)
+    config = load_config(source)
+    _any_attention(config)
+    with loading(source.weights, "cannot be loaded as a causal language model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _any_attention(config: PretrainedConfig) -> None:
+    """An implementation of attention that a config asks for is a matter of the machine, not of the checkpoint."""
+    config._attn_implementation = None
+
+
+def load_model(
+    source: Source | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    device_map: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model in eval mode, fp32 unless asked otherwise; an adapter is merged into its base.
+
+    Raises InputError if the checkpoint is unsafe, or a weight is missing, not expected, of another shape or not finite.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = find_source(source)
+    if source.base is not None:
+        model = with_adapters(load_model(source.base, device, dtype, device_map), {"only": source})
+        with loading(source, "the adapter cannot be merged"):
+            return model.merge_and_unload(adapter_names=["only"]).eval()
+    config = load_config(source)
+    _any_attention(config)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    placed = {} if device_map is None else {"device_map": device_map}
+    with (
+        loading(source, "cannot be loaded as a causal language model"),
+        _without_adapter(source.folder) as folder,
+        torch.random.fork_rng(devices=[]),
+    ):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=wanted,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            **placed,
+        )
+    model, info = cast(Any, loaded)
+    model.name_or_path = model.config._name_or_path = str(source.folder)
+    _check_keys(source, info)
+    _check_finite(source, model)
+    return model.eval() if device_map is not None else model.eval().to(device)
+
+
+@contextlib.contextmanager
+def _without_adapter(folder: Path) -> Iterator[Path]:
+    """A folder as its base weights alone: transformers applies an adapter that lies beside them without a word."""
+    if not (folder / "adapter_config.json").is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as kept:
+        beside = [folder / name for name in (CONFIG, "generation_config.json", "model.safetensors.index.json")]
+        for file in (*weight_files(folder), *beside):
+            if file.is_file():
+                Path(kept, file.name).symlink_to(file.resolve())
+        yield Path(kept)
+
+
+def _check_keys(source: Source, info: dict[str, Any]) -> None:
+    mismatched: list[tuple[str, Sequence[int], Sequence[int]]] = sorted(info.get("mismatched_keys") or [])
+    for name, held, needed in mismatched:
+        raise InputError(f"{source}: {name} has shape {list(held)}, and {CONFIG} asks for {list(needed)}")
+    for problem in ("missing_keys", "unexpected_keys"):
+        names = sorted(name for name in info.get(problem) or () if not _HARMLESS.search(name))
+        if names:
+            raise InputError(f"{source}: {problem.replace('_', ' ')} in the weights, first: {names[0]}")
+
+
+def _check_finite(source: Source, model: nn.Module) -> None:
+    for name, tensor in model.named_parameters():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"{source}: {name} has weights that are NaN or infinite; the training that made it diverged"
+            )
+
+
+def with_adapters(model: PreTrainedModel, adapters: dict[str, Source]) -> Any:
+    """A model under peft, with LoRA adapters by name. Raises InputError for those that do not fit it."""
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    under: Any = model
+    for name, source in adapters.items():
+        with loading(source, f"the adapter does not fit its base {source.weights}"):
+            device = str(next(model.parameters()).device)
+            if isinstance(under, PeftModel):
+                under.load_adapter(str(source.folder), adapter_name=name, torch_device=device)
+            else:
+                under = PeftModel.from_pretrained(under, str(source.folder), adapter_name=name, torch_device=device)
+            with safe_open(source.folder / ADAPTER_WEIGHTS, framework="pt") as file:
+                held = set(file.keys())
+        _check_adapter_keys(source, held, under, name)
+    _check_finite(next(iter(adapters.values())), under)
+    return under.eval()
+
+
+def _check_adapter_keys(source: Source, held: set[str], model: Any, name: str) -> None:
+    """Every tensor of the adapter must have gone somewhere, and every module it adds must have come from it."""
+    from peft import get_peft_model_state_dict
+
+    with loading(source, "the adapter cannot be read back"):
+        taken = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    for problem, names in (("has", held - taken), ("lacks", taken - held)):
+        odd = sorted(each for each in names if "lora_" in each)
+        if odd:
+            raise InputError(
+                f"{source}: the adapter {problem} {odd[0]}, which does not fit its base {source.weights}; give the "
+                "right --base"
+            )
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a completion: those of the generation config, else of the config, else of the tokenizer.
+
+    Models that a pair hands out have the pair's end tokens in their generation config.
+    """
+    for source in (model.generation_config, model.config, tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+    raise InputError("neither the model nor the tokenizer names an end-of-text token; set eos_token_id")
+
+
+def named_ends(source: Source) -> tuple[int, ...]:
+    """Ids that end a completion, as the files of a checkpoint say: generation config, else config.
+
+    Raises InputError for what is no id.
+    """
+    for folder in source.folders:
+        for name in ("generation_config.json", CONFIG):
+            found = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+            if found is not None:
+                ids: Sequence[Any] = found if isinstance(found, list) else [found]
+                if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in ids):
+                    raise InputError(f"{folder / name}: eos_token_id is {found!r}, where ids are needed")
+                return tuple(ids)
+    return ()
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars, and notices about settings that are ours by choice, off standard error."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(trl|torch|transformers|accelerate|peft)\b")

@@ -1,0 +1,411 @@
+"""S and R as one thing: what they share, where they differ, and models that are ready to be compared.
+
+Whatever does not matter is evened out when a model is handed out (rows of padding in the vocabulary, heads that are
+tied in one and stored twice in the other, end tokens); what matters is refused; what may matter is in `differences`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mixturelens.models.load import (
+    DTYPES,
+    load_config,
+    load_model,
+    load_tokenizer,
+    named_ends,
+    skeleton,
+    tokenizer_folder,
+    with_adapters,
+)
+from mixturelens.models.source import Source, content_of, find_source, fingerprint, weight_files
+from mixturelens.records import Provenance, provenance
+from mixturelens.spelling import prompt_ids, prompt_text
+from mixturelens.suite import Spelling, Suite, literal_texts
+from mixturelens.types import InputError, Side
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SURPLUS = 1e-3
+"""Probability on tokens that only one side has, from which its surplus rows are no padding."""
+GUARDED = 8
+"""Prompts on which that is looked at."""
+
+_NO_MATTER = {
+    "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id",
+    "pad_token_id", "vocab_size", "architectures", "attn_implementation", "initializer_range", "tie_word_embeddings",
+    "max_position_embeddings", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "return_dict",
+    "output_attentions", "output_hidden_states", "torchscript", "use_bfloat16", "model_type", "task_specific_params",
+}  # fmt: skip
+"""Settings of a config that change nothing in what a model computes, or that are compared in another way."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two checkpoints (or one), the suite to compare them on, and how to load them. Made by `open_pair`."""
+
+    before: Source
+    after: Source | None
+    suite: Suite
+    device: str = "cpu"
+    dtype: str = "float32"
+    device_map: str | None = None
+
+    @property
+    def sides(self) -> dict[Side, Source]:
+        return {"before": self.before} if self.after is None else {"before": self.before, "after": self.after}
+
+    @property
+    def name(self) -> str:
+        """What its folder of records is called."""
+        return "--".join(source.name for source in self.sides.values())
+
+    def spelled(self, spelling: Spelling) -> Pair:
+        """The same pair, whose suite is spelled as its behaviour was found to be."""
+        other = replace(self, suite=self.suite.model_copy(update={"spelling": spelling}))
+        vars(other).update({name: value for name, value in vars(self).items() if name not in vars(other)})
+        return other
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of both (they spell the suite's texts alike), with the chat template that the suite chooses."""
+        own = next(source for source in self.sides.values() if tokenizer_folder(source) or source is self.before)
+        tokenizer = load_tokenizer(own)
+        if self.suite.chat is not None:
+            templates = self._templates
+            chosen = templates.get(self.suite.chat.template_of) or next(filter(None, templates.values()), None)
+            tokenizer.chat_template = chosen
+        return tokenizer
+
+    @cached_property
+    def _tokenizers(self) -> dict[Side, PreTrainedTokenizerBase]:
+        return {side: load_tokenizer(source) for side, source in self.sides.items() if tokenizer_folder(source)}
+
+    @cached_property
+    def _templates(self) -> dict[Side, Any]:
+        return {side: tokenizer.chat_template for side, tokenizer in self._tokenizers.items()}
+
+    @cached_property
+    def _ends(self) -> dict[Side, tuple[int, ...]]:
+        """What each side's own files say ends a completion, its tokenizer's end token among it."""
+        found: dict[Side, tuple[int, ...]] = {}
+        for side, source in self.sides.items():
+            tokenizer = self._tokenizers.get(side, self.tokenizer)
+            own = tokenizer.eos_token_id
+            ids = [*named_ends(source), *([own] if isinstance(own, int) else [])]
+            found[side] = tuple(dict.fromkeys(each for each in ids if each < self.vocabulary))
+        return found
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Ids that end a completion of either side. Raises InputError where there is none."""
+        chosen = self.suite.ends
+        if isinstance(chosen, tuple):
+            ids = [self._end_of(text) for text in chosen]
+        else:
+            sides = self._ends if chosen == "either" else {chosen: self._ends.get(chosen, ())}
+            ids = [each for found in sides.values() for each in found]
+        if not ids:
+            raise InputError(
+                f"{self.before}: neither model nor tokenizer names an end-of-text token; set eos_token_id in its "
+                "generation_config.json, or `ends` in the suite"
+            )
+        return tuple(sorted(set(ids)))
+
+    def _end_of(self, text: str) -> int:
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+            raise InputError(f"ends: {text!r} is not one token of the tokenizer")
+        if ids[0] >= self.vocabulary:
+            raise InputError(f"ends: {text!r} is token {ids[0]}, and the models' embedding has {self.vocabulary} rows")
+        return ids[0]
+
+    @cached_property
+    def _shapes(self) -> dict[Side, tuple[dict[str, tuple[object, ...]], int]]:
+        """Shapes of a side's weights, rows of the vocabulary left open, and the number of these."""
+        found: dict[Side, tuple[dict[str, tuple[object, ...]], int]] = {}
+        for side, source in self.sides.items():
+            model: Any = skeleton(source)
+            rows = int(model.get_input_embeddings().weight.shape[0])
+            words = {id(model.get_input_embeddings().weight)}
+            head = model.get_output_embeddings()
+            if head is not None:
+                words |= {id(parameter) for parameter in head.parameters()}
+            shapes: dict[str, tuple[object, ...]] = {
+                name: tuple(size if k or id(tensor) not in words else "rows" for k, size in enumerate(tensor.shape))
+                for name, tensor in model.named_parameters(remove_duplicate=False)
+            }
+            found[side] = shapes, rows
+        return found
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of embedding and unembedding that both sides have."""
+        return min(rows for _, rows in self._shapes.values())
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that fit into both models' contexts; None where their configs name no bound."""
+        found = []
+        for source in self.sides.values():
+            config = load_config(source).get_text_config()
+            most = getattr(config, "max_position_embeddings", None)
+            rope = getattr(config, "rope_parameters", None) or {}
+            original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+            if isinstance(most, int):
+                found.append(int(max(most, original * factor)) if original and factor else most)
+        return min(found, default=None)
+
+    @cached_property
+    def config_differences(self) -> tuple[str, ...]:
+        """Settings of the two configs that change what the same weights compute."""
+        if self.after is None:
+            return ()
+        configs = [load_config(source).to_dict() for source in self.sides.values()]
+        keys = sorted(configs[0].keys() | configs[1].keys())
+        return tuple(
+            f"{key} ({_short(configs[0].get(key))} before, {_short(configs[1].get(key))} after)"
+            for key in keys
+            if key.strip("_") not in _NO_MATTER and "drop" not in key and configs[0].get(key) != configs[1].get(key)
+        )
+
+    @cached_property
+    def differences(self) -> tuple[str, ...]:
+        """What differs between S and R and may matter, one line each; what it was evened out to."""
+        said = [
+            f"{side}: a LoRA adapter, applied on the weights that lie beside it"
+            for side, source in self.sides.items()
+            if source.base is not None and source.base.folder == source.folder
+        ]
+        if self.after is None:
+            return tuple(said)
+        lacking = [side for side in self.sides if side not in self._tokenizers]
+        said += [f"{side}: no tokenizer of its own; the other's is used" for side in lacking]
+        if len({str(template) for template in self._templates.values()}) > 1 and self.suite.chat is not None:
+            which = self.suite.chat.template_of
+            used = which if self._templates.get(which) else next(s for s, t in self._templates.items() if t)
+            said.append(f"chat templates differ; that of {used} is used (`chat: {{template_of: ...}}` chooses)")
+        if self._ends["before"] != self._ends["after"]:
+            named = {side: ", ".join(map(self._token, ids)) or "none" for side, ids in self._ends.items()}
+            used = ", ".join(map(self._token, self.ends))
+            said.append(
+                f"end tokens differ ({named['before']} before, {named['after']} after); completions end at {used} "
+                "(`ends:` chooses)"
+            )
+        rows = {side: rows for side, (_, rows) in self._shapes.items()}
+        if len(set(rows.values())) > 1:
+            said.append(
+                f"vocabularies have {rows['before']} rows before and {rows['after']} after; those beyond "
+                f"{self.vocabulary} are left out"
+            )
+        said += [f"configs differ in {each}" for each in self.config_differences]
+        return tuple(said)
+
+    def _token(self, token: int) -> str:
+        return f"{self.tokenizer.convert_ids_to_tokens(token)} ({token})"
+
+    # --- models -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def shares_base(self) -> bool:
+        """Whether both sides are one set of base weights, with adapters, so that it is held in memory once."""
+        if self.after is None or not (self.before.is_adapter or self.after.is_adapter) or self.config_differences:
+            return False
+        bases = [source.base or source for source in self.sides.values()]
+        return bases[0].weights.resolve() == bases[1].weights.resolve() or _same_weights(*bases)
+
+    def models(self) -> tuple[Any, ...]:
+        """S, and R where there is one, to be called like models. Sides of one base share it, and are switched."""
+        if not self.shares_base:
+            return tuple(self.model(side) for side in self.sides)
+        bases = {side: source.base or source for side, source in self.sides.items()}
+        base = self._ready(load_model(bases["before"], self.device, self.dtype, self.device_map), "before")
+        adapters: dict[str, Source] = {side: source for side, source in self.sides.items() if source.is_adapter}
+        under = with_adapters(base, adapters)
+        return tuple(View(under, side if source.is_adapter else None) for side, source in self.sides.items())
+
+    def model(self, side: Side) -> PreTrainedModel:
+        """A side as a model with weights of its own (an adapter merged into them), evened out with the other side."""
+        source = self.sides[side]
+        return self._ready(load_model(source, self.device, self.dtype, self.device_map), side)
+
+    def _ready(self, model: PreTrainedModel, side: Side) -> PreTrainedModel:
+        import torch
+
+        rows = self._shapes[side][1]
+        if rows > self.vocabulary:
+            self._check_surplus(model, side)
+            model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
+        tied = [bool(load_config(source).get_text_config().tie_word_embeddings) for source in self.sides.values()]
+        head: Any = model.get_output_embeddings()
+        if len(set(tied)) > 1 and head is not None and head.weight is model.get_input_embeddings().weight:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
+            model.config.tie_word_embeddings = False
+        if model.generation_config is not None:
+            model.generation_config.eos_token_id = list(self.ends)
+        return model
+
+    def _check_surplus(self, model: Any, side: Side) -> None:
+        """Rows that the other side lacks may be dropped where they are never written."""
+        import torch
+
+        for row in self.suite.neutral[:GUARDED]:
+            ids = prompt_ids(self.suite, row, self.tokenizer)
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].double()
+            written = float(logits.softmax(-1)[len(ids) - 1 :, self.vocabulary :].sum(-1).max())
+            if written > SURPLUS:
+                token = int(logits[-1, self.vocabulary :].argmax()) + self.vocabulary
+                raise InputError(
+                    f"{self.sides[side]}: writes token {token}, which the other checkpoint does not have (probability "
+                    f"{written:.2g} behind prompt {row.id!r}): the vocabularies differ by more than padding"
+                )
+
+    # --- checks -------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse what is no pair, and a suite whose texts the two tokenizers spell differently."""
+        if self.after is not None and not self.shares_base:
+            self._check_shapes()
+        self.ends  # noqa: B018  (raises)
+        self._check_texts()
+
+    def _check_shapes(self) -> None:
+        kinds = [load_config(source).model_type for source in self.sides.values()]
+        where = f"{self.before} and {self.after} are not a pair"
+        if kinds[0] != kinds[1]:
+            raise InputError(f"{where}: {kinds[0]} before, and {kinds[1]} after")
+        (left, _), (right, _) = self._shapes.values()
+        for name in sorted(left.keys() | right.keys()):
+            if left.get(name) != right.get(name):
+                raise InputError(
+                    f"{where}: {name} has shape {_shape(left.get(name))} before and {_shape(right.get(name))} after"
+                )
+
+    def _check_texts(self) -> None:
+        """Both tokenizers must give the suite's texts the same ids, and the models must have room for them."""
+        texts: dict[str, str] = {}
+        for row in self.suite.prompts:
+            text = prompt_text(self.suite, row, self.tokenizer)
+            texts.setdefault(text, f"prompt {row.id!r} under cue {row.cue!r}")
+        prompts = len(texts)
+        texts |= {text: f"the text {text!r}" for text in literal_texts(self.suite) if text not in texts}
+        special = self.suite.chat is None
+        tokenizers = list(self._tokenizers.values()) or [self.tokenizer]
+        room = self.positions
+        for number, (text, where) in enumerate(texts.items()):
+            spelled = [_ids(tokenizer, text, special) for tokenizer in tokenizers]
+            if len(set(spelled)) > 1:
+                words = [w for w in text.split() if len({_ids(t, w, False) for t in tokenizers}) > 1]
+                first = f", first at {words[0]!r}" if words else ""
+                raise InputError(
+                    f"{self.before} and {self.after} are not a pair: their tokenizers spell {where} differently{first}"
+                )
+            beyond = next((token for token in spelled[0] if token >= self.vocabulary), None)
+            if beyond is not None:
+                raise InputError(
+                    f"{where}: {self.tokenizer.convert_ids_to_tokens(beyond)!r} is token {beyond}, and the models' "
+                    f"embedding has {self.vocabulary} rows: the model was never resized to its tokenizer"
+                )
+            needed = len(spelled[0]) + self.suite.max_new_tokens
+            if room is not None and number < prompts and needed > room:
+                raise InputError(
+                    f"{where} has {len(spelled[0])} tokens, and max_new_tokens is {self.suite.max_new_tokens}: the "
+                    f"models have {room} positions; shorten the one or lower the other"
+                )
+
+    def check_one_function(self, what: str) -> None:
+        """Refuse work that puts weights of one checkpoint under the config of the other, where the configs differ."""
+        if self.config_differences:
+            raise InputError(
+                f"{what} puts weights of one checkpoint into the other, and their configs differ in "
+                f"{self.config_differences[0]}: under another config the same weights are another model"
+            )
+
+    def provenance(self, seed: int = 0, suite: str | None = None) -> Provenance:
+        """Where a record about this pair comes from."""
+        return provenance(
+            before=fingerprint(self.before),
+            after=self.after and fingerprint(self.after),
+            suite=suite,
+            seed=seed,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+
+class View:
+    """One side of a base that both sides share: called like a model, it switches to its adapter first."""
+
+    def __init__(self, under: Any, adapter: str | None) -> None:
+        self.under = under
+        self.adapter = adapter
+
+    @property
+    def config(self) -> Any:
+        return self.under.base_model.model.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.under.base_model.model.generation_config
+
+    def __call__(self, **inputs: Any) -> Any:
+        if self.adapter is None:
+            with self.under.disable_adapter():
+                return self.under.base_model.model(**inputs)
+        if self.under.active_adapter != self.adapter:
+            self.under.set_adapter(self.adapter)
+        return self.under.base_model.model(**inputs)
+
+
+def open_pair(
+    before: Source | str | os.PathLike[str],
+    after: Source | str | os.PathLike[str] | None,
+    suite: Suite,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    device_map: str | None = None,
+) -> Pair:
+    """Two checkpoints as a pair: folders, hub ids, or LoRA adapters (on `base`, where their configs do not name it).
+
+    Reads configs and tokenizers, no weights. Raises InputError for what cannot be used, and for two that are no pair.
+
+    >>> open_pair("org/base", "runs/rl-adapter", load_suite(Path("suite.yaml"))).shares_base   # doctest: +SKIP
+    True
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
+    sources = [None if given is None else find_source(given, base) for given in (before, after)]
+    assert sources[0] is not None
+    if base is not None and not any(source is not None and source.is_adapter for source in sources):
+        raise InputError("--base is what an adapter is applied on, and neither checkpoint is an adapter")
+    pair = Pair(sources[0], sources[1], suite, device, dtype, device_map)
+    pair.check()
+    return pair
+
+
+def _same_weights(*sources: Source) -> bool:
+    def contents(source: Source) -> list[str]:
+        return [content_of(file) for file in weight_files(source.weights)]
+
+    return contents(sources[0]) == contents(sources[1])
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=special))
+
+
+def _shape(shape: Sequence[object] | None) -> str:
+    return "(absent)" if shape is None else f"[{', '.join(map(str, shape))}]"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
