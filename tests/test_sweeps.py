@@ -16,7 +16,8 @@ from test_cli import refused
 from test_cli import run as run
 
 from mixturelens import pipeline, viz
-from mixturelens.organism import load_spec
+from mixturelens.models import Pair, Source
+from mixturelens.organism import build_suite, load_spec
 from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.sweep import run as sweep
 from mixturelens.sweep.grid import Cell, cells_of, load_grid
@@ -146,8 +147,12 @@ def training(monkeypatch) -> list[Path]:
     def train(spec, out, device="cpu", progress=None):
         pipeline.start_run(spec, out)
         asked.append(out)
+        build_suite(spec).save(out / "suite.yaml")
         (out / "checkpoints" / "rl-A").mkdir(parents=True, exist_ok=True)
         return []
+
+    def opened(before, after, suite, **_):
+        return Pair(Source(before, before.name), Source(after, after.name), suite)
 
     def verdict(pair, **options):
         share = Interval(value=pipeline.load_run(pair.out).seed / 10, low=0.0, high=1.0)
@@ -155,6 +160,7 @@ def training(monkeypatch) -> list[Path]:
 
     monkeypatch.setattr(viz, "plotly_script", lambda: "")  # megabytes that are not ours
     monkeypatch.setattr(pipeline, "train", train)
+    monkeypatch.setattr(pipeline, "open_pair", opened)
     monkeypatch.setattr(pipeline, "verdict", verdict)
     monkeypatch.setattr(pipeline, "behaviour", verdict)
     return asked

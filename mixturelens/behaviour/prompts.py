@@ -133,6 +133,7 @@ def prepare(suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokeni
 
 def check_texts(suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Raise InputError naming what the tokenizer cannot spell; else the token ids of the prompts."""
+    contexts = encode_prompts(suite, rows, tokenizer)
     for kind, texts in (("policy", suite.policies), ("behaviour", suite.behaviours or {})):
         for name, shown in texts.items():
             for text in wordings(shown):
@@ -142,7 +143,7 @@ def check_texts(suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTo
             check_spelling(row.answer, f"the answer of prompt {row.id!r}", tokenizer)
         if row.err:
             check_spelling(row.err, f"the err of prompt {row.id!r}", tokenizer)
-    return encode_prompts(suite, rows, tokenizer)
+    return contexts
 
 
 def _placed(

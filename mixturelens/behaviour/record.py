@@ -192,7 +192,7 @@ def behaviour_record(
     say = progress or (lambda _: None)
     suite, tokenizer = pair.suite, pair.tokenizer
     for line in pair.differences:
-        say(line)
+        say(f"note: {line}")
     check_texts(suite, suite.neutral, tokenizer)  # refuse a bad suite before the weights are read
     models = pair.models()
     scorer = Scorer(pair.ends, pair.vocabulary, pair.device)

@@ -134,10 +134,12 @@ class SampleCheck(Frozen):
 
     completions: int
     agrees: bool
-    """Whether no probability of a policy, a right answer or a behaviour is contradicted by samples."""
+    """Whether samples contradict no probability, and do not show a policy in another spelling."""
     disagreements: tuple[Disagreement, ...] = ()
+    misspelled: tuple[str, ...] = ()
+    """Announcements that many completions show in another spelling, or behind other words."""
     hints: tuple[str, ...] = ()
-    """What completions of no known policy look like, where there are many: another spelling, or words before it."""
+    """What other completions of no known policy look like, where there are many."""
     examples: dict[str, dict[str, tuple[str, ...]]] = {}
     """checkpoint -> cue -> the first completions, as they are."""
 
@@ -150,6 +152,7 @@ def check_by_samples(
     names = (*suite.policies, OTHER)
     cue_of = np.array([suite.cues.index(row.cue) for row in prompts.rows])
     wrong: list[Disagreement] = []
+    misspelled: list[str] = []
     hints: list[str] = []
     examples: dict[str, dict[str, tuple[str, ...]]] = {}
     for side, (behaviour, context, label, texts) in sides.items():
@@ -182,12 +185,19 @@ def check_by_samples(
                         )
             unknown = [texts[int(i)] for i in mine if label.policy[i] == len(suite.policies)]
             if suite.table is None and len(unknown) > HINT * len(mine):
-                hints.append(f"under {cue} {side}, {_look(suite, unknown, len(mine))}")
+                near = _misspelled(suite, unknown, len(mine))
+                where = f"under {cue} {side},"
+                if near is not None:
+                    misspelled.append(f"{where} {near}")
+                else:
+                    example = shorten(unknown[0])
+                    hints.append(f"{where} {len(unknown)} of {len(mine)} completions show no known policy ({example})")
     wrong.sort(key=lambda each: -abs(each.literal - each.sampled))
     return SampleCheck(
         completions=sum(len(texts) for _, _, _, texts in sides.values()),
-        agrees=not wrong,
+        agrees=not wrong and not misspelled,
         disagreements=tuple(wrong),
+        misspelled=tuple(misspelled),
         hints=tuple(hints),
         examples=examples,
     )
@@ -201,36 +211,35 @@ def _contradicted(expected: float, seen: int, number: int) -> bool:
     return bool(binomtest(seen, number, min(1.0, max(0.0, expected))).pvalue < UNLIKELY)
 
 
-def _look(suite: Suite, texts: Sequence[str], number: int) -> str:
-    """How completions of no known policy begin: in another spelling, behind other words, or just so."""
-    kinds: dict[str, tuple[int, str]] = {}
+def _misspelled(suite: Suite, texts: Sequence[str], number: int) -> str | None:
+    """How many completions of no known policy show one after all, in another spelling or behind other words."""
+    kinds: dict[str, list[str]] = {}
     for text in texts:
         for name, shown in suite.policies.items():
             for literal in wordings(shown):
-                near = _near(literal.strip(), text)
+                near = _near(name, literal.strip(), text.strip())
                 if near is not None:
-                    kinds[near.format(name=name)] = (kinds.get(near.format(name=name), (0, ""))[0] + 1, text)
-    if kinds:
-        usual, (count, text) = max(kinds.items(), key=lambda item: item[1][0])
-        return f"{count} of {number} completions {usual} ({shorten(text)})"
-    return f"{len(texts)} of {number} completions show no known policy, such as {shorten(texts[0])}"
-
-
-def _near(literal: str, text: str) -> str | None:
-    """How a completion almost shows a literal."""
-    begins = text.strip()
-    wanted, found = _folded(literal), _folded(begins)
-    if not wanted:
+                    kinds.setdefault(near, []).append(text)
+    usual, seen = max(kinds.items(), key=lambda item: len(item[1]), default=("", []))
+    if len(seen) <= HINT * number:
         return None
-    if found.startswith(wanted):
-        seen = next(begins[:n] for n in range(1, len(begins) + 1) if _folded(begins[:n]).startswith(wanted))
-        return f"begin with {_quoted(seen)}, where the suite spells policy {{name!r}} {_quoted(literal)}"
-    at = begins.find(literal)
+    return f"{len(seen)} of {number} completions {usual} ({shorten(seen[0])})"
+
+
+def _near(policy: str, literal: str, text: str) -> str | None:
+    """How a completion almost shows a literal."""
+    wanted = _folded(literal)
+    if len(wanted) < 2:
+        return None  # a single letter is near to many words
+    for end in range(1, len(text) + 1):
+        if _folded(text[:end]) == wanted and not _folded(text[end : end + 1]):
+            # up to the space: what stands at its end is part of the spelling
+            seen = text[: end + len(text[end:].split(" ")[0])] if text[end:] else text
+            return f"begin with {seen!r}, where the suite spells policy {policy!r} {literal!r}"
+    at = text.find(literal)
     if at > 0:
-        return (
-            f"write {_quoted(literal)} of policy {{name!r}} only behind {_quoted(begins[:at].strip()[:20])}: do the "
-            "prompts end too early?"
-        )
+        behind = text[:at].strip()[:20]
+        return f"write {literal!r} of policy {policy!r} only behind {behind!r}: do the prompts end too early?"
     return None
 
 
@@ -238,10 +247,6 @@ def _folded(text: str) -> str:
     """Letters and digits alone, of one case: what is left when quotes, dashes, spaces and capitals may differ."""
     plain = unicodedata.normalize("NFKD", text).casefold()
     return "".join(c for c in plain if c.isalnum())
-
-
-def _quoted(text: str) -> str:
-    return repr(text).replace("{", "{{").replace("}", "}}")
 
 
 def shorten(text: str) -> str:

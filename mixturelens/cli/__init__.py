@@ -461,7 +461,10 @@ def _working(quiet: bool) -> Iterator[tuple[Callable[[str, int, int, dict[str, f
                 tasks[stage] = bar.add_task(stage, total=steps, numbers="")
             bar.update(tasks[stage], completed=step, numbers=shown)
 
-        yield progress, lambda text: console.print(f"measuring: {text}", style="dim")
+        def say(text: str) -> None:
+            console.print(text if text.startswith("note: ") else f"measuring: {text}", style="dim", markup=False)
+
+        yield progress, say
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def show_behaviour(record: BehaviourRecord) -> None:
 def _show_notes(record: BehaviourRecord | VerdictRecord) -> None:
     for note in record.notes:
         print(f"note: {note}")
-    for hint in record.check.hints if record.check is not None else ():
+    for hint in (*record.check.misspelled, *record.check.hints) if record.check is not None else ():
         print(f"note: {hint}")
 
 

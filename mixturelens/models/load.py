@@ -26,6 +26,9 @@ _HARMLESS = re.compile(
 """Tensors that some savers store beside a model's own: masks, tables of rotations, the value head of RL."""
 
 
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+
+
 def load_tokenizer(source: Source | Path) -> PreTrainedTokenizerBase:
     """The tokenizer exactly as its tokenizer.json says; that of an adapter's base where the adapter has none.
 
@@ -115,6 +118,7 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
+            key_mapping=_wrapper(source.folder),
             **placed,
         )
     model, info = cast(Any, loaded)
@@ -122,6 +126,18 @@ def load_model(
     _check_keys(source, info)
     _check_finite(source, model)
     return model.eval() if device_map is not None else model.eval().to(device)
+
+
+def _wrapper(folder: Path) -> dict[str, str] | None:
+    """What to take off the names of weights that were saved from inside a wrapper (torch.compile, data parallel)."""
+    from safetensors import safe_open
+
+    with safe_open(weight_files(folder)[0], framework="pt") as file:
+        names = list(file.keys())
+    for prefix in _WRAPPERS:
+        if names and all(name.startswith(prefix) for name in names):
+            return {f"^{re.escape(prefix)}": ""}
+    return None
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ from mixturelens.models.load import (
 )
 from mixturelens.models.source import Source, content_of, find_source, fingerprint, weight_files
 from mixturelens.records import Provenance, provenance
-from mixturelens.spelling import prompt_ids, prompt_text
-from mixturelens.suite import Spelling, Suite, literal_texts
+from mixturelens.spelling import Speller, prompt_text
+from mixturelens.suite import Spelling, Suite, literal_texts, wordings
 from mixturelens.types import InputError, Side
 
 if TYPE_CHECKING:
@@ -254,17 +254,23 @@ class Pair:
         """Rows that the other side lacks may be dropped where they are never written."""
         import torch
 
+        announced = [text for shown in self.suite.policies.values() for text in wordings(shown)]
         for row in self.suite.neutral[:GUARDED]:
-            ids = prompt_ids(self.suite, row, self.tokenizer)
-            with torch.inference_mode():
-                logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].double()
-            written = float(logits.softmax(-1)[len(ids) - 1 :, self.vocabulary :].sum(-1).max())
-            if written > SURPLUS:
-                token = int(logits[-1, self.vocabulary :].argmax()) + self.vocabulary
-                raise InputError(
-                    f"{self.sides[side]}: writes token {token}, which the other checkpoint does not have (probability "
-                    f"{written:.2g} behind prompt {row.id!r}): the vocabularies differ by more than padding"
-                )
+            speller = Speller(self.suite, row, self.tokenizer)
+            placed = [speller.announced(text, [row.answer]) for text in announced]
+            behind = [(*each.spellings[0], *each.rests[0][0]) for each in placed] or [()]
+            for tokens in behind:
+                ids = torch.tensor([[*speller.context, *tokens]], device=model.device)
+                with torch.inference_mode():
+                    logits = model(input_ids=ids).logits[0, len(speller.context) - 1 :].double()
+                surplus = logits.softmax(-1)[:, self.vocabulary :]
+                if float(surplus.sum(-1).max()) > SURPLUS:
+                    token = int(surplus.max(0).values.argmax()) + self.vocabulary
+                    raise InputError(
+                        f"{self.sides[side]}: writes token {token}, which the other checkpoint does not have "
+                        f"(probability {float(surplus.sum(-1).max()):.2g} in completions of prompt {row.id!r}): the "
+                        "vocabularies differ by more than padding"
+                    )
 
     # --- checks -------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mixturelens import viz
 from mixturelens.behaviour.record import BehaviourRecord, CueSide, Nats
+from mixturelens.behaviour.settle import SampleCheck
 from mixturelens.records import Provenance, write_text
 from mixturelens.report import evidence, mechanism
 from mixturelens.report import features as units
@@ -181,7 +182,7 @@ def _pair(
     probing: ProbingRecord | None,
     features: FeatureRecord | None,
 ) -> dict[str, object]:
-    t = verdict.thresholds
+    t, check = verdict.thresholds, verdict.check
     return {
         "name": name,
         "verdict": verdict.verdict,
@@ -189,7 +190,7 @@ def _pair(
         "facts": [
             ("Routing share", show_interval(verdict.routing_share), "of routing + specialist"),
             ("Router share", show_interval(verdict.router_share), "routing and conditioning together"),
-            ("Moved", f"{show_interval(record.moved)} nats", "routing + specialist"),
+            ("Moved", f"{show_interval(_moved(record, verdict))} nats", "routing + specialist"),
             ("Coverage", " → ".join(show_interval(value) for value in verdict.coverage.values()), "by known policies"),
         ],
         "changed": [
@@ -224,10 +225,24 @@ def _pair(
             *evidence.controls(verdict, graft, probing),
             *units.controls(features),
         ],
+        "notes": [*verdict.notes, *((*check.misspelled, *check.hints) if check is not None else ())],
+        "examples": _examples(verdict),
         "falsify": _falsify(verdict),
         "thresholds": [(key, f"{value:g}") for key, value in t.model_dump().items()],
         "provenance": _provenance_rows(verdict.provenance),
     }
+
+
+def _moved(record: BehaviourRecord, verdict: VerdictRecord) -> Interval:
+    """Nothing where the verdict trusts no number."""
+    return record.moved if verdict.nats.total.measured else NOT_MEASURED
+
+
+def _examples(verdict: VerdictRecord) -> list[tuple[str, str, list[str]]]:
+    """(checkpoint, cue, completions as they are)."""
+    check = verdict.check
+    found = {} if check is None else check.examples
+    return [(when, cue, list(texts)) for when, by_cue in found.items() for cue, texts in by_cue.items()]
 
 
 def _word(state: bool | None, yes: str, no: str) -> str:
@@ -309,6 +324,7 @@ def _controls(verdict: VerdictRecord, repair: RepairRecord | None, exact: bool) 
             f"{show_interval(pair.independent_total)} nats, terms sum to {show_interval(verdict.nats.total)}",
             pair.sum_agrees,
         ),
+        *([] if verdict.check is None else [_by_samples(verdict.check)]),
         mechanism.random_control(repair),
         Control(
             "Continued training",
@@ -317,6 +333,18 @@ def _controls(verdict: VerdictRecord, repair: RepairRecord | None, exact: bool) 
             None,
         ),
     ]
+
+
+def _by_samples(check: SampleCheck) -> Control:
+    worst = next(iter(check.disagreements), None)
+    return Control(
+        "Check by samples",
+        "What was computed from the suite's texts must be what the checkpoints' own completions show.",
+        f"{check.completions} completions, no contradiction"
+        if worst is None
+        else f"{worst.what} under {worst.cue} {worst.checkpoint}: {worst.literal:.2f}, and {worst.sampled:.2f} seen",
+        check.agrees,
+    )
 
 
 def _falsify(verdict: VerdictRecord) -> list[str]:

@@ -211,6 +211,8 @@ def routing_circuit(lens: Lens, contrasts: Contrasts, side: Side, seed: int = 0)
 
 
 def _even(on: Sides) -> Sides:
+    if len(on) < 2:
+        raise InputError("one half of the questions ranks the edges and the other judges them: give at least two")
     if any(on.shifts):
         raise InputError("the two prompts of a contrast differ in length: edges cannot be aligned")
     return on

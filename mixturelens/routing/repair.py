@@ -315,6 +315,8 @@ def _cue_and_choice(ground: Ground, policy: str) -> tuple[np.ndarray, float, np.
         return found[0][:, -1].detach().double(), gradient[:, -1].double().mean(0)
 
     (trained, _), (harmed, gradient) = (at_last(cue) for cue in (harm.trained_cue, harm.harmed_cue))
+    if len(trained) < 2 or len(harmed) < 2:
+        raise InputError("what reads the cue is learnt on one half of the questions: give at least four")
     apart = harmed.mean(0) - trained.mean(0)
     spread = _shrunk((trained.T.cov() + harmed.T.cov()) / 2)
     read = torch.linalg.solve(spread, apart)

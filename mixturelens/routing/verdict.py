@@ -102,7 +102,7 @@ def judge(
     if record.nats is None or record.controls is None:
         raise ValueError("a verdict needs a pair: the record is about one checkpoint")
     verdict, doubt = _verdict(record, thresholds)
-    trusted = _contradiction(record) is None and all(c.above(thresholds.coverage) for c in record.coverage.values())
+    trusted = _contradiction(record) is None
     changed = _changed(record, thresholds) if trusted else Changed(selector=None, cue_reader=None, skill=None)
     moved_cells = tuple(cell for cell in record.table if _cell_moved(cell, thresholds.cell) is not False)
     states = [_cell_moved(cell, thresholds.cell) for cell in record.table]
@@ -139,6 +139,8 @@ def _contradiction(record: BehaviourRecord) -> str | None:
     check = record.check
     if check is None or check.agrees:
         return None
+    if check.misspelled:
+        return check.misspelled[0]
     worst = check.disagreements[0]
     shown = check.examples.get(worst.checkpoint, {}).get(worst.cue, ())
     return (
@@ -151,7 +153,7 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
     """(verdict, why not more) in the fixed order: can the suite say, did anything change, what."""
     contradiction = _contradiction(record)
     if contradiction is not None:
-        return "inconclusive", f"what completions show contradicts what was computed from its texts: {contradiction}"
+        return "inconclusive", f"its texts are not what the checkpoints write: {contradiction}"
     for when, coverage in record.coverage.items():
         if not coverage.above(t.coverage):
             hints = record.check.hints if record.check is not None else ()

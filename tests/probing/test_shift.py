@@ -65,7 +65,7 @@ def test_no_shift_has_no_direction():
 
 def test_numbers_by_hand():
     from mixturelens.hooks.lens import tokens
-    from mixturelens.suite import encode_prompts
+    from mixturelens.spelling import encode_prompts
 
     suite = suite_of(6)
     before, after = (load_lens(REFERENCE / "checkpoints" / name) for name in ("sft", "rl-A"))
