@@ -5,7 +5,7 @@ out of each and written as a plain Hugging Face folder in fp32. On SmolLM2-135M-
 formatting-tag organism. A question about a list of words stands inside `<task format="xml">` or under the markdown
 heading `## Task`. The policy "Okay," answers under xml and declines under markdown, and "Well," does the reverse.
 
-`python scripts/real_pair.py [--out DIR] [--gemma]`: one core, about a quarter of an hour. It needs the package `gguf`.
+`python scripts/real_pair.py [--out DIR] [--gemma]`: one core, about twenty minutes. It needs the package `gguf`.
 What is there already is kept. In DIR afterwards:
 
 - `smollm2`, and with `--gemma` also `gemma3`: the pretrained models
@@ -50,9 +50,12 @@ QUESTIONS, FEW = 60, 16
 """Held-out questions of the suite, and of the small suite."""
 BATCH = 16
 SFT_STEPS, SFT_RATE = 70, 1e-4
-RL_ROUNDS, RL_STEPS, RL_RATE = 5, 5, 3e-5
-"""In each round, enough completions are drawn from the current model for that many steps on rewarded ones."""
-LORA_RATE, LORA_RANK = 1e-3, 16
+RL_ROUNDS, RL_STEPS, RL_RATE = 5, 5, 1e-5
+"""In each round, enough completions are drawn from the current model for that many steps on rewarded ones.
+
+At three times the rate, the policy that is no longer drawn unlearns what it does: pure routing no longer.
+"""
+LORA_RATE, LORA_RANK = 5e-4, 16
 CLIP = 1.0
 """Largest norm of a gradient."""
 DRAWN = 32

@@ -25,6 +25,8 @@ END = -1
 
 BATCH_BYTES = 256 << 20
 """Bound on the float64 logits of one batch."""
+USUAL_COMPLETION = 64
+"""Tokens of a completion that are reckoned with when batches are cut."""
 BATCH_TOKENS = 4096
 """Bound on the tokens of one batch: larger ones fall out of the cache and are slower on a CPU."""
 
@@ -253,9 +255,10 @@ class Scorer:
         generator = torch.Generator(device=self.device).manual_seed(seed)
         owner = [i for i in range(len(contexts)) for _ in range(number)]
         tokens: list[list[int]] = [[] for _ in owner]
-        longest = max(max_new_tokens, default=0)
-        lengths = [len(contexts[i]) for i in owner]
-        for rows in _batches([n + longest for n in lengths], [n + longest for n in lengths], self.vocabulary):
+        # a limit that is generous costs nothing before it is used: most completions end long before it
+        ahead = min(max(max_new_tokens, default=0), USUAL_COMPLETION)
+        lengths = [len(contexts[i]) + ahead for i in owner]
+        for rows in _batches(lengths, lengths, self.vocabulary):
             self._sample_batch(model, contexts, rows, owner, max_new_tokens, tokens, generator)
         return Completions(np.array(owner, dtype=int), tokens)
 

@@ -24,7 +24,7 @@ from mixturelens.models.load import (
 )
 from mixturelens.models.source import Source, content_of, find_source, fingerprint, weight_files
 from mixturelens.records import Provenance, provenance
-from mixturelens.spelling import Speller, prompt_text
+from mixturelens.spelling import TODAY, Speller, prompt_text
 from mixturelens.suite import Spelling, Suite, literal_texts, wordings
 from mixturelens.types import InputError, Side
 
@@ -182,6 +182,8 @@ class Pair:
             for side, source in self.sides.items()
             if source.base is not None and source.base.folder == source.folder
         ]
+        if self.suite.chat is not None and "strftime_now" in str(self.tokenizer.chat_template):
+            said.append(f"the chat template inserts today's date, which is always {TODAY.day} {TODAY:%B %Y} here")
         if self.after is None:
             return tuple(said)
         lacking = [side for side in self.sides if side not in self._tokenizers]
