@@ -312,6 +312,8 @@ def _instrument(
     """The record of an instrument that needs a pair and its behaviour: the one on disk if current, or made anew."""
     if case.pair.after is None:
         raise InputError(f"{name} needs a checkpoint after: give --after")
+    if case.pair.device_map is not None:
+        raise InputError("--device-map spreads a model over devices; hooks need it on one: give --device instead")
     expected = _provenance(case, seed)
     file = case.records / f"{name}.json"
     there = _same(kind, file, expected)

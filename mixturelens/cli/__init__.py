@@ -382,7 +382,7 @@ def _pairs(
     """RUN, or --before [--after] --suite, but not both. `outside` is for pairs that mixturelens did not train."""
     from mixturelens import pipeline
 
-    placed = {"device": _device(device), "dtype": dtype or "float32"}
+    placed = {"device": _device(device), "dtype": "float32" if dtype is None else dtype}
     if run is not None:
         if before or after or suite:
             raise InputError("give either RUN or --before/--after/--suite, not both")

@@ -32,7 +32,7 @@ class Dictionary:
         return len(self.read)
 
     def encode(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch unit"]:
-        found = x @ self.read.T - self.offset
+        found = x.to(self.read.dtype) @ self.read.T - self.offset
         return torch.where(found > self.threshold, found, 0.0)
 
     def decode(self, f: Float[Tensor, "*batch unit"]) -> Float[Tensor, "*batch d"]:

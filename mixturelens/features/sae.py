@@ -349,8 +349,8 @@ def quality(
     point, middle = lens.point(*at), mean.float()
     edits: tuple[Edit, ...] = (
         lambda _: None,
-        lambda activation: dictionary.decode(dictionary.encode(activation)),
-        lambda activation: middle.expand_as(activation).clone(),
+        lambda activation: dictionary.decode(dictionary.encode(activation)).to(activation.dtype),
+        lambda activation: middle.expand_as(activation).to(activation.dtype, copy=True),
     )
     counts = resample_counts(len(texts), seed)
     plain, reconstructed, ablated = (

@@ -71,7 +71,7 @@ def fewest_heads(trial: Trial) -> Several:
     for unit in units:
         scene = trial.choose.at(unit.site)
         writes = trial.lens.output_weights(unit.site.layer)[unit.site.head or 0]
-        strong.append(float(((scene.clean.values - scene.corrupt.values) @ writes).norm(dim=-1).mean()))
+        strong.append(float(((scene.clean.values - scene.corrupt.values) @ writes.float()).norm(dim=-1).mean()))
         means.append(scene.clean.values.mean((0, 1)))
     together = _sites(trial, units)
     return _fewest(

@@ -283,7 +283,9 @@ class _Line:
             ahead = own | {local: own[local] + value for delta in deltas.values() for local, value in delta.items()}
             moved = sum((call(none | delta) - offset for delta in deltas.values()), torch.zeros_like(output))
             if not torch.allclose(call(ahead), output + moved, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
-                raise InputError(f"module {where!r} is not affine in its own parameters: no slope can be taken")
+                rounded = torch.finfo(output.dtype).bits < 32
+                why = f"; {output.dtype} may round too much: give --dtype float32" if rounded else ""
+                raise InputError(f"module {where!r} is not affine in its own parameters: no slope can be taken{why}")
             self.offset[where] = bool(offset.any())  # of projections and most norms there is none
         offset = call(none) if self.offset[where] else 0.0
         return {k: call(none | delta) - offset for k, delta in deltas.items()}

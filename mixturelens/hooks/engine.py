@@ -383,7 +383,7 @@ class Engine:
         layer, component, start = sites[0].layer, sites[0].component, columns[0]
         final = layer == self.lens.layers - 1
         at = list(columns)
-        given = source[layer, component]
+        given = source[layer, component].to(self._resid[layer].dtype)
         if component == "resid_pre":
             if final:
                 return self._read(given[places][:, at], rows, columns)

@@ -201,7 +201,8 @@ class Lens:
 
         def keep(key: tuple[int, Component]) -> Edit:
             def store(activation: Tensor) -> None:
-                found[key] = activation.detach()
+                kept = activation.detach()
+                found[key] = kept.float() if kept.element_size() < 4 else kept  # no solver takes half precision
 
             return store
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("float32", "bfloat16", "float16")
 
 _HARMLESS = re.compile(
@@ -179,7 +181,8 @@ def with_adapters(model: PreTrainedModel, adapters: dict[str, Source]) -> Any:
 
     under: Any = model
     for name, source in adapters.items():
-        with loading(source, f"the adapter does not fit its base {source.weights}"):
+        with loading(source, f"the adapter does not fit its base {source.weights}"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of peft, about transformers
             device = str(next(model.parameters()).device)
             if isinstance(under, PeftModel):
                 under.load_adapter(str(source.folder), adapter_name=name, torch_device=device)
@@ -188,7 +191,7 @@ def with_adapters(model: PreTrainedModel, adapters: dict[str, Source]) -> Any:
             with safe_open(source.folder / ADAPTER_WEIGHTS, framework="pt") as file:
                 held = set(file.keys())
         _check_adapter_keys(source, held, under, name)
-    _check_finite(next(iter(adapters.values())), under)
+        _check_finite(source, under)
     return under.eval()
 
 
@@ -198,8 +201,9 @@ def _check_adapter_keys(source: Source, held: set[str], model: Any, name: str) -
 
     with loading(source, "the adapter cannot be read back"):
         taken = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-    for problem, names in (("has", held - taken), ("lacks", taken - held)):
-        odd = sorted(each for each in names if "lora_" in each)
+    own = set(model.state_dict())
+    for problem, names in (("has", held - taken - own), ("lacks", taken - held)):
+        odd = sorted(each for each in names if "lora_" in each or problem == "has")
         if odd:
             raise InputError(
                 f"{source}: the adapter {problem} {odd[0]}, which does not fit its base {source.weights}; give the "
@@ -237,8 +241,6 @@ def named_ends(source: Source) -> tuple[int, ...]:
 
 def quiet_libraries() -> None:
     """Keep the libraries' progress bars, and notices about settings that are ours by choice, off standard error."""
-    import warnings
-
     import datasets
     import transformers
 

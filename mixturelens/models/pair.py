@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mixturelens.models.load import (
+    DEVICE_MAPS,
     DTYPES,
     load_config,
     load_model,
@@ -22,7 +23,7 @@ from mixturelens.models.load import (
     tokenizer_folder,
     with_adapters,
 )
-from mixturelens.models.source import Source, content_of, find_source, fingerprint, weight_files
+from mixturelens.models.source import Source, content_of, find_source, fingerprint, leaves_base, weight_files
 from mixturelens.records import Provenance, provenance
 from mixturelens.spelling import TODAY, Speller, prompt_text
 from mixturelens.suite import Spelling, Suite, literal_texts, wordings
@@ -74,7 +75,7 @@ class Pair:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of both (they spell the suite's texts alike), with the chat template that the suite chooses."""
-        own = next(source for source in self.sides.values() if tokenizer_folder(source) or source is self.before)
+        own = next((source for source in self.sides.values() if tokenizer_folder(source)), self.before)
         tokenizer = load_tokenizer(own)
         if self.suite.chat is not None:
             templates = self._templates
@@ -108,8 +109,9 @@ class Pair:
         if isinstance(chosen, tuple):
             ids = [self._end_of(text) for text in chosen]
         else:
-            sides = self._ends if chosen == "either" else {chosen: self._ends.get(chosen, ())}
-            ids = [each for found in sides.values() for each in found]
+            # one checkpoint alone is both
+            sides = [found for side, found in self._ends.items() if chosen in ("either", side)] or self._ends.values()
+            ids = [each for found in sides for each in found]
         if not ids:
             raise InputError(
                 f"{self.before}: neither model nor tokenizer names an end-of-text token; set eos_token_id in its "
@@ -192,7 +194,7 @@ class Pair:
             which = self.suite.chat.template_of
             used = which if self._templates.get(which) else next(s for s, t in self._templates.items() if t)
             said.append(f"chat templates differ; that of {used} is used (`chat: {{template_of: ...}}` chooses)")
-        if self._ends["before"] != self._ends["after"]:
+        if set(self._ends["before"]) != set(self._ends["after"]):
             named = {side: ", ".join(map(self._token, ids)) or "none" for side, ids in self._ends.items()}
             used = ", ".join(map(self._token, self.ends))
             said.append(
@@ -218,7 +220,11 @@ class Pair:
         """Whether both sides are one set of base weights, with adapters, so that it is held in memory once."""
         if self.after is None or not (self.before.is_adapter or self.after.is_adapter) or self.config_differences:
             return False
+        if not all(leaves_base(source) for source in self.sides.values() if source.is_adapter):
+            return False
         bases = [source.base or source for source in self.sides.values()]
+        if any(base.is_adapter for base in bases):  # which must be the very same ones
+            return bases[0] == bases[1]
         return bases[0].weights.resolve() == bases[1].weights.resolve() or _same_weights(*bases)
 
     def models(self) -> tuple[Any, ...]:
@@ -390,6 +396,8 @@ def open_pair(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
+    if device_map not in (None, *DEVICE_MAPS):
+        raise InputError(f"--device-map {device_map}: one of {', '.join(DEVICE_MAPS)}")
     sources = [None if given is None else find_source(given, base) for given in (before, after)]
     assert sources[0] is not None
     if base is not None and not any(source is not None and source.is_adapter for source in sources):

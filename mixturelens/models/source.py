@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixturelens.types import InputError
+from mixturelens.types import InputError, loading
 
 CONFIG, ADAPTER, INDEX = "config.json", "adapter_config.json", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -74,15 +74,24 @@ def find_source(given: str | os.PathLike[str] | Source, base: str | os.PathLike[
     A folder with an `adapter_config.json` is a LoRA adapter; its base is `base`, else the full weights beside it, else
     what its config names. Raises InputError for what is not there, not safe, quantised, or needs code of its own.
     """
+    return _find(given, base)
+
+
+def _find(
+    given: str | os.PathLike[str] | Source, base: str | os.PathLike[str] | None = None, above: tuple[Path, ...] = ()
+) -> Source:
+    """`above`: adapters that stand on this one."""
     if isinstance(given, Source):
         return given
     folder, name = _locate(str(given))
+    if folder.resolve() in above:
+        raise InputError(f"{folder}: an adapter that stands on itself")
     if not (folder / ADAPTER).is_file():
         return Source(check_folder(folder), name)
     config = read_json(folder / ADAPTER)
     _check_adapter(folder, config)
     if base is not None:
-        return Source(folder, name, find_source(base))
+        return Source(folder, name, _find(base, None, (*above, folder.resolve())))
     if (folder / CONFIG).is_file() and weight_files(folder):
         return Source(folder, name, Source(check_folder(folder), name))
     named = config.get("base_model_name_or_path")
@@ -90,7 +99,7 @@ def find_source(given: str | os.PathLike[str] | Source, base: str | os.PathLike[
         raise InputError(f"{folder}: a LoRA adapter whose {ADAPTER} names no base; give --base")
     beside = folder / named
     try:
-        return Source(folder, name, find_source(beside if beside.is_dir() else named))
+        return Source(folder, name, _find(beside if beside.is_dir() else named, None, (*above, folder.resolve())))
     except InputError as error:
         raise InputError(
             f"{folder}: a LoRA adapter whose base {named!r} cannot be used ({error}); give --base"
@@ -124,8 +133,8 @@ def _snapshot(given: str, repository: str, revision: str | None, subfolder: str 
             f"{given}: no such folder, and no such model {where} ({type(error).__name__}); check the name, download it "
             "first, or log in where it is gated"
         ) from None
-    folder = Path(root, subfolder) if subfolder else Path(root)
-    if not folder.is_dir():
+    folder = Path(root, inside)
+    if not folder.is_dir() or {"/", ".."} & set(Path(subfolder or "").parts):
         raise InputError(f"{given}: the repository has no folder {subfolder!r}")
     name = repository.replace("/", "--") + (f"@{revision}" if revision else "") + (f":{subfolder}" if subfolder else "")
     return folder, re.sub(r"[^\w.@-]+", "--", name)
@@ -180,6 +189,27 @@ def _check_adapter(folder: Path, config: dict[str, Any]) -> None:
         raise InputError(f"{folder}: a LoRA adapter without safetensors ({why}); save it again with save_pretrained")
 
 
+def leaves_base(adapter: Source) -> bool:
+    """Whether an adapter adds to its base only.
+
+    Some change its biases, some begin by taking their own start off it, and some bring weights that replace its own.
+    """
+    from safetensors import safe_open
+
+    config = read_json(adapter.folder / ADAPTER)
+    begun, copied = config.get("init_lora_weights", True), config.get("modules_to_save") or ()
+    with (
+        loading(adapter, f"{ADAPTER_WEIGHTS} cannot be read"),
+        safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file,
+    ):
+        names = list(file.keys())
+    return (
+        config.get("bias", "none") == "none"
+        and (not isinstance(begun, str) or begun == "gaussian")
+        and all("lora_" in name or any(f".{module}." in name for module in copied) for name in names)
+    )
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that make up a model: optimizer states, other formats and left-over shards may lie beside them.
 
@@ -193,10 +223,12 @@ def weight_files(folder: Path) -> list[Path]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{index}: no index of shards (it has no weight_map)")
-    files = [folder / name for name in sorted(set(names.values()))]
-    for file in files:
-        if file.name != str(file.relative_to(folder)):
-            raise InputError(f"{index}: names {file.relative_to(folder)}, which is outside the folder")
+    files = []
+    for name in sorted(set(names.values())):
+        if name != Path(name).name:
+            raise InputError(f"{index}: names {name}, which is outside the folder")
+        file = folder / name
+        files.append(file)
         if not file.is_file():
             raise InputError(f"{folder}: shard {file.name} is missing; download the checkpoint again")
     return files

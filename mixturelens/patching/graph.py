@@ -120,6 +120,10 @@ def edge_graph(lens: Lens, on: Sides) -> Graph:
 @torch.no_grad()
 def _check(graph: Graph, on: Sides) -> None:
     """Refuse a model whose edges are not what the graph says: wrong numbers would look like any others."""
+    dtype = next(graph.lens.model.parameters()).dtype
+    if torch.finfo(dtype).bits < 32:
+        name = str(dtype).removeprefix("torch.")
+        raise RunError(f"edges are checked more finely than {name} computes: give --dtype float32")
 
     def same(found: Tensor, wanted: Tensor, what: str) -> None:
         off = float((found - wanted).abs().max())

@@ -132,7 +132,7 @@ def _replace(site: Site, mask: Bool[Tensor, "row pos"], source: Mapping[tuple[in
         return activation if unit is None else activation[:, :, unit]
 
     def edit(activation: Tensor) -> Tensor:
-        at(activation)[mask] = at(source[site.layer, site.component])[mask]
+        at(activation)[mask] = at(source[site.layer, site.component])[mask].to(activation.dtype)
         return activation
 
     return edit
