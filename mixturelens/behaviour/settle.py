@@ -161,7 +161,8 @@ def check_by_samples(
             mine = np.flatnonzero(cue_of[context] == c)
             if not len(mine):
                 continue
-            examples[side][cue] = tuple(texts[int(i)] for i in mine[:3])
+            first = [i for n, i in enumerate(mine) if context[i] not in context[mine[:n]]]  # one of each prompt
+            examples[side][cue] = tuple(texts[int(i)] for i in first[:3])
             share = np.bincount(context[mine], minlength=len(prompts.rows)) / len(mine)
             # of rules, both are counts of samples, and need not agree to the last
             for m, name in enumerate(names if suite.table is None and suite.literal else ()):

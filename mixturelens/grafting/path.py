@@ -249,8 +249,12 @@ class _Line:
                         moves = self._moves(where, module, args, kwargs, output)
                 finally:
                     inside.pop()
+                pushed = push()
+                if output.ndim == 2 and len(output) != len(pushed) and len(output) % len(pushed) == 0:
+                    # rows and positions in one axis, as in OPT's MLP
+                    pushed = pushed.repeat_interleave(len(output) // len(pushed), 0)
                 for k, move in moves.items():
-                    output = output + push()[:, k].view(-1, *[1] * (output.ndim - 1)) * move
+                    output = output + pushed[:, k].view(-1, *[1] * (output.ndim - 1)) * move
                 return output
 
             return hook

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from mixturelens.grafting import path
 from mixturelens.grafting.components import weights_of
@@ -82,6 +83,27 @@ class Product(nn.Module):
 STEP = 5e-3
 """Of finite differences: some norms compute in single precision whatever the model is in."""
 PRODUCT = {"one": ("one.weight",), "same": ("same.weight",), "two": ("two.weight",)}
+
+
+def test_rows_and_positions_in_one_axis(load_pair: Any) -> None:
+    """OPT's MLP sees tokens without their rows: each must be pushed with the row it belongs to."""
+    pair = load_pair("llama", "R-both")
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2}
+    config = OPTConfig(
+        vocab_size=16, num_attention_heads=2, max_position_embeddings=16, dropout=0.0, pad_token_id=0, **sizes
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        before = OPTForCausalLM(config).eval()
+        after = copy.deepcopy(before)
+        with torch.no_grad():
+            for parameter in after.parameters():
+                parameter += 0.02 * torch.randn_like(parameter)
+    cells = make_cells(pair.suite, pair.suite.neutral[:4], pair.tokenizer, before, pair.scorer)
+    policies = cells.policies[:2]
+    found = attribute(before, weights_of(before), weights_of(after), by_module(before), cells, policies)
+    change = values_of(after, cells, policies) - values_of(before, cells, policies)
+    np.testing.assert_allclose(found.values.sum(-1), change, atol=5e-3 * np.abs(change).max())
 
 
 def product(pair: Any, cells: Any, u: float, v: float) -> Product:
