@@ -165,15 +165,18 @@ class Speller:
                 (f"{lead}{core}", f"{gap}{self.usual}") for lead in leads for gap in self._gaps(announcement, "")
             ]
             place[:0] = [-1] * (len(pieces) - len(place))
-        cut = self._cut(pieces)
+        cut, over = self._cut(pieces)
         # how an announcement is written when something follows it counts before how it is written alone
         order = [each for each, number in zip(cut, place, strict=True) if number is not None]
         order += [each for each, number in zip(cut, place, strict=True) if number is None]
         spellings = _prefix_free(dict.fromkeys(first for first, _ in order))
+        taken = next(space for (first, _), space in zip(cut, over, strict=True) if first == spellings[0])
         behind: list[tuple[Ids, ...]] = []
         for number, rest in enumerate(rests):
             found = [b for (a, b), k in zip(cut, place, strict=True) if k == number and a == spellings[0] and b]
-            found = found or [_alone(f"{self._gaps(announcement, rest)[0]}{rest.strip()}", self.tokenizer)]
+            if not found:  # elsewhere cut: what the announcement took of the gap is not written again
+                gap = self._gaps(announcement, rest)[0].removeprefix(taken)
+                found = [_alone(f"{gap}{rest.strip()}", self.tokenizer)]
             behind.append(_prefix_free(dict.fromkeys(found)))
         return Announced(spellings, tuple(behind))
 
@@ -181,21 +184,24 @@ class Speller:
         """A text that begins a completion; as settled first, but without an announcement nothing is settled."""
         own = text[: len(text) - len(text.lstrip())]
         leads = dict.fromkeys((*(self.spelling.lead.get(self.cue) or (own,)), *SPACES))
-        return _prefix_free(dict.fromkeys(first for first, _ in self._cut([(f"{x}{text.strip()}", "") for x in leads])))
+        cut, _ = self._cut([(f"{lead}{text.strip()}", "") for lead in leads])
+        return _prefix_free(dict.fromkeys(first for first, _ in cut))
 
     def _gaps(self, announcement: str, rest: str) -> tuple[str, ...]:
         settled = self.spelling.gap.get(announcement)
         own = announcement[len(announcement.rstrip()) :] or rest[: len(rest) - len(rest.lstrip())]
         return settled or (own or " ",)
 
-    def _cut(self, pieces: Sequence[tuple[str, str]]) -> list[tuple[Ids, Ids]]:
-        """(ids of the first text, ids of the second) of each piece, joined behind the prompt."""
+    def _cut(self, pieces: Sequence[tuple[str, str]]) -> tuple[list[tuple[Ids, Ids]], list[str]]:
+        """(ids of the first text, ids of the second) of each piece, joined behind the prompt; what the first took."""
         joined = [f"{self.text}{first}{rest}" for first, rest in pieces]
         try:
             encoded = self.tokenizer(joined, add_special_tokens=self.special, return_offsets_mapping=True)
         except NotImplementedError:  # a slow tokenizer cannot say where its tokens lie
-            return [(_alone(first, self.tokenizer), _alone(rest, self.tokenizer)) for first, rest in pieces]
-        found = []
+            alone = [(_alone(first, self.tokenizer), _alone(rest, self.tokenizer)) for first, rest in pieces]
+            return alone, [""] * len(pieces)
+        found: list[tuple[Ids, Ids]] = []
+        over: list[str] = []
         start = len(self.context)
         for (first, rest), text, ids, offsets in zip(
             pieces, joined, encoded["input_ids"], encoded["offset_mapping"], strict=True
@@ -209,17 +215,16 @@ class Speller:
             )
             if clean and not unknown:
                 found.append((tuple(ids[start:at]), tuple(ids[at:])))
+                over.append(text[end : offsets[at - 1][1]])
             else:
                 found.append((_alone(first, self.tokenizer), _alone(rest, self.tokenizer)))
-        return found
+                over.append("")
+        return found, over
 
 
 def _boundary(offsets: Sequence[tuple[int, int]], end: int) -> int:
-    """Number of tokens up to the one that reaches a place in the text (all those of a character that has several)."""
-    at = next((i for i, (_, stop) in enumerate(offsets) if stop >= end), len(offsets) - 1) + 1
-    while at < len(offsets) and offsets[at] == offsets[at - 1] and offsets[at][1] > offsets[at][0]:
-        at += 1
-    return at
+    """Number of tokens that begin before a place in the text: all those of a last letter that has several."""
+    return next((i for i, (begin, _) in enumerate(offsets) if begin >= end), len(offsets))
 
 
 def _alone(text: str, tokenizer: PreTrainedTokenizerBase) -> Ids:
@@ -255,7 +260,10 @@ def check_spelling(text: str, where: str, tokenizer: PreTrainedTokenizerBase) ->
     ids = tokenizer.encode(text, add_special_tokens=False)
     if tokenizer.unk_token_id in ids and not _names_unknown(text, tokenizer):
         unknown = [
-            word for word in text.split() if tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)
+            word
+            for word in text.split()
+            if tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)
+            and not _names_unknown(word, tokenizer)
         ]
         raise InputError(
             f"{where} has unknown tokens ({', '.join(map(repr, unknown[:3]))}): {text!r}; is this the "
@@ -290,10 +298,12 @@ def normalised(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def as_decoded(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text as completions show it: rewritten only where the tokenizer's normaliser changes its letters."""
-    rewritten = normalised(text, tokenizer).strip()
-    if "".join(rewritten.split()) == "".join(text.split()):
-        return text
+    """A text as completions show it: as it comes back from the tokenizer, between its own whitespace."""
+    plain = normalised(text, tokenizer)
+    rewritten = str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)))
+    if _squashed(rewritten) not in (_squashed(text), _squashed(plain)):
+        rewritten = plain  # it has unknown tokens
+    rewritten = rewritten.strip()
     head, tail = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
     return f"{head}{rewritten}{tail}"
 
@@ -308,12 +318,13 @@ def normalised_suite(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> Suite:
 
     policies = {name: shown(value) for name, value in suite.policies.items()}
     behaviours = suite.behaviours and {name: shown(value) for name, value in suite.behaviours.items()}
-    rows = tuple(normalised_row(row, tokenizer) for row in suite.prompts)
+    rows = tuple(normalised_row(suite, row, tokenizer) for row in suite.prompts)
     if (policies, behaviours, rows) == (suite.policies, suite.behaviours, suite.prompts):
         return suite
     return suite.model_copy(update={"policies": policies, "behaviours": behaviours, "prompts": rows})
 
 
-def normalised_row(row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> PromptRow:
-    answer, err = as_decoded(row.answer, tokenizer), row.err and as_decoded(row.err, tokenizer)
+def normalised_row(suite: Suite, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> PromptRow:
+    answer = row.answer if suite.answer_match == "regex" else as_decoded(row.answer, tokenizer)
+    err = row.err and as_decoded(row.err, tokenizer)
     return row if (answer, err) == (row.answer, row.err) else row.model_copy(update={"answer": answer, "err": err})

@@ -184,8 +184,8 @@ class Suite(Frozen):
     behaviours: dict[str, Shown] | None = None
     trained_cue: str | None = None
     answer_match: Literal["exact", "contains", "regex"] = "exact"
-    max_new_tokens: int = Field(default=16, ge=1)
-    samples: int = Field(default=8, ge=1)
+    max_new_tokens: int = Field(default=16, ge=1, strict=True)
+    samples: int = Field(default=8, ge=1, strict=True)
     chat: Chat | None = None
     strip: Strip | None = None
     ends: Literal["either", "before", "after"] | tuple[str, ...] = "either"
@@ -342,9 +342,18 @@ class Suite(Frozen):
         write_text(path.parent / prompts_name, "\n".join(lines) + "\n")
         rest = self.model_dump(mode="json", exclude={"prompts"}, exclude_none=True)
         rest = {key: value for key, value in rest.items() if key not in _DERIVED or value != _default(key)}
-        text = yaml.safe_dump({"prompts": prompts_name, **rest}, sort_keys=False, allow_unicode=True)
+        text = yaml.dump({"prompts": prompts_name, **rest}, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
         write_text(path, text)
 
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in which a text comes back as it is: a bare U+0085 would be read as a line's end, and folded."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None),
+)
 
 _DERIVED = ("ends", "spelling")
 """Keys that a file holds only where they say something."""
@@ -361,7 +370,7 @@ def load_suite(path: Path) -> Suite:
         path = path / "suite.yaml"
     try:
         data = yaml.load(_text(path, "no such suite file"), _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict) or not isinstance(data.get("prompts"), str):
         raise InputError(f"{path}: a suite is a mapping with `prompts: FILE.jsonl` and `policies:`")
@@ -381,12 +390,25 @@ def _text(path: Path, missing: str) -> str:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: {missing}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder, and a file is needed") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error})") from None
 
 
+def _whole(text: str) -> str:
+    """A text whose characters beyond U+FFFF are one each: JSON writes them as two escapes, which YAML leaves apart."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which a key is a text, as it is written, and is given once."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        return super().construct_object(node, deep=True)  # whole at once, so that a value that holds itself is refused
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        return _whole(super().construct_scalar(node))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         self.flatten_mapping(node)
@@ -394,7 +416,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a text", key_node.start_mark)
-            key = key_node.value
+            key = _whole(key_node.value)
             if key in found:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             found[key] = self.construct_object(value_node, deep=deep)

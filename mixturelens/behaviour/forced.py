@@ -11,6 +11,7 @@ from jaxtyping import Float
 from mixturelens.behaviour.arrays import NOVEL, Behaviour, log_ratio
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
 from mixturelens.behaviour.prompts import Prompts, behind_announcements, owners, room_behind
+from mixturelens.suite import wordings
 from mixturelens.types import OTHER
 
 
@@ -71,7 +72,9 @@ def draw_forced(
     drawn = scorer.sample(model, behind_announcements(prompts), samples, room_behind(prompts), seed)
     k = drawn.context % count
     owned = replace(drawn, context=drawn.context // count)
-    return drawn, label_completions(scorer, prompts, owned, [prompts.announcements[i].text for i in k]), k
+    policies = list(prompts.suite.policies.values())  # their texts as completions show them
+    texts = [(wordings(policies[a.policy]) or ("",))[a.wording] for a in prompts.announcements]
+    return drawn, label_completions(scorer, prompts, owned, [texts[i] for i in k]), k
 
 
 def forced_kl(

@@ -120,7 +120,7 @@ def prepare(suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokeni
         bare.append(speller.bare(row.answer) if answers else ())
     prompts = Prompts(
         suite=normalised_suite(suite, tokenizer),
-        rows=tuple(normalised_row(row, tokenizer) for row in rows),
+        rows=tuple(normalised_row(suite, row, tokenizer) for row in rows),
         contexts=contexts,
         announcements=tuple(announcements),
         placed=placed,

@@ -21,6 +21,8 @@ class Thresholds(Frozen):
 
     coverage: float = 0.9
     """Weight of the known policies, under which the suite cannot say."""
+    most: float = 0.5
+    """Weight of the known policies, under which shares and nats are not given either."""
     nats: float = 0.01
     """routing + specialist, under which nothing has changed; a single term under it has not changed either."""
     routing: float = 0.9
@@ -102,7 +104,13 @@ def judge(
     if record.nats is None or record.controls is None:
         raise ValueError("a verdict needs a pair: the record is about one checkpoint")
     verdict, doubt = _verdict(record, thresholds)
-    trusted = _contradiction(record) is None
+    # where most completions show no known policy, the little that is left says nothing about the pair
+    trusted = _contradiction(record) is None and not any(c.below(thresholds.most) for c in record.coverage.values())
+    nothing = Nats(**dict.fromkeys(Nats.model_fields, NOT_MEASURED))
+    per_cue = {
+        cue: state if trusted or state.nats is None else state.model_copy(update={"nats": nothing})
+        for cue, state in record.per_cue.items()
+    }
     changed = _changed(record, thresholds) if trusted else Changed(selector=None, cue_reader=None, skill=None)
     moved_cells = tuple(cell for cell in record.table if _cell_moved(cell, thresholds.cell) is not False)
     states = [_cell_moved(cell, thresholds.cell) for cell in record.table]
@@ -117,8 +125,8 @@ def judge(
         reason=_reason(record, verdict, doubt, changed, moved_cells, thresholds),
         routing_share=record.routing_share if trusted else NOT_MEASURED,
         router_share=record.router_share if trusted else NOT_MEASURED,
-        nats=record.nats if trusted else Nats(**dict.fromkeys(Nats.model_fields, NOT_MEASURED)),
-        per_cue=record.per_cue,
+        nats=record.nats if trusted else nothing,
+        per_cue=per_cue,
         coverage=record.coverage,
         moved_cells=moved_cells,
         mechanism=mechanism.model_copy(update={"agrees": agrees}),

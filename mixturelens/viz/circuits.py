@@ -92,12 +92,13 @@ def circuit(circuits: Sequence[RoutingCircuit]) -> Figure:
     from plotly.subplots import make_subplots
 
     shown = _shown(circuits)
-    positions = max((len(of.labels) for of in circuits), default=1)
+    words = [_words(of) for of in circuits]
+    positions = max(map(len, words), default=1)
     layers = max((node.layer for of in circuits for node in of.nodes if node.name == "logits"), default=1)
     layout = _Layout([edge for edges in shown for edge in edges.values()], layers, positions)
     beside = _WIDE / max(len(circuits), 1) / max(layout.width, 1) >= _SLOT
     rows, columns = (1, max(len(circuits), 1)) if beside else (max(len(circuits), 1), 1)
-    labels, axis, below = token_axis([of.labels for of in circuits], _WIDE / columns / max(positions, 1))
+    labels, axis, below = token_axis(words, _WIDE / columns / max(positions, 1))
     plot, gap = (46 if layout.top < 12 else 34) * (layout.top + 1), below + 70
     inner = plot * rows + gap * (rows - 1)
     figure = make_subplots(
@@ -150,6 +151,11 @@ def _shown(circuits: Sequence[RoutingCircuit]) -> list[dict[_Key, CircuitEdge]]:
     return [{key: edges[key] for key in wanted if key in edges} for edges in every]
 
 
+def _words(of: RoutingCircuit) -> tuple[str, ...]:
+    """A word for each position; its number, where prompts differ in length and a position is no one word."""
+    return of.labels or tuple(str(each) for each in range(1 + max((edge.position for edge in of.edges), default=0)))
+
+
 def _key(edge: CircuitEdge) -> _Key:
     return edge.sender, edge.receiver, edge.position
 
@@ -176,7 +182,7 @@ def _unit(name: str) -> tuple[str, int]:
 def _title(of: RoutingCircuit, drawn: int) -> str:
     return (
         f"<b>{SIDES[of.checkpoint]}</b>, {of.kind} {label(of.clean, 14)} against {label(of.corrupt, 14)}<br>"
-        f"{drawn} edges, the strongest of {of.edges_total:,} at {len(of.labels)} positions<br>"
+        f"{drawn} edges, the strongest of {of.edges_total:,} at {len(_words(of))} positions<br>"
         f"{label(of.method, 24)}, {of.questions} questions"
     )
 
@@ -348,7 +354,7 @@ def _nodes(
         text=[name.split(".")[1] if _is_head(name) else "M" if name.endswith(".mlp") else "" for name, _ in at],
         textfont={"size": 11, "color": inks},
         hovertext=[
-            f"{name} at {token(of.labels[position], 40)} (position {position})<br>"
+            f"{name} at {token(_words(of)[position], 40)} (position {position})<br>"
             f"|score| of all edges through it {number(nodes.get(name, unknown).score)}<br>"
             f"{_exactly(nodes.get(name, unknown))}"
             for name, position in at
