@@ -16,30 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
-from mixturelens import cli
 from mixturelens.organism import RECIPES
 
 PAIRS = Path(__file__).with_name("pairs")
 TINY = Path(__file__).with_name("tiny.yaml")
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process; (exit status, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mixturelens", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def pair(shape: str = "llama", after: str = "R-routing", **changes: object) -> list[object]:

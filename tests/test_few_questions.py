@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mixturelens import cli
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.routing import repair
@@ -25,7 +23,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def on_pair(monkeypatch: pytest.MonkeyPatch, run: Run) -> Run:
     """Run a command on the pair in this process; (exit status, standard output, standard error).
 
     Whatever warns, fails: the tests turn warnings into errors.
@@ -37,15 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(command: str, folder: Path, *more: object) -> tuple[int, str, str]:
         pair = ["--before", PAIR / "S", "--after", PAIR / "R", "--suite", folder / "suite.yaml"]
-        arguments = [command, *pair, "--out", folder / "out", *more, "--quiet"]
-        monkeypatch.setattr(sys, "argv", ["mixturelens", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
+        return run(command, *pair, "--out", folder / "out", *more, "--quiet")
 
     return call
 
@@ -73,35 +63,35 @@ def refused(found: tuple[int, str, str]) -> str:
     return line
 
 
-def test_one_question(run: Run, tmp_path: Path):
+def test_one_question(on_pair: Run, tmp_path: Path):
     folder = put_suite(tmp_path, [0])
-    status, out, err = run("verdict", folder, "--json")
+    status, out, err = on_pair("verdict", folder, "--json")
     assert (status, err) == (0, "")
     record = json.loads(out)
     assert record["verdict"] == "inconclusive"
     assert record["reason"] == "The suite cannot say: 1 questions are too few for an interval (8 are needed)."
-    status, out, err = run("patch", folder)
+    status, out, err = on_pair("patch", folder)
     assert (status, err) == (0, "")
     assert "S--R: not measured: patching the cue, before: one half of the questions chooses heads" in out
     assert "S--R: not measured: circuit of the cue, after: one half of the questions ranks the edges" in out
     assert record_of(PatchingRecord, folder, "patching").readers == ()
     assert record_of(CircuitRecord, folder, "circuit").circuits == ()
-    assert refused(run("probe", folder)) == HALVES
-    status, out, err = run("graft", folder)
+    assert refused(on_pair("probe", folder)) == HALVES
+    status, out, err = on_pair("graft", folder)
     assert (status, err) == (0, "")
     assert "factorial, rollback: one question cannot both choose the selector and judge it" in out
     assert "S--R: the mechanism says inconclusive (agrees)" in out
     assert record_of(GraftRecord, folder, "graft").rollback is None
     assert not (folder / "out" / "rollback").exists()
-    said = refused(run("repair", folder))
+    said = refused(on_pair("repair", folder))
     assert said == "mixturelens: one question is not enough: one half chooses what to repair, the other half judges it"
     assert not (folder / "out" / "repaired").exists()
-    reported(run, folder, "1 questions are too few")
+    reported(on_pair, folder, "1 questions are too few")
 
 
-def test_two_questions(run: Run, tmp_path: Path):
+def test_two_questions(on_pair: Run, tmp_path: Path):
     folder = put_suite(tmp_path, [0, 1])
-    status, out, err = run("verdict", folder, "--json")
+    status, out, err = on_pair("verdict", folder, "--json")
     assert (status, err) == (0, "")
     record = json.loads(out)
     assert record["verdict"] == "inconclusive"
@@ -109,53 +99,53 @@ def test_two_questions(run: Run, tmp_path: Path):
     # what is measured is right all the same
     assert record["per_cue"]["A"]["before"]["weights"]["alpha"] == pytest.approx(0.495, abs=0.02)
     assert record["per_cue"]["A"]["after"]["weights"]["alpha"] > 0.95
-    status, out, err = run("patch", folder)
+    status, out, err = on_pair("patch", folder)
     assert (status, err) == (0, "")
     assert {(reader.kind, reader.checkpoint) for reader in record_of(PatchingRecord, folder, "patching").readers} >= {
         ("cue", "before"),
         ("cue", "after"),
     }
     assert [each.questions for each in record_of(CircuitRecord, folder, "circuit").circuits] == [2, 2]
-    assert refused(run("probe", folder)) == HALVES
-    status, out, err = run("graft", folder)
+    assert refused(on_pair("probe", folder)) == HALVES
+    status, out, err = on_pair("graft", folder)
     assert (status, err) == (0, "")
     assert "S--R: the mechanism says inconclusive (agrees)" in out
-    status, out, err = run("repair", folder)
+    status, out, err = on_pair("repair", folder)
     assert (status, err) == (0, "")
     found = record_of(RepairRecord, folder, "repair")
     # one question does not say how far prompts of a cue lie apart
     assert [each.split(":")[0] for each in found.missing] == ["reroute"]
     assert [each.kind for each in found.repairs] == ["interchange", "zero", "mean", "steer", "edit"]
-    reported(run, folder, "2 questions are too few")
+    reported(on_pair, folder, "2 questions are too few")
 
 
-def test_a_report_on_prompts_of_several_lengths(run: Run, tmp_path: Path):
+def test_a_report_on_prompts_of_several_lengths(on_pair: Run, tmp_path: Path):
     """A position of a circuit is then no one word."""
     folder = put_suite(tmp_path, [0, 1, 2])
     assert len({len(json.loads(x)["prompt"].split()) for x in (folder / "prompts.jsonl").read_text().splitlines()}) > 1
-    status, _, err = run("patch", folder)
+    status, _, err = on_pair("patch", folder)
     assert (status, err) == (0, "")
     assert [each.labels for each in record_of(CircuitRecord, folder, "circuit").circuits] == [(), ()]
-    reported(run, folder, "3 questions are too few")
+    reported(on_pair, folder, "3 questions are too few")
 
 
-def test_one_cue_alone(run: Run, tmp_path: Path):
+def test_one_cue_alone(on_pair: Run, tmp_path: Path):
     """There is a verdict without a second cue, and a mechanism; there is no cue reader, and that is one line."""
     folder = put_suite(tmp_path, list(range(10)), "B")
     text = (folder / "suite.yaml").read_text().replace("trained_cue: A\n", "")
     (folder / "suite.yaml").write_text(text)
-    status, out, err = run("verdict", folder, "--json")
+    status, out, err = on_pair("verdict", folder, "--json")
     assert (status, err) == (0, "")
     assert json.loads(out)["verdict"] == "routing"
     for command in ("patch", "repair"):
-        said = refused(run(command, folder, "--trained-cue", "B"))
+        said = refused(on_pair(command, folder, "--trained-cue", "B"))
         assert said == "mixturelens: patching and repair need prompts under two cues and two policies at least"
-    status, out, err = run("graft", folder, "--trained-cue", "B")
+    status, out, err = on_pair("graft", folder, "--trained-cue", "B")
     assert (status, err) == (0, "")
     assert "S--R: the mechanism says routing (agrees)" in out
 
 
-def reported(run: Run, folder: Path, said: str) -> None:
-    status, out, err = run("report", folder)
+def reported(on_pair: Run, folder: Path, said: str) -> None:
+    status, out, err = on_pair("report", folder)
     assert (status, err) == (0, "")
     assert said in Path(out.strip()).read_text(encoding="utf-8")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from mixturelens import cli
 from mixturelens.behaviour.record import behaviour_record
 from mixturelens.models import open_pair
 from mixturelens.routing.verdict import VerdictRecord, judge
@@ -29,23 +27,6 @@ WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process; (exit status, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mixturelens", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def refused(result: tuple[int, str, str], *culprits: object, out: Path) -> None:

@@ -161,8 +161,10 @@ def check_by_samples(
             mine = np.flatnonzero(cue_of[context] == c)
             if not len(mine):
                 continue
-            first = [i for n, i in enumerate(mine) if context[i] not in context[mine[:n]]]  # one of each prompt
-            examples[side][cue] = tuple(texts[int(i)] for i in first[:3])
+            turn = [
+                int((context[mine[:n]] == context[i]).sum()) for n, i in enumerate(mine)
+            ]  # one of each prompt first
+            examples[side][cue] = tuple(texts[int(mine[n])] for n in np.argsort(turn, kind="stable")[:3])
             share = np.bincount(context[mine], minlength=len(prompts.rows)) / len(mine)
             # of rules, both are counts of samples, and need not agree to the last
             for m, name in enumerate(names if suite.table is None and suite.literal else ()):

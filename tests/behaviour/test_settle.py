@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from test_plain_torch import SPECIAL, by_bytes, by_words, make_tokenizer, put, w
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mixturelens import cli
 from mixturelens.behaviour import record as record_module
 from mixturelens.behaviour.arrays import Behaviour, Change
 from mixturelens.behaviour.forced import Labelled
@@ -36,23 +34,6 @@ from mixturelens.types import Side
 
 Table = Mapping[str, Mapping[str, float]]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process; (exit status, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mixturelens", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 # --- models that are tables -------------------------------------------------------------------------------------------
