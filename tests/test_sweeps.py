@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import yaml
 from test_cli import refused
-from test_cli import run as run
 
 from mixturelens import pipeline, viz
 from mixturelens.models import Pair, Source
