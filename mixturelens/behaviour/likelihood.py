@@ -7,6 +7,7 @@ of everything *but* a literal is right even when the literal has probability 1 -
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ Ids = Sequence[int]
 END = -1
 """In a literal: any of the model's end tokens."""
 
+LONG = 32
+"""Tokens from which it pays to keep a beginning that rows share; those of small organisms are recomputed."""
+REST = 24
+"""Tokens by which contexts that share a beginning may go on: announcements."""
 BATCH_BYTES = 256 << 20
 """Bound on the float64 logits of one batch."""
 USUAL_COMPLETION = 64
@@ -60,14 +65,136 @@ def _batches(lengths: Sequence[int], starts: Sequence[int], vocabulary: int, mod
         yield batch
 
 
+Forced = Iterator[tuple[list[int], list[Float[Tensor, "row step vocabulary"]], Int[Tensor, "row step"]]]
+
+
 def _forced_logprobs(
     models: Sequence[Model], contexts: Sequence[Ids], continuations: Sequence[Ids], vocabulary: int, device: str
-) -> Iterator[tuple[list[int], list[Float[Tensor, "row step vocabulary"]], Int[Tensor, "row step"]]]:
+) -> Forced:
     """Log-probabilities at every step of each continuation, batch by batch, for every model.
 
-    Yields (rows, one [row, step, vocabulary] float64 tensor a model, targets with -100 behind the end). Rows are padded
-    on the right: a causal model cannot see the padding, so no mask and no position ids are needed.
+    Yields (rows, one [row, step, vocabulary] float64 tensor a model, targets with -100 behind the end). Where rows
+    share long beginnings, those are computed once, and their keys and values kept for what follows.
     """
+    roots = _roots(contexts)
+    shared = sum(len(root) for root in roots)
+    behind = sum(len(contexts[i]) - len(root) + len(continuations[i]) for root, rows in roots.items() for i in rows)
+    whole = sum(len(context) + len(c) for context, c in zip(contexts, continuations, strict=True))
+    long = min(map(len, roots), default=0) >= LONG
+    if long and 2 * (shared + behind) < whole and all(map(_keeps, models)):
+        yield from _behind_roots(models, roots, contexts, continuations, vocabulary, device)
+    else:
+        yield from _whole_rows(models, contexts, continuations, vocabulary, device)
+
+
+def _keeps(model: Model) -> bool:
+    """Whether a model gives back keys and values, to go on from for several rows: a plain one, or a side of a base."""
+    if not isinstance(model, torch.nn.Module) and not hasattr(model, "under"):
+        return False
+    return not getattr(model, "_is_stateful", False)  # recurrent ones keep a state instead
+
+
+def _roots(contexts: Sequence[Ids]) -> dict[tuple[int, ...], list[int]]:
+    """Beginnings that contexts share but for REST tokens at most -> the rows that begin so."""
+    order = sorted(range(len(contexts)), key=lambda i: tuple(contexts[i]))
+    roots: dict[tuple[int, ...], list[int]] = {}
+    root: tuple[int, ...] = ()
+    rows: list[int] = []
+    for i in order:
+        context = tuple(contexts[i])
+        common = next((k for k, (x, y) in enumerate(zip(root, context, strict=False)) if x != y), len(root))
+        common = min(common, len(context))
+        if rows and max(len(context), *(len(contexts[j]) for j in rows)) - common <= REST:
+            root = root[:common]
+        else:
+            if rows:
+                roots[root] = rows
+            root, rows = context, []
+        rows.append(i)
+    if rows:
+        roots[root] = rows
+    return roots
+
+
+def _behind_roots(
+    models: Sequence[Model],
+    roots: dict[tuple[int, ...], list[int]],
+    contexts: Sequence[Ids],
+    continuations: Sequence[Ids],
+    vocabulary: int,
+    device: str,
+) -> Forced:
+    order = sorted(roots, key=len)
+    for some in _batches([len(root) for root in order], [len(root) for root in order], vocabulary, len(models)):
+        ids, mask = _padded_left([order[k] for k in some], device)
+        padded = bool((mask == 0).any())
+        length = mask.sum(1)
+        with torch.inference_mode():
+            kept = [
+                model(
+                    input_ids=ids,
+                    # rows of one length need no mask, and are then computed exactly as without a batch
+                    attention_mask=mask if padded else None,
+                    position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                for model in models
+            ]
+        owned = [(k, i) for k, root in enumerate(some) for i in roots[order[root]]]
+        after = [[*contexts[i], *continuations[i]][len(order[some[k]]) :] for k, i in owned]
+        sizes = [max(1, len(tokens)) for tokens in after]
+        for part in _batches(sizes, [0] * len(sizes), vocabulary, len(models)):
+            owner = torch.tensor([owned[n][0] for n in part], device=device)
+            width = max(len(after[n]) for n in part) - 1  # the last token is never fed
+            steps = max(1, *(len(continuations[owned[n][1]]) for n in part))
+            targets = torch.full((len(part), steps), -100, dtype=torch.long)
+            at = torch.zeros(len(part), steps, dtype=torch.long)
+            fed = torch.zeros(len(part), max(width, 0), dtype=torch.long)
+            for row, n in enumerate(part):
+                k, i = owned[n]
+                count, first = len(continuations[i]), len(contexts[i]) - len(order[some[k]])
+                targets[row, :count] = torch.tensor(list(continuations[i]))
+                at[row, :count] = first + torch.arange(count)
+                tokens = [max(token, 0) for token in after[n][:width]]
+                fed[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+            fed, index = fed.to(device), at.to(device)[:, :, None]
+            positions = length[owner][:, None] + torch.arange(max(width, 0), device=device)
+            found = []
+            with torch.inference_mode():
+                for model, output in zip(models, kept, strict=True):
+                    logits = output.logits[owner, -1:]
+                    if width > 0:
+                        past = copy.deepcopy(output.past_key_values)
+                        past.batch_select_indices(owner)
+                        seen = torch.cat([mask[owner], torch.ones_like(fed)], 1) if padded else None
+                        more = model(
+                            input_ids=fed,
+                            attention_mask=seen,
+                            position_ids=positions,
+                            past_key_values=past,
+                            use_cache=True,
+                        ).logits
+                        logits = torch.cat([logits, more], 1)
+                    steps_of = logits.gather(1, index.expand(-1, -1, logits.shape[-1]))
+                    found.append(steps_of.double().log_softmax(-1))
+            yield [owned[n][1] for n in part], found, targets.to(device)
+
+
+def _padded_left(rows: Sequence[Ids], device: str) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+    """Token ids, padded so that the last is in the last column, and which of them are real."""
+    width = max(len(row) for row in rows)
+    ids, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2))
+    for k, row in enumerate(rows):
+        ids[k, width - len(row) :] = torch.tensor(list(row))
+        mask[k, width - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _whole_rows(
+    models: Sequence[Model], contexts: Sequence[Ids], continuations: Sequence[Ids], vocabulary: int, device: str
+) -> Forced:
+    """Rows padded on the right: a causal model cannot see the padding, so no mask and no position ids are needed."""
     starts = [len(context) for context in contexts]
     lengths = [start + len(c) for start, c in zip(starts, continuations, strict=True)]
     for rows in _batches(lengths, starts, vocabulary, len(models)):
@@ -105,6 +232,10 @@ def _target_logprobs(
     return torch.where(targets == END, _ended(logprobs, ends), torch.where(targets < 0, 0.0, plain))
 
 
+_Node = tuple[Float[Tensor, " vocabulary"], Float[Tensor, ""], tuple[int, ...]]
+"""Of a tree of literals: log-probabilities of the tokens that leave it here, log-probability of being here, where."""
+
+
 class Scorer:
     """Probabilities and samples of one tokenizer's models: bundles what every call needs and nothing else."""
 
@@ -121,40 +252,41 @@ class Scorer:
         `literals[i]` are those of context i, none the beginning of another. The second result is the exact complement,
         from the tokens at which a completion leaves the tree of literals.
         """
-        flat_contexts = [context for context, group in zip(contexts, literals, strict=True) for _ in group]
-        logprob = self.sequences(model, flat_contexts, [literal for group in literals for literal in group])
+        logprob = [np.zeros(len(group)) for group in literals]
         leaving: list[list[float]] = [[] for _ in contexts]
-        for i, left, reached, _ in self._nodes(model, contexts, literals):
-            leaving[i].append(float(reached + left.logsumexp(-1)))
-        by_context = np.split(logprob, np.cumsum([len(group) for group in literals])[:-1])
+        for i, k, whole, nodes in self._paths(model, contexts, literals):
+            logprob[i][k] = whole
+            leaving[i] += [float(reached + left.logsumexp(-1)) for left, reached, _ in nodes]
         # where there are no literals, a completion always begins with none of them
         escaped = [np.logaddexp.reduce(v) if group else 0.0 for v, group in zip(leaving, literals, strict=True)]
-        return by_context, np.array(escaped)
+        return logprob, np.array(escaped)
 
-    def _nodes(
+    def _paths(
         self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]]
-    ) -> Iterator[tuple[int, Float[Tensor, " vocabulary"], Float[Tensor, ""], tuple[int, ...]]]:
-        """(context, log-probabilities of the tokens that leave the tree here, log-probability of being here, node)."""
+    ) -> Iterator[tuple[int, int, float, list[_Node]]]:
+        """(context, literal, log-probability of the literal, the nodes of the tree that it is the first to pass)."""
         branches = [self._branches(group) for group in literals]
-        # one row a longest path through the tree is enough to visit every node
-        paths = [(i, literal) for i, group in enumerate(literals) for literal in group]
+        # one row a path through the tree is enough to visit every node
+        paths = [(i, k) for i, group in enumerate(literals) for k in range(len(group))]
         for rows, (found,), targets in _forced_logprobs(
             [model],
             [contexts[i] for i, _ in paths],
-            [tuple(literal) for _, literal in paths],
+            [tuple(literals[i][k]) for i, k in paths],
             self.vocabulary,
             self.device,
         ):
             steps = _target_logprobs(found, targets, self.ends)
             reached = steps.cumsum(1) - steps
             for row, path in enumerate(rows):
-                i, literal = paths[path]
-                for step in range(len(literal)):
-                    node = tuple(literal[:step])
+                i, k = paths[path]
+                nodes = []
+                for step in range(len(literals[i][k])):
+                    node = tuple(literals[i][k][:step])
                     owner, children = branches[i][node]
-                    if literals[i][owner] is literal:
+                    if owner == k:
                         left = found[row, step].index_fill(0, torch.tensor(children, device=found.device), -torch.inf)
-                        yield i, left, reached[row, step], node
+                        nodes.append((left, reached[row, step], node))
+                yield i, k, float(steps[row].sum()), nodes
 
     def _branches(self, literals: Sequence[Ids]) -> dict[tuple[int, ...], tuple[int, list[int]]]:
         """Node of the tree -> (the first literal through it, the tokens that stay in the tree)."""
@@ -174,12 +306,13 @@ class Scorer:
         """
         generator = torch.Generator(device=self.device).manual_seed(seed)
         best = [(-np.inf, [0])] * len(contexts)
-        for i, found, reached, node in self._nodes(model, contexts, literals):
-            scores = reached + found
-            noise = -torch.empty_like(scores).exponential_(generator=generator).log()
-            value, token = (scores + noise).max(0)
-            if float(value) > best[i][0]:
-                best[i] = (float(value), [*node, int(token)])
+        for i, _, _, nodes in self._paths(model, contexts, literals):
+            for found, reached, node in nodes:
+                scores = reached + found
+                noise = -torch.empty_like(scores).exponential_(generator=generator).log()
+                value, token = (scores + noise).max(0)
+                if float(value) > best[i][0]:
+                    best[i] = (float(value), [*node, int(token)])
         return [tokens for _, tokens in best]
 
     def sequences(
@@ -273,29 +406,33 @@ class Scorer:
         tokens: list[list[int]],
         generator: torch.Generator,
     ) -> None:
-        width = max(len(contexts[owner[i]]) for i in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long, device=self.device)
-        mask = torch.zeros(len(rows), width, dtype=torch.long, device=self.device)
-        for row, i in enumerate(rows):
-            context = contexts[owner[i]]
-            ids[row, width - len(context) :] = torch.tensor(list(context), device=self.device)
-            mask[row, width - len(context) :] = 1
+        ids, mask = _padded_left([contexts[owner[i]] for i in rows], self.device)
+        width = ids.shape[1]
         limit = torch.tensor([limits[owner[i]] for i in rows], device=self.device)
         ends = torch.tensor(self.ends, device=self.device)
         alive = limit > 0
         past, step_ids, steps = None, ids, []
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         padded = bool((mask == 0).any())
+        # samples of one prompt share its keys and values
+        first: dict[int, int] = {}
+        copies = [first.setdefault(owner[i], len(first)) for i in rows]
+        apart = [copies.index(k) for k in range(len(first))]
+        share = width >= LONG and 2 * len(apart) <= len(rows) and _keeps(model)
         while bool(alive.any()):
+            given = apart if past is None and share else slice(None)
             output = model(
-                input_ids=step_ids,
+                input_ids=step_ids[given],
                 # rows of one length need no mask, and are then computed exactly as without a batch
-                attention_mask=mask if padded else None,
-                position_ids=positions,
+                attention_mask=mask[given] if padded else None,
+                position_ids=positions[given],
                 past_key_values=past,
                 use_cache=True,
                 logits_to_keep=1,
             )
+            if past is None and share:
+                output.past_key_values.batch_select_indices(torch.tensor(copies, device=self.device))
+                output.logits = output.logits[copies]
             past = output.past_key_values
             drawn = torch.multinomial(output.logits[:, -1].double().softmax(-1), 1, generator=generator)
             steps.append(torch.where(alive, drawn[:, 0], END))

@@ -65,11 +65,11 @@ def _behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behaviour:
     forced = behind_announcements(prompts)
     places = [each for placed in prompts.placed for each in placed]
     right = [[ended(prompts, ids, len(each.ids)) for ids in each.answer] for each in places]
-    correct = _probability(scorer, model, forced, right).reshape(number, -1)
-    correct_other = np.zeros(number)
-    if not prompts.suite.table:
-        bare = [[ended(prompts, ids, 0) for ids in answers] for answers in prompts.bare]
-        correct_other = _probability(scorer, model, prompts.contexts, bare)
+    bare = [] if prompts.suite.table else [[ended(prompts, ids, 0) for ids in answers] for answers in prompts.bare]
+    # in one call, so that answers behind a prompt and behind its announcements share the prompt
+    found = _probability(scorer, model, [*forced, *prompts.contexts[: len(bare)]], [*right, *bare])
+    correct = found[: len(right)].reshape(number, -1)
+    correct_other = found[len(right) :] if bare else np.zeros(number)
     shown = np.ones((number, len(announcements), behaviours))
     if prompts.suite.behaviour_names:
         err = prompts.suite.behaviour_names.index(ERR) if ERR in prompts.suite.behaviour_names else -1
@@ -81,8 +81,8 @@ def _behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behaviour:
         logs, log_answer = scorer.literals(model, forced, [[ids for _, ids in group] for group in literals])
         flat = shown.reshape(-1, behaviours)
         flat[:] = 0.0
-        for row, (group, found) in enumerate(zip(literals, logs, strict=True)):
-            np.add.at(flat[row], [b for b, _ in group], np.exp(found))
+        for row, (group, each) in enumerate(zip(literals, logs, strict=True)):
+            np.add.at(flat[row], [b for b, _ in group], np.exp(each))
         flat[:, -1] = np.exp(log_answer)
     classes = np.zeros((number, policies, most, behaviours))
     forced_behaviour = np.full((number, policies - 1, most, behaviours), np.nan)
@@ -126,6 +126,32 @@ def literal_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts
         if prompts.suite.table
         else r.weights[:, -1] * _other_kl(scorer, before, after, prompts, seed),
         dormant=dormant(r, policy_kl),
+        method="literal",
+    )
+
+
+def literal_null(scorer: Scorer, model: Model, prompts: Prompts, measured: Behaviour) -> Change:
+    """A checkpoint against itself: what was measured, and the same measured again with the prompts in another order.
+
+    What follows an announcement is the model's own under both, so that its KL is zero by construction.
+    """
+    turned = list(reversed(range(len(prompts.rows))))
+    again = _behaviour(scorer, model, prompts.part(turned))
+    again = Behaviour(
+        again.classes[turned], again.correct[turned], again.forced_behaviour[turned], again.forced_correct[turned]
+    )
+    routing, wording, conditioning = class_terms(again.classes, measured.classes)
+    nothing = np.zeros(len(prompts.rows))
+    return Change(
+        before=measured,
+        after=again,
+        routing=routing,
+        wording=wording,
+        conditioning=conditioning,
+        skill=-conditioning,
+        novel=nothing,
+        other=nothing,
+        dormant=dormant(again, 0.0 * again.forced_correct),
         method="literal",
     )
 

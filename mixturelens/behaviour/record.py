@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from mixturelens.behaviour.arrays import Behaviour, Change
 from mixturelens.behaviour.forced import label_completions, texts_of
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
+from mixturelens.behaviour.literal import literal_null
 from mixturelens.behaviour.measure import measure, measure_change
 from mixturelens.behaviour.prompts import Prompts, check_texts, prepare
 from mixturelens.behaviour.sampled import Nulls, nulls
@@ -255,7 +256,11 @@ def measure_record(
     accuracy = _accuracy_change(change, grid, told=explained is None or explained.identified.explanation is not None)
     say("controls")
     drawn = nulls(scorer, before, after, prompts, seed + 11)
-    controls = _controls(scorer, before, after, prompts, grid, nats, drawn, seed)
+    if change.method == "literal" and not suite.table:
+        unchanged = literal_null(scorer, before, prompts, change.before)
+    else:
+        unchanged = measure_change(scorer, before, before, prompts, seed)
+    controls = _controls(unchanged, suite, grid, nats, drawn)
     measured: dict[Side, Behaviour] = {"before": change.before, "after": change.after}
     check = check_by_samples(prompts, {side: (measured[side], *drawn.drawn[side]) for side in measured})
     say("hinted prompts")
@@ -458,18 +463,7 @@ def _hinted(
     return found
 
 
-def _controls(
-    scorer: Scorer,
-    before: Model,
-    after: Model,
-    prompts: Prompts,
-    grid: Grid,
-    nats: Nats,
-    drawn: Nulls,
-    seed: int,
-) -> Controls:
-    suite = prompts.suite
-    unchanged = measure_change(scorer, before, before, prompts, seed)
+def _controls(unchanged: Change, suite: Suite, grid: Grid, nats: Nats, drawn: Nulls) -> Controls:
     same, _, _ = nats_of(unchanged, grid, suite, _explained(unchanged, grid, suite))
     routing, total, ratio = (grid.draws(v).mean(-1) for v in (drawn.shuffled, drawn.kl, drawn.ratio))
     shuffled = NOT_MEASURED if suite.table else map_draws(lambda r, t: r / t, routing, total)
