@@ -7,6 +7,7 @@ of everything *but* a literal is right even when the literal has probability 1 -
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,8 @@ END = -1
 
 LONG = 32
 """Tokens from which it pays to keep a beginning that rows share; those of small organisms are recomputed."""
-REST = 24
-"""Tokens by which contexts that share a beginning may go on: announcements."""
+KEPT_BYTES = 2 << 30
+"""Bound on the keys and values that are kept."""
 BATCH_BYTES = 256 << 20
 """Bound on the float64 logits of one batch."""
 USUAL_COMPLETION = 64
@@ -65,11 +66,18 @@ def _batches(lengths: Sequence[int], starts: Sequence[int], vocabulary: int, mod
         yield batch
 
 
+Kept = dict[tuple[int, tuple[tuple[int, ...], ...]], tuple[Any, Tensor]]
+"""(model, beginnings of a batch) -> their keys and values, and the logits of the next token."""
 Forced = Iterator[tuple[list[int], list[Float[Tensor, "row step vocabulary"]], Int[Tensor, "row step"]]]
 
 
 def _forced_logprobs(
-    models: Sequence[Model], contexts: Sequence[Ids], continuations: Sequence[Ids], vocabulary: int, device: str
+    models: Sequence[Model],
+    contexts: Sequence[Ids],
+    continuations: Sequence[Ids],
+    vocabulary: int,
+    device: str,
+    kept: Kept | None = None,
 ) -> Forced:
     """Log-probabilities at every step of each continuation, batch by batch, for every model.
 
@@ -81,8 +89,11 @@ def _forced_logprobs(
     behind = sum(len(contexts[i]) - len(root) + len(continuations[i]) for root, rows in roots.items() for i in rows)
     whole = sum(len(context) + len(c) for context, c in zip(contexts, continuations, strict=True))
     long = min(map(len, roots), default=0) >= LONG
-    if long and 2 * (shared + behind) < whole and all(map(_keeps, models)):
-        yield from _behind_roots(models, roots, contexts, continuations, vocabulary, device)
+    # a second call must pay, unless what it begins with is kept for others
+    pays = (2 if kept is None else 1) * (shared + behind) < whole
+    if long and pays and all(map(_keeps, models)):
+        kept = {} if kept is None else kept
+        yield from _behind_roots(models, roots, contexts, continuations, vocabulary, device, kept)
     else:
         yield from _whole_rows(models, contexts, continuations, vocabulary, device)
 
@@ -95,16 +106,19 @@ def _keeps(model: Model) -> bool:
 
 
 def _roots(contexts: Sequence[Ids]) -> dict[tuple[int, ...], list[int]]:
-    """Beginnings that contexts share but for REST tokens at most -> the rows that begin so."""
-    order = sorted(range(len(contexts)), key=lambda i: tuple(contexts[i]))
+    """Beginnings that contexts share -> the rows that begin so.
+
+    A prompt is the beginning of itself with its announcements. Of two prompts that are alike for long it is not, where
+    what they differ in would be read once a row instead of once.
+    """
     roots: dict[tuple[int, ...], list[int]] = {}
     root: tuple[int, ...] = ()
     rows: list[int] = []
-    for i in order:
+    for i in sorted(range(len(contexts)), key=lambda i: tuple(contexts[i])):
         context = tuple(contexts[i])
-        common = next((k for k, (x, y) in enumerate(zip(root, context, strict=False)) if x != y), len(root))
-        common = min(common, len(context))
-        if rows and max(len(context), *(len(contexts[j]) for j in rows)) - common <= REST:
+        common = next((k for k, (x, y) in enumerate(zip(root, context, strict=False)) if x != y), None)
+        common = min(len(root), len(context)) if common is None else common
+        if rows and len(rows) * (len(root) - common) + len(context) - common < common:
             root = root[:common]
         else:
             if rows:
@@ -123,24 +137,20 @@ def _behind_roots(
     continuations: Sequence[Ids],
     vocabulary: int,
     device: str,
+    kept: Kept,
 ) -> Forced:
     order = sorted(roots, key=len)
     for some in _batches([len(root) for root in order], [len(root) for root in order], vocabulary, len(models)):
         ids, mask = _padded_left([order[k] for k in some], device)
         padded = bool((mask == 0).any())
         length = mask.sum(1)
-        with torch.inference_mode():
-            kept = [
-                model(
-                    input_ids=ids,
-                    # rows of one length need no mask, and are then computed exactly as without a batch
-                    attention_mask=mask if padded else None,
-                    position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                for model in models
-            ]
+        outputs = []
+        for model in models:
+            key = id(model), tuple(order[k] for k in some)
+            output = kept.get(key) or _begun(model, ids, mask if padded else None, (mask.cumsum(1) - 1).clamp(min=0))
+            if sum(map(_bytes, kept.values())) + _bytes(output) <= KEPT_BYTES:
+                kept[key] = output
+            outputs.append(output)
         owned = [(k, i) for k, root in enumerate(some) for i in roots[order[root]]]
         after = [[*contexts[i], *continuations[i]][len(order[some[k]]) :] for k, i in owned]
         sizes = [max(1, len(tokens)) for tokens in after]
@@ -162,23 +172,34 @@ def _behind_roots(
             positions = length[owner][:, None] + torch.arange(max(width, 0), device=device)
             found = []
             with torch.inference_mode():
-                for model, output in zip(models, kept, strict=True):
-                    logits = output.logits[owner, -1:]
+                for model, (past, last) in zip(models, outputs, strict=True):
+                    logits = last[owner]
                     if width > 0:
-                        past = copy.deepcopy(output.past_key_values)
-                        past.batch_select_indices(owner)
+                        mine = copy.deepcopy(past)
+                        mine.batch_select_indices(owner)
                         seen = torch.cat([mask[owner], torch.ones_like(fed)], 1) if padded else None
                         more = model(
                             input_ids=fed,
                             attention_mask=seen,
                             position_ids=positions,
-                            past_key_values=past,
+                            past_key_values=mine,
                             use_cache=True,
                         ).logits
                         logits = torch.cat([logits, more], 1)
                     steps_of = logits.gather(1, index.expand(-1, -1, logits.shape[-1]))
                     found.append(steps_of.double().log_softmax(-1))
             yield [owned[n][1] for n in part], found, targets.to(device)
+
+
+@torch.inference_mode()
+def _begun(model: Model, ids: Tensor, mask: Tensor | None, positions: Tensor) -> tuple[Any, Tensor]:
+    """Keys and values behind beginnings, and the logits of the next token; rows of one length need no mask."""
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    return output.past_key_values, output.logits[:, -1:]
+
+
+def _bytes(kept: tuple[Any, Tensor]) -> int:
+    return sum(t.nbytes for layer in kept[0].layers for t in (layer.keys, layer.values) if t is not None)
 
 
 def _padded_left(rows: Sequence[Ids], device: str) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
@@ -243,6 +264,16 @@ class Scorer:
         self.ends = tuple(ends)
         self.vocabulary = vocabulary
         self.device = device
+        self._kept: Kept | None = None
+
+    @contextlib.contextmanager
+    def once(self) -> Iterator[None]:
+        """While this lasts no model changes, so that each prompt goes through each of them once."""
+        outer, self._kept = self._kept, {} if self._kept is None else self._kept
+        try:
+            yield
+        finally:
+            self._kept = outer
 
     def literals(
         self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]]
@@ -274,6 +305,7 @@ class Scorer:
             [tuple(literals[i][k]) for i, k in paths],
             self.vocabulary,
             self.device,
+            self._kept,
         ):
             steps = _target_logprobs(found, targets, self.ends)
             reached = steps.cumsum(1) - steps
@@ -341,6 +373,7 @@ class Scorer:
             [continuations[same[0]] for same in shared],
             self.vocabulary,
             self.device,
+            self._kept,
         ):
             members = [i for row in rows for i in shared[row]]
             owner = torch.tensor([k for k, row in enumerate(rows) for _ in shared[row]], device=self.device)

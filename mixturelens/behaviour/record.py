@@ -197,9 +197,10 @@ def behaviour_record(
     check_texts(suite, suite.neutral, tokenizer)  # refuse a bad suite before the weights are read
     models = pair.models()
     scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
-    spelling = settle(scorer, models, suite, tokenizer)
-    spelled = suite.model_copy(update={"spelling": spelling})
-    record = measure_record(scorer, models, spelled, tokenizer, seed=seed, progress=progress)
+    with scorer.once():
+        spelling = settle(scorer, models, suite, tokenizer)
+        spelled = suite.model_copy(update={"spelling": spelling})
+        record = measure_record(scorer, models, spelled, tokenizer, seed=seed, progress=progress)
     return record.model_copy(
         update={
             "provenance": pair.provenance(seed, suite_name),
