@@ -100,9 +100,9 @@ def _forced_logprobs(
 
 def _keeps(model: Model) -> bool:
     """Whether a model gives back keys and values, to go on from for several rows: a plain one, or a side of a base."""
-    if not isinstance(model, torch.nn.Module) and not hasattr(model, "under"):
-        return False
-    return not getattr(model, "_is_stateful", False)  # recurrent ones keep a state instead
+    plain = isinstance(model, torch.nn.Module) or hasattr(model, "under")
+    # recurrent models keep a state instead, and some keep nothing
+    return plain and hasattr(getattr(model, "config", None), "use_cache") and not getattr(model, "_is_stateful", False)
 
 
 def _roots(contexts: Sequence[Ids]) -> dict[tuple[int, ...], list[int]]:
@@ -153,8 +153,10 @@ def _behind_roots(
             outputs.append(output)
         owned = [(k, i) for k, root in enumerate(some) for i in roots[order[root]]]
         after = [[*contexts[i], *continuations[i]][len(order[some[k]]) :] for k, i in owned]
-        sizes = [max(1, len(tokens)) for tokens in after]
-        for part in _batches(sizes, [0] * len(sizes), vocabulary, len(models)):
+        # keys and values are copied for every row: beginnings count as tokens, though not as logits
+        begins = [len(order[some[k]]) for k, _ in owned]
+        sizes = [begin + max(1, len(tokens)) for begin, tokens in zip(begins, after, strict=True)]
+        for part in _batches(sizes, begins, vocabulary, len(models)):
             owner = torch.tensor([owned[n][0] for n in part], device=device)
             width = max(len(after[n]) for n in part) - 1  # the last token is never fed
             steps = max(1, *(len(continuations[owned[n][1]]) for n in part))
