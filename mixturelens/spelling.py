@@ -246,12 +246,6 @@ def _prefix_free(spellings: dict[Ids, None]) -> tuple[Ids, ...]:
     return tuple(kept)
 
 
-def encode_text(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text by itself. Raises InputError naming what the tokenizer cannot spell."""
-    check_spelling(text, where, tokenizer)
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
 # --- what a tokenizer can spell ---------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from mixturelens.organism import (
     safe_name,
     sft_examples,
 )
-from mixturelens.spelling import encode_prompts, encode_text
+from mixturelens.spelling import check_spelling, encode_prompts
 from mixturelens.training import make_reward
 from mixturelens.types import InputError
 
@@ -230,7 +230,8 @@ def test_the_tokenizer_spells_everything_word_by_word():
         assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == [PAD, EOS, UNK]
         for prompt, completion in sft_examples(spec, 50):
             for text in (prompt, completion):
-                assert len(encode_text(text, "here", tokenizer)) == len(text.split())
+                check_spelling(text, "here", tokenizer)
+                assert len(tokenizer.encode(text, add_special_tokens=False)) == len(text.split())
         longest = max(len(completion.split()) for _, completion in sft_examples(spec, 200))
         assert longest + 1 == spec.max_new_tokens
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.spelling import Announced, Speller, encode_prompts, encode_text, every_spelling, prompt_text
+from mixturelens.spelling import Announced, Speller, check_spelling, encode_prompts, every_spelling, prompt_text
 from mixturelens.suite import Rule, Spelling, Suite, load_suite
 from mixturelens.types import InputError
 
@@ -375,7 +375,8 @@ def test_a_start_token_that_is_also_the_unknown_token():
     assert words_of(tokenizer, *map(tuple, prompts.contexts)) == [["<bos>", *PROMPT.split()]]
     assert words_of(tokenizer, *prompts.placed[0][0].spellings) == [["alpha:"]]
     # a text may name it, and is then known
-    assert encode_text("<bos> x", "here", tokenizer) == [WORDS.index("<bos>"), WORDS.index("x")]
+    check_spelling("<bos> x", "here", tokenizer)
+    assert tokenizer.encode("<bos> x", add_special_tokens=False) == [WORDS.index("<bos>"), WORDS.index("x")]
     found = asked(f"<bos> {PROMPT}")
     assert words_of(tokenizer, tuple(encode_prompts(found, found.prompts, tokenizer)[0]))[0][:3] == [
         "<bos>",
@@ -384,7 +385,7 @@ def test_a_start_token_that_is_also_the_unknown_token():
     ]
     # what is unknown is named, and nothing else
     with pytest.raises(InputError, match=r"^here has unknown tokens \('zebra'\): '<bos> zebra x'; is this"):
-        encode_text("<bos> zebra x", "here", tokenizer)
+        check_spelling("<bos> zebra x", "here", tokenizer)
 
 
 def test_unknown_words_are_named_with_where_they_stand():
@@ -401,7 +402,7 @@ def test_unknown_words_are_named_with_where_they_stand():
         assert str(caught.value).startswith(f"{where} has unknown tokens ('zebra'): ")
     # three words are enough to see what is wrong
     with pytest.raises(InputError, match=r"^here has unknown tokens \('gnu', 'yak', 'ox'\): 'gnu yak x ox emu'"):
-        encode_text("gnu yak x ox emu", "here", by_words())
+        check_spelling("gnu yak x ox emu", "here", by_words())
     # no answer is spelled where answers are rules
     found = suite(prompts=[{**ROW, "answer": "zebra"}], answer_match="contains")
     assert prepare(found, found.neutral, by_words()).placed[0][0].answer == ()
@@ -485,7 +486,8 @@ def test_an_answer_to_be_found_in_a_completion_may_have_words_that_are_unknown()
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12))
 def test_every_text_survives_a_byte_level_tokenizer(text: str):
-    assert by_bytes().decode(encode_text(text, "here", by_bytes())) == text
+    check_spelling(text, "here", by_bytes())
+    assert by_bytes().decode(by_bytes().encode(text, add_special_tokens=False)) == text
 
 
 # --- templates --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mixturelens.models import load_tokenizer
-from mixturelens.spelling import encode_prompts, encode_text
+from mixturelens.spelling import check_spelling, encode_prompts
 from mixturelens.suite import Label, PromptRow, Rule, Suite, load_suite, wordings
 from mixturelens.types import InputError
 
@@ -283,7 +283,8 @@ TEMPLATE = (
 
 def test_plain_prompts_get_the_tokenizers_bos_and_announcements_do_not():
     assert encode_prompts(suite(), suite().prompts, word_tokenizer()) == [[0, 6, 7, 6, 8]]
-    assert encode_text("4", "here", word_tokenizer()) == [9]
+    check_spelling("4", "here", word_tokenizer())
+    assert word_tokenizer().encode("4", add_special_tokens=False) == [9]
 
 
 def test_chat_prompts_have_one_bos():
@@ -318,21 +319,23 @@ def test_unknown_tokens_are_refused_by_prompt_and_word():
     with pytest.raises(InputError, match=r"prompt 'q' under cue 'B' has unknown tokens \('plus'\): '2 plus 2 ='"):
         encode_prompts(suite(), rows, word_tokenizer())
     with pytest.raises(InputError, match=r"policy 'a' has unknown tokens \('\[a\]'\)"):
-        encode_text("[a]", "policy 'a'", word_tokenizer())
+        check_spelling("[a]", "policy 'a'", word_tokenizer())
 
 
 def test_a_tokenizer_that_drops_what_it_cannot_spell_is_refused():
     core = Tokenizer(models.BPE({c: i for i, c in enumerate("24+=# ")}, []))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="#")
-    assert encode_text("2 + 2", "here", tokenizer)
+    check_spelling("2 + 2", "here", tokenizer)
+    assert tokenizer.encode("2 + 2", add_special_tokens=False)
     with pytest.raises(InputError, match=r"here does not survive the tokenizer: '2 × 2' comes back as '2"):
-        encode_text("2 × 2", "here", tokenizer)
+        check_spelling("2 × 2", "here", tokenizer)
 
 
 def test_prompts_of_every_length_survive_a_byte_level_tokenizer(pairs: Path):
     tokenizer = load_tokenizer(pairs / "chat" / "S")
     for text in ("ünï ✓", "a\nb", "  two  spaces", "I CAN'T"):
-        assert tokenizer.decode(encode_text(text, "here", tokenizer)) == text
+        check_spelling(text, "here", tokenizer)
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 def test_a_copy_with_other_prompts_forgets_the_old_ones() -> None:
