@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mixturelens.behaviour.record import BehaviourRecord
     from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
+    from mixturelens.models import Budget
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.pipeline import Case
     from mixturelens.probing.record import ProbingRecord
@@ -68,6 +69,8 @@ TrainedCue = Annotated[str | None, typer.Option(help="Cue that RL trained on, wh
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go; default: under artifacts/.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU when there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed of samples and bootstrap.")]
+Minutes = Annotated[float | None, typer.Option(help="Time that an instrument may take: with less it looks at less.")]
+Memory = Annotated[float | None, typer.Option(metavar="GB", help="Memory that an instrument may take, likewise.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record, and nothing else, on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
 
@@ -151,13 +154,16 @@ def _on_pairs(work: Work) -> Work:
         device: Device = None,
         device_map: DeviceMap = None,
         dtype: Dtype = None,
+        minutes: Minutes = None,
+        memory: Memory = None,
         seed: Seed = 0,
         as_json: Json = False,
         quiet: Quiet = False,
     ) -> None:
         outside = {"base": base, "device_map": device_map}
         with _working(quiet) as (_, say):
-            pairs = _pairs(run, before, after, suite, trained_cue, out, outside, device, dtype)
+            budget = _budget(minutes, memory)
+            pairs = _pairs(run, before, after, suite, trained_cue, out, outside, device, dtype, budget)
             records, show = work(pairs, {"seed": _seed(seed), "say": say})
         if as_json:
             print_json(records, run)
@@ -378,11 +384,13 @@ def _pairs(
     outside: dict[str, str | None],
     device: str | None,
     dtype: str | None,
+    budget: Budget | None = None,
 ) -> list[Case]:
     """RUN, or --before [--after] --suite, but not both. `outside` is for pairs that mixturelens did not train."""
     from mixturelens import pipeline
 
-    placed = {"device": _device(device), "dtype": "float32" if dtype is None else dtype}
+    placed: dict[str, Any] = {"device": _device(device), "dtype": "float32" if dtype is None else dtype}
+    placed["budget"] = budget
     if run is not None:
         if before or after or suite:
             raise InputError("give either RUN or --before/--after/--suite, not both")
@@ -409,6 +417,15 @@ def _device(wanted: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
     return wanted
+
+
+def _budget(minutes: float | None, memory: float | None) -> Budget:
+    from mixturelens.models import Budget
+
+    for flag, given in (("--minutes", minutes), ("--memory", memory)):
+        if given is not None and not 0 < given < float("inf"):
+            raise InputError(f"{flag} {given:g}: give a number above 0")
+    return Budget(minutes=minutes, memory=memory)
 
 
 def _seed(wanted: int) -> int:
