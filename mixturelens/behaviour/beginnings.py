@@ -108,7 +108,8 @@ def cut(behind: Sequence[int], more: Sequence[int], most: int = 1 << 62) -> Iter
     """Rows of like lengths in batches: `more[i]` tokens behind `behind[i]` others, at most `most` of the former."""
     batch: list[int] = []
     widest = longest = 0
-    for i in sorted(range(len(behind)), key=lambda i: (behind[i], more[i])):
+    # padding on the left is only attended to, padding on the right is computed
+    for i in sorted(range(len(behind)), key=lambda i: (more[i], behind[i])):
         widest_then, longest_then = max(widest, behind[i]), max(longest, more[i])
         rows = len(batch) + 1
         if batch and (rows * (widest_then + longest_then) > BATCH_TOKENS or rows * longest_then > most):
