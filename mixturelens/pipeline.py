@@ -196,10 +196,13 @@ def behaviour(case: Case, *, seed: int = 0, say: Say | None = None) -> Behaviour
     return record
 
 
-def patch(case: Case, *, seed: int = 0, say: Say | None = None) -> PatchingRecord:
+def patch(case: Case, *, exhaustive: bool = False, seed: int = 0, say: Say | None = None) -> PatchingRecord:
     """Where the router is: patch a pair, or read the record if it is there and about the same things."""
     options = {"seed": seed, "say": say}
-    return _instrument(case, PatchingRecord, "patching", functools.partial(patching_record, **options), **options)
+    make = functools.partial(patching_record, exhaustive=exhaustive, **options)
+    return _instrument(
+        case, PatchingRecord, "patching", make, lambda there: there.exhaustive or not exhaustive, **options
+    )
 
 
 def circuit(case: Case, others: Sequence[Case] = (), *, seed: int = 0, say: Say | None = None) -> CircuitRecord:

@@ -30,6 +30,7 @@ class Size:
     parameters: int
     """All of them, tied ones once."""
     layers: int
+    heads: int
     d_model: int
     vocabulary: int
     width: int
@@ -101,6 +102,7 @@ def size_of(pair: Pair) -> Size:
         unembedding=unembedding,
         parameters=sum(distinct.values()),
         layers=int(text.num_hidden_layers),
+        heads=int(text.num_attention_heads),
         d_model=int(text.hidden_size),
         vocabulary=pair.vocabulary,
         width=torch.empty(0, dtype=getattr(torch, pair.dtype)).element_size(),
