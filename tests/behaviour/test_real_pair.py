@@ -1,6 +1,6 @@
 """A pair made from pretrained weights, with its own tokenizer and chat template: `behaviour` is what PyTorch says.
 
-Needs `python scripts/real_pair.py`, which takes about twenty minutes; MIXTURELENS_REAL names its folder.
+Run with `make real`, which makes the pair; MIXTURELENS_REAL names its folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REAL = Path(os.environ.get("MIXTURELENS_REAL", Path(__file__).parents[2] / "arti
 QUESTIONS = 8  # fewer give no verdict
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.real,
     pytest.mark.skipif(not (REAL / "R").is_dir(), reason=f"{REAL} has no pair; make it with scripts/real_pair.py"),
 ]
 
