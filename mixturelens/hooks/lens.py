@@ -291,6 +291,15 @@ class Lens:
         if embedding is not None:
             embedding._current_batch_size = rows
 
+    def unembed(self, hidden: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocabulary"]:
+        """Logits of what the last layer leaves: scaled and capped, where the model does that."""
+        config = self.model.config.get_text_config()
+        norm = getattr(self.bridge, "ln_final", None)
+        logits = self.bridge.unembed(hidden if norm is None else norm(hidden))
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if not cap else cap * torch.tanh(logits / cap)
+
     def capture(
         self, batch: Tokens, components: Sequence[tuple[int, Component]]
     ) -> tuple[dict[tuple[int, Component], Tensor], Float[Tensor, "row vocabulary"]]:
