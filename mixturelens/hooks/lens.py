@@ -46,6 +46,18 @@ Edit = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns the one to put in its place, or None to leave it."""
 
 
+Reads = Callable[[Float[Tensor, "row pos reader d_model"]], Tensor]
+"""From what readers read of the residual stream, each for itself, to what they make of it."""
+
+
+@dataclass(frozen=True)
+class Forks:
+    """What of a block the bridge gives inputs of their own, so that one reader's can be changed alone."""
+
+    heads: bool
+    mlp: bool
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Prompts of one width: shorter ones are padded on the left, so that the last token is in the last column."""
@@ -355,6 +367,65 @@ class Lens:
         if type(module).__name__ != "Conv1D":
             weight = weight.T  # Linear stores [out, in], Conv1D [in, out]
         return weight.detach().unflatten(0, (self.heads, self.d_head))
+
+    def written(self, layer: int, z: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "row pos head d_model"]:
+        """What each head adds to the residual stream: they sum to what attention adds, up to a bias.
+
+        Where attention's output passes a norm, z must be that of all heads: the norm divides their sum by its root mean
+        square, token by token, and a head's share is what it writes, by that number (as it is in this run).
+        """
+        heads = torch.einsum("rphe,hed->rphd", z, self.output_weights(layer))
+        block = self.bridge.blocks[layer]
+        behind = [norm for name in ("ln1_post", "ln1") if (norm := getattr(block, name, None)) is not None]
+        norm = next((each for each in behind if each.hook_out is self.point(layer, "attn_out")), None)
+        if norm is None:
+            return heads * float(getattr(block, "residual_contribution_scale", 1.0))
+        plain = norm.original_component
+        whole = heads.sum(2)
+        weighed = whole * plain(torch.ones_like(whole[:1, :1]))  # its weights, up to one number
+        scale = (plain(whole) * weighed).sum(-1) / weighed.square().sum(-1).clamp(min=1e-30)
+        return heads * plain(torch.ones_like(whole[:1, :1]))[:, :, None] * scale[..., None, None]
+
+    def forks(self, layer: int) -> Forks:
+        """Which inputs of a block the bridge splits by itself; `reads` stands in for the others."""
+        from transformer_lens.model_bridge.generalized_components import (
+            ALiBiJointQKVAttentionBridge,
+            BlockBridge,
+            JointQKVAttentionBridge,
+            PositionEmbeddingsAttentionBridge,
+        )
+
+        block = self.bridge.blocks[layer]
+        attention = getattr(block, "attn", None)
+        wired = type(block).forward is BlockBridge.forward  # it keeps the stream from before the norm
+        able = isinstance(attention, (JointQKVAttentionBridge, PositionEmbeddingsAttentionBridge))
+        return Forks(
+            heads=wired and able and not isinstance(attention, ALiBiJointQKVAttentionBridge),
+            mlp=wired and (getattr(block, "ln2", None) is not None or block.mlp_reads_resid_directly),
+        )
+
+    def reads(self, layer: int, what: Literal["q", "k", "v", "mlp"]) -> Reads:
+        """How queries, keys, values or an MLP's input come from the residual stream: through the norm before them.
+
+        Raises RunError where they have no norm of their own in front.
+        """
+        block = self.bridge.blocks[layer]
+        before = getattr(block, "ln2", None) if what == "mlp" else None
+        before = before or getattr(block, "ln1", None)  # parallel blocks may have one norm for both
+        if before is None:
+            kind = type(self.model).__name__
+            raise RunError(f"the lens shows no input of {what} on {kind}: there is no norm in front of it")
+        norm = before.original_component
+        if what == "mlp":
+            return norm
+        weights = self.projection(layer, what)[2]
+        bias = getattr(getattr(block.attn, what).original_component, "bias", None)
+
+        def read(stream: Tensor) -> Tensor:
+            found = torch.einsum("rphd,hed->rphe", norm(stream), weights)
+            return found if bias is None else found + bias.detach().view(weights.shape[:2])
+
+        return read
 
     def neuron_weights(self, layer: int) -> Float[Tensor, "neuron d_model"]:
         """What each hidden neuron of an MLP writes, as a view of the model's own weights."""

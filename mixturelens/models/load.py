@@ -69,7 +69,7 @@ def load_config(source: Source | Path) -> PretrainedConfig:
 
 
 RECURRENT = ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm")
-"""Models that carry a state from token to token, and no keys and values: nothing here can go on from a shared prompt."""
+"""Models that carry a state from token to token, and no keys and values that a completion could go on from."""
 
 
 def _check_kind(folder: Path, config: PretrainedConfig) -> None:
