@@ -155,10 +155,11 @@ class Lens:
             why = (str(error).splitlines() or [""])[0]
             raise InputError(f"the bridge of {kind} cannot run it ({type(error).__name__}: {why})") from None
         off = (found - plain).norm(dim=-1) / _spread(plain)
-        allowed = SAME if torch.finfo(self.model.dtype).bits >= 32 else SAME_HALF
+        twice = bool(getattr(self.model.config, "alibi", False))
+        allowed = SAME if twice or torch.finfo(self.model.dtype).bits >= 32 else SAME_HALF
         if bool((off <= allowed).all()):
             return
-        if getattr(self.model.config, "alibi", False):
+        if twice:
             why = "transformer-lens adds ALiBi to a mask that holds it already"
         elif bool(off[0] <= allowed):  # nothing but positions and attention can tell the first token from the others
             why = "from the second token on, so it computes positions or attention otherwise"
@@ -182,6 +183,8 @@ class Lens:
     def _try_out(self, component: Component) -> str | None:
         kind = type(self.model).__name__
         layers = [at for at in range(self.layers) if f"blocks.{at}.{NAMES[component]}" in self.bridge.hook_dict]
+        if not layers and component == "resid_mid":
+            return f"attention and MLP of {kind} read the same stream, and there is none between them"
         if not layers:
             return f"the bridge of {kind} has no hook point {NAMES[component]!r}"
         ids = _some_tokens(self.model).to(self.device).expand(1 + len(layers), -1)  # the first row stays as it is
