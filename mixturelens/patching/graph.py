@@ -17,7 +17,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,6 +29,8 @@ from mixturelens.types import InputError, RunError
 
 CHUNK = 2**25
 """Numbers in what all readers read, of the rows that run at a time: bounds memory (a backward keeps a few copies)."""
+CHANNELS: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
+"""What a head reads the stream for."""
 CHECKED = 8
 """Rows on which a new graph is checked."""
 TOLERANCE = 1e-4
@@ -114,9 +116,9 @@ def edge_graph(lens: Lens, on: Sides) -> Graph:
         block, mlp, forks = f"blocks.{layer}", [f"L{layer}.mlp"], lens.forks(layer)
         heads = [f"L{layer}.h{head}" for head in range(lens.heads)]
         shared = heads if lens.kv_heads == lens.heads else [f"L{layer}.kv{head}" for head in range(lens.kv_heads)]
-        entering, middle = (f"{block}.{NAMES[at]}" for at in ("resid_pre", "resid_mid"))
-        for channel, of in (("q", heads), ("k", shared), ("v", shared)):
-            names = [f"{head}.{channel}" for head in of]
+        entering, middle = f"{block}.{NAMES['resid_pre']}", f"{block}.{NAMES['resid_mid']}"
+        for channel in CHANNELS:
+            names = [f"{head}.{channel}" for head in (heads if channel == "q" else shared)]
             if forks.heads:
                 read(f"{block}.attn.hook_{channel}_input", names)
             else:

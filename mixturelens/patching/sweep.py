@@ -158,8 +158,8 @@ def all_sites(lens: Lens, positions: Sequence[str | int], everywhere: bool = Tru
     Without what cannot be patched in this model, of which `left_out` says why.
     """
     found = []
-    wanted = [*BY_POSITION, *(EVERYWHERE if everywhere else ())]
-    components = [component for component in wanted if lens.why_not(component) is None]
+    wanted: list[Component] = [*BY_POSITION, *(EVERYWHERE if everywhere else ())]
+    components: list[Component] = [component for component in wanted if lens.why_not(component) is None]
     for layer in range(lens.layers):
         for component in components:
             heads = range(lens.heads_of(component)) if component in PER_HEAD else (None,)
