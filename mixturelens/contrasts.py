@@ -56,9 +56,11 @@ class Contrasts:
 
         Drawn, because suites tend to list questions in turn by kind.
         """
-        return Contrasts(
-            self.kind, self.clean, self.corrupt, self.policy, tuple(self.rows[i] for i in self.rows_of(which))
-        )
+        return self.part(self.rows_of(which))
+
+    def part(self, rows: Sequence[int]) -> Contrasts:
+        """Some of the questions, by number."""
+        return Contrasts(self.kind, self.clean, self.corrupt, self.policy, tuple(self.rows[i] for i in rows))
 
     def rows_of(self, which: Literal[0, 1]) -> list[int]:
         """Numbers of the questions in each half."""

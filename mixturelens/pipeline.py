@@ -20,7 +20,7 @@ from mixturelens.features.pair import feature_record
 from mixturelens.features.record import FeatureRecord
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import GraftRecord
-from mixturelens.models import Pair, Source, open_pair
+from mixturelens.models import Budget, Pair, Source, open_pair
 from mixturelens.models.source import fingerprint
 from mixturelens.organism import (
     Spec,
@@ -136,7 +136,7 @@ def train(spec: Spec, out: Path, device: str = "cpu", progress: Progress | None 
     return [train_stage(spec, name, out, device, progress) for name in ("sft", *spec.stages)]
 
 
-def run_pairs(run: Path, *, device: str = "cpu", dtype: str = "float32") -> list[Case]:
+def run_pairs(run: Path, *, device: str = "cpu", dtype: str = "float32", budget: Budget | None = None) -> list[Case]:
     """The pairs of a run: before, SFT; after, where training ended: RL on each cue, and phases that no other follows.
 
     Raises InputError if none has been trained.
@@ -149,7 +149,7 @@ def run_pairs(run: Path, *, device: str = "cpu", dtype: str = "float32") -> list
         if after.exists() and (name not in started or name not in spec.phases):
             cue = phase.cues[0] if phase.train == "rl" and len(phase.cues) == 1 else None
             suite = _suite(run / "suite.yaml", cue)
-            pair = open_pair(run / "checkpoints" / "sft", after, suite, device=device, dtype=dtype)
+            pair = open_pair(run / "checkpoints" / "sft", after, suite, device=device, dtype=dtype, budget=budget)
             pairs.append(Case(pair, run / "suite.yaml", run))
     if not pairs:
         raise InputError(f"{run}: no RL checkpoint yet; run `mixturelens train` with this --out to finish it")
@@ -167,10 +167,11 @@ def outside_pair(
     device: str = "cpu",
     dtype: str = "float32",
     device_map: str | None = None,
+    budget: Budget | None = None,
 ) -> Case:
     """Checkpoints trained elsewhere. Records go to `artifacts/<before>--<after>` unless `out` says otherwise."""
     loaded = _suite(suite, trained_cue)
-    pair = open_pair(before, after, loaded, base=base, device=device, dtype=dtype, device_map=device_map)
+    pair = open_pair(before, after, loaded, base=base, device=device, dtype=dtype, device_map=device_map, budget=budget)
     return Case(pair, suite, out or Path("artifacts") / pair.name)
 
 
@@ -195,10 +196,13 @@ def behaviour(case: Case, *, seed: int = 0, say: Say | None = None) -> Behaviour
     return record
 
 
-def patch(case: Case, *, seed: int = 0, say: Say | None = None) -> PatchingRecord:
+def patch(case: Case, *, exhaustive: bool = False, seed: int = 0, say: Say | None = None) -> PatchingRecord:
     """Where the router is: patch a pair, or read the record if it is there and about the same things."""
     options = {"seed": seed, "say": say}
-    return _instrument(case, PatchingRecord, "patching", functools.partial(patching_record, **options), **options)
+    make = functools.partial(patching_record, exhaustive=exhaustive, **options)
+    return _instrument(
+        case, PatchingRecord, "patching", make, lambda there: there.exhaustive or not exhaustive, **options
+    )
 
 
 def circuit(case: Case, others: Sequence[Case] = (), *, seed: int = 0, say: Say | None = None) -> CircuitRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from mixturelens.behaviour.record import BehaviourRecord
     from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
+    from mixturelens.models import Budget
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.pipeline import Case
     from mixturelens.probing.record import ProbingRecord
@@ -68,6 +70,9 @@ TrainedCue = Annotated[str | None, typer.Option(help="Cue that RL trained on, wh
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go; default: under artifacts/.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU when there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed of samples and bootstrap.")]
+Minutes = Annotated[float | None, typer.Option(help="Time that an instrument may take: with less it looks at less.")]
+Memory = Annotated[float | None, typer.Option(metavar="GB", help="Memory that an instrument may take, likewise.")]
+Exhaustive = Annotated[bool, typer.Option("--exhaustive", help="Look everywhere, however long it takes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record, and nothing else, on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
 
@@ -134,11 +139,15 @@ def train(
 
 Options = dict[str, Any]
 """`seed` and `say` for the functions of the pipeline."""
-Work = Callable[["list[Case]", Options], tuple[list[Any], Callable[[], None]]]
+Work = Callable[..., tuple[list[Any], Callable[[], None]]]
+"""Takes the pairs and Options, and perhaps options of its own."""
 
 
 def _on_pairs(work: Work) -> Work:
-    """Make a command of a function that measures pairs: it returns their records, and what prints them for people."""
+    """Make a command of a function that measures pairs: it returns their records, and what prints them for people.
+
+    Its parameters behind `pairs` and `options` are options of that command alone.
+    """
 
     def command(
         run: Run = None,
@@ -151,19 +160,29 @@ def _on_pairs(work: Work) -> Work:
         device: Device = None,
         device_map: DeviceMap = None,
         dtype: Dtype = None,
+        minutes: Minutes = None,
+        memory: Memory = None,
         seed: Seed = 0,
         as_json: Json = False,
         quiet: Quiet = False,
+        **own: Any,
     ) -> None:
         outside = {"base": base, "device_map": device_map}
         with _working(quiet) as (_, say):
-            pairs = _pairs(run, before, after, suite, trained_cue, out, outside, device, dtype)
-            records, show = work(pairs, {"seed": _seed(seed), "say": say})
+            budget = _budget(minutes, memory)
+            pairs = _pairs(run, before, after, suite, trained_cue, out, outside, device, dtype, budget)
+            records, show = work(pairs, {"seed": _seed(seed), "say": say}, **own)
         if as_json:
             print_json(records, run)
         else:
             show()
 
+    # options of its own follow those that all have
+    own = list(inspect.signature(work).parameters.values())[2:]
+    shared = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [*shared, *(p.replace(annotation=globals()[p.annotation], kind=p.KEYWORD_ONLY) for p in own)]
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command(work.__name__, help=work.__doc__)(command)
     return work
 
@@ -193,11 +212,13 @@ def verdict(pairs: list[Case], options: Options) -> tuple[list[VerdictRecord], C
 
 
 @_on_pairs
-def patch(pairs: list[Case], options: Options) -> tuple[list[PatchingRecord], Callable[[], None]]:
+def patch(
+    pairs: list[Case], options: Options, exhaustive: Exhaustive = False
+) -> tuple[list[PatchingRecord], Callable[[], None]]:
     """Find the router: patch every site between cues, between hints, and from S into R."""
     from mixturelens import pipeline
 
-    records = [pipeline.patch(pair, **options) for pair in pairs]
+    records = [pipeline.patch(pair, exhaustive=exhaustive, **options) for pair in pairs]
     circuits = [pipeline.circuit(pair, pairs, **options) for pair in pairs]
 
     def show() -> None:
@@ -378,11 +399,13 @@ def _pairs(
     outside: dict[str, str | None],
     device: str | None,
     dtype: str | None,
+    budget: Budget | None = None,
 ) -> list[Case]:
     """RUN, or --before [--after] --suite, but not both. `outside` is for pairs that mixturelens did not train."""
     from mixturelens import pipeline
 
-    placed = {"device": _device(device), "dtype": "float32" if dtype is None else dtype}
+    placed: dict[str, Any] = {"device": _device(device), "dtype": "float32" if dtype is None else dtype}
+    placed["budget"] = budget
     if run is not None:
         if before or after or suite:
             raise InputError("give either RUN or --before/--after/--suite, not both")
@@ -409,6 +432,15 @@ def _device(wanted: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
     return wanted
+
+
+def _budget(minutes: float | None, memory: float | None) -> Budget:
+    from mixturelens.models import Budget
+
+    for flag, given in (("--minutes", minutes), ("--memory", memory)):
+        if given is not None and not 0 < given < float("inf"):
+            raise InputError(f"{flag} {given:g}: give a number above 0")
+    return Budget(minutes=minutes, memory=memory)
 
 
 def _seed(wanted: int) -> int:

@@ -1,10 +1,11 @@
 """Checkpoints: where they lie (`source`), how they are loaded (`load`), and two of them as one thing (`pair`)."""
 
 from mixturelens.models.load import end_tokens, load_model, load_tokenizer, quiet_libraries
-from mixturelens.models.pair import Pair, open_pair
+from mixturelens.models.pair import Budget, Pair, open_pair
 from mixturelens.models.source import Source, find_source
 
 __all__ = [
+    "Budget",
     "Pair",
     "Source",
     "end_tokens",

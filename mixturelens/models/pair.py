@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from mixturelens.models.load import (
     DEVICE_MAPS,
     DTYPES,
@@ -27,7 +29,7 @@ from mixturelens.models.source import Source, content_of, find_source, fingerpri
 from mixturelens.records import Provenance, provenance
 from mixturelens.spelling import TODAY, Speller, prompt_text
 from mixturelens.suite import Spelling, Suite, literal_texts, wordings
-from mixturelens.types import InputError, Side
+from mixturelens.types import Frozen, InputError, Side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +48,17 @@ _NO_MATTER = {
 """Settings of a config that change nothing in what a model computes, or that are compared in another way."""
 
 
+class Budget(Frozen):
+    """What an instrument may take at most: with less it looks at less, and says so. None: as much as it needs."""
+
+    minutes: float | None = Field(default=None, gt=0)
+    memory: float | None = Field(default=None, gt=0)
+    """GB (1e9 bytes)."""
+
+
+UNBOUNDED = Budget()
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two checkpoints (or one), the suite to compare them on, and how to load them. Made by `open_pair`."""
@@ -56,6 +69,7 @@ class Pair:
     device: str = "cpu"
     dtype: str = "float32"
     device_map: str | None = None
+    budget: Budget = UNBOUNDED
 
     @property
     def sides(self) -> dict[Side, Source]:
@@ -386,6 +400,7 @@ def open_pair(
     device: str = "cpu",
     dtype: str = "float32",
     device_map: str | None = None,
+    budget: Budget | None = None,
 ) -> Pair:
     """Two checkpoints as a pair: folders, hub ids, or LoRA adapters (on `base`, where their configs do not name it).
 
@@ -402,7 +417,7 @@ def open_pair(
     assert sources[0] is not None
     if base is not None and not any(source is not None and source.is_adapter for source in sources):
         raise InputError("--base is what an adapter is applied on, and neither checkpoint is an adapter")
-    pair = Pair(sources[0], sources[1], suite, device, dtype, device_map)
+    pair = Pair(sources[0], sources[1], suite, device, dtype, device_map, budget or UNBOUNDED)
     pair.check()
     return pair
 

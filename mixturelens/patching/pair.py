@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mixturelens.behaviour.harm import find_harm
@@ -19,9 +20,12 @@ from mixturelens.contrasts import (
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.hooks.sides import sides
 from mixturelens.models import Pair
+from mixturelens.models.cost import Estimate, Work, check_memory, estimate, size_of
+from mixturelens.patching.coarse import Unseen, coarse, coarse_tokens, outputs, patched_tokens
 from mixturelens.patching.record import Attention, Effect, PatchingRecord, ReaderHeads, Sweep
 from mixturelens.patching.sweep import (
     BY_POSITION,
+    HELD,
     Direction,
     Patched,
     all_sites,
@@ -39,30 +43,44 @@ Say = Callable[[str], None]
 
 FEWEST = 8
 """Judging questions, with fewer of which a bootstrap says nothing."""
+EXHAUSTIVE = 2e12
+"""Floating-point operations up to which every site is patched without being asked: about a minute on one core."""
+QUESTIONS = 64
+"""Questions, at most, where sites are nominated."""
 
 
 def patching_record(
     pair: Pair,
     behaviour: BehaviourRecord,
     *,
+    exhaustive: bool = False,
     seed: int = 0,
     say: Say | None = None,
 ) -> PatchingRecord:
     """Where cue and hint are read in S and in R, and which of S's activations undo in R what RL did.
 
-    Raises InputError if the trained cue is not known, or the prompts of a contrast cannot be aligned.
+    Every site is patched where that takes little, or where asked to be `exhaustive`; else those that `coarse` finds
+    worth it, on at most QUESTIONS questions, and what was passed over is bounded. With less time than that takes
+    (`pair.budget`) there are fewer questions. Raises InputError if the trained cue is not known, the prompts of a
+    contrast cannot be aligned, or the memory allowed is too little.
     """
     say = say or (lambda _: None)
     harm = find_harm(behaviour)
     pair = pair.spelled(behaviour.spelling)
     suite, tokenizer = pair.suite, pair.tokenizer
-    lenses: dict[Side, Lens] = {side: lens_of(pair, side) for side in pair.sides}
     cue = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+    hinted = {harm.policy, harm.other} <= {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
+    missing: list[str] = []
+    plan = _plan(pair, cue, hinted, exhaustive, missing)
+    say(f"patching: {plan.takes}")
+    check_memory(pair, plan.takes, "patching")
+    cue = cue.first(plan.questions)
+    lenses: dict[Side, Lens] = {side: lens_of(pair, side) for side in pair.sides}
     target = f"answer under {harm.trained_cue}"
     foil = f"{harm.shows or 'other behaviour'} under {harm.harmed_cue}" if cue.rows[0].foil else "anything else"
     sweeps: list[Sweep] = []
     readers: list[ReaderHeads] = []
-    missing = [
+    missing += [
         f"patching {line}" for line in dict.fromkeys(line for each in lenses.values() for line in left_out(each))
     ]
 
@@ -74,31 +92,39 @@ def patching_record(
         except InputError as error:
             missing.append(f"{what}: {error}")
 
+    def search(
+        lens: Lens, contrasts: Contrasts, everywhere: bool, before: Lens | None = None
+    ) -> tuple[Patched, Unseen | None]:
+        if not plan.exhaustive:
+            return coarse(lens, contrasts, shared_spans(contrasts), before=before, seed=seed)
+        sites = [site for site in _sites(lens, contrasts) if everywhere or site.component in BY_POSITION]
+        return patch(lens, contrasts, sites, before=before), None
+
+    def reader(lens: Lens, contrasts: Contrasts, side: Side, position: str, found: Patched) -> ReaderHeads:
+        return _reader(lens, contrasts, side, position, seed, None if plan.exhaustive else found)
+
     def of_cue(side: Side) -> None:
         lens, words = lenses[side], {"target": target, "foil": foil, "policy": harm.policy}
-        sites = _sites(lens, cue)
-        sweeps.append(_sweep(patch(lens, cue, sites), cue, side, "denoise", seed, tokenizer, **words))
-        heads = [site for site in sites if site.component == "z"]
+        found, unseen = search(lens, cue, everywhere=True)
+        sweeps.append(_sweep(found, cue, side, "denoise", seed, tokenizer, unseen, **words))
+        heads = [site for site in found.sites if site.component == "z"]
         noised = patch(lens, cue, heads, direction="noise")
-        sweeps.append(_sweep(noised, cue, side, "noise", seed, tokenizer, **words))
-        readers.append(_reader(lens, cue, side, "policy", seed))
+        sweeps.append(_sweep(noised, cue, side, "noise", seed, tokenizer, unseen, **words))
+        readers.append(reader(lens, cue, side, "policy", found))
 
     def of_hint(side: Side) -> None:
-        hint = hint_contrasts(suite, tokenizer, harm.trained_cue, harm.policy, harm.other)
-        lens = lenses[side]
+        hint = hint_contrasts(suite, tokenizer, harm.trained_cue, harm.policy, harm.other).first(plan.questions)
         words = {"target": f"policy {harm.policy}", "foil": f"policy {harm.other}", "cue": harm.trained_cue}
-        sites = [site for site in _sites(lens, hint) if site.component in BY_POSITION]
-        sweeps.append(_sweep(patch(lens, hint, sites), hint, side, "denoise", seed, tokenizer, **words))
-        readers.append(_reader(lens, hint, side, "last", seed))
+        found, unseen = search(lenses[side], hint, everywhere=False)
+        sweeps.append(_sweep(found, hint, side, "denoise", seed, tokenizer, unseen, **words))
+        readers.append(reader(lenses[side], hint, side, "last", found))
 
     def of_checkpoints() -> None:
-        same = checkpoint_contrasts(suite, tokenizer, harm.harmed_cue, harm.other, harm.policy)
+        same = checkpoint_contrasts(suite, tokenizer, harm.harmed_cue, harm.other, harm.policy).first(plan.questions)
         words = {"target": f"policy {harm.other}", "foil": f"policy {harm.policy}", "cue": harm.harmed_cue}
-        sites = [site for site in _sites(lenses["after"], same) if site.component in BY_POSITION]
-        moved = patch(lenses["after"], same, sites, before=lenses["before"])
-        sweeps.append(_sweep(moved, same, "after", "denoise", seed, tokenizer, **words))
+        found, unseen = search(lenses["after"], same, everywhere=False, before=lenses["before"])
+        sweeps.append(_sweep(found, same, "after", "denoise", seed, tokenizer, unseen, **words))
 
-    hinted = {harm.policy, harm.other} <= {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
     for side in lenses:
         attempt(f"patching the cue, {side}", functools.partial(of_cue, side))
         if hinted:
@@ -111,17 +137,58 @@ def patching_record(
         sweeps=tuple(sweeps),
         readers=tuple(readers),
         attention=_attention(lenses, cue, readers, tokenizer),
+        exhaustive=plan.exhaustive,
         missing=tuple(missing),
     )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How patching will go about it, and what that takes."""
+
+    exhaustive: bool
+    questions: int
+    takes: Estimate
+
+
+def _plan(pair: Pair, cue: Contrasts, hinted: bool, exhaustive: bool, missing: list[str]) -> _Plan:
+    """Every site, or from coarse to fine; on as many questions as the time allows."""
+    size = size_of(pair)
+    places = range(len(cue.rows[0].clean)) if aligned(cue) else shared_spans(cue)
+    sites = [*outputs(size.layers, size.heads, places), *outputs(size.layers, 1, places)]
+    # the cue in S and in R, denoised and noised; the hint in both; S put into R
+    sweeps = 2 * 2 + 2 * hinted + 1
+    every = sweeps * patched_tokens(size.layers, cue, sites)
+    exhaustive = exhaustive or 2 * size.body * every <= EXHAUSTIVE
+    questions = len(cue.rows) if exhaustive else min(len(cue.rows), QUESTIONS)
+
+    def takes(number: int) -> Estimate:
+        some = cue.first(number)
+        forward, back = every * number / len(cue.rows), 0.0
+        if not exhaustive:
+            forward, back = (sweeps * n for n in coarse_tokens(size.layers, size.heads, some, shared_spans(some)))
+        return estimate(pair, Work(tokens=forward, back=back, read=forward / 20, models=2, held=1.5 * HELD))
+
+    allowed = pair.budget.minutes
+    while allowed is not None and takes(questions).seconds > 60 * allowed and questions > 2 * FEWEST:
+        questions = max(2 * FEWEST, questions * 3 // 4)
+    if questions < len(cue.rows):
+        why = f"--minutes {allowed:g}" if questions < min(len(cue.rows), QUESTIONS) else "--exhaustive takes all"
+        missing.append(f"patching: {questions} of {len(cue.rows)} questions ({why})")
+    return _Plan(exhaustive, questions, takes(questions))
+
+
+def shared_spans(contrasts: Contrasts) -> list[str]:
+    """Spans that all questions have, in the order of the prompt."""
+    shared = set.intersection(*(set(row.spans) for row in contrasts.rows))
+    return [name for name in contrasts.rows[0].spans if name in shared]
 
 
 def _sites(lens: Lens, contrasts: Contrasts) -> list[Site]:
     """Every position where questions are aligned, else every span that all questions have."""
     if aligned(contrasts):
         return all_sites(lens, range(len(contrasts.rows[0].clean)))
-    shared = set.intersection(*(set(row.spans) for row in contrasts.rows))
-    names = [name for name in contrasts.rows[0].spans if name in shared]
-    return all_sites(lens, names, everywhere=not any(row.shift for row in contrasts.rows))
+    return all_sites(lens, shared_spans(contrasts), everywhere=not any(row.shift for row in contrasts.rows))
 
 
 def _sweep(
@@ -131,6 +198,7 @@ def _sweep(
     direction: Direction,
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
+    unseen: Unseen | None = None,
     *,
     target: str,
     foil: str,
@@ -157,11 +225,14 @@ def _sweep(
         effects=tuple(
             Effect(site=site, effect=interval(draws[:, i], digits=4)) for i, site in enumerate(patched.sites)
         ),
+        unseen=unseen,
     )
 
 
-def _reader(lens: Lens, contrasts: Contrasts, side: Side, position: str, seed: int) -> ReaderHeads:
-    found = find_reader(lens, contrasts, position, seed)
+def _reader(
+    lens: Lens, contrasts: Contrasts, side: Side, position: str, seed: int, alone: Patched | None
+) -> ReaderHeads:
+    found = find_reader(lens, contrasts, position, seed, alone)
     margin = interval(found.margin)
     return ReaderHeads(
         kind=contrasts.kind,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mixturelens.contrasts import Kind
+from mixturelens.patching.coarse import Unseen
 from mixturelens.patching.sweep import Direction
 from mixturelens.records import Record
 from mixturelens.types import Frozen, Interval, Side, Site
@@ -41,6 +42,8 @@ class Sweep(Frozen):
     """Token (or span) at each position; empty where prompts differ in length, and positions are span names."""
     spans: dict[str, tuple[int, ...]] = {}
     effects: tuple[Effect, ...]
+    unseen: Unseen | None = None
+    """What was not looked at; null where every site was."""
 
 
 class ReaderHeads(Frozen):
@@ -86,6 +89,8 @@ class PatchingRecord(Record):
     sweeps: tuple[Sweep, ...]
     readers: tuple[ReaderHeads, ...]
     attention: tuple[Attention, ...] = ()
+    exhaustive: bool = True
+    """Whether every site was patched, rather than those that slopes nominate."""
     missing: tuple[str, ...] = ()
     """What could not be measured on this pair, and why."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.contrasts import Contrasts
-from mixturelens.hooks.engine import MEMORY, Columns, Engine
+from mixturelens.hooks.engine import MEMORY, TOGETHER, Columns, Engine
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
 from mixturelens.hooks.sides import sides
@@ -27,8 +28,8 @@ Progress = Callable[[int, int], None]
 
 APART = 0.5
 """Nats by which the two sides of a contrast must differ, for the share that a site carries to mean anything."""
-ROWS = 512
-"""Questions whose activations are held at a time."""
+HELD = 1 << 30
+"""Bytes of activations, of the clean run and of the run that is patched into, that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class Patched:
     base: Float[np.ndarray, " question"]
     goal: Float[np.ndarray, " question"]
     patched: Float[np.ndarray, "site question"]
+
+    def part(self, sites: Sequence[int]) -> Patched:
+        """Some of the sites, by number."""
+        return Patched(tuple(self.sites[i] for i in sites), self.base, self.goal, self.patched[list(sites)])
+
+    def of(self, questions: Sequence[int]) -> Patched:
+        """Some of the questions, by number."""
+        some = list(questions)
+        return Patched(self.sites, self.base[some], self.goal[some], self.patched[:, some])
 
     def effects(self, counts: Int[np.ndarray, "draw question"]) -> Float[np.ndarray, "draw site"]:
         """(patched - base) / (goal - base), a ratio of means over questions, in every bootstrap sample.
@@ -73,8 +83,9 @@ def patch(
     if any(both.shifts) and any(site.position is None or isinstance(site.position, int) for site in sites):
         raise InputError("the two prompts of a contrast differ in length: patch at named spans, not at all positions")
     base, goal, patched = [], [], []
-    for start in range(0, len(both), ROWS):
-        part = both.part(slice(start, start + ROWS))
+    size = _rows(lens, both.clean.ids.shape[1], _activations(sites))
+    for start in range(0, len(both), size):
+        part = both.part(slice(start, start + size))
         into, out_of, spans = (
             (part.corrupt, part.clean, part.corrupt_spans)
             if direction == "denoise"
@@ -93,14 +104,28 @@ def patch(
     return Patched(tuple(sites), np.concatenate(base), np.concatenate(goal), np.concatenate(patched, 1))
 
 
-def jointly(lens: Lens, contrasts: Contrasts, groups: Sequence[Sequence[Site]], before: Lens | None = None) -> Patched:
+def jointly(
+    lens: Lens,
+    contrasts: Contrasts,
+    groups: Sequence[Sequence[Site]],
+    before: Lens | None = None,
+    *,
+    memory: int = MEMORY,
+) -> Patched:
     """Like `patch` (denoising), but all sites of a group are replaced at once. `sites` holds each group's first."""
     both = sides(lens, contrasts)
     sites = [site for group in groups for site in group]
     for site in sites:
         lens.check(site)
     source, goal = (before or lens).capture(both.clean, _activations(sites))
-    base, patched = _full_runs(lens, both.corrupt, both.corrupt_spans, groups, source, both.metric)
+    engine = None
+    if all(len({s.position for s in group}) == 1 and {s.component for s in group} <= set(TOGETHER) for group in groups):
+        with contextlib.suppress(RunError):  # its blocks cannot be called alone: slower, and as exact
+            engine = Engine(lens, both.corrupt, both.corrupt_spans, memory=memory)
+    if engine is None:
+        base, patched = _full_runs(lens, both.corrupt, both.corrupt_spans, groups, source, both.metric)
+    else:
+        base, patched = both.metric(engine.logits), engine.sweep_groups(groups, source, both.metric)
     first = tuple(group[0] for group in groups)
     return Patched(first, _numpy(base), _numpy(both.metric(goal)), _numpy(patched))
 
@@ -136,6 +161,14 @@ def _replace(site: Site, mask: Bool[Tensor, "row pos"], source: Mapping[tuple[in
         return activation
 
     return edit
+
+
+def _rows(lens: Lens, width: int, captured: Sequence[tuple[int, Component]]) -> int:
+    """Questions whose activations fit."""
+    sizes = {"neurons": lens.d_mlp, "pattern": lens.heads * width}
+    clean = sum(sizes.get(component, max(lens.d_model, lens.heads * lens.d_head)) for _, component in captured)
+    base = lens.layers * (lens.d_model + 2 * lens.kv_heads * lens.d_head)
+    return max(1, HELD // (4 * width * (clean + base)))
 
 
 def _activations(sites: Sequence[Site]) -> list[tuple[int, Component]]:
@@ -191,6 +224,8 @@ ENOUGH = 0.9
 """Share of the effect from which a group of heads is taken to be the whole reader."""
 MOST = 2
 """Heads that a reader may have; with more, it is not one place."""
+PARTNERS = 48
+"""Heads, the strongest alone, among which a second one is looked for."""
 RIVALS = 12
 """Heads whose groups a reader is compared with: the strongest alone, on the questions that judge."""
 
@@ -209,8 +244,10 @@ class Reader:
     rival: tuple[Site, ...]
 
 
-def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0) -> Reader:
+def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0, alone: Patched | None = None) -> Reader:
     """The fewest heads (at most two) whose outputs at `position` carry a contrast.
+
+    `alone`: heads that were patched on all of these questions, to choose among; without it, every head is patched.
 
     Chosen on half of the questions: the strongest head and, if it does not carry ENOUGH, the head that adds most to it.
     Judged on the other half against every other group of as many heads among the RIVALS strongest there (which favours
@@ -219,7 +256,12 @@ def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0) 
     if len(contrasts.rows) < 2:
         raise InputError("one half of the questions chooses heads and the other judges them: give at least two")
     choose, judge = contrasts.half(0), contrasts.half(1)
-    alone = patch(lens, choose, head_sites(lens, position))
+    if alone is None:
+        alone = patch(lens, contrasts, head_sites(lens, position))
+    heads_at = [i for i, s in enumerate(alone.sites) if s.component == "z" and s.head is not None]
+    alone = alone.part([i for i in heads_at if alone.sites[i].position == position])
+    strongest = alone.of(contrasts.rows_of(1))
+    alone = alone.of(contrasts.rows_of(0))
     effects = alone.effects(resample_counts(len(choose.rows), seed, draws=1))[0]
     if np.isnan(effects).any():
         between = float((alone.goal - alone.base).mean())
@@ -229,13 +271,12 @@ def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0) 
     order = [alone.sites[i] for i in np.argsort(-effects)]
     heads, reached = (order[0],), float(effects.max())
     while reached < ENOUGH and len(heads) < min(MOST, len(order) - 1):  # others must be left to compare with
-        groups = [(*heads, other) for other in order if other not in heads]
+        groups = [(*heads, other) for other in order[:PARTNERS] if other not in heads]
         together = jointly(lens, choose, groups).effects(resample_counts(len(choose.rows), seed, draws=1))[0]
         if float(together.max()) <= reached:
             break
         heads, reached = groups[int(together.argmax())], float(together.max())
     counts = resample_counts(len(judge.rows), seed)
-    strongest = patch(lens, judge, head_sites(lens, position))
     some = [strongest.sites[i] for i in np.argsort(-strongest.effects(counts[:1])[0])[:RIVALS]]
     rivals = [group for group in itertools.combinations(some, len(heads)) if set(group) != set(heads)]
     if not rivals:

@@ -343,6 +343,24 @@ def test_the_engine_is_full_forwards_and_every_site_moves_or_is_named(name: str)
         assert component not in {site.component for site in all_sites(lens, (0,))}
 
 
+@every_architecture
+def test_groups_of_outputs_are_replaced_together(name: str):
+    lens, metric = lens_on(name), whole_logits()
+    source, mask = other_source(lens), Columns(BATCH, SPANS).mask("scattered")
+    group = [Site(layer=at, component="z", head=at, position="scattered") for at in (0, 1)]
+
+    def edit(x: torch.Tensor, layer: int) -> torch.Tensor:
+        x[mask, layer] = source[layer, "z"][mask, layer]
+        return x
+
+    with torch.no_grad():
+        edits = [(lens.point(at, "z"), functools.partial(edit, layer=at)) for at in (0, 1)]
+        expected = metric(lens.run(BATCH, edits)[:, -1], torch.arange(2))
+    found = Engine(lens, BATCH, SPANS).sweep_groups([group, group[1:]], source, metric)
+    torch.testing.assert_close(found[0], expected, **EXACT)
+    torch.testing.assert_close(found[1], Engine(lens, BATCH, SPANS).sweep(group[1:], source, metric)[0], **EXACT)
+
+
 # --- circuits ---------------------------------------------------------------------------------------------------------
 
 

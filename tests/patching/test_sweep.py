@@ -15,6 +15,7 @@ from transformer_lens import patching
 
 from mixturelens.behaviour.record import behaviour_record
 from mixturelens.contrasts import Contrasts, cue_contrasts
+from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import NAMES, Lens, lens_of, load_lens, tokens
 from mixturelens.hooks.sides import sides
 from mixturelens.models import open_pair
@@ -304,3 +305,39 @@ def test_what_cannot_be_patched_is_left_out_of_the_record_and_named(monkeypatch)
     assert patched == {"resid_pre", "attn_out", "mlp_out", "z", "q", "k", "v"}
     with pytest.raises(InputError, match=r"L0\.pattern\.1 cannot be patched: nobody listens"):
         lens_of(pair, "before").check(Site(layer=0, component="pattern", head=1))
+
+
+@pytest.mark.parametrize("position", ["cue", "question", "policy", 6, None])
+@every_shape
+def test_groups_across_layers_are_the_same_without_the_engine(shape: str, position, monkeypatch: pytest.MonkeyPatch):
+    lens, contrasts = setting(shape)
+    every = [
+        Site(layer=layer, component=component, head=head, position=position)
+        for layer in range(lens.layers)
+        for component in ("z", "attn_out", "mlp_out")
+        for head in (range(lens.heads) if component == "z" else (None,))
+    ]
+    draw = np.random.default_rng(0)
+    groups = [[every[i] for i in draw.permutation(len(every))[: int(draw.integers(1, 6))]] for _ in range(12)]
+    groups = [[s for s in group if s.component == "z" or s.head is None] for group in groups]
+    quick = jointly(lens, contrasts, groups)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RunError("no exact engine")
+
+    monkeypatch.setattr(sweep, "Engine", refuse)
+    slow = jointly(lens, contrasts, groups)
+    for name in ("base", "goal", "patched"):
+        np.testing.assert_allclose(getattr(quick, name), getattr(slow, name), atol=1e-4)
+
+
+def test_groups_that_cannot_be_replaced_together_are_refused():
+    lens, contrasts = setting("llama")
+    both = sides(lens, contrasts)
+    engine = Engine(lens, both.corrupt, both.corrupt_spans)
+    for group in (
+        [Site(layer=0, component="k", head=0)],
+        [Site(layer=0, component="z", head=0, position=p) for p in (1, 2)],
+    ):
+        with pytest.raises(InputError, match="only outputs at one position are replaced together"):
+            engine.sweep_groups([group], {}, both.metric)

@@ -1,0 +1,124 @@
+"""From coarse to fine: what is found is what patching everything finds, at a part of the patches."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mixturelens.contrasts import Contrasts, cue_contrasts
+from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.hooks.sides import sides
+from mixturelens.patching import coarse as room
+from mixturelens.patching.coarse import coarse, coarse_tokens, outputs, patched_tokens, stream
+from mixturelens.patching.pair import shared_spans
+from mixturelens.patching.slopes import strengths
+from mixturelens.patching.sweep import find_reader, head_sites, patch
+from mixturelens.stats import resample_counts
+from mixturelens.suite import load_suite
+from mixturelens.types import Site
+
+PAIRS = Path(__file__).parents[1] / "pairs"
+REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference"
+SHAPES = ("llama", "gpt2", "gpt_neox", "qwen2")
+
+
+@functools.cache
+def setting(shape: str, number: int = 12) -> tuple[Lens, Contrasts]:
+    folder = PAIRS / shape
+    lens = load_lens(folder / "R-routing")
+    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", "A", "B").first(number)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_slopes_are_those_of_the_patch(shape: str) -> None:
+    """A small step towards the clean output moves the metric by the slope: checked by differences."""
+    lens, contrasts = setting(shape)
+    on = sides(lens, contrasts)
+    site = Site(layer=0, component="z", head=1, position="policy")
+    clean, _ = lens.capture(on.clean, [(0, "z")])
+    column = on.corrupt.ids.shape[1] - 1
+    step = 1e-2
+
+    def moved(share: float) -> torch.Tensor:
+        def edit(activation: torch.Tensor) -> torch.Tensor:
+            activation[:, column, 1] += share * (clean[0, "z"][:, column, 1] - activation[:, column, 1])
+            return activation
+
+        return on.metric(lens.run(on.corrupt, [(lens.point(0, "z"), edit)])[:, -1]).double()
+
+    with torch.no_grad():
+        expected = float(((moved(step) - moved(-step)) / (2 * step)).mean().abs())
+    found = float(strengths(lens, on, [site])[0])
+    assert found > 0.95 * expected  # dropped gradients, and those of the clean run, may say more
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_in_the_last_layer_are_exact_to_first_order_and_others_have_signs_dropped(shape: str) -> None:
+    lens, contrasts = setting(shape)
+    found = strengths(lens, sides(lens, contrasts), outputs(lens.layers, lens.heads, ["cue", "policy"]))
+    assert bool((found >= 0).all())
+    assert bool(found.isfinite().all())
+    assert float(found.max()) > 0.1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_coarse_finds_the_reader_that_patching_everything_finds(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lens, contrasts = setting(shape, 40)
+    monkeypatch.setattr(room, "LEAST_NOMINATED", 20)
+    monkeypatch.setattr(room, "SAMPLED", 4)
+    found, unseen = coarse(lens, contrasts, shared_spans(contrasts))
+    every = find_reader(lens, contrasts, "policy")
+    some = find_reader(lens, contrasts, "policy", alone=found)
+    assert set(some.heads) == set(every.heads)
+    assert len(found.sites) < len(outputs(lens.layers, lens.heads, shared_spans(contrasts))) * 2 / 3
+    assert unseen.sites > 20
+    assert unseen.sampled == 4
+    assert 0 < unseen.share < 0.6
+
+
+def test_coarse_effects_are_those_of_the_patch() -> None:
+    lens, contrasts = setting("llama")
+    found, unseen = coarse(lens, contrasts, ["cue", "last", "policy"])
+    exact = patch(lens, contrasts, found.sites)
+    np.testing.assert_allclose(found.patched, exact.patched, atol=1e-5)
+    np.testing.assert_allclose(found.base, exact.base, atol=1e-5)
+    assert (unseen.sites, unseen.sampled) == (0, 0) or unseen.sampled <= unseen.sites
+
+
+def test_what_was_passed_over_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound holds for all that was passed over, where all of it is patched."""
+    lens, contrasts = setting("llama", 40)
+    monkeypatch.setattr(room, "LEAST_NOMINATED", 8)
+    monkeypatch.setattr(room, "SAMPLED", 8)
+    positions = shared_spans(contrasts)
+    found, unseen = coarse(lens, contrasts, positions)
+    looked = set(found.sites)
+    rest = [site for site in outputs(lens.layers, lens.heads, positions) if site not in looked]
+    effects = np.abs(patch(lens, contrasts, rest).effects(resample_counts(len(contrasts.rows), 0, draws=1))[0])
+    above = float((effects > unseen.largest).sum() / unseen.sites)
+    assert above <= unseen.share
+    assert effects.max() < 0.2  # slopes passed over nothing that matters
+
+
+def test_wide_spans_are_patched_before_some_layers_only() -> None:
+    _, contrasts = setting("llama")
+    narrow = stream(32, contrasts, ["policy"])
+    wide = stream(32, contrasts, ["cue"])
+    assert (len(narrow), len(wide)) == (32, 8)
+
+
+def test_a_patch_costs_what_comes_after_it() -> None:
+    _, contrasts = setting("llama")
+    width, rows = len(contrasts.rows[0].clean), len(contrasts.rows)
+    first = patched_tokens(4, contrasts, [Site(layer=0, component="resid_pre", position=0)])
+    assert first == rows * width
+    assert patched_tokens(4, contrasts, [Site(layer=2, component="z", head=0, position=width - 1)]) == rows / 2
+    forward, back = coarse_tokens(30, 9, contrasts, ["last", "policy"])
+    every = patched_tokens(30, contrasts, outputs(30, 9, ["last", "policy"]))
+    assert forward > 0
+    assert back > 0
+    assert every > patched_tokens(30, contrasts, head_sites(setting("llama")[0], "policy"))
