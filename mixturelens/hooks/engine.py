@@ -103,8 +103,16 @@ class Engine:
         self.width = base.ids.shape[1]
         self._columns = Columns(base, spans)
         with torch.no_grad():  # not inference mode: `logits_with` computes gradients through what is kept
-            self._run_base()
-            self._check()
+            try:
+                self._run_base()
+                self._check()
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                raise RunError(
+                    f"the blocks of {type(lens.model).__name__} cannot be called alone ({why}): no exact engine"
+                ) from None
 
     # --- the unpatched run ------------------------------------------------------------------------------------------
 
@@ -115,7 +123,7 @@ class Engine:
         arguments: list[dict[str, Any]] = []
 
         def keep(block: Any) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
-            names = list(inspect.signature(block.original_component.forward).parameters)
+            names = list(inspect.signature(type(block.original_component).forward).parameters)[1:]
 
             def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 arguments.append({**dict(zip(names, args, strict=False)), **kwargs})
@@ -143,7 +151,7 @@ class Engine:
         """The arguments of a block; tensors that the engine would not know how to cut are refused."""
         positional = ("attention_mask", "position_ids", "cache_position")
         for name, value in given.items():
-            if isinstance(value, Tensor) and name not in positional:
+            if isinstance(value, Tensor) and name not in (*positional, "alibi"):
                 raise RunError(f"the blocks of {type(self.lens.model).__name__} take {name!r}, which cannot be cut")
         named = {name: value for name, value in given.items() if not isinstance(value, cache_class)}
         caches = [name for name, value in given.items() if isinstance(value, cache_class)]
@@ -170,6 +178,14 @@ class Engine:
                 f"the blocks of {type(self.lens.model).__name__}, called alone, give other logits than the model "
                 f"(relative difference {error:.2g}); the patch engine does not support this architecture"
             )
+        self._apart = all(self._same_apart(layer, rows) for layer in range(self.lens.layers))
+
+    def _same_apart(self, layer: int, rows: Int[Tensor, " run"]) -> bool:
+        """Whether columns that are no neighbours can go through a block together: GPT-Neo's count from the last one."""
+        columns = sorted({0, self.width - 1})
+        found = self._block(layer, self._resid[layer][rows][:, columns], rows, columns, self._unchanged(layer, rows))
+        expected = self._resid[layer + 1][rows][:, columns]
+        return float((found - expected).abs().max()) < TOLERANCE * max(1.0, float(expected.abs().max()))
 
     # --- pieces of a run --------------------------------------------------------------------------------------------
 
@@ -196,6 +212,9 @@ class Engine:
         given["attention_mask"] = mine(given["attention_mask"][:, :, at, :upto])
         if given.get("position_ids") is not None:
             given["position_ids"] = mine(given["position_ids"][:, at])
+        if given.get("alibi") is not None:  # [row x head, 1, key]
+            slopes = given["alibi"].view(len(self.base), -1, 1, self.width)
+            given["alibi"] = slopes[rows, :, :, :upto].flatten(0, 1)
         if given.get("cache_position") is not None:
             given["cache_position"] = given["cache_position"][at]
         if given.get("position_embeddings") is not None:
@@ -257,7 +276,7 @@ class Engine:
         return self._block(layer, hidden, rows, [last], keys, edits)
 
     def _logits(self, hidden: Float[Tensor, "run window d_model"]) -> Float[Tensor, "run vocabulary"]:
-        return self.lens.bridge.unembed(self.lens.bridge.ln_final(hidden[:, -1:]))[:, 0]
+        return self.lens.unembed(hidden[:, -1:])[:, 0]
 
     # --- patches ----------------------------------------------------------------------------------------------------
 
@@ -453,14 +472,10 @@ class Engine:
         after = self._resid[layer + 1][every, -1:] if final else self._resid[layer + 1][every, start:]
         if not at:
             return after
-        upto = at[-1] + 1
-
-        def unchanged(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            before = [part[every, :, :upto] for part in self._keys[layer]]
-            return before[0], before[1]
-
-        edits = self._group_edits(groups, rows, at, list(range(len(at))), source)
-        changed = self._block(layer, self._resid[layer][every][:, at], every, at, unchanged, edits)
+        through, inside = self._through(at)
+        edits = self._group_edits(groups, rows, at, inside, source)
+        unchanged = self._unchanged(layer, every, at[-1] + 1)
+        changed = self._block(layer, self._resid[layer][every][:, through], every, through, unchanged, edits)[:, inside]
         if final:
             return changed
         after[:, [c - start for c in at]] = changed
@@ -537,18 +552,31 @@ class Engine:
         if component == "resid_post":
             changed = given[places][:, at]
         else:
-            upto = at[-1] + 1
-            edit = self._edit(sites, places, at, list(range(len(at))), given)
-
-            def unchanged(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-                before = [part[rows, :, :upto] for part in self._keys[layer]]
-                return before[0], before[1]
-
-            changed = self._block(layer, self._resid[layer][rows][:, at], rows, at, unchanged, [edit])
+            through, inside = self._through(at)
+            edit = self._edit(sites, places, at, inside, given)
+            unchanged = self._unchanged(layer, rows, at[-1] + 1)
+            hidden = self._resid[layer][rows][:, through]
+            changed = self._block(layer, hidden, rows, through, unchanged, [edit])[:, inside]
         if final:
             return changed
         after[:, [c - start for c in at]] = changed
         return after
+
+    def _through(self, at: list[int]) -> tuple[list[int], list[int]]:
+        """The columns that go through a block so that those at `at` are right, and where among them these lie."""
+        through = at if self._apart else list(range(at[0], at[-1] + 1))
+        return through, [through.index(c) for c in at]
+
+    def _unchanged(
+        self, layer: int, rows: Int[Tensor, " run"], upto: int | None = None
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Attention to the keys and values of the unpatched run."""
+
+        def keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            before = [part[rows, :, :upto] for part in self._keys[layer]]
+            return before[0], before[1]
+
+        return keys
 
     def _edit(
         self,

@@ -33,8 +33,29 @@ NAMES: Mapping[Component, str] = {
 FINAL: Mapping[str, str] = {"final_norm": "ln_final", "unembed": "unembed"}
 """Component behind the last block -> what transformer-lens calls its module."""
 
+PROBED = 6
+"""Tokens of the prompt with which a lens is held against its model, and sites are tried."""
+SAME = 1e-3
+"""Largest difference between logits of a model and of its lens, relative to their spread, in single precision."""
+SAME_HALF = 0.1
+"""The same in half precision, in which a bridge that computes attention in another order rounds otherwise."""
+DEAD = 1e-5
+"""Largest change of the logits, relative to their spread, by an edit that did not reach them."""
+
 Edit = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns the one to put in its place, or None to leave it."""
+
+
+Reads = Callable[[Float[Tensor, "row pos reader d_model"]], Tensor]
+"""From what readers read of the residual stream, each for itself, to what they make of it."""
+
+
+@dataclass(frozen=True)
+class Forks:
+    """What of a block the bridge gives inputs of their own, so that one reader's can be changed alone."""
+
+    heads: bool
+    mlp: bool
 
 
 @dataclass(frozen=True)
@@ -77,14 +98,18 @@ def tokens(rows: Sequence[Sequence[int]], device: str = "cpu", width: int | None
 class Lens:
     """A causal language model whose activations can be read and replaced, by site.
 
-    The weights are those of the checkpoint (nothing is folded or centred), so logits are Hugging Face's own. The model
-    given is changed in place: its modules become those of the bridge.
+    The weights are those of the checkpoint (nothing is folded or centred), so logits are Hugging Face's own, which is
+    checked on a few tokens: InputError where they are not, as for a model without a bridge. The model given is changed
+    in place: its modules become those of the bridge.
     """
 
     def __init__(self, model: Any, tokenizer: Any, device: str = "cpu") -> None:
         from transformer_lens.model_bridge import TransformerBridge
 
         self._parameters = {id(value): name for name, value in model.named_parameters()}  # before the bridge moves in
+        ids = _some_tokens(model)
+        with torch.no_grad():
+            plain = model(input_ids=ids, use_cache=False).logits[0]
         model.set_attn_implementation("eager")  # so that every layer is told its mask, and shows its pattern
         try:
             self.bridge = TransformerBridge.boot_transformers(
@@ -97,13 +122,103 @@ class Lens:
         self.tokenizer = tokenizer
         self.device = device
         self._points: dict[str, Any] = {}
+        self._refusals: dict[Component, str | None] = {}
+        self._round_rotations()
+        self._check_logits(ids.to(device), plain.float().to(device))
         config = self.bridge.cfg
         self.layers = int(config.n_layers)
         self.heads = int(config.n_heads)
         self.kv_heads = int(getattr(config, "n_key_value_heads", None) or config.n_heads)
         self.d_model = int(config.d_model)
         self.d_head = int(config.d_head)
-        self.d_mlp = int(getattr(config, "d_mlp", None) or 4 * self.d_model)
+        wide = getattr(model.config, "ffn_dim", None)  # OPT's word for it, which the bridge does not know
+        self.d_mlp = int(wide or getattr(config, "d_mlp", None) or 4 * self.d_model)
+
+    def _round_rotations(self) -> None:
+        """Where rotations are kept in single precision (OLMo), the model rounds what it has rotated; so must we."""
+        dtype = self.model.dtype
+        if torch.finfo(dtype).bits < 32:
+            for name, point in self.bridge.hook_dict.items():
+                if name.endswith((".hook_rot_q", ".hook_rot_k")):
+                    point.register_forward_hook(lambda _, __, rotated: rotated.to(dtype))
+
+    def _check_logits(self, ids: Int[Tensor, "1 pos"], plain: Float[Tensor, "pos vocabulary"]) -> None:
+        """Refuse a model that is another one under the bridge."""
+        kind = type(self.model).__name__
+        batch = Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+        try:
+            with torch.no_grad():
+                found = self.run(batch, last_only=False)[0].float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the bridge of a model that nobody tried may come upon
+            why = (str(error).splitlines() or [""])[0]
+            raise InputError(f"the bridge of {kind} cannot run it ({type(error).__name__}: {why})") from None
+        off = (found - plain).norm(dim=-1) / _spread(plain)
+        twice = bool(getattr(self.model.config, "alibi", False))
+        allowed = SAME if twice or torch.finfo(self.model.dtype).bits >= 32 else SAME_HALF
+        if bool((off <= allowed).all()):
+            return
+        if twice:
+            why = "transformer-lens adds ALiBi to a mask that holds it already"
+        elif bool(off[0] <= allowed):  # nothing but positions and attention can tell the first token from the others
+            why = "from the second token on, so it computes positions or attention otherwise"
+        else:
+            why = "from the first token on"
+        raise InputError(
+            f"under transformer-lens {kind} is another model: its logits are off by {float(off.max()):.2g} of their "
+            f"spread ({why}); this version has no use for it, and what needs no lens (`behaviour`, `verdict`) works"
+        )
+
+    def why_not(self, component: Component) -> str | None:
+        """Why a component cannot be patched in this model, in words; None where it can.
+
+        Tried out once, on a few tokens: in each layer in turn everything there is replaced by noise. Where that reaches
+        the logits from no layer, the bridge shows what the model computes, and ignores what is put in its place.
+        """
+        if component not in self._refusals:
+            self._refusals[component] = self._try_out(component)
+        return self._refusals[component]
+
+    def _try_out(self, component: Component) -> str | None:
+        kind = type(self.model).__name__
+        layers = [at for at in range(self.layers) if f"blocks.{at}.{NAMES[component]}" in self.bridge.hook_dict]
+        if not layers and component == "resid_mid":
+            return f"attention and MLP of {kind} read the same stream, and there is none between them"
+        if not layers:
+            return f"the bridge of {kind} has no hook point {NAMES[component]!r}"
+        ids = _some_tokens(self.model).to(self.device).expand(1 + len(layers), -1)  # the first row stays as it is
+        rows, width = ids.shape
+        per_head = (rows, width, self.heads_of(component), self.d_head)
+        expected = {
+            **dict.fromkeys(("z", "q", "k", "v"), per_head),
+            "pattern": (rows, self.heads, width, width),
+            "neurons": (rows, width, self.d_mlp),
+        }.get(component, (rows, width, self.d_model))
+        odd: list[tuple[int, ...]] = []
+
+        def noise(row: int) -> Edit:
+            def edit(activation: Tensor) -> Tensor:
+                if tuple(activation.shape) != expected:
+                    odd.append(tuple(activation.shape))
+                    return activation
+                now = activation[row].detach()
+                drawn = torch.randn(now.shape, generator=torch.Generator().manual_seed(row)).to(now)
+                activation[row] = 3 * drawn * now.float().square().mean().sqrt().clamp(min=1e-3).to(now)
+                return activation
+
+            return edit
+
+        edits = [(self.point(at, component), noise(row)) for row, at in enumerate(layers, 1)]
+        batch = Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+        with torch.no_grad():
+            logits = self.run(batch, edits)[:, -1].float()
+        if odd:
+            shown = f"{list(odd[0][1:])} a prompt, where {list(expected[1:])} is meant"
+            return f"the bridge of {kind} shows something else there ({shown})"
+        if not bool(((logits[1:] - logits[:1]).norm(dim=-1) > DEAD * _spread(logits[:1])).any()):
+            return f"the bridge of {kind} shows it, but what is put in its place does not reach the logits"
+        return None
 
     def heads_of(self, component: Component) -> int:
         """Number of heads of a component: keys and values may have fewer. 1 where it has none."""
@@ -132,7 +247,7 @@ class Lens:
         return found
 
     def check(self, site: Site) -> None:
-        """Refuse a site that does not exist, by name."""
+        """Refuse a site that does not exist, or that cannot be patched, by name."""
         self.point(site.layer, site.component)
         if site.head is not None and site.head >= self.heads_of(site.component):
             raise InputError(
@@ -140,6 +255,8 @@ class Lens:
             )
         if site.neuron is not None and site.neuron >= self.d_mlp:
             raise InputError(f"{site}: there is no neuron {site.neuron}; neurons are 0 to {self.d_mlp - 1}")
+        if why := self.why_not(site.component):
+            raise InputError(f"{site} cannot be patched: {why}; name another component")
 
     @contextlib.contextmanager
     def hooked(self, edits: Sequence[tuple[Any, Edit]]) -> Iterator[None]:
@@ -188,6 +305,15 @@ class Lens:
         embedding = getattr(self.bridge, "pos_embed", None)
         if embedding is not None:
             embedding._current_batch_size = rows
+
+    def unembed(self, hidden: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocabulary"]:
+        """Logits of what the last layer leaves: scaled and capped, where the model does that."""
+        config = self.model.config.get_text_config()
+        norm = getattr(self.bridge, "ln_final", None)
+        logits = self.bridge.unembed(hidden if norm is None else norm(hidden))
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if not cap else cap * torch.tanh(logits / cap)
 
     def capture(
         self, batch: Tokens, components: Sequence[tuple[int, Component]]
@@ -245,6 +371,65 @@ class Lens:
             weight = weight.T  # Linear stores [out, in], Conv1D [in, out]
         return weight.detach().unflatten(0, (self.heads, self.d_head))
 
+    def written(self, layer: int, z: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "row pos head d_model"]:
+        """What each head adds to the residual stream: they sum to what attention adds, up to a bias.
+
+        Where attention's output passes a norm, z must be that of all heads: the norm divides their sum by its root mean
+        square, token by token, and a head's share is what it writes, by that number (as it is in this run).
+        """
+        heads = torch.einsum("rphe,hed->rphd", z, self.output_weights(layer))
+        block = self.bridge.blocks[layer]
+        behind = [norm for name in ("ln1_post", "ln1") if (norm := getattr(block, name, None)) is not None]
+        norm = next((each for each in behind if each.hook_out is self.point(layer, "attn_out")), None)
+        if norm is None:
+            return heads * float(getattr(block, "residual_contribution_scale", 1.0))
+        plain = norm.original_component
+        whole = heads.sum(2)
+        weighed = whole * plain(torch.ones_like(whole[:1, :1]))  # its weights, up to one number
+        scale = (plain(whole) * weighed).sum(-1) / weighed.square().sum(-1).clamp(min=1e-30)
+        return heads * plain(torch.ones_like(whole[:1, :1]))[:, :, None] * scale[..., None, None]
+
+    def forks(self, layer: int) -> Forks:
+        """Which inputs of a block the bridge splits by itself; `reads` stands in for the others."""
+        from transformer_lens.model_bridge.generalized_components import (
+            ALiBiJointQKVAttentionBridge,
+            BlockBridge,
+            JointQKVAttentionBridge,
+            PositionEmbeddingsAttentionBridge,
+        )
+
+        block = self.bridge.blocks[layer]
+        attention = getattr(block, "attn", None)
+        wired = type(block).forward is BlockBridge.forward  # it keeps the stream from before the norm
+        able = isinstance(attention, (JointQKVAttentionBridge, PositionEmbeddingsAttentionBridge))
+        return Forks(
+            heads=wired and able and not isinstance(attention, ALiBiJointQKVAttentionBridge),
+            mlp=wired and (getattr(block, "ln2", None) is not None or block.mlp_reads_resid_directly),
+        )
+
+    def reads(self, layer: int, what: Literal["q", "k", "v", "mlp"]) -> Reads:
+        """How queries, keys, values or an MLP's input come from the residual stream: through the norm before them.
+
+        Raises RunError where they have no norm of their own in front.
+        """
+        block = self.bridge.blocks[layer]
+        before = getattr(block, "ln2", None) if what == "mlp" else None
+        before = before or getattr(block, "ln1", None)  # parallel blocks may have one norm for both
+        if before is None:
+            kind = type(self.model).__name__
+            raise RunError(f"the lens shows no input of {what} on {kind}: there is no norm in front of it")
+        norm = before.original_component
+        if what == "mlp":
+            return norm
+        weights = self.projection(layer, what)[2]
+        bias = getattr(getattr(block.attn, what).original_component, "bias", None)
+
+        def read(stream: Tensor) -> Tensor:
+            found = torch.einsum("rphd,hed->rphe", norm(stream), weights)
+            return found if bias is None else found + bias.detach().view(weights.shape[:2])
+
+        return read
+
     def neuron_weights(self, layer: int) -> Float[Tensor, "neuron d_model"]:
         """What each hidden neuron of an MLP writes, as a view of the model's own weights."""
         module = cast(nn.Module, self.bridge.blocks[layer].mlp.out.original_component)
@@ -285,6 +470,17 @@ class Lens:
         finally:
             fused.data = kept
         return name, index.unflatten(0, (heads, -1)), kept.view(-1)[index].unflatten(0, (heads, -1))
+
+
+def _some_tokens(model: Any) -> Int[Tensor, "1 pos"]:
+    """Ids from all over the vocabulary, on the model's device."""
+    words = model.get_input_embeddings().weight
+    return (torch.arange(1, PROBED + 1, device=words.device) * len(words) // (PROBED + 2))[None]
+
+
+def _spread(logits: Float[Tensor, "row vocabulary"]) -> Float[Tensor, " row"]:
+    """How far logits lie from their mean, which no probability depends on."""
+    return (logits - logits.mean(-1, keepdim=True)).norm(dim=-1).clamp(min=1e-6)
 
 
 def load_lens(path: Path, device: str = "cpu") -> Lens:

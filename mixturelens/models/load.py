@@ -64,7 +64,28 @@ def load_config(source: Source | Path) -> PretrainedConfig:
             number = getattr(text, name, None)
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise InputError(f"{folder}: {name} is {number!r} in {CONFIG}")
-        return config
+    _check_kind(folder, config)
+    return config
+
+
+RECURRENT = ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm")
+"""Models that carry a state from token to token, and no keys and values that a completion could go on from."""
+
+
+def _check_kind(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse models that do not predict the next token from keys and values of the tokens before it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    needed = "give a causal transformer (Llama, Qwen, Gemma, GPT-2, ...)"
+    if kind in RECURRENT:
+        raise InputError(f"{folder}: a {kind} model is recurrent, it has no attention to look into; {needed}")
+    alone = not any(getattr(config, name, False) for name in ("is_encoder_decoder", "is_decoder", "causal"))
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and alone:
+        raise InputError(
+            f"{folder}: a {kind} model fills masks, each token sees those behind it; {needed}, or set is_decoder in "
+            f"{CONFIG} if it was trained to predict the next token"
+        )
 
 
 def skeleton(source: Source | Path) -> nn.Module:

@@ -3,6 +3,12 @@
 The residual stream is a sum, so what a channel reads is the sum of what was written before it: by the input, by every
 head, by every MLP. An edge is one term of one such sum. To patch an edge is to give its reader the term of the corrupt
 run instead of the live one, and to leave every other reader as it is.
+
+What is written is what arrives in the stream. Where outputs are scaled on their way (Granite), so are the terms. Where
+a norm follows attention (Gemma 2 and 3, OLMo 2), it divides the sum of a layer's heads by one number per token, which
+all of them have a part in: a head's term is its linear share, what it writes times that number as it is in this very
+run. The terms then sum exactly to what attention adds. But a head that changes also changes the number, and with it the
+terms of the heads beside it: that is counted to theirs, and patching all edges of a head is not patching its output.
 """
 
 from __future__ import annotations
@@ -11,18 +17,20 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mixturelens.hooks.lens import Edit, Lens, Tokens
+from mixturelens.hooks.lens import NAMES, Edit, Lens, Reads, Tokens
 from mixturelens.hooks.sides import Sides
 from mixturelens.types import InputError, RunError
 
 CHUNK = 2**25
 """Numbers in what all readers read, of the rows that run at a time: bounds memory (a backward keeps a few copies)."""
+CHANNELS: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
+"""What a head reads the stream for."""
 CHECKED = 8
 """Rows on which a new graph is checked."""
 TOLERANCE = 1e-4
@@ -38,6 +46,10 @@ class Readers:
     stop: int
     reach: int
     """They read the first `reach` writers."""
+    stream: Any = None
+    """Where the stream that they read is seen, if their own hook point shows what they make of it."""
+    through: Reads | None = None
+    """What they make of it."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,9 @@ class Graph:
     """The edges of a network, in the order in which it computes: made, and checked, by `edge_graph`.
 
     Writers are the input (embeddings, with those of positions), the heads (each with its share of the output
-    projection, whose bias is nobody's) and the MLPs. Readers are the query, key and value inputs of every head (where
-    heads share keys and values: of every key-value head), the inputs of MLPs, and the logits, all before their norm.
+    projection, whose bias is nobody's, and of the norm or scale behind it) and the MLPs. Readers are the query, key and
+    value inputs of every head (where heads share keys and values: of every key-value head), the inputs of MLPs, and the
+    logits, all before their norm.
     """
 
     lens: Lens
@@ -80,8 +93,8 @@ class Graph:
 def edge_graph(lens: Lens, on: Sides) -> Graph:
     """The graph of a model, checked on the first few rows of `on`.
 
-    Raises InputError naming a hook point that the bridge does not have, and RunError if a hook does not fire, or if the
-    residual stream is not the plain sum that edges are terms of (norms after attention or MLP, scaled residuals).
+    Raises InputError naming a hook point that the bridge does not have, and RunError if a hook does not fire, or if
+    what is read is not the sum that edges are terms of.
     """
     writers: list[str] = []
     readers: list[str] = []
@@ -92,24 +105,34 @@ def edge_graph(lens: Lens, on: Sides) -> Graph:
         writing.append(Writers(lens.named_point(point), len(writers), layer))
         writers.extend(names)
 
-    def read(point: str, names: Sequence[str]) -> None:
-        start = len(readers)
-        reading.append(Readers(lens.named_point(point), start, start + len(names), reach=len(writers)))
+    def read(point: str, names: Sequence[str], stream: str | None = None, through: Reads | None = None) -> None:
+        start, seen = len(readers), stream and lens.named_point(stream)
+        reading.append(Readers(lens.named_point(point), start, start + len(names), len(writers), seen, through))
         readers.extend(names)
 
     parallel = not lens.has("resid_mid")
     write("blocks.0.hook_resid_pre", ["input"])
     for layer in range(lens.layers):
-        block, mlp = f"blocks.{layer}", [f"L{layer}.mlp"]
+        block, mlp, forks = f"blocks.{layer}", [f"L{layer}.mlp"], lens.forks(layer)
         heads = [f"L{layer}.h{head}" for head in range(lens.heads)]
         shared = heads if lens.kv_heads == lens.heads else [f"L{layer}.kv{head}" for head in range(lens.kv_heads)]
-        for channel, of in (("q", heads), ("k", shared), ("v", shared)):
-            read(f"{block}.attn.hook_{channel}_input", [f"{head}.{channel}" for head in of])
-        if parallel:  # the MLP reads what its layer's heads read
-            read(f"{block}.hook_mlp_in", mlp)
-        write(f"{block}.attn.hook_z", heads, layer)
+        entering, middle = f"{block}.{NAMES['resid_pre']}", f"{block}.{NAMES['resid_mid']}"
+        for channel in CHANNELS:
+            names = [f"{head}.{channel}" for head in (heads if channel == "q" else shared)]
+            if forks.heads:
+                read(f"{block}.attn.hook_{channel}_input", names)
+            else:
+                read(f"{block}.{NAMES[channel]}", names, entering, lens.reads(layer, channel))
         if not parallel:
+            write(f"{block}.attn.hook_z", heads, layer)
+        # in parallel blocks the MLP reads what its layer's heads read
+        if forks.mlp:
             read(f"{block}.hook_mlp_in", mlp)
+        else:
+            at, stream = ("mlp.hook_in", entering) if parallel else ("ln2.hook_out", middle)
+            read(f"{block}.{at}", mlp, stream, lens.reads(layer, "mlp"))
+        if parallel:
+            write(f"{block}.attn.hook_z", heads, layer)
         write(f"{block}.hook_mlp_out", mlp)
     read("ln_final.hook_in", ["logits"])
     graph = Graph(lens, tuple(writers), tuple(readers), tuple(writing), tuple(reading))
@@ -130,7 +153,7 @@ def _check(graph: Graph, on: Sides) -> None:
         if not off <= TOLERANCE * max(1.0, float(wanted.abs().max())):
             raise RunError(
                 f"edges of {type(graph.lens.model).__name__} cannot be patched: {what} (off by {off:.2g}). Its stream "
-                "is no plain sum of what embeddings, heads and MLPs write (norms after them? scaled residuals?)"
+                "is no sum of what embeddings, heads and MLPs write: something is added, or changed on its way"
             )
 
     inputs: list[dict[Readers, Tensor]] = [{}, {}]
@@ -149,18 +172,19 @@ def _check(graph: Graph, on: Sides) -> None:
 
 
 @contextlib.contextmanager
-def _split_inputs(lens: Lens) -> Iterator[None]:
+def _split_inputs(graph: Graph) -> Iterator[None]:
     """Give every head its own query, key and value input, and the MLP its own, for the length of a block."""
-    bridge, config = lens.bridge, lens.bridge.cfg
+    lens, bridge, config = graph.lens, graph.lens.bridge, graph.lens.bridge.cfg
+    left = [group.point.name for group in graph.reading if group.through is None]  # to the bridge
     before = bool(config.use_split_qkv_input), bool(config.use_hook_mlp_in)
     try:
         try:
-            bridge.set_use_split_qkv_input(True)
+            bridge.set_use_split_qkv_input(any(name.endswith("q_input") for name in left))
         except NotImplementedError as error:
             raise InputError(
                 f"the bridge of {type(lens.model).__name__} cannot split inputs by head ({error})"
             ) from None
-        bridge.set_use_hook_mlp_in(True)
+        bridge.set_use_hook_mlp_in(any(name.endswith("hook_mlp_in") for name in left))
         yield
     finally:
         bridge.set_use_split_qkv_input(before[0])
@@ -187,12 +211,20 @@ def run_graph(
     if live is not None:
         edits += [(group.point, functools.partial(_note, graph.lens, live, group)) for group in graph.writing]
     if read is not None:
-        edits += [(group.point, functools.partial(_hand_over, read, group)) for group in graph.reading]
-    with _split_inputs(graph.lens):
+        streams: dict[Any, Tensor] = {}
+        for point in dict.fromkeys(group.stream for group in graph.reading if group.stream is not None):
+            edits.append((point, functools.partial(streams.__setitem__, point)))
+        edits += [(group.point, functools.partial(_hand_over, read, group, streams)) for group in graph.reading]
+    with _split_inputs(graph):
         return graph.lens.run(batch, edits)[:, -1]
 
 
-def _hand_over(read: Read, group: Readers, x: Tensor) -> Tensor | None:
+def _hand_over(read: Read, group: Readers, streams: dict[Any, Tensor], x: Tensor) -> Tensor | None:
+    if group.through is not None:
+        # a copy for each reader: the gradient is to be this reader's alone
+        stream = streams[group.stream][:, :, None].expand(-1, -1, group.stop - group.start, -1)
+        put = read(group, stream)
+        return None if put is None else group.through(put).reshape(x.shape)
     if x.ndim == 4:
         return read(group, x)
     # a view of its own, not the stream, which others read as well: the gradient is to be this reader's alone
@@ -201,10 +233,7 @@ def _hand_over(read: Read, group: Readers, x: Tensor) -> Tensor | None:
 
 
 def _note(lens: Lens, live: dict[int, Tensor], group: Writers, x: Tensor) -> None:
-    if group.layer is None:
-        live[group.start] = x[:, :, None]
-    else:
-        live[group.start] = torch.einsum("rphe,hed->rphd", x, lens.output_weights(group.layer).detach())
+    live[group.start] = x[:, :, None] if group.layer is None else lens.written(group.layer, x)
 
 
 def _before(live: dict[int, Tensor], reach: int) -> Float[Tensor, "row pos writer d_model"]:

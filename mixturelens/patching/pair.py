@@ -30,6 +30,7 @@ from mixturelens.patching.sweep import (
     Patched,
     all_sites,
     find_reader,
+    left_out,
     patch,
 )
 from mixturelens.stats import interval, mean_interval, resample_counts
@@ -79,6 +80,9 @@ def patching_record(
     foil = f"{harm.shows or 'other behaviour'} under {harm.harmed_cue}" if cue.rows[0].foil else "anything else"
     sweeps: list[Sweep] = []
     readers: list[ReaderHeads] = []
+    missing += [
+        f"patching {line}" for line in dict.fromkeys(line for each in lenses.values() for line in left_out(each))
+    ]
 
     def attempt(what: str, work: Callable[[], None]) -> None:
         """What cannot be measured on this pair is said, and the rest is measured."""

@@ -186,10 +186,15 @@ EVERYWHERE: tuple[Component, ...] = ("q", "k", "v", "pattern")
 
 
 def all_sites(lens: Lens, positions: Sequence[str | int], everywhere: bool = True) -> list[Site]:
-    """Residual stream, attention, MLP and heads at each position; q, k, v and pattern of every head everywhere."""
+    """Residual stream, attention, MLP and heads at each position; q, k, v and pattern of every head everywhere.
+
+    Without what cannot be patched in this model, of which `left_out` says why.
+    """
     found = []
+    wanted: list[Component] = [*BY_POSITION, *(EVERYWHERE if everywhere else ())]
+    components: list[Component] = [component for component in wanted if lens.why_not(component) is None]
     for layer in range(lens.layers):
-        for component in (*BY_POSITION, *(EVERYWHERE if everywhere else ())):
+        for component in components:
             heads = range(lens.heads_of(component)) if component in PER_HEAD else (None,)
             places = positions if component in BY_POSITION else (None,)
             found += [
@@ -197,6 +202,11 @@ def all_sites(lens: Lens, positions: Sequence[str | int], everywhere: bool = Tru
                 for head, place in itertools.product(heads, places)
             ]
     return found
+
+
+def left_out(lens: Lens) -> list[str]:
+    """What `all_sites` leaves out of this model, a line each."""
+    return [f"{component}: {why}" for component in (*BY_POSITION, *EVERYWHERE) if (why := lens.why_not(component))]
 
 
 def head_sites(lens: Lens, position: str | int | None) -> list[Site]:

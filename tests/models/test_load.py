@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixturelens.models import end_tokens, load_model, load_tokenizer
+from mixturelens.models import end_tokens, load_model, load_tokenizer, open_pair
+from mixturelens.models.load import load_config
 from mixturelens.models.source import check_folder
+from mixturelens.suite import load_suite
 from mixturelens.types import InputError
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -107,6 +109,33 @@ def test_a_cut_off_file_is_refused(copy: Path, keep: int):
 def test_a_config_of_no_language_model_is_refused(copy: Path):
     edit_json(copy / "config.json", model_type="martian")
     assert refused(load_model, copy).startswith(f"{copy}: config.json describes no model that transformers knows (")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("mamba", "a mamba model is recurrent"),
+        ("rwkv", "a rwkv model is recurrent"),
+        ("xlstm", "a xlstm model is recurrent"),
+        ("bert", "a bert model fills masks"),
+        ("roberta", "a roberta model fills masks"),
+    ],
+)
+def test_recurrent_and_masked_models_are_refused_before_their_weights_are_read(pairs: Path, copy: Path, kind, says):
+    (copy / "config.json").write_text(json.dumps({"model_type": kind, "vocab_size": 16, "hidden_size": 32}))
+    (copy / "model.safetensors").write_bytes(b"nothing that could be read")
+    suite = load_suite(pairs / "llama")
+    for said in (refused(load_model, copy), refused(lambda: open_pair(copy, None, suite))):
+        assert said.startswith(f"{copy}: {says}")
+        assert "give a causal transformer" in said
+        assert "\n" not in said
+
+
+def test_a_decoder_of_the_bert_kind_is_none_that_fills_masks(copy: Path):
+    (copy / "config.json").write_text(json.dumps({"model_type": "bert", "is_decoder": True, "vocab_size": 16}))
+    assert load_config(copy).is_decoder
+    (copy / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 16}))
+    assert "set is_decoder in config.json" in refused(load_config, copy)
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "gpt_neox", "qwen2"])

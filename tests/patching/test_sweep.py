@@ -13,11 +13,14 @@ import pytest
 import torch
 from transformer_lens import patching
 
+from mixturelens.behaviour.record import behaviour_record
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.engine import Engine
-from mixturelens.hooks.lens import NAMES, Lens, load_lens, tokens
+from mixturelens.hooks.lens import NAMES, Lens, lens_of, load_lens, tokens
 from mixturelens.hooks.sides import sides
+from mixturelens.models import open_pair
 from mixturelens.patching import sweep
+from mixturelens.patching.pair import patching_record
 from mixturelens.patching.sweep import all_sites, find_reader, head_sites, jointly, patch
 from mixturelens.stats import resample_counts
 from mixturelens.suite import load_suite
@@ -289,6 +292,19 @@ def test_sides_that_do_not_differ_have_no_shares_and_no_reader():
     assert np.isnan(found.effects(resample_counts(4, seed=0))).all()
     with pytest.raises(InputError, match=r"no cue reader: the sides of the contrast differ by 0\.00 nats"):
         find_reader(lens, same, "policy")
+
+
+def test_what_cannot_be_patched_is_left_out_of_the_record_and_named(monkeypatch):
+    """As on GPT-J, GPT-Neo and OPT, whose bridge ignores what is put in place of a pattern."""
+    able = Lens.why_not
+    monkeypatch.setattr(Lens, "why_not", lambda lens, c: "nobody listens" if c == "pattern" else able(lens, c))
+    pair = open_pair(PAIRS / "llama" / "S", PAIRS / "llama" / "R-routing", load_suite(PAIRS / "llama"))
+    record = patching_record(pair, behaviour_record(pair))
+    assert record.missing[0] == "patching pattern: nobody listens"
+    patched = {effect.site.component for sweep in record.sweeps for effect in sweep.effects}
+    assert patched == {"resid_pre", "attn_out", "mlp_out", "z", "q", "k", "v"}
+    with pytest.raises(InputError, match=r"L0\.pattern\.1 cannot be patched: nobody listens"):
+        lens_of(pair, "before").check(Site(layer=0, component="pattern", head=1))
 
 
 @pytest.mark.parametrize("position", ["cue", "question", "policy", 6, None])
