@@ -205,12 +205,19 @@ def patch(case: Case, *, exhaustive: bool = False, seed: int = 0, say: Say | Non
     )
 
 
-def circuit(case: Case, others: Sequence[Case] = (), *, seed: int = 0, say: Say | None = None) -> CircuitRecord:
+def circuit(
+    case: Case,
+    others: Sequence[Case] = (),
+    *,
+    exhaustive: bool = False,
+    seed: int = 0,
+    say: Say | None = None,
+) -> CircuitRecord:
     """The routing circuits of a pair, compared with those of the other checkpoints of its run."""
     options = {"seed": seed, "say": say}
     also = {o.pair.after.name: o.pair for o in others if o.pair.after is not None and o.pair.after != case.pair.after}
     compared = tuple(fingerprint(o.after) for o in also.values() if o.after is not None)
-    make = functools.partial(circuit_record, also=also, **options)
+    make = functools.partial(circuit_record, also=also, exhaustive=exhaustive, **options)
     return _instrument(case, CircuitRecord, "circuit", make, lambda there: there.compared == compared, **options)
 
 

@@ -219,7 +219,7 @@ def patch(
     from mixturelens import pipeline
 
     records = [pipeline.patch(pair, exhaustive=exhaustive, **options) for pair in pairs]
-    circuits = [pipeline.circuit(pair, pairs, **options) for pair in pairs]
+    circuits = [pipeline.circuit(pair, pairs, exhaustive=exhaustive, **options) for pair in pairs]
 
     def show() -> None:
         show_patching(pairs, records)

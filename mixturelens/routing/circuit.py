@@ -8,6 +8,7 @@ leave the norm equal at both ends of the path and not in between; patching it mo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from mixturelens.contrasts import Contrasts, Kind, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.hooks.sides import Sides, sides
 from mixturelens.models import Pair
+from mixturelens.models.cost import Work, estimate, said_time, size_of
 from mixturelens.models.source import fingerprint
-from mixturelens.patching.attribution import STEPS, EdgeScores, eap_ig, eap_ig_of, faithfulness
+from mixturelens.patching.attribution import FRACTIONS, STEPS, EdgeScores, eap_ig, eap_ig_of, faithfulness
 from mixturelens.patching.graph import Graph, edge_graph, masked
 from mixturelens.patching.sweep import APART, Direction, patch
 from mixturelens.records import Record
@@ -39,9 +41,33 @@ MOST = 0.4
 VERIFIED = 48
 """Heads and MLPs, at most, that are patched exactly: the strongest by slopes. Two directions of so many are 96 runs, as
 many as the slopes take (STEPS forwards and backwards), and of most runs only the later layers are computed."""
+OPERATIONS = 1e13
+"""Floating-point operations that a circuit may take without being asked: about three minutes on one core."""
+FEWEST = 8
+"""Questions of a circuit at least: half of them rank its edges, and the other half judges them."""
 CARRIES = 0.01
 """Share of the contrast that a node which is used must surely move: slopes themselves are off by about this much
 (`eap_ig`), so a circuit says nothing of less."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a circuit is made with."""
+
+    steps: int = STEPS
+    """Of integrated gradients."""
+    fractions: tuple[float, ...] = FRACTIONS
+    random: int = 5
+    verified: int = VERIFIED
+
+    @property
+    def forwards(self) -> float:
+        """Forwards that it takes for each question: those there and back count for five, as they go edge by edge."""
+        masked = 1 + len(self.fractions) * (1 + self.random) / 2
+        return 5 * self.steps + 2 * masked + self.verified
+
+
+FULL, LESS = Effort(), Effort(steps=8, fractions=(0.01, 0.05, 0.2), random=1, verified=16)
 
 
 class CircuitNode(Frozen):
@@ -155,12 +181,14 @@ def circuit_record(
     behaviour: BehaviourRecord,
     *,
     also: Mapping[str, Pair] | None = None,
+    exhaustive: bool = False,
     seed: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> CircuitRecord:
     """Circuits of S and R on the cue contrast and, where the suite has hints, on the hint contrast.
 
-    `also` names more pairs (after RL on another cue, say): the circuits of their R are compared with these.
+    `also` names more pairs (after RL on another cue, say): the circuits of their R are compared with these. On a large
+    model a circuit is of as many questions, steps and sizes as OPERATIONS or `pair.budget` allow, if not `exhaustive`.
     """
     say = say or (lambda _: None)
     harm = find_harm(behaviour)
@@ -181,12 +209,15 @@ def circuit_record(
         for each in contrasts:
             say(f"circuit of the {each.kind}, {name}")
             try:
+                _even(sides(lens, each.first(2)))
+                effort, number = (FULL, len(each.rows)) if exhaustive else _affordable(of, each)
+                each = each.first(number)
                 on = _even(sides(lens, each))
                 graph = edge_graph(lens, on)
-                scores = eap_ig(graph, on)
+                scores = eap_ig(graph, on, effort.steps)
                 if name in ("before", "after"):
                     side: Side = "before" if name == "before" else "after"
-                    circuits.append(_circuit(graph, on, scores, each, side, seed))
+                    circuits.append(_circuit(graph, on, scores, each, side, seed, effort))
             except (InputError, RunError) as error:
                 missing.append(f"{each.kind}, {name}: {error}")
                 continue
@@ -210,6 +241,25 @@ def routing_circuit(lens: Lens, contrasts: Contrasts, side: Side, seed: int = 0)
     return _circuit(graph, on, eap_ig(graph, on), contrasts, side, seed)
 
 
+def _affordable(pair: Pair, contrasts: Contrasts) -> tuple[Effort, int]:
+    """Effort and questions that the time allows. Raises InputError where those are too few."""
+    size, width = size_of(pair), max(len(row.clean) for row in contrasts.rows)
+    allowed = OPERATIONS
+    if pair.budget.minutes is not None:
+        allowed *= 60 * pair.budget.minutes / estimate(pair, Work(tokens=OPERATIONS / (2 * size.body))).seconds
+    each = {effort: 2 * size.body * width * effort.forwards for effort in (FULL, LESS)}
+    if each[FULL] * len(contrasts.rows) <= allowed:
+        return FULL, len(contrasts.rows)
+    number = min(len(contrasts.rows), int(allowed / each[LESS]))
+    if number < min(FEWEST, len(contrasts.rows)):
+        needed = estimate(pair, Work(tokens=FEWEST * each[LESS] / (2 * size.body)))
+        raise InputError(
+            f"a circuit of {FEWEST} questions takes {said_time(needed.seconds)}; give --minutes "
+            f"{needed.seconds / 60:.0f} or more, or --exhaustive"
+        )
+    return LESS, number
+
+
 def _even(on: Sides) -> Sides:
     if len(on) < 2:
         raise InputError("one half of the questions ranks the edges and the other judges them: give at least two")
@@ -219,7 +269,13 @@ def _even(on: Sides) -> Sides:
 
 
 def _circuit(
-    graph: Graph, on: Sides, scores: EdgeScores, contrasts: Contrasts, side: Side, seed: int
+    graph: Graph,
+    on: Sides,
+    scores: EdgeScores,
+    contrasts: Contrasts,
+    side: Side,
+    seed: int,
+    effort: Effort = FULL,
 ) -> RoutingCircuit:
     counts = resample_counts(len(on), seed, draws=DRAWS)
     ends = masked(graph, on, [torch.ones(graph.exists.shape), torch.zeros(graph.exists.shape)])
@@ -229,12 +285,15 @@ def _circuit(
     place = scores.per_position.abs().flatten().topk(min(SHOWN, int((scores.per_position != 0).sum()))).indices
     edges = torch.stack(torch.unravel_index(place, scores.per_position.shape), 1)
     at = edges.unbind(1)
-    of_question = (eap_ig_of(graph, on, edges) if scores.whole is None else scores.whole[:, *at]).double().numpy()
+    of_question = (
+        (eap_ig_of(graph, on, edges, effort.steps) if scores.whole is None else scores.whole[:, *at]).double().numpy()
+    )
     draws = share(resampled_mean(of_question, counts), whole, APART)
     # ranked by one half of the questions, judged on the other
     judge = sides(graph.lens, contrasts.half(1))
     ranking = scores.per_question[contrasts.rows_of(0)].mean(0)
-    curve = faithfulness(graph, judge, ranking, resample_counts(len(judge), seed))
+    few = resample_counts(len(judge), seed)
+    curve = faithfulness(graph, judge, ranking, few, effort.fractions, range(effort.random))
     total = len(graph)
     random = [[one.kept[i] for one in curve.random] for i in range(len(curve.edges))]
     return RoutingCircuit(
@@ -243,10 +302,10 @@ def _circuit(
         clean=contrasts.clean,
         corrupt=contrasts.corrupt,
         questions=len(on),
-        method=f"EAP-IG, {STEPS} steps",
+        method=f"EAP-IG, {effort.steps} steps",
         labels=position_labels(contrasts, graph.lens.tokenizer),
         edges_total=total,
-        nodes=_nodes(graph, scores, contrasts, counts, whole),
+        nodes=_nodes(graph, scores, contrasts, counts, whole, effort.verified),
         edges=tuple(
             CircuitEdge(
                 sender=graph.writers[writer],
@@ -275,6 +334,7 @@ def _nodes(
     contrasts: Contrasts,
     counts: Int[np.ndarray, "draw row"],
     whole: Float[np.ndarray, " draw"],
+    verified: int,
 ) -> tuple[CircuitNode, ...]:
     """What each node's outgoing edges carry (of the logits: the incoming ones), signs dropped; and what it moves."""
     layers = {"input": -1, **{name: int(name[1:].split(".")[0]) for name in graph.writers[1:]}}
@@ -282,7 +342,7 @@ def _nodes(
     through = {name: per_question[:, writer] for writer, name in enumerate(graph.writers)}
     through["logits"] = per_question[:, :, -1]
     carried = {name: np.abs(resampled_mean(each, counts)).sum(-1) / np.abs(whole) for name, each in through.items()}
-    strongest = sorted(graph.writers[1:], key=lambda name: -carried[name][0])[:VERIFIED]
+    strongest = sorted(graph.writers[1:], key=lambda name: -carried[name][0])[:verified]
 
     def exact(direction: Direction) -> dict[str, Interval]:
         moved = patch(graph.lens, contrasts, [_site(name) for name in strongest], direction=direction).effects(counts)
