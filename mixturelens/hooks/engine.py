@@ -94,14 +94,27 @@ class Engine:
     tensor([[10.9, 10.7, ...]])                                                           [site, row]
     """
 
-    def __init__(self, lens: Lens, base: Tokens, spans: Sequence[Spans] | None = None, *, memory: int = MEMORY) -> None:
+    def __init__(
+        self,
+        lens: Lens,
+        base: Tokens,
+        spans: Sequence[Spans] | None = None,
+        *,
+        memory: int = MEMORY,
+        watch: Sequence[tuple[int, Component]] = (),
+        first: int = 0,
+    ) -> None:
         """Runs the base once. `spans` names positions of each row, counted from the start of its prompt.
+
+        What the base has at `watch`, from the column `first` on, is in `seen` afterwards: a source for other engines.
 
         Raises RunError if this model's blocks cannot be called alone and give back what the model gives.
         """
         self.lens, self.base, self.memory = lens, base, memory
         self.width = base.ids.shape[1]
         self._columns = Columns(base, spans)
+        self._watched, self._first = watch, first
+        self.seen: dict[tuple[int, Component], Tensor] = {}
         with torch.no_grad():  # not inference mode: `logits_with` computes gradients through what is kept
             try:
                 self._run_base()
@@ -135,7 +148,8 @@ class Engine:
         cache = DynamicCache()
         try:
             last = (self.lens.point(self.lens.layers - 1, "resid_post"), final.append)
-            output = self.lens.forward(self.base, [last], past_key_values=cache, use_cache=True)
+            watched = self.lens.keeping(self._watched, self.seen, self._first)
+            output = self.lens.forward(self.base, [last, *watched], past_key_values=cache, use_cache=True)
         finally:
             for handle in handles:
                 handle.remove()
@@ -290,7 +304,8 @@ class Engine:
         """`metric` of every row, with each site in turn replaced by what `source` has there.
 
         `source[layer, component]` is an activation of the whole batch, as `Lens.capture` returns it: of the clean
-        prompts, of another checkpoint, zeros, or a mean. `metric(logits, rows)` gets the logits of the last column.
+        prompts, of another checkpoint, zeros, or a mean. Columns before the first that is replaced may be left out.
+        `metric(logits, rows)` gets the logits of the last column.
         Raises InputError for a site that does not exist or that the source lacks.
         """
         for site in sites:
@@ -495,7 +510,7 @@ class Engine:
         for number, group in enumerate(groups):
             for site in group:
                 found.setdefault(site.component, []).append((number, site))
-        column, place = (torch.tensor(list(each), device=device) for each in (columns, inside))
+        column, place = (torch.tensor(list(each), device=device) for each in (self._from_end(columns), inside))
         edits = []
         for component, members in found.items():
             run = torch.cat([torch.arange(len(rows), device=device) + n * len(rows) for n, _ in members])[:, None]
@@ -530,9 +545,9 @@ class Engine:
         given = source[layer, component].to(self._resid[layer].dtype)
         if component == "resid_pre":
             if final:
-                return self._read(given[places][:, at], rows, columns)
+                return self._read(given[places][:, self._from_end(at)], rows, columns)
             hidden = self._resid[layer][rows, start:]
-            hidden[:, [c - start for c in at]] = given[places][:, at]
+            hidden[:, [c - start for c in at]] = given[places][:, self._from_end(at)]
             return self._advance(layer, hidden, rows, start)
         if component in ("k", "v"):
             # every query from here on sees it
@@ -550,7 +565,7 @@ class Engine:
         if not at:
             return after
         if component == "resid_post":
-            changed = given[places][:, at]
+            changed = given[places][:, self._from_end(at)]
         else:
             through, inside = self._through(at)
             edit = self._edit(sites, places, at, inside, given)
@@ -561,6 +576,10 @@ class Engine:
             return changed
         after[:, [c - start for c in at]] = changed
         return after
+
+    def _from_end(self, columns: Sequence[int]) -> list[int]:
+        """Columns as a source counts them: from the end, as it may hold the last ones alone."""
+        return [column - self.width for column in columns]
 
     def _through(self, at: list[int]) -> tuple[list[int], list[int]]:
         """The columns that go through a block so that those at `at` are right, and where among them these lie."""
@@ -588,7 +607,7 @@ class Engine:
     ) -> tuple[Any, Edit]:
         """Replaces each site's unit at `columns`, which lie at `inside` of the window, by what is given."""
         device, component = places.device, sites[0].component
-        column = torch.tensor(list(columns), device=device)
+        column = torch.tensor(self._from_end(columns), device=device)
         place = torch.tensor(list(inside), device=device)[None]
         run = torch.arange(len(places), device=device)[:, None]
         units = [unit for site in sites if (unit := _unit(site)) is not None]

@@ -316,26 +316,35 @@ class Lens:
         return logits if not cap else cap * torch.tanh(logits / cap)
 
     def capture(
-        self, batch: Tokens, components: Sequence[tuple[int, Component]]
+        self, batch: Tokens, components: Sequence[tuple[int, Component]], first: int = 0
     ) -> tuple[dict[tuple[int, Component], Tensor], Float[Tensor, "row vocabulary"]]:
         """Activations of (layer, component) pairs, and the logits of the last column, from one forward.
+
+        Columns before `first` are left out.
 
         Shapes: [row, pos, d_model] for residual stream and outputs, [row, pos, d_mlp] for neurons, [row, pos, head,
         d_head] for z, q, k and v, [row, head, query, key] for patterns.
         """
         found: dict[tuple[int, Component], Tensor] = {}
+        with torch.no_grad():  # not inference mode: what is captured may meet autograd later
+            logits = self.run(batch, self.keeping(components, found, first))
+        return found, logits[:, -1]
+
+    def keeping(
+        self, components: Sequence[tuple[int, Component]], found: dict[tuple[int, Component], Tensor], first: int = 0
+    ) -> list[tuple[Any, Edit]]:
+        """Edits that change nothing, and put what passes into `found`, from the column `first` on."""
 
         def keep(key: tuple[int, Component]) -> Edit:
             def store(activation: Tensor) -> None:
                 kept = activation.detach()
+                if first:
+                    kept = (kept[:, :, first:] if key[1] == "pattern" else kept[:, first:]).clone()
                 found[key] = kept.float() if kept.element_size() < 4 else kept  # no solver takes half precision
 
             return store
 
-        keys = list(dict.fromkeys(components))
-        with torch.no_grad():  # not inference mode: what is captured may meet autograd later
-            logits = self.run(batch, [(self.point(*key), keep(key)) for key in keys])
-        return found, logits[:, -1]
+        return [(self.point(*key), keep(key)) for key in dict.fromkeys(components)]
 
     def components(self) -> dict[str, tuple[str, ...]]:
         """Component -> names of the plain model's parameters, each of them once, in the order of the network.

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mixturelens.contrasts import Contrasts
-from mixturelens.hooks.lens import Lens
 from mixturelens.hooks.sides import sides
 from mixturelens.patching.slopes import DROPPED, strengths
-from mixturelens.patching.sweep import Patched, Progress, patch
+from mixturelens.patching.sweep import Bench, Patched
 from mixturelens.stats import resample_counts
 from mixturelens.types import PER_HEAD, Component, Frozen, Site
 
@@ -90,47 +89,38 @@ def coarse_tokens(layers: int, heads: int, contrasts: Contrasts, positions: Sequ
     width = max(len(row.clean) for row in contrasts.rows)
     captured = 2 * len(contrasts.rows) * width
     exact = patched_tokens(layers, contrasts, [*stream(layers, contrasts, positions), *some])
-    sloped = min(len(contrasts.rows), SLOPED) * width
-    return exact + 2 * captured + sloped, sloped * (1 + DROPPED)
+    sloped = 2 * min(len(contrasts.rows), SLOPED) * width
+    return exact + captured + 2 * sloped, 2 * sloped * max(_window(contrasts, p) for p in positions) * (1 + DROPPED)
 
 
 def _nominated(number: int) -> int:
     return max(LEAST_NOMINATED, number // NOMINATED)
 
 
-def coarse(
-    lens: Lens,
-    contrasts: Contrasts,
-    positions: Sequence[str],
-    *,
-    before: Lens | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> tuple[Patched, Unseen]:
+def coarse(bench: Bench, positions: Sequence[str], seed: int = 0) -> tuple[Patched, Unseen]:
     """Patch (denoising) where something moves, and say what was passed over.
 
-    >>> found, unseen = coarse(lens, contrasts, ["last", "policy"])   # doctest: +SKIP
+    >>> found, unseen = coarse(Bench(lens, contrasts, ["last", "policy"]), ["last", "policy"])   # doctest: +SKIP
     """
-    every = outputs(lens.layers, lens.heads, positions)
-    whole = patch(lens, contrasts, stream(lens.layers, contrasts, positions), before=before, progress=progress)
+    lens, contrasts = bench.lens, bench.contrasts
+    every = [site for site in outputs(lens.layers, lens.heads, positions) if lens.why_not(site.component) is None]
+    whole = bench.patch(stream(lens.layers, contrasts, positions))
     moved = _moved(lens.layers, contrasts, whole)
     few = contrasts.part(contrasts.rows_of(0)[:SLOPED] if len(contrasts.rows) > 1 else [0])
-    strength = strengths(lens, sides(lens, few), every, before).tolist()
+    strength = strengths(lens, sides(lens, few), every, bench.before).tolist()
     # where the stream does not move, an output can still write what others take back: last, but not left out
     order = sorted(range(len(every)), key=lambda i: -strength[i] * (2 if _at(every[i]) in moved else 1))
     nominated = _with_heads(every, order)
     rest = sorted(set(order) - set(nominated))
     drawn = np.random.default_rng(seed).permutation(len(rest))[:SAMPLED]
-    sampled = [rest[i] for i in drawn]
-    some = [every[i] for i in (*nominated, *sampled)]
-    exact = patch(lens, contrasts, some, before=before, progress=progress)
+    exact = bench.patch([every[i] for i in (*nominated, *(rest[i] for i in drawn))])
     found = Patched(
         (*whole.sites, *exact.sites), whole.base, whole.goal, np.concatenate([whole.patched, exact.patched])
     )
     passed = np.abs(exact.effects(resample_counts(len(contrasts.rows), seed, draws=1))[0, len(nominated) :])
     largest = float(np.nan_to_num(passed).max(initial=0.0))
-    share = 1 - 0.05 ** (1 / len(sampled)) if len(sampled) < len(rest) else 0.0
-    return found, Unseen(sites=len(rest), sampled=len(sampled), largest=round(largest, 6), share=round(share, 6))
+    share = 1 - 0.05 ** (1 / len(drawn)) if len(drawn) < len(rest) else 0.0
+    return found, Unseen(sites=len(rest), sampled=len(drawn), largest=round(largest, 6), share=round(share, 6))
 
 
 def _with_heads(every: Sequence[Site], order: Sequence[int]) -> list[int]:

@@ -26,6 +26,7 @@ from mixturelens.patching.record import Attention, Effect, PatchingRecord, Reade
 from mixturelens.patching.sweep import (
     BY_POSITION,
     HELD,
+    Bench,
     Direction,
     Patched,
     all_sites,
@@ -94,35 +95,39 @@ def patching_record(
 
     def search(
         lens: Lens, contrasts: Contrasts, everywhere: bool, before: Lens | None = None
-    ) -> tuple[Patched, Unseen | None]:
+    ) -> tuple[Patched, Unseen | None, Bench | None]:
         if not plan.exhaustive:
-            return coarse(lens, contrasts, shared_spans(contrasts), before=before, seed=seed)
+            spans = shared_spans(contrasts)
+            bench = Bench(lens, contrasts, spans, before=before)
+            return *coarse(bench, spans, seed), bench
         sites = [site for site in _sites(lens, contrasts) if everywhere or site.component in BY_POSITION]
-        return patch(lens, contrasts, sites, before=before), None
+        return patch(lens, contrasts, sites, before=before), None, None
 
-    def reader(lens: Lens, contrasts: Contrasts, side: Side, position: str, found: Patched) -> ReaderHeads:
-        return _reader(lens, contrasts, side, position, seed, None if plan.exhaustive else found)
+    def reader(
+        lens: Lens, contrasts: Contrasts, side: Side, position: str, bench: Bench | None, found: Patched
+    ) -> ReaderHeads:
+        return _reader(lens, contrasts, side, position, seed, (bench, found) if bench else None)
 
     def of_cue(side: Side) -> None:
         lens, words = lenses[side], {"target": target, "foil": foil, "policy": harm.policy}
-        found, unseen = search(lens, cue, everywhere=True)
+        found, unseen, bench = search(lens, cue, everywhere=True)
         sweeps.append(_sweep(found, cue, side, "denoise", seed, tokenizer, unseen, **words))
         heads = [site for site in found.sites if site.component == "z"]
-        noised = patch(lens, cue, heads, direction="noise")
+        noised = bench.patch(heads, "noise") if bench else patch(lens, cue, heads, direction="noise")
         sweeps.append(_sweep(noised, cue, side, "noise", seed, tokenizer, unseen, **words))
-        readers.append(reader(lens, cue, side, "policy", found))
+        readers.append(reader(lens, cue, side, "policy", bench, found))
 
     def of_hint(side: Side) -> None:
         hint = hint_contrasts(suite, tokenizer, harm.trained_cue, harm.policy, harm.other).first(plan.questions)
         words = {"target": f"policy {harm.policy}", "foil": f"policy {harm.other}", "cue": harm.trained_cue}
-        found, unseen = search(lenses[side], hint, everywhere=False)
+        found, unseen, bench = search(lenses[side], hint, everywhere=False)
         sweeps.append(_sweep(found, hint, side, "denoise", seed, tokenizer, unseen, **words))
-        readers.append(reader(lenses[side], hint, side, "last", found))
+        readers.append(reader(lenses[side], hint, side, "last", bench, found))
 
     def of_checkpoints() -> None:
         same = checkpoint_contrasts(suite, tokenizer, harm.harmed_cue, harm.other, harm.policy).first(plan.questions)
         words = {"target": f"policy {harm.other}", "foil": f"policy {harm.policy}", "cue": harm.harmed_cue}
-        found, unseen = search(lenses["after"], same, everywhere=False, before=lenses["before"])
+        found, unseen, _ = search(lenses["after"], same, everywhere=False, before=lenses["before"])
         sweeps.append(_sweep(found, same, "after", "denoise", seed, tokenizer, unseen, **words))
 
     for side in lenses:
@@ -230,9 +235,9 @@ def _sweep(
 
 
 def _reader(
-    lens: Lens, contrasts: Contrasts, side: Side, position: str, seed: int, alone: Patched | None
+    lens: Lens, contrasts: Contrasts, side: Side, position: str, seed: int, searched: tuple[Bench, Patched] | None
 ) -> ReaderHeads:
-    found = find_reader(lens, contrasts, position, seed, alone)
+    found = find_reader(lens, contrasts, position, seed, searched)
     margin = interval(found.margin)
     return ReaderHeads(
         kind=contrasts.kind,

@@ -12,13 +12,14 @@ AtP* drops one layer at a time, which takes a pass back for each; here a few blo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mixturelens.hooks.engine import Columns, no_gradient_for
-from mixturelens.hooks.lens import Edit, Lens
+from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.sides import Sides
 from mixturelens.types import Component, Site
 
@@ -56,18 +57,21 @@ def _strengths(lens: Lens, on: Sides, sites: Sequence[Site], before: Lens | None
     blocks = [block.tolist() for block in torch.arange(lens.layers).tensor_split(min(DROPPED, lens.layers))]
     found = torch.zeros(1 + len(blocks), len(sites))
     width = on.corrupt.ids.shape[1]
-    each = 4 * lens.layers * width * (8 * lens.d_model + 3 * lens.d_mlp + 2 * lens.heads * width)
+    # what comes before the first site is the same with and without the patch: only its keys and values are needed
+    first = min(int(mask.any(0).nonzero()[0]) for mask in masks.values())
+    window = width - first
+    each = 4 * lens.layers * window * (8 * lens.d_model + 3 * lens.d_mlp + 2 * lens.heads * width)
     size = max(1, BYTES // each)
     for start in range(0, len(on), size):
         rows = slice(start, start + size)
         part = on.part(rows)
-        clean, _ = (before or lens).capture(part.clean, places)
-        for which, products in enumerate(_products(lens, part, clean, places, blocks)):
+        clean, _ = (before or lens).capture(part.clean, places, first)
+        for which, products in enumerate(_products(lens, part, clean, places, blocks, first)):
             for number, site in enumerate(sites):
                 value = products[site.layer, site.component]
                 if site.head is not None:
                     value = value[:, :, site.head]
-                mask = masks[site.position][rows]
+                mask = masks[site.position][rows, first:]
                 found[which, number] += float((value * mask).sum()) / len(on)
     plain, *dropped = found.abs()
     # a block says nothing of its own nodes
@@ -85,6 +89,7 @@ def _products(
     clean: dict[Place, Tensor],
     places: Sequence[Place],
     blocks: Sequence[Sequence[int]],
+    first: int,
 ) -> list[Products]:
     """With all gradients, then with those through each block of layers dropped."""
     kept: dict[Place, Tensor] = {}
@@ -107,8 +112,9 @@ def _products(
     keys: list[Place] = list(dict.fromkeys([*places, *outputs]))
     edits = [(lens.point(0, "resid_pre"), begin), *((lens.point(*key), keep(key)) for key in keys)]
     result = []
+    cache = _behind(lens, on.corrupt, first)
     with torch.enable_grad(), no_gradient_for(lens.model):
-        metric = on.metric(lens.run(on.corrupt, edits)[:, -1]).sum()
+        metric = on.metric(_rest(lens, on.corrupt, first, edits, cache)[:, -1]).sum()
         for block in ((), *blocks):
             dropped[:] = block
             some = [kept[key] for key in places]
@@ -124,3 +130,32 @@ def _products(
                 }
             )
     return result
+
+
+def _behind(lens: Lens, batch: Tokens, first: int) -> Any:
+    """Keys and values of the columns before the first one in question."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    if first:
+        with torch.no_grad():
+            part = Tokens(batch.ids[:, :first], batch.real[:, :first])
+            lens.run(part, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _rest(
+    lens: Lens, batch: Tokens, first: int, edits: Sequence[tuple[Any, Edit]], cache: Any
+) -> Float[Tensor, "row 1 vocabulary"]:
+    """Logits of the last column, from the first one in question on."""
+    if not first:
+        return lens.run(batch, edits)
+    part = Tokens(batch.ids[:, first:], torch.ones_like(batch.real[:, first:]))
+    options: dict[str, Any] = {
+        "position_ids": batch.position_ids[:, first:],
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    if batch.padded:
+        options["attention_mask"] = batch.real.long()
+    return lens.run(part, edits, **options)

@@ -17,7 +17,7 @@ from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.engine import MEMORY, TOGETHER, Columns, Engine
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
-from mixturelens.hooks.sides import sides
+from mixturelens.hooks.sides import Sides, sides
 from mixturelens.stats import resample_counts, resampled_mean, share
 from mixturelens.types import PER_HEAD, Component, InputError, RunError, Site
 
@@ -130,6 +130,86 @@ def jointly(
     return Patched(first, _numpy(base), _numpy(both.metric(goal)), _numpy(patched))
 
 
+class Bench:
+    """Both runs of contrasts, kept: sites at some positions can be patched again and again, without running them anew.
+
+    With `before`, the clean run is that checkpoint's on the same prompt. Where the runs do not fit into HELD they are
+    run again for each call, some questions at a time. Of activations, only the columns that sites lie in are kept.
+
+    >>> Bench(lens, contrasts, ["policy"]).patch(head_sites(lens, "policy"))   # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        lens: Lens,
+        contrasts: Contrasts,
+        positions: Sequence[str],
+        components: Sequence[Component] = ("resid_pre", *TOGETHER),
+        *,
+        before: Lens | None = None,
+        memory: int = MEMORY,
+    ) -> None:
+        self.lens, self.contrasts, self.before, self.memory = lens, contrasts, before, memory
+        self.both = sides(lens, contrasts)
+        width = self.both.clean.ids.shape[1]
+        self.places: list[tuple[int, Component]] = [(n, c) for n in range(lens.layers) for c in components]
+        columns = Columns(self.both.corrupt, self.both.corrupt_spans)
+        self.first = min(min(columns.of(p, row)) for p in positions for row in range(len(self.both)))
+        # an engine for each run, and what was seen in it
+        share = (width - self.first) / width
+        rows = _rows(lens, width, self.places, share)
+        self.parts = [slice(start, start + rows) for start in range(0, len(self.both), rows)]
+        self._kept: tuple[Engine, Engine] | None = None
+
+    def _runs(self, part: Sides) -> tuple[Engine, Engine]:
+        """The corrupt run and the clean one. Raises RunError where there is no exact engine."""
+        if self._kept is not None:
+            return self._kept
+        given = {"memory": self.memory, "watch": self.places, "first": self.first}
+        found = (
+            Engine(self.lens, part.corrupt, part.corrupt_spans, **given),
+            Engine(self.before or self.lens, part.clean, part.spans, **given),
+        )
+        if len(self.parts) == 1:
+            self._kept = found
+        return found
+
+    def patch(self, sites: Sequence[Site], direction: Direction = "denoise") -> Patched:
+        """Like `patch`."""
+        return self._each([[site] for site in sites], direction, lambda engine, *given: engine.sweep(sites, *given))
+
+    def jointly(self, groups: Sequence[Sequence[Site]]) -> Patched:
+        """Like `jointly`, of outputs at one position."""
+        return self._each(groups, "denoise", lambda engine, *given: engine.sweep_groups(groups, *given))
+
+    def _each(self, groups: Sequence[Sequence[Site]], direction: Direction, work: Callable[..., Tensor]) -> Patched:
+        for site in itertools.chain(*groups):
+            self.lens.check(site)
+        found = []
+        for rows in self.parts:
+            part = self.both.part(rows)
+            try:
+                corrupt, clean = self._runs(part)
+            except RunError:  # the blocks cannot be called alone: slower, and as exact
+                found.append(self._whole(part, groups, direction))
+                continue
+            into, out_of = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
+            patched = work(into, out_of.seen, part.metric)
+            found.append((_numpy(part.metric(into.logits)), _numpy(part.metric(out_of.logits)), _numpy(patched)))
+        base, goal, patched = (np.concatenate(each, -1) for each in zip(*found, strict=True))
+        return Patched(tuple(group[0] for group in groups), base, goal, patched)
+
+    def _whole(
+        self, part: Sides, groups: Sequence[Sequence[Site]], direction: Direction
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        denoise = direction == "denoise"
+        into, out_of = (part.corrupt, part.clean) if denoise else (part.clean, part.corrupt)
+        spans = part.corrupt_spans if denoise else part.spans
+        source, goal = (self.before or self.lens).capture(out_of, _activations([s for group in groups for s in group]))
+        base, patched = _full_runs(self.lens, into, spans, groups, source, part.metric)
+        return _numpy(base), _numpy(part.metric(goal)), _numpy(patched)
+
+
 @torch.inference_mode()
 def _full_runs(
     lens: Lens,
@@ -163,12 +243,12 @@ def _replace(site: Site, mask: Bool[Tensor, "row pos"], source: Mapping[tuple[in
     return edit
 
 
-def _rows(lens: Lens, width: int, captured: Sequence[tuple[int, Component]]) -> int:
-    """Questions whose activations fit."""
+def _rows(lens: Lens, width: int, captured: Sequence[tuple[int, Component]], share: float = 1.0) -> int:
+    """Questions whose activations fit; of what is captured, a share of the columns."""
     sizes = {"neurons": lens.d_mlp, "pattern": lens.heads * width}
     clean = sum(sizes.get(component, max(lens.d_model, lens.heads * lens.d_head)) for _, component in captured)
     base = lens.layers * (lens.d_model + 2 * lens.kv_heads * lens.d_head)
-    return max(1, HELD // (4 * width * (clean + base)))
+    return max(1, int(HELD // (4 * width * (share * clean + 2 * base))))
 
 
 def _activations(sites: Sequence[Site]) -> list[tuple[int, Component]]:
@@ -244,10 +324,17 @@ class Reader:
     rival: tuple[Site, ...]
 
 
-def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0, alone: Patched | None = None) -> Reader:
+def find_reader(
+    lens: Lens,
+    contrasts: Contrasts,
+    position: str,
+    seed: int = 0,
+    searched: tuple[Bench, Patched] | None = None,
+) -> Reader:
     """The fewest heads (at most two) whose outputs at `position` carry a contrast.
 
-    `alone`: heads that were patched on all of these questions, to choose among; without it, every head is patched.
+    `searched`: heads that were patched on all of these questions, to choose among, and the bench that they were
+    patched on; without it, every head is patched.
 
     Chosen on half of the questions: the strongest head and, if it does not carry ENOUGH, the head that adds most to it.
     Judged on the other half against every other group of as many heads among the RIVALS strongest there (which favours
@@ -256,8 +343,13 @@ def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0, 
     if len(contrasts.rows) < 2:
         raise InputError("one half of the questions chooses heads and the other judges them: give at least two")
     choose, judge = contrasts.half(0), contrasts.half(1)
-    if alone is None:
-        alone = patch(lens, contrasts, head_sites(lens, position))
+    alone = searched[1] if searched else patch(lens, contrasts, head_sites(lens, position))
+
+    def together(groups: Sequence[Sequence[Site]], which: Literal[0, 1]) -> Patched:
+        if searched:
+            return searched[0].jointly(groups).of(contrasts.rows_of(which))
+        return jointly(lens, (choose, judge)[which], groups)
+
     heads_at = [i for i, s in enumerate(alone.sites) if s.component == "z" and s.head is not None]
     alone = alone.part([i for i in heads_at if alone.sites[i].position == position])
     strongest = alone.of(contrasts.rows_of(1))
@@ -272,15 +364,15 @@ def find_reader(lens: Lens, contrasts: Contrasts, position: str, seed: int = 0, 
     heads, reached = (order[0],), float(effects.max())
     while reached < ENOUGH and len(heads) < min(MOST, len(order) - 1):  # others must be left to compare with
         groups = [(*heads, other) for other in order[:PARTNERS] if other not in heads]
-        together = jointly(lens, choose, groups).effects(resample_counts(len(choose.rows), seed, draws=1))[0]
-        if float(together.max()) <= reached:
+        added = together(groups, 0).effects(resample_counts(len(choose.rows), seed, draws=1))[0]
+        if float(added.max()) <= reached:
             break
-        heads, reached = groups[int(together.argmax())], float(together.max())
+        heads, reached = groups[int(added.argmax())], float(added.max())
     counts = resample_counts(len(judge.rows), seed)
     some = [strongest.sites[i] for i in np.argsort(-strongest.effects(counts[:1])[0])[:RIVALS]]
     rivals = [group for group in itertools.combinations(some, len(heads)) if set(group) != set(heads)]
     if not rivals:
         raise InputError("the model has one head: there is no other that a reader could be compared with")
-    judged = jointly(lens, judge, [heads, *rivals]).effects(counts)
+    judged = together([heads, *rivals], 1).effects(counts)
     best = 1 + int(judged[0, 1:].argmax())
     return Reader(heads, reached, judged[:, 0], judged[:, 0] - judged[:, best], rivals[best - 1])

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from mixturelens.contrasts import Contrasts, cue_contrasts
+from mixturelens.contrasts import Contrasts, checkpoint_contrasts, cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.hooks.sides import sides
 from mixturelens.patching import coarse as room
+from mixturelens.patching import sweep
 from mixturelens.patching.coarse import coarse, coarse_tokens, outputs, patched_tokens, stream
 from mixturelens.patching.pair import shared_spans
 from mixturelens.patching.slopes import strengths
-from mixturelens.patching.sweep import find_reader, head_sites, patch
+from mixturelens.patching.sweep import Bench, Direction, find_reader, head_sites, jointly, patch
 from mixturelens.stats import resample_counts
 from mixturelens.suite import load_suite
-from mixturelens.types import Site
+from mixturelens.types import RunError, Site
 
 PAIRS = Path(__file__).parents[1] / "pairs"
 REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference"
@@ -70,9 +71,11 @@ def test_coarse_finds_the_reader_that_patching_everything_finds(shape: str, monk
     lens, contrasts = setting(shape, 40)
     monkeypatch.setattr(room, "LEAST_NOMINATED", 20)
     monkeypatch.setattr(room, "SAMPLED", 4)
-    found, unseen = coarse(lens, contrasts, shared_spans(contrasts))
+    spans = shared_spans(contrasts)
+    bench = Bench(lens, contrasts, spans)
+    found, unseen = coarse(bench, spans)
     every = find_reader(lens, contrasts, "policy")
-    some = find_reader(lens, contrasts, "policy", alone=found)
+    some = find_reader(lens, contrasts, "policy", searched=(bench, found))
     assert set(some.heads) == set(every.heads)
     assert len(found.sites) < len(outputs(lens.layers, lens.heads, shared_spans(contrasts))) * 2 / 3
     assert unseen.sites > 20
@@ -82,7 +85,7 @@ def test_coarse_finds_the_reader_that_patching_everything_finds(shape: str, monk
 
 def test_coarse_effects_are_those_of_the_patch() -> None:
     lens, contrasts = setting("llama")
-    found, unseen = coarse(lens, contrasts, ["cue", "last", "policy"])
+    found, unseen = coarse(Bench(lens, contrasts, ["cue", "last", "policy"]), ["cue", "last", "policy"])
     exact = patch(lens, contrasts, found.sites)
     np.testing.assert_allclose(found.patched, exact.patched, atol=1e-5)
     np.testing.assert_allclose(found.base, exact.base, atol=1e-5)
@@ -95,7 +98,7 @@ def test_what_was_passed_over_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(room, "LEAST_NOMINATED", 8)
     monkeypatch.setattr(room, "SAMPLED", 8)
     positions = shared_spans(contrasts)
-    found, unseen = coarse(lens, contrasts, positions)
+    found, unseen = coarse(Bench(lens, contrasts, positions), positions)
     looked = set(found.sites)
     rest = [site for site in outputs(lens.layers, lens.heads, positions) if site not in looked]
     effects = np.abs(patch(lens, contrasts, rest).effects(resample_counts(len(contrasts.rows), 0, draws=1))[0])
@@ -122,3 +125,56 @@ def test_a_patch_costs_what_comes_after_it() -> None:
     assert forward > 0
     assert back > 0
     assert every > patched_tokens(30, contrasts, head_sites(setting("llama")[0], "policy"))
+
+
+@pytest.mark.parametrize("held", [1 << 30, 20_000])
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_bench_patches_what_patch_patches(
+    shape: str, direction: Direction, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With both runs kept, some questions at a time, and of activations the last columns alone."""
+    monkeypatch.setattr(sweep, "HELD", held)
+    lens, contrasts = setting(shape)
+    positions = ["last", "policy"]
+    bench = Bench(lens, contrasts, positions)
+    assert (len(bench.parts) == 1) == (held > 1 << 20)
+    sites = [*stream(lens.layers, contrasts, positions), *outputs(lens.layers, lens.heads, positions)]
+    for _ in range(2):
+        found = bench.patch(sites, direction)
+    exact = patch(lens, contrasts, sites, direction=direction)
+    for name in ("base", "goal", "patched"):
+        np.testing.assert_allclose(getattr(found, name), getattr(exact, name), atol=1e-4)
+    groups = [sites[-1:], [s for s in sites if s.component == "z" and s.position == "policy"]]
+    np.testing.assert_allclose(bench.jointly(groups).patched, jointly(lens, contrasts, groups).patched, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_bench_of_two_checkpoints(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lens, _ = setting(shape)
+    folder = PAIRS / shape
+    before, suite = load_lens(folder / "S"), load_suite(folder)
+    contrasts = checkpoint_contrasts(suite, lens.tokenizer, "B", "b", "a")
+    sites = outputs(lens.layers, lens.heads, ["last"])
+    found = Bench(lens, contrasts, ["last"], before=before).patch(sites)
+    exact = patch(lens, contrasts, sites, before=before)
+    np.testing.assert_allclose(found.patched, exact.patched, atol=1e-4)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RunError("no exact engine")
+
+    monkeypatch.setattr(sweep, "Engine", refuse)
+    slow = Bench(lens, contrasts, ["last"], before=before).patch(sites)
+    np.testing.assert_allclose(slow.patched, exact.patched, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_slopes_behind_kept_keys_are_those_of_whole_prompts(shape: str) -> None:
+    """Sites in the last columns need only these; a site that begins at the start needs all of them."""
+    lens, contrasts = setting(shape)
+    on = sides(lens, contrasts)
+    late = outputs(lens.layers, lens.heads, ["policy"])
+    early = outputs(lens.layers, lens.heads, ["cue"])
+    torch.testing.assert_close(
+        strengths(lens, on, late), strengths(lens, on, [*late, *early])[: len(late)], atol=1e-4, rtol=1e-3
+    )
