@@ -40,7 +40,7 @@ SAME = 1e-3
 SAME_HALF = 0.1
 """The same in half precision, in which a bridge that computes attention in another order rounds otherwise."""
 DEAD = 1e-5
-"""Largest change of the logits, relative to their spread, by an edit that did not reach them."""
+"""Largest change of logits or stream, relative to their size, by an edit that did not reach them."""
 
 Edit = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns the one to put in its place, or None to leave it."""
@@ -174,7 +174,8 @@ class Lens:
         """Why a component cannot be patched in this model, in words; None where it can.
 
         Tried out once, on a few tokens: in each layer in turn everything there is replaced by noise. Where that reaches
-        the logits from no layer, the bridge shows what the model computes, and ignores what is put in its place.
+        neither the stream behind a block nor the logits, from no layer, the bridge shows what the model computes, and
+        ignores what is put in its place.
         """
         if component not in self._refusals:
             self._refusals[component] = self._try_out(component)
@@ -209,14 +210,27 @@ class Lens:
 
             return edit
 
+        moved: list[Tensor] = []
+
+        def arrives(rows_of: list[int]) -> Edit:
+            def look(stream: Tensor) -> None:
+                off = (stream[rows_of] - stream[:1]).float().flatten(1).norm(dim=1)
+                moved.append(off > DEAD * stream[0].float().norm())
+
+            return look
+
         edits = [(self.point(at, component), noise(row)) for row, at in enumerate(layers, 1)]
+        for end in range(self.layers):  # behind the blocks: a weight of zero may keep it from the logits
+            reached = [row for row, at in enumerate(layers, 1) if at < end or (at == end and component != "resid_post")]
+            edits += [(self.point(end, "resid_post"), arrives(reached))] if reached else []
         batch = Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
         with torch.no_grad():
             logits = self.run(batch, edits)[:, -1].float()
+        moved.append((logits[1:] - logits[:1]).norm(dim=-1) > DEAD * _spread(logits[:1]))
         if odd:
             shown = f"{list(odd[0][1:])} a prompt, where {list(expected[1:])} is meant"
             return f"the bridge of {kind} shows something else there ({shown})"
-        if not bool(((logits[1:] - logits[:1]).norm(dim=-1) > DEAD * _spread(logits[:1])).any()):
+        if not bool(torch.cat(moved).any()):
             return f"the bridge of {kind} shows it, but what is put in its place does not reach the logits"
         return None
 
