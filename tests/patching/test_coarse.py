@@ -77,7 +77,8 @@ def test_coarse_finds_the_reader_that_patching_everything_finds(shape: str, monk
     every = find_reader(lens, contrasts, "policy")
     some = find_reader(lens, contrasts, "policy", searched=(bench, found))
     assert set(some.heads) == set(every.heads)
-    assert len(found.sites) < len(outputs(lens.layers, lens.heads, shared_spans(contrasts))) * 2 / 3
+    every_output = len(outputs(lens.layers, lens.heads, spans))
+    assert len([s for s in found.sites if s.component != "resid_pre"]) == every_output - unseen.sites + 4
     assert unseen.sites > 20
     assert unseen.sampled == 4
     assert 0 < unseen.share < 0.6
