@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,6 @@ class Lens:
         self.model = model
         self.tokenizer = tokenizer
         self.device = device
-        self._points: dict[str, Any] = {}
         self._refusals: dict[Component, str | None] = {}
         self._round_rotations()
         self._check_logits(ids.to(device), plain.float().to(device))
@@ -134,11 +134,16 @@ class Lens:
         wide = getattr(model.config, "ffn_dim", None)  # OPT's word for it, which the bridge does not know
         self.d_mlp = int(wide or getattr(config, "d_mlp", None) or 4 * self.d_model)
 
+    @functools.cached_property
+    def _hooks(self) -> dict[str, Any]:
+        """Hook points by name; the bridge would resolve every alias anew each time that it is asked."""
+        return dict(self.bridge.hook_dict)
+
     def _round_rotations(self) -> None:
         """Where rotations are kept in single precision (OLMo), the model rounds what it has rotated; so must we."""
         dtype = self.model.dtype
         if torch.finfo(dtype).bits < 32:
-            for name, point in self.bridge.hook_dict.items():
+            for name, point in self._hooks.items():
                 if name.endswith((".hook_rot_q", ".hook_rot_k")):
                     point.register_forward_hook(lambda _, __, rotated: rotated.to(dtype))
 
@@ -183,7 +188,7 @@ class Lens:
 
     def _try_out(self, component: Component) -> str | None:
         kind = type(self.model).__name__
-        layers = [at for at in range(self.layers) if f"blocks.{at}.{NAMES[component]}" in self.bridge.hook_dict]
+        layers = [at for at in range(self.layers) if f"blocks.{at}.{NAMES[component]}" in self._hooks]
         if not layers and component == "resid_mid":
             return f"attention and MLP of {kind} read the same stream, and there is none between them"
         if not layers:
@@ -242,22 +247,19 @@ class Lens:
 
     def has(self, component: Component) -> bool:
         """Whether blocks have this component (those with parallel attention and MLP have no `resid_mid`)."""
-        return f"blocks.0.{NAMES[component]}" in self.bridge.hook_dict
+        return f"blocks.0.{NAMES[component]}" in self._hooks
 
     def point(self, layer: int, component: Component) -> Any:
         """The hook point of a component. Raises InputError naming it, if the bridge does not have it."""
         return self.named_point(f"blocks.{layer}.{NAMES[component]}")
 
     def named_point(self, name: str) -> Any:
-        if name in self._points:
-            return self._points[name]
-        found = self.bridge.hook_dict.get(name)  # resolves every alias anew, each time
+        found = self._hooks.get(name)
         if found is None:
             kind = type(self.model).__name__
             raise InputError(
                 f"the bridge of {kind} has no hook point {name!r} ({self.layers} layers); name another component"
             )
-        self._points[name] = found
         return found
 
     def check(self, site: Site) -> None:
