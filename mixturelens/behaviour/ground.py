@@ -16,7 +16,7 @@ from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.contrasts import Contrasts, cue_contrasts
-from mixturelens.hooks.intervened import Intervened, Prompt, known_prompts
+from mixturelens.hooks.intervened import Intervened, Prompt, Rewrite, known_prompts
 from mixturelens.hooks.lens import Lens
 from mixturelens.models import end_tokens
 from mixturelens.stats import interval, share
@@ -42,7 +42,7 @@ class Ground:
     """Cue contrasts of all questions; their first half chooses."""
     seed: int
 
-    def behaviour(self, interventions: Sequence[Intervention], prompts: Prompts) -> Behaviour:
+    def behaviour(self, interventions: Sequence[Intervention | Rewrite], prompts: Prompts) -> Behaviour:
         model = Intervened(self.lens, interventions, self.known) if interventions else self.lens.model
         return measure(self.scorer, model, prompts, self.seed)
 

@@ -245,7 +245,7 @@ class _Reader:
             def ablate(x: Tensor, mask: Tensor = mask, fires: list[Tensor] = fires) -> Tensor:
                 found = self.unit.encode(x)
                 fires.append(mask & (found[..., 0] != 0))
-                x[mask] -= (found @ self.unit.write)[mask]
+                x[mask] = self.unit.moved(x, -found)[mask]
                 return x
 
             without = self.lens.run(batch, [(point, ablate)], last_only=False)[fires[0]]

@@ -153,7 +153,7 @@ def of_features(dictionary: Dictionary, units: Sequence[int] | None = None) -> S
     part = dictionary if units is None else dictionary.part(torch.tensor(list(units), dtype=torch.long, device=device))
 
     def splice(mine: Tensor, other: Tensor) -> Tensor:
-        return mine + (part.encode(other) - part.encode(mine)) @ part.write
+        return part.moved(mine, part.encode(other) - part.encode(mine))
 
     return splice
 
@@ -163,7 +163,7 @@ def elsewhere(dictionary: Dictionary, units: Sequence[int], generator: torch.Gen
     part = dictionary.part(torch.tensor(list(units), device=dictionary.read.device))
     drawn = torch.randn(part.write.shape, generator=generator).to(part.write)
     drawn = drawn * part.write.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
-    return of_features(Dictionary(part.read, part.offset, part.threshold, drawn))
+    return of_features(part.writing(drawn))
 
 
 def splice_terms(
@@ -249,17 +249,17 @@ def firing(before: Lens, after: Lens, dictionary: Dictionary, at: At, prompts: P
         batch = tokens(texts[start : start + ROWS], before.device)
         first = torch.tensor(new[start : start + ROWS], device=before.device)
         counted = batch.real & (batch.position_ids >= first[:, None])
-        found = {}
+        found, scale = {}, {}
         for side, lens in sides:
             x = lens.capture(batch, [at])[0][at][counted]
             if x.shape[-1] != dictionary.read.shape[1]:
                 reads = dictionary.read.shape[1]
                 raise InputError(f"L{at[0]}.{at[1]} has {x.shape[-1]} numbers a token, where features read {reads}")
-            found[side] = dictionary.encode(x).double()
+            found[side], scale[side] = dictionary.encode(x).double(), dictionary.scale(x).double()
             fires[side] = fires[side] + (found[side] != 0).sum(0)
             total[side] = total[side] + found[side].sum(0)
-            amount = amount + found[side].abs().sum(0) / 2
-        moved = moved + (found["after"] - found["before"]).abs().sum(0)
+            amount = amount + (scale[side] * found[side].abs()).sum(0) / 2
+        moved = moved + (scale["before"] * (found["after"] - found["before"]).abs()).sum(0)
         number += int(counted.sum())
     norm = dictionary.write.norm(dim=1).double()
     return Firing(

@@ -203,7 +203,7 @@ def joint_effects(
 
 
 Change = tuple[float, Run, Float[Tensor, "question column unit"]]
-"""How an effect counts, the run that is changed, and by how much each unit's activation is."""
+"""How an effect counts, the run that is changed, and how much of its vector each unit writes more."""
 
 
 def _changes(scene: Scene, dictionary: Dictionary, do: Do, to: Float[Tensor, " unit"] | None) -> list[Change]:
@@ -211,13 +211,17 @@ def _changes(scene: Scene, dictionary: Dictionary, do: Do, to: Float[Tensor, " u
     if dictionary.read.shape[1] != size:
         raise InputError(f"{scene.site}: units read {dictionary.read.shape[1]} numbers, where there are {size}")
     clean, corrupt = (dictionary.encode(run.values) for run in (scene.clean, scene.corrupt))
+    scale = dictionary.scale(scene.corrupt.values)
     if do == "patch":
-        return [(1.0, scene.corrupt, clean - corrupt)]
+        return [(1.0, scene.corrupt, scale * (clean - corrupt))]
     if do == "ablate":
-        return [(1.0, scene.corrupt, -corrupt), (-1.0, scene.clean, -clean)]
+        return [
+            (1.0, scene.corrupt, -scale * corrupt),
+            (-1.0, scene.clean, -dictionary.scale(scene.clean.values) * clean),
+        ]
     if to is None or len(to) != len(dictionary):
         raise InputError(f"{scene.site}: a clamp needs a number for each of the {len(dictionary)} units")
-    return [(1.0, scene.corrupt, to - corrupt)]
+    return [(1.0, scene.corrupt, scale * (to - corrupt))]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Sparse autoencoders: trained with SAELens, kept in its format, read as dictionaries, and judged by what is lost.
+"""Sparse autoencoders: trained with SAELens, kept in its format, and judged by what is lost.
 
 Importing sae_lens takes 10 s, so only training does. What it trains here is its BatchTopK SAE (Bussmann et al. 2024,
 arXiv 2412.06410) with two changes. Of each batch only what is selected is ever touched again, which changes speed
@@ -24,6 +24,7 @@ from mixturelens.features.activations import BATCH_TOKENS, Activations, Progress
 from mixturelens.features.batchtopk import sparse_class
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Quality
+from mixturelens.features.saved import load_sae, read_config
 from mixturelens.hooks.lens import Edit, Lens
 from mixturelens.records import new_folder, write_text
 from mixturelens.stats import interval, resample_counts, resampled_mean, share
@@ -52,8 +53,6 @@ LOGITS = 64 << 20
 """Bytes of logits of one batch, when losses are measured."""
 LEAST = 0.05
 """Nats by which the mean in a site's place must surely hurt, for a share of that loss to mean anything."""
-
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -97,7 +96,7 @@ def train_sae(
         "seed": seed,
     }
     if folder.exists():
-        if _config(folder).get("metadata", {}).get("mixturelens") != made:
+        if read_config(folder).get("metadata", {}).get("mixturelens") != made:
             raise InputError(f"{folder} holds another SAE (other activations, site or settings); give another folder")
         return folder
     metadata = {"hook_name": site_name, "model_name": model_name, "mixturelens": made}
@@ -251,59 +250,6 @@ def _resume(trainer: Any, work: Path, made: dict[str, Any]) -> int:
     return trainer.n_training_steps
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def load_sae(folder: Path) -> Dictionary:
-    """A saved SAE as a dictionary of the same features and reconstruction, without importing sae_lens.
-
-    Raises InputError, naming the file, for architectures other than jumprelu (what BatchTopK SAEs are saved as), and
-    for those that normalise or reshape their input.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    config = _config(folder)
-    for key, fine in (
-        ("architecture", "jumprelu"),
-        ("normalize_activations", "none"),
-        ("reshape_activations", "none"),
-    ):
-        if config.get(key, fine if key != "architecture" else None) != fine:
-            raise InputError(f"{folder / CONFIG}: {key} is {config.get(key)!r}, and only {fine!r} can be read")
-    file = folder / WEIGHTS
-    try:
-        weights = {name: value.float() for name, value in load_file(file).items()}
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; is the SAE whole?") from None
-    except SafetensorError as error:
-        raise InputError(f"{file}: not a safetensors file ({error})") from None
-    d, width = config.get("d_in"), config.get("d_sae")
-    shapes = {"W_enc": (d, width), "b_enc": (width,), "threshold": (width,), "W_dec": (width, d), "b_dec": (d,)}
-    for name, shape in shapes.items():
-        if name not in weights or tuple(weights[name].shape) != shape:
-            found = list(weights[name].shape) if name in weights else "absent"
-            raise InputError(f"{file}: {name} is {found}, where {CONFIG} says {list(shape)}")
-    read, offset = weights["W_enc"].T.contiguous(), -weights["b_enc"]
-    if config.get("apply_b_dec_to_input", True):
-        offset = offset + read @ weights["b_dec"]
-    # their features are rectified as well, so that a threshold below 0 is one of 0
-    return Dictionary(read, offset, weights["threshold"].clamp(min=0), weights["W_dec"], weights["b_dec"])
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; an SAE is a folder with {CONFIG} and {WEIGHTS}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: holds a {type(config).__name__}, where a configuration is a mapping")
-    return config
-
-
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +283,7 @@ def quality(
             raise InputError(f"the dictionary reads {d} dimensions, and the site has {x.shape[-1]}")
         x = x[own_tokens(batch, [len(texts[i]) for i in some])]
         f = dictionary.encode(x)
-        error += float((x - dictionary.decode(f)).double().square().sum())
+        error += float((x - dictionary.decode(f, x)).double().square().sum())
         square += float(x.double().square().sum())
         total += x.double().sum(0)
         fired += (f != 0).sum(0)
@@ -349,7 +295,7 @@ def quality(
     point, middle = lens.point(*at), mean.float()
     edits: tuple[Edit, ...] = (
         lambda _: None,
-        lambda activation: dictionary.decode(dictionary.encode(activation)).to(activation.dtype),
+        lambda activation: dictionary.decode(dictionary.encode(activation), activation).to(activation.dtype),
         lambda activation: middle.expand_as(activation).to(activation.dtype, copy=True),
     )
     counts = resample_counts(len(texts), seed)

@@ -11,10 +11,10 @@ from jaxtyping import Float, Int
 from mixturelens.features.change import matched
 from mixturelens.features.effects import Scene, joint_effects
 from mixturelens.features.record import Several, Unit, UnitKind
-from mixturelens.features.units import Place, Trial, clamped, set_to, strength
+from mixturelens.features.units import Clamp, Place, Trial, clamped, set_to, strength
 from mixturelens.patching.sweep import ENOUGH, head_sites, jointly
 from mixturelens.stats import interval, resample_counts
-from mixturelens.types import NOT_MEASURED, Intervention
+from mixturelens.types import NOT_MEASURED
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Numbers of units that are tried, fewest first."""
@@ -42,7 +42,7 @@ def fewest_features(place: Place, unit: Callable[[int], Unit]) -> Several:
 
     strong = strength(trial.choose, features).double().cpu().numpy()
     units = [unit(index) for index in range(len(features))]
-    return _fewest("feature", units, strong, place.alone, together, lambda some: [place.clamp(i) for i in some], trial)
+    return _fewest("feature", units, strong, place.alone, together, lambda some: place.clamp(*some), trial)
 
 
 def fewest_neurons(places: Sequence[Place], units: Sequence[Unit]) -> Several:
@@ -59,7 +59,7 @@ def fewest_neurons(places: Sequence[Place], units: Sequence[Unit]) -> Several:
         torch.cat(strong).double().cpu().numpy(),
         np.concatenate([place.alone for place in places]),
         _sites(trial, units),
-        lambda some: [at[i][0].clamp(at[i][1]) for i in some],
+        lambda some: [do for i in some for do in at[i][0].clamp(at[i][1])],
         trial,
     )
 
@@ -102,7 +102,7 @@ def _fewest(
     strong: Float[np.ndarray, " unit"],
     alone: Float[np.ndarray, " unit"],
     together: Together,
-    clamps: Callable[[Set], list[Intervention]],
+    clamps: Callable[[Set], Clamp],
     trial: Trial,
 ) -> Several:
     """More and more units, in either order, until they move ENOUGH on the questions that choose; then judged."""

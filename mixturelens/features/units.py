@@ -16,6 +16,7 @@ from mixturelens.contrasts import Contrasts
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import Scene, make_scene, site_effects, unit_effects
 from mixturelens.features.record import Score, Unit
+from mixturelens.hooks.intervened import Rewrite
 from mixturelens.hooks.lens import Lens
 from mixturelens.patching.sweep import APART, head_sites, patch
 from mixturelens.probing.erase import in_behaviour
@@ -33,6 +34,9 @@ FEW = 32
 """Judging questions, at most, on which these are clamped: they are many, and say no more than where chance is."""
 QUESTIONS = 128
 """Questions of each half, at most."""
+
+Clamp = Sequence[Intervention | Rewrite]
+"""What makes one unit, or several at once, what they are to be in behaviour."""
 
 
 # --- units as vectors -------------------------------------------------------------------------------------------------
@@ -75,14 +79,29 @@ def _linear(read: Tensor, write: Tensor, offset: Tensor) -> Dictionary:
 def strength(scene: Scene, units: Dictionary) -> Float[Tensor, " unit"]:
     """Mean |f(clean) - f(corrupt)| times the norm of what the unit writes: how far it displaces the activation."""
     change = units.encode(scene.clean.values) - units.encode(scene.corrupt.values)
-    return change.abs().mean((0, 1)) * units.write.norm(dim=1)
+    return (change.abs() * units.scale(scene.corrupt.values)).mean((0, 1)) * units.write.norm(dim=1)
 
 
 # --- in behaviour -----------------------------------------------------------------------------------------------------
 
 
+def clamps_of(
+    units: Dictionary, which: Sequence[int], site: Site, contrasts: Contrasts, to: Float[Tensor, " unit"]
+) -> Clamp:
+    """Units' activations made `to` in behaviour, all at once: each reads what was there before any of them wrote.
+
+    Behind the prompt where the contrast has a policy in place. Units whose activation takes more than an affine read
+    and a threshold are clamped by their dictionary, token by token.
+    """
+    if units.alone:
+        return [clamp_of(units, each, site, contrasts, float(to[each])) for each in which]
+    index = torch.tensor(list(which), dtype=torch.long, device=units.read.device)
+    part, amount = units.part(index), to[index]
+    return [Rewrite(in_behaviour(site, contrasts), lambda x: part.moved(x, amount - part.encode(x)))]
+
+
 def clamp_of(units: Dictionary, which: int, site: Site, contrasts: Contrasts, to: float) -> Intervention:
-    """A unit's activation made `to` in behaviour: behind the prompt where the contrast has a policy in place."""
+    """The clamp of one unit of those whose activation is their own affine read with a threshold, as a value."""
     where, threshold = in_behaviour(site, contrasts), float(units.threshold[which])
     read, write = (vectors[which].tolist() for vectors in (units.read, units.write))
     if site.component == "neurons" and units.write[which].count_nonzero() == 1:  # one number, of itself
@@ -99,7 +118,7 @@ def clamp_of(units: Dictionary, which: int, site: Site, contrasts: Contrasts, to
     )
 
 
-def clamped(ground: Ground, scale: Scale, interventions: Sequence[Intervention]) -> tuple[Interval, Interval]:
+def clamped(ground: Ground, scale: Scale, interventions: Clamp) -> tuple[Interval, Interval]:
     """R with units clamped, on the questions that judge: the gap closed under the harmed cue, and the change of the
     accuracy under the trained one. Raises InputError for a site or a position that its prompts lack.
     """
@@ -107,8 +126,8 @@ def clamped(ground: Ground, scale: Scale, interventions: Sequence[Intervention])
     return scale.gap_closed(found), scale.trained_change(found)
 
 
-def random_gaps(ground: Ground, scale: Scale, interventions: Sequence[Intervention]) -> tuple[float | None, ...]:
-    """The gap closed by each intervention alone, on at most FEW of the questions that judge; null without a gap."""
+def random_gaps(ground: Ground, scale: Scale, interventions: Sequence[Clamp]) -> tuple[float | None, ...]:
+    """The gap closed by each alone, on at most FEW of the questions that judge; null without a gap."""
     if not scale.gap_closed(scale.before).measured:
         return (None,) * len(interventions)
     few = [i for i, row in enumerate(ground.judge.rows) if row.cue == ground.harm.harmed_cue][:FEW]
@@ -116,7 +135,7 @@ def random_gaps(ground: Ground, scale: Scale, interventions: Sequence[Interventi
     gap = float(scale.ceiling[0]) - float(scale.grid.draws(broken)[0, scale.columns[0]])
     found = []
     for each in interventions:
-        reached = ground.behaviour([each], ground.judge.part(few)).correct.sum(-1)
+        reached = ground.behaviour(each, ground.judge.part(few)).correct.sum(-1)
         found.append(round(float(np.nanmean(reached - broken[few])) / gap, 6))
     return tuple(found)
 
@@ -175,12 +194,12 @@ class Trial:
         clamp: Float[np.ndarray, " draw"],
         ablate: Float[np.ndarray, " draw"],
         random: Float[np.ndarray, "draw random"],
-        do: Intervention,
-        random_do: Sequence[Intervention],
+        do: Clamp,
+        random_do: Sequence[Clamp],
     ) -> Score:
         gap, trained, gaps = NOT_MEASURED, NOT_MEASURED, ()
         if self.ground is not None:
-            gap, trained = clamped(*self.ground, [do])
+            gap, trained = clamped(*self.ground, do)
             gaps = random_gaps(*self.ground, random_do)
         return Score(
             unit=unit,
@@ -194,7 +213,7 @@ class Trial:
             gap_closed=gap,
             trained_change=trained,
             random_gap=gaps,
-            intervention=do if do.do == "clamp" else None,
+            intervention=next((each for each in do if isinstance(each, Intervention) and each.do == "clamp"), None),
         )
 
 
@@ -215,8 +234,9 @@ class Place:
         """Nats by which each unit alone moves the metric, on the questions that choose."""
         return unit_effects(self.trial.choose, self.units).mean(1)
 
-    def clamp(self, which: int) -> Intervention:
-        return clamp_of(self.units, which, self.trial.judge.site, self.trial.contrasts, float(self.means[which]))
+    def clamp(self, *which: int) -> Clamp:
+        """These units at their mean clean activation, in behaviour."""
+        return clamps_of(self.units, which, self.trial.judge.site, self.trial.contrasts, self.means)
 
     def only(self, which: int) -> Place:
         return Place(self.trial, self.units.part(torch.tensor([which], device=self.units.read.device)))
@@ -256,8 +276,8 @@ def along_random(own: Place, number: int) -> Place:
     generator = torch.Generator().manual_seed(trial.seed)
     elsewhere = torch.randn(number, units.read.shape[1], generator=generator).to(units.read)
     elsewhere = elsewhere * units.write.norm() / elsewhere.norm(dim=1, keepdim=True)
-    read, offset, threshold = (x.expand(number, *x.shape[1:]) for x in (units.read, units.offset, units.threshold))
-    return Place(trial, Dictionary(read, offset, threshold, elsewhere))
+    same = units.part(torch.zeros(number, dtype=torch.long, device=units.read.device))
+    return Place(trial, same.writing(elsewhere))
 
 
 def _effects_of(places: Sequence[Place], which: Sequence[tuple[int, int]]) -> Float[np.ndarray, "draw unit"]:
@@ -270,7 +290,7 @@ def _effects_of(places: Sequence[Place], which: Sequence[tuple[int, int]]) -> Fl
 
 
 def _judged(
-    own: Place, unit: Unit, among: int, random: Float[np.ndarray, "draw random"], random_do: Sequence[Intervention]
+    own: Place, unit: Unit, among: int, random: Float[np.ndarray, "draw random"], random_do: Sequence[Clamp]
 ) -> Score:
     """The score of a single unit."""
     trial, units = own.trial, own.units
@@ -327,8 +347,8 @@ def best_head(trial: Trial) -> Score:
         here.shares(site_effects(here.judge, "clamp", mean)[None])[:, 0],
         here.shares(site_effects(here.judge, "ablate")[None])[:, 0],
         judged[:, others],
-        set_to(sites[best], trial.contrasts, mean),
-        [set_to(sites[i], trial.contrasts, trial.choose.at(sites[i]).clean.values.mean((0, 1))) for i in drawn],
+        [set_to(sites[best], trial.contrasts, mean)],
+        [[set_to(sites[i], trial.contrasts, trial.choose.at(sites[i]).clean.values.mean((0, 1)))] for i in drawn],
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.contrasts import span_positions
@@ -42,6 +42,17 @@ def known_prompts(
         ids: Prompt(ids, span_positions(suite, row, tokenizer), questions[row.id, row.hint])
         for row, ids in zip(rows, encoded, strict=True)
     }
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What takes more than an `Intervention` can say: at this site, what is put in place of each token's activation."""
+
+    site: Site
+    put: Callable[[Float[Tensor, "token d"]], Float[Tensor, "token d"]]
+    do: Literal["rewrite"] = "rewrite"
+    vector: None = None
+    source: None = None
 
 
 class _Enough(Exception):
@@ -84,7 +95,7 @@ class Intervened:
     """
 
     def __init__(
-        self, lens: Lens, interventions: Sequence[Intervention], prompts: Mapping[tuple[int, ...], Prompt]
+        self, lens: Lens, interventions: Sequence[Intervention | Rewrite], prompts: Mapping[tuple[int, ...], Prompt]
     ) -> None:
         self.lens, self.interventions, self.prompts = lens, tuple(interventions), prompts
         self.lengths = sorted({len(ids) for ids in prompts}, reverse=True)
@@ -115,7 +126,7 @@ class Intervened:
         for each in self.interventions:
             self._check_position(each)
 
-    def _check_position(self, each: Intervention) -> None:
+    def _check_position(self, each: Intervention | Rewrite) -> None:
         """Refuse a position that some prompt lacks, or that does not mean the same where it is read."""
         position = each.site.position
         for prompt in self.prompts.values():
@@ -131,7 +142,7 @@ class Intervened:
                     )
                 self._check_aligned(each, prompt, cue)
 
-    def _check_aligned(self, each: Intervention, prompt: Prompt, cue: str) -> None:
+    def _check_aligned(self, each: Intervention | Rewrite, prompt: Prompt, cue: str) -> None:
         position = each.site.position
         if position in ("last", "completion"):
             return
@@ -150,10 +161,10 @@ class Intervened:
                 "choose `last` or `completion`, or spell both with equally many tokens"
             )
 
-    def _key(self, each: Intervention) -> tuple[int, Component]:
+    def _key(self, each: Intervention | Rewrite) -> tuple[int, Component]:
         return each.site.layer, each.site.component
 
-    def _size(self, each: Intervention) -> int:
+    def _size(self, each: Intervention | Rewrite) -> int:
         lens, site = self.lens, each.site
         if site.component in PER_HEAD:
             return lens.d_head
@@ -265,7 +276,7 @@ class Intervened:
 
     def _edits(self, call: _Call, given: Mapping[str, list[Tensor]]) -> list[tuple[Any, Edit]]:
         edits = []
-        before: Intervention | None = None
+        before: Intervention | Rewrite | None = None
         for each in self.interventions:
             source = None
             if each.do in ("replace", "mean"):
@@ -283,7 +294,7 @@ class Intervened:
             before = each
         return [(point, edit) for point, edit, _ in edits]
 
-    def _columns(self, each: Intervention, call: _Call) -> Bool[Tensor, "row window"]:
+    def _columns(self, each: Intervention | Rewrite, call: _Call) -> Bool[Tensor, "row window"]:
         token = call.tokens()
         position = each.site.position
         ends = torch.tensor([len(prompt.ids) for prompt in call.prompts], device=token.device)[:, None]
@@ -327,14 +338,16 @@ def _picked(site: Site) -> tuple[Any, ...]:
     return (..., slice(site.neuron, site.neuron + 1)) if site.neuron is not None else (...,)
 
 
-def _edit(each: Intervention, columns: Bool[Tensor, "row window"], source: Tensor | None) -> Edit:
+def _edit(each: Intervention | Rewrite, columns: Bool[Tensor, "row window"], source: Tensor | None) -> Edit:
     def edit(activation: Tensor) -> Tensor:
         # views, changed in place: the residual stream between attention and MLP is read twice
         pick = _picked(each.site)
         target, value = activation[pick], None if source is None else source[pick]
         now = target[columns]
         vector = None if each.vector is None else torch.tensor(each.vector, dtype=now.dtype, device=now.device)
-        if each.do == "set":
+        if isinstance(each, Rewrite):
+            now = each.put(now.float()).to(now.dtype)
+        elif each.do == "set":
             assert vector is not None
             now = vector.expand_as(now)
         elif each.do == "add":

@@ -81,7 +81,7 @@ def test_features_are_clamped_together_in_behaviour():
     trial = make_trial(ground.lens, ground.contrasts, POLICY, ground=(ground, scale))
     place = Place(trial, some_features(ground.contrasts, ground.lens))
     found = fewest_features(place, lambda index: Unit(kind="feature", site=POLICY, index=index))
-    clamps = [place.clamp(unit.index) for unit in found.units]
+    clamps = place.clamp(*(unit.index for unit in found.units))
     assert (found.gap_closed, found.trained_change) == clamped(ground, scale, clamps)
     assert found.gap_closed.measured
 

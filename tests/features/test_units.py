@@ -75,10 +75,10 @@ def test_random_gaps_are_gaps_on_fewer_questions(monkeypatch):
         directions(make_scene(ground.lens, ground.contrasts, POLICY))[0], 0, POLICY, ground.contrasts, 3.0
     )
     monkeypatch.setattr(units, "FEW", 1000)
-    found = units.random_gaps(ground, scale, [intervention])
+    found = units.random_gaps(ground, scale, [[intervention]])
     assert found[0] == pytest.approx(clamped(ground, scale, [intervention])[0].value, abs=1e-5)
     assert units.random_gaps(ground, Scale(scale.after, scale.after, scale.grid, scale.columns, scale.ceiling * 0), [
-        intervention]) == (None,)  # fmt: skip
+        [intervention]]) == (None,)  # fmt: skip
 
 
 def test_matched_units_are_as_strong(monkeypatch):
