@@ -8,12 +8,13 @@ routing, to the cue reader if it moves the conditioning, to the skill if it move
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mixturelens.behaviour.arrays import Behaviour
@@ -24,12 +25,13 @@ from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.behaviour.split import class_terms
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Changed, SiteChange, Terms
+from mixturelens.features.splice import At, Ground, Splice, Spliced, own, whole
 from mixturelens.grafting.effects import LEAST, divergence
-from mixturelens.hooks.lens import Lens, Tokens, tokens
+from mixturelens.hooks.lens import Lens, tokens
 from mixturelens.models import end_tokens
 from mixturelens.stats import half_of, interval
 from mixturelens.suite import Suite
-from mixturelens.types import PER_HEAD, Component, InputError, Interval, Side, Site
+from mixturelens.types import PER_HEAD, InputError, Interval, Side, Site
 
 TOP = 8
 """Features that are looked at one by one, at most."""
@@ -41,14 +43,7 @@ QUESTIONS = 48
 """Questions that judge, at most."""
 ROWS = 64
 """Texts whose activations are compared at a time."""
-KEPT = 256 << 20
-"""Bytes of activations of the other model that are kept, since every splice is asked about the same texts."""
-
-At = tuple[int, Component]
 Progress = Callable[[int, int], None]
-
-Splice = Callable[[Float[Tensor, "row pos d"], Float[Tensor, "row pos d"]], Float[Tensor, "row pos d"]]
-"""(the model's own activations, the other model's) -> what is put in place of the model's own."""
 
 
 # --- terms ------------------------------------------------------------------------------------------------------------
@@ -89,64 +84,6 @@ def _skill(base: Behaviour, changed: Behaviour) -> Float[np.ndarray, " prompt"]:
 # --- splices ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Observed:
-    """What one model has at one place on any token ids. Activations depend on the ids alone, so they are kept."""
-
-    lens: Lens
-    at: At
-    _kept: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
-
-    def __call__(self, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos d"]:
-        key = (ids.shape[1], ids.cpu().numpy().tobytes())
-        if key not in self._kept:
-            found = self.lens.capture(Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), [self.at])[0][self.at]
-            if sum(values.nbytes for values in self._kept.values()) + found.nbytes > KEPT:
-                return found
-            self._kept[key] = found
-        return self._kept[key]
-
-
-@dataclass(frozen=True)
-class Spliced:
-    """A model into which something of another is put at one place, at all tokens: called like the model itself.
-
-    It keeps no cache, so completions cannot be drawn from it: probabilities of literal texts need none.
-
-    >>> Spliced(s, Observed(r, (2, "resid_post")), whole)  # R up to there, S's head on it   # doctest: +SKIP
-    """
-
-    into: Lens
-    other: Observed
-    splice: Splice
-
-    @torch.inference_mode()
-    def __call__(
-        self, input_ids: Int[Tensor, "row pos"], *, logits_to_keep: int | Tensor = 0, use_cache: bool = False
-    ) -> Any:
-        if use_cache:
-            raise InputError("a spliced model keeps no cache: ask it for the logits of whole texts")
-        given = self.other(input_ids)
-
-        def edit(activation: Tensor) -> Tensor:
-            # in place: the residual stream between attention and MLP is read twice
-            return activation.copy_(self.splice(activation, given))
-
-        self.into.tell_width(len(input_ids))
-        with self.into.hooked([(self.into.point(*self.other.at), edit)]):
-            return self.into.model(input_ids=input_ids, logits_to_keep=logits_to_keep, use_cache=False)
-
-
-def own(mine: Tensor, other: Tensor) -> Tensor:
-    """The model as it is."""
-    return mine
-
-
-def whole(mine: Tensor, other: Tensor) -> Tensor:
-    """The other model's activations in place of its own."""
-    return other
-
-
 def of_features(dictionary: Dictionary, units: Sequence[int] | None = None) -> Splice:
     """x + sum over units of (f(x_other) - f(x)) write: the change of some features alone; None: of all."""
     device = dictionary.read.device
@@ -166,43 +103,47 @@ def elsewhere(dictionary: Dictionary, units: Sequence[int], generator: torch.Gen
     return of_features(part.writing(drawn))
 
 
-def splice_terms(
-    into: Lens,
-    other: Lens,
-    at: At,
-    splices: Sequence[Splice],
-    prompts: Prompts,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> list[Terms]:
-    """What each splice makes `into` do on these prompts that it does not do as it is: nats from itself.
+class Splices:
+    """What splices at one place make a model do on these prompts that it does not do as it is: nats from itself.
 
     What R's features do is judged in S (`into` S, other R); what R does without something of its own, in R:
 
-    >>> splice_terms(r, s, at, [lambda x_r, x_s: x_r - part(x_s, x_r)], prompts)                        # doctest: +SKIP
+    >>> Splices(r, s, at, prompts).terms([lambda x_r, x_s: x_r - part(x_s, x_r)])                       # doctest: +SKIP
 
     Raises InputError for a suite with rules, or a place that does not exist or has no one vector a token.
     """
-    if not prompts.suite.literal:
-        raise InputError(
-            "changes of features are judged by exact probabilities of literal texts; this suite has rules (policies, "
-            "behaviours or `answer_match`), whose completions would have to be drawn anew for every feature"
-        )
-    layer, component = at
-    if component in PER_HEAD:
-        raise InputError(f"L{layer}.{component} has a vector for every head; give a place with one vector a token")
-    for lens in (into, other):
-        lens.check(Site(layer=layer, component=component))
-    vocabulary = into.model.config.get_text_config().vocab_size
-    scorer = Scorer(end_tokens(into.model, into.tokenizer), vocabulary, into.device)
-    grid, source = grid_of(prompts, seed), Observed(other, at)
-    base = literal_behaviour(scorer, Spliced(into, source, own), prompts)
-    found = []
-    for number, splice in enumerate(splices, start=1):
-        found.append(terms(base, literal_behaviour(scorer, Spliced(into, source, splice), prompts), grid))
-        if progress:
-            progress(number, len(splices))
-    return found
+
+    def __init__(self, into: Lens, other: Lens, at: At, prompts: Prompts, seed: int = 0) -> None:
+        if not prompts.suite.literal:
+            raise InputError(
+                "changes of features are judged by exact probabilities of literal texts; this suite has rules "
+                "(policies, behaviours or `answer_match`), whose completions would have to be drawn anew for every "
+                "feature"
+            )
+        layer, component = at
+        if component in PER_HEAD:
+            raise InputError(f"L{layer}.{component} has a vector for every head; give a place with one vector a token")
+        for lens in (into, other):
+            lens.check(Site(layer=layer, component=component))
+        vocabulary = into.model.config.get_text_config().vocab_size
+        self.scorer = Scorer(end_tokens(into.model, into.tokenizer), vocabulary, into.device)
+        self.prompts, self.grid = prompts, grid_of(prompts, seed)
+        self.ground = Ground(into, other, at, prompts.contexts)
+
+    def behaviour(self, splice: Splice) -> Behaviour:
+        return literal_behaviour(self.scorer, Spliced(self.ground, splice), self.prompts)
+
+    @cached_property
+    def base(self) -> Behaviour:
+        return self.behaviour(own)
+
+    def terms(self, splices: Sequence[Splice], progress: Progress | None = None) -> list[Terms]:
+        found = []
+        for number, splice in enumerate(splices, start=1):
+            found.append(terms(self.base, self.behaviour(splice), self.grid))
+            if progress:
+                progress(number, len(splices))
+        return found
 
 
 def half_prompts(suite: Suite, tokenizer: Any, which: Literal[0, 1], questions: int | None = None) -> Prompts:
@@ -327,7 +268,7 @@ def site_change(
         *(of_features(dictionary, units) for units in random),
         *(elsewhere(dictionary, top, generator) for _ in range(RANDOM - RANDOM // 2 if top else 0)),
     ]
-    found = splice_terms(before, after, at, splices, judge, seed, progress)
+    found = Splices(before, after, at, judge, seed).terms(splices, progress)
     alone, (together, every, everything), chance = found[: len(top)], found[len(top) :][:3], found[len(top) + 3 :]
     sides: tuple[Side, Side] = ("before", "after")
     return SiteChange(

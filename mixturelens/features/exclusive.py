@@ -9,10 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from mixturelens.features.activations import Activations
-from mixturelens.features.change import At, Splice, half_prompts, matched, splice_terms
+from mixturelens.features.change import Splices, half_prompts, matched
 from mixturelens.features.crosscoder import train_crosscoder
 from mixturelens.features.latents import judge_latents, transplant
 from mixturelens.features.record import CrosscoderFit, Part, Terms
+from mixturelens.features.splice import At, Splice
 from mixturelens.hooks.lens import Lens
 from mixturelens.suite import Suite
 from mixturelens.types import Site
@@ -63,7 +64,7 @@ def fit_crosscoder(
 
     groups = [*([i] for i in tested), *([i] for i in singles), *([exclusive] if exclusive else []), *sets]
     prompts = half_prompts(suite, before.tokenizer, 1, QUESTIONS)
-    found = splice_terms(after, before, at, [without(group) for group in groups], prompts, seed) if groups else []
+    found = Splices(after, before, at, prompts, seed).terms([without(group) for group in groups]) if groups else []
     alone, null = found[: len(tested)], found[len(tested) :][: len(singles)]
     rest = found[len(tested) + len(singles) :]
     causal = [part for part in (causes(each, null) for each in alone) if part is not None]

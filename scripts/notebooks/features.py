@@ -48,7 +48,7 @@ from mixturelens.behaviour.ground import make_ground, scale_of
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.features.activations import Activations, collect, texts
 from mixturelens.features.cards import card
-from mixturelens.features.change import half_prompts, matched, of_features, site_change, splice_terms
+from mixturelens.features.change import Splices, half_prompts, matched, of_features, site_change
 from mixturelens.features.crosscoder import train_crosscoder
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.latents import judge_latents
@@ -387,7 +387,7 @@ judging = half_prompts(suite, s.tokenizer, 1)
 for name, dictionary in (("the SAE above", features), ("another seed", another)):
     place = Place(replace(trial, ground=None), dictionary)
     best_one, together = best_of([place], lambda _, index: feature(index)), fewest_features(place, feature)
-    (nats,) = splice_terms(s, r, at, [of_features(dictionary)], judging)
+    (nats,) = Splices(s, r, at, judging).terms([of_features(dictionary)])
     moves = (best_one.patch, len(together.units), together.patch, nats.routing, nats.conditioning)
     explained = quality(s, dictionary, at, own["S"], lengths).explained
     compared.append([name, len(dictionary), viz.show(explained), *moves])
