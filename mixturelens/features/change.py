@@ -7,7 +7,7 @@ routing, to the cue reader if it moves the conditioning, to the skill if it move
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.behaviour.split import class_terms
 from mixturelens.features.dictionary import Dictionary
+from mixturelens.features.effort import share_of
 from mixturelens.features.record import Changed, SiteChange, Terms
 from mixturelens.features.splice import At, Ground, Splice, Spliced, own, whole
 from mixturelens.grafting.effects import LEAST, divergence
@@ -43,8 +44,6 @@ QUESTIONS = 48
 """Questions that judge, at most."""
 ROWS = 64
 """Texts whose activations are compared at a time."""
-Progress = Callable[[int, int], None]
-
 
 # --- terms ------------------------------------------------------------------------------------------------------------
 
@@ -137,13 +136,8 @@ class Splices:
     def base(self) -> Behaviour:
         return self.behaviour(own)
 
-    def terms(self, splices: Sequence[Splice], progress: Progress | None = None) -> list[Terms]:
-        found = []
-        for number, splice in enumerate(splices, start=1):
-            found.append(terms(self.base, self.behaviour(splice), self.grid))
-            if progress:
-                progress(number, len(splices))
-        return found
+    def terms(self, splices: Sequence[Splice]) -> list[Terms]:
+        return [terms(self.base, self.behaviour(splice), self.grid) for splice in splices]
 
 
 def half_prompts(suite: Suite, tokenizer: Any, which: Literal[0, 1], questions: int | None = None) -> Prompts:
@@ -242,23 +236,26 @@ def site_change(
     at: At,
     suite: Suite,
     seed: int = 0,
-    progress: Progress | None = None,
+    share: float = 1.0,
 ) -> SiteChange:
     """What RL changed of S's features at one place, and which term of the split each change moves.
 
     One half of the questions ranks features by how far they moved; the other half (QUESTIONS of it) judges: S with the
     change of each of the TOP alone, of all of these, of every feature, R's whole activations, and RANDOM nulls: as many
     random other features that write as much, and the changes of the TOP written along random directions.
-    Features that did not move at all are not among the TOP.
+    Features that did not move at all are not among the TOP. `share`: of questions, features and nulls.
     The same seed gives the same numbers.
 
     Raises InputError for a suite with rules, a single question, or a dictionary that does not fit the place.
     """
-    judge = half_prompts(suite, before.tokenizer, 1, QUESTIONS)
-    fired = firing(before, after, dictionary, at, half_prompts(suite, before.tokenizer, 0))
-    order = fired.moved.argsort(descending=True, stable=True)[:TOP].tolist()
+    judge = half_prompts(suite, before.tokenizer, 1, share_of(QUESTIONS, share, 8))
+    nulls = share_of(RANDOM, share)
+    fired = firing(
+        before, after, dictionary, at, half_prompts(suite, before.tokenizer, 0, share_of(QUESTIONS, share, 8))
+    )
+    order = fired.moved.argsort(descending=True, stable=True)[: share_of(TOP, share)].tolist()
     top = [unit for unit in order if float(fired.moved[unit]) > 0]
-    random = matched(fired.written.cpu().numpy(), top, RANDOM // 2, np.random.default_rng(seed))
+    random = matched(fired.written.cpu().numpy(), top, nulls // 2, np.random.default_rng(seed))
     generator = torch.Generator().manual_seed(seed)
     splices = [
         *(of_features(dictionary, [unit]) for unit in top),
@@ -266,9 +263,9 @@ def site_change(
         of_features(dictionary),
         whole,
         *(of_features(dictionary, units) for units in random),
-        *(elsewhere(dictionary, top, generator) for _ in range(RANDOM - RANDOM // 2 if top else 0)),
+        *(elsewhere(dictionary, top, generator) for _ in range(nulls - nulls // 2 if top else 0)),
     ]
-    found = Splices(before, after, at, judge, seed).terms(splices, progress)
+    found = Splices(before, after, at, judge, seed).terms(splices)
     alone, (together, every, everything), chance = found[: len(top)], found[len(top) :][:3], found[len(top) + 3 :]
     sides: tuple[Side, Side] = ("before", "after")
     return SiteChange(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mixturelens.features.change import Splices, half_prompts
+from mixturelens.features.effort import share_of
 from mixturelens.features.record import Concept
 from mixturelens.features.splice import whole
 from mixturelens.hooks.lens import Lens
@@ -66,13 +67,13 @@ def _differing(sweep: Sweep) -> set[str | int]:
     return {str(sweep.kind), *sweep.spans.get(sweep.kind, ())}
 
 
-def arrived_at(before: Lens, after: Lens, suite: Suite, seed: int = 0, questions: int = QUESTIONS) -> Site:
+def arrived_at(before: Lens, after: Lens, suite: Suite, seed: int = 0, share: float = 1.0) -> Site:
     """The earliest residual stream by which most of what R does differently has arrived: R's stream in S does it.
 
     Found by halving the layers, for more of it has arrived the deeper one looks.
     The last stream where R differs in its unembedding or not at all. Raises InputError for a suite with rules.
     """
-    prompts = half_prompts(suite, before.tokenizer, 0, questions)
+    prompts = half_prompts(suite, before.tokenizer, 0, share_of(QUESTIONS, share, 8))
     last: tuple[int, Component] = (before.layers - 1, "resid_post")
     places: list[tuple[int, Component]] = [*((layer, "resid_pre") for layer in range(1, before.layers)), last]
 

@@ -17,10 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mixturelens.features.activations import At
 from mixturelens.hooks.lens import Edit, Lens
-from mixturelens.types import Component, InputError
-
-At = tuple[int, Component]
+from mixturelens.types import InputError
 
 Splice = Callable[[Float[Tensor, "row pos d"], Float[Tensor, "row pos d"]], Float[Tensor, "row pos d"]]
 """(the model's own activations, the other model's) -> what is put in place of the model's own."""

@@ -57,7 +57,7 @@ from mixturelens.features.sae import load_sae, quality, train_sae
 from mixturelens.features.several import fewest_features
 from mixturelens.features.sites import arrived_at, named_site
 from mixturelens.features.table import find_table
-from mixturelens.features.units import Place, best_of, make_trial, strength
+from mixturelens.features.units import Place, best_of, make_trial, pool_of, strength
 from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.lens import NAMES, lens_of
 from mixturelens.models import quiet_libraries
@@ -386,7 +386,8 @@ compared: list[list[object]] = []
 judging = half_prompts(suite, s.tokenizer, 1)
 for name, dictionary in (("the SAE above", features), ("another seed", another)):
     place = Place(replace(trial, ground=None), dictionary)
-    best_one, together = best_of([place], lambda _, index: feature(index)), fewest_features(place, feature)
+    pool = pool_of(place, feature)
+    best_one, together = best_of(pool), fewest_features(pool)
     (nats,) = Splices(s, r, at, judging).terms([of_features(dictionary)])
     moves = (best_one.patch, len(together.units), together.patch, nats.routing, nats.conditioning)
     explained = quality(s, dictionary, at, own["S"], lengths).explained

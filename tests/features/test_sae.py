@@ -251,7 +251,7 @@ def test_losses_by_hand():
         logs = lens.model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
         own = [-float(logs[at - 1, ids[at]]) for at in range(start, len(ids))]
         by_hand.append(sum(own) / len(own))
-    assert completion_losses(lens, given, prompts) == pytest.approx(by_hand, abs=1e-5)
+    assert completion_losses(lens.model, given, prompts, lens) == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_quality_refuses_what_it_cannot_judge():
