@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,12 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU
 Seed = Annotated[int, typer.Option(help="Seed of samples and bootstrap.")]
 Minutes = Annotated[float | None, typer.Option(help="Time that an instrument may take: with less it looks at less.")]
 Memory = Annotated[float | None, typer.Option(metavar="GB", help="Memory that an instrument may take, likewise.")]
+Saes = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--sae", metavar="FOLDER", help="Pretrained SAE in SAELens' format, instead of ours; may be repeated."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the record, and nothing else, on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
 
@@ -137,11 +144,14 @@ def train(
 
 Options = dict[str, Any]
 """`seed` and `say` for the functions of the pipeline."""
-Work = Callable[["list[Case]", Options], tuple[list[Any], Callable[[], None]]]
+Work = Callable[..., tuple[list[Any], Callable[[], None]]]
 
 
 def _on_pairs(work: Work) -> Work:
-    """Make a command of a function that measures pairs: it returns their records, and what prints them for people."""
+    """Make a command of a function that measures pairs: it returns their records, and what prints them for people.
+
+    Options of its own are its keyword-only parameters.
+    """
 
     def command(
         run: Run = None,
@@ -159,17 +169,22 @@ def _on_pairs(work: Work) -> Work:
         seed: Seed = 0,
         as_json: Json = False,
         quiet: Quiet = False,
+        **own: Any,
     ) -> None:
         outside = {"base": base, "device_map": device_map}
         with _working(quiet) as (_, say):
             budget = _budget(minutes, memory)
             pairs = _pairs(run, before, after, suite, trained_cue, out, outside, device, dtype, budget)
-            records, show = work(pairs, {"seed": _seed(seed), "say": say})
+            records, show = work(pairs, {"seed": _seed(seed), "say": say}, **own)
         if as_json:
             print_json(records, run)
         else:
             show()
 
+    own_options = [each for each in inspect.signature(work).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    shared = list(inspect.signature(command).parameters.values())[:-1]
+    command.__signature__ = inspect.Signature([*shared, *own_options])  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ |= {each.name: each.annotation for each in own_options}
     app.command(work.__name__, help=work.__doc__)(command)
     return work
 
@@ -240,11 +255,13 @@ def graft(pairs: list[Case], options: Options) -> tuple[list[GraftRecord], Calla
 
 
 @_on_pairs
-def features(pairs: list[Case], options: Options) -> tuple[list[FeatureRecord], Callable[[], None]]:
+def features(
+    pairs: list[Case], options: Options, *, sae: Saes = None
+) -> tuple[list[FeatureRecord], Callable[[], None]]:
     """Train SAEs and crosscoders, and say what their features do that heads, neurons and directions do not."""
     from mixturelens import pipeline
 
-    records = [pipeline.features(pair, **options) for pair in pairs]
+    records = [pipeline.features(pair, saes=sae or (), **options) for pair in pairs]
     return records, lambda: show_features(pairs, records)
 
 

@@ -23,6 +23,7 @@ from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.behaviour.split import class_terms
+from mixturelens.features.activations import up_to
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import share_of
 from mixturelens.features.record import Changed, SiteChange, Terms
@@ -186,7 +187,7 @@ def firing(before: Lens, after: Lens, dictionary: Dictionary, at: At, prompts: P
         counted = batch.real & (batch.position_ids >= first[:, None])
         found, scale = {}, {}
         for side, lens in sides:
-            x = lens.capture(batch, [at])[0][at][counted]
+            x = up_to(lens, batch, [at])[at][counted].float()
             if x.shape[-1] != dictionary.read.shape[1]:
                 reads = dictionary.read.shape[1]
                 raise InputError(f"L{at[0]}.{at[1]} has {x.shape[-1]} numbers a token, where features read {reads}")

@@ -9,12 +9,20 @@ from mixturelens.models import Pair
 from mixturelens.models.cost import Estimate, Size, Work, estimate, said_time, size_of
 from mixturelens.spelling import encode_prompts
 
+EXACT = 4e11
+"""Operations up to which every unit of a kind is patched; of more, those that slopes nominate."""
 SHARES = (1.0, 0.5, 0.25, 0.125)
 """Of the questions, nulls and units that are looked at at most."""
-OPERATIONS = 2.4e13
+OPERATIONS = 4.5e13
 """What is done at most, unless a time is named: ten minutes of two cores that are not fast."""
 ROOM = 300e6
 """Bytes of what is in flight while models run, beside what grows with the suite."""
+WIDTH = 4
+"""Latents for each dimension, where there are tokens enough."""
+STEPS, BATCH = 1200, 1024
+"""Of a training, at most."""
+EPOCHS, FEWEST = 32, 300
+"""How often each token is seen, at most; but so many steps are taken."""
 LEAST = 4
 
 
@@ -25,6 +33,17 @@ def share_of(number: int, share: float, least: int = LEAST) -> int:
     (12, 4, 2)
     """
     return max(min(number, least), round(number * share))
+
+
+def training(d: int, tokens: int) -> tuple[int, int, int]:
+    """(latents, steps, rows of a batch) of a crosscoder that learns from so many tokens.
+
+    >>> training(64, 40_000), training(576, 4_500)
+    ((256, 1200, 1024), (1152, 300, 512))
+    """
+    width = WIDTH * d if tokens >= 4 * WIDTH * d else WIDTH * d // 2
+    batch = min(BATCH, max(64, 1 << int(tokens // 8).bit_length() - 1))
+    return width, min(STEPS, max(FEWEST, EPOCHS * tokens // batch)), batch
 
 
 @dataclass(frozen=True)
@@ -84,15 +103,18 @@ def work_of(pair: Pair, teach: int, held_out: int, share: float) -> Work:
     judged = 2 * 2 * 2 * min(held_out, share_of(256, share / 4, 16)) * text
     arrived = (3 + math.log2(size.layers)) * few(24, 8) * cues * asked
     tables = 2 * 4 * few(128 if share == 1 else 64, 12) * prompt + half * cues * asked * 2
-    clamps = 2 * (7 + 4 * share_of(8, share, 2) * few(32, 8) / max(1, half * cues)) * half * cues * 10 * answers
+    clamped = half if share == 1 else few(64, 12)
+    random = 4 * share_of(8, share, 2) * few(32, 8) / (clamped * cues)
+    clamps = 2 * (7 + random) * clamped * cues * 8 * answers
     changes = 2 * (2 + 0.5 * (share_of(8, share) + share_of(12, share) + 4)) * few(48, 8) * cues * asked
     latents = (2 + 3 * 0.5 * (share_of(24, share) + 2 * share_of(12, share))) * few(24, 8) * cues * asked
     cards = 2 * 3 * few(64, 8) * cues * prompt + 2 * 7 * share_of(32, share, 8) * prompt
     tokens = texts + judged + arrived + tables + clamps + changes + latents + cards
-    d, rows_learnt = size.d_model, teach * text
-    trained = 2 * 6 * d * 2 * d * min(1200 * 1024, max(300 * 512, 64 * rows_learnt))
-    trained += 3 * 6 * 2 * d * 4 * d * min(1200 * 1024, max(300 * 1024, 64 * rows_learnt))
-    units = 2 * 5 * 2e12
+    d, learnt = size.d_model, teach * text
+    trained = 2 * 3 * d * 2 * d * max(300 * 512, min(1200 * 1024, 32 * learnt))
+    width, steps, batch = training(d, int(learnt))
+    trained += 3 * 4 * 2 * d * width * steps * batch
+    units = 2 * 6 * min(EXACT, 1024 * half * 2 * size.body)
     extra = (trained + units) / (2 * size.body)
     held = ROOM + 4 * d * text * (2 * teach + 3 * held_out) * 2
     held += 4 * 4 * few(128 if share == 1 else 64, 12) * prompt * size.layers * 2 * d

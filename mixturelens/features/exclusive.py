@@ -11,7 +11,7 @@ from torch import Tensor
 from mixturelens.features.activations import Activations
 from mixturelens.features.change import Splices, matched
 from mixturelens.features.crosscoder import train_crosscoder
-from mixturelens.features.effort import share_of
+from mixturelens.features.effort import share_of, training
 from mixturelens.features.latents import judge_latents, transplant
 from mixturelens.features.record import CrosscoderFit, Part, Terms
 from mixturelens.features.splice import Splice
@@ -23,12 +23,6 @@ RANDOM = 12
 """Shared latents that each is compared with, and sets of as many as all of them."""
 QUESTIONS = 24
 """Questions on which R is asked without them."""
-WIDTH = 4
-"""Latents for each dimension."""
-STEPS, BATCH = 1200, 1024
-"""Of a training, at most."""
-EPOCHS, FEWEST = 64, 300
-"""How often each token is seen, at most; but so many steps are taken."""
 FLOOR = 0.01
 """Nats under which nothing has changed."""
 
@@ -47,9 +41,9 @@ def fit_crosscoder(
     R is not being what RL did: S against another S has such latents, too, which is why that null belongs beside every
     count. `splices` put S's activations into R at this place. `share`: of latents that are looked at.
     """
-    # a few thousand tokens are learnt by heart long before the usual number of steps
-    steps = min(STEPS, max(FEWEST, EPOCHS * len(activations) // BATCH))
-    crosscoder = train_crosscoder(activations, width=WIDTH * activations.dim, steps=steps, batch=BATCH, seed=seed)
+    # a few thousand tokens are learnt by heart long before the usual number of steps, and fill no wide dictionary
+    width, steps, batch = training(activations.dim, len(activations))
+    crosscoder = train_crosscoder(activations, width=width, steps=steps, batch=batch, seed=seed)
     latents, fit = judge_latents(crosscoder, held_out.batch(0, len(held_out), 0), seed)
     amount = crosscoder.encode(held_out.batch(0, len(held_out), 0)).mean(0)
     written = (amount * crosscoder.decoder[:, 1].norm(dim=1)).double().cpu().numpy()

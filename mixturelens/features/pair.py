@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,7 +51,7 @@ WIDTH = 2
 """Features an SAE has for each dimension of its site."""
 STEPS, BATCH = 1200, 1024
 """Of a training, at most."""
-EPOCHS, FEWEST = 64, 300
+EPOCHS, FEWEST = 32, 300
 """How often each token is seen, at most; but so many steps are taken."""
 PROMPTS = 4096
 """Prompts that features are learnt from, at most."""
@@ -61,6 +61,8 @@ JUDGED = 256
 """Held-out texts on which losses are measured, at most."""
 SEEDS = 3
 """Crosscoders of one pair: what they count depends on where they began."""
+CLAMPED = 64
+"""Questions on which units are clamped in behaviour, where not on all."""
 MOVED = 0.05
 """Share of a contrast from which something of a layer moved it."""
 POOR = 0.5
@@ -168,13 +170,16 @@ def pretrained(pair: Pair, folders: Sequence[Path]) -> list[Saved]:
         reads, there = each.dictionary.read.shape[1], widths.get(component, size.d_model)
         if reads != there:
             raise InputError(
-                f"{folder}: reads {reads} numbers a token, and the models have {there} at {each.hook_name}"
+                f"{folder}: reads {reads} numbers a token, where the models have {there} ({each.hook_name})"
             )
         names = [str(pair.before), pair.before.name, str(getattr(config, "_name_or_path", ""))]
         plain = re.sub(r"[^a-z0-9]", "", (each.model_name or "").split("/")[-1].lower())
         if plain and not any(plain in re.sub(r"[^a-z0-9]", "", name.lower()) for name in names):
             note = f"it was trained on {each.model_name}, and S is {pair.before.name}: its quality says whether it fits"
             each = Saved(each.folder, each.dictionary, each.hook_name, each.model_name, (*each.notes, note))
+        other = next((known for known in found if known.at == each.at), None)
+        if other is not None:
+            raise InputError(f"{folder} and {other.folder} read the same place ({each.hook_name}): give one of them")
         found.append(each)
     return found
 
@@ -295,7 +300,7 @@ class _Study:
             site = Site(layer=layer, component=component)
             # another seed, suite or S is another SAE, and does not find this one in its place
             name = f"{self.names[0].partition('@')[0]}/{site}-{self.store(own, str(site)).name[:8]}"
-            batch = min(BATCH, max(64, tokens // 8))
+            batch = min(BATCH, max(64, 1 << int(tokens // 8).bit_length() - 1))
             activations = self.taught[place]
             train_sae(
                 activations,
@@ -333,6 +338,11 @@ class _Study:
     ) -> list[Table]:
         """Units that carry each concept, clamped in R where that is the model that is patched."""
         ground = make_ground(self.r, self.suite, harm, self.seed)
+        asked = list(dict.fromkeys(row.id for row in ground.judge.rows))
+        if self.share < 1:  # clamps in behaviour are what takes longest
+            asked = asked[: share_of(CLAMPED, self.share, 12)]
+            chosen = [i for i, row in enumerate(ground.judge.rows) if row.id in asked]
+            ground = replace(ground, judge=ground.judge.part(chosen))
         behaviour = (ground, scale_of(ground, self.s.model))
 
         def table(concept: Concept) -> Table:

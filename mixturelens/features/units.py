@@ -23,7 +23,7 @@ from mixturelens.features.effects import (
     slopes,
     unit_effects,
 )
-from mixturelens.features.effort import share_of
+from mixturelens.features.effort import EXACT, share_of
 from mixturelens.features.record import Score, Unit
 from mixturelens.features.splice import At
 from mixturelens.hooks.intervened import Rewrite
@@ -45,8 +45,6 @@ FEW = 32
 """Judging questions, at most, on which these are clamped: they are many, and say no more than where chance is."""
 QUESTIONS = 128
 """Questions of each half, at most."""
-EXACT = 2e12
-"""Operations up to which every unit is patched; of more, those that slopes nominate."""
 NOMINATED = 64
 """These are so many, at most."""
 WATCHED = 256 << 20
@@ -293,7 +291,8 @@ def pool_of(place: Place, unit: Callable[[int], Unit]) -> Pool:
     strong = strength(scene, units).double().cpu().numpy()
     change = units.scale(scene.corrupt.values) * (units.encode(scene.clean.values) - units.encode(scene.corrupt.values))
     runs = int((change != 0).any(1).sum())
-    if runs * operations(scene, scene.site.layer) <= EXACT or (scene.site.layer, "resid_pre") not in scene.corrupt.seen:
+    watched = (scene.site.layer, "resid_pre") in scene.corrupt.seen
+    if runs * operations(scene, scene.site.layer) <= EXACT or not watched:
         alone = unit_effects(scene, units).mean(1)
     else:
         key = scene.site.layer, scene.site.component
