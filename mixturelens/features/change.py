@@ -113,7 +113,9 @@ class Splices:
     Raises InputError for a suite with rules, or a place that does not exist or has no one vector a token.
     """
 
-    def __init__(self, into: Lens, other: Lens, at: At, prompts: Prompts, seed: int = 0) -> None:
+    def __init__(
+        self, into: Lens, other: Lens, at: At, prompts: Prompts, seed: int = 0, base: Behaviour | None = None
+    ) -> None:
         if not prompts.suite.literal:
             raise InputError(
                 "changes of features are judged by exact probabilities of literal texts; this suite has rules "
@@ -129,13 +131,15 @@ class Splices:
         self.scorer = Scorer(end_tokens(into.model, into.tokenizer), vocabulary, into.device)
         self.prompts, self.grid = prompts, grid_of(prompts, seed)
         self.ground = Ground(into, other, at, prompts.contexts)
+        self.given = base
 
     def behaviour(self, splice: Splice) -> Behaviour:
         return literal_behaviour(self.scorer, Spliced(self.ground, splice), self.prompts)
 
     @cached_property
     def base(self) -> Behaviour:
-        return self.behaviour(own)
+        """The model as it is, which is the same at every place."""
+        return self.behaviour(own) if self.given is None else self.given
 
     def terms(self, splices: Sequence[Splice]) -> list[Terms]:
         return [terms(self.base, self.behaviour(splice), self.grid) for splice in splices]

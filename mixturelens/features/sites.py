@@ -77,8 +77,10 @@ def arrived_at(before: Lens, after: Lens, suite: Suite, seed: int = 0, share: fl
     last: tuple[int, Component] = (before.layers - 1, "resid_post")
     places: list[tuple[int, Component]] = [*((layer, "resid_pre") for layer in range(1, before.layers)), last]
 
+    base = Splices(before, after, places[0], prompts, seed).base
+
     def nats(place: tuple[int, Component]) -> float:
-        (found,) = Splices(before, after, place, prompts, seed).terms([whole])
+        (found,) = Splices(before, after, place, prompts, seed, base).terms([whole])
         return (found.routing.value or 0.0) + (found.specialists.value or 0.0)
 
     full = nats(last)

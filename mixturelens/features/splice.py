@@ -93,17 +93,20 @@ class Ground:
     def window(self, ids: Int[Tensor, "row pos"], end: int) -> tuple[_Window, list[int]]:
         """Whole rows up to column `end`, as windows behind their prompts; and the column of each row's first token.
 
-        Raises InputError for a row that begins with none of the prompts.
+        Padding is left out: of the zeros that a row ends in, all but the first, which may be its last token. Raises
+        InputError for a row that begins with none of the prompts.
         """
         owner, first = [], []
         rows = ids.tolist()
+        columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        ends = ((ids != 0) * columns).amax(1).add(1).clamp(max=end).tolist()
         for row in rows:
             found = next((k for n in self.lengths if (k := self.number.get(tuple(row[:n]))) is not None), None)
             if found is None:
                 raise InputError("a spliced model was asked about a prompt that is not among those it was made for")
             owner.append(found)
             first.append(len(self.prompts[found]) - 1)
-        width = max(1, end - min(first))
+        width = max(1, *(last - start for last, start in zip(ends, first, strict=True)))
         new = torch.zeros(len(rows), width, dtype=torch.long)
         for number, (row, start) in enumerate(zip(rows, first, strict=True)):
             some = row[start : start + width]
@@ -208,8 +211,8 @@ def _joined(parts: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[tuple[Tens
 class Spliced:
     """A model into which something of another is put at one place, at all tokens: called like the model itself.
 
-    It is asked about whole rows, each a prompt that the ground knows with something behind it, and knows no logits
-    before a prompt's last token: those are NaN.
+    It is asked about whole rows, each a prompt that the ground knows with something behind it. Logits before a prompt's
+    last token, and at padding, are NaN.
 
     >>> Spliced(Ground(s, r, (2, "resid_post"), prompts), whole)  # R up to there, S's head on it   # doctest: +SKIP
     """
