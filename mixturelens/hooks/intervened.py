@@ -194,7 +194,7 @@ class Intervened:
     ) -> Any:
         """Like the model; the cache it returns holds those of the runs it reads from, too.
 
-        Where long prompts are read in whole rows, logits within them are not computed, and NaN.
+        Where long prompts are read in whole rows, logits within them and at padding are not computed, and NaN.
         """
         call = self._understand(input_ids, attention_mask, past_key_values)
         alone = attention_mask is None and past_key_values is None and not use_cache
@@ -222,9 +222,13 @@ class Intervened:
             lengths = (len(prompt.ids), self._touched(prompt), *(len(prompt.under[cue]) for cue in self.sources))
             groups.setdefault(lengths, []).append(row)
         logits: Tensor | None = None
+        # rows are padded with zeros: all but the first of those that a row ends in are left out
+        columns = torch.arange(1, call.ids.shape[1] + 1, device=call.ids.device)
+        ends = ((call.ids != 0) * columns).amax(1).add(1).tolist()
         for (length, touched, *_), rows in groups.items():
-            start, width = length - 1, int(keep.max()) + 1
-            inside = keep >= start
+            start = length - 1
+            width = max(length, min(int(keep.max()) + 1, max(ends[row] for row in rows)))
+            inside = (keep >= start) & (keep < width)
             if not bool(inside.any()):
                 continue
             prompts = [call.prompts[row] for row in rows]
