@@ -47,7 +47,7 @@ from mixturelens import pipeline, viz
 from mixturelens.behaviour.ground import make_ground, scale_of
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.features.activations import Activations, collect, texts
-from mixturelens.features.cards import card
+from mixturelens.features.cards import Album, card
 from mixturelens.features.change import Splices, half_prompts, matched, of_features, site_change
 from mixturelens.features.crosscoder import train_crosscoder
 from mixturelens.features.dictionary import Dictionary
@@ -246,7 +246,8 @@ def draw(card: Card) -> None:
 best = units.best("feature")
 assert best is not None
 shown = {tag: [ids for ids, row in zip(own["S"], held_out, strict=True) if row.cue == tag] for tag in suite.cues}
-draw(card(s, r, features, best.unit, "best feature for the cue", suite, shown))
+album = Album(s, r, features, (best.unit.site.layer, best.unit.site.component), suite, shown)
+draw(card(album, best.unit, "best feature for the cue"))
 
 # %% [markdown]
 # It would be easy to name it: *the model is about to say sorry*. It fires on `[a]` under `<B>` and on `[b]` under
