@@ -88,7 +88,8 @@ class Run:
 
     def at(self, site: Site) -> Run:
         """The same run, looked at elsewhere. Raises InputError for a site that does not exist or is no activation."""
-        lens, key = self.engine.lens, (site.layer, site.component)
+        lens = self.engine.lens
+        key: At = (site.layer, site.component)
         _check_unit(lens, site)
         if site.position == self.site.position and key in self.seen:
             return replace(self, site=site)

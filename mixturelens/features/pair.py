@@ -26,7 +26,16 @@ from mixturelens.features.change import Splices, half_prompts, site_change
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import Plan, make_plan, share_of
 from mixturelens.features.exclusive import fit_crosscoder
-from mixturelens.features.record import Card, Concept, CrosscoderFit, FeatureRecord, Sae, SiteChange, Table
+from mixturelens.features.record import (
+    Card,
+    Concept,
+    CrosscoderFit,
+    FeatureRecord,
+    Quality,
+    Sae,
+    SiteChange,
+    Table,
+)
 from mixturelens.features.sae import load_sae, quality, train_sae
 from mixturelens.features.saved import Saved, read_sae
 from mixturelens.features.sites import SWEEPS, arrived_at, named_site
@@ -133,7 +142,9 @@ def feature_record(
     harm = study.attempt("what RL harmed", lambda: find_harm(behaviour))
     tables: list[Table] = []
     if harm is not None and sites:
-        layers = {concept: _layers(patching, concept, site) for concept, site in sites.items()}
+        layers: dict[Concept, list[int] | None] = {
+            concept: _layers(patching, concept, site) for concept, site in sites.items()
+        }
         subspaces = probing.subspaces if probing else ()
         tables = study.attempt("units", lambda: study.tables(sites, harm, subspaces, layers)) or []
     changes = study.changes([_place(site) for site in (sites.get("selector"), arrived) if site is not None])
@@ -263,10 +274,8 @@ class _Study:
             return []
         both = [self.s, self.r]
         own = texts(both, self.suite, self.teach, self.seed)
-        self.judged = {
-            side: texts([lens], self.suite, self.held_out, self.seed)
-            for side, lens in (("before", self.s), ("after", self.r))
-        }
+        sides: tuple[tuple[Side, Lens], ...] = (("before", self.s), ("after", self.r))
+        self.judged = {side: texts([lens], self.suite, self.held_out, self.seed) for side, lens in sides}
         self.taught = collect_places(both, own, places, self.store(own, "taught"))
         self.seen = collect_places(both, self.judged["before"], places, self.store(self.judged["before"], "seen"))
         after = collect_places([self.r], self.judged["after"], places, self.store(self.judged["after"], "after"))
@@ -276,8 +285,7 @@ class _Study:
         def judge(place: At, found: Dictionary, trained: bool) -> Sae:
             self.dictionaries[place] = found.to(self.s.device)
             rows = {"before": _rows(self.seen[place], 0), "after": _rows(after[place], 0)}
-            sides: tuple[tuple[Side, Lens], ...] = (("before", self.s), ("after", self.r))
-            said = {
+            said: dict[Side, Quality] = {
                 side: quality(
                     lens, found, place, self.judged[side], lengths, self.seed,
                     activations=rows[side], most=share_of(JUDGED, self.share / 4, 16),

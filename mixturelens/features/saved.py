@@ -111,10 +111,10 @@ def read_sae(folder: Path) -> Saved:
         raise wrong(f"normalize_activations is {normalize!r}; {', '.join(NORMS)} can be read")
     if config.get("reshape_activations", "none") not in ("none", "hook_z"):
         raise wrong(f"reshape_activations is {config['reshape_activations']!r}; none and hook_z can be read")
-    sizes = [config.get(name) for name in ("d_in", "d_sae")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise wrong(f"d_in and d_sae are {sizes[0]!r} and {sizes[1]!r}, where two sizes are needed")
-    weights = _weights(folder, architecture, *sizes)
+    d, width = config.get("d_in"), config.get("d_sae")
+    if not (isinstance(d, int) and isinstance(width, int) and min(d, width) > 0):
+        raise wrong(f"d_in and d_sae are {d!r} and {width!r}, where two sizes are needed")
+    weights = _weights(folder, architecture, d, width)
     factor, notes = None, ()
     if normalize == "expected_average_only_in":
         factor = _factor(folder)
