@@ -361,12 +361,13 @@ def best_of(pool: Pool) -> Score:
             f"{pool.place(0).trial.choose.site}: none of {len(strong)} units has another activation on the other side"
         )
     best = int(np.where(strong > 0, pool.alone, -np.inf).argmax())
-    trial = pool.place(best).trial
+    own = pool.place(best)
+    trial = own.trial
     with np.errstate(divide="ignore"):
         far = np.where(strong > 0, np.abs(np.log(strong) - np.log(strong[best])), np.inf)
     alike = [int(i) for i in np.argsort(far, kind="stable") if i != best and strong[i] > 0]
     alike = alike[: trial.controls // 2]
-    own, others = pool.place(best), [pool.place(i) for i in alike]
+    others = [pool.place(i) for i in alike]
     elsewhere = along_random(own, trial.controls - trial.controls // 2)
     random = np.concatenate([_shares(each) for each in (*others, elsewhere)], 1)
     number = trial.controls_in_behaviour
