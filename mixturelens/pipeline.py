@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from mixturelens.behaviour.forecast import ForecastRecord, Point, compare, forecast_records
 from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
-from mixturelens.features.pair import feature_record
+from mixturelens.features.pair import feature_record, pretrained
 from mixturelens.features.record import FeatureRecord
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import GraftRecord
@@ -268,11 +268,14 @@ def _patched(case: Case, *, seed: int, say: Say | None) -> tuple[PatchingRecord 
         return None, str(error)
 
 
-def features(case: Case, *, seed: int = 0, say: Say | None = None) -> FeatureRecord:
+def features(case: Case, *, saes: Sequence[Path] = (), seed: int = 0, say: Say | None = None) -> FeatureRecord:
     """SAE features and crosscoder latents beside neurons, heads and directions; or read what is there.
 
-    Patching says where to look, and is done first. The SAEs of S are kept in `features/`, in SAELens' format.
+    Patching says where to look, and is done first. The SAEs of S are kept in `features/`, in SAELens' format; `saes`:
+    folders of pretrained ones, which take their place.
     """
+    if case.pair.after is not None:
+        pretrained(case.pair, saes)  # what does not fit is said before anything is measured
     options = {"seed": seed, "say": say}
     folder = case.out / "features"
 
@@ -289,12 +292,14 @@ def features(case: Case, *, seed: int = 0, say: Say | None = None) -> FeatureRec
             probing=probed(),
             more=_more_prompts(case),
             folder=folder,
+            given=saes,
             **options,
         )
 
     def whole(there: FeatureRecord) -> bool:
         kept = all(sae.folder is None or (folder / sae.folder).exists() for sae in there.saes)
-        return kept and (there.probed or probed() is None)
+        given = [sae.pretrained for sae in there.saes if sae.pretrained is not None]
+        return kept and sorted(given) == sorted(map(str, saes)) and (there.probed or probed() is None)
 
     return _instrument(case, FeatureRecord, "features", make, whole, **options)
 

@@ -16,7 +16,8 @@ from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.contrasts import Contrasts, cue_contrasts
-from mixturelens.hooks.intervened import Intervened, Prompt, known_prompts
+from mixturelens.hooks.intervened import Intervened, Prompt, Rewrite, known_prompts
+from mixturelens.hooks.kept import Kept
 from mixturelens.hooks.lens import Lens
 from mixturelens.models import end_tokens
 from mixturelens.stats import interval, share
@@ -38,12 +39,14 @@ class Ground:
     choose: Prompts
     judge: Prompts
     known: Mapping[tuple[int, ...], Prompt]
+    kept: Kept
+    """What R's prompts leave behind, for all interventions that come after it."""
     contrasts: Contrasts
     """Cue contrasts of all questions; their first half chooses."""
     seed: int
 
-    def behaviour(self, interventions: Sequence[Intervention], prompts: Prompts) -> Behaviour:
-        model = Intervened(self.lens, interventions, self.known) if interventions else self.lens.model
+    def behaviour(self, interventions: Sequence[Intervention | Rewrite], prompts: Prompts) -> Behaviour:
+        model = Intervened(self.lens, interventions, self.known, self.kept) if interventions else self.lens.model
         return measure(self.scorer, model, prompts, self.seed)
 
     def accuracies(self, behaviour: Behaviour, prompts: Prompts) -> dict[str, Interval]:
@@ -73,6 +76,7 @@ def make_ground(lens: Lens, suite: Suite, harm: Harm, seed: int) -> Ground:
         choose=prepare(suite, choose, tokenizer),
         judge=prepare(suite, judge, tokenizer),
         known=known_prompts(suite, suite.neutral, tokenizer),
+        kept=Kept(lens),
         contrasts=contrasts,
         seed=seed,
     )

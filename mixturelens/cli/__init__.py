@@ -73,6 +73,12 @@ Seed = Annotated[int, typer.Option(help="Seed of samples and bootstrap.")]
 Minutes = Annotated[float | None, typer.Option(help="Time that an instrument may take: with less it looks at less.")]
 Memory = Annotated[float | None, typer.Option(metavar="GB", help="Memory that an instrument may take, likewise.")]
 Exhaustive = Annotated[bool, typer.Option("--exhaustive", help="Look everywhere, however long it takes.")]
+Saes = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--sae", metavar="FOLDER", help="Pretrained SAE in SAELens' format, instead of ours; may be repeated."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the record, and nothing else, on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
 
@@ -255,11 +261,13 @@ def graft(pairs: list[Case], options: Options) -> tuple[list[GraftRecord], Calla
 
 
 @_on_pairs
-def features(pairs: list[Case], options: Options) -> tuple[list[FeatureRecord], Callable[[], None]]:
+def features(
+    pairs: list[Case], options: Options, *, sae: Saes = None
+) -> tuple[list[FeatureRecord], Callable[[], None]]:
     """Train SAEs and crosscoders, and say what their features do that heads, neurons and directions do not."""
     from mixturelens import pipeline
 
-    records = [pipeline.features(pair, **options) for pair in pairs]
+    records = [pipeline.features(pair, saes=sae or (), **options) for pair in pairs]
     return records, lambda: show_features(pairs, records)
 
 

@@ -183,12 +183,17 @@ def show_features(pairs: list[Case], records: list[FeatureRecord]) -> None:
                 rows.append(
                     (
                         pair.name,
-                        f"{sae.site} of S on {'S' if side == 'before' else 'R'}",
+                        f"{sae.site} {'of S' if sae.pretrained is None else sae.pretrained} on "
+                        + ("S" if side == "before" else "R"),
                         *numbers,
                         _interval(found.loss_recovered),
                     )
                 )
     print_table(("pair", "SAE", "variance explained", "active", "dead", "loss recovered"), rows)
+    for pair, record in zip(pairs, records, strict=True):
+        for sae in record.saes:
+            for note in sae.notes:
+                print(f"{pair.name}: note: SAE of {sae.site}: {note}")
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for table in record.tables:

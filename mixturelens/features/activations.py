@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -17,12 +18,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.behaviour.likelihood import Scorer
-from mixturelens.hooks.lens import Lens, Tokens
+from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.models import end_tokens
 from mixturelens.records import Record
 from mixturelens.spelling import encode_prompts
 from mixturelens.suite import PromptRow, Suite
-from mixturelens.types import PER_HEAD, Component, InputError
+from mixturelens.types import PER_HEAD, Component, InputError, Site
 
 MEMORY = 1 << 30
 """Bytes of activations that are held in memory, unless asked otherwise."""
@@ -35,6 +36,7 @@ SAMPLE = 16384
 
 STORE = "store.json"
 
+At = tuple[int, Component]
 Progress = Callable[[int, int], None]
 """Called as progress(done, of)."""
 
@@ -192,10 +194,27 @@ def own_tokens(batch: Tokens, lengths: Sequence[int]) -> Bool[Tensor, "row pos"]
 # --- collecting -------------------------------------------------------------------------------------------------------
 
 
+def collect_places(
+    lenses: Sequence[Lens], texts: Sequence[Sequence[int]], places: Sequence[At], folder: Path, memory: int = MEMORY
+) -> dict[At, Activations]:
+    """Activations of several places, from one forward of each text and model, where all of them fit into memory; else
+    place by place, in a folder each. Raises InputError as `collect` does.
+    """
+    places = list(dict.fromkeys(places))
+    widths = {at: _width(lenses, texts, at) for at in places}
+    rows = sum(len(text) for text in texts)
+    if rows * len(lenses) * 4 * sum(widths.values()) > memory:
+        return {at: collect(lenses, texts, at, folder / f"L{at[0]}.{at[1]}", memory) for at in places}
+    held = {at: torch.empty(rows, len(lenses), width) for at, width in widths.items()}
+    _fill(lenses, texts, held)
+    weights = tuple(_digest(lens) for lens in lenses)
+    return {at: Activations((held[at],), _store(weights, texts, at, widths[at], 1).digest) for at in places}
+
+
 def collect(
     lenses: Sequence[Lens],
     texts: Sequence[Sequence[int]],
-    at: tuple[int, Component],
+    at: At,
     folder: Path | None = None,
     memory: int = MEMORY,
     progress: Progress | None = None,
@@ -208,28 +227,13 @@ def collect(
     Raises InputError for a site that is not there or has heads, for models of different width, if they do not fit and
     there is no folder, and for a folder that holds something else.
     """
-    layer, component = at
-    if component in PER_HEAD:
-        raise InputError(f"{component}: features are of the residual stream, of outputs or of neurons, not of heads")
-    if not lenses or not texts or not all(texts):
-        raise InputError("activations need at least one model and one text, and every text a token")
-    widths = [lens.capture(next(batches(texts[:1], lens.device))[1], [at])[0][at].shape[-1] for lens in lenses]
-    if len(set(widths)) > 1:
-        raise InputError(f"L{layer}.{component} has {widths[0]} dimensions in one model and {max(widths)} in another")
-    row_bytes = len(lenses) * widths[0] * 4
+    width = _width(lenses, texts, at)
+    row_bytes = len(lenses) * width * 4
     cuts = _cuts([len(text) * row_bytes for text in texts])
-    store = Store(
-        layer=layer,
-        component=component,
-        weights=tuple(_digest(lens) for lens in lenses),
-        texts=hashlib.sha256(json.dumps([list(text) for text in texts]).encode()).hexdigest()[:16],
-        rows=sum(len(text) for text in texts),
-        dim=widths[0],
-        shards=len(cuts),
-    )
+    store = _store(tuple(_digest(lens) for lens in lenses), texts, at, width, len(cuts))
 
     def fill(start: int, end: int, out: Float[Tensor, "row model d"]) -> None:
-        _fill(lenses, texts[start:end], at, out)
+        _fill(lenses, texts[start:end], {at: out})
         if progress:
             progress(end, len(texts))
 
@@ -249,6 +253,33 @@ def collect(
     return _stored(folder, store, cuts, texts, fill)
 
 
+def _width(lenses: Sequence[Lens], texts: Sequence[Sequence[int]], at: At) -> int:
+    """Numbers a token at a place, the same in all models."""
+    layer, component = at
+    if component in PER_HEAD:
+        raise InputError(f"{component}: features are of the residual stream, of outputs or of neurons, not of heads")
+    if not lenses or not texts or not all(texts):
+        raise InputError("activations need at least one model and one text, and every text a token")
+    for lens in lenses:
+        lens.check(Site(layer=layer, component=component))
+    widths = [lens.d_mlp if component == "neurons" else lens.d_model for lens in lenses]
+    if len(set(widths)) > 1:
+        raise InputError(f"L{layer}.{component} has {widths[0]} dimensions in one model and {max(widths)} in another")
+    return widths[0]
+
+
+def _store(weights: tuple[str, ...], texts: Sequence[Sequence[int]], at: At, width: int, shards: int) -> Store:
+    return Store(
+        layer=at[0],
+        component=at[1],
+        weights=weights,
+        texts=hashlib.sha256(json.dumps([list(text) for text in texts]).encode()).hexdigest()[:16],
+        rows=sum(len(text) for text in texts),
+        dim=width,
+        shards=shards,
+    )
+
+
 def _cuts(sizes: Sequence[int]) -> list[tuple[int, int]]:
     """Consecutive texts, so many that each shard has at most SHARD bytes (or one text)."""
     cuts, start, total = [], 0, 0
@@ -260,16 +291,44 @@ def _cuts(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return [*cuts, (start, len(sizes))]
 
 
+class _Enough(Exception):
+    """Ends a run once all that is wanted of it has been read."""
+
+
+@torch.no_grad()
+def up_to(lens: Lens, batch: Tokens, places: Sequence[At]) -> dict[At, Tensor]:
+    """Activations of places from a forward that ends behind the last of their layers."""
+    found: dict[At, Tensor] = {}
+
+    def keep(at: At) -> Edit:
+        def store(activation: Tensor) -> None:
+            found[at] = activation.clone()
+
+        return store
+
+    def stop(_: Tensor) -> None:
+        raise _Enough
+
+    edits = [(lens.point(*at), keep(at)) for at in places]
+    beyond = max(layer for layer, _ in places) + 1
+    if beyond < lens.layers:
+        edits.append((lens.point(beyond, "resid_pre"), stop))
+    with contextlib.suppress(_Enough):
+        lens.run(batch, edits)
+    return found
+
+
 def _fill(
-    lenses: Sequence[Lens], texts: Sequence[Sequence[int]], at: tuple[int, Component], out: Float[Tensor, "row model d"]
+    lenses: Sequence[Lens], texts: Sequence[Sequence[int]], out: Mapping[At, Float[Tensor, "row model d"]]
 ) -> None:
     starts = [0, *accumulate(len(text) for text in texts)]
     for number, lens in enumerate(lenses):
         for some, batch in batches(texts, lens.device):
-            acts = lens.capture(batch, [at])[0][at]
+            acts = up_to(lens, batch, list(out))
             index = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in some])
             real = own_tokens(batch, [len(texts[i]) for i in some])
-            out[index, number] = acts[real].float().cpu()
+            for at, values in out.items():
+                values[index, number] = acts[at][real].float().cpu()
 
 
 def _digest(lens: Lens) -> str:

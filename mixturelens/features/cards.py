@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mixturelens.contrasts import span_positions
+from mixturelens.features.activations import At, batches, up_to
 from mixturelens.features.dictionary import Dictionary
+from mixturelens.features.effort import share_of
 from mixturelens.features.record import Card, Concept, Example, Part, SiteChange, Table, Unit
 from mixturelens.hooks.lens import Lens, Tokens, tokens
 from mixturelens.probing.prompts import Group, Row, read_prompts
@@ -31,7 +33,9 @@ between 1e-9 and 1e-7 there are nats, too, and nobody ever sees them."""
 MOVED = 3
 """Cards of features that RL moved."""
 QUESTIONS = 64
-"""Questions that AUROC and next tokens are read on, at most."""
+"""Questions that AUROC is read on, at most."""
+ASKED_NEXT = 32
+"""Prompts that next tokens are read on, at most."""
 BYTES = 64 << 20
 """Bound on the logits that are held at a time."""
 
@@ -69,20 +73,40 @@ def interesting(tables: Sequence[Table], changes: Sequence[SiteChange]) -> list[
     return [(unit, "; ".join(dict.fromkeys(why))) for unit, why in found.values()]
 
 
-def card(
-    before: Lens,
-    after: Lens,
-    dictionary: Dictionary,
-    unit: Unit,
-    why: str,
-    suite: Suite,
-    texts: Mapping[str, Sequence[Sequence[int]]],
-) -> Card:
+@dataclass
+class Album:
+    """What cards of one place's units share: the dictionary, both models, texts, and what has been seen of them.
+
+    `texts[cue]`: token ids of prompts under a cue with a completion of S behind them. `share`: of questions.
+    """
+
+    before: Lens
+    after: Lens
+    dictionary: Dictionary
+    at: At
+    suite: Suite
+    texts: Mapping[str, Sequence[Sequence[int]]]
+    share: float = 1.0
+    known: dict[tuple[Side, tuple[int, ...]], Float[Tensor, "pos d"]] = field(default_factory=dict)
+    logits: dict[tuple[int, ...], Float[Tensor, "row pos vocabulary"]] = field(default_factory=dict)
+
+    def activations(self, side: Side, runs: Sequence[Sequence[int]]) -> list[Float[Tensor, "pos d"]]:
+        """Of every token of every row; each row is run once."""
+        lens = self.before if side == "before" else self.after
+        new = [run for run in dict.fromkeys(tuple(run) for run in runs) if (side, run) not in self.known]
+        for some, batch in batches(new, lens.device) if new else ():
+            x = up_to(lens, batch, [self.at])[self.at]
+            for row, i in enumerate(some):
+                self.known[side, new[i]] = x[row, : len(new[i])].float()
+        return [self.known[side, tuple(run)] for run in runs]
+
+
+def card(album: Album, unit: Unit, why: str) -> Card:
     """One unit of S's dictionary, looked at in S.
 
-    `texts[cue]`: token ids of prompts under a cue with a completion of S behind them: examples, rates and strengths are
-    of these. AUROC and next tokens are read on the half of the suite's questions that judges (`stats.half_of`), at the
-    unit's position: its last token; a unit without one is read at all tokens, and counts with its largest activation.
+    Examples, rates and strengths are of the album's texts. AUROC and next tokens are read on the half of the suite's
+    questions that judges (`stats.half_of`), at the unit's position: its last token; a unit without one is read at all
+    tokens, and counts with its largest activation.
 
     - `auroc["cue"]`: neutral prompts, or, behind them, each policy put in place. `hint`: hinted prompts. `policy`:
       which policy is put in place; only where the position is `policy`, or none. How well one class is told from the
@@ -94,7 +118,7 @@ def card(
     Raises InputError for a unit that the dictionary does not have, a component with several heads, a position that no
     prompt has, no texts, or fewer than four questions.
     """
-    site = unit.site
+    site, dictionary, texts = unit.site, album.dictionary, album.texts
     index = unit.index if unit.index is not None else 0
     if not 0 <= index < len(dictionary) or (unit.index is None and len(dictionary) > 1):
         raise InputError(f"{unit}: the dictionary holds {len(dictionary)} units; give one of their numbers")
@@ -104,21 +128,23 @@ def card(
     if not known:
         raise InputError(f"{unit}: a card shows texts, and there are none")
     one = dictionary.part(torch.tensor([index], device=dictionary.read.device))
-    reader = _Reader(before, one, site)
+    reader = _Reader(album, one, site)
     fired = reader.activations(known)
     rate: dict[Side, float] = {}
     strength: dict[Side, float] = {}
     sides: tuple[tuple[Side, list[Tensor]], ...] = (
         ("before", fired),
-        ("after", _Reader(after, one, site).activations(known)),
+        ("after", reader.activations(known, "after")),
     )
     for side, found in sides:
         every = torch.cat(found)
         firing = every[every != 0]
         rate[side] = round(len(firing) / len(every), 6)
         strength[side] = round(float(firing.mean()), 6) if len(firing) else 0.0
-    rows, places = _rows(suite, before.tokenizer, site)
-    promotes, suppresses = reader.next_tokens(rows["neutral"] or rows["placed"] or rows["hinted"], places)
+    tokenizer = album.before.tokenizer
+    rows, places = _rows(album.suite, tokenizer, site, share_of(QUESTIONS, album.share, 8))
+    asked = rows["neutral"] or rows["placed"] or rows["hinted"]
+    promotes, suppresses = reader.next_tokens(_spread(asked, share_of(ASKED_NEXT, album.share, 8)), places)
     return Card(
         unit=unit,
         why=why,
@@ -131,7 +157,7 @@ def card(
         strength=strength,
         promotes=promotes,
         suppresses=suppresses,
-        examples=_examples(before.tokenizer, texts, dict(zip(known, fired, strict=True))),
+        examples=_examples(tokenizer, texts, dict(zip(known, fired, strict=True))),
     )
 
 
@@ -140,10 +166,15 @@ def card(
 Places = Callable[[Row], tuple[int, ...]]
 
 
-def _rows(suite: Suite, tokenizer: Any, site: Site) -> tuple[dict[Group, tuple[Row, ...]], Places]:
+def _spread(rows: Sequence[Row], number: int) -> Sequence[Row]:
+    """So many rows, drawn: they come in turn by cue and policy."""
+    return [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[:number].tolist())]
+
+
+def _rows(suite: Suite, tokenizer: Any, site: Site, number: int) -> tuple[dict[Group, tuple[Row, ...]], Places]:
     """Rows of the questions that judge, in the groups in which this position can be read, and where it lies in each."""
     questions = list(dict.fromkeys(row.id for row in suite.neutral))
-    judge = {questions[i] for i in half_of(len(questions), 1)[:QUESTIONS]}
+    judge = {questions[i] for i in half_of(len(questions), 1)[:number]}
     if len(judge) < 4:  # so that probes of it know what to say
         judge = set(questions)
     some = suite.model_copy(update={"prompts": tuple(row for row in suite.prompts if row.id in judge)})
@@ -186,11 +217,15 @@ def _run(row: Row) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """One unit of one model: a dictionary of one."""
+    """One unit: a dictionary of one."""
 
-    lens: Lens
+    album: Album
     unit: Dictionary
     site: Site
+
+    @property
+    def lens(self) -> Lens:
+        return self.album.before
 
     def _batches(self, runs: Sequence[Sequence[int]]) -> list[Tokens]:
         """Rows as they come, in batches whose logits stay within the bound."""
@@ -198,16 +233,13 @@ class _Reader:
         step = max(1, BYTES // (8 * vocabulary * max(len(run) for run in runs)))
         return [tokens(runs[start : start + step], self.lens.device) for start in range(0, len(runs), step)]
 
-    def activations(self, runs: Sequence[Sequence[int]]) -> list[Float[Tensor, " pos"]]:
+    def activations(self, runs: Sequence[Sequence[int]], side: Side = "before") -> list[Float[Tensor, " pos"]]:
         """Of every token of every row."""
-        at = (self.site.layer, self.site.component)
         found = []
-        for batch in self._batches(runs) if runs else ():
-            x = self.lens.capture(batch, [at])[0][at]
+        for x in self.album.activations(side, runs):
             if x.shape[-1] != (reads := self.unit.read.shape[1]):
                 raise InputError(f"{self.site}: the unit reads {reads} numbers a token, where there are {x.shape[-1]}")
-            values = self.unit.encode(x)[..., 0]
-            found += [row[real].cpu() for row, real in zip(values, batch.real, strict=True)]
+            found.append(self.unit.encode(x.to(self.lens.device))[..., 0].cpu())
         return found
 
     def auroc(self, rows: Sequence[Row], places: Places, label: Callable[[Row], str | None]) -> float | None:
@@ -245,11 +277,11 @@ class _Reader:
             def ablate(x: Tensor, mask: Tensor = mask, fires: list[Tensor] = fires) -> Tensor:
                 found = self.unit.encode(x)
                 fires.append(mask & (found[..., 0] != 0))
-                x[mask] -= (found @ self.unit.write)[mask]
+                x[mask] = self.unit.moved(x, -found)[mask]
                 return x
 
             without = self.lens.run(batch, [(point, ablate)], last_only=False)[fires[0]]
-            plain = self.lens.run(batch, last_only=False)[fires[0]]
+            plain = self._plain(batch)[fires[0]]
             plain, without = (logits.double().log_softmax(-1).cpu() for logits in (plain, without))
             change += (plain - without).sum(0)
             number += len(plain)
@@ -266,6 +298,17 @@ class _Reader:
         up = [token for token in order if change[token] > 0]
         down = [token for token in reversed(order) if change[token] < 0]
         return strongest(up), strongest(down)
+
+    def _plain(self, batch: Tokens) -> Float[Tensor, "row pos vocabulary"]:
+        """Logits without any change: the same for all units of a place."""
+        key = tuple(batch.ids.flatten().tolist())
+        if key not in self.album.logits:
+            held = sum(each.nbytes for each in self.album.logits.values())
+            found = self.lens.run(batch, last_only=False)
+            if held + found.nbytes > 4 * BYTES:
+                return found
+            self.album.logits[key] = found
+        return self.album.logits[key]
 
 
 def _examples(

@@ -7,13 +7,14 @@ routing, to the cue reader if it moves the conditioning, to the skill if it move
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mixturelens.behaviour.arrays import Behaviour
@@ -22,14 +23,17 @@ from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.behaviour.split import class_terms
+from mixturelens.features.activations import up_to
 from mixturelens.features.dictionary import Dictionary
+from mixturelens.features.effort import share_of
 from mixturelens.features.record import Changed, SiteChange, Terms
+from mixturelens.features.splice import At, Ground, Splice, Spliced, own, whole
 from mixturelens.grafting.effects import LEAST, divergence
-from mixturelens.hooks.lens import Lens, Tokens, tokens
+from mixturelens.hooks.lens import Lens, tokens
 from mixturelens.models import end_tokens
 from mixturelens.stats import half_of, interval
 from mixturelens.suite import Suite
-from mixturelens.types import PER_HEAD, Component, InputError, Interval, Side, Site
+from mixturelens.types import PER_HEAD, InputError, Interval, Side, Site
 
 TOP = 8
 """Features that are looked at one by one, at most."""
@@ -41,15 +45,6 @@ QUESTIONS = 48
 """Questions that judge, at most."""
 ROWS = 64
 """Texts whose activations are compared at a time."""
-KEPT = 256 << 20
-"""Bytes of activations of the other model that are kept, since every splice is asked about the same texts."""
-
-At = tuple[int, Component]
-Progress = Callable[[int, int], None]
-
-Splice = Callable[[Float[Tensor, "row pos d"], Float[Tensor, "row pos d"]], Float[Tensor, "row pos d"]]
-"""(the model's own activations, the other model's) -> what is put in place of the model's own."""
-
 
 # --- terms ------------------------------------------------------------------------------------------------------------
 
@@ -89,71 +84,13 @@ def _skill(base: Behaviour, changed: Behaviour) -> Float[np.ndarray, " prompt"]:
 # --- splices ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Observed:
-    """What one model has at one place on any token ids. Activations depend on the ids alone, so they are kept."""
-
-    lens: Lens
-    at: At
-    _kept: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
-
-    def __call__(self, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos d"]:
-        key = (ids.shape[1], ids.cpu().numpy().tobytes())
-        if key not in self._kept:
-            found = self.lens.capture(Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), [self.at])[0][self.at]
-            if sum(values.nbytes for values in self._kept.values()) + found.nbytes > KEPT:
-                return found
-            self._kept[key] = found
-        return self._kept[key]
-
-
-@dataclass(frozen=True)
-class Spliced:
-    """A model into which something of another is put at one place, at all tokens: called like the model itself.
-
-    It keeps no cache, so completions cannot be drawn from it: probabilities of literal texts need none.
-
-    >>> Spliced(s, Observed(r, (2, "resid_post")), whole)  # R up to there, S's head on it   # doctest: +SKIP
-    """
-
-    into: Lens
-    other: Observed
-    splice: Splice
-
-    @torch.inference_mode()
-    def __call__(
-        self, input_ids: Int[Tensor, "row pos"], *, logits_to_keep: int | Tensor = 0, use_cache: bool = False
-    ) -> Any:
-        if use_cache:
-            raise InputError("a spliced model keeps no cache: ask it for the logits of whole texts")
-        given = self.other(input_ids)
-
-        def edit(activation: Tensor) -> Tensor:
-            # in place: the residual stream between attention and MLP is read twice
-            return activation.copy_(self.splice(activation, given))
-
-        self.into.tell_width(len(input_ids))
-        with self.into.hooked([(self.into.point(*self.other.at), edit)]):
-            return self.into.model(input_ids=input_ids, logits_to_keep=logits_to_keep, use_cache=False)
-
-
-def own(mine: Tensor, other: Tensor) -> Tensor:
-    """The model as it is."""
-    return mine
-
-
-def whole(mine: Tensor, other: Tensor) -> Tensor:
-    """The other model's activations in place of its own."""
-    return other
-
-
 def of_features(dictionary: Dictionary, units: Sequence[int] | None = None) -> Splice:
     """x + sum over units of (f(x_other) - f(x)) write: the change of some features alone; None: of all."""
     device = dictionary.read.device
     part = dictionary if units is None else dictionary.part(torch.tensor(list(units), dtype=torch.long, device=device))
 
     def splice(mine: Tensor, other: Tensor) -> Tensor:
-        return mine + (part.encode(other) - part.encode(mine)) @ part.write
+        return part.moved(mine, part.encode(other) - part.encode(mine))
 
     return splice
 
@@ -163,46 +100,49 @@ def elsewhere(dictionary: Dictionary, units: Sequence[int], generator: torch.Gen
     part = dictionary.part(torch.tensor(list(units), device=dictionary.read.device))
     drawn = torch.randn(part.write.shape, generator=generator).to(part.write)
     drawn = drawn * part.write.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
-    return of_features(Dictionary(part.read, part.offset, part.threshold, drawn))
+    return of_features(part.writing(drawn))
 
 
-def splice_terms(
-    into: Lens,
-    other: Lens,
-    at: At,
-    splices: Sequence[Splice],
-    prompts: Prompts,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> list[Terms]:
-    """What each splice makes `into` do on these prompts that it does not do as it is: nats from itself.
+class Splices:
+    """What splices at one place make a model do on these prompts that it does not do as it is: nats from itself.
 
     What R's features do is judged in S (`into` S, other R); what R does without something of its own, in R:
 
-    >>> splice_terms(r, s, at, [lambda x_r, x_s: x_r - part(x_s, x_r)], prompts)                        # doctest: +SKIP
+    >>> Splices(r, s, at, prompts).terms([lambda x_r, x_s: x_r - part(x_s, x_r)])                       # doctest: +SKIP
 
     Raises InputError for a suite with rules, or a place that does not exist or has no one vector a token.
     """
-    if not prompts.suite.literal:
-        raise InputError(
-            "changes of features are judged by exact probabilities of literal texts; this suite has rules (policies, "
-            "behaviours or `answer_match`), whose completions would have to be drawn anew for every feature"
-        )
-    layer, component = at
-    if component in PER_HEAD:
-        raise InputError(f"L{layer}.{component} has a vector for every head; give a place with one vector a token")
-    for lens in (into, other):
-        lens.check(Site(layer=layer, component=component))
-    vocabulary = into.model.config.get_text_config().vocab_size
-    scorer = Scorer(end_tokens(into.model, into.tokenizer), vocabulary, into.device)
-    grid, source = grid_of(prompts, seed), Observed(other, at)
-    base = literal_behaviour(scorer, Spliced(into, source, own), prompts)
-    found = []
-    for number, splice in enumerate(splices, start=1):
-        found.append(terms(base, literal_behaviour(scorer, Spliced(into, source, splice), prompts), grid))
-        if progress:
-            progress(number, len(splices))
-    return found
+
+    def __init__(
+        self, into: Lens, other: Lens, at: At, prompts: Prompts, seed: int = 0, base: Behaviour | None = None
+    ) -> None:
+        if not prompts.suite.literal:
+            raise InputError(
+                "changes of features are judged by exact probabilities of literal texts; this suite has rules "
+                "(policies, behaviours or `answer_match`), whose completions would have to be drawn anew for every "
+                "feature"
+            )
+        layer, component = at
+        if component in PER_HEAD:
+            raise InputError(f"L{layer}.{component} has a vector for every head; give a place with one vector a token")
+        for lens in (into, other):
+            lens.check(Site(layer=layer, component=component))
+        vocabulary = into.model.config.get_text_config().vocab_size
+        self.scorer = Scorer(end_tokens(into.model, into.tokenizer), vocabulary, into.device)
+        self.prompts, self.grid = prompts, grid_of(prompts, seed)
+        self.ground = Ground(into, other, at, prompts.contexts)
+        self.given = base
+
+    def behaviour(self, splice: Splice) -> Behaviour:
+        return literal_behaviour(self.scorer, Spliced(self.ground, splice), self.prompts)
+
+    @cached_property
+    def base(self) -> Behaviour:
+        """The model as it is, which is the same at every place."""
+        return self.behaviour(own) if self.given is None else self.given
+
+    def terms(self, splices: Sequence[Splice]) -> list[Terms]:
+        return [terms(self.base, self.behaviour(splice), self.grid) for splice in splices]
 
 
 def half_prompts(suite: Suite, tokenizer: Any, which: Literal[0, 1], questions: int | None = None) -> Prompts:
@@ -249,17 +189,17 @@ def firing(before: Lens, after: Lens, dictionary: Dictionary, at: At, prompts: P
         batch = tokens(texts[start : start + ROWS], before.device)
         first = torch.tensor(new[start : start + ROWS], device=before.device)
         counted = batch.real & (batch.position_ids >= first[:, None])
-        found = {}
+        found, scale = {}, {}
         for side, lens in sides:
-            x = lens.capture(batch, [at])[0][at][counted]
+            x = up_to(lens, batch, [at])[at][counted].float()
             if x.shape[-1] != dictionary.read.shape[1]:
                 reads = dictionary.read.shape[1]
                 raise InputError(f"L{at[0]}.{at[1]} has {x.shape[-1]} numbers a token, where features read {reads}")
-            found[side] = dictionary.encode(x).double()
+            found[side], scale[side] = dictionary.encode(x).double(), dictionary.scale(x).double()
             fires[side] = fires[side] + (found[side] != 0).sum(0)
             total[side] = total[side] + found[side].sum(0)
-            amount = amount + found[side].abs().sum(0) / 2
-        moved = moved + (found["after"] - found["before"]).abs().sum(0)
+            amount = amount + (scale[side] * found[side].abs()).sum(0) / 2
+        moved = moved + (scale["before"] * (found["after"] - found["before"]).abs()).sum(0)
         number += int(counted.sum())
     norm = dictionary.write.norm(dim=1).double()
     return Firing(
@@ -301,23 +241,26 @@ def site_change(
     at: At,
     suite: Suite,
     seed: int = 0,
-    progress: Progress | None = None,
+    share: float = 1.0,
 ) -> SiteChange:
     """What RL changed of S's features at one place, and which term of the split each change moves.
 
     One half of the questions ranks features by how far they moved; the other half (QUESTIONS of it) judges: S with the
     change of each of the TOP alone, of all of these, of every feature, R's whole activations, and RANDOM nulls: as many
     random other features that write as much, and the changes of the TOP written along random directions.
-    Features that did not move at all are not among the TOP.
+    Features that did not move at all are not among the TOP. `share`: of questions, features and nulls.
     The same seed gives the same numbers.
 
     Raises InputError for a suite with rules, a single question, or a dictionary that does not fit the place.
     """
-    judge = half_prompts(suite, before.tokenizer, 1, QUESTIONS)
-    fired = firing(before, after, dictionary, at, half_prompts(suite, before.tokenizer, 0))
-    order = fired.moved.argsort(descending=True, stable=True)[:TOP].tolist()
+    judge = half_prompts(suite, before.tokenizer, 1, share_of(QUESTIONS, share, 8))
+    nulls = share_of(RANDOM, share)
+    fired = firing(
+        before, after, dictionary, at, half_prompts(suite, before.tokenizer, 0, share_of(QUESTIONS, share, 8))
+    )
+    order = fired.moved.argsort(descending=True, stable=True)[: share_of(TOP, share)].tolist()
     top = [unit for unit in order if float(fired.moved[unit]) > 0]
-    random = matched(fired.written.cpu().numpy(), top, RANDOM // 2, np.random.default_rng(seed))
+    random = matched(fired.written.cpu().numpy(), top, nulls // 2, np.random.default_rng(seed))
     generator = torch.Generator().manual_seed(seed)
     splices = [
         *(of_features(dictionary, [unit]) for unit in top),
@@ -325,9 +268,9 @@ def site_change(
         of_features(dictionary),
         whole,
         *(of_features(dictionary, units) for units in random),
-        *(elsewhere(dictionary, top, generator) for _ in range(RANDOM - RANDOM // 2 if top else 0)),
+        *(elsewhere(dictionary, top, generator) for _ in range(nulls - nulls // 2 if top else 0)),
     ]
-    found = splice_terms(before, after, at, splices, judge, seed, progress)
+    found = Splices(before, after, at, judge, seed).terms(splices)
     alone, (together, every, everything), chance = found[: len(top)], found[len(top) :][:3], found[len(top) + 3 :]
     sides: tuple[Side, Side] = ("before", "after")
     return SiteChange(

@@ -7,9 +7,9 @@ what it writes is changed, so what its dictionary leaves unexplained stays in pl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mixturelens.contrasts import Contrasts
 from mixturelens.features.dictionary import Dictionary
+from mixturelens.features.splice import At
 from mixturelens.hooks.engine import Columns, Engine, Spans
-from mixturelens.hooks.lens import Lens, Tokens
+from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
 from mixturelens.hooks.sides import sides
 from mixturelens.patching.sweep import APART
@@ -31,6 +32,10 @@ Do = Literal["patch", "clamp", "ablate"]
 unit writes is taken away, on both sides."""
 
 
+Seen = dict[At, Float[Tensor, "question column *unit"]]
+"""Place -> its activations at the tokens of a position."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One side of contrasts in its model, as it is, and its activations at one site (of the position's tokens)."""
@@ -39,16 +44,34 @@ class Run:
     spans: tuple[Spans, ...]
     metric: LogOdds
     site: Site
-    values: Float[Tensor, "question column d"]
+    seen: Seen
+    """At the site's position, and of as many places as were asked for, from one forward."""
     own: Float[Tensor, " question"]
     """The metric (log-odds, nats)."""
+
+    @property
+    def values(self) -> Float[Tensor, "question column d"]:
+        found = self.seen[self.site.layer, self.site.component]
+        return found if self.site.head is None else found[:, :, self.site.head]
+
+    @cached_property
+    def columns(self) -> dict[tuple[int, ...], Int[Tensor, " question"]]:
+        """Columns of the position -> the rows that have it there."""
+        rows: dict[tuple[int, ...], list[int]] = {}
+        columns = Columns(self.engine.base, self.spans)
+        for row in range(len(self.own)):
+            rows.setdefault(columns.of(self.site.position, row), []).append(row)
+        return {at: torch.tensor(some, device=self.own.device) for at, some in rows.items()}
+
+    @property
+    def window(self) -> int:
+        """Columns that a patch at the position changes, at most: its first one and all behind it."""
+        return self.engine.width - min(at[0] for at in self.columns)
 
     @cached_property
     def most(self) -> int:
         """Runs that fit into the engine's memory at a time."""
-        lens, engine = self.engine.lens, self.engine
-        columns = Columns(engine.base, self.spans)
-        window = engine.width - min(min(columns.of(self.site.position, row)) for row in range(len(self.own)))
+        lens, engine, window = self.engine.lens, self.engine, self.window
         per_token = 8 * lens.d_model + 3 * lens.d_mlp + 3 * lens.heads * engine.width
         kept = engine.width * (self.values.shape[-1] * lens.heads_of(self.site.component) + 5 * lens.d_model)
         return max(1, int(engine.memory // (4 * (window * per_token + kept + 3 * engine.logits.shape[1]))))
@@ -65,8 +88,15 @@ class Run:
 
     def at(self, site: Site) -> Run:
         """The same run, looked at elsewhere. Raises InputError for a site that does not exist or is no activation."""
-        values = _values(self.engine.lens, self.engine.base, self.spans, site)
-        return Run(self.engine, self.spans, self.metric, site, values, self.own)
+        lens = self.engine.lens
+        key: At = (site.layer, site.component)
+        _check_unit(lens, site)
+        if site.position == self.site.position and key in self.seen:
+            return replace(self, site=site)
+        edits, seen = _noting(lens, _columns(self.engine.base, self.spans, site), [key])
+        with torch.no_grad():
+            lens.run(self.engine.base, edits)
+        return replace(self, site=site, seen=seen)
 
 
 @dataclass(frozen=True)
@@ -107,11 +137,13 @@ class Scene:
         return share(resampled_mean(moved.T, counts), resampled_mean(self.goal - self.base, counts), APART)
 
 
-def make_scene(lens: Lens, contrasts: Contrasts, site: Site, before: Lens | None = None) -> Scene:
+def make_scene(
+    lens: Lens, contrasts: Contrasts, site: Site, before: Lens | None = None, watch: Sequence[At] = ()
+) -> Scene:
     """Run both sides of contrasts, and keep what they have at a site (one with a position, or every token).
 
     Clean activations come from the clean prompts of the same model; with `before`, from that checkpoint (for contrasts
-    of checkpoints: on the same prompts).
+    of checkpoints: on the same prompts). `watch`: places that will be looked at, too, at the same position.
 
     Raises InputError for a site that does not exist or is no activation, prompts that have the position at several
     widths, and a model whose blocks cannot be run alone.
@@ -124,19 +156,21 @@ def make_scene(lens: Lens, contrasts: Contrasts, site: Site, before: Lens | None
         (before or lens, both.clean, both.spans),
         (lens, both.corrupt, both.corrupt_spans),
     ):
-        values = _values(model, batch, spans, site)
+        _check_unit(model, site)
+        edits, seen = _noting(model, _columns(batch, spans, site), [(site.layer, site.component), *watch])
         try:
-            engine = Engine(model, batch, spans)
+            with model.hooked(edits):
+                engine = Engine(model, batch, spans)
         except RunError as error:
             raise InputError(f"effects of units need the patch engine: {error}") from None
-        runs.append(Run(engine, spans, both.metric, site, values, both.metric(engine.logits).float()))
+        runs.append(Run(engine, spans, both.metric, site, seen, both.metric(engine.logits).float()))
     clean, corrupt = runs
     if clean.values.shape != corrupt.values.shape:
         raise InputError(f"{site}: its activations have another shape on the other side")
     return Scene(clean, corrupt)
 
 
-def _values(lens: Lens, batch: Tokens, spans: tuple[Spans, ...], site: Site) -> Float[Tensor, "question column d"]:
+def _check_unit(lens: Lens, site: Site) -> None:
     lens.check(site)
     if (
         site.component == "pattern"
@@ -144,15 +178,29 @@ def _values(lens: Lens, batch: Tokens, spans: tuple[Spans, ...], site: Site) -> 
         or (site.component in PER_HEAD) != (site.head is not None)
     ):
         raise InputError(f"{site}: units read the residual stream, an output, the neurons of a layer, or one head")
+
+
+def _columns(batch: Tokens, spans: tuple[Spans, ...], site: Site) -> Int[Tensor, "question column"]:
     columns = Columns(batch, spans)
     places = [columns.of(site.position, row) for row in range(len(batch))]
     if len({len(place) for place in places}) > 1:
         raise InputError(f"{site}: prompts differ in their number of tokens there, so units cannot be compared there")
-    key = (site.layer, site.component)
-    device = batch.ids.device
-    rows, at = torch.arange(len(batch), device=device)[:, None], torch.tensor(places, device=device)
-    found = lens.capture(batch, [key])[0][key][rows, at]
-    return (found if site.head is None else found[:, :, site.head]).float()
+    return torch.tensor(places, device=batch.ids.device)
+
+
+def _noting(lens: Lens, at: Int[Tensor, "question column"], keys: Sequence[At]) -> tuple[list[tuple[Any, Edit]], Seen]:
+    """Hooks that keep what the first forward has at these columns, and what they keep."""
+    seen: Seen = {}
+    rows = torch.arange(len(at), device=at.device)[:, None]
+
+    def keep(key: At) -> Edit:
+        def store(activation: Tensor) -> None:
+            if key not in seen:
+                seen[key] = activation.detach()[rows, at].float()
+
+        return store
+
+    return [(lens.point(*key), keep(key)) for key in dict.fromkeys(keys)], seen
 
 
 # --- effects ----------------------------------------------------------------------------------------------------------
@@ -203,21 +251,29 @@ def joint_effects(
 
 
 Change = tuple[float, Run, Float[Tensor, "question column unit"]]
-"""How an effect counts, the run that is changed, and by how much each unit's activation is."""
+"""How an effect counts, the run that is changed, and how much of its vector each unit writes more."""
 
 
-def _changes(scene: Scene, dictionary: Dictionary, do: Do, to: Float[Tensor, " unit"] | None) -> list[Change]:
+def check_size(scene: Scene, dictionary: Dictionary) -> None:
     size = scene.corrupt.values.shape[-1]
     if dictionary.read.shape[1] != size:
         raise InputError(f"{scene.site}: units read {dictionary.read.shape[1]} numbers, where there are {size}")
+
+
+def _changes(scene: Scene, dictionary: Dictionary, do: Do, to: Float[Tensor, " unit"] | None) -> list[Change]:
+    check_size(scene, dictionary)
     clean, corrupt = (dictionary.encode(run.values) for run in (scene.clean, scene.corrupt))
+    scale = dictionary.scale(scene.corrupt.values)
     if do == "patch":
-        return [(1.0, scene.corrupt, clean - corrupt)]
+        return [(1.0, scene.corrupt, scale * (clean - corrupt))]
     if do == "ablate":
-        return [(1.0, scene.corrupt, -corrupt), (-1.0, scene.clean, -clean)]
+        return [
+            (1.0, scene.corrupt, -scale * corrupt),
+            (-1.0, scene.clean, -dictionary.scale(scene.clean.values) * clean),
+        ]
     if to is None or len(to) != len(dictionary):
         raise InputError(f"{scene.site}: a clamp needs a number for each of the {len(dictionary)} units")
-    return [(1.0, scene.corrupt, to - corrupt)]
+    return [(1.0, scene.corrupt, scale * (to - corrupt))]
 
 
 @torch.no_grad()
@@ -255,3 +311,105 @@ def site_effects(
 
 def _numpy(values: Tensor) -> np.ndarray:
     return values.double().cpu().numpy()
+
+
+# --- many units at once -----------------------------------------------------------------------------------------------
+
+
+def operations(scene: Scene, layer: int) -> float:
+    """Of one row with other values at the scene's position of a layer: a multiplication and an addition a weight."""
+    lens = scene.corrupt.engine.lens
+    weights = sum(parameter.numel() for parameter in lens.bridge.blocks.parameters()) / lens.layers
+    head = lens.d_model * scene.corrupt.engine.logits.shape[1]
+    return 2.0 * (weights * (lens.layers - layer) * scene.corrupt.window + head)
+
+
+def slopes(scene: Scene, keys: Sequence[At]) -> dict[At, Float[Tensor, "question column *unit"]]:
+    """What the corrupt side's metric gains for each unit of activation: its gradient, at places that are watched.
+
+    It is linear where the truth is not: it nominates units, and says nothing of what they do.
+    """
+    run, first = scene.corrupt, min(layer for layer, _ in keys)
+    engine, lens = run.engine, run.engine.lens
+    found = {key: torch.zeros_like(run.seen[key]) for key in keys}
+    start_at = Site(layer=first, component="resid_pre", position=run.site.position)
+    step = max(1, run.most // (2 * lens.layers))
+    for columns, rows in run.columns.items():
+        for part in rows.split(step):
+            added: dict[At, Tensor] = {}
+
+            def add(key: At, added: dict[At, Tensor] = added) -> Edit:
+                def edit(activation: Tensor) -> Tensor:
+                    added[key] = torch.zeros_like(activation, requires_grad=True)
+                    return activation + added[key]
+
+                return edit
+
+            with torch.enable_grad(), lens.hooked([(lens.point(*key), add(key)) for key in keys]):
+                given = run.seen[first, "resid_pre"][part].to(engine.logits.dtype)
+                moved = run.metric(engine.logits_with(start_at, given, part), part).sum()
+                gradients = torch.autograd.grad(moved, list(added.values()), allow_unused=True)
+            for key, gradient in zip(added, gradients, strict=True):
+                if gradient is not None:
+                    places = _inside(run, key[0], columns)
+                    found[key][part[:, None], [n for n, _ in places]] = gradient[:, [at for _, at in places]].float()
+    return found
+
+
+@torch.no_grad()
+def sites_together(scene: Scene, groups: Sequence[Sequence[Site]]) -> Float[np.ndarray, "group question"]:
+    """Nats by which groups of heads or neurons, of watched layers at the scene's position, move the corrupt side's
+    metric: all of a group replaced at once by what the clean side has.
+    """
+    run = scene.corrupt
+    engine, lens = run.engine, run.engine.lens
+    result = torch.zeros(len(groups), len(scene), device=run.own.device)
+    for number, group in enumerate(groups):
+        first = min(site.layer for site in group)
+        start_at = Site(layer=first, component="resid_pre", position=run.site.position)
+        for columns, every in run.columns.items():
+            for rows in every.split(run.most):
+
+                def put(site: Site, columns: tuple[int, ...] = columns, rows: Tensor = rows) -> Edit:
+                    unit = site.head if site.component in PER_HEAD else site.neuron
+                    given = scene.clean.seen[site.layer, site.component][rows]
+                    places = _inside(run, site.layer, columns)
+                    source, target = [n for n, _ in places], [at for _, at in places]
+
+                    def edit(activation: Tensor) -> Tensor:
+                        if unit is None:
+                            activation[:, target] = given[:, source].to(activation.dtype)
+                        else:
+                            activation[:, target, unit] = given[:, source, unit].to(activation.dtype)
+                        return activation
+
+                    return edit
+
+                edits = [(lens.point(site.layer, site.component), put(site)) for site in group]
+                given = run.seen[first, "resid_pre"][rows].to(engine.logits.dtype)
+                with lens.hooked(edits):
+                    logits = engine.logits_with(start_at, given, rows)
+                result[number, rows] = run.metric(logits, rows).float() - run.own[rows]
+    return _numpy(result)
+
+
+def _inside(run: Run, layer: int, columns: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(number of a column of the position, where it lies in what a layer computes): of the last layer, only the last
+    column is computed.
+    """
+    if layer == run.engine.lens.layers - 1:
+        return [(n, 0) for n, column in enumerate(columns) if column == run.engine.width - 1]
+    return [(n, column - columns[0]) for n, column in enumerate(columns)]
+
+
+@torch.no_grad()
+def heads_alone(scene: Scene, sites: Sequence[Site]) -> Float[np.ndarray, "site question"]:
+    """Nats by which each head of watched layers moves the corrupt side's metric alone."""
+    run, source = scene.corrupt, {}
+    for layer in dict.fromkeys(site.layer for site in sites):
+        seen = scene.clean.seen[layer, "z"]
+        whole = seen.new_zeros(len(seen), run.engine.width, *seen.shape[2:])
+        for columns, rows in run.columns.items():
+            whole[rows[:, None], list(columns)] = seen[rows]
+        source[layer, "z"] = whole
+    return _numpy(run.engine.sweep(sites, source, run.metric).float() - run.own)

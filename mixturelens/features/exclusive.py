@@ -9,12 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from mixturelens.features.activations import Activations
-from mixturelens.features.change import At, Splice, half_prompts, matched, splice_terms
+from mixturelens.features.change import Splices, matched
 from mixturelens.features.crosscoder import train_crosscoder
+from mixturelens.features.effort import share_of, training
 from mixturelens.features.latents import judge_latents, transplant
 from mixturelens.features.record import CrosscoderFit, Part, Terms
-from mixturelens.hooks.lens import Lens
-from mixturelens.suite import Suite
+from mixturelens.features.splice import Splice
 from mixturelens.types import Site
 
 TESTED = 24
@@ -22,38 +22,40 @@ TESTED = 24
 RANDOM = 12
 """Shared latents that each is compared with, and sets of as many as all of them."""
 QUESTIONS = 24
+"""Questions on which R is asked without them."""
 FLOOR = 0.01
 """Nats under which nothing has changed."""
 
 
 def fit_crosscoder(
-    before: Lens,
-    after: Lens,
     activations: Activations,
     held_out: Activations,
-    at: At,
-    suite: Suite,
+    splices: Splices,
     seed: int = 0,
+    share: float = 1.0,
 ) -> CrosscoderFit:
     """Train a crosscoder over S and R, and ablate in R what it says that R has alone.
 
     A latent exclusive to R is causal if R without it does something else for sure: in some term of the split, by more
     than FLOOR nats and than nearly all (95%) of as many single shared latents that write as much in R. Being causal in
     R is not being what RL did: S against another S has such latents, too, which is why that null belongs beside every
-    count. Raises InputError for a suite with rules.
+    count. `splices` put S's activations into R at this place. `share`: of latents that are looked at.
     """
-    crosscoder = train_crosscoder(activations, seed=seed)
+    # a few thousand tokens are learnt by heart long before the usual number of steps, and fill no wide dictionary
+    width, steps, batch = training(activations.dim, len(activations))
+    crosscoder = train_crosscoder(activations, width=width, steps=steps, batch=batch, seed=seed)
     latents, fit = judge_latents(crosscoder, held_out.batch(0, len(held_out), 0), seed)
     amount = crosscoder.encode(held_out.batch(0, len(held_out), 0)).mean(0)
     written = (amount * crosscoder.decoder[:, 1].norm(dim=1)).double().cpu().numpy()
-    crosscoder = crosscoder.to(after.device)
+    crosscoder = crosscoder.to(splices.ground.into.device)
     exclusive, shared = (latents.of(kind) for kind in ("after", "shared"))
-    tested = sorted(exclusive, key=lambda i: -written[i])[:TESTED]
+    tested = sorted(exclusive, key=lambda i: -written[i])[: share_of(TESTED, share)]
     rng = np.random.default_rng(seed)
     alike = np.where(np.isin(np.arange(len(written)), shared), written, 0.0)
     alike[tested] = written[tested]
-    singles = _nearest(alike, tested, shared)
-    sets = matched(alike, exclusive, RANDOM // 3, rng) if exclusive and len(exclusive) <= len(shared) else []
+    singles = _nearest(alike, tested, shared, share_of(RANDOM, share))
+    enough = bool(exclusive) and len(exclusive) <= len(shared)
+    sets = matched(alike, exclusive, max(2, share_of(RANDOM, share) // 3), rng) if enough else []
 
     def without(units: Sequence[int]) -> Splice:
         def splice(x_r: Tensor, x_s: Tensor) -> Tensor:
@@ -62,13 +64,12 @@ def fit_crosscoder(
         return splice
 
     groups = [*([i] for i in tested), *([i] for i in singles), *([exclusive] if exclusive else []), *sets]
-    prompts = half_prompts(suite, before.tokenizer, 1, QUESTIONS)
-    found = splice_terms(after, before, at, [without(group) for group in groups], prompts, seed) if groups else []
+    found = splices.terms([without(group) for group in groups]) if groups else []
     alone, null = found[: len(tested)], found[len(tested) :][: len(singles)]
     rest = found[len(tested) + len(singles) :]
     causal = [part for part in (causes(each, null) for each in alone) if part is not None]
     return CrosscoderFit(
-        site=Site(layer=at[0], component=at[1]),
+        site=Site(layer=splices.ground.at[0], component=splices.ground.at[1]),
         seed=seed,
         explained=fit.explained,
         dead=fit.dead,
@@ -83,10 +84,10 @@ def fit_crosscoder(
     )
 
 
-def _nearest(written: np.ndarray, units: Sequence[int], among: Sequence[int]) -> list[int]:
-    """Other latents that write about as much as these do: the nearest to each in turn, RANDOM of them."""
+def _nearest(written: np.ndarray, units: Sequence[int], among: Sequence[int], number: int) -> list[int]:
+    """Other latents that write about as much as these do: the nearest to each in turn."""
     free, found = [i for i in among if written[i] > 0], []
-    for unit in [units[k % len(units)] for k in range(RANDOM)] if units else []:
+    for unit in [units[k % len(units)] for k in range(number)] if units else []:
         if not free:
             break
         near = min(free, key=lambda i: abs(np.log(written[i] / max(written[unit], 1e-300))))

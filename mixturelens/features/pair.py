@@ -4,50 +4,78 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 
 from mixturelens.behaviour.ground import make_ground, scale_of
 from mixturelens.behaviour.harm import Harm, find_harm
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import checkpoint_contrasts, hint_contrasts
-from mixturelens.features.activations import collect, texts
-from mixturelens.features.cards import card, interesting
-from mixturelens.features.change import site_change
+from mixturelens.features import exclusive
+from mixturelens.features.activations import Activations, At, collect_places, texts
+from mixturelens.features.cards import Album, card, interesting
+from mixturelens.features.change import Splices, half_prompts, site_change
 from mixturelens.features.dictionary import Dictionary
+from mixturelens.features.effort import Plan, make_plan, share_of
 from mixturelens.features.exclusive import fit_crosscoder
-from mixturelens.features.record import Card, Concept, CrosscoderFit, FeatureRecord, Sae, SiteChange, Table
+from mixturelens.features.record import (
+    Card,
+    Concept,
+    CrosscoderFit,
+    FeatureRecord,
+    Quality,
+    Sae,
+    SiteChange,
+    Table,
+)
 from mixturelens.features.sae import load_sae, quality, train_sae
-from mixturelens.features.sites import arrived_at, named_site
+from mixturelens.features.saved import Saved, read_sae
+from mixturelens.features.sites import SWEEPS, arrived_at, named_site
 from mixturelens.features.table import find_table
 from mixturelens.features.units import make_trial
 from mixturelens.hooks.lens import NAMES, Lens, lens_of
 from mixturelens.models import Pair
+from mixturelens.models.cost import check_memory, size_of
+from mixturelens.models.load import load_config
 from mixturelens.models.source import fingerprint
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.record import ProbingRecord, Subspace
 from mixturelens.spelling import encode_prompts
 from mixturelens.stats import half_of
 from mixturelens.suite import PromptRow, Suite
-from mixturelens.types import Component, InputError, Side, Site
+from mixturelens.types import InputError, Side, Site
 
 Say = Callable[[str], None]
 T = TypeVar("T")
-Place = tuple[int, Component]
 
 WIDTH = 2
 """Features an SAE has for each dimension of its site."""
+STEPS, BATCH = 1200, 1024
+"""Of a training, at most."""
+EPOCHS, FEWEST = 32, 300
+"""How often each token is seen, at most; but so many steps are taken."""
 PROMPTS = 4096
 """Prompts that features are learnt from, at most."""
 HELD_OUT = 512
 """Prompts that they are judged on, at most."""
+JUDGED = 256
+"""Held-out texts on which losses are measured, at most."""
 SEEDS = 3
 """Crosscoders of one pair: what they count depends on where they began."""
+CLAMPED = 64
+"""Questions on which units are clamped in behaviour, where not on all."""
+MOVED = 0.05
+"""Share of a contrast from which something of a layer moved it."""
+POOR = 0.5
+"""Share of the variance, or of the loss, under which a dictionary is called poor."""
 
 
 def feature_record(
@@ -59,6 +87,7 @@ def feature_record(
     no_patching: str = "",
     probing: ProbingRecord | None = None,
     more: Sequence[PromptRow] = (),
+    given: Sequence[Path] = (),
     seed: int = 0,
     say: Say | None = None,
 ) -> FeatureRecord:
@@ -66,39 +95,62 @@ def feature_record(
     selector; what RL changed of the features, by the terms of the split; and crosscoders over S and R.
 
     `patching` names the sites; without it, `no_patching` says why, and what RL changed is still looked at where it has
-    arrived. `probing` gives the directions found by interchange. `folder` keeps the SAEs, by checkpoint and site, in
-    SAELens' format. `more`: prompts beside the suite's to learn features from, so that all of the suite is held out;
-    without them the suite's first half of questions serves. What this pair does not allow is left out, and said in
-    `missing`. Raises InputError for fewer than two questions.
+    arrived. `given`: folders of pretrained SAEs in SAELens' format, which take the place of our own: the features of
+    every concept are looked for where the first of them is at home. `probing` gives the directions found by
+    interchange. `folder` keeps our SAEs, by checkpoint and site. `more`: prompts beside the suite's to learn features
+    from, so that all of the suite is held out; without them the suite's first half of questions serves. What this pair
+    or its budget does not allow is left out, and said in `missing`. Raises InputError for fewer than two questions, for
+    SAEs that do not fit, and where not even the least fits into the memory that is allowed.
     """
     pair = pair.spelled(behaviour.spelling)
     suite = pair.suite
+    saved = pretrained(pair, given)
     teach, held_out = _split(suite, more, seed)
+    plan = make_plan(pair, len(teach), len(held_out))
+    if say:
+        say(f"features: {plan.needs}")
+        for each in saved:
+            for note in each.notes:
+                say(f"note: {each.folder}: {note}")
+    check_memory(pair, plan.needs, "features")
     s, r = (lens_of(pair, side) for side in pair.sides)
     names = tuple(fingerprint(source) for source in pair.sides.values())
-    study = _Study(s, r, suite, (names[0], names[1]), teach, held_out, folder, seed, say)
+    study = _Study(s, r, suite, (names[0], names[1]), teach, held_out, folder, plan, seed, say)
+    study.missing += plan.missing
     concepts: tuple[Concept, ...] = ("cue", "hint", "selector") if suite.hinted else ("cue", "selector")
 
     def named(concept: Concept) -> Site:
         if patching is None:
             raise InputError(no_patching or "nothing was patched")
-        return named_site(patching, concept)
+        site = named_site(patching, concept)
+        if saved:  # the place is the SAE's own, at the tokens where patching finds the contrast
+            layer, component = saved[0].at
+            return Site(layer=layer, component=component, position=site.position)
+        return site
 
     sites: dict[Concept, Site] = {}
     for concept in concepts:
         site = study.attempt(f"site of the {concept}", lambda concept=concept: named(concept))
         if site is not None:
             sites[concept] = site
-    arrived = study.attempt("where RL's change has arrived", lambda: arrived_at(s, r, suite, seed))
-    saes = study.learn([*sites.values(), *([arrived] if arrived else [])])
+    if saved:
+        arrived = Site(layer=saved[0].at[0], component=saved[0].at[1])
+    else:
+        arrived = study.attempt("where RL's change has arrived", lambda: arrived_at(s, r, suite, seed, plan.share))
+    places = list(dict.fromkeys(_place(site) for site in [*sites.values(), *([arrived] if arrived else [])]))
+    saes = study.learn([*places, *(each.at for each in saved)], saved)
     harm = study.attempt("what RL harmed", lambda: find_harm(behaviour))
     tables: list[Table] = []
     if harm is not None and sites:
-        tables = study.attempt("units", lambda: study.tables(sites, harm, probing.subspaces if probing else ())) or []
-    changes = study.changes([site for site in (sites.get("selector"), arrived) if site is not None])
+        layers: dict[Concept, list[int] | None] = {
+            concept: _layers(patching, concept, site) for concept, site in sites.items()
+        }
+        subspaces = probing.subspaces if probing else ()
+        tables = study.attempt("units", lambda: study.tables(sites, harm, subspaces, layers)) or []
+    changes = study.changes([_place(site) for site in (sites.get("selector"), arrived) if site is not None])
     fits: list[CrosscoderFit] = []
     if arrived is not None:
-        fits = study.attempt("activations of S and R", lambda: study.crosscoders(arrived)) or []
+        fits = study.attempt("activations of S and R", lambda: study.crosscoders(_place(arrived))) or []
     return FeatureRecord(
         probed=probing is not None,
         trained_cue=behaviour.trained_cue,
@@ -110,6 +162,49 @@ def feature_record(
         crosscoders=tuple(fits),
         missing=tuple(study.missing),
     )
+
+
+def pretrained(pair: Pair, folders: Sequence[Path]) -> list[Saved]:
+    """Pretrained SAEs, each checked against the pair: its place must be there, and be as wide as it reads.
+
+    What it was trained on is compared loosely, for a checkpoint has many names, and a difference is a note.
+    """
+    found = []
+    size = size_of(pair)
+    config = load_config(pair.before.base or pair.before).get_text_config()
+    widths = {"neurons": int(getattr(config, "intermediate_size", 0) or 4 * size.d_model)}
+    for folder in folders:
+        each = read_sae(folder)
+        layer, component = each.at
+        if layer >= size.layers:
+            raise InputError(f"{folder}: reads layer {layer}, and the models' layers are 0 to {size.layers - 1}")
+        reads, there = each.dictionary.read.shape[1], widths.get(component, size.d_model)
+        if reads != there:
+            raise InputError(
+                f"{folder}: reads {reads} numbers a token, where the models have {there} ({each.hook_name})"
+            )
+        names = [str(pair.before), pair.before.name, str(getattr(config, "_name_or_path", ""))]
+        plain = re.sub(r"[^a-z0-9]", "", (each.model_name or "").split("/")[-1].lower())
+        if plain and not any(plain in re.sub(r"[^a-z0-9]", "", name.lower()) for name in names):
+            note = f"it was trained on {each.model_name}, and S is {pair.before.name}: its quality says whether it fits"
+            each = Saved(each.folder, each.dictionary, each.hook_name, each.model_name, (*each.notes, note))
+        other = next((known for known in found if known.at == each.at), None)
+        if other is not None:
+            raise InputError(f"{folder} and {other.folder} read the same place ({each.hook_name}): give one of them")
+        found.append(each)
+    return found
+
+
+def _layers(patching: PatchingRecord | None, concept: Concept, site: Site) -> list[int] | None:
+    """The site's layer, and those of which something moved the contrast when it was patched; None: not known."""
+    kind, side = SWEEPS[concept]
+    found = {site.layer}
+    for sweep in patching.sweeps if patching else ():
+        if (sweep.kind, sweep.checkpoint) == (kind, side):
+            for each in sweep.effects:
+                if each.site.component in ("mlp_out", "attn_out", "z") and abs(each.effect.value or 0.0) >= MOVED:
+                    found.add(each.site.layer)
+    return sorted(found) if patching else None
 
 
 def _split(suite: Suite, more: Sequence[PromptRow], seed: int) -> tuple[list[PromptRow], list[PromptRow]]:
@@ -139,11 +234,16 @@ class _Study:
     teach: Sequence[PromptRow]
     held_out: Sequence[PromptRow]
     folder: Path
+    plan: Plan
     seed: int
     say: Say | None
-    dictionaries: dict[Place, Dictionary] = field(default_factory=dict)
+    dictionaries: dict[At, Dictionary] = field(default_factory=dict)
+    taught: dict[At, Activations] = field(default_factory=dict)
+    """S and R on prompts that teach, each completed by one of them."""
     judged: dict[Side, list[list[int]]] = field(default_factory=dict)
     """Held-out prompts, each with a completion of that checkpoint."""
+    seen: dict[At, Activations] = field(default_factory=dict)
+    """S and R on held-out prompts with completions of S."""
     missing: list[str] = field(default_factory=list)
 
     def attempt(self, what: str, work: Callable[[], T]) -> T | None:
@@ -156,66 +256,120 @@ class _Study:
             self.missing.append(f"{what}: {error}")
             return None
 
-    def store(self, some: Sequence[Sequence[int]], site: Site, weights: Sequence[str]) -> Path:
+    @property
+    def share(self) -> float:
+        return self.plan.share
+
+    def store(self, some: Sequence[Sequence[int]], what: str) -> Path:
         """Where activations go that do not fit into memory: a folder named by all that they follow from."""
-        made = json.dumps([*weights, str(site), self.seed, [list(ids) for ids in some]])
+        made = json.dumps([*self.names, what, self.seed, [list(ids) for ids in some]])
         return self.folder / ".activations" / hashlib.sha256(made.encode()).hexdigest()[:16]
 
-    def learn(self, sites: Sequence[Site]) -> list[Sae]:
-        """An SAE of S at each site, judged on S and on R, each on its own completions of held-out prompts."""
+    def learn(self, places: Sequence[At], saved: Sequence[Saved]) -> list[Sae]:
+        """An SAE of S at each place, ours or a pretrained one, judged on S and on R, each on its own completions of
+        held-out prompts. Every prompt goes through each model once, for all places.
+        """
+        places = list(dict.fromkeys(places))
+        if not places:
+            return []
+        both = [self.s, self.r]
+        own = texts(both, self.suite, self.teach, self.seed)
         sides: tuple[tuple[Side, Lens], ...] = (("before", self.s), ("after", self.r))
-        own = texts([self.s], self.suite, self.teach, self.seed)
         self.judged = {side: texts([lens], self.suite, self.held_out, self.seed) for side, lens in sides}
+        self.taught = collect_places(both, own, places, self.store(own, "taught"))
+        self.seen = collect_places(both, self.judged["before"], places, self.store(self.judged["before"], "seen"))
+        after = collect_places([self.r], self.judged["after"], places, self.store(self.judged["after"], "after"))
         lengths = [len(ids) for ids in encode_prompts(self.suite, self.held_out, self.s.tokenizer)]
+        tokens = sum(map(len, own))
 
-        def sae(place: Place) -> Sae:
+        def judge(place: At, found: Dictionary, trained: bool) -> Sae:
+            self.dictionaries[place] = found.to(self.s.device)
+            rows = {"before": _rows(self.seen[place], 0), "after": _rows(after[place], 0)}
+            said: dict[Side, Quality] = {
+                side: quality(
+                    lens, found, place, self.judged[side], lengths, self.seed,
+                    activations=rows[side], most=share_of(JUDGED, self.share / 4, 16),
+                )
+                for side, lens in sides
+            }  # fmt: skip
+            site = Site(layer=place[0], component=place[1])
+            explained, recovered = said["before"].explained, said["before"].loss_recovered.value
+            if explained < POOR or (recovered is not None and recovered < POOR):
+                learnt = f"learnt from {tokens:,} tokens" if trained else "pretrained"
+                lost = "" if recovered is None else f" and recovers {recovered:.2f} of the loss"
+                self.missing.append(
+                    f"SAE of {site}: {learnt}, it explains {explained:.2f} of the variance{lost} on held-out prompts: "
+                    "what no feature carries may still be there"
+                )
+            return Sae(site=site, trained=len(found), width=len(found), quality=said)
+
+        def train(place: At) -> Sae:
             layer, component = place
             site = Site(layer=layer, component=component)
             # another seed, suite or S is another SAE, and does not find this one in its place
-            store = self.store(own, site, self.names[:1])
-            name = f"{self.names[0].partition('@')[0]}/{site}-{store.name[:8]}"
+            name = f"{self.names[0].partition('@')[0]}/{site}-{self.store(own, str(site)).name[:8]}"
+            batch = min(BATCH, max(64, 1 << int(tokens // 8).bit_length() - 1))
+            activations = self.taught[place]
             train_sae(
-                collect([self.s], own, place, store),
+                activations,
                 self.folder / name,
                 site_name=f"blocks.{layer}.{NAMES[component]}",
                 model_name=self.names[0],
-                width=WIDTH * self.s.d_model,
+                width=WIDTH * activations.dim,
+                steps=min(STEPS, max(FEWEST, EPOCHS * tokens // batch)),
+                batch=batch,
                 seed=self.seed,
             )
-            shutil.rmtree(store, ignore_errors=True)
-            found = load_sae(self.folder / name).to(self.s.device)
-            self.dictionaries[place] = found
-            return Sae(
-                site=site,
-                folder=name,
-                trained=WIDTH * found.read.shape[1],
-                width=len(found),
-                quality={
-                    side: quality(lens, found, place, self.judged[side], lengths, self.seed) for side, lens in sides
-                },
-            )
+            found = judge(place, load_sae(self.folder / name), True)
+            return found.model_copy(update={"folder": name, "trained": WIDTH * activations.dim})
 
-        made = [self.attempt(f"SAE of L{p[0]}.{p[1]}", lambda p=p: sae(p)) for p in dict.fromkeys(map(_place, sites))]
+        def take(each: Saved) -> Sae:
+            update = {"pretrained": str(each.folder), "notes": each.notes}
+            return judge(each.at, each.dictionary, False).model_copy(update=update)
+
+        given = {each.at: each for each in saved}
+        made = [
+            self.attempt(
+                f"SAE of L{place[0]}.{place[1]}",
+                lambda place=place: take(given[place]) if place in given else train(place),
+            )
+            for place in places
+        ]
         return [each for each in made if each is not None]
 
-    def tables(self, sites: dict[Concept, Site], harm: Harm, subspaces: Sequence[Subspace]) -> list[Table]:
+    def tables(
+        self,
+        sites: dict[Concept, Site],
+        harm: Harm,
+        subspaces: Sequence[Subspace],
+        layers: dict[Concept, list[int] | None],
+    ) -> list[Table]:
         """Units that carry each concept, clamped in R where that is the model that is patched."""
         ground = make_ground(self.r, self.suite, harm, self.seed)
+        asked = list(dict.fromkeys(row.id for row in ground.judge.rows))
+        if self.share < 1:  # clamps in behaviour are what takes longest
+            asked = asked[: share_of(CLAMPED, self.share, 12)]
+            chosen = [i for i, row in enumerate(ground.judge.rows) if row.id in asked]
+            ground = replace(ground, judge=ground.judge.part(chosen))
         behaviour = (ground, scale_of(ground, self.s.model))
 
         def table(concept: Concept) -> Table:
             site = sites[concept]
             about = "cue" if concept == "cue" else "selector"
             subspace = next((each for each in subspaces if each.concept == about), None)
+            before, measured = None, behaviour
             if concept == "cue":
-                trial = make_trial(self.r, ground.contrasts, site, None, behaviour, self.seed)
+                lens, contrasts = self.r, ground.contrasts
             elif concept == "hint":
-                hint = hint_contrasts(self.suite, self.s.tokenizer, harm.trained_cue, harm.policy, harm.other)
-                trial = make_trial(self.s, hint, site, None, None, self.seed)
+                contrasts = hint_contrasts(self.suite, self.s.tokenizer, harm.trained_cue, harm.policy, harm.other)
+                lens, measured = self.s, None
             else:
-                same = checkpoint_contrasts(self.suite, self.s.tokenizer, harm.harmed_cue, harm.other, harm.policy)
-                trial = make_trial(self.r, same, site, self.s, behaviour, self.seed)
-            return find_table(concept, trial, self.dictionaries[_place(site)], subspace, self.missing)
+                contrasts = checkpoint_contrasts(self.suite, self.s.tokenizer, harm.harmed_cue, harm.other, harm.policy)
+                lens, before = self.r, self.s
+            trial = make_trial(
+                lens, contrasts, site, before, measured, self.seed, layers=layers[concept], share=self.share
+            )
+            return find_table(concept, trial, self.dictionaries[_place(site)], subspace, self.missing, layers[concept])
 
         found = [
             self.attempt(f"units that carry the {concept}", lambda concept=concept: table(concept))
@@ -224,33 +378,34 @@ class _Study:
         ]
         return [each for each in found if each is not None]
 
-    def changes(self, sites: Sequence[Site]) -> list[SiteChange]:
-        """What RL changed of the features of these sites."""
+    def changes(self, places: Sequence[At]) -> list[SiteChange]:
+        """What RL changed of the features of these places."""
         found = [
             self.attempt(
                 f"features of L{place[0]}.{place[1]} that RL changed",
-                lambda place=place: site_change(self.s, self.r, self.dictionaries[place], place, self.suite, self.seed),
+                lambda place=place: site_change(
+                    self.s, self.r, self.dictionaries[place], place, self.suite, self.seed, self.share
+                ),
             )
-            for place in dict.fromkeys(map(_place, sites))
+            for place in dict.fromkeys(places)
             if place in self.dictionaries
         ]
         return [each for each in found if each is not None]
 
-    def crosscoders(self, site: Site) -> list[CrosscoderFit]:
-        """Crosscoders over S and R at one site, on completions of both."""
-        at, lenses = _place(site), [self.s, self.r]
-        both = [texts(lenses, self.suite, rows, self.seed) for rows in (self.teach, self.held_out)]
-        stores = [self.store(some, site, self.names) for some in both]
-        learnt, kept = (collect(lenses, some, at, store) for some, store in zip(both, stores, strict=True))
+    def crosscoders(self, at: At) -> list[CrosscoderFit]:
+        """Crosscoders over S and R at one place."""
+        questions = share_of(exclusive.QUESTIONS, self.share, 8)
+        splices = Splices(self.r, self.s, at, half_prompts(self.suite, self.s.tokenizer, 1, questions), self.seed)
         found = [
             self.attempt(
-                f"crosscoder {number + 1} of {SEEDS} at {site}",
-                lambda number=number: fit_crosscoder(self.s, self.r, learnt, kept, at, self.suite, self.seed + number),
+                f"crosscoder {number + 1} of {SEEDS} at L{at[0]}.{at[1]}",
+                lambda number=number: fit_crosscoder(
+                    self.taught[at], self.seen[at], splices, self.seed + number, self.share
+                ),
             )
             for number in range(SEEDS)
         ]
-        for store in stores:
-            shutil.rmtree(store, ignore_errors=True)
+        shutil.rmtree(self.folder / ".activations", ignore_errors=True)
         return [each for each in found if each is not None]
 
     def cards(self, tables: Sequence[Table], changes: Sequence[SiteChange]) -> list[Card]:
@@ -258,17 +413,22 @@ class _Study:
             cue: [ids for ids, row in zip(self.judged["before"], self.held_out, strict=True) if row.cue == cue]
             for cue in self.suite.cues
         }
+        albums = {
+            place: Album(self.s, self.r, found, place, self.suite, shown, self.share)
+            for place, found in self.dictionaries.items()
+        }
         found = [
-            self.attempt(
-                f"card of {unit}",
-                lambda unit=unit, why=why: card(
-                    self.s, self.r, self.dictionaries[_place(unit.site)], unit, why, self.suite, shown
-                ),
-            )
+            self.attempt(f"card of {unit}", lambda unit=unit, why=why: card(albums[_place(unit.site)], unit, why))
             for unit, why in interesting(tables, changes)
         ]
         return [each for each in found if each is not None]
 
 
-def _place(site: Site) -> Place:
+def _rows(activations: Activations, model: int) -> Float[Tensor, "row d"]:
+    import torch
+
+    return torch.cat([part[:, model] for part in activations.parts])
+
+
+def _place(site: Site) -> At:
     return site.layer, site.component

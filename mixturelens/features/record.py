@@ -51,7 +51,7 @@ class Quality(Frozen):
 
 
 class Sae(Frozen):
-    """An SAE trained on S at one site, in SAELens' format."""
+    """An SAE at one site, in SAELens' format: trained on S here, or by others."""
 
     site: Site
     folder: str | None = None
@@ -62,6 +62,10 @@ class Sae(Frozen):
     """Features that are left: those that practically never fire are not saved."""
     quality: dict[Side, Quality]
     """On S, and on R as it is."""
+    pretrained: str | None = None
+    """The folder of an SAE that others trained."""
+    notes: tuple[str, ...] = ()
+    """What may matter about it."""
 
 
 class Score(Frozen):

@@ -1,4 +1,4 @@
-"""Sparse autoencoders: trained with SAELens, kept in its format, read as dictionaries, and judged by what is lost.
+"""Sparse autoencoders: trained with SAELens, kept in its format, and judged by what is lost.
 
 Importing sae_lens takes 10 s, so only training does. What it trains here is its BatchTopK SAE (Bussmann et al. 2024,
 arXiv 2412.06410) with two changes. Of each batch only what is selected is ever touched again, which changes speed
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mixturelens.features.activations import BATCH_TOKENS, Activations, Progress, batches, own_tokens
+from mixturelens.features.activations import BATCH_TOKENS, Activations, At, Progress, batches, collect, own_tokens
 from mixturelens.features.batchtopk import sparse_class
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Quality
-from mixturelens.hooks.lens import Edit, Lens
+from mixturelens.features.saved import load_sae, read_config
+from mixturelens.features.splice import Ground, Spliced, own
+from mixturelens.hooks.lens import Lens
 from mixturelens.records import new_folder, write_text
 from mixturelens.stats import interval, resample_counts, resampled_mean, share
-from mixturelens.types import Component, InputError
+from mixturelens.types import InputError
 
 RATE = 2e-3
 """Adam's learning rate, for activations whose mean square norm is d."""
@@ -48,12 +50,10 @@ COUNTED = 1 << 17
 """Rows on which that is counted."""
 SAVES = 8
 """Checkpoints a training: what a kill can cost is an eighth of it."""
-LOGITS = 64 << 20
+LOGITS = 256 << 20
 """Bytes of logits of one batch, when losses are measured."""
 LEAST = 0.05
 """Nats by which the mean in a site's place must surely hurt, for a share of that loss to mean anything."""
-
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def train_sae(
         "seed": seed,
     }
     if folder.exists():
-        if _config(folder).get("metadata", {}).get("mixturelens") != made:
+        if read_config(folder).get("metadata", {}).get("mixturelens") != made:
             raise InputError(f"{folder} holds another SAE (other activations, site or settings); give another folder")
         return folder
     metadata = {"hook_name": site_name, "model_name": model_name, "mixturelens": made}
@@ -251,59 +251,6 @@ def _resume(trainer: Any, work: Path, made: dict[str, Any]) -> int:
     return trainer.n_training_steps
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def load_sae(folder: Path) -> Dictionary:
-    """A saved SAE as a dictionary of the same features and reconstruction, without importing sae_lens.
-
-    Raises InputError, naming the file, for architectures other than jumprelu (what BatchTopK SAEs are saved as), and
-    for those that normalise or reshape their input.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    config = _config(folder)
-    for key, fine in (
-        ("architecture", "jumprelu"),
-        ("normalize_activations", "none"),
-        ("reshape_activations", "none"),
-    ):
-        if config.get(key, fine if key != "architecture" else None) != fine:
-            raise InputError(f"{folder / CONFIG}: {key} is {config.get(key)!r}, and only {fine!r} can be read")
-    file = folder / WEIGHTS
-    try:
-        weights = {name: value.float() for name, value in load_file(file).items()}
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; is the SAE whole?") from None
-    except SafetensorError as error:
-        raise InputError(f"{file}: not a safetensors file ({error})") from None
-    d, width = config.get("d_in"), config.get("d_sae")
-    shapes = {"W_enc": (d, width), "b_enc": (width,), "threshold": (width,), "W_dec": (width, d), "b_dec": (d,)}
-    for name, shape in shapes.items():
-        if name not in weights or tuple(weights[name].shape) != shape:
-            found = list(weights[name].shape) if name in weights else "absent"
-            raise InputError(f"{file}: {name} is {found}, where {CONFIG} says {list(shape)}")
-    read, offset = weights["W_enc"].T.contiguous(), -weights["b_enc"]
-    if config.get("apply_b_dec_to_input", True):
-        offset = offset + read @ weights["b_dec"]
-    # their features are rectified as well, so that a threshold below 0 is one of 0
-    return Dictionary(read, offset, weights["threshold"].clamp(min=0), weights["W_dec"], weights["b_dec"])
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; an SAE is a folder with {CONFIG} and {WEIGHTS}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: holds a {type(config).__name__}, where a configuration is a mapping")
-    return config
-
-
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
@@ -311,77 +258,88 @@ def _config(folder: Path) -> dict[str, Any]:
 def quality(
     lens: Lens,
     dictionary: Dictionary,
-    at: tuple[int, Component],
+    at: At,
     texts: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
     seed: int = 0,
+    *,
+    activations: Float[Tensor, "row d"] | None = None,
+    most: int | None = None,
 ) -> Quality:
     """Judge a dictionary on texts, at best ones that it was not trained on.
 
-    Loss is taken over what follows each text's prompt, activations over all tokens; the reconstruction takes the place
-    of the activation at all tokens. The interval is a bootstrap over texts, each counted equally; it is not measured
-    where the mean in the site's place does no harm. Raises InputError for a dictionary of another width, one that does
-    not reconstruct, texts without a completion, or a site where nothing varies.
+    Loss is taken over what follows each text's prompt (of `most` texts, the first ones), activations over all tokens
+    (`activations`, where they are at hand); the reconstruction takes the place of the activation at all tokens. The
+    interval is a bootstrap over texts, each counted equally; it is not measured where the mean in the site's place does
+    no harm. Raises InputError for a dictionary of another width, one that does not reconstruct, texts without a
+    completion, or a site where nothing varies.
     """
     if dictionary.bias is None:
         raise InputError("the dictionary has no bias: it is not meant to reconstruct, so nothing says what is lost")
     if len(texts) < 2 or any(not 0 < n < len(text) for n, text in zip(prompt_lengths, texts, strict=True)):
         raise InputError("quality needs two texts at least, each a prompt with a completion behind it")
-    dictionary = dictionary.to(lens.device)
-    d = dictionary.read.shape[1]
-    total, fired = (torch.zeros(n, dtype=torch.double, device=lens.device) for n in (d, len(dictionary)))
-    square, error, count = 0.0, 0.0, 0
-    for some, batch in batches(texts, lens.device):
-        x = lens.capture(batch, [at])[0][at]
-        if x.shape[-1] != d:
-            raise InputError(f"the dictionary reads {d} dimensions, and the site has {x.shape[-1]}")
-        x = x[own_tokens(batch, [len(texts[i]) for i in some])]
-        f = dictionary.encode(x)
-        error += float((x - dictionary.decode(f)).double().square().sum())
-        square += float(x.double().square().sum())
-        total += x.double().sum(0)
-        fired += (f != 0).sum(0)
-        count += len(x)
-    mean = total / count
-    variance = square - count * float(mean.square().sum())
-    if not variance > 1e-9 * square:
+    x = collect([lens], texts, at, memory=1 << 62).parts[0][:, 0] if activations is None else activations
+    if x.shape[-1] != (d := dictionary.read.shape[1]):
+        raise InputError(f"the dictionary reads {d} dimensions, and the site has {x.shape[-1]}")
+    mean = x.double().mean(0)
+    variance = float((x.double() - mean).square().sum())
+    if not variance > 1e-9 * float(x.double().square().sum()):
         raise InputError(f"L{at[0]}.{at[1]} is the same on every token: there is no variance to explain")
-    point, middle = lens.point(*at), mean.float()
-    edits: tuple[Edit, ...] = (
-        lambda _: None,
-        lambda activation: dictionary.decode(dictionary.encode(activation)).to(activation.dtype),
-        lambda activation: middle.expand_as(activation).to(activation.dtype, copy=True),
-    )
-    counts = resample_counts(len(texts), seed)
-    plain, reconstructed, ablated = (
-        resampled_mean(completion_losses(lens, texts, prompt_lengths, [(point, edit)]), counts) for edit in edits
+    dictionary = dictionary.to(lens.device)
+    fired = torch.zeros(len(dictionary), dtype=torch.double, device=lens.device)
+    error = 0.0
+    for part in x.split(BATCH_TOKENS):
+        part = part.to(lens.device)
+        f = dictionary.encode(part)
+        error += float((part - dictionary.decode(f, part)).double().square().sum())
+        fired += (f != 0).sum(0)
+    middle = mean.float().to(lens.device)
+
+    def reconstructed(mine: Tensor, _: Tensor) -> Tensor:
+        return dictionary.decode(dictionary.encode(mine), mine).to(mine.dtype)
+
+    def ablated(mine: Tensor, _: Tensor) -> Tensor:
+        return middle.to(mine.dtype).expand_as(mine)
+
+    some, lengths = texts[:most], prompt_lengths[:most]
+    ground = Ground(lens, lens, at, [text[:n] for text, n in zip(some, lengths, strict=True)])
+    counts = resample_counts(len(some), seed)
+    plain, kept, lost = (
+        resampled_mean(completion_losses(Spliced(ground, splice), some, lengths, lens), counts)
+        for splice in (own, reconstructed, ablated)
     )
     return Quality(
         explained=1 - error / variance,
-        active=float(fired.sum()) / count,
+        active=float(fired.sum()) / len(x),
         dead=float((fired == 0).double().mean()),
-        loss_recovered=interval(share(ablated - reconstructed, ablated - plain, LEAST)),
-        tokens=count,
+        loss_recovered=interval(share(lost - kept, lost - plain, LEAST)),
+        tokens=len(x),
     )
 
 
 @torch.no_grad()
 def completion_losses(
-    lens: Lens,
-    texts: Sequence[Sequence[int]],
-    prompt_lengths: Sequence[int],
-    edits: Sequence[tuple[Any, Edit]] = (),
+    model: Callable[..., Any], texts: Sequence[Sequence[int]], prompt_lengths: Sequence[int], lens: Lens
 ) -> Float[np.ndarray, " text"]:
-    """Mean negative log-probability (nats) of a token behind each text's prompt, in a forward with edits in place."""
+    """Mean negative log-probability (nats) of a token behind each text's prompt, under what is called like a model."""
     losses = np.zeros(len(texts))
     vocabulary = lens.model.config.get_text_config().vocab_size
-    for some, batch in batches(texts, lens.device, max(1, min(BATCH_TOKENS, LOGITS // (4 * vocabulary)))):
-        logits = lens.run(batch, edits, last_only=False)[:, :-1]
-        target = own_tokens(batch, [len(texts[i]) for i in some]) & ~own_tokens(
-            batch, [prompt_lengths[i] for i in some]
+    order = sorted(range(len(texts)), key=lambda i: prompt_lengths[i])
+    behind = max(len(text) - n for text, n in zip(texts, prompt_lengths, strict=True))
+    step = max(1, min(BATCH_TOKENS // max(map(len, texts)), LOGITS // (4 * vocabulary * behind)))
+    for start in range(0, len(order), step):
+        rows = order[start : start + step]
+        (some, batch), *_ = batches([texts[i] for i in rows], lens.device, 1 << 62)
+        rows = [rows[i] for i in some]
+        first = min(prompt_lengths[i] for i in rows)
+        columns = torch.arange(first - 1, batch.ids.shape[1] - 1, device=batch.ids.device)
+        logits = model(input_ids=batch.ids, logits_to_keep=columns, use_cache=False).logits
+        target = own_tokens(batch, [len(texts[i]) for i in rows]) & ~own_tokens(
+            batch, [prompt_lengths[i] for i in rows]
         )
-        target = target[:, 1:]  # the logits at a token are those of the next one
-        values = torch.nn.functional.cross_entropy(logits[target].double(), batch.ids[:, 1:][target], reduction="none")
-        sums = values.new_zeros(len(some)).index_add_(0, target.nonzero()[:, 0], values)
-        losses[some] = (sums / target.sum(1)).cpu().numpy()
+        target = target[:, first:]  # the logits at a token are those of the next one
+        wanted = batch.ids[:, first:][target]
+        values = torch.nn.functional.cross_entropy(logits[target].double(), wanted, reduction="none")
+        sums = values.new_zeros(len(rows)).index_add_(0, target.nonzero()[:, 0], values)
+        losses[rows] = (sums / target.sum(1)).cpu().numpy()
     return losses

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from mixturelens.features.change import half_prompts, splice_terms, whole
-from mixturelens.features.record import Concept, Terms
+from mixturelens.features.change import Splices, half_prompts
+from mixturelens.features.effort import share_of
+from mixturelens.features.record import Concept
+from mixturelens.features.splice import whole
 from mixturelens.hooks.lens import Lens
 from mixturelens.patching.record import PatchingRecord, Sweep
 from mixturelens.suite import Suite
@@ -65,25 +67,33 @@ def _differing(sweep: Sweep) -> set[str | int]:
     return {str(sweep.kind), *sweep.spans.get(sweep.kind, ())}
 
 
-def arrived_at(before: Lens, after: Lens, suite: Suite, seed: int = 0) -> Site:
+def arrived_at(before: Lens, after: Lens, suite: Suite, seed: int = 0, share: float = 1.0) -> Site:
     """The earliest residual stream by which most of what R does differently has arrived: R's stream in S does it.
 
+    Found by halving the layers, for more of it has arrived the deeper one looks.
     The last stream where R differs in its unembedding or not at all. Raises InputError for a suite with rules.
     """
-    prompts = half_prompts(suite, before.tokenizer, 0, QUESTIONS)
-    places: list[tuple[int, Component]] = [(layer, "resid_pre") for layer in range(1, before.layers)]
+    prompts = half_prompts(suite, before.tokenizer, 0, share_of(QUESTIONS, share, 8))
     last: tuple[int, Component] = (before.layers - 1, "resid_post")
-    full = _nats(splice_terms(before, after, last, [whole], prompts, seed)[0])
+    places: list[tuple[int, Component]] = [*((layer, "resid_pre") for layer in range(1, before.layers)), last]
+
+    base = Splices(before, after, places[0], prompts, seed).base
+
+    def nats(place: tuple[int, Component]) -> float:
+        (found,) = Splices(before, after, place, prompts, seed, base).terms([whole])
+        return (found.routing.value or 0.0) + (found.specialists.value or 0.0)
+
+    full = nats(last)
     if full < FLOOR:
         return _site(last)
-    for place in places:
-        if _nats(splice_terms(before, after, place, [whole], prompts, seed)[0]) >= ARRIVED * full:
-            return _site(place)
-    return _site(last)
-
-
-def _nats(terms: Terms) -> float:
-    return (terms.routing.value or 0.0) + (terms.specialists.value or 0.0)
+    low, high = 0, len(places) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if nats(places[middle]) >= ARRIVED * full:
+            high = middle
+        else:
+            low = middle + 1
+    return _site(places[low])
 
 
 def _site(place: tuple[int, Component]) -> Site:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Concept, Score, Several, Table, Unit
 from mixturelens.features.several import fewest_features, fewest_heads, fewest_neurons
-from mixturelens.features.units import Place, Trial, best_direction, best_head, best_of, directed, directions, neurons
+from mixturelens.features.units import (
+    Place,
+    Trial,
+    best_direction,
+    best_head,
+    best_of,
+    directed,
+    directions,
+    pool_of,
+    pool_of_neurons,
+)
 from mixturelens.probing.record import Subspace
 from mixturelens.stats import mean_interval
-from mixturelens.types import InputError, Site
+from mixturelens.types import InputError
 
 
 def find_table(
@@ -21,11 +31,13 @@ def find_table(
     features: Dictionary,
     subspace: Subspace | None = None,
     missing: list[str] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Table:
     """The best feature, neuron, head and direction for one concept, chosen on one half of the questions by patching,
     and judged on the other; and how many features, neurons and heads it takes.
 
-    Features and directions are looked for at the site of the trial, neurons of all layers and heads at its position.
+    Features and directions are looked for at the site of the trial, neurons (of `layers`, if given) and heads at its
+    position.
     `subspace`: a direction found by interchange, at its own site; one of several dimensions is no unit, and is left
     out. Where the trial has a ground, every best unit is clamped in behaviour, to its mean clean activation.
 
@@ -47,20 +59,15 @@ def find_table(
         return Unit(kind="feature", site=site, index=index)
 
     def of_features() -> None:
-        place = Place(trial, features)
-        scores.append(best_of([place], lambda _, index: feature(index)))
-        several.append(fewest_features(place, feature))
+        pool = pool_of(Place(trial, features), feature)
+        scores.append(best_of(pool))
+        several.append(fewest_features(pool))
 
     def of_neurons() -> None:
-        layers = [
-            trial.at(Site(layer=layer, component="neurons", position=site.position)) for layer in range(lens.layers)
-        ]
-        places = [Place(each, neurons(each.judge.corrupt.values.shape[-1], lens.device)) for each in layers]
-        sites = [each.judge.site for each in layers]
-        named = [site.model_copy(update={"neuron": n}) for site in sites for n in range(lens.d_mlp)]
-        units = [Unit(kind="neuron", site=each) for each in named]
-        scores.append(best_of(places, lambda number, index: units[number * lens.d_mlp + index]))
-        several.append(fewest_neurons(places, units))
+        seen = [layer for layer in range(lens.layers) if (layer, "neurons") in trial.choose.corrupt.seen]
+        pool = pool_of_neurons(trial, [layer for layer in seen if layers is None or layer in layers])
+        scores.append(best_of(pool))
+        several.append(fewest_neurons(trial, pool))
 
     def of_heads() -> None:
         scores.append(best_head(trial))

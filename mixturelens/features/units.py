@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,16 +13,29 @@ from torch import Tensor
 from mixturelens.behaviour.ground import Ground, Scale
 from mixturelens.contrasts import Contrasts
 from mixturelens.features.dictionary import Dictionary
-from mixturelens.features.effects import Scene, make_scene, site_effects, unit_effects
+from mixturelens.features.effects import (
+    Scene,
+    check_size,
+    heads_alone,
+    make_scene,
+    operations,
+    site_effects,
+    slopes,
+    unit_effects,
+)
+from mixturelens.features.effort import EXACT, share_of
 from mixturelens.features.record import Score, Unit
+from mixturelens.features.splice import At
+from mixturelens.hooks.intervened import Rewrite
 from mixturelens.hooks.lens import Lens
-from mixturelens.patching.sweep import APART, head_sites, patch
+from mixturelens.patching.sweep import APART, head_sites
 from mixturelens.probing.erase import in_behaviour
 from mixturelens.probing.leace import leace
 from mixturelens.probing.scores import auroc
 from mixturelens.probing.solve import fit_logistic
-from mixturelens.stats import interval, resample_counts, resampled_mean, share
-from mixturelens.types import NOT_MEASURED, InputError, Interval, Intervention, Site
+from mixturelens.stats import interval, resample_counts, resampled_mean
+from mixturelens.stats import share as ratio
+from mixturelens.types import NOT_MEASURED, Component, InputError, Interval, Intervention, Site
 
 RANDOM = 24
 """Matched random units that the best one is compared with, by patching."""
@@ -33,15 +45,23 @@ FEW = 32
 """Judging questions, at most, on which these are clamped: they are many, and say no more than where chance is."""
 QUESTIONS = 128
 """Questions of each half, at most."""
+NOMINATED = 64
+"""These are so many, at most."""
+WATCHED = 256 << 20
+"""Bytes of what all layers have at a position, up to which it is kept of all of them."""
+
+Clamp = Sequence[Intervention | Rewrite]
+"""What makes one unit, or several at once, what they are to be in behaviour."""
 
 
 # --- units as vectors -------------------------------------------------------------------------------------------------
 
 
-def neurons(size: int, device: torch.device | str = "cpu") -> Dictionary:
-    """The hidden neurons of an MLP, as units of the activation that they are."""
-    eye = torch.eye(size, device=device)
-    return _linear(eye, eye, torch.zeros(size, device=device))
+def neurons(size: int, which: Sequence[int], device: torch.device | str = "cpu") -> Dictionary:
+    """Some of the hidden neurons of an MLP, as units of the activation that they are."""
+    own = torch.zeros(len(which), size, device=device)
+    own[torch.arange(len(which)), list(which)] = 1.0
+    return _linear(own, own, torch.zeros(len(which), device=device))
 
 
 def directions(scene: Scene) -> tuple[Dictionary, tuple[str, ...]]:
@@ -75,14 +95,29 @@ def _linear(read: Tensor, write: Tensor, offset: Tensor) -> Dictionary:
 def strength(scene: Scene, units: Dictionary) -> Float[Tensor, " unit"]:
     """Mean |f(clean) - f(corrupt)| times the norm of what the unit writes: how far it displaces the activation."""
     change = units.encode(scene.clean.values) - units.encode(scene.corrupt.values)
-    return change.abs().mean((0, 1)) * units.write.norm(dim=1)
+    return (change.abs() * units.scale(scene.corrupt.values)).mean((0, 1)) * units.write.norm(dim=1)
 
 
 # --- in behaviour -----------------------------------------------------------------------------------------------------
 
 
+def clamps_of(
+    units: Dictionary, which: Sequence[int], site: Site, contrasts: Contrasts, to: Float[Tensor, " unit"]
+) -> Clamp:
+    """Units' activations made `to` in behaviour, all at once: each reads what was there before any of them wrote.
+
+    Behind the prompt where the contrast has a policy in place. Units whose activation takes more than an affine read
+    and a threshold are clamped by their dictionary, token by token.
+    """
+    if units.alone:
+        return [clamp_of(units, each, site, contrasts, float(to[each])) for each in which]
+    index = torch.tensor(list(which), dtype=torch.long, device=units.read.device)
+    part, amount = units.part(index), to[index]
+    return [Rewrite(in_behaviour(site, contrasts), lambda x: part.moved(x, amount - part.encode(x)))]
+
+
 def clamp_of(units: Dictionary, which: int, site: Site, contrasts: Contrasts, to: float) -> Intervention:
-    """A unit's activation made `to` in behaviour: behind the prompt where the contrast has a policy in place."""
+    """The clamp of one unit of those whose activation is their own affine read with a threshold, as a value."""
     where, threshold = in_behaviour(site, contrasts), float(units.threshold[which])
     read, write = (vectors[which].tolist() for vectors in (units.read, units.write))
     if site.component == "neurons" and units.write[which].count_nonzero() == 1:  # one number, of itself
@@ -99,7 +134,7 @@ def clamp_of(units: Dictionary, which: int, site: Site, contrasts: Contrasts, to
     )
 
 
-def clamped(ground: Ground, scale: Scale, interventions: Sequence[Intervention]) -> tuple[Interval, Interval]:
+def clamped(ground: Ground, scale: Scale, interventions: Clamp) -> tuple[Interval, Interval]:
     """R with units clamped, on the questions that judge: the gap closed under the harmed cue, and the change of the
     accuracy under the trained one. Raises InputError for a site or a position that its prompts lack.
     """
@@ -107,16 +142,18 @@ def clamped(ground: Ground, scale: Scale, interventions: Sequence[Intervention])
     return scale.gap_closed(found), scale.trained_change(found)
 
 
-def random_gaps(ground: Ground, scale: Scale, interventions: Sequence[Intervention]) -> tuple[float | None, ...]:
-    """The gap closed by each intervention alone, on at most FEW of the questions that judge; null without a gap."""
+def random_gaps(
+    ground: Ground, scale: Scale, interventions: Sequence[Clamp], most: int = FEW
+) -> tuple[float | None, ...]:
+    """The gap closed by each alone, on at most so many of the questions that judge; null without a gap."""
     if not scale.gap_closed(scale.before).measured:
         return (None,) * len(interventions)
-    few = [i for i, row in enumerate(ground.judge.rows) if row.cue == ground.harm.harmed_cue][:FEW]
+    few = [i for i, row in enumerate(ground.judge.rows) if row.cue == ground.harm.harmed_cue][:most]
     broken = scale.after.correct.sum(-1)
     gap = float(scale.ceiling[0]) - float(scale.grid.draws(broken)[0, scale.columns[0]])
     found = []
     for each in interventions:
-        reached = ground.behaviour([each], ground.judge.part(few)).correct.sum(-1)
+        reached = ground.behaviour(each, ground.judge.part(few)).correct.sum(-1)
         found.append(round(float(np.nanmean(reached - broken[few])) / gap, 6))
     return tuple(found)
 
@@ -140,6 +177,16 @@ class Trial:
     """Where clean activations come from, if from another checkpoint."""
     ground: tuple[Ground, Scale] | None = None
     """Where behaviour under a clamp is measured, if it is."""
+    share: float = 1.0
+    """Of controls."""
+
+    @property
+    def controls(self) -> int:
+        return share_of(RANDOM, self.share, 8)
+
+    @property
+    def controls_in_behaviour(self) -> int:
+        return share_of(RANDOM_GAP, self.share, 2)
 
     @property
     def lens(self) -> Lens:
@@ -175,13 +222,13 @@ class Trial:
         clamp: Float[np.ndarray, " draw"],
         ablate: Float[np.ndarray, " draw"],
         random: Float[np.ndarray, "draw random"],
-        do: Intervention,
-        random_do: Sequence[Intervention],
+        do: Clamp,
+        random_do: Sequence[Clamp],
     ) -> Score:
         gap, trained, gaps = NOT_MEASURED, NOT_MEASURED, ()
         if self.ground is not None:
-            gap, trained = clamped(*self.ground, [do])
-            gaps = random_gaps(*self.ground, random_do)
+            gap, trained = clamped(*self.ground, do)
+            gaps = random_gaps(*self.ground, random_do, share_of(FEW, self.share, 8))
         return Score(
             unit=unit,
             among=among,
@@ -194,7 +241,7 @@ class Trial:
             gap_closed=gap,
             trained_change=trained,
             random_gap=gaps,
-            intervention=do if do.do == "clamp" else None,
+            intervention=next((each for each in do if isinstance(each, Intervention) and each.do == "clamp"), None),
         )
 
 
@@ -210,44 +257,127 @@ class Place:
         """Mean activation on the clean side of the questions that choose."""
         return self.units.encode(self.trial.choose.clean.values).mean((0, 1))
 
-    @cached_property
-    def alone(self) -> Float[np.ndarray, " unit"]:
-        """Nats by which each unit alone moves the metric, on the questions that choose."""
-        return unit_effects(self.trial.choose, self.units).mean(1)
-
-    def clamp(self, which: int) -> Intervention:
-        return clamp_of(self.units, which, self.trial.judge.site, self.trial.contrasts, float(self.means[which]))
+    def clamp(self, *which: int) -> Clamp:
+        """These units at their mean clean activation, in behaviour."""
+        return clamps_of(self.units, which, self.trial.judge.site, self.trial.contrasts, self.means)
 
     def only(self, which: int) -> Place:
         return Place(self.trial, self.units.part(torch.tensor([which], device=self.units.read.device)))
 
 
-def best_of(places: Sequence[Place], unit: Callable[[int, int], Unit]) -> Score:
-    """The unit that moves most of the contrast, of all units of all places; `unit` names one by its place and number.
+@dataclass(frozen=True)
+class Pool:
+    """Units of one kind that are compared: of one site, or of several layers."""
+
+    strong: Float[np.ndarray, " unit"]
+    """How far each displaces the activation, on the questions that choose."""
+    alone: Float[np.ndarray, " unit"]
+    """Nats by which each alone moves the metric there; minus infinity where that was not looked at."""
+    unit: Callable[[int], Unit]
+    place: Callable[[int], Place]
+    """A unit as a place of its own."""
+    whole: Place | None = None
+    """All of them, where they are those of one site."""
+
+    @property
+    def tried(self) -> int:
+        return int(np.isfinite(self.alone).sum())
+
+
+def pool_of(place: Place, unit: Callable[[int], Unit]) -> Pool:
+    """The units of one site: all of them patched, or those that slopes nominate."""
+    scene, units = place.trial.choose, place.units
+    check_size(scene, units)
+    strong = strength(scene, units).double().cpu().numpy()
+    change = units.scale(scene.corrupt.values) * (units.encode(scene.clean.values) - units.encode(scene.corrupt.values))
+    runs = int((change != 0).any(1).sum())
+    watched = (scene.site.layer, "resid_pre") in scene.corrupt.seen
+    if runs * operations(scene, scene.site.layer) <= EXACT or not watched:
+        alone = unit_effects(scene, units).mean(1)
+    else:
+        key = scene.site.layer, scene.site.component
+        slope = slopes(scene, [key])[key]
+        guess = ((slope @ units.write.T) * change).sum(1).mean(0).double().cpu().numpy()
+        few = _nominated(guess, strong, scene, scene.site.layer)
+        alone = np.full(len(units), -np.inf)
+        alone[few] = unit_effects(scene, units.part(torch.tensor(few, device=units.read.device))).mean(1)
+    return Pool(strong, alone, unit, place.only, place)
+
+
+def pool_of_neurons(trial: Trial, layers: Sequence[int]) -> Pool:
+    """The neurons of several layers, at the position of a trial; what they displace is the residual stream."""
+    scene, lens, position = trial.choose, trial.lens, trial.judge.site.position
+    keys: list[At] = [(layer, "neurons") for layer in layers]
+    change = [scene.clean.seen[key] - scene.corrupt.seen[key] for key in keys]
+    writes = [lens.neuron_weights(layer).float().norm(dim=1) for layer in layers]
+    strong = torch.cat([(each.abs().mean((0, 1)) * norm) for each, norm in zip(change, writes, strict=True)])
+    strong = strong.double().cpu().numpy()
+    size = change[0].shape[-1]
+    firing = np.flatnonzero(strong > 0)
+    if len(firing) * len(scene) * operations(scene, layers[len(layers) // 2]) <= EXACT:
+        few = firing.tolist()
+    else:
+        slope = slopes(scene, keys)
+        guess = [(slope[key] * each).sum(1).mean(0) for key, each in zip(keys, change, strict=True)]
+        few = _nominated(torch.cat(guess).double().cpu().numpy(), strong, scene, layers[len(layers) // 2])
+
+    def site(number: int) -> Site:
+        return Site(layer=layers[number // size], component="neurons", position=position)
+
+    def place(number: int) -> Place:
+        return Place(trial.at(site(number)), neurons(size, [number % size], lens.device))
+
+    def unit(number: int) -> Unit:
+        return Unit(kind="neuron", site=site(number).model_copy(update={"neuron": number % size}))
+
+    alone = np.full(len(strong), -np.inf)
+    by_layer: dict[int, list[int]] = {}
+    for number in few:
+        by_layer.setdefault(number // size, []).append(number)
+    for layer, mine in by_layer.items():
+        units = neurons(size, [number % size for number in mine], lens.device)
+        alone[mine] = unit_effects(scene.at(site(layer * size)), units).mean(1)
+    return Pool(strong, alone, unit, place)
+
+
+def _nominated(guess: np.ndarray, strong: np.ndarray, scene: Scene, layer: int) -> list[int]:
+    """Units that would move most if the model were linear: as many as EXACT allows, NOMINATED at most."""
+    number = int(EXACT / (len(scene) * operations(scene, layer)))
+    order = np.argsort(np.where(strong > 0, -guess, np.inf), kind="stable")
+    return [int(i) for i in order[: max(8, min(NOMINATED, number))] if strong[i] > 0]
+
+
+def best_of(pool: Pool) -> Score:
+    """The unit that moves most of the contrast, of all units of a pool that were patched.
 
     Controls: the others that displace the activation about as much as the chosen one does (nearest in the logarithm of
     `strength`, on the questions that choose; where it is the strongest of all, they are weaker), and as many times its
     own change, written along random directions of the same norm. Raises
     InputError if no unit tells the sides apart at all.
     """
-    at = [(number, index) for number, place in enumerate(places) for index in range(len(place.units))]
-    moved = np.concatenate([place.alone for place in places])
-    strong = np.concatenate([strength(place.trial.choose, place.units).cpu().numpy() for place in places])
+    strong = pool.strong
     if not strong.any():
         raise InputError(
-            f"{places[0].trial.choose.site}: none of {len(at)} units has another activation on the other side"
+            f"{pool.place(0).trial.choose.site}: none of {len(strong)} units has another activation on the other side"
         )
-    best = int(np.where(strong > 0, moved, -np.inf).argmax())
+    best = int(np.where(strong > 0, pool.alone, -np.inf).argmax())
+    own = pool.place(best)
+    trial = own.trial
     with np.errstate(divide="ignore"):
         far = np.where(strong > 0, np.abs(np.log(strong) - np.log(strong[best])), np.inf)
-    matched = [at[i] for i in np.argsort(far, kind="stable") if i != best and strong[i] > 0][: RANDOM // 2]
-    number, index = at[best]
-    own = places[number].only(index)
-    elsewhere = along_random(own, RANDOM - RANDOM // 2)
-    random = [_effects_of(places, matched), _effects_of([elsewhere], [(0, i) for i in range(len(elsewhere.units))])]
-    clamps = [places[n].clamp(i) for n, i in matched[: RANDOM_GAP // 2]]
-    clamps += [elsewhere.clamp(i) for i in range(min(RANDOM_GAP // 2, len(elsewhere.units)))]
-    return _judged(own, unit(number, index), len(at), np.concatenate(random, 1), clamps)
+    alike = [int(i) for i in np.argsort(far, kind="stable") if i != best and strong[i] > 0]
+    alike = alike[: trial.controls // 2]
+    others = [pool.place(i) for i in alike]
+    elsewhere = along_random(own, trial.controls - trial.controls // 2)
+    random = np.concatenate([_shares(each) for each in (*others, elsewhere)], 1)
+    number = trial.controls_in_behaviour
+    clamps = [each.clamp(0) for each in others[: number // 2]]
+    clamps += [elsewhere.clamp(i) for i in range(min(number - number // 2, len(elsewhere.units)))]
+    return _judged(own, pool.unit(best), pool.tried, random, clamps)
+
+
+def _shares(place: Place) -> Float[np.ndarray, "draw unit"]:
+    return place.trial.shares(unit_effects(place.trial.judge, place.units))
 
 
 def along_random(own: Place, number: int) -> Place:
@@ -256,21 +386,12 @@ def along_random(own: Place, number: int) -> Place:
     generator = torch.Generator().manual_seed(trial.seed)
     elsewhere = torch.randn(number, units.read.shape[1], generator=generator).to(units.read)
     elsewhere = elsewhere * units.write.norm() / elsewhere.norm(dim=1, keepdim=True)
-    read, offset, threshold = (x.expand(number, *x.shape[1:]) for x in (units.read, units.offset, units.threshold))
-    return Place(trial, Dictionary(read, offset, threshold, elsewhere))
-
-
-def _effects_of(places: Sequence[Place], which: Sequence[tuple[int, int]]) -> Float[np.ndarray, "draw unit"]:
-    found = []
-    for number, place in enumerate(places):
-        some = torch.tensor([i for n, i in which if n == number], dtype=torch.long, device=place.units.read.device)
-        if len(some):
-            found.append(place.trial.shares(unit_effects(place.trial.judge, place.units.part(some))))
-    return np.concatenate(found, 1) if found else np.zeros((len(places[0].trial.counts), 0))
+    same = units.part(torch.zeros(number, dtype=torch.long, device=units.read.device))
+    return Place(trial, same.writing(elsewhere))
 
 
 def _judged(
-    own: Place, unit: Unit, among: int, random: Float[np.ndarray, "draw random"], random_do: Sequence[Intervention]
+    own: Place, unit: Unit, among: int, random: Float[np.ndarray, "draw random"], random_do: Sequence[Clamp]
 ) -> Score:
     """The score of a single unit."""
     trial, units = own.trial, own.units
@@ -292,12 +413,11 @@ def best_direction(place: Place, unit: Callable[[int], Unit]) -> Score:
 
     Random ones are displaced as far as it is, row by row, along random unit vectors: they read it, and write elsewhere.
     """
-    best = int(place.alone.argmax())
+    best = int(unit_effects(place.trial.choose, place.units).mean(1).argmax())
     own = place.only(best)
-    others = along_random(own, RANDOM)
-    random = _effects_of([others], [(0, i) for i in range(RANDOM)])
-    clamps = [others.clamp(i) for i in range(RANDOM_GAP)]
-    return _judged(own, unit(best), len(place.units), random, clamps)
+    others = along_random(own, place.trial.controls)
+    clamps = [others.clamp(i) for i in range(place.trial.controls_in_behaviour)]
+    return _judged(own, unit(best), len(place.units), _shares(others), clamps)
 
 
 def best_head(trial: Trial) -> Score:
@@ -306,19 +426,24 @@ def best_head(trial: Trial) -> Score:
     Its clamp is its mean clean output on the questions that choose, its ablation zero. It is read along the direction
     that LEACE would erase, fitted on these questions. Raises InputError for a model of one head.
     """
-    lens, before = trial.lens, trial.before
-    sites = head_sites(lens, trial.judge.site.position)
+    lens = trial.lens
+    position, seen = trial.judge.site.position, trial.choose.corrupt.seen
+    sites = [site for site in head_sites(lens, position) if (site.layer, "z") in seen]
     if len(sites) < 2:
         raise InputError("the model has one head: there is no other that it could be compared with")
-    chosen = patch(lens, trial.contrasts, sites, before=before)
-    best = int((chosen.patched - chosen.base).mean(1).argmax())
-    judged = patch(lens, trial.judging, sites, before=before).effects(trial.counts)
+    sites = promising_heads(trial.choose, sites)
+    best = int(heads_alone(trial.choose, sites).mean(1).argmax())
+    judged = trial.shares(heads_alone(trial.judge, sites))
     here = trial.at(sites[best])
     mean = here.choose.clean.values.mean((0, 1))
     sets = [run.values.flatten(0, 1) for run in (here.choose.clean, here.choose.corrupt)]
     eraser = leace(torch.cat(sets), torch.arange(2, device=mean.device).flip(0).repeat_interleave(len(sets[0])))
     others = [i for i in range(len(sites)) if i != best]
-    drawn = np.random.default_rng(trial.seed).permutation(others)[:RANDOM_GAP].tolist() if trial.ground else []
+    drawn = (
+        np.random.default_rng(trial.seed).permutation(others)[: trial.controls_in_behaviour].tolist()
+        if trial.ground
+        else []
+    )
     return trial.score(
         Unit(kind="head", site=sites[best]),
         len(sites),
@@ -327,9 +452,20 @@ def best_head(trial: Trial) -> Score:
         here.shares(site_effects(here.judge, "clamp", mean)[None])[:, 0],
         here.shares(site_effects(here.judge, "ablate")[None])[:, 0],
         judged[:, others],
-        set_to(sites[best], trial.contrasts, mean),
-        [set_to(sites[i], trial.contrasts, trial.choose.at(sites[i]).clean.values.mean((0, 1))) for i in drawn],
+        [set_to(sites[best], trial.contrasts, mean)],
+        [[set_to(sites[i], trial.contrasts, trial.choose.at(sites[i]).clean.values.mean((0, 1)))] for i in drawn],
     )
+
+
+def promising_heads(scene: Scene, sites: list[Site]) -> list[Site]:
+    """All heads, or those that slopes nominate."""
+    if len(sites) * len(scene) * operations(scene, sites[len(sites) // 2].layer) <= EXACT:
+        return sites
+    keys: list[At] = [(layer, "z") for layer in dict.fromkeys(site.layer for site in sites)]
+    slope = slopes(scene, keys)
+    guess = {key: (slope[key] * (scene.clean.seen[key] - scene.corrupt.seen[key])).sum((1, 3)).mean(0) for key in keys}
+    values = np.array([float(guess[site.layer, "z"][site.head or 0]) for site in sites])
+    return [sites[i] for i in _nominated(values, np.ones(len(sites)), scene, sites[len(sites) // 2].layer)]
 
 
 def set_to(head: Site, contrasts: Contrasts, to: Float[Tensor, " d"]) -> Intervention:
@@ -344,26 +480,43 @@ def make_trial(
     before: Lens | None = None,
     ground: tuple[Ground, Scale] | None = None,
     seed: int = 0,
+    *,
+    layers: Sequence[int] | None = None,
+    share: float = 1.0,
 ) -> Trial:
     """Both halves of a contrast's questions at a site: those on which repairs choose, if repairs are measured.
 
+    `layers`: those whose heads and neurons will be compared with what is found at the site; without it, all of them.
     Raises InputError as `make_scene` does, for fewer than two questions, and where the two sides do not differ.
     """
     halves = _halves(contrasts, ground[0] if ground else None)
+    questions = share_of(QUESTIONS, share / 2 if share < 1 else 1.0, 12)
     if not all(half.rows for half in halves):
         raise InputError("one half of the questions chooses units and the other judges them: give at least two")
-    choose, judge = (make_scene(lens, half.first(QUESTIONS), site, before) for half in halves)
+    watch = _watch(lens, halves[0].first(questions), site, layers)
+    choose, judge = (make_scene(lens, half.first(questions), site, before, watch) for half in halves)
     counts = resample_counts(len(judge), seed)
     for scene in (choose, judge):
         whole = resampled_mean(scene.goal - scene.base, resample_counts(len(scene), seed))
         between = float(whole[0])
-        if not between > 0 or not interval(share(whole, whole, APART)).measured:
+        if not between > 0 or not interval(ratio(whole, whole, APART)).measured:
             raise InputError(
                 f"the sides of the {contrasts.kind} contrast differ by {between:.2f} nats ({APART} are needed): "
                 "nothing to carry"
             )
-    first, second = (half.first(QUESTIONS) for half in halves)
-    return Trial(choose, judge, first, second, counts, seed, before, ground)
+    first, second = (half.first(questions) for half in halves)
+    return Trial(choose, judge, first, second, counts, seed, before, ground, share)
+
+
+def _watch(lens: Lens, contrasts: Contrasts, site: Site, layers: Sequence[int] | None) -> list[At]:
+    """Places that are kept of every layer, where they fit; else of these layers alone."""
+    spans = [row.spans.get(site.position, (0,)) if isinstance(site.position, str) else (0,) for row in contrasts.rows]
+    columns = max(map(len, spans)) if site.position is not None else max(len(row.clean) for row in contrasts.rows)
+    each = 4 * len(contrasts.rows) * columns * (lens.d_model + lens.d_mlp + lens.heads * lens.d_head)
+    if layers is None or each * lens.layers <= WATCHED:
+        layers = range(lens.layers)
+    kinds: tuple[Component, ...] = ("resid_pre", "neurons", "z")
+    return [(layer, kind) for layer in sorted({*layers, site.layer}) for kind in kinds if lens.has(kind)]
 
 
 def _halves(contrasts: Contrasts, ground: Ground | None) -> tuple[Contrasts, Contrasts]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.contrasts import span_positions
+from mixturelens.hooks import kept as keeping
+from mixturelens.hooks.kept import Kept, Keys, cut, forward, keys_of
 from mixturelens.hooks.lens import Edit, Lens
 from mixturelens.spelling import encode_prompts
 from mixturelens.suite import PromptRow, Suite
@@ -42,6 +45,17 @@ def known_prompts(
         ids: Prompt(ids, span_positions(suite, row, tokenizer), questions[row.id, row.hint])
         for row, ids in zip(rows, encoded, strict=True)
     }
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What takes more than an `Intervention` can say: at this site, what is put in place of each token's activation."""
+
+    site: Site
+    put: Callable[[Float[Tensor, "token d"]], Float[Tensor, "token d"]]
+    do: Literal["rewrite"] = "rewrite"
+    vector: None = None
+    source: None = None
 
 
 class _Enough(Exception):
@@ -80,13 +94,22 @@ class Intervened:
     word and after), a token's index, or none for everywhere. `replace` and `mean` read from the same question and the
     same completion under other cues, aligned at the end of the prompt.
 
+    Before the first token that is intervened in, a prompt's keys and values are the model's own: those are computed
+    once, and `kept` shares them between intervened models of one lens.
+
     Raises InputError for a site or a position that does not exist, and when asked about an unknown prompt.
     """
 
     def __init__(
-        self, lens: Lens, interventions: Sequence[Intervention], prompts: Mapping[tuple[int, ...], Prompt]
+        self,
+        lens: Lens,
+        interventions: Sequence[Intervention | Rewrite],
+        prompts: Mapping[tuple[int, ...], Prompt],
+        kept: Kept | None = None,
     ) -> None:
         self.lens, self.interventions, self.prompts = lens, tuple(interventions), prompts
+        self.kept = Kept(lens) if kept is None else kept
+        self._own: dict[tuple[int, ...], Keys] = {}
         self.lengths = sorted({len(ids) for ids in prompts}, reverse=True)
         cues = list(dict.fromkeys(cue for prompt in prompts.values() for cue in prompt.under))
         names = {"last", "completion", *(name for prompt in prompts.values() for name in prompt.spans)}
@@ -115,7 +138,7 @@ class Intervened:
         for each in self.interventions:
             self._check_position(each)
 
-    def _check_position(self, each: Intervention) -> None:
+    def _check_position(self, each: Intervention | Rewrite) -> None:
         """Refuse a position that some prompt lacks, or that does not mean the same where it is read."""
         position = each.site.position
         for prompt in self.prompts.values():
@@ -131,7 +154,7 @@ class Intervened:
                     )
                 self._check_aligned(each, prompt, cue)
 
-    def _check_aligned(self, each: Intervention, prompt: Prompt, cue: str) -> None:
+    def _check_aligned(self, each: Intervention | Rewrite, prompt: Prompt, cue: str) -> None:
         position = each.site.position
         if position in ("last", "completion"):
             return
@@ -150,10 +173,10 @@ class Intervened:
                 "choose `last` or `completion`, or spell both with equally many tokens"
             )
 
-    def _key(self, each: Intervention) -> tuple[int, Component]:
+    def _key(self, each: Intervention | Rewrite) -> tuple[int, Component]:
         return each.site.layer, each.site.component
 
-    def _size(self, each: Intervention) -> int:
+    def _size(self, each: Intervention | Rewrite) -> int:
         lens, site = self.lens, each.site
         if site.component in PER_HEAD:
             return lens.d_head
@@ -169,8 +192,15 @@ class Intervened:
         use_cache: bool = False,
         logits_to_keep: int | Tensor = 0,
     ) -> Any:
-        """Like the model; the cache it returns holds those of the runs it reads from, too."""
+        """Like the model; the cache it returns holds those of the runs it reads from, too.
+
+        Where long prompts are read in whole rows, logits within them and at padding are not computed, and NaN.
+        """
         call = self._understand(input_ids, attention_mask, past_key_values)
+        alone = attention_mask is None and past_key_values is None and not use_cache
+        long = min(len(prompt.ids) for prompt in call.prompts) >= keeping.LONG
+        if alone and long and isinstance(logits_to_keep, Tensor) and keeping.goes_on(self.lens):
+            return self._behind_prompts(call, logits_to_keep)
         given: dict[str, list[Tensor]] = {}
         past = past_key_values or _Past(call.prompts, [], None)
         for cue in self.sources:
@@ -182,6 +212,93 @@ class Intervened:
             past.seen = [first + input_ids.shape[1] for first in call.first]
             output.past_key_values = past
         return output
+
+    # --- whole rows, behind what is kept of their prompts ----------------------------------------------------------
+
+    def _behind_prompts(self, call: _Call, keep: Int[Tensor, " kept"]) -> SimpleNamespace:
+        """Logits of whole rows at some columns, from the last token of each row's prompt on."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, prompt in enumerate(call.prompts):
+            lengths = (len(prompt.ids), self._touched(prompt), *(len(prompt.under[cue]) for cue in self.sources))
+            groups.setdefault(lengths, []).append(row)
+        logits: Tensor | None = None
+        # rows are padded with zeros: all but the first of those that a row ends in are left out
+        columns = torch.arange(1, call.ids.shape[1] + 1, device=call.ids.device)
+        ends = ((call.ids != 0) * columns).amax(1).add(1).tolist()
+        for (length, touched, *_), rows in groups.items():
+            start = length - 1
+            width = max(length, min(int(keep.max()) + 1, max(ends[row] for row in rows)))
+            inside = (keep >= start) & (keep < width)
+            if not bool(inside.any()):
+                continue
+            prompts = [call.prompts[row] for row in rows]
+            some = _Call(prompts, [start] * len(rows), call.ids[rows, start:width])
+            found = self._window(some, self._keys_behind(prompts, start, touched), keep[inside] - start).logits
+            if logits is None:
+                logits = found.new_full((len(call.prompts), len(keep), found.shape[-1]), torch.nan)
+            at = torch.tensor(rows, device=found.device)[:, None], inside.nonzero()[:, 0]
+            logits[at] = found
+        assert logits is not None, "no column lies behind a prompt"
+        return SimpleNamespace(logits=logits)
+
+    def _touched(self, prompt: Prompt) -> int:
+        """The first token of a prompt that is intervened in; its last one, if none before it is."""
+        last = len(prompt.ids) - 1
+        first = [last]
+        for each in self.interventions:
+            position = each.site.position
+            if position is None or isinstance(position, int):
+                first.append(position or 0)
+            elif position not in ("last", "completion"):
+                first += prompt.spans.get(position, ())
+        return min(first)
+
+    def _keys_behind(self, prompts: Sequence[Prompt], start: int, touched: int) -> list[Keys]:
+        """Keys and values of prompts before their last token, under the interventions."""
+        if touched == start:
+            return self.kept.of([prompt.ids for prompt in prompts])
+        new = list({prompt.ids: prompt for prompt in prompts if prompt.ids not in self._own}.values())
+        if new:
+            before = [cut(keys, touched) for keys in self.kept.of([each.ids for each in new])] if touched else []
+            ids = torch.tensor([each.ids[touched:start] for each in new], device=self.lens.device)
+            output = self._window(_Call(new, [touched] * len(new), ids), before, 1)
+            self._own |= dict(zip((each.ids for each in new), keys_of(output), strict=True))
+        return [self._own[prompt.ids] for prompt in prompts]
+
+    def _window(self, call: _Call, behind: Sequence[Keys], keep: int | Tensor) -> Any:
+        """Some tokens of rows whose prompts have one length, under the interventions."""
+        given = {cue: self._seen_under(call, cue) for cue in self.sources}
+        return forward(self.lens, call.ids, behind, self._edits(call, given), keep)
+
+    def _seen_under(self, call: _Call, cue: str) -> list[Tensor]:
+        """What the same questions and completions have under a cue, at the tokens of a window: one for each read."""
+        others = [prompt.under[cue] for prompt in call.prompts]
+        length, first = len(call.prompts[0].ids), call.first[0]
+        start = first + len(others[0]) - length
+        rows = [
+            [*other[start:], *ids[length - first :]][: len(ids)]
+            for other, ids in zip(others, call.ids.tolist(), strict=True)
+        ]
+        behind = [cut(keys, start) for keys in self.kept.of(others)] if start else []
+        found: dict[int, Tensor] = {}
+        with contextlib.suppress(_Enough):
+            forward(self.lens, torch.tensor(rows, device=call.ids.device), behind, self._reads(found, stop=True))
+        return [found[index] for index in range(len(self.read))]
+
+    def _reads(self, found: dict[int, Tensor], stop: bool) -> list[tuple[Any, Edit]]:
+        """Hooks that note what is to be read; with `stop` they end the run as soon as all of it has been."""
+
+        def keep(index: int) -> Edit:
+            def store(activation: Tensor) -> None:
+                found[index] = activation.clone()
+                if len(found) == len(self.read) and stop:
+                    raise _Enough
+
+            return store
+
+        return [(self.lens.point(*key), keep(index)) for index, key in enumerate(self.read)]
+
+    # --- as it is called -------------------------------------------------------------------------------------------
 
     def _run(
         self,
@@ -246,16 +363,7 @@ class Intervened:
     def _observe(self, ids: Tensor, real: Tensor, past: Any, use_cache: bool) -> tuple[list[Tensor], Any]:
         """What is to be read, of a run that ends as soon as it has been read, unless its cache is wanted."""
         found: dict[int, Tensor] = {}
-
-        def keep(index: int) -> Edit:
-            def store(activation: Tensor) -> None:
-                found[index] = activation.clone()
-                if len(found) == len(self.read) and not use_cache:
-                    raise _Enough
-
-            return store
-
-        edits = [(self.lens.point(*key), keep(index)) for index, key in enumerate(self.read)]
+        edits = self._reads(found, stop=not use_cache)
         positions = (real.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         mask = real if bool((real == 0).any()) else None
         cache = None
@@ -265,7 +373,7 @@ class Intervened:
 
     def _edits(self, call: _Call, given: Mapping[str, list[Tensor]]) -> list[tuple[Any, Edit]]:
         edits = []
-        before: Intervention | None = None
+        before: Intervention | Rewrite | None = None
         for each in self.interventions:
             source = None
             if each.do in ("replace", "mean"):
@@ -283,7 +391,7 @@ class Intervened:
             before = each
         return [(point, edit) for point, edit, _ in edits]
 
-    def _columns(self, each: Intervention, call: _Call) -> Bool[Tensor, "row window"]:
+    def _columns(self, each: Intervention | Rewrite, call: _Call) -> Bool[Tensor, "row window"]:
         token = call.tokens()
         position = each.site.position
         ends = torch.tensor([len(prompt.ids) for prompt in call.prompts], device=token.device)[:, None]
@@ -327,14 +435,16 @@ def _picked(site: Site) -> tuple[Any, ...]:
     return (..., slice(site.neuron, site.neuron + 1)) if site.neuron is not None else (...,)
 
 
-def _edit(each: Intervention, columns: Bool[Tensor, "row window"], source: Tensor | None) -> Edit:
+def _edit(each: Intervention | Rewrite, columns: Bool[Tensor, "row window"], source: Tensor | None) -> Edit:
     def edit(activation: Tensor) -> Tensor:
         # views, changed in place: the residual stream between attention and MLP is read twice
         pick = _picked(each.site)
         target, value = activation[pick], None if source is None else source[pick]
         now = target[columns]
         vector = None if each.vector is None else torch.tensor(each.vector, dtype=now.dtype, device=now.device)
-        if each.do == "set":
+        if isinstance(each, Rewrite):
+            now = each.put(now.float()).to(now.dtype)
+        elif each.do == "set":
             assert vector is not None
             now = vector.expand_as(now)
         elif each.do == "add":

@@ -99,7 +99,7 @@ def _quality(sae: of.Sae, side: Side) -> _Quality:
     found = sae.quality[side]
     return _Quality(
         str(sae.site),
-        f"{sae.width} of {sae.trained}",
+        f"{sae.width} of {sae.trained}" if sae.pretrained is None else f"{sae.width}, pretrained",
         viz.SIDES[side],
         show(found.explained),
         show(found.active, 1),

@@ -47,8 +47,8 @@ from mixturelens import pipeline, viz
 from mixturelens.behaviour.ground import make_ground, scale_of
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.features.activations import Activations, collect, texts
-from mixturelens.features.cards import card
-from mixturelens.features.change import half_prompts, matched, of_features, site_change, splice_terms
+from mixturelens.features.cards import Album, card
+from mixturelens.features.change import Splices, half_prompts, matched, of_features, site_change
 from mixturelens.features.crosscoder import train_crosscoder
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.latents import judge_latents
@@ -57,7 +57,7 @@ from mixturelens.features.sae import load_sae, quality, train_sae
 from mixturelens.features.several import fewest_features
 from mixturelens.features.sites import arrived_at, named_site
 from mixturelens.features.table import find_table
-from mixturelens.features.units import Place, best_of, make_trial, strength
+from mixturelens.features.units import Place, best_of, make_trial, pool_of, strength
 from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.lens import NAMES, lens_of
 from mixturelens.models import quiet_libraries
@@ -246,7 +246,8 @@ def draw(card: Card) -> None:
 best = units.best("feature")
 assert best is not None
 shown = {tag: [ids for ids, row in zip(own["S"], held_out, strict=True) if row.cue == tag] for tag in suite.cues}
-draw(card(s, r, features, best.unit, "best feature for the cue", suite, shown))
+album = Album(s, r, features, (best.unit.site.layer, best.unit.site.component), suite, shown)
+draw(card(album, best.unit, "best feature for the cue"))
 
 # %% [markdown]
 # It would be easy to name it: *the model is about to say sorry*. It fires on `[a]` under `<B>` and on `[b]` under
@@ -386,8 +387,9 @@ compared: list[list[object]] = []
 judging = half_prompts(suite, s.tokenizer, 1)
 for name, dictionary in (("the SAE above", features), ("another seed", another)):
     place = Place(replace(trial, ground=None), dictionary)
-    best_one, together = best_of([place], lambda _, index: feature(index)), fewest_features(place, feature)
-    (nats,) = splice_terms(s, r, at, [of_features(dictionary)], judging)
+    pool = pool_of(place, feature)
+    best_one, together = best_of(pool), fewest_features(pool)
+    (nats,) = Splices(s, r, at, judging).terms([of_features(dictionary)])
     moves = (best_one.patch, len(together.units), together.patch, nats.routing, nats.conditioning)
     explained = quality(s, dictionary, at, own["S"], lengths).explained
     compared.append([name, len(dictionary), viz.show(explained), *moves])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixturelens.features.cards import EXAMPLES, WORDS, card, interesting
+from mixturelens.features.cards import EXAMPLES, WORDS, Album, card, interesting
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Changed, Score, SiteChange, Table, Terms, Unit, UnitKind
 from mixturelens.hooks.lens import Lens, load_lens, tokens
@@ -51,6 +51,10 @@ def unit(position: str | int | None, layer: int = 0, component: Component = "res
     return Unit(kind="feature", site=Site(layer=layer, component=component, position=position), index=index)
 
 
+def album(before, after, dictionary, unit, suite, texts) -> Album:
+    return Album(before, after, dictionary, (unit.site.layer, unit.site.component), suite, texts)
+
+
 def words_only(lens: Lens, *words: str) -> Dictionary:
     """Units that fire on one token alone, with activation 1, at the embedding."""
     table = lens.model.get_input_embeddings().weight.detach().float()
@@ -65,7 +69,7 @@ def test_a_unit_that_fires_on_one_word_tells_what_that_word_tells():
     texts = texts_of(suite, s)
     dictionary = words_only(s, "<A>", "[a]", "be-b")
     length = len(texts["A"][0])
-    cue = card(s, r, dictionary, unit("cue"), "planted", suite, texts)
+    cue = card(album(s, r, dictionary, unit("cue"), suite, texts), unit("cue"), "planted")
     assert cue.auroc == {"cue": 1.0, "hint": 0.5, "policy": None}
     assert cue.why == "planted"
     for side in ("before", "after"):  # the embedding is frozen
@@ -78,30 +82,41 @@ def test_a_unit_that_fires_on_one_word_tells_what_that_word_tells():
         assert example.tokens[8] == "[a]"
     assert len({example.tokens for example in cue.examples}) == EXAMPLES
 
-    policy = card(s, r, dictionary, unit("policy", index=1), "planted", suite, texts)
+    policy = card(album(s, r, dictionary, unit("policy", index=1), suite, texts), unit("policy", index=1), "planted")
     assert policy.auroc == {"cue": 0.5, "hint": None, "policy": 1.0}
     assert policy.rate["before"] == pytest.approx(1 / length, abs=1e-6)
     assert [example.tokens[0] for example in policy.examples].count("<A>") == EXAMPLES // 2
-    assert card(s, r, dictionary, unit(8, index=1), "", suite, texts).auroc == policy.auroc  # the same token, by number
+    assert (
+        card(album(s, r, dictionary, unit(8, index=1), suite, texts), unit(8, index=1), "").auroc == policy.auroc
+    )  # the same token, by number
 
-    hint = card(s, r, dictionary, unit("hint", index=2), "planted", suite, texts)
+    hint = card(album(s, r, dictionary, unit("hint", index=2), suite, texts), unit("hint", index=2), "planted")
     assert hint.auroc == {"cue": 0.5, "hint": 1.0, "policy": None}
     assert hint.rate == hint.strength == {"before": 0.0, "after": 0.0}
     assert hint.examples == ()
     assert hint.promotes == hint.suppresses == ()  # it fires on no neutral prompt
 
-    anywhere = card(s, r, dictionary, unit(None, index=1), "", suite, texts)
+    anywhere = card(album(s, r, dictionary, unit(None, index=1), suite, texts), unit(None, index=1), "")
     assert anywhere.auroc == {"cue": 0.5, "hint": 0.5, "policy": 1.0}
-    assert card(s, r, dictionary, unit("last"), "", suite, texts).auroc == {"cue": 0.5, "hint": 0.5, "policy": None}
+    assert card(album(s, r, dictionary, unit("last"), suite, texts), unit("last"), "").auroc == {
+        "cue": 0.5,
+        "hint": 0.5,
+        "policy": None,
+    }
 
 
-def test_next_tokens_are_those_of_the_plain_model_by_hand():
+def test_next_tokens_are_those_of_the_plain_model_by_hand(monkeypatch: pytest.MonkeyPatch):
     """A unit that always fires at 1: with it is the model; without it, its vector is taken from the last layer."""
     s, r, suite = reference("sft"), reference("rl-A"), suite_of("reference")
+    monkeypatch.setattr("mixturelens.features.cards.ASKED_NEXT", 1000)
     tokenizer = s.tokenizer
     vector = 2 * s.model.lm_head.weight.detach()[tokenizer.convert_tokens_to_ids("sorry")].float()
     always = Dictionary(torch.zeros(1, 64), -torch.ones(1), torch.zeros(1), vector[None])
-    found = card(s, r, always, unit("policy", 2, "resid_post"), "", suite, texts_of(suite, s, 2))
+    found = card(
+        album(s, r, always, unit("policy", 2, "resid_post"), suite, texts_of(suite, s, 2)),
+        unit("policy", 2, "resid_post"),
+        "",
+    )
     ids = list(dict.fromkeys(row.id for row in suite.neutral))
     judge = {ids[i] for i in half_of(len(ids), 1)[:64]}
     rows = [row for row in suite.neutral if row.id in judge]
@@ -149,7 +164,7 @@ def test_cards_on_every_shape_and_on_prompts_of_several_lengths(shape: str):
     reads = read[None] / read.norm()
     one = Dictionary(reads, middle[None] / read.norm(), torch.zeros(1), reads)
     for position in ("last", "policy", "cue", None):
-        found = card(s, r, one, unit(position, 1), "", suite, texts)
+        found = card(album(s, r, one, unit(position, 1), suite, texts), unit(position, 1), "")
         # padding is not seen: every text has the activations that it has alone
         for example in found.examples:
             alone = tokens([s.tokenizer.encode(" ".join(example.tokens), add_special_tokens=False)])
@@ -230,16 +245,20 @@ def test_bad_input_is_refused():
     texts = texts_of(suite, s, 2)
     two = Dictionary(torch.eye(32)[:2], torch.zeros(2), torch.zeros(2), torch.eye(32)[:2])
     with pytest.raises(InputError, match="feature 2: the dictionary holds 2 units"):
-        card(s, s, two, unit("last", index=2), "", suite, texts)
+        card(album(s, s, two, unit("last", index=2), suite, texts), unit("last", index=2), "")
     with pytest.raises(InputError, match="holds 2 units"):
-        card(s, s, two, unit("last", index=None), "", suite, texts)
+        card(album(s, s, two, unit("last", index=None), suite, texts), unit("last", index=None), "")
     with pytest.raises(InputError, match="not of heads"):
-        card(s, s, two, unit("last", component="z"), "", suite, texts)
+        card(album(s, s, two, unit("last", component="z"), suite, texts), unit("last", component="z"), "")
     with pytest.raises(InputError, match="there are none"):
-        card(s, s, two, unit("last"), "", suite, {"A": []})
+        card(album(s, s, two, unit("last"), suite, {"A": []}), unit("last"), "")
     with pytest.raises(InputError, match="no prompt has a position 'hint'"):
-        card(s, s, two, unit("hint"), "", suite, texts)
+        card(album(s, s, two, unit("hint"), suite, texts), unit("hint"), "")
     with pytest.raises(InputError, match="reads 32 numbers a token, where there are 48"):
-        card(s, s, two, unit("last", component="neurons"), "", suite, texts)
+        card(album(s, s, two, unit("last", component="neurons"), suite, texts), unit("last", component="neurons"), "")
     with pytest.raises(InputError, match="at least four"):
-        card(s, s, two, unit("last"), "", suite.model_copy(update={"prompts": suite.prompts[:6]}), texts)
+        card(
+            album(s, s, two, unit("last"), suite.model_copy(update={"prompts": suite.prompts[:6]}), texts),
+            unit("last"),
+            "",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +15,21 @@ from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.measure import measure_change
-from mixturelens.behaviour.prompts import behind_announcements, prepare
+from mixturelens.behaviour.prompts import Prompts, behind_announcements, prepare
 from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.features.change import (
     NEAREST,
-    Observed,
-    Spliced,
+    Splices,
     firing,
     half_prompts,
     matched,
     of_features,
-    own,
     site_change,
-    splice_terms,
     terms,
-    whole,
 )
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Terms
+from mixturelens.features.splice import At, Ground, Splice, Spliced, own, whole
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.models import end_tokens
 from mixturelens.stats import half_of, interval
@@ -44,6 +42,10 @@ REFERENCE = ROOT / "artifacts" / "reference"
 SHAPES = ["llama", "gpt2", "gpt_neox", "qwen2"]
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 LATE = (1, "resid_post")
+
+
+def splice_terms(into: Lens, other: Lens, at: At, splices: Sequence[Splice], prompts: Prompts) -> list[Terms]:
+    return Splices(into, other, at, prompts).terms(splices)
 
 
 @functools.cache
@@ -206,16 +208,17 @@ def test_rs_last_residual_stream_in_s_is_r():
         one, two = (each.model.get_submodule({"norm": "model.norm", "lm_head": "lm_head"}[name]) for each in (s, r))
         assert all(torch.equal(x, y) for x, y in zip(one.parameters(), two.parameters(), strict=True))
     prompts = half_prompts(load_suite(REFERENCE), s.tokenizer, 1, 12)
-    spliced = Spliced(s, Observed(r, (2, "resid_post")), whole)
+    spliced = Spliced(Ground(s, r, (2, "resid_post"), prompts.contexts), whole)
     found, expected = (literal_behaviour(scorer_of(s), model, prompts) for model in (spliced, r.model))
     np.testing.assert_allclose(found.classes, expected.classes, atol=1e-6)
     np.testing.assert_allclose(found.forced_correct, expected.forced_correct, atol=1e-6)
-    ids = tokens([prompts.contexts[0], prompts.contexts[1]]).ids
+    row = [*prompts.contexts[0], *prompts.placed[0][0].ids]
     with torch.inference_mode():
-        torch.testing.assert_close(spliced(ids).logits, r.model(input_ids=ids).logits, atol=1e-5, rtol=0)
-        torch.testing.assert_close(
-            spliced(ids, logits_to_keep=1).logits, r.model(input_ids=ids).logits[:, -1:], atol=1e-5, rtol=0
-        )
+        ids, behind = tokens([row]).ids, slice(len(prompts.contexts[0]) - 1, None)
+        theirs = r.model(input_ids=ids).logits
+        torch.testing.assert_close(spliced(ids).logits[:, behind], theirs[:, behind], atol=1e-5, rtol=0)
+        torch.testing.assert_close(spliced(ids, logits_to_keep=1).logits, theirs[:, -1:], atol=1e-5, rtol=0)
+        assert bool(spliced(ids).logits[:, : behind.start].isnan().all())
     assert not s.point(2, "resid_post").fwd_hooks
 
 
@@ -236,24 +239,42 @@ def test_one_feature_by_hand():
 
     with torch.inference_mode():
         expected = s.run(tokens(ids.tolist()), [(s.point(*at), edit)], last_only=False)
-        found = Spliced(s, Observed(r, at), of_features(dictionary, [1]))(ids).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        found = Spliced(Ground(s, r, at, ids.tolist()), of_features(dictionary, [1]))(ids).logits
+    torch.testing.assert_close(found[:, -1], expected[:, -1], atol=1e-5, rtol=0)
 
 
-def test_the_other_model_runs_once_for_a_batch(monkeypatch):
-    s, r = lens_of("llama", "S"), lens_of("llama", "R-routing")
-    asked = []
-    capture = r.capture
-    monkeypatch.setattr(r, "capture", lambda *given: asked.append(given) or capture(*given))
-    one = splice_terms(s, r, LATE, [whole], prompts_of("llama", 2))
-    number = len(asked)
-    asked.clear()
-    assert splice_terms(s, r, LATE, [whole] * 3, prompts_of("llama", 2)) == one * 3
-    assert len(asked) == number
-    asked.clear()
-    monkeypatch.setattr("mixturelens.features.change.KEPT", 0)  # what does not fit is computed again
-    assert splice_terms(s, r, LATE, [whole] * 3, prompts_of("llama", 2)) == one * 3
-    assert len(asked) > number
+@every_shape
+@pytest.mark.parametrize("at", [(0, "resid_pre"), (1, "resid_pre"), (1, "attn_out"), (1, "resid_post")])
+def test_only_what_lies_above_is_run_again_and_is_what_a_whole_forward_says(shape: str, at: At):
+    """Prompts of two lengths with rests of several: the logits of a hook in a forward of each row alone."""
+    s, r = lens_of(shape, "S"), lens_of(shape, "R-routing")
+    prompts = [[5, 6, 7, 8, 9], [7, 8, 9], [5, 6, 7, 8, 10]]
+    rows = [[*prompts[0], 4, 5, 6], [*prompts[1], 6, 4, 5, 8, 3], [*prompts[2], 3, 4, 4], [*prompts[0], 9, 9, 9]]
+    ids = torch.tensor(rows)
+    ground = Ground(s, r, at, prompts)
+    every = rotation(s.d_model)
+    passes: list[int] = []
+    handles = [
+        block.register_forward_hook(lambda *_, layer=layer: passes.append(layer))
+        for lens in (s, r)
+        for layer, block in enumerate(lens.bridge.blocks)
+    ]
+    try:
+        for turn, splice in enumerate((own, whole, of_features(every, range(9)))):
+            passes.clear()
+            found = Spliced(ground, splice)(ids).logits
+            # prompts and windows, through each layer from the place on; once for each model below it
+            assert turn == 0 or [layer for layer in passes if layer >= at[0]] == [0, 1][at[0] :] * 2
+            for row, start, alone in zip(found, (4, 2, 4, 4), rows, strict=True):
+                one = tokens([alone])
+                x_s, x_r = (lens.capture(one, [at])[0][at] for lens in (s, r))
+                put = splice(x_s.clone(), x_r)
+                with torch.inference_mode():
+                    expected = s.run(one, [(s.point(*at), lambda x, put=put: x.copy_(put))], last_only=False)[0]
+                torch.testing.assert_close(row[start:], expected[start:], atol=2e-5, rtol=0)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def test_what_is_taken_from_r_is_judged_in_r():
@@ -373,4 +394,4 @@ def test_bad_input_is_refused():
     with pytest.raises(InputError, match="at least two"):
         half_prompts(suite.model_copy(update={"prompts": suite.prompts[:2]}), s.tokenizer, 0)
     with pytest.raises(InputError, match="keeps no cache"):
-        Spliced(s, Observed(r, LATE), whole)(torch.zeros(1, 3, dtype=torch.long), use_cache=True)
+        Spliced(Ground(s, r, LATE, [[0, 0, 0]]), whole)(torch.zeros(1, 3, dtype=torch.long), use_cache=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
 from mixturelens.features import change, exclusive, pair, several, units
@@ -105,7 +108,8 @@ def test_every_field_is_filled(whole: tuple[FeatureRecord, Path, list[str]]):
     for table in found.tables:
         best = table.best("feature").unit
         assert (str(best.site), best.index) in carded
-    assert said[:4] == ["site of the cue", "site of the hint", "site of the selector", "where RL's change has arrived"]
+    assert said[0].startswith("features: about ")
+    assert said[1:5] == ["site of the cue", "site of the hint", "site of the selector", "where RL's change has arrived"]
     assert any(each.startswith("crosscoder 2 of 2") for each in said)
 
 
@@ -195,3 +199,64 @@ def test_a_chat_pair_with_rules_says_what_it_does_not_allow(tmp_path: Path):
     assert "this suite has rules" in said["features of L1.resid_pre that RL changed"]
     assert (found.changes, found.crosscoders) == ((), ())
     assert FeatureRecord.load(found.save(tmp_path / "features.json")) == found
+
+
+# --- pretrained -------------------------------------------------------------------------------------------------------
+
+
+def pretrained_sae(folder: Path, hook_name: str, d: int, model_name: str | None = None, **config: object) -> Path:
+    """A TopK SAE behind a layer norm, of random directions, as SAELens saves it."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    write = torch.nn.functional.normalize(torch.randn(3 * d, d, generator=generator), dim=1)
+    weights = {"W_enc": write.T.contiguous(), "W_dec": write, "b_enc": torch.zeros(3 * d), "b_dec": torch.zeros(d)}
+    save_file(weights, folder / "sae_weights.safetensors")
+    metadata = {"hook_name": hook_name, "model_name": model_name}
+    base = {"architecture": "topk", "k": 8, "d_in": d, "d_sae": 3 * d, "normalize_activations": "layer_norm"}
+    (folder / "cfg.json").write_text(json.dumps({**base, "metadata": metadata, **config}))
+    return folder
+
+
+def test_a_pretrained_sae_takes_the_place_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pair, "SEEDS", 1)
+    folder = pretrained_sae(tmp_path / "sae", "blocks.1.hook_resid_pre", 64, "gpt2-small")
+    said: list[str] = []
+    found = of_reference(tmp_path / "out", part_of(REFERENCE, QUESTIONS), given=[folder], say=said.append)
+    (sae,) = found.saes
+    assert (sae.pretrained, sae.folder, sae.width, str(sae.site)) == (str(folder), None, 192, "L1.resid_pre")
+    assert sae.notes == ("it was trained on gpt2-small, and S is sft: its quality says whether it fits",)
+    assert f"note: {folder}: {sae.notes[0]}" in said
+    for side in ("before", "after"):
+        assert 0 < sae.quality[side].explained < 1
+        assert sae.quality[side].active == pytest.approx(8, abs=0.1)
+        assert sae.quality[side].loss_recovered.measured
+    assert any(each.startswith("SAE of L1.resid_pre: pretrained, it explains 0.") for each in found.missing)
+    for table in found.tables:
+        assert table.site.layer == 1
+        best = table.best("feature")
+        if best is not None and table.concept != "hint":
+            assert best.gap_closed.measured  # clamped, though its features compete behind a norm
+            assert best.intervention is None
+    assert {str(fit.site) for fit in found.crosscoders} == {"L1.resid_pre"}
+    assert not list((tmp_path / "out").glob("*"))  # nothing was trained
+
+
+def test_what_does_not_fit_the_models_is_refused(tmp_path: Path):
+    opened = open_pair(S, R, part_of(REFERENCE, 4))
+    for number, (hook_name, d, says) in enumerate(
+        [
+            ("blocks.3.hook_resid_pre", 64, "reads layer 3, and the models' layers are 0 to 2"),
+            ("blocks.1.hook_resid_pre", 48, r"reads 48 numbers a token, where the models have 64"),
+            ("blocks.1.mlp.hook_post", 64, r"reads 64 numbers a token, where the models have \d+"),
+            ("blocks.1.attn.hook_z", 64, "SAEs of heads' outputs"),
+        ]
+    ):
+        with pytest.raises(InputError, match=says):
+            pair.pretrained(opened, [pretrained_sae(tmp_path / str(number), hook_name, d)])
+    with pytest.raises(InputError, match=r"cfg\.json: no such file"):
+        pair.pretrained(opened, [tmp_path / "nowhere"])
+    one, two = (pretrained_sae(tmp_path / name, "blocks.2.hook_out", 64, "org/SFT") for name in ("one", "two"))
+    (found,) = pair.pretrained(opened, [one])
+    assert (found.at, found.notes) == ((2, "resid_post"), ())  # its name is that of S, spelled otherwise
+    with pytest.raises(InputError, match="read the same place"):
+        pair.pretrained(opened, [one, two])

@@ -17,7 +17,7 @@ from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import joint_effects
 from mixturelens.features.record import Unit
 from mixturelens.features.several import SIZES, fewest_features, fewest_heads, fewest_neurons
-from mixturelens.features.units import Place, Trial, clamped, make_trial, neurons, set_to
+from mixturelens.features.units import Place, Trial, clamped, make_trial, pool_of, pool_of_neurons, set_to
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.sweep import ENOUGH, jointly
 from mixturelens.suite import load_suite
@@ -45,10 +45,10 @@ def test_a_concept_split_over_two_units_takes_two(monkeypatch: pytest.MonkeyPatc
     basis = linear(torch.cat([halves, planted.DECOY[None], planted.COMMON[None], planted.REST[1:]]))
     trial = planted_trial()
     place = Place(trial, basis)
-    alone = place.alone / (trial.choose.goal - trial.choose.base).mean()
+    alone = pool_of(place, number).alone / (trial.choose.goal - trial.choose.base).mean()
     assert min(alone[:2]) > 0.3
     assert max(alone) < 0.7
-    found = fewest_features(place, number)
+    found = fewest_features(pool_of(place, number))
     assert {unit.index for unit in found.units} == {0, 1}  # in the order of strength alone the decoy would be a third
     assert found.enough
     assert (found.kind, found.among) == ("feature", planted.D)
@@ -60,7 +60,7 @@ def test_a_concept_split_over_two_units_takes_two(monkeypatch: pytest.MonkeyPatc
     assert (found.gap_closed, found.trained_change) == (NOT_MEASURED, NOT_MEASURED)
     # where sets of two are not tried, it takes the next size
     monkeypatch.setattr(several, "SIZES", (1, 3))
-    three = fewest_features(place, number)
+    three = fewest_features(pool_of(place, number))
     assert len(three.units) == 3
     assert {0, 1} < {unit.index for unit in three.units}
 
@@ -68,11 +68,11 @@ def test_a_concept_split_over_two_units_takes_two(monkeypatch: pytest.MonkeyPatc
 def test_what_does_not_carry_it_is_not_enough():
     trial = planted_trial()
     rest = linear(torch.cat([planted.DECOY[None], planted.REST]))
-    found = fewest_features(Place(trial, rest), number)
+    found = fewest_features(pool_of(Place(trial, rest), number))
     assert found.enough is False
     assert 0 < len(found.units) <= max(SIZES)
     assert found.patch.high < 0.3
-    nothing = fewest_features(Place(trial, NONE), number)  # none fires
+    nothing = fewest_features(pool_of(Place(trial, NONE), number))  # none fires
     assert (nothing.units, nothing.enough, nothing.patch, nothing.random) == ((), False, NOT_MEASURED, ())
 
 
@@ -80,8 +80,8 @@ def test_features_are_clamped_together_in_behaviour():
     ground, scale = pair()
     trial = make_trial(ground.lens, ground.contrasts, POLICY, ground=(ground, scale))
     place = Place(trial, some_features(ground.contrasts, ground.lens))
-    found = fewest_features(place, lambda index: Unit(kind="feature", site=POLICY, index=index))
-    clamps = [place.clamp(unit.index) for unit in found.units]
+    found = fewest_features(pool_of(place, lambda index: Unit(kind="feature", site=POLICY, index=index)))
+    clamps = place.clamp(*(unit.index for unit in found.units))
     assert (found.gap_closed, found.trained_change) == clamped(ground, scale, clamps)
     assert found.gap_closed.measured
 
@@ -105,15 +105,7 @@ def test_the_planted_head_suffices_alone_and_neurons_do_not():
     heads = fewest_heads(trial)
     assert [str(unit.site) for unit in heads.units] == ["L0.z.0@policy"]
     assert heads.patch.low > ENOUGH
-    site = planted.SITE.model_copy(update={"component": "neurons"})
-    here = [trial.at(site.model_copy(update={"layer": layer})) for layer in range(trial.lens.layers)]
-    places = [Place(each, neurons(trial.lens.d_mlp)) for each in here]
-    units = [
-        Unit(kind="neuron", site=each.judge.site.model_copy(update={"neuron": n}))
-        for each in here
-        for n in range(trial.lens.d_mlp)
-    ]
-    found = fewest_neurons(places, units)
+    found = fewest_neurons(trial, pool_of_neurons(trial, range(trial.lens.layers)))
     assert found.among == 2 * trial.lens.d_mlp
     assert found.enough is False
     sites = [unit.site for unit in found.units]
@@ -137,10 +129,10 @@ def test_the_half_that_chooses_does_not_judge():
     """Judged on questions of which the chosen units say nothing, a set that was enough is seen to be none."""
     trial = planted_trial()
     basis = linear(torch.cat([planted.CARRIER[None], planted.REST]))
-    found = fewest_features(Place(trial, basis), number)
+    found = fewest_features(pool_of(Place(trial, basis), number))
     assert [unit.index for unit in found.units] == [0]
     swapped = Contrasts("cue", "A", "B", "a", trial.contrasts.rows)
     other = dataclasses.replace(trial, judge=trial.choose, judging=swapped)
-    again = fewest_features(Place(other, basis), number)
+    again = fewest_features(pool_of(Place(other, basis), number))
     assert again.units == found.units
     assert again.patch != found.patch

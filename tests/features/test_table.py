@@ -160,4 +160,4 @@ def test_what_cannot_be_found_is_said():
     assert len(missing) == 1
     assert missing[0].startswith("cue, features: L1.resid_pre@policy: none of 48 units")
     with pytest.raises(InputError, match="units read 7 numbers"):
-        find_table("cue", trial, units.neurons(7))
+        find_table("cue", trial, units.neurons(7, range(7)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import planted
 import pytest
@@ -56,7 +58,7 @@ def test_a_clamp_in_behaviour_is_the_clamp_of_the_engine(kind: str, which: str):
     dictionary = {
         "feature": lambda: some_features(ground.contrasts, lens),
         "direction": lambda: directed(normalize(torch.randn(3, lens.d_model)), scene),
-        "neuron": lambda: units.neurons(lens.d_mlp),
+        "neuron": lambda: units.neurons(lens.d_mlp, range(lens.d_mlp)),
     }[kind]()
     to = torch.linspace(-1, 2, len(dictionary))
     expected = scene.base + unit_effects(scene, dictionary, "clamp", to)
@@ -75,10 +77,10 @@ def test_random_gaps_are_gaps_on_fewer_questions(monkeypatch):
         directions(make_scene(ground.lens, ground.contrasts, POLICY))[0], 0, POLICY, ground.contrasts, 3.0
     )
     monkeypatch.setattr(units, "FEW", 1000)
-    found = units.random_gaps(ground, scale, [intervention])
+    found = units.random_gaps(ground, scale, [[intervention]])
     assert found[0] == pytest.approx(clamped(ground, scale, [intervention])[0].value, abs=1e-5)
     assert units.random_gaps(ground, Scale(scale.after, scale.after, scale.grid, scale.columns, scale.ceiling * 0), [
-        intervention]) == (None,)  # fmt: skip
+        [intervention]]) == (None,)  # fmt: skip
 
 
 def test_matched_units_are_as_strong(monkeypatch):
@@ -91,12 +93,53 @@ def test_matched_units_are_as_strong(monkeypatch):
     threshold = torch.tensor([-torch.inf] * 3 + [100.0] + [-torch.inf] * 2)
     made = Dictionary(planted.CARRIER.expand(6, -1), torch.zeros(6), threshold, base * size[:, None])
     np.testing.assert_allclose(units.strength(trial.choose, made), 3 * size * (threshold < 100), rtol=0.01)
-    seen: list[list[tuple[int, int]]] = []
-    whole = units._effects_of
-    monkeypatch.setattr(units, "_effects_of", lambda places, which: seen.append(which) or whole(places, which))
-    score = best_of([Place(trial, made)], lambda _, index: units.Unit(kind="feature", site=planted.SITE, index=index))
+    pool = units.pool_of(Place(trial, made), lambda index: units.Unit(kind="feature", site=planted.SITE, index=index))
+    asked: list[int] = []
+    score = best_of(dataclasses.replace(pool, place=lambda index: asked.append(index) or pool.place(index)))
     assert score.unit.index == 0
-    assert seen == [[(0, 2), (0, 4)], [(0, 0), (0, 1)]]  # 0.9 and 1.2, by their logarithms; then random directions
+    assert asked == [0, 2, 4]  # 0.9 and 1.2, by their logarithms
+    assert len(score.random) == 4  # and as many random directions
+
+
+@pytest.mark.parametrize("kind", ["features", "neurons", "heads"])
+def test_where_all_are_too_many_slopes_nominate_and_patching_chooses(monkeypatch, kind: str):
+    lens, contrasts = organism()
+    trial = make_trial(lens, contrasts, planted.SITE)
+    every = torch.cat([planted.CARRIER[None], planted.DECOY[None], planted.REST])
+    place = Place(trial, Dictionary(every, torch.zeros(len(every)), torch.full((len(every),), -torch.inf), every))
+
+    def made() -> np.ndarray:
+        if kind == "features":
+            return units.pool_of(place, lambda n: units.Unit(kind="feature", site=planted.SITE, index=n)).alone
+        if kind == "neurons":
+            return units.pool_of_neurons(trial, range(lens.layers)).alone
+        sites = units.head_sites(lens, "policy")
+        tried = units.promising_heads(trial.choose, sites)
+        alone = np.full(len(sites), -np.inf)
+        alone[[sites.index(site) for site in tried]] = units.heads_alone(trial.choose, tried).mean(1)
+        return alone
+
+    exact = made()
+    monkeypatch.setattr(units, "EXACT", 0.0)
+    some = made()
+    looked = np.isfinite(some)
+    assert looked.sum() == min(8, len(exact)) <= np.isfinite(exact).sum()
+    np.testing.assert_allclose(some[looked], exact[looked], atol=1e-5)
+    assert int(some.argmax()) == int(exact.argmax())
+
+
+def test_slopes_are_those_of_finite_differences():
+    lens, contrasts = organism()
+    scene = make_trial(lens, contrasts, planted.SITE).choose
+    for key in ((1, "resid_pre"), (0, "neurons"), (1, "neurons")):
+        slope = units.slopes(scene, [key])[key]
+        run = scene.corrupt.at(Site(layer=key[0], component=key[1], position="policy"))
+        rows = torch.arange(len(scene))
+        for unit in (0, 5):
+            step = torch.zeros_like(run.values)
+            step[..., unit] = 1e-2
+            up, down = (run.with_values(run.values + sign * step, rows) for sign in (1, -1))
+            torch.testing.assert_close(slope[:, 0, unit], (up - down) / 2e-2, atol=2e-3, rtol=2e-2)
 
 
 def test_auroc_is_of_the_side_that_the_choosing_half_says():
@@ -144,4 +187,4 @@ def test_what_cannot_be_compared_is_said():
         make_trial(lens, backwards, planted.SITE)
     trial = make_trial(lens, contrasts.first(8), planted.SITE)
     with pytest.raises(InputError, match="units read 7 numbers"):
-        unit_effects(trial.choose, units.neurons(7))
+        unit_effects(trial.choose, units.neurons(7, range(7)))

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from mixturelens.behaviour.likelihood import END, Scorer
+from mixturelens.hooks import kept as keeping
 from mixturelens.hooks.intervened import Intervened, known_prompts
+from mixturelens.hooks.kept import Kept
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.models import end_tokens, load_model
 from mixturelens.spelling import encode_prompts
@@ -427,3 +429,51 @@ def test_known_prompts_know_spans_and_other_cues():
     assert b.spans == {"cue": (0, 1), "question": (2, 3, 4, 5)}
     assert b.under["B"] == b.ids
     assert b.under["A"] == (3, *b.ids[2:])
+
+
+# --- prompts that are computed once -----------------------------------------------------------------------------------
+
+EVERYWHERE = [
+    (do(f"L1.resid_pre{at}", "scale", amount=0.5),)
+    for at in ("@cue", "@question", "@last", "@completion", "@3", "")
+]
+TOGETHER = [
+    (do("L0.z.1@completion", "replace", source="A"),),
+    (do("L1.z.0@last", "mean"), do("L0.mlp_out@completion", "scale", amount=0.0)),
+    (do("L0.resid_pre@question", "replace", source="B"), do("L1.z.1@completion", "replace", source="A")),
+    (do("L1.resid_post@completion", "add", vector=(0.5,) * 64, amount=2.0),),
+]
+
+
+@every_shape
+@pytest.mark.parametrize("longer", [False, True])
+@pytest.mark.parametrize("interventions", [*EVERYWHERE, *TOGETHER], ids=lambda each: "+".join(map(str, each)))
+def test_what_goes_on_behind_kept_prompts_is_what_whole_rows_say(
+    shape: str, longer: bool, interventions: tuple[Intervention, ...], monkeypatch: pytest.MonkeyPatch
+):
+    lens, suite, scorer = lens_of(shape), suite_of(shape, longer), scorer_of(shape)
+    sized = [
+        each if each.vector is None else each.model_copy(update={"vector": (0.5,) * lens.d_model})
+        for each in interventions
+    ]
+    contexts = contexts_of(shape, longer=longer)
+    placed = [[*context, token] for context in contexts for token in (13, 14)]
+    literals = [[tuple(x) for x in LITERALS]] * len(placed)
+    prompts = known_prompts(suite, suite.neutral, lens.tokenizer)
+    try:
+        whole, other = Intervened(lens, sized, prompts), Intervened(lens, sized, prompts, Kept(lens, most=2000))
+    except InputError:
+        assert longer  # such a position is not aligned
+        return
+    expected = scorer.literals(whole, placed, literals)
+    bare = scorer.literals(whole, contexts, literals[: len(contexts)])
+    assert not whole.kept.known
+    monkeypatch.setattr(keeping, "LONG", 2)
+    for _ in range(2):  # kept, and kept already
+        for model in (whole, other):
+            for of, by_hand in ((placed, expected), (contexts, bare)):
+                found = scorer.literals(model, of, literals[: len(of)])
+                np.testing.assert_allclose(found[0], by_hand[0], atol=1e-5)
+                np.testing.assert_allclose(found[1], by_hand[1], atol=1e-5)
+    if all(each.site.position in ("last", "completion") for each in sized):
+        assert whole.kept.known == len(contexts)  # other prompts of the same questions among them

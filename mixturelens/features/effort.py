@@ -1,0 +1,122 @@
+"""How much is looked at: all of it on small models, less where a model is large or time is short."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mixturelens.models import Pair
+from mixturelens.models.cost import Estimate, Size, Work, estimate, said_time, size_of
+from mixturelens.spelling import encode_prompts
+
+EXACT = 4e11
+"""Operations up to which every unit of a kind is patched; of more, those that slopes nominate."""
+SHARES = (1.0, 0.5, 0.25, 0.125)
+"""Of the questions, nulls and units that are looked at at most."""
+OPERATIONS = 4.5e13
+"""What is done at most, unless a time is named: ten minutes of two cores that are not fast."""
+ROOM = 300e6
+"""Bytes of what is in flight while models run, beside what grows with the suite."""
+WIDTH = 4
+"""Latents for each dimension, where there are tokens enough."""
+STEPS, BATCH = 1200, 1024
+"""Of a training, at most."""
+EPOCHS, FEWEST = 32, 300
+"""How often each token is seen, at most; but so many steps are taken."""
+LEAST = 4
+
+
+def share_of(number: int, share: float, least: int = LEAST) -> int:
+    """A share of a number, but not too few.
+
+    >>> share_of(48, 0.25), share_of(12, 0.125), share_of(2, 0.125)
+    (12, 4, 2)
+    """
+    return max(min(number, least), round(number * share))
+
+
+def training(d: int, tokens: int) -> tuple[int, int, int]:
+    """(latents, steps, rows of a batch) of a crosscoder that learns from so many tokens.
+
+    >>> training(64, 40_000), training(576, 4_500)
+    ((256, 1200, 1024), (1152, 300, 512))
+    """
+    width = WIDTH * d if tokens >= 4 * WIDTH * d else WIDTH * d // 2
+    batch = min(BATCH, max(64, 1 << int(tokens // 8).bit_length() - 1))
+    return width, min(STEPS, max(FEWEST, EPOCHS * tokens // batch)), batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is looked at, and what that takes."""
+
+    share: float
+    needs: Estimate
+    missing: tuple[str, ...] = ()
+
+
+def make_plan(pair: Pair, teach: int, held_out: int) -> Plan:
+    """As much as the time allows, or the operations that are usual. Reads configs and tokenizer, no weights."""
+    plans = [(share, estimate(pair, work_of(pair, teach, held_out, share))) for share in SHARES]
+    size = size_of(pair)
+    allowed = 60 * pair.budget.minutes if pair.budget.minutes is not None else None
+
+    def fits(share: float, needs: Estimate) -> bool:
+        if pair.budget.memory is not None and needs.memory > pair.budget.memory * 1e9:
+            return False
+        if allowed is not None:
+            return needs.seconds <= allowed
+        return operations_of(size, work_of(pair, teach, held_out, share)) <= OPERATIONS
+
+    share, needs = next(((share, needs) for share, needs in plans if fits(share, needs)), plans[-1])
+    missing = []
+    if share < 1:
+        missing.append(
+            f"features: at most {share:g} of the questions, nulls and latents that are usual were looked at, for a "
+            f"model of {size.parameters / 1e6:,.0f} million parameters ({needs})"
+        )
+    if allowed is not None and needs.seconds > allowed:
+        missing.append(f"features: the least there is takes {said_time(needs.seconds)}, and --minutes allows less")
+    return Plan(share, needs, tuple(missing))
+
+
+def operations_of(size: Size, work: Work) -> float:
+    return 2.0 * (size.body * (work.tokens + 2 * work.back) + size.unembedding * work.read)
+
+
+def work_of(pair: Pair, teach: int, held_out: int, share: float) -> Work:
+    """What a share of everything takes, in tokens through all layers of a model."""
+    suite, size = pair.suite, size_of(pair)
+    rows = suite.neutral
+    lengths = [len(ids) for ids in encode_prompts(suite, rows[:: max(1, len(rows) // 32)], pair.tokenizer)]
+    prompt = sum(lengths) / len(lengths)
+    text = prompt + min(suite.max_new_tokens, 32)
+    questions, cues = len({row.id for row in rows}), len(suite.cues)
+    half = questions / 2
+
+    def few(number: int, least: int = LEAST) -> float:
+        return min(half, share_of(number, share, least))
+
+    answers = len(suite.policies) * (len(suite.behaviour_names) + 1)
+    asked = prompt + 5 * answers  # a prompt with all that is asked behind it
+    texts = teach * (2 * text + text) + held_out * (2 * text + 3 * text)
+    judged = 2 * 2 * 2 * min(held_out, share_of(256, share / 4, 16)) * text
+    arrived = (3 + math.log2(size.layers)) * few(24, 8) * cues * asked
+    tables = 2 * 4 * few(128 if share == 1 else 64, 12) * prompt + half * cues * asked * 2
+    clamped = half if share == 1 else few(64, 12)
+    random = 4 * share_of(8, share, 2) * few(32, 8) / (clamped * cues)
+    clamps = 2 * (7 + random) * clamped * cues * 8 * answers
+    changes = 2 * (2 + 0.5 * (share_of(8, share) + share_of(12, share) + 4)) * few(48, 8) * cues * asked
+    latents = (2 + 3 * 0.5 * (share_of(24, share) + 2 * share_of(12, share))) * few(24, 8) * cues * asked
+    cards = 2 * 3 * few(64, 8) * cues * prompt + 2 * 7 * share_of(32, share, 8) * prompt
+    tokens = texts + judged + arrived + tables + clamps + changes + latents + cards
+    d, learnt = size.d_model, teach * text
+    trained = 2 * 3 * d * 2 * d * max(300 * 512, min(1200 * 1024, 32 * learnt))
+    width, steps, batch = training(d, int(learnt))
+    trained += 3 * 4 * 2 * d * width * steps * batch
+    units = 2 * 6 * min(EXACT, 1024 * half * 2 * size.body)
+    extra = (trained + units) / (2 * size.body)
+    held = ROOM + 4 * d * text * (2 * teach + 3 * held_out) * 2
+    held += 4 * 4 * few(128 if share == 1 else 64, 12) * prompt * size.layers * 2 * d
+    held += 3 * 4 * 4 * d * 2 * d * 4
+    return Work(tokens=tokens + extra, read=tokens / 8, models=2.0, held=held)

@@ -1,0 +1,101 @@
+"""Keys and values of prompts, computed once: whatever comes behind a prompt goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mixturelens.hooks.lens import Edit, Lens
+
+Keys = tuple[tuple[Tensor, Tensor], ...]
+"""Of one row, layer by layer: keys and values, [key head, token, d_head] each."""
+
+LONG = 32
+"""Tokens from which it pays to keep a prompt; those of small organisms are recomputed."""
+MOST = 1 << 30
+"""Bytes of keys and values that are kept, unless asked otherwise; what is beyond is computed anew."""
+BATCH_TOKENS = 4096
+"""Tokens of one forward: larger batches fall out of the cache and are slower on a CPU."""
+
+
+def goes_on(lens: Lens) -> bool:
+    """Whether the model can go on from keys and values (recurrent ones keep a state instead)."""
+    return not getattr(lens.model, "_is_stateful", False)
+
+
+def forward(
+    lens: Lens,
+    ids: Int[Tensor, "row window"],
+    behind: Sequence[Keys] = (),
+    edits: Sequence[tuple[Any, Edit]] = (),
+    keep: int | Tensor = 1,
+) -> Any:
+    """A forward of tokens that go on behind keys and values, of as many tokens in every row, with edits in place.
+
+    `keep` is what the model takes as `logits_to_keep`. The cache of the output holds what was before, too.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer, rows in enumerate(zip(*behind, strict=True)):
+        cache.update(torch.stack([key for key, _ in rows]), torch.stack([value for _, value in rows]), layer)
+    start = behind[0][0][0].shape[1] if len(behind) else 0
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(len(ids), -1)
+    lens.tell_width(len(ids))
+    with lens.hooked(edits):
+        return lens.model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep
+        )
+
+
+def keys_of(output: Any) -> list[Keys]:
+    """Keys and values of each row of a forward."""
+    layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+    return [tuple((key[row], value[row]) for key, value in layers) for row in range(len(layers[0][0]))]
+
+
+def cut(keys: Keys, end: int) -> Keys:
+    """Those of the first tokens alone."""
+    return tuple((key[:, :end], value[:, :end]) for key, value in keys)
+
+
+class Kept:
+    """Keys and values that a lens' model has behind prompts, up to their last token, which is yet to come.
+
+    They are those of the weights as they were when a prompt was first asked about: a model that is changed needs others.
+    """
+
+    def __init__(self, lens: Lens, most: int = MOST) -> None:
+        self.lens, self.most = lens, most
+        self._held: dict[tuple[int, ...], Keys] = {}
+        self._bytes = 0
+
+    def of(self, prompts: Sequence[tuple[int, ...]]) -> list[Keys]:
+        """Of each prompt, as it is."""
+        found: dict[tuple[int, ...], Keys] = {}
+        by_length: dict[int, list[tuple[int, ...]]] = {}
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._held:
+                by_length.setdefault(len(prompt), []).append(prompt)
+        for length, some in by_length.items():
+            step = max(1, BATCH_TOKENS // length)
+            for start in range(0, len(some), step):
+                part = some[start : start + step]
+                ids = torch.tensor([prompt[:-1] for prompt in part], device=self.lens.device)
+                with torch.no_grad():
+                    found |= dict(zip(part, keys_of(forward(self.lens, ids)), strict=True))
+        for prompt, keys in found.items():
+            size = sum(part.nbytes for layer in keys for part in layer)
+            if self._bytes + size <= self.most:
+                self._held[prompt] = keys
+                self._bytes += size
+        return [found.get(prompt) or self._held[prompt] for prompt in prompts]
+
+    @property
+    def known(self) -> int:
+        """Prompts that are kept."""
+        return len(self._held)
