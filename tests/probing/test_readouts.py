@@ -16,8 +16,9 @@ from mixturelens.behaviour.record import BehaviourRecord, measure_record
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.models import end_tokens, load_model, load_tokenizer, open_pair
-from mixturelens.probing.prompts import read_prompts
-from mixturelens.probing.readouts import readouts, untrained_lens
+from mixturelens.probing.prompts import own_policies, read_prompts
+from mixturelens.probing.reading import read as open_book
+from mixturelens.probing.readouts import Network, readouts, sites_of, to_probe, untrained_lens
 from mixturelens.probing.record import Readout
 from mixturelens.probing.scores import accuracy, auroc, r_squared
 from mixturelens.stats import resample_counts
@@ -38,10 +39,22 @@ def lens_of(folder: Path) -> Lens:
 def read(folder: Path, after: Path, suite: Suite, behaviour: BehaviourRecord, **options: Any) -> Found:
     lenses: dict[Side, Lens] = {"before": lens_of(folder), "after": lens_of(after)}
     names = list(suite.policies)
+    exhaustive, shelf = options.pop("exhaustive", False), options.pop("shelf", None)
     options = {"policies": (names[0], names[1]), "seed": 0, **options}
-    sites, labels, found, missing = readouts(
-        lenses, untrained_lens(open_pair(folder, None, suite)), suite, behaviour, **options
-    )
+    tokenizer = lenses["before"].tokenizer
+    prompts, announcements = to_probe(suite, tokenizer)
+    where = sites_of(lenses["before"], prompts, exhaustive)
+    every: dict[Network, Lens] = {**lenses, "untrained": untrained_lens(open_pair(folder, None, suite))}
+    networks = {
+        name: open_book(lens, prompts, where.keys, announcements, shelf and shelf / name)
+        for name, lens in every.items()
+    }
+    own = {
+        side: own_policies(lens, suite, prompts.rows["neutral"], networks[side].logs, 0)
+        for side, lens in lenses.items()
+    }
+    scores = readouts(networks, own, prompts, where, suite, behaviour, tokenizer, **options)
+    sites, labels, found, missing = scores.sites, scores.labels, scores.readouts, scores.missing
     for each in found:
         for column in (each.before, each.after, each.carried):
             assert len(column.value) == len(column.low) == len(column.high) == len(sites)
