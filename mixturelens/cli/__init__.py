@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU
 Seed = Annotated[int, typer.Option(help="Seed of samples and bootstrap.")]
 Minutes = Annotated[float | None, typer.Option(help="Time that an instrument may take: with less it looks at less.")]
 Memory = Annotated[float | None, typer.Option(metavar="GB", help="Memory that an instrument may take, likewise.")]
+Exhaustive = Annotated[bool, typer.Option("--exhaustive", help="Look everywhere, however long it takes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record, and nothing else, on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
 
@@ -137,11 +139,15 @@ def train(
 
 Options = dict[str, Any]
 """`seed` and `say` for the functions of the pipeline."""
-Work = Callable[["list[Case]", Options], tuple[list[Any], Callable[[], None]]]
+Work = Callable[..., tuple[list[Any], Callable[[], None]]]
 
 
 def _on_pairs(work: Work) -> Work:
-    """Make a command of a function that measures pairs: it returns their records, and what prints them for people."""
+    """Make a command of a function that measures pairs: it returns their records, and what prints them for people.
+
+    One that takes `exhaustive` has --exhaustive.
+    """
+    looks = "exhaustive" in inspect.signature(work).parameters
 
     def command(
         run: Run = None,
@@ -157,6 +163,7 @@ def _on_pairs(work: Work) -> Work:
         minutes: Minutes = None,
         memory: Memory = None,
         seed: Seed = 0,
+        exhaustive: Exhaustive = False,
         as_json: Json = False,
         quiet: Quiet = False,
     ) -> None:
@@ -164,12 +171,17 @@ def _on_pairs(work: Work) -> Work:
         with _working(quiet) as (_, say):
             budget = _budget(minutes, memory)
             pairs = _pairs(run, before, after, suite, trained_cue, out, outside, device, dtype, budget)
-            records, show = work(pairs, {"seed": _seed(seed), "say": say})
+            options = {"seed": _seed(seed), "say": say}
+            records, show = work(pairs, options, exhaustive) if looks else work(pairs, options)
         if as_json:
             print_json(records, run)
         else:
             show()
 
+    if not looks:
+        given = inspect.signature(command, eval_str=True)
+        kept = [each for name, each in given.parameters.items() if name != "exhaustive"]
+        command.__signature__ = given.replace(parameters=kept)  # pyright: ignore[reportFunctionMemberAccess]
     app.command(work.__name__, help=work.__doc__)(command)
     return work
 
@@ -216,11 +228,11 @@ def patch(pairs: list[Case], options: Options) -> tuple[list[PatchingRecord], Ca
 
 
 @_on_pairs
-def probe(pairs: list[Case], options: Options) -> tuple[list[ProbingRecord], Callable[[], None]]:
+def probe(pairs: list[Case], options: Options, exhaustive: bool) -> tuple[list[ProbingRecord], Callable[[], None]]:
     """Say what can be read where in S and in R, what erasing it does, and which subspaces carry it."""
     from mixturelens import pipeline
 
-    records = [pipeline.probe(pair, **options) for pair in pairs]
+    records = [pipeline.probe(pair, exhaustive=exhaustive, **options) for pair in pairs]
     return records, lambda: show_probing(pairs, records)
 
 
