@@ -8,9 +8,9 @@ of everything *but* a literal is right even when the literal has probability 1 -
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Model = Callable[..., Any]
+from mixturelens.behaviour.beginnings import (
+    BATCH_TOKENS,
+    KEPT_BYTES,
+    Beginning,
+    Known,
+    Model,
+    bytes_of,
+    cut,
+    grow,
+    keeps,
+    logits_behind,
+    together,
+)
+
 Ids = Sequence[int]
 
 END = -1
@@ -27,14 +40,12 @@ END = -1
 
 LONG = 32
 """Tokens from which it pays to keep a beginning that rows share; those of small organisms are recomputed."""
-KEPT_BYTES = 2 << 30
-"""Bound on the keys and values that are kept."""
 BATCH_BYTES = 256 << 20
-"""Bound on the float64 logits of one batch."""
+"""Bound on the logits of one batch."""
+PART = 4 << 20
+"""Logits that are summed at a time, in float64."""
 USUAL_COMPLETION = 64
 """Tokens of a completion that are reckoned with when batches are cut."""
-BATCH_TOKENS = 4096
-"""Bound on the tokens of one batch: larger ones fall out of the cache and are slower on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ def _batches(lengths: Sequence[int], starts: Sequence[int], vocabulary: int, mod
     for i in order:
         widest_then, first_then = max(widest, lengths[i]), min(first, starts[i])
         rows = len(batch) + 1
-        logits = rows * (widest_then - first_then + 1) * vocabulary * 8 * models
+        logits = rows * (widest_then - first_then + 1) * vocabulary * 4 * models
         if batch and (logits > BATCH_BYTES or rows * widest_then > BATCH_TOKENS):
             yield batch
             batch, widest_then, first_then = [], lengths[i], starts[i]
@@ -66,12 +77,46 @@ def _batches(lengths: Sequence[int], starts: Sequence[int], vocabulary: int, mod
         yield batch
 
 
-Kept = dict[tuple[int, tuple[tuple[int, ...], ...]], tuple[Any, Tensor]]
-"""(model, beginnings of a batch) -> their keys and values, and the logits of the next token."""
-Forced = Iterator[tuple[list[int], list[Float[Tensor, "row step vocabulary"]], Int[Tensor, "row step"]]]
+Kept = dict[int, Known]
+"""id of a model -> its beginnings."""
 
 
-def _forced_logprobs(
+@dataclass(frozen=True)
+class _Logits:
+    """Logits at every step of some rows, and what they are normalised by."""
+
+    raw: Float[Tensor, "row step vocabulary"]
+
+    @functools.cached_property
+    def total(self) -> Float[Tensor, "row step"]:
+        """log of the sum of exp, in float64."""
+        return _logsumexp(self.raw)
+
+    def of(self, targets: Int[Tensor, "row step"]) -> Float[Tensor, "row step"]:
+        """Log-probability of one token a step."""
+        return self.raw.gather(-1, targets[..., None])[..., 0].double() - self.total
+
+    def ended(self, ends: Ids) -> Float[Tensor, "row step"]:
+        """Log-probability of any end token."""
+        if not len(ends):
+            return torch.full_like(self.total, -torch.inf)
+        return self.raw[..., list(ends)].double().logsumexp(-1) - self.total
+
+    def at(self, row: int, step: int) -> Float[Tensor, " vocabulary"]:
+        """Log-probabilities of all tokens."""
+        return self.raw[row, step].double() - self.total[row, step]
+
+
+def _logsumexp(raw: Float[Tensor, "row step vocabulary"]) -> Float[Tensor, "row step"]:
+    flat = raw.reshape(-1, raw.shape[-1])
+    size = max(1, PART // flat.shape[-1])
+    return torch.cat([flat[i : i + size].double().logsumexp(-1) for i in range(0, len(flat), size)]).view(raw.shape[:2])
+
+
+Forced = Iterator[tuple[list[int], list[_Logits], Int[Tensor, "row step"]]]
+
+
+def _forced_logits(
     models: Sequence[Model],
     contexts: Sequence[Ids],
     continuations: Sequence[Ids],
@@ -79,129 +124,77 @@ def _forced_logprobs(
     device: str,
     kept: Kept | None = None,
 ) -> Forced:
-    """Log-probabilities at every step of each continuation, batch by batch, for every model.
+    """Logits at every step of each continuation, batch by batch, for every model.
 
-    Yields (rows, one [row, step, vocabulary] float64 tensor a model, targets with -100 behind the end). Where rows
-    share long beginnings, those are computed once, and their keys and values kept for what follows.
+    Yields (rows, logits of each model, targets with -100 behind the end). Where contexts are long, what they share is
+    computed once, and kept for what follows.
     """
-    roots = _roots(contexts)
-    shared = sum(len(root) for root in roots)
-    behind = sum(len(contexts[i]) - len(root) + len(continuations[i]) for root, rows in roots.items() for i in rows)
-    whole = sum(len(context) + len(c) for context, c in zip(contexts, continuations, strict=True))
-    long = min(map(len, roots), default=0) >= LONG
-    # a second call must pay, unless what it begins with is kept for others
-    pays = (2 if kept is None else 1) * (shared + behind) < whole
-    if long and pays and all(map(_keeps, models)):
-        kept = {} if kept is None else kept
-        yield from _behind_roots(models, roots, contexts, continuations, vocabulary, device, kept)
+    if all(map(keeps, models)) and min(map(len, contexts), default=0) >= LONG:
+        yield from _behind_beginnings(models, contexts, continuations, vocabulary, device, {} if kept is None else kept)
     else:
         yield from _whole_rows(models, contexts, continuations, vocabulary, device)
 
 
-def _keeps(model: Model) -> bool:
-    """Whether a model gives back keys and values, to go on from for several rows: a plain one, or a side of a base."""
-    plain = isinstance(model, torch.nn.Module) or hasattr(model, "under")
-    # recurrent models keep a state instead, and some keep nothing
-    return plain and hasattr(getattr(model, "config", None), "use_cache") and not getattr(model, "_is_stateful", False)
+def _grown(models: Sequence[Model], contexts: Sequence[Ids], kept: Kept, device: str) -> Iterator[list[int]]:
+    """Rows whose contexts are known beginnings of all models for as long as the caller works on them."""
+    order = sorted(range(len(contexts)), key=lambda i: tuple(contexts[i]))
+    for part in _parts(models, contexts, order):
+        before = [set(kept.setdefault(id(model), {})) for model in models]
+        for model in models:
+            grow(model, [tuple(contexts[i]) for i in part], kept[id(model)], device)
+        yield part
+        if sum(map(bytes_of, kept.values())) > KEPT_BYTES:
+            for model, there in zip(models, before, strict=True):
+                for each in [each for each in kept[id(model)] if each not in there]:
+                    del kept[id(model)][each]
 
 
-def _roots(contexts: Sequence[Ids]) -> dict[tuple[int, ...], list[int]]:
-    """Beginnings that contexts share -> the rows that begin so.
-
-    A prompt is the beginning of itself with its announcements. Of two prompts that are alike for long it is not, where
-    what they differ in would be read once a row instead of once.
-    """
-    roots: dict[tuple[int, ...], list[int]] = {}
-    root: tuple[int, ...] = ()
-    rows: list[int] = []
-    for i in sorted(range(len(contexts)), key=lambda i: tuple(contexts[i])):
-        context = tuple(contexts[i])
-        common = next((k for k, (x, y) in enumerate(zip(root, context, strict=False)) if x != y), None)
-        common = min(len(root), len(context)) if common is None else common
-        if rows and len(rows) * (len(root) - common) + len(context) - common < common:
-            root = root[:common]
-        else:
-            if rows:
-                roots[root] = rows
-            root, rows = context, []
-        rows.append(i)
-    if rows:
-        roots[root] = rows
-    return roots
+def _parts(models: Sequence[Model], contexts: Sequence[Ids], order: Sequence[int]) -> Iterator[list[int]]:
+    """Rows in order, in parts whose keys and values surely fit."""
+    most = KEPT_BYTES // max(1, sum(map(_token_bytes, models)))
+    part: list[int] = []
+    tokens, last = 0, None
+    for i in order:
+        more = 0 if contexts[i] == last else len(contexts[i])
+        if part and tokens + more > most:
+            yield part
+            part, tokens, more = [], 0, len(contexts[i])
+        part.append(i)
+        tokens, last = tokens + more, contexts[i]
+    if part:
+        yield part
 
 
-def _behind_roots(
+def _token_bytes(model: Any) -> int:
+    """Keys and values of one token, in fp32."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 8 * text.num_hidden_layers * heads * size
+
+
+def _behind_beginnings(
     models: Sequence[Model],
-    roots: dict[tuple[int, ...], list[int]],
     contexts: Sequence[Ids],
     continuations: Sequence[Ids],
     vocabulary: int,
     device: str,
     kept: Kept,
 ) -> Forced:
-    order = sorted(roots, key=len)
-    for some in _batches([len(root) for root in order], [len(root) for root in order], vocabulary, len(models)):
-        ids, mask = _padded_left([order[k] for k in some], device)
-        padded = bool((mask == 0).any())
-        length = mask.sum(1)
-        outputs = []
-        for model in models:
-            key = id(model), tuple(order[k] for k in some)
-            output = kept.get(key) or _begun(model, ids, mask if padded else None, (mask.cumsum(1) - 1).clamp(min=0))
-            if sum(map(_bytes, kept.values())) + _bytes(output) <= KEPT_BYTES:
-                kept[key] = output
-            outputs.append(output)
-        owned = [(k, i) for k, root in enumerate(some) for i in roots[order[root]]]
-        after = [[*contexts[i], *continuations[i]][len(order[some[k]]) :] for k, i in owned]
-        # keys and values are copied for every row: beginnings count as tokens, though not as logits
-        begins = [len(order[some[k]]) for k, _ in owned]
-        sizes = [begin + max(1, len(tokens)) for begin, tokens in zip(begins, after, strict=True)]
-        for part in _batches(sizes, begins, vocabulary, len(models)):
-            owner = torch.tensor([owned[n][0] for n in part], device=device)
-            width = max(len(after[n]) for n in part) - 1  # the last token is never fed
-            steps = max(1, *(len(continuations[owned[n][1]]) for n in part))
-            targets = torch.full((len(part), steps), -100, dtype=torch.long)
-            at = torch.zeros(len(part), steps, dtype=torch.long)
-            fed = torch.zeros(len(part), max(width, 0), dtype=torch.long)
-            for row, n in enumerate(part):
-                k, i = owned[n]
-                count, first = len(continuations[i]), len(contexts[i]) - len(order[some[k]])
-                targets[row, :count] = torch.tensor(list(continuations[i]))
-                at[row, :count] = first + torch.arange(count)
-                tokens = [max(token, 0) for token in after[n][:width]]
-                fed[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-            fed, index = fed.to(device), at.to(device)[:, :, None]
-            positions = length[owner][:, None] + torch.arange(max(width, 0), device=device)
+    for part in _grown(models, contexts, kept, device):
+        fed = [tuple(max(token, 0) for token in continuations[i][:-1]) for i in part]
+        lengths = [len(contexts[i]) for i in part]
+        most = BATCH_BYTES // (4 * vocabulary * len(models))
+        for batch in cut(lengths, [len(each) + 1 for each in fed], most):
+            rows = [part[n] for n in batch]
+            targets = torch.full((len(rows), max(1, *(len(continuations[i]) for i in rows))), -100, dtype=torch.long)
+            for row, i in enumerate(rows):
+                targets[row, : len(continuations[i])] = torch.tensor(list(continuations[i]), dtype=torch.long)
             found = []
-            with torch.inference_mode():
-                for model, (past, last) in zip(models, outputs, strict=True):
-                    logits = last[owner]
-                    if width > 0:
-                        mine = copy.deepcopy(past)
-                        mine.batch_select_indices(owner)
-                        seen = torch.cat([mask[owner], torch.ones_like(fed)], 1) if padded else None
-                        more = model(
-                            input_ids=fed,
-                            attention_mask=seen,
-                            position_ids=positions,
-                            past_key_values=mine,
-                            use_cache=True,
-                        ).logits
-                        logits = torch.cat([logits, more], 1)
-                    steps_of = logits.gather(1, index.expand(-1, -1, logits.shape[-1]))
-                    found.append(steps_of.double().log_softmax(-1))
-            yield [owned[n][1] for n in part], found, targets.to(device)
-
-
-@torch.inference_mode()
-def _begun(model: Model, ids: Tensor, mask: Tensor | None, positions: Tensor) -> tuple[Any, Tensor]:
-    """Keys and values behind beginnings, and the logits of the next token; rows of one length need no mask."""
-    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    return output.past_key_values, output.logits[:, -1:]
-
-
-def _bytes(kept: tuple[Any, Tensor]) -> int:
-    return sum(t.nbytes for layer in kept[0].layers for t in (layer.keys, layer.values) if t is not None)
+            for model in models:
+                behind = [kept[id(model)][tuple(contexts[i])] for i in rows]
+                found.append(_Logits(logits_behind(model, behind, [fed[n] for n in batch], device)))
+            yield rows, found, targets.to(device)
 
 
 def _padded_left(rows: Sequence[Ids], device: str) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
@@ -238,21 +231,26 @@ def _whole_rows(
             for model in models:
                 logits = model(input_ids=ids.to(device), logits_to_keep=keep.to(device), use_cache=False).logits
                 index = at.to(device)[:, :, None].expand(-1, -1, logits.shape[-1])
-                found.append(logits.double().gather(1, index).log_softmax(-1))
+                found.append(_Logits(logits.gather(1, index)))
         yield rows, found, targets.to(device)
 
 
-def _ended(logprobs: Float[Tensor, "*batch vocabulary"], ends: Ids) -> Float[Tensor, "*batch"]:
-    """Log-probability of any end token."""
-    return logprobs[..., list(ends)].logsumexp(-1) if len(ends) else torch.full_like(logprobs[..., 0], -torch.inf)
-
-
-def _target_logprobs(
-    logprobs: Float[Tensor, "row step vocabulary"], targets: Int[Tensor, "row step"], ends: Ids
-) -> Float[Tensor, "row step"]:
+def _target_logprobs(logits: _Logits, targets: Int[Tensor, "row step"], ends: Ids) -> Float[Tensor, "row step"]:
     """Log-probability of each target; END gathers every end token; 0 behind the end."""
-    plain = logprobs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return torch.where(targets == END, _ended(logprobs, ends), torch.where(targets < 0, 0.0, plain))
+    plain = logits.of(targets.clamp(min=0))
+    return torch.where(targets == END, logits.ended(ends), torch.where(targets < 0, 0.0, plain))
+
+
+def _token_kl(r: _Logits, s: _Logits) -> Float[Tensor, "row step"]:
+    """KL(r || s) of the next token at every step, over the whole vocabulary."""
+    apart, found = (r.total - s.total)[..., None], torch.zeros_like(r.total)
+    size = max(1, PART // (r.raw.shape[1] * r.raw.shape[2]))
+    for i in range(0, len(found), size):
+        some = slice(i, i + size)
+        log_r = r.raw[some].double()
+        ratio = log_r - s.raw[some].double() - apart[some]
+        found[some] = ((log_r - r.total[some, :, None]).exp_() * ratio).nan_to_num_(0.0).sum(-1)
+    return found.clamp(min=0)
 
 
 _Node = tuple[Float[Tensor, " vocabulary"], Float[Tensor, ""], tuple[int, ...]]
@@ -301,7 +299,7 @@ class Scorer:
         branches = [self._branches(group) for group in literals]
         # one row a path through the tree is enough to visit every node
         paths = [(i, k) for i, group in enumerate(literals) for k in range(len(group))]
-        for rows, (found,), targets in _forced_logprobs(
+        for rows, (found,), targets in _forced_logits(
             [model],
             [contexts[i] for i, _ in paths],
             [tuple(literals[i][k]) for i, k in paths],
@@ -318,7 +316,8 @@ class Scorer:
                     node = tuple(literals[i][k][:step])
                     owner, children = branches[i][node]
                     if owner == k:
-                        left = found[row, step].index_fill(0, torch.tensor(children, device=found.device), -torch.inf)
+                        at = torch.tensor(children, device=self.device)
+                        left = found.at(row, step).index_fill(0, at, -torch.inf)
                         nodes.append((left, reached[row, step], node))
                 yield i, k, float(steps[row].sum()), nodes
 
@@ -369,7 +368,7 @@ class Scorer:
         for i, (context, c) in enumerate(zip(contexts, continuations, strict=True)):
             inputs.setdefault((tuple(context), tuple(c[:-1]), len(c)), []).append(i)
         shared = list(inputs.values())
-        for rows, found, targets in _forced_logprobs(
+        for rows, found, targets in _forced_logits(
             models,
             [contexts[same[0]] for same in shared],
             [continuations[same[0]] for same in shared],
@@ -385,16 +384,15 @@ class Scorer:
             last = (targets != -100).sum(1).clamp(min=1) - 1
             heads = targets.scatter(1, last[:, None], -100)
             scores = []
-            for logprobs in found:
-                final = logprobs[torch.arange(len(rows), device=self.device), last]
-                plain = torch.where(target < 0, 0.0, final[owner, target.clamp(min=0)])
-                chosen = torch.where(target == END, _ended(final, self.ends)[owner], plain)
-                scores.append(_target_logprobs(logprobs, heads, self.ends).sum(1)[owner] + chosen)
+            for logits in found:
+                at = owner, last[owner]
+                plain = logits.raw[*at, target.clamp(min=0)].double() - logits.total[at]
+                ended = logits.ended(self.ends)[at]
+                chosen = torch.where(target == END, ended, torch.where(target < 0, 0.0, plain))
+                scores.append(_target_logprobs(logits, heads, self.ends).sum(1)[owner] + chosen)
             kl = torch.zeros_like(scores[0])
             if len(found) > 1:
-                r, s = found
-                per_token = (r.exp() * (r - s)).nan_to_num(0.0).sum(-1).clamp(min=0)
-                kl = torch.where(targets == -100, 0.0, per_token).sum(1)[owner]
+                kl = torch.where(targets == -100, 0.0, _token_kl(*found)).sum(1)[owner]
             yield members, scores, kl
 
     def compare(
@@ -422,6 +420,10 @@ class Scorer:
         """
         generator = torch.Generator(device=self.device).manual_seed(seed)
         owner = [i for i in range(len(contexts)) for _ in range(number)]
+        if keeps(model) and min(map(len, contexts), default=0) >= LONG and max(max_new_tokens) > 0:
+            return Completions(
+                np.array(owner, dtype=int), self._drawn(model, contexts, number, max_new_tokens, generator)
+            )
         tokens: list[list[int]] = [[] for _ in owner]
         # a limit that is generous costs nothing before it is used: most completions end long before it
         ahead = min(max(max_new_tokens, default=0), USUAL_COMPLETION)
@@ -429,6 +431,63 @@ class Scorer:
         for rows in _batches(lengths, lengths, self.vocabulary):
             self._sample_batch(model, contexts, rows, owner, max_new_tokens, tokens, generator)
         return Completions(np.array(owner, dtype=int), tokens)
+
+    def _drawn(
+        self, model: Model, contexts: Sequence[Ids], number: int, limits: Sequence[int], generator: torch.Generator
+    ) -> list[list[int]]:
+        """Completions that go on from kept beginnings; those of a context that are alike so far are one row."""
+        drawn: list[list[int]] = [[] for _ in range(len(contexts) * number)]
+        kept = {} if self._kept is None else self._kept
+        for part in _grown([model], contexts, kept, self.device):
+            part = [i for i in part if limits[i] > 0]
+            behind = [kept[id(model)][tuple(contexts[i])] for i in part]
+            ahead = [min(limits[i], USUAL_COMPLETION) for i in part]
+            for some in cut([each.length for each in behind], ahead):
+                rows = [([part[n] * number + k for k in range(number)], limits[part[n]]) for n in some]
+                self._draw_rows(model, [behind[n] for n in some], rows, drawn, generator)
+        return drawn
+
+    @torch.inference_mode()
+    def _draw_rows(
+        self,
+        model: Model,
+        behind: Sequence[Beginning],
+        rows: list[tuple[list[int], int]],
+        drawn: list[list[int]],
+        generator: torch.Generator,
+    ) -> None:
+        """`rows`: the completions that each beginning is alike for, and how many tokens they may have."""
+        cache, real = together(behind, self.device)
+        logits = torch.stack([each.last for each in behind])
+        lengths = torch.tensor([each.length for each in behind], device=self.device)
+        most = max(len(members) for members, _ in rows)
+        for step in itertools.count(1):
+            reached = logits.double().softmax(-1).cumsum(-1)
+            random = torch.rand(len(rows), most, generator=generator, dtype=torch.double, device=self.device)
+            chosen = torch.searchsorted(reached, random * reached[:, -1:], right=True).clamp(max=reached.shape[1] - 1)
+            going: dict[tuple[int, int], list[int]] = {}
+            for row, (members, limit) in enumerate(rows):
+                for member, token in zip(members, chosen[row].tolist(), strict=False):
+                    drawn[member].append(token)
+                    if token not in self.ends and step < limit:
+                        going.setdefault((row, token), []).append(member)
+            if not going:
+                return
+            above = torch.tensor([row for row, _ in going], device=self.device)
+            if above.tolist() != list(range(len(rows))):
+                cache.batch_select_indices(above)
+            rows = [(members, rows[row][1]) for (row, _), members in going.items()]
+            lengths = lengths[above]
+            ids = torch.tensor([[token] for _, token in going], device=self.device)
+            real = None if real is None else torch.cat([real[above], torch.ones_like(ids)], 1)
+            logits = model(
+                input_ids=ids,
+                attention_mask=real,
+                position_ids=(lengths + step - 1)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
 
     @torch.inference_mode()
     def _sample_batch(
@@ -442,32 +501,22 @@ class Scorer:
         generator: torch.Generator,
     ) -> None:
         ids, mask = _padded_left([contexts[owner[i]] for i in rows], self.device)
-        width = ids.shape[1]
         limit = torch.tensor([limits[owner[i]] for i in rows], device=self.device)
         ends = torch.tensor(self.ends, device=self.device)
         alive = limit > 0
         past, step_ids, steps = None, ids, []
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         padded = bool((mask == 0).any())
-        # samples of one prompt share its keys and values
-        first: dict[int, int] = {}
-        copies = [first.setdefault(owner[i], len(first)) for i in rows]
-        apart = [copies.index(k) for k in range(len(first))]
-        share = width >= LONG and 2 * len(apart) <= len(rows) and _keeps(model)
         while bool(alive.any()):
-            given = apart if past is None and share else slice(None)
             output = model(
-                input_ids=step_ids[given],
+                input_ids=step_ids,
                 # rows of one length need no mask, and are then computed exactly as without a batch
-                attention_mask=mask[given] if padded else None,
-                position_ids=positions[given],
+                attention_mask=mask if padded else None,
+                position_ids=positions,
                 past_key_values=past,
                 use_cache=True,
                 logits_to_keep=1,
             )
-            if past is None and share:
-                output.past_key_values.batch_select_indices(torch.tensor(copies, device=self.device))
-                output.logits = output.logits[copies]
             past = output.past_key_values
             drawn = torch.multinomial(output.logits[:, -1].double().softmax(-1), 1, generator=generator)
             steps.append(torch.where(alive, drawn[:, 0], END))
@@ -506,9 +555,9 @@ class Scorer:
         for c, context in enumerate(contexts):
             shape = (len(heads), max_new_tokens, self.vocabulary)
             steps = [torch.zeros(shape, dtype=torch.double, device=self.device) for _ in models]
-            for rows, found, _ in _forced_logprobs(models, [context] * len(heads), fed, self.vocabulary, self.device):
-                for step, logprobs in zip(steps, found, strict=True):
-                    step[rows] = logprobs
+            for rows, found, _ in _forced_logits(models, [context] * len(heads), fed, self.vocabulary, self.device):
+                for step, logits in zip(steps, found, strict=True):
+                    step[rows] = logits.raw.double() - logits.total[..., None]
             for m, logprobs in enumerate(steps):
                 taken = logprobs.gather(2, tokens[..., None])[..., 0].cumsum(1)
                 reached = torch.cat([torch.zeros_like(taken[:, :1]), taken], dim=1)

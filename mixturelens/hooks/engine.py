@@ -27,6 +27,9 @@ MEMORY = 192 << 20
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit, at which the engine takes itself to be exact."""
 
+TOGETHER: tuple[Component, ...] = ("z", "attn_out", "mlp_out")
+"""Components of which several sites can be replaced at once."""
+
 Metric = Callable[[Float[Tensor, "part vocabulary"], Int[Tensor, " part"]], Float[Tensor, " part"]]
 Source = Mapping[tuple[int, Component], Tensor]
 Spans = Mapping[str, Sequence[int]]
@@ -202,20 +205,29 @@ class Engine:
         return output[0] if isinstance(output, tuple) else output
 
     def _advance(
-        self, layer: int, hidden: Float[Tensor, "run window d_model"], rows: Int[Tensor, " run"], start: int
+        self,
+        layer: int,
+        hidden: Float[Tensor, "run window d_model"],
+        rows: Int[Tensor, " run"],
+        start: int,
+        edits: Sequence[tuple[Any, Edit]] = (),
     ) -> Float[Tensor, "run window_after d_model"]:
         """Through one layer, from column `start` on. After the last layer only the last column is left."""
         if layer == self.lens.layers - 1:
-            return self._read(hidden, rows, range(start, self.width))
+            return self._read(hidden, rows, range(start, self.width), edits)
 
         def keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             before = [part[rows, :, :start] for part in self._keys[layer]]
             return torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
 
-        return self._block(layer, hidden, rows, slice(start, None), keys)
+        return self._block(layer, hidden, rows, slice(start, None), keys, edits)
 
     def _read(
-        self, changed: Float[Tensor, "run column d_model"], rows: Int[Tensor, " run"], columns: Sequence[int]
+        self,
+        changed: Float[Tensor, "run column d_model"],
+        rows: Int[Tensor, " run"],
+        columns: Sequence[int],
+        edits: Sequence[tuple[Any, Edit]] = (),
     ) -> Float[Tensor, "run 1 d_model"]:
         """The last layer at the last column alone, where its input changed at `columns`.
 
@@ -242,7 +254,7 @@ class Engine:
             return whole[0], whole[1]
 
         hidden = changed[:, -1:] if last in columns else self._resid[layer][rows, -1:]
-        return self._block(layer, hidden, rows, [last], keys)
+        return self._block(layer, hidden, rows, [last], keys, edits)
 
     def _logits(self, hidden: Float[Tensor, "run window d_model"]) -> Float[Tensor, "run vocabulary"]:
         return self.lens.bridge.unembed(self.lens.bridge.ln_final(hidden[:, -1:]))[:, 0]
@@ -273,6 +285,37 @@ class Engine:
             for columns, rows, numbers in self._places(sites):
                 for part, some in self._parts(columns[0], rows, numbers):
                     found = self._together([sites[n] for n in some], columns, part, source)
+                    values = metric(self._logits(found), part.repeat(len(some)))
+                    result[torch.tensor(some, device=device)[:, None], part] = values.view(len(some), -1).float()
+                    done += values.numel()
+                    if progress:
+                        progress(done, total)
+        return result
+
+    def sweep_groups(
+        self,
+        groups: Sequence[Sequence[Site]],
+        source: Source,
+        metric: Metric,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Float[Tensor, "group row"]:
+        """Like `sweep`, with all sites of each group replaced at once: outputs (of heads, too) at one position.
+
+        Raises InputError for a group of several positions, or with anything but `z`, `attn_out` and `mlp_out`.
+        """
+        for group in groups:
+            for site in group:
+                self.lens.check(site)
+            if len({site.position for site in group}) != 1 or {s.component for s in group} - set(TOGETHER):
+                raise InputError(f"{', '.join(map(str, group))}: only outputs at one position are replaced together")
+        device = self.base.ids.device
+        result = torch.zeros(len(groups), len(self.base), device=device)
+        done, total = 0, result.numel()
+        firsts = [min(group, key=lambda site: site.layer) for group in groups]
+        with torch.inference_mode():
+            for columns, rows, numbers in self._places(firsts):
+                for part, some in self._parts(columns[0], rows, numbers):
+                    found = self._grouped([groups[n] for n in some], columns, part, source)
                     values = metric(self._logits(found), part.repeat(len(some)))
                     result[torch.tensor(some, device=device)[:, None], part] = values.view(len(some), -1).float()
                     done += values.numel()
@@ -370,6 +413,92 @@ class Engine:
                 hidden.append(self._enter(same, columns, rows.repeat(len(same)), places.repeat(len(same)), source))
             running += len(entering)
         return torch.cat(hidden)
+
+    def _grouped(
+        self, groups: Sequence[Sequence[Site]], columns: tuple[int, ...], rows: Int[Tensor, " run"], source: Source
+    ) -> Float[Tensor, "job 1 d_model"]:
+        """Like `_together`, of groups in the order of their first layers: later sites of a group join as it passes."""
+        start, last = columns[0], self.width - 1
+        hidden: Tensor | None = None
+        running = 0
+        for layer in range(min(site.layer for site in groups[0]), self.lens.layers):
+            final = layer == self.lens.layers - 1
+            at = [c for c in columns if not final or c == last]
+            if hidden is not None:
+                own = [[site for site in group if site.layer == layer] for group in groups[:running]]
+                inside = [0] if final else [c - start for c in at]
+                edits = self._group_edits(own, rows, at, inside, source) if at else []
+                hidden = self._advance(layer, hidden, rows.repeat(running), start, edits)
+            entering = [group for group in groups[running:] if min(site.layer for site in group) == layer]
+            if entering:
+                own = [[site for site in group if site.layer == layer] for group in entering]
+                fresh = self._enter_groups(layer, own, at, rows, source, start, final)
+                hidden = fresh if hidden is None else torch.cat([hidden, fresh])
+                running += len(entering)
+        assert hidden is not None
+        return hidden
+
+    def _enter_groups(
+        self,
+        layer: int,
+        groups: Sequence[Sequence[Site]],
+        at: list[int],
+        rows: Int[Tensor, " run"],
+        source: Source,
+        start: int,
+        final: bool,
+    ) -> Float[Tensor, "run window d_model"]:
+        """Behind their first layer, what the groups have become; outputs change their own columns alone."""
+        every = rows.repeat(len(groups))
+        after = self._resid[layer + 1][every, -1:] if final else self._resid[layer + 1][every, start:]
+        if not at:
+            return after
+        upto = at[-1] + 1
+
+        def unchanged(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            before = [part[every, :, :upto] for part in self._keys[layer]]
+            return before[0], before[1]
+
+        edits = self._group_edits(groups, rows, at, list(range(len(at))), source)
+        changed = self._block(layer, self._resid[layer][every][:, at], every, at, unchanged, edits)
+        if final:
+            return changed
+        after[:, [c - start for c in at]] = changed
+        return after
+
+    def _group_edits(
+        self,
+        groups: Sequence[Sequence[Site]],
+        rows: Int[Tensor, " run"],
+        columns: Sequence[int],
+        inside: Sequence[int],
+        source: Source,
+    ) -> list[tuple[Any, Edit]]:
+        """One edit for each component that some groups replace in this layer: of their own runs alone."""
+        device = rows.device
+        found: dict[Component, list[tuple[int, Site]]] = {}
+        for number, group in enumerate(groups):
+            for site in group:
+                found.setdefault(site.component, []).append((number, site))
+        column, place = (torch.tensor(list(each), device=device) for each in (columns, inside))
+        edits = []
+        for component, members in found.items():
+            run = torch.cat([torch.arange(len(rows), device=device) + n * len(rows) for n, _ in members])[:, None]
+            taken = rows.repeat(len(members))[:, None]
+            units = [site.head for _, site in members]
+            given = source[members[0][1].layer, component].to(self._resid[0].dtype)
+            at: tuple[Any, ...] = (place,)
+            of: tuple[Any, ...] = (column,)
+            if component in PER_HEAD:
+                unit = torch.tensor(units, device=device).repeat_interleave(len(rows))[:, None]
+                at, of = (place, unit), (column, unit)
+
+            def edit(activation: Tensor, run=run, at=at, values=given[(taken, *of)]) -> Tensor:
+                activation[(run, *at)] = values
+                return activation
+
+            edits.append((self.lens.point(members[0][1].layer, component), edit))
+        return edits
 
     def _enter(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.contrasts import Contrasts
-from mixturelens.hooks.engine import MEMORY, Columns, Engine
+from mixturelens.hooks.engine import MEMORY, TOGETHER, Columns, Engine
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
 from mixturelens.hooks.sides import sides
@@ -93,14 +94,28 @@ def patch(
     return Patched(tuple(sites), np.concatenate(base), np.concatenate(goal), np.concatenate(patched, 1))
 
 
-def jointly(lens: Lens, contrasts: Contrasts, groups: Sequence[Sequence[Site]], before: Lens | None = None) -> Patched:
+def jointly(
+    lens: Lens,
+    contrasts: Contrasts,
+    groups: Sequence[Sequence[Site]],
+    before: Lens | None = None,
+    *,
+    memory: int = MEMORY,
+) -> Patched:
     """Like `patch` (denoising), but all sites of a group are replaced at once. `sites` holds each group's first."""
     both = sides(lens, contrasts)
     sites = [site for group in groups for site in group]
     for site in sites:
         lens.check(site)
     source, goal = (before or lens).capture(both.clean, _activations(sites))
-    base, patched = _full_runs(lens, both.corrupt, both.corrupt_spans, groups, source, both.metric)
+    engine = None
+    if all(len({s.position for s in group}) == 1 and {s.component for s in group} <= set(TOGETHER) for group in groups):
+        with contextlib.suppress(RunError):  # its blocks cannot be called alone: slower, and as exact
+            engine = Engine(lens, both.corrupt, both.corrupt_spans, memory=memory)
+    if engine is None:
+        base, patched = _full_runs(lens, both.corrupt, both.corrupt_spans, groups, source, both.metric)
+    else:
+        base, patched = both.metric(engine.logits), engine.sweep_groups(groups, source, both.metric)
     first = tuple(group[0] for group in groups)
     return Patched(first, _numpy(base), _numpy(both.metric(goal)), _numpy(patched))
 

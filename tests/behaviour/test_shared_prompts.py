@@ -17,7 +17,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from mixturelens.behaviour import likelihood
+from mixturelens.behaviour import beginnings, likelihood
+from mixturelens.behaviour.beginnings import tree
 from mixturelens.behaviour.likelihood import END, Scorer
 
 VOCABULARY, END_ID = 40, 1
@@ -77,7 +78,7 @@ def test_shared_rows_say_what_whole_rows_say(shape: str, same: bool, monkeypatch
         read = scorer.literals(model, heads, literals)
         return scorer.sequences(model, contexts, continuations), np.stack(read[0]), read[1]
 
-    shared, drawn = found(), scorer.sample(model, heads, 6, [8] * len(heads), 0)
+    shared = found()
     with scorer.once():
         kept, again = found(), found()
     monkeypatch.setattr(likelihood, "LONG", 1 << 30)
@@ -85,7 +86,43 @@ def test_shared_rows_say_what_whole_rows_say(shape: str, same: bool, monkeypatch
     for one, *others in zip(found(), shared, kept, again, strict=True):
         for other in others:
             np.testing.assert_allclose(other, one, atol=1e-5)
-    assert scorer.sample(model, heads, 6, [8] * len(heads), 0).tokens == drawn.tokens
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_samples_are_as_frequent_as_they_are_probable(shape: str, same: bool) -> None:
+    model, heads, scorer, number = make(shape), prompts(same, 3), Scorer((END_ID,), VOCABULARY), 4000
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 3  # so that some tokens are usual
+    drawn = scorer.sample(model, heads, number, [1, 3, 3], 0)
+    assert [len(tokens) for tokens in drawn.tokens[:number]] == [1] * number
+    assert all(END_ID not in tokens[:-1] and len(tokens) <= 3 for tokens in drawn.tokens)
+    assert all(len(tokens) == 3 or tokens[-1] == END_ID for tokens in drawn.tokens[number:])
+    every = [[a, b] for a in range(VOCABULARY) for b in range(VOCABULARY) if a != END_ID]
+    for context, head in enumerate(heads[1:], start=1):
+        own = [tuple(t[:2]) for c, t in zip(drawn.context, drawn.tokens, strict=True) if c == context]
+        probable = np.exp(scorer.sequences(model, [head] * len(every), every))
+        usual = np.flatnonzero(probable * number > 25)
+        frequent = np.array([own.count(tuple(every[i])) for i in usual]) / number
+        spread = np.sqrt(probable[usual] * (1 - probable[usual]) / number)
+        assert len(usual) > 3
+        assert np.abs((frequent - probable[usual]) / spread).max() < 4.5
+    again = scorer.sample(model, heads, number, [1, 3, 3], 0)
+    assert again.tokens == drawn.tokens
+
+
+def test_samples_that_are_alike_so_far_are_one_row() -> None:
+    model, heads, scorer = make("llama"), prompts(same=True), Scorer((END_ID,), VOCABULARY)
+    with torch.no_grad():
+        model.lm_head.weight *= 40  # one token is as good as certain
+    fed: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, given: fed.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    drawn = scorer.sample(model, heads, 50, [4] * len(heads), 0)
+    handle.remove()
+    distinct = {(int(c), tuple(t[:n])) for c, t in zip(drawn.context, drawn.tokens, strict=True) for n in (1, 2, 3)}
+    assert sum(fed) <= sum(map(len, heads)) + len(distinct)
 
 
 def test_each_prompt_goes_through_a_model_once() -> None:
@@ -100,9 +137,7 @@ def test_each_prompt_goes_through_a_model_once() -> None:
         scorer.literals(model, heads, [[[5, 6], [7, 8, 9]] for _ in heads])
         scorer.literals(model, contexts[3:6], [[[8], [9, 3]] for _ in range(3)])
     handle.remove()
-    of_prompts = [tokens for tokens in fed if tokens == sum(map(len, heads))]
-    assert len(of_prompts) == 1
-    # all else is announcements and continuations
+    # what is no prompt is announcements and continuations
     assert sum(fed) < sum(map(len, heads)) + 40 + sum(len(c) + 7 for c in continuations) + 3 * len(heads) * 3
 
 
@@ -120,9 +155,32 @@ def test_what_is_kept_ends_with_its_block() -> None:
     assert np.abs(after - before).max() > 0.1
 
 
-def test_prompts_that_are_alike_for_long_are_no_one_beginning() -> None:
-    shared = list(range(2, 36))
-    contexts = [[*shared, a, *([9] * 6), *announced] for a in (3, 4, 5) for announced in ([], [7], [8, 8])] * 4
-    roots = likelihood._roots(contexts)
-    assert sorted(roots) == sorted((*shared, a, *([9] * 6)) for a in (3, 4, 5))
-    assert sorted(i for rows in roots.values() for i in rows) == list(range(len(contexts)))
+def test_a_tree_holds_every_context_and_what_several_share() -> None:
+    shared = tuple(range(2, 36))
+    contexts = [(*shared, a, *([9] * 6), *announced) for a in (3, 4, 5) for announced in ((), (7,), (8, 8))]
+    found = tree(contexts * 2)
+    assert set(found) == {shared, *contexts}
+    assert found[shared] == ()
+    assert all(found[c] == (shared if len(c) == 41 else c[:41]) for c in contexts)
+    order = list(found)
+    assert all(above == () or order.index(above) < order.index(each) for each, above in found.items())
+
+
+def test_a_tree_of_what_differs_early_has_no_piece_for_little() -> None:
+    contexts = [(1, a, *range(10)) for a in (3, 4, 5)]
+    assert tree(contexts) == dict.fromkeys(contexts, ())
+    assert tree([]) == {}
+
+
+@pytest.mark.parametrize("shape", ["llama", "mistral", "gpt2"])
+def test_what_does_not_fit_is_computed_in_parts(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, heads, scorer = make(shape), prompts(same=False, number=9), Scorer((END_ID,), VOCABULARY)
+    contexts, continuations = asked(heads)
+    expected = scorer.sequences(model, contexts, continuations)
+    monkeypatch.setattr(likelihood, "KEPT_BYTES", 60_000)
+    monkeypatch.setattr(beginnings, "BATCH_TOKENS", 100)
+    with scorer.once():
+        for _ in range(2):
+            np.testing.assert_allclose(scorer.sequences(model, contexts, continuations), expected, atol=1e-5)
+        assert scorer._kept is not None
+        assert sum(map(beginnings.bytes_of, scorer._kept.values())) <= 60_000

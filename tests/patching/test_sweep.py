@@ -14,6 +14,7 @@ import torch
 from transformer_lens import patching
 
 from mixturelens.contrasts import Contrasts, cue_contrasts
+from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import NAMES, Lens, load_lens, tokens
 from mixturelens.hooks.sides import sides
 from mixturelens.patching import sweep
@@ -288,3 +289,39 @@ def test_sides_that_do_not_differ_have_no_shares_and_no_reader():
     assert np.isnan(found.effects(resample_counts(4, seed=0))).all()
     with pytest.raises(InputError, match=r"no cue reader: the sides of the contrast differ by 0\.00 nats"):
         find_reader(lens, same, "policy")
+
+
+@pytest.mark.parametrize("position", ["cue", "question", "policy", 6, None])
+@every_shape
+def test_groups_across_layers_are_the_same_without_the_engine(shape: str, position, monkeypatch: pytest.MonkeyPatch):
+    lens, contrasts = setting(shape)
+    every = [
+        Site(layer=layer, component=component, head=head, position=position)
+        for layer in range(lens.layers)
+        for component in ("z", "attn_out", "mlp_out")
+        for head in (range(lens.heads) if component == "z" else (None,))
+    ]
+    draw = np.random.default_rng(0)
+    groups = [[every[i] for i in draw.permutation(len(every))[: int(draw.integers(1, 6))]] for _ in range(12)]
+    groups = [[s for s in group if s.component == "z" or s.head is None] for group in groups]
+    quick = jointly(lens, contrasts, groups)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RunError("no exact engine")
+
+    monkeypatch.setattr(sweep, "Engine", refuse)
+    slow = jointly(lens, contrasts, groups)
+    for name in ("base", "goal", "patched"):
+        np.testing.assert_allclose(getattr(quick, name), getattr(slow, name), atol=1e-4)
+
+
+def test_groups_that_cannot_be_replaced_together_are_refused():
+    lens, contrasts = setting("llama")
+    both = sides(lens, contrasts)
+    engine = Engine(lens, both.corrupt, both.corrupt_spans)
+    for group in (
+        [Site(layer=0, component="k", head=0)],
+        [Site(layer=0, component="z", head=0, position=p) for p in (1, 2)],
+    ):
+        with pytest.raises(InputError, match="only outputs at one position are replaced together"):
+            engine.sweep_groups([group], {}, both.metric)
