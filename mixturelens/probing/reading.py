@@ -6,6 +6,8 @@ kept and no others: in memory, or on disk, a file for each batch, of which no mo
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,63 +33,68 @@ Key = tuple[int, Component]
 
 @dataclass
 class Reading:
-    """Activations at the positions of every row of every group, in parts: one for each batch of prompts."""
+    """Activations at the positions of every row of every group, in parts: one for each batch of prompts.
 
+    A part is [row, position, numbers], all components behind each other: one piece of memory, that is there before the
+    batch is run and not scattered over what running it leaves behind.
+    """
+
+    places: Mapping[Key, slice]
+    """Where each component's numbers are."""
+    heads: int
+    """That z is divided into."""
     folder: Path | None = None
     """Where parts are kept; in memory, if nowhere."""
     logs: dict[tuple[Ids, Ids], float] = field(default_factory=dict)
     """(prompt, announcement) -> log-probability that a completion begins so."""
-    width: int = 0
-    """Numbers of the widest site."""
-    _parts: list[tuple[Group, list[int], dict[str, Tensor] | Path]] = field(default_factory=list)
+    _parts: list[tuple[Group, list[int], Tensor | Path]] = field(default_factory=list)
 
-    def add(self, group: Group, rows: list[int], values: Mapping[Key, Float[Tensor, "row position *d"]]) -> None:
+    @property
+    def width(self) -> int:
+        """Numbers of the widest component."""
+        return max(place.stop - place.start for place in self.places.values())
+
+    def add(self, group: Group, rows: list[int], values: Float[Tensor, "row position numbers"]) -> None:
         """Rows of a group, by number."""
-        named = {_name(key): value.contiguous() for key, value in values.items()}
-        self.width = max([self.width, *(value.shape[-1] for value in named.values())])
-        part: dict[str, Tensor] | Path = named
+        part: Tensor | Path = values
         if self.folder is not None:
             from safetensors.torch import save_file
 
             self.folder.mkdir(parents=True, exist_ok=True)
             part = self.folder / f"part-{len(self._parts):05}.safetensors"
-            save_file(named, part)
+            save_file({"values": values}, part)
         self._parts.append((group, rows, part))
 
     def at(
         self, group: Group, positions: Sequence[str | int | None], sites: Sequence[Site]
     ) -> Float[Tensor, "site row feature"]:
         """Activations at some sites of one shape, whose positions are numbered as in the group."""
-        found: Tensor | None = None
         total = 1 + max(row for of, rows, _ in self._parts if of == group for row in rows)
+        first = self._place(sites[0])
+        found: Tensor | None = None
         for of, rows, part in self._parts:
             if of != group:
                 continue
-            values: dict[str, Tensor] = {}
-            for n, site in enumerate(sites):
-                name = _name((site.layer, site.component))
-                if name not in values:
-                    values = {name: _tensor(part, name)}
-                value = values[name][:, positions.index(site.position)]
-                value = value if site.head is None else value[:, site.head]
-                if found is None:
-                    found = value.new_empty(len(sites), total, value.shape[-1])
-                found[n, rows] = value
+            with contextlib.ExitStack() as stack:
+                values: Any = part
+                if isinstance(part, Path):
+                    from safetensors import safe_open
+
+                    values = stack.enter_context(safe_open(part, framework="pt")).get_slice("values")
+                for n, site in enumerate(sites):
+                    value = values[:, positions.index(site.position), self._place(site)]
+                    if found is None:
+                        found = value.new_empty(len(sites), total, first.stop - first.start)
+                    found[n, rows] = value
         assert found is not None
         return found
 
-
-def _name(key: Key) -> str:
-    return f"{key[0]}.{key[1]}"
-
-
-def _tensor(part: dict[str, Tensor] | Path, name: str) -> Tensor:
-    if isinstance(part, dict):
-        return part[name]
-    from safetensors import safe_open
-
-    with safe_open(part, framework="pt") as opened:
-        return opened.get_tensor(name)
+    def _place(self, site: Site) -> slice:
+        place = self.places[site.layer, site.component]
+        if site.head is None:
+            return place
+        each = (place.stop - place.start) // self.heads
+        return slice(place.start + site.head * each, place.start + (site.head + 1) * each)
 
 
 def read(
@@ -98,7 +105,10 @@ def read(
     folder: Path | None = None,
 ) -> Reading:
     """Read all rows of all groups at their positions; `announcements` are (prompt, what may stand behind it)."""
-    result = Reading(folder)
+    sizes = [lens.heads * lens.d_head if component == "z" else lens.d_model for _, component in keys]
+    ends = list(itertools.accumulate(sizes))
+    places = {key: slice(end - size, end) for key, end, size in zip(keys, ends, sizes, strict=True)}
+    result = Reading(places, lens.heads, folder)
     inside: dict[Ids, list[tuple[Group, int]]] = {}
     behind: dict[Ids, dict[Ids, list[int]]] = {}
     for group, rows in prompts.rows.items():
@@ -116,7 +126,7 @@ def read(
     for length, some in sorted(by_length.items()):
         step = max(1, BATCH_TOKENS // length)
         for start in range(0, len(some), step):
-            _read_batch(lens, prompts, keys, some[start : start + step], inside, behind, result)
+            _read_batch(lens, prompts, some[start : start + step], inside, behind, result)
     return result
 
 
@@ -124,7 +134,6 @@ def read(
 def _read_batch(
     lens: Lens,
     prompts: Prompts,
-    keys: Sequence[Key],
     batch: Sequence[Ids],
     inside: Mapping[Ids, Sequence[tuple[Group, int]]],
     behind: Mapping[Ids, Mapping[Ids, Sequence[int]]],
@@ -135,7 +144,7 @@ def _read_batch(
     for number, prompt in enumerate(batch):
         for group, row in inside[prompt]:
             groups.setdefault(group, []).append((row, number))
-    noted, edits = _noting(lens, keys, prompts, groups, 0)
+    noted, edits = _noting(lens, result.places, prompts, groups, 0)
     output = forward(lens, torch.tensor(batch, device=lens.device), (), edits)
     _add(result, groups, noted)
     kept = keys_of(output)
@@ -148,7 +157,7 @@ def _read_batch(
         for start in range(0, len(every), BEHIND):
             part = every[start : start + BEHIND]
             owned = [(row, i) for i, (n, announced) in enumerate(part) for row in behind[batch[n]][announced]]
-            noted, edits = _noting(lens, keys, prompts, {"placed": owned} if owned else {}, len(batch[0]))
+            noted, edits = _noting(lens, result.places, prompts, {"placed": owned} if owned else {}, len(batch[0]))
             ids = torch.tensor([announced for _, announced in part], device=lens.device)
             logits = forward(lens, ids, [kept[n] for n, _ in part], edits, 0 if width > 1 else 1).logits
             _add(result, {"placed": owned} if owned else {}, noted)
@@ -159,29 +168,32 @@ def _read_batch(
                 result.logs[batch[n], announced] = log
 
 
-_Noted = dict[Group, dict[Key, Tensor]]
+_Noted = dict[Group, Tensor]
 
 
 def _noting(
-    lens: Lens, keys: Sequence[Key], prompts: Prompts, groups: Mapping[Group, Sequence[tuple[int, int]]], before: int
+    lens: Lens,
+    keys: Mapping[Key, slice],
+    prompts: Prompts,
+    groups: Mapping[Group, Sequence[tuple[int, int]]],
+    before: int,
 ) -> tuple[_Noted, list[tuple[Any, Edit]]]:
     """Hooks that note activations of (row, its number in the batch), at tokens that are counted from `before` on."""
-    noted: _Noted = {group: {} for group in groups if prompts.positions[group]}
+    numbers = max((place.stop for place in keys.values()), default=0)
+    noted: _Noted = {}
     places: dict[Group, tuple[Tensor, Tensor]] = {}
-    for group in noted:
-        rows = [number for _, number in groups[group]]
-        at = [[prompts.rows[group][row].at[p] - before for p in prompts.positions[group]] for row, _ in groups[group]]
-        places[group] = (
-            torch.tensor(rows, device=lens.device)[:, None],
-            torch.tensor(at, device=lens.device),
-        )
+    for group, owned in groups.items():
+        positions = prompts.positions[group]
+        if positions:
+            at = [[prompts.rows[group][row].at[p] - before for p in positions] for row, _ in owned]
+            noted[group] = torch.empty(len(owned), len(positions), numbers, device=lens.device)
+            rows = torch.tensor([number for _, number in owned], device=lens.device)[:, None]
+            places[group] = rows, torch.tensor(at, device=lens.device)
 
     def noter(key: Key) -> Edit:
         def note(activation: Tensor) -> None:
             for group, (rows, columns) in places.items():
-                value = activation[rows, columns]
-                # no solver takes half precision
-                noted[group][key] = value.float() if value.element_size() < 4 else value
+                noted[group][..., keys[key]] = activation[rows, columns].flatten(2)
 
         return note
 
