@@ -348,7 +348,7 @@ class Engine:
         for run, row in enumerate(rows.tolist()):
             runs.setdefault(self._columns.of(site.position, row), []).append(run)
         found: list[Tensor] = []
-        with _no_gradient_for(self.lens.model):
+        with no_gradient_for(self.lens.model):
             for columns, same in runs.items():
                 if values.shape[1] != len(columns):
                     raise InputError(f"{site}: {values.shape[1]} tokens given, where a row has {len(columns)}")
@@ -586,7 +586,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def _no_gradient_for(model: torch.nn.Module) -> Iterator[None]:
+def no_gradient_for(model: torch.nn.Module) -> Iterator[None]:
     """The weights take no gradient for the length of a block: what is computed there depends on activations alone."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     try:

@@ -18,7 +18,7 @@ from mixturelens.behaviour.prompts import Prompts, without_behaviours
 from mixturelens.behaviour.record import BehaviourRecord, Cell, policy_table
 from mixturelens.contrasts import policy_tokens
 from mixturelens.grafting.graft import save_with
-from mixturelens.hooks.engine import Columns
+from mixturelens.hooks.engine import Columns, no_gradient_for
 from mixturelens.hooks.kept import Kept
 from mixturelens.hooks.lens import Lens, lens_of, tokens
 from mixturelens.hooks.sides import sides
@@ -322,7 +322,7 @@ def _cue_and_choice(ground: Ground, policy: str) -> tuple[np.ndarray, float, np.
             found.append(activation.detach().requires_grad_())
             return found[0]
 
-        with torch.enable_grad():
+        with torch.enable_grad(), no_gradient_for(lens.model):
             logits = lens.run(tokens(contexts, lens.device), [(lens.point(*key), keep)])[:, -1]
             odds = logits[:, list(target)].logsumexp(-1) - logits[:, list(foil)].logsumexp(-1)
             (gradient,) = torch.autograd.grad(odds.sum(), found)
@@ -367,6 +367,11 @@ def fit_edit(ground: Ground, heads: Sequence[Site]) -> WeightEdit:
     """
     lens, harm = ground.lens, ground.harm
     span = ground.contrasts.rows[0].spans.get("cue")
+    if not span and all("cue" in row.spans for row in ground.suite.neutral):
+        raise InputError(
+            f"the cue lies at other tokens under {harm.trained_cue!r} than under {harm.harmed_cue!r}: what reads it "
+            "cannot be taught to read the one as the other; spell both with equally many tokens"
+        )
     if not span:
         raise InputError(
             "an edit of the cue reader needs to know where the cue is: name it under `spans` of each prompt"
