@@ -14,7 +14,7 @@ from mixturelens.spelling import Ids
 
 NETWORKS = 3
 """S, R and the untrained one."""
-BEYOND = 2.5
+BEYOND = 2.0
 """Erasing and subspaces may take so many times what reading takes, on a large model."""
 ALWAYS = 3e12
 """Operations that they may take in any case: all that there is to do on a small one."""

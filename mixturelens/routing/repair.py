@@ -14,7 +14,7 @@ import torch
 from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.ground import WORTH, Ground, make_ground, scale_of
 from mixturelens.behaviour.harm import find_harm
-from mixturelens.behaviour.prompts import Prompts, without_behaviours
+from mixturelens.behaviour.prompts import Prompts
 from mixturelens.behaviour.record import BehaviourRecord, Cell, policy_table
 from mixturelens.contrasts import policy_tokens
 from mixturelens.grafting.graft import save_with
@@ -26,7 +26,7 @@ from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory
 from mixturelens.patching.sweep import find_reader, head_sites
 from mixturelens.records import Record
-from mixturelens.routing.tries import make_plan
+from mixturelens.routing.tries import brief, make_plan
 from mixturelens.stats import interval
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
 
@@ -138,8 +138,7 @@ def repair_record(
     lens = lens_of(pair, "after")
     ground = make_ground(lens, pair.suite, harm, seed)
     scale = scale_of(ground, pair.model("before"))
-    few = without_behaviours(ground.judge) if pair.suite.literal else ground.judge  # all that random repairs are asked
-    few_choose = without_behaviours(ground.choose) if pair.suite.literal else ground.choose
+    few, few_choose = brief(ground.judge), brief(ground.choose)
     say("finding the cue reader")
     reader = find_reader(lens, ground.contrasts, "policy", seed)
     heads = tuple(head.model_copy(update={"position": "completion"}) for head in reader.heads)

@@ -14,8 +14,10 @@ from mixturelens.models.load import load_config
 
 FEW = 4
 """Random places or directions, at least, that a repair is compared with."""
-BEYOND = 3.0
+BEYOND = 1.0
 """Random repairs may take so many times what reading the prompts takes, on a large model."""
+SOME = 16
+"""Questions, at most, on which strengths are chosen and random repairs measured where prompts are long."""
 ALWAYS = 3e12
 """Operations that they may take in any case: all that there is to do on a small one."""
 CHOSEN = 4
@@ -34,6 +36,16 @@ class Plan:
     missing: tuple[str, ...] = ()
 
 
+def brief(prompts: Prompts) -> Prompts:
+    """Prompts on which strengths are chosen and random repairs measured: of whether completions are right, no more is
+    asked, and of long prompts SOME questions alone."""
+    asked = without_behaviours(prompts) if prompts.suite.literal else prompts
+    some = list(dict.fromkeys(row.id for row in prompts.rows))
+    if min(map(len, prompts.contexts), default=0) >= LONG:
+        some = some[:SOME]
+    return asked.part([i for i, row in enumerate(asked.rows) if row.id in set(some)])
+
+
 def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> Plan:
     """What repairing takes, held to what the user allows, with so many random places and directions at most.
 
@@ -46,8 +58,7 @@ def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> Plan:
     choose = prepare(suite, [row for row in suite.neutral if row.id in choosing], tokenizer)
     prompts = float(sum(map(len, judge.contexts)) + sum(map(len, choose.contexts)))
     judged = float(sum(map(len, judge.contexts)))
-    whole, some = _behind(judge), _behind(without_behaviours(judge))
-    some_choose = _behind(without_behaviours(choose))
+    whole, some, some_choose = _behind(judge), _behind(brief(judge)), _behind(brief(choose))
     if min(map(len, judge.contexts), default=0) < LONG:  # prompts of small organisms are read again each time
         whole, some, some_choose = 5 * judged, 3 * judged, 3 * (prompts - judged)
     heads = size.layers * int(load_config(pair.before).get_text_config().num_attention_heads)
@@ -58,8 +69,8 @@ def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> Plan:
     own = 6 * whole + 2 * CHOSEN * some_choose
     # of one random group: interchanged, zeroed, averaged; of one direction: steered at each strength, rerouted
     place, direction = some * (1 + 2 + 1 + len(suite.cues)), CHOSEN * some_choose + 2 * some
-    edit = judged + some
-    most = max(BEYOND * read, ALWAYS / (2.0 * size.body))
+    edit = float(sum(map(len, brief(judge).contexts))) + some
+    most = max(BEYOND * (read - finding), ALWAYS / (2.0 * size.body))
     if pair.budget.minutes is not None:
         each = max(estimate(pair, Work(tokens=1.0)).seconds, 1e-12)
         most = max(0.0, pair.budget.minutes * 60 / each - read - own)
@@ -68,6 +79,8 @@ def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> Plan:
         min(full, max(FEW, int(share / cost)))
         for full, cost in ((places, place), (directions, direction), (places, edit))
     ]
+    fewer = len({row.id for row in brief(judge).rows})
+    judging = len({row.id for row in judge.rows})
     missing = tuple(
         f"{what}: {number} of {full} random ones to compare with, to save time"
         for what, number, full in zip(
@@ -75,6 +88,8 @@ def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> Plan:
         )
         if number < full
     )
+    if fewer < judging:
+        missing = (*missing, f"random repairs: measured on {fewer} of {judging} questions")
     tokens = read + own + sum(n * cost for n, cost in zip(numbers, (place, direction, edit), strict=True))
     text = load_config(pair.before).get_text_config()
     keys = (
