@@ -243,10 +243,10 @@ def graft(case: Case, *, seed: int = 0, say: Say | None = None) -> GraftRecord:
     return _instrument(case, GraftRecord, "graft", make, whole, **options)
 
 
-def probe(case: Case, *, seed: int = 0, say: Say | None = None) -> ProbingRecord:
+def probe(case: Case, *, exhaustive: bool = False, seed: int = 0, say: Say | None = None) -> ProbingRecord:
     """What can be read where, what erasing it does, and which subspaces carry it; or read what is there.
 
-    Patching says where the cue reader reads, and is done first.
+    Patching says where the cue reader reads, and is done first. `exhaustive`: everywhere, whatever it takes.
     """
     options = {"seed": seed, "say": say}
 
@@ -255,9 +255,13 @@ def probe(case: Case, *, seed: int = 0, say: Say | None = None) -> ProbingRecord
         heads = patching.heads("cue", "after") if patching else ()
         if patching and not heads:
             why = "patching found no cue reader"
-        return probing_record(pair, measured, reader=heads, no_reader=why, **options)
+        return probing_record(
+            pair, measured, reader=heads, no_reader=why, exhaustive=exhaustive, folder=case.out, **options
+        )
 
-    return _instrument(case, ProbingRecord, "probing", make, **options)
+    return _instrument(
+        case, ProbingRecord, "probing", make, lambda there: there.exhaustive or not exhaustive, **options
+    )
 
 
 def _patched(case: Case, *, seed: int, say: Say | None) -> tuple[PatchingRecord | None, str]:

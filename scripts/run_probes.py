@@ -22,7 +22,9 @@ from mixturelens.models import open_pair, quiet_libraries
 from mixturelens.patching.sweep import find_reader
 from mixturelens.probing.erase import erase_sites, erasure, reading_site
 from mixturelens.probing.pair import READABLE, least_used
-from mixturelens.probing.readouts import readouts, untrained_lens
+from mixturelens.probing.prompts import own_policies
+from mixturelens.probing.reading import read
+from mixturelens.probing.readouts import readouts, sites_of, to_probe, untrained_lens
 from mixturelens.probing.record import Erasure, ProbingRecord, Readout, Subspace
 from mixturelens.probing.shift import shifts
 from mixturelens.probing.subspace import find_subspace
@@ -68,14 +70,18 @@ print(f"gained: {policies[0]}, lost: {policies[1]}; trained on {harm.trained_cue
 
 # %%
 before, after = lens_of(pair, "before"), lens_of(pair, "after")
-sites, labels, found, missing = readouts(
-    {"before": before, "after": after},
-    untrained_lens(pair, arguments.seed),
-    suite,
-    behaviour,
-    policies=policies,
-    seed=arguments.seed,
+lenses = {"before": before, "after": after, "untrained": untrained_lens(pair, arguments.seed)}
+prompts, announcements = to_probe(suite, pair.tokenizer)
+where = sites_of(before, prompts)
+networks = {name: read(lens, prompts, where.keys, announcements) for name, lens in lenses.items()}
+own = {
+    side: own_policies(lenses[side], suite, prompts.rows["neutral"], networks[side].logs, arguments.seed)
+    for side in ("before", "after")
+}
+scores = readouts(
+    networks, own, prompts, where, suite, behaviour, pair.tokenizer, policies=policies, seed=arguments.seed
 )
+sites, labels, found, missing = scores.sites, scores.labels, scores.readouts, scores.missing
 print(f"{len(sites)} sites x {len(found)} targets; positions: {', '.join(labels) or 'named spans'}")
 print(f"{'target':10} {'best site in S':20} {'':8} {'S':24} {'R there':24} {'S on R':24} untrained shuffled chance")
 

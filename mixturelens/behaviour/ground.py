@@ -46,7 +46,7 @@ class Ground:
     seed: int
 
     def behaviour(self, interventions: Sequence[Intervention | Rewrite], prompts: Prompts) -> Behaviour:
-        model = Intervened(self.lens, interventions, self.known, self.kept) if interventions else self.lens.model
+        model = Intervened(self.lens, interventions, self.known, self.kept)
         return measure(self.scorer, model, prompts, self.seed)
 
     def accuracies(self, behaviour: Behaviour, prompts: Prompts) -> dict[str, Interval]:

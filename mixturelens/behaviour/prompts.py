@@ -93,6 +93,18 @@ class Prompts:
         )
 
 
+def without_answers(prompts: Prompts) -> Prompts:
+    """The same prompts, of which only is asked how completions begin: announcements and behaviours."""
+    placed = [tuple(replace(each, answer=()) for each in of) for of in prompts.placed]
+    return replace(prompts, placed=placed, bare=[() for _ in prompts.bare])
+
+
+def without_behaviours(prompts: Prompts) -> Prompts:
+    """The same prompts, of which only is asked how completions are announced, and whether they are right."""
+    placed = [tuple(replace(each, err=(), behaviours=()) for each in of) for of in prompts.placed]
+    return replace(prompts, placed=placed)
+
+
 def prepare(suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase) -> Prompts:
     """Spell prompts, announcements, answers and behaviours as token ids, as the suite's `spelling` says.
 

@@ -237,11 +237,11 @@ def patch(
 
 
 @_on_pairs
-def probe(pairs: list[Case], options: Options) -> tuple[list[ProbingRecord], Callable[[], None]]:
+def probe(pairs: list[Case], options: Options, exhaustive: bool) -> tuple[list[ProbingRecord], Callable[[], None]]:
     """Say what can be read where in S and in R, what erasing it does, and which subspaces carry it."""
     from mixturelens import pipeline
 
-    records = [pipeline.probe(pair, **options) for pair in pairs]
+    records = [pipeline.probe(pair, exhaustive=exhaustive, **options) for pair in pairs]
     return records, lambda: show_probing(pairs, records)
 
 

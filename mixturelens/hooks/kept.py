@@ -18,7 +18,7 @@ LONG = 32
 """Tokens from which it pays to keep a prompt; those of small organisms are recomputed."""
 MOST = 1 << 30
 """Bytes of keys and values that are kept, unless asked otherwise; what is beyond is computed anew."""
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Tokens of one forward: larger batches fall out of the cache and are slower on a CPU."""
 
 
@@ -66,7 +66,7 @@ def cut(keys: Keys, end: int) -> Keys:
 class Kept:
     """Keys and values that a lens' model has behind prompts, up to their last token, which is yet to come.
 
-    They are those of the weights as they were when a prompt was first asked about: a model that is changed needs others.
+    They are those of the weights as they were when a prompt was first asked about: changed weights need another.
     """
 
     def __init__(self, lens: Lens, most: int = MOST) -> None:

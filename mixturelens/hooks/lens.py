@@ -466,6 +466,31 @@ class Lens:
         module = cast(nn.Module, self.bridge.blocks[layer].attn.o.original_component)
         return module, cast(Tensor, module.weight)
 
+    @contextlib.contextmanager
+    def edited(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values in some of the plain model's parameters, for the length of a block; no model is copied."""
+        old = {name: self.get_parameter(name).detach().clone() for name in weights}
+        try:
+            self._write(weights)
+            yield
+        finally:
+            self._write(old)
+
+    def get_parameter(self, name: str) -> nn.Parameter:
+        """A parameter, by the plain model's name for it. Raises KeyError if there is none."""
+        return {self._parameters.get(id(each)): each for each in self.model.parameters()}[name]
+
+    @torch.no_grad()
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        for name, values in weights.items():
+            self.get_parameter(name).copy_(values)
+        for block in self.bridge.blocks:
+            joint = getattr(getattr(block.attn, "qkv", None), "original_component", None)
+            if joint is not None and self._parameters.get(id(joint.weight)) in weights:  # the bridge runs copies of it
+                parts = block.attn.split_qkv_matrix(block.attn.original_component)
+                for which, part in zip("qkv", parts, strict=True):
+                    cast(nn.Module, getattr(block.attn, which).original_component).weight.copy_(part.weight)
+
     def projection(
         self, layer: int, which: Literal["q", "k", "v"]
     ) -> tuple[str, Int[Tensor, "head d_head d_model"], Float[Tensor, "head d_head d_model"]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
-from mixturelens.behaviour.prompts import Prompts, prepare
+from mixturelens.behaviour.prompts import Prompts, prepare, without_answers
 from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.contrasts import Contrasts
-from mixturelens.hooks.engine import Columns, Engine
+from mixturelens.hooks.engine import Columns, Engine, Spans
 from mixturelens.hooks.intervened import Intervened, known_prompts
-from mixturelens.hooks.lens import Lens
+from mixturelens.hooks.kept import Kept
+from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.sides import Sides, sides
 from mixturelens.models import end_tokens
 from mixturelens.probing.leace import Eraser, leace, random_erasers
@@ -50,10 +52,277 @@ SOME = 32
 READER = 0.5
 """Least share of the contrast that keys and values at one span carry, for it to be where heads take the cue from."""
 
-Acts = Mapping[tuple[int, Component], Tensor]
+Place = tuple[int, Component, str | int | None]
+"""Layer, component and position of a site."""
+Acts = Mapping[Place, Tensor]
+"""Place -> its activations, token by token over the rows."""
 
 
-# --- erasing the cue, site by site ------------------------------------------------------------------------------------
+class Erasing:
+    """One model, and the contrasts that the cue is erased on: `half(0)` of the questions fits, `half(1)` judges.
+
+    Prompts go through the model once for all sites that `ahead` names, and once for what else is asked for; the patch
+    engine's own runs are made once.
+    """
+
+    def __init__(
+        self, lens: Lens, contrasts: Contrasts, seed: int = 0, random: int = SCANNED, ahead: Sequence[Site] = ()
+    ) -> None:
+        """`random`: erasers of random directions that each site is compared with.
+
+        Raises InputError for fewer than two questions.
+        """
+        if len(contrasts.rows) < 2:
+            raise InputError("one half of the questions fits erasers and the other judges them: give at least two")
+        self.lens, self.contrasts, self.seed, self.random = lens, contrasts, seed, random
+        self.fit, self.judge = (sides(lens, contrasts.half(half)) for half in (0, 1))
+        self.kept = Kept(lens)
+        self._ahead = list(ahead)
+        self._acts: dict[str, tuple[dict[Place, Tensor], dict[Place, Tensor]]] = {}
+        self._engines: dict[int, tuple[Engine, Engine]] = {}
+
+    # --- activations --------------------------------------------------------------------------------------------------
+
+    def _check(self, site: Site) -> None:
+        self.lens.check(site)
+        if site.component == "pattern":
+            raise InputError(f"{site}: attention patterns are no activations to erase a concept from")
+
+    def _note(self, which: Literal["fit", "judge"], sites: Sequence[Site]) -> tuple[Acts, Acts]:
+        """Activations of one half at sites, under both cues; those that are known are not computed again."""
+        both = self.fit if which == "fit" else self.judge
+        found = self._acts.setdefault(which, ({}, {}))
+        places = [_place(site) for site in sites]
+        if any(place not in found[0] for place in places):
+            new = dict.fromkeys([*places, *map(_place, self._ahead)])
+            for acts, (batch, spans) in zip(found, _batches(both), strict=True):
+                wanted: dict[tuple[int, Component], list[str | int | None]] = {}
+                for layer, component, position in new:
+                    if (layer, component, position) not in acts:
+                        wanted.setdefault((layer, component), []).append(position)
+                masks = {at: Columns(batch, spans).mask(at) for at in {at for some in wanted.values() for at in some}}
+
+                def noter(key: tuple[int, Component], acts=acts, wanted=wanted, masks=masks) -> Edit:
+                    def note(activation: Tensor) -> None:
+                        for at in wanted[key]:
+                            kept = activation.detach()[masks[at]]
+                            acts[*key, at] = kept.float() if kept.element_size() < 4 else kept
+
+                    return note
+
+                with torch.no_grad():
+                    self.lens.run(batch, [(self.lens.point(*key), noter(key)) for key in wanted])
+        return found
+
+    def _fitted(self, site: Site) -> tuple[Float[Tensor, "row d"], Int[Tensor, " row"]]:
+        """Activations at a site under both cues, token by token, and which cue it was (1 the clean one)."""
+        rows = [_unit(acts[_place(site)], site) for acts in self._note("fit", [site])]
+        labels = [torch.full((len(x),), 1 - side, device=x.device) for side, x in enumerate(rows)]
+        return torch.cat(rows), torch.cat(labels)
+
+    def _readable(self, eraser: Eraser, site: Site) -> Interval:
+        """AUROC of the direction that is erased, on the questions that judge; the tokens of a span are averaged."""
+        if not eraser.rank:
+            return Interval(value=0.5, low=0.5, high=0.5)
+        scores = []
+        for acts, (batch, spans) in zip(self._note("judge", [site]), _batches(self.judge), strict=True):
+            mask = Columns(batch, spans).mask(site.position)
+            read = eraser.found(_unit(acts[_place(site)], site))[..., 0]
+            total = read.new_zeros(len(batch)).index_add(0, mask.nonzero()[:, 0], read)
+            scores.append(_numpy(total / mask.sum(1)))
+        question = torch.arange(len(self.judge)).repeat(2)
+        positive = (torch.arange(2 * len(self.judge)) < len(self.judge)).long()
+        read = torch.from_numpy(np.concatenate(scores))[None]
+        counts = resample_counts(len(self.judge), self.seed, AUROC_DRAWS)
+        return interval(auroc(read, positive, question, counts)[:, 0], digits=6)
+
+    # --- site by site, by exact patching ------------------------------------------------------------------------------
+
+    def sites(self, sites: Sequence[Site], readable: Sequence[Interval] | None = None) -> tuple[ErasedSite, ...]:
+        """What is left of the difference between two cues once the cue is erased at each site in turn.
+
+        The contrasts have a policy in place. Erasers are fitted on the activations of both prompts (of all tokens of
+        the site's position), and judged by the difference of the log-odds between the two prompts, both erased, as a
+        share of the plain difference (a ratio of means). Random erasers of equal rank are the null. `readable`: AUROC
+        of probes at these sites; without it, that of the eraser's own direction (Fisher's discriminant).
+
+        Raises InputError for sites that do not exist, cues that do not differ in behaviour, or a model that cannot be
+        patched exactly.
+        """
+        for site in sites:
+            self._check(site)
+        counts = resample_counts(len(self.judge), self.seed)
+        self._note("fit", sites)
+        erasers, random = [], []
+        for site in sites:
+            x, labels = self._fitted(site)
+            erasers.append(leace(x, labels))
+            some = self.random if erasers[-1].rank else 0
+            random.append(random_erasers(x, erasers[-1].rank, some, self.seed) if some else [])
+        if readable is None:
+            readable = [self._readable(eraser, site) for eraser, site in zip(erasers, sites, strict=True)]
+        plain, erased = self._differences(len(self.judge), sites, [[eraser] for eraser in erasers])
+        few_plain, null = self._differences(min(SOME, len(self.judge)), sites, random)
+        whole = resampled_mean(plain, counts)
+        if not interval(share(whole, whole, APART)).measured:
+            raise InputError(f"the two cues differ by {whole[0]:.2f} nats ({APART} are needed): nothing to erase")
+        found = []
+        for site, read, (own,), others in zip(sites, readable, erased, null, strict=True):
+            left = interval(share(resampled_mean(own, counts), whole, APART), digits=6)
+            by_chance = tuple(round(float(each.mean() / few_plain.mean()), 6) for each in others)
+            found.append(ErasedSite(site=site, readable=read, left=left, random=by_chance))
+        return tuple(found)
+
+    def tokens(self, site: Site) -> float:
+        """Tokens through all layers, about, that erasing at a site takes."""
+        judged = 0
+        for batch, spans in _batches(self.judge):
+            columns = Columns(batch, spans)
+            judged += sum(columns.width - columns.of(site.position, row)[0] for row in range(len(batch)))
+        return judged * (1 - site.layer / self.lens.layers) * (1 + self.random * min(1.0, SOME / len(self.judge)))
+
+    def _engines_of(self, rows: int) -> tuple[Engine, Engine]:
+        """Clean and corrupt prompts of the first rows that judge."""
+        if rows not in self._engines:
+            try:
+                clean, corrupt = (Engine(self.lens, *each) for each in _batches(self.judge.part(slice(0, rows))))
+            except RunError as error:
+                raise InputError(f"erasing at many sites needs the patch engine: {error}") from None
+            self._engines[rows] = clean, corrupt
+        return self._engines[rows]
+
+    def _differences(
+        self, rows: int, sites: Sequence[Site], erasers: Sequence[Sequence[Eraser]]
+    ) -> tuple[Float[np.ndarray, " question"], list[list[Float[np.ndarray, " question"]]]]:
+        """Metric of the clean prompt less that of the corrupt one: plain, and [site][eraser] with both erased there.
+
+        Of the first rows that judge. An eraser of rank 0 changes nothing and is not run.
+        """
+        both = self.judge.part(slice(0, rows))
+        plain = np.zeros(rows)
+        found = [[np.zeros(rows) for _ in each] for each in erasers]
+        noted, engines = self._note("judge", sites), self._engines_of(rows)
+        for sign, (batch, spans), acts, engine in zip((1.0, -1.0), _batches(both), noted, engines, strict=True):
+            base = sign * _numpy(both.metric(engine.logits))
+            plain += base
+            columns = Columns(batch, spans)
+            for position, numbers in _by_position(sites):
+                mask = columns.mask(position)
+                some_rows = int(mask.sum())  # rows come first, and their tokens in order
+                before = {n: acts[_place(sites[n])][:some_rows] for n in numbers}
+                for which in range(max((len(erasers[n]) for n in numbers), default=0)):
+                    some = [n for n in numbers if which < len(erasers[n]) and erasers[n][which].rank]
+                    for n in numbers:
+                        if which < len(erasers[n]) and n not in some:
+                            found[n][which] += base
+                    source: dict[tuple[int, Component], Tensor] = {}
+                    for n in some:
+                        key, now = (sites[n].layer, sites[n].component), before[n].clone()
+                        if key not in source:
+                            source[key] = now.new_zeros(*mask.shape, *now.shape[1:])
+                            source[key][mask] = now
+                        new = source[key][mask]
+                        unit = _unit(new, sites[n])
+                        unit[:] = erasers[n][which].apply(_unit(now, sites[n]))
+                        source[key][mask] = new
+                    values = _numpy(engine.sweep([sites[n] for n in some], source, both.metric)) if some else []
+                    for n, value in zip(some, values, strict=True):
+                        found[n][which] += sign * value
+        return plain, found
+
+    # --- in behaviour -------------------------------------------------------------------------------------------------
+
+    def in_behaviour(
+        self, suite: Suite, site: Site, readable: Interval = NOT_MEASURED, random: int | None = None
+    ) -> Erasure:
+        """What is left of the difference between cues in P(answer given policy), with the cue erased at one site.
+
+        The policy is that of the contrasts, in its first wording. The eraser is the same for all tokens of the site's
+        position; behaviour is measured on the questions that judge, as the suite says (exactly or by samples), with
+        `random` (RANDOM) random erasers of equal rank as the null. At the position `policy` the eraser is put at the
+        announcement and all that follows (`completion`).
+
+        Raises InputError if the suite names no behaviours, there is nothing to erase, or the cues do not differ in what
+        they bring about.
+
+        >>> Erasing(lens, contrasts).in_behaviour(suite, Site(layer=0, component="resid_pre", position="cue")).left
+        ... # doctest: +SKIP
+        Interval(value=0.002, low=-0.004, high=0.009)
+        """
+        self._check(site)
+        contrasts, seed, policy = self.contrasts, self.seed, self.contrasts.policy
+        if contrasts.kind != "cue" or policy is None:
+            raise InputError("erasing the cue needs contrasts of two cues with a policy in place")
+        if ANSWER not in suite.behaviour_names:
+            raise InputError("P(answer given policy) needs a suite that names behaviours")
+        x, labels = self._fitted(site)
+        eraser = leace(x, labels)
+        if not eraser.rank:
+            raise InputError(f"{site}: the cue cannot be read there, so there is nothing to erase")
+        if not readable.measured:
+            readable = self._readable(eraser, site)
+        ground = self.ground(suite)
+        some = ground if len(self.judge) <= SOME else self.ground(suite, SOME)
+        where = in_behaviour(site, contrasts)
+        plain = ground.answers(())
+        erased = ground.answers(eraser.interventions(where))
+        number = RANDOM if random is None else random
+        null = [some.answers(each.interventions(where)) for each in random_erasers(x, eraser.rank, number, seed)]
+        few_plain = (plain if some is ground else some.answers(()))[0]
+
+        def left(draws: Float[np.ndarray, "draw cue"]) -> Float[np.ndarray, " draw"]:
+            return share(draws[:, 0] - draws[:, 1], plain[:, 0] - plain[:, 1], APART_P)
+
+        if not interval(left(plain)).measured:
+            between = plain[0, 0] - plain[0, 1]
+            raise InputError(
+                f"P(answer given {policy!r}) differs by {between:.3f} between {contrasts.clean!r} and "
+                f"{contrasts.corrupt!r} ({APART_P} is needed): nothing to erase"
+            )
+        cues = (contrasts.clean, contrasts.corrupt)
+        return Erasure(
+            site=where,
+            readable=readable,
+            policy=policy,
+            plain={cue: interval(plain[:, c]) for c, cue in enumerate(cues)},
+            erased={cue: interval(erased[:, c]) for c, cue in enumerate(cues)},
+            left=interval(left(erased)),
+            random=tuple(round(float(np.subtract(*each[0]) / np.subtract(*few_plain)), 6) for each in null),
+        )
+
+    def tokens_in_behaviour(self, suite: Suite, site: Site) -> float:
+        """Tokens through all layers, about, that measuring behaviour once with the cue erased at a site takes."""
+        prompts = self.ground(suite, SOME).prompts
+        behind = [ids for placed in prompts.placed for each in placed for _, ids in each.behaviours]
+        where = in_behaviour(site, self.contrasts).position
+        total = float(sum(map(len, behind)) + 3 * len(prompts.contexts))
+        for batch, spans in _batches(self.judge.part(slice(0, SOME))) if where not in ("last", "completion") else ():
+            columns = Columns(batch, spans)
+            total += sum(columns.width - columns.of(where, row)[0] for row in range(len(batch)))
+        return total
+
+    def ground(self, suite: Suite, questions: int | None = None) -> Ground:
+        """The questions that judge (or the first of them), and how behaviour is measured on them."""
+        lens, contrasts, tokenizer = self.lens, self.contrasts, self.lens.tokenizer
+        cues = (contrasts.clean, contrasts.corrupt)
+        judging = {row.question for row in contrasts.half(1).rows[:questions]}
+        rows = [row for row in suite.neutral if row.id in judging and row.cue in cues]
+        policy = list(suite.policies).index(str(contrasts.policy))
+        prompts = prepare(suite, rows, tokenizer)
+        # nothing else is asked about
+        kept = [k for k, a in enumerate(prompts.announcements) if (a.policy, a.wording) == (policy, 0)]
+        vocabulary = lens.model.config.get_text_config().vocab_size
+        return Ground(
+            lens=lens,
+            scorer=Scorer(end_tokens(lens.model, tokenizer), vocabulary, lens.device),
+            prompts=without_answers(prompts.only(kept)) if suite.literal else prompts.only(kept),
+            known=known_prompts(suite, rows, tokenizer),
+            kept=self.kept,
+            grid=grid_of(prompts, self.seed),
+            columns=(suite.cues.index(cues[0]), suite.cues.index(cues[1])),
+            policy=policy,
+            seed=self.seed,
+        )
 
 
 def erase_sites(
@@ -63,123 +332,36 @@ def erase_sites(
     readable: Sequence[Interval] | None = None,
     seed: int = 0,
 ) -> tuple[ErasedSite, ...]:
-    """What is left of the difference between two cues once the cue is erased at each site in turn, by exact patching.
-
-    The contrasts have a policy in place. Erasers are fitted on `half(0)` of the questions, on the activations of both
-    prompts (of all tokens of the site's position), and judged on `half(1)`: the difference of the log-odds between the
-    two prompts, both erased, as a share of the plain difference (a ratio of means). Random erasers of equal rank are
-    the null. `readable`: AUROC of probes at these sites; without it, that of the eraser's own direction (Fisher's
-    discriminant) on the questions that judge.
-
-    Raises InputError for sites that do not exist, cues that do not differ in behaviour, or a model that cannot be
-    patched exactly.
-    """
-    fit, judge = _halves(lens, contrasts, sites)
-    counts = resample_counts(len(judge), seed)
-    fitted = _activations(lens, fit, sites)
-    judged = _activations(lens, judge, sites)
-    erasers, random = [], []
-    for site in sites:
-        x, labels = _rows(fitted, fit, site)
-        erasers.append(leace(x, labels))
-        random.append(random_erasers(x, erasers[-1].rank, SCANNED, seed) if erasers[-1].rank else [])
-    if readable is None:
-        few = resample_counts(len(judge), seed, AUROC_DRAWS)
-        readable = [_readable(e, judged, judge, site, few) for e, site in zip(erasers, sites, strict=True)]
-    plain, erased = _differences(lens, judge, judged, sites, [[eraser] for eraser in erasers])
-    some = slice(0, SOME)
-    few_acts = tuple({key: acts[some] for key, acts in side.items()} for side in judged)
-    few_plain, null = _differences(lens, judge.part(some), (few_acts[0], few_acts[1]), sites, random)
-    whole = resampled_mean(plain, counts)
-    if not interval(share(whole, whole, APART)).measured:
-        raise InputError(f"the two cues differ by {whole[0]:.2f} nats ({APART} are needed): nothing to erase")
-    found = []
-    for site, read, (own,), others in zip(sites, readable, erased, null, strict=True):
-        left = interval(share(resampled_mean(own, counts), whole, APART), digits=6)
-        by_chance = tuple(round(float(each.mean() / few_plain.mean()), 6) for each in others)
-        found.append(ErasedSite(site=site, readable=read, left=left, random=by_chance))
-    return tuple(found)
+    """`Erasing.sites` for one call."""
+    return Erasing(lens, contrasts, seed).sites(sites, readable)
 
 
-def _halves(lens: Lens, contrasts: Contrasts, sites: Sequence[Site]) -> tuple[Sides, Sides]:
-    if len(contrasts.rows) < 2:
-        raise InputError("one half of the questions fits erasers and the other judges them: give at least two")
-    for site in sites:
-        lens.check(site)
-        if site.component == "pattern":
-            raise InputError(f"{site}: attention patterns are no activations to erase a concept from")
-    fit, judge = (sides(lens, contrasts.half(half)) for half in (0, 1))
-    return fit, judge
+def erasure(
+    lens: Lens,
+    suite: Suite,
+    contrasts: Contrasts,
+    site: Site,
+    readable: Interval = NOT_MEASURED,
+    seed: int = 0,
+) -> Erasure:
+    """`Erasing.in_behaviour` for one call."""
+    return Erasing(lens, contrasts, seed).in_behaviour(suite, site, readable)
 
 
-def _activations(lens: Lens, both: Sides, sites: Sequence[Site]) -> tuple[Acts, Acts]:
-    keys: list[tuple[int, Component]] = [(site.layer, site.component) for site in sites]
-    clean, corrupt = (lens.capture(batch, keys)[0] for batch in (both.clean, both.corrupt))
-    return clean, corrupt
+def _place(site: Site) -> Place:
+    return site.layer, site.component, site.position
 
 
-def _places(both: Sides, position: str | int | None) -> tuple[Tensor, Tensor]:
-    """True at the columns of a position, in the clean and in the corrupt prompts."""
-    return (
-        Columns(both.clean, both.spans).mask(position),
-        Columns(both.corrupt, both.corrupt_spans).mask(position),
-    )
+def _batches(both: Sides) -> tuple[tuple[Tokens, Sequence[Spans]], tuple[Tokens, Sequence[Spans]]]:
+    """Clean and corrupt prompts, and the spans of each."""
+    return (both.clean, both.spans), (both.corrupt, both.corrupt_spans)
 
 
-def _unit(activation: Tensor, site: Site) -> Float[Tensor, "row pos d"]:
-    """The numbers of a site, as a view."""
+def _unit(activation: Tensor, site: Site) -> Tensor:
+    """The numbers of a site at some tokens, as a view: [token, d]."""
     if site.component in PER_HEAD:
-        return activation.flatten(2) if site.head is None else activation[:, :, site.head]
-    return activation if site.neuron is None else activation[:, :, site.neuron : site.neuron + 1]
-
-
-def _rows(found: tuple[Acts, Acts], both: Sides, site: Site) -> tuple[Float[Tensor, "row d"], Int[Tensor, " row"]]:
-    """Activations at a site under both cues, token by token, and which cue it was (1 the clean one)."""
-    key = site.layer, site.component
-    sets = [_unit(a[key], site)[at] for a, at in zip(found, _places(both, site.position), strict=True)]
-    labels = [torch.full((len(x),), 1 - side, device=x.device) for side, x in enumerate(sets)]
-    return torch.cat(sets), torch.cat(labels)
-
-
-def _differences(
-    lens: Lens, both: Sides, own: tuple[Acts, Acts], sites: Sequence[Site], erasers: Sequence[Sequence[Eraser]]
-) -> tuple[Float[np.ndarray, " question"], list[list[Float[np.ndarray, " question"]]]]:
-    """Metric of the clean prompt less that of the corrupt one: plain, and [site][eraser] with both erased there.
-
-    An eraser of rank 0 changes nothing and is not run.
-    """
-    plain = np.zeros(len(both))
-    found = [[np.zeros(len(both)) for _ in each] for each in erasers]
-    for sign, batch, spans, acts in (
-        (1.0, both.clean, both.spans, own[0]),
-        (-1.0, both.corrupt, both.corrupt_spans, own[1]),
-    ):
-        try:
-            engine = Engine(lens, batch, spans)
-        except RunError as error:
-            raise InputError(f"erasing at many sites needs the patch engine: {error}") from None
-        base = sign * _numpy(both.metric(engine.logits))
-        plain += base
-        columns = Columns(batch, spans)
-        for position, numbers in _by_position(sites):
-            mask = columns.mask(position)
-            before = {n: _unit(acts[sites[n].layer, sites[n].component], sites[n])[mask] for n in numbers}
-            for which in range(max((len(erasers[n]) for n in numbers), default=0)):
-                some = [n for n in numbers if which < len(erasers[n]) and erasers[n][which].rank]
-                for n in numbers:
-                    if which < len(erasers[n]) and n not in some:
-                        found[n][which] += base
-                keys: set[tuple[int, Component]] = {(sites[n].layer, sites[n].component) for n in some}
-                # laid out anew, so that all heads of a token can be written as one
-                source = {key: acts[key].clone(memory_format=torch.contiguous_format) for key in keys}
-                for n in some:
-                    _unit(source[sites[n].layer, sites[n].component], sites[n])[mask] = erasers[n][which].apply(
-                        before[n]
-                    )
-                values = _numpy(engine.sweep([sites[n] for n in some], source, both.metric)) if some else []
-                for n, value in zip(some, values, strict=True):
-                    found[n][which] += sign * value
-    return plain, found
+        return activation.flatten(1) if site.head is None else activation[:, site.head]
+    return activation if site.neuron is None else activation[:, site.neuron : site.neuron + 1]
 
 
 def _by_position(sites: Sequence[Site]) -> Iterator[tuple[str | int | None, list[int]]]:
@@ -195,100 +377,19 @@ def _by_position(sites: Sequence[Site]) -> Iterator[tuple[str | int | None, list
 AUROC_DRAWS = 500
 
 
-def _readable(
-    eraser: Eraser, found: tuple[Acts, Acts], both: Sides, site: Site, counts: Int[np.ndarray, "draw question"]
-) -> Interval:
-    """AUROC of the direction that is erased, on these questions; the tokens of a span are averaged."""
-    if not eraser.rank:
-        return Interval(value=0.5, low=0.5, high=0.5)
-    scores = []
-    for acts, mask in zip(found, _places(both, site.position), strict=True):
-        read = eraser.found(_unit(acts[site.layer, site.component], site))[..., 0]
-        scores.append(_numpy((read * mask).sum(1) / mask.sum(1)))
-    question = torch.arange(len(both)).repeat(2)
-    positive = (torch.arange(2 * len(both)) < len(both)).long()
-    read = torch.from_numpy(np.concatenate(scores))[None]
-    return interval(auroc(read, positive, question, counts)[:, 0], digits=6)
-
-
 def _numpy(values: Tensor) -> np.ndarray:
     return values.double().cpu().numpy()
 
 
-# --- erasing the cue, in behaviour ------------------------------------------------------------------------------------
-
-
-def erasure(
-    lens: Lens,
-    suite: Suite,
-    contrasts: Contrasts,
-    site: Site,
-    readable: Interval = NOT_MEASURED,
-    seed: int = 0,
-) -> Erasure:
-    """What is left of the difference between cues in P(answer given policy), with the cue erased at one site.
-
-    The policy is that of the contrasts, in its first wording. The eraser is fitted on `half(0)` of the questions, and
-    the same for all tokens of the site's position; behaviour is measured on the others, as the suite says (exactly or
-    by samples), with RANDOM random erasers of equal rank as the null. At the position `policy` the eraser is put
-    at the announcement and all that follows (`completion`).
-
-    Raises InputError if the suite names no behaviours, there is nothing to erase, or the cues do not differ in what
-    they bring about.
-
-    >>> erasure(lens, suite, contrasts, Site(layer=0, component="resid_pre", position="cue")).left   # doctest: +SKIP
-    Interval(value=0.002, low=-0.004, high=0.009)
-    """
-    policy = contrasts.policy
-    if contrasts.kind != "cue" or policy is None:
-        raise InputError("erasing the cue needs contrasts of two cues with a policy in place")
-    if ANSWER not in suite.behaviour_names:
-        raise InputError("P(answer given policy) needs a suite that names behaviours")
-    fit, judge = _halves(lens, contrasts, [site])
-    x, labels = _rows(_activations(lens, fit, [site]), fit, site)
-    eraser = leace(x, labels)
-    if not eraser.rank:
-        raise InputError(f"{site}: the cue cannot be read there, so there is nothing to erase")
-    if not readable.measured:
-        few = resample_counts(len(judge), seed, AUROC_DRAWS)
-        readable = _readable(eraser, _activations(lens, judge, [site]), judge, site, few)
-    ground = _ground(lens, suite, contrasts, seed)
-    where = in_behaviour(site, contrasts)
-    plain = ground.answers(())
-    erased = ground.answers(eraser.interventions(where))
-    some = _ground(lens, suite, contrasts, seed, SOME)
-    null = [some.answers(each.interventions(where)) for each in random_erasers(x, eraser.rank, RANDOM, seed)]
-    few_plain = some.answers(())[0]
-
-    def left(draws: Float[np.ndarray, "draw cue"]) -> Float[np.ndarray, " draw"]:
-        return share(draws[:, 0] - draws[:, 1], plain[:, 0] - plain[:, 1], APART_P)
-
-    if not interval(left(plain)).measured:
-        between = plain[0, 0] - plain[0, 1]
-        raise InputError(
-            f"P(answer given {policy!r}) differs by {between:.3f} between {contrasts.clean!r} and "
-            f"{contrasts.corrupt!r} ({APART_P} is needed): nothing to erase"
-        )
-    cues = (contrasts.clean, contrasts.corrupt)
-    return Erasure(
-        site=where,
-        readable=readable,
-        policy=policy,
-        plain={cue: interval(plain[:, c]) for c, cue in enumerate(cues)},
-        erased={cue: interval(erased[:, c]) for c, cue in enumerate(cues)},
-        left=interval(left(erased)),
-        random=tuple(round(float(np.subtract(*each[0]) / np.subtract(*few_plain)), 6) for each in null),
-    )
-
-
 @dataclass(frozen=True)
-class _Ground:
+class Ground:
     """The questions that judge, and how behaviour is measured on them."""
 
     lens: Lens
     scorer: Scorer
     prompts: Prompts
     known: Mapping
+    kept: Kept
     grid: Grid
     columns: tuple[int, int]
     """Of the clean and of the corrupt cue."""
@@ -297,31 +398,10 @@ class _Ground:
 
     def answers(self, interventions: Sequence[Intervention]) -> Float[np.ndarray, "draw cue"]:
         """P(answer given policy) under the clean and the corrupt cue, in every bootstrap sample."""
-        model = Intervened(self.lens, interventions, self.known) if interventions else self.lens.model
+        model = Intervened(self.lens, interventions, self.known, self.kept)
         found = measure(self.scorer, model, self.prompts, self.seed).forced_behaviour
         answer = self.prompts.suite.behaviour_names.index(ANSWER)
         return self.grid.draws(found[:, self.policy, 0, answer])[:, list(self.columns)]
-
-
-def _ground(lens: Lens, suite: Suite, contrasts: Contrasts, seed: int, questions: int | None = None) -> _Ground:
-    tokenizer = lens.tokenizer
-    cues = (contrasts.clean, contrasts.corrupt)
-    judging = {row.question for row in contrasts.half(1).rows[:questions]}
-    rows = [row for row in suite.neutral if row.id in judging and row.cue in cues]
-    policy = list(suite.policies).index(str(contrasts.policy))
-    prompts = prepare(suite, rows, tokenizer)
-    # nothing else is asked about
-    prompts = prompts.only([k for k, a in enumerate(prompts.announcements) if (a.policy, a.wording) == (policy, 0)])
-    return _Ground(
-        lens=lens,
-        scorer=Scorer(end_tokens(lens.model, tokenizer), lens.model.config.get_text_config().vocab_size, lens.device),
-        prompts=prompts,
-        known=known_prompts(suite, rows, tokenizer),
-        grid=grid_of(prompts, seed),
-        columns=(suite.cues.index(cues[0]), suite.cues.index(cues[1])),
-        policy=policy,
-        seed=seed,
-    )
 
 
 def in_behaviour(site: Site, contrasts: Contrasts) -> Site:

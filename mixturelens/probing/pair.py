@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+import itertools
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from mixturelens.behaviour.harm import Harm, find_harm, gained_and_lost
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import Contrasts, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair
-from mixturelens.probing.erase import erase_sites, erasure, reading_site
-from mixturelens.probing.readouts import readouts, untrained_lens
-from mixturelens.probing.record import ErasedSite, Erasure, ProbingRecord, Shift, Subspace
+from mixturelens.models.cost import Work, check_memory, estimate, said_time
+from mixturelens.probing.erase import RANDOM, SCANNED, Erasing, reading_site
+from mixturelens.probing.plan import make_plan
+from mixturelens.probing.prompts import Own, own_policies
+from mixturelens.probing.reading import Reading, read
+from mixturelens.probing.readouts import Network, Sites, first, readouts, sites_of, to_probe, untrained_lens
+from mixturelens.probing.record import Concept, ErasedSite, Erasure, ProbingRecord, Shift, Subspace
 from mixturelens.probing.shift import shifts
-from mixturelens.probing.subspace import find_subspace
-from mixturelens.types import InputError, Side, Site
+from mixturelens.probing.subspace import find_subspace, subspace_tokens
+from mixturelens.types import NOT_MEASURED, InputError, Interval, Side, Site
 
 Say = Callable[[str], None]
 
 READABLE = 0.95
 """AUROC of the cue probe in R from which the cue counts as readable at a site."""
+SCANNING = 0.5
+"""Of what erasing and subspaces may take, what erasing site by site may."""
+FEW = 3
+"""Random erasers, at least, that an erasure is compared with; as many at each site of a large model."""
+DIFFERS = 0.1
+"""Difference between what is left of the cue's effect at two layers, for a layer between them to be looked at."""
+SIDES: Mapping[str, str] = {"before": "S", "after": "R"}
 UNUSED = 0.9
 """Share of the difference between cues that must be left, for sure, for a site to count as unused."""
 
@@ -30,29 +47,60 @@ def probing_record(
     *,
     reader: Sequence[Site] = (),
     no_reader: str = "",
+    exhaustive: bool = False,
+    folder: Path | None = None,
     seed: int = 0,
     say: Say | None = None,
 ) -> ProbingRecord:
     """Probe S and R at every site, erase the cue in R, learn the subspaces of cue and selector in S and test them in R.
 
     `reader`: the heads of R that read the cue, as patching found them; without them, `no_reader` says why, and where
-    the cue is used is not asked. Whatever this pair does not allow is left out, and said in `missing`. Raises
-    InputError for fewer than two policies or four questions.
+    the cue is used is not asked. On a large model the residual stream is looked at first, and the rest where it
+    changes, unless `exhaustive`. `folder`: where activations go for a while, if memory does not hold them. Whatever
+    this pair does not allow is left out, and said in `missing`. Raises InputError for fewer than two policies or four
+    questions, or if --memory is not enough.
     """
     say = say or (lambda _: None)
     policies = gained_and_lost(behaviour)
     pair = pair.spelled(behaviour.spelling)
-    suite = pair.suite
-    lenses: dict[Side, Lens] = {side: lens_of(pair, side) for side in pair.sides}
-    say("linear probes at every site")
-    sites, labels, found, missing = readouts(
-        lenses, untrained_lens(pair, seed), suite, behaviour, policies=policies, seed=seed
-    )
+    suite, tokenizer = pair.suite, pair.tokenizer
+    prompts, announcements = to_probe(suite, tokenizer)
+    plan = make_plan(pair, prompts, announcements, exhaustive)
+    say(f"probes: {plan.estimate}")
+    check_memory(pair, plan.estimate, "probing")
+    prompts = first(plan.questions, prompts)
+    lenses: dict[Side, Lens] = {}
+    with contextlib.ExitStack() as stack:
+        shelf = None
+        if plan.on_disk:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            shelf = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="activations-", dir=folder)))
+
+        def network(name: Network, lens: Lens) -> Reading:
+            say(f"reading {'the untrained network' if name == 'untrained' else SIDES[name]}")
+            return read(lens, prompts, where.keys, announcements if name != "untrained" else (), shelf and shelf / name)
+
+        lens = untrained_lens(pair, seed)
+        where = sites_of(lens, prompts, exhaustive)
+        networks: dict[Network, Reading] = {"untrained": network("untrained", lens)}
+        del lens
+        gc.collect()  # of a network that is held by its own hooks
+        own: dict[Side, Own] = {}
+        for side in pair.sides:
+            lenses[side] = lens_of(pair, side)
+            networks[side] = network(side, lenses[side])
+            own[side] = own_policies(lenses[side], suite, prompts.rows["neutral"], networks[side].logs, seed)
+        say("linear probes")
+        scores = readouts(networks, own, prompts, where, suite, behaviour, tokenizer, policies=policies, seed=seed)
+        del networks
+    problems = [*plan.missing, *scores.missing]
     erased: list[ErasedSite] = []
     erasures: dict[str, Erasure] = {}
     subspaces: list[Subspace] = []
     moved: list[Shift] = []
-    problems = list(missing)
+    left = [plan.tokens]
+    """Tokens that erasing and subspaces may still take."""
 
     def attempt(what: str, work: Callable[[], object]) -> None:
         say(what)
@@ -62,40 +110,66 @@ def probing_record(
             problems.append(f"{what}: {error}")
 
     def erase(cue: Contrasts) -> None:
-        lens = lenses["after"]
-        readout = next((each for each in found if each.target == "cue"), None)
+        erasing = eraser_of(cue)
+        readout = next((each for each in scores.readouts if each.target == "cue"), None)
         if readout is not None:
             shared = set.intersection(*(set(row.spans) for row in cue.rows))
-            placed = [isinstance(site.position, int) or site.position in shared for site in sites]
             values = readout.after.value
-            readable = [i for i, value in enumerate(values) if placed[i] and value is not None and value >= READABLE]
-            if readable:
-                columns = [readout.after.at(i) for i in readable]
-                erased.extend(erase_sites(lens, cue, [sites[i] for i in readable], columns, seed))
-        unused = least_used([each for each in erased if each.site.layer < lens.layers - 1])
+            readable = {
+                site: readout.after.at(i)
+                for i, (site, value) in enumerate(zip(scores.sites, values, strict=True))
+                if (isinstance(site.position, int) or site.position in shared) and (value or 0.0) >= READABLE
+            }
+            found, spent, unseen = scan(erasing, readable, where, math.inf if exhaustive else left[0] * SCANNING)
+            erased.extend(found)
+            left[0] -= spent
+            problems.extend(unseen)
+        unused = least_used([each for each in erased if each.site.layer < erasing.lens.layers - 1])
         if unused is not None:
-            erasures["unused"] = erasure(lens, suite, cue, unused.site, unused.readable, seed)
+            erasures["unused"] = in_full("unused", erasing, unused.site, unused.readable)
 
     def erase_used(cue: Contrasts) -> None:
         if not reader:
             raise InputError(no_reader or "no cue reader is known")
-        lens = lenses["after"]
-        erasures["used"] = erasure(lens, suite, cue, reading_site(lens, reader, cue), seed=seed)
+        site = reading_site(lenses["after"], reader, cue)
+        erasures["used"] = in_full("used", eraser_of(cue), site, NOT_MEASURED)
+
+    def in_full(what: str, erasing: Erasing, site: Site, readable: Interval) -> Erasure:
+        """Erased in behaviour, beside as many random erasers as there is time for."""
+        each = erasing.tokens_in_behaviour(suite, site)
+        number = RANDOM if exhaustive else max(FEW, min(RANDOM, int(left[0] / 2 / max(1.0, each))))
+        if number < RANDOM:
+            problems.append(f"erasing where the cue is {what}: {number} random directions beside it, not {RANDOM}")
+        left[0] -= (2 + number) * each
+        return erasing.in_behaviour(suite, site, readable, number)
+
+    made: list[Erasing] = []
+
+    def eraser_of(cue: Contrasts) -> Erasing:
+        if not made:
+            ahead = () if where.all_of_them else sorted(where.stream, key=lambda site: site.layer)
+            shared = set.intersection(*(set(row.spans) for row in cue.rows))
+            ahead = [site for site in ahead if site.position in shared]
+            made.append(Erasing(lenses["after"], cue, seed, SCANNED if where.all_of_them else FEW, ahead))
+        return made[0]
+
+    def subspace(concept: Concept, contrasts: Contrasts) -> None:
+        needed = subspace_tokens(contrasts)
+        if needed > left[0] and not exhaustive:
+            took = estimate(pair, Work(tokens=needed)).seconds
+            raise InputError(f"takes {said_time(took)} more; give --minutes, or --exhaustive")
+        subspaces.append(find_subspace(lenses["before"], lenses["after"], contrasts, concept, seed))
 
     def of_cue(harm: Harm) -> None:
-        tokenizer = lenses["after"].tokenizer
         cue = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
         attempt("erasing the cue", lambda: erase(cue))
         attempt("erasing the cue where it is used", lambda: erase_used(cue))
-        attempt(
-            "subspace of the cue",
-            lambda: subspaces.append(find_subspace(lenses["before"], lenses["after"], cue, "cue", seed)),
-        )
+        made.clear()
+        attempt("subspace of the cue", lambda: subspace("cue", cue))
 
     def of_selector() -> None:
         cue = behaviour.trained_cue or suite.cues[0]
-        hint = hint_contrasts(suite, lenses["before"].tokenizer, cue, *policies)
-        subspaces.append(find_subspace(lenses["before"], lenses["after"], hint, "selector", seed))
+        subspace("selector", hint_contrasts(suite, tokenizer, cue, *policies))
 
     attempt("the cue contrast", lambda: of_cue(find_harm(behaviour)))
     if suite.hinted:
@@ -109,16 +183,64 @@ def probing_record(
     return ProbingRecord(
         trained_cue=behaviour.trained_cue,
         policies=policies,
-        sites=sites,
-        labels=labels,
-        readouts=found,
+        sites=scores.sites,
+        labels=scores.labels,
+        readouts=scores.readouts,
         erased=tuple(erased),
         used=erasures.get("used"),
         unused=erasures.get("unused"),
         subspaces=tuple(subspaces),
         shifts=tuple(moved),
+        exhaustive=where.all_of_them and not plan.missing,
         missing=tuple(problems),
     )
+
+
+def scan(
+    erasing: Erasing, readable: Mapping[Site, Interval], where: Sites, most: float
+) -> tuple[list[ErasedSite], float, list[str]]:
+    """(sites erased one by one, tokens that took, what was left out), of the sites where the cue can be read.
+
+    If all of them would take more than `most` tokens, those of the residual stream are erased in a few layers, and then
+    halfway between two layers where what is left differs most, until it does not or the tokens are spent.
+    """
+    if sum(map(erasing.tokens, readable)) <= most:
+        sites = list(readable)
+        return list(erasing.sites(sites, list(readable.values())) if sites else ()), sum(map(erasing.tokens, sites)), []
+    ladders: dict[str | int | None, list[Site]] = {}
+    for site in sorted(where.stream, key=lambda site: (site.layer, site.component != "resid_pre")):
+        if site in readable:
+            ladders.setdefault(site.position, []).append(site)
+    stride, rungs = 1, [(p, i) for p, ladder in ladders.items() for i in range(len(ladder))]
+    while sum(erasing.tokens(ladders[p][i]) for p, i in rungs) > most / 2 and len(rungs) > 2 * len(ladders):
+        stride *= 2
+        ends = {p: len(ladder) - 1 for p, ladder in ladders.items()}
+        rungs = [(p, i) for p, ladder in ladders.items() for i in sorted({*range(0, len(ladder), stride), ends[p]})]
+    found: dict[tuple[str | int | None, int], ErasedSite] = {}
+    spent = 0.0
+    while rungs:
+        sites = [ladders[p][i] for p, i in rungs]
+        spent += sum(map(erasing.tokens, sites))
+        found |= dict(zip(rungs, erasing.sites(sites, [readable[site] for site in sites]), strict=True))
+        gaps = []
+        for position in ladders:
+            known = sorted(i for p, i in found if p == position)
+            for low, high in itertools.pairwise(known):
+                differ = abs((found[position, low].left.value or 0.0) - (found[position, high].left.value or 0.0))
+                if high - low > 1 and differ >= DIFFERS:
+                    gaps.append((differ, (position, (low + high) // 2)))
+        rungs = []
+        room = most - spent
+        for _, (position, i) in sorted(gaps, key=lambda gap: -gap[0]):
+            room -= erasing.tokens(ladders[position][i])
+            if room > 0:
+                rungs.append((position, i))
+    said = (
+        f"erasing the cue site by site: at {len(found)} of the {len(readable)} sites where it can be read, all of them "
+        "of the residual stream; --exhaustive erases it at all"
+    )
+    order = sorted(found, key=lambda rung: (ladders[rung[0]][rung[1]].layer, str(rung[0])))
+    return [found[rung] for rung in order], spent, [said]
 
 
 def least_used(erased: Sequence[ErasedSite]) -> ErasedSite | None:

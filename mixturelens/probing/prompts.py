@@ -153,15 +153,14 @@ class Target:
 def find_targets(
     prompts: Prompts,
     suite: Suite,
-    lenses: Mapping[Side, Lens],
+    tokenizer,
+    own: Mapping[Side, Own],
     behaviour: BehaviourRecord,
     policies: tuple[str, str],
-    seed: int,
 ) -> tuple[list[Target], list[str]]:
-    """All targets that this suite has, and why others are missing."""
+    """All targets that this suite has, and why others are missing. `own`: the policies that S and R announce."""
     missing: list[str] = []
     neutral, placed, hinted = (prompts.rows[group] for group in ("neutral", "placed", "hinted"))
-    tokenizer = lenses["before"].tokenizer
     found: list[Target] = []
 
     def labelled(
@@ -174,7 +173,7 @@ def find_targets(
             missing.append(f"probes for {name}: {'all rows have one' if classes else 'no row has a'} label")
             return
         numbers = {g: np.array([-1 if w is None else classes.index(w) for w in of]) for g, of in words.items()}
-        labels = {g: dict.fromkeys(lenses, of) for g, of in numbers.items()}
+        labels = {g: dict.fromkeys(own, of) for g, of in numbers.items()}
         found.append(_target(name, classes, said, {g: rows[g] for g in words}, labels))
 
     both: dict[Group, tuple[Row, ...]] = {"neutral": neutral, "placed": placed}
@@ -184,7 +183,7 @@ def find_targets(
         labelled("hint", "hinted prompts", {"hinted": hinted}, lambda row: row.hint)
     else:
         missing.append("probes for hint: the suite has no hinted prompts")
-    drawn: dict[Side, np.ndarray] = {side: _announced(lens, suite, neutral, seed) for side, lens in lenses.items()}
+    drawn: dict[Side, np.ndarray] = {side: each.drawn for side, each in own.items()}
     names = tuple(suite.policies)
     if len(names) > 1:
         rows: dict[Group, tuple[Row, ...]] = {"neutral": neutral}
@@ -192,7 +191,7 @@ def find_targets(
         if len({row.policy for row in placed}) == len(names):
             rows["placed"] = placed
             put = np.array([names.index(row.policy or "") for row in placed])
-            labels["placed"] = dict.fromkeys(lenses, put)
+            labels["placed"] = dict.fromkeys(own, put)
         said = "neutral prompts, with the policy that a completion of the model's own shows; then as put in place"
         found.append(_target("policy", names, said, rows, labels))
     else:
@@ -210,11 +209,12 @@ def find_targets(
     else:
         missing.append("probes for behaviour: the suite names no behaviours, or no policy can be put in place")
     _answer(labelled, missing, both, suite, tokenizer, prompts)
-    odds: dict[Side, np.ndarray | None] = {
-        side: _log_odds(lens, suite, neutral, policies) for side, lens in lenses.items()
+    exact: dict[Side, np.ndarray] = {
+        side: each.logs[policies[0]] - each.logs[policies[1]]
+        for side, each in own.items()
+        if set(policies) <= each.logs.keys()
     }
-    if all(value is not None for value in odds.values()):
-        exact: dict[Side, np.ndarray] = {side: value for side, value in odds.items() if value is not None}
+    if len(exact) == len(own):
         said = f"neutral prompts, and the model's own log-odds of {policies[0]} against {policies[1]}"
         found.append(Target("log-odds", "R2", (), said, {"neutral": neutral}, {"neutral": exact}))
     else:
@@ -247,63 +247,58 @@ def _answer(labelled, missing: list[str], rows, suite: Suite, tokenizer, prompts
     )
 
 
-def _called(lens: Lens):
-    """The model under the lens, called as the plain model is."""
+# --- what a model announces of its own --------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class Own:
+    """Policies that completions of a model's own show, prompt by prompt."""
+
+    drawn: Int[np.ndarray, " row"]
+    """One policy a prompt, -1 for no known one: drawn from exact weights, given that it is known, where announcements
+    are texts; shown by one sampled completion where one is a rule."""
+    logs: Mapping[str, Float[np.ndarray, " row"]]
+    """Policy -> exact log-probability that a completion begins with its announcement; none for a rule."""
+
+
+def spelled(suite: Suite, rows: Sequence[Row], tokenizer) -> dict[str, list[tuple[int, Ids]]]:
+    """Policy -> (row, token ids) of every spelling of every wording of its announcement; rules are left out."""
+    asked = {(row.id, row.cue): row for row in suite.neutral}
+    shown = {name: wordings(each) for name, each in suite.policies.items() if not isinstance(each, Rule)}
+    found: dict[str, list[tuple[int, Ids]]] = {name: [] for name in shown}
+    for number, row in enumerate(rows):
+        speller = Speller(suite, asked[row.question, row.cue], tokenizer)
+        for name, texts in shown.items():
+            found[name] += [(number, ids) for text in texts for ids in speller.announced(text, ()).spellings]
+    return found
+
+
+def own_policies(
+    lens: Lens, suite: Suite, rows: Sequence[Row], logs: Mapping[tuple[Ids, Ids], float], seed: int
+) -> Own:
+    """`logs`: log-probability of every spelling behind every prompt."""
+    exact = {}
+    for name, places in spelled(suite, rows, lens.tokenizer).items():
+        exact[name] = np.full(len(rows), -np.inf)
+        np.logaddexp.at(exact[name], [n for n, _ in places], [logs[rows[n].ids, ids] for n, ids in places])
+    if len(exact) < len(suite.policies):
+        return Own(_sampled(lens, suite, rows, seed), exact)
+    every = np.stack(list(exact.values()), 1)
+    weights = np.exp(every - np.logaddexp.reduce(every, axis=1)[:, None])
+    uniform = np.random.default_rng(seed).random(len(rows))
+    return Own((uniform[:, None] > weights.cumsum(1)[:, :-1]).sum(1), exact)
+
+
+def _sampled(lens: Lens, suite: Suite, rows: Sequence[Row], seed: int) -> Int[np.ndarray, " row"]:
     def model(**inputs):
         lens.tell_width(len(inputs["input_ids"]))
         return lens.model(**inputs)
 
-    return model
-
-
-def _scorer(lens: Lens) -> Scorer:
-    return Scorer(end_tokens(lens.model, lens.tokenizer), lens.model.config.get_text_config().vocab_size, lens.device)
-
-
-def _log_weights(
-    lens: Lens, suite: Suite, rows: Sequence[Row], policies: Sequence[str]
-) -> Float[np.ndarray, "row policy"] | None:
-    """Exact log-probability that a completion begins with an announcement of each policy; None if one is a rule."""
-    shown = [suite.policies[policy] for policy in policies]
-    if any(isinstance(each, Rule) for each in shown):
-        return None
+    vocabulary = lens.model.config.get_text_config().vocab_size
+    scorer = Scorer(end_tokens(lens.model, lens.tokenizer), vocabulary, lens.device)
+    drawn = scorer.sample(model, [row.ids for row in rows], 1, [suite.max_new_tokens] * len(rows), seed)
     asked = {(row.id, row.cue): row for row in suite.neutral}
-    spelled: list[tuple[int, int, Ids]] = []
-    for number, row in enumerate(rows):
-        speller = Speller(suite, asked[row.question, row.cue], lens.tokenizer)
-        spelled += [
-            (number, k, ids)
-            for k, each in enumerate(shown)
-            for text in wordings(each)
-            for ids in speller.announced(text, ()).spellings
-        ]
-    logs = _scorer(lens).sequences(_called(lens), [rows[n].ids for n, _, _ in spelled], [ids for _, _, ids in spelled])
-    found = np.full((len(rows), len(policies)), -np.inf)
-    np.logaddexp.at(found, tuple(np.array([each[:2] for each in spelled]).T), logs)
-    return found
-
-
-def _log_odds(
-    lens: Lens, suite: Suite, rows: Sequence[Row], policies: tuple[str, str]
-) -> Float[np.ndarray, " row"] | None:
-    logs = _log_weights(lens, suite, rows, policies)
-    return None if logs is None else logs[:, 0] - logs[:, 1]
-
-
-def _announced(lens: Lens, suite: Suite, rows: Sequence[Row], seed: int) -> Int[np.ndarray, " row"]:
-    """Which policy a completion of the model's own shows: drawn from its exact weights (given that it is a known one),
-    or one sampled completion where a policy is a rule; -1 for no known policy."""
-    names = list(suite.policies)
-    logs = _log_weights(lens, suite, rows, names)
-    if logs is not None:
-        weights = np.exp(logs - np.logaddexp.reduce(logs, axis=1)[:, None])
-        uniform = np.random.default_rng(seed).random(len(rows))
-        return (uniform[:, None] > weights.cumsum(1)[:, :-1]).sum(1)
-    scorer = _scorer(lens)
-    drawn = scorer.sample(_called(lens), [row.ids for row in rows], 1, [suite.max_new_tokens] * len(rows), seed)
-    asked = {(row.id, row.cue): row for row in suite.neutral}
-    ends = set(scorer.ends)
+    names, ends = list(suite.policies), set(scorer.ends)
     policies = [
         suite.label(str(lens.tokenizer.decode([t for t in ids if t not in ends])), asked[row.question, row.cue]).policy
         for row, ids in zip(rows, drawn.tokens, strict=True)

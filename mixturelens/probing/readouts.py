@@ -7,9 +7,9 @@ same probes on the same network with random weights, S's probes on shuffled labe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,24 +17,29 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mixturelens.behaviour.record import BehaviourRecord
-from mixturelens.hooks.lens import Lens, tokens
+from mixturelens.hooks.lens import Lens
 from mixturelens.models import Pair
 from mixturelens.models.load import load_config
-from mixturelens.probing.prompts import Group, Prompts, Target, find_targets, read_prompts
+from mixturelens.probing.prompts import Group, Own, Prompts, Target, find_targets, read_prompts, spelled
+from mixturelens.probing.reading import Reading
 from mixturelens.probing.record import Column, Metric, Readout
 from mixturelens.probing.scores import accuracy, auroc, r_squared
 from mixturelens.probing.solve import Probe, fit_logistic, fit_ridge
+from mixturelens.spelling import Ids
 from mixturelens.stats import interval, resample_counts
 from mixturelens.suite import Suite
-from mixturelens.types import Component, Side, Site
+from mixturelens.types import Component, Interval, Side, Site
 
 STREAM: tuple[Component, ...] = ("resid_pre", "resid_mid", "resid_post", "mlp_out")
 SHUFFLES = 4
 DRAWS = 500
 """Bootstrap samples behind an interval: there are thousands of them."""
-MEMORY = 2 << 30
-"""Bytes of activations that are held at a time; with more, layers are read in turn."""
-BATCH = 512
+MEMORY = 256 << 20
+"""Bytes of activations that probes are fitted on at a time."""
+MANY = 1000
+"""Sites from which not all of them are probed, unless asked for."""
+STEP = 0.05
+"""Least difference between two scores that counts as a change."""
 
 Network = Literal["before", "after", "untrained"]
 Answered = Literal["before", "after", "carried", "untrained"]
@@ -47,139 +52,190 @@ def untrained_lens(pair: Pair, seed: int = 0) -> Lens:
     config = load_config(pair.before)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, pair.dtype), trust_remote_code=False)
         return Lens(model.eval().to(pair.device), pair.tokenizer, pair.device)  # the bridge draws, too
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What linear probes read at the sites that were probed."""
+
+    sites: tuple[Site, ...]
+    labels: tuple[str, ...]
+    """A label for each position, where positions mean the same in every question."""
+    readouts: tuple[Readout, ...]
+    missing: tuple[str, ...]
+    """What could not be asked, and what was not probed."""
+
+
+def to_probe(suite: Suite, tokenizer: Any) -> tuple[Prompts, tuple[tuple[Ids, Ids], ...]]:
+    """Prompts with their positions, and (prompt, what may stand behind it) of whose probability probes are asked.
+
+    Raises InputError for fewer than four questions.
+    """
+    prompts = read_prompts(suite, tokenizer)
+    neutral = prompts.rows["neutral"]
+    every = spelled(suite, neutral, tokenizer).values()
+    return prompts, tuple((neutral[n].ids, ids) for each in every for n, ids in each)
+
+
+def first(questions: int, prompts: Prompts) -> Prompts:
+    """Of so many questions, the first of each half."""
+    some = tuple(half[: max(2, questions // 2)] for half in prompts.halves)
+    rows = {g: tuple(r for r in of if r.question in {*some[0], *some[1]}) for g, of in prompts.rows.items()}
+    return replace(prompts, rows=rows, halves=(some[0], some[1]))
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Every site of a network at the positions of prompts, and those of the residual stream that differ.
+
+    With more than MANY sites the residual stream is probed first, and everything else only in layers and at positions
+    where what can be read from it changes (`turning`), unless all are asked for.
+    """
+
+    every: tuple[Site, ...]
+    stream: frozenset[Site]
+    """The first layer's input, and every layer's output."""
+    all_of_them: bool
+
+    @property
+    def keys(self) -> list[tuple[int, Component]]:
+        """What has to be read of a network."""
+        some = (s for s in self.every if self.all_of_them or s in self.stream or s.component != "resid_pre")
+        return list(dict.fromkeys((site.layer, site.component) for site in some))
+
+
+def sites_of(lens: Lens, prompts: Prompts, exhaustive: bool = False) -> Sites:
+    positions = list(dict.fromkeys(itertools.chain.from_iterable(prompts.positions.values())))
+    every = tuple(
+        Site(layer=layer, component=component, head=head, position=position)
+        for layer in range(lens.layers)
+        for component in (*(each for each in STREAM if lens.has(each)), "z")
+        for head in (range(lens.heads) if component == "z" else (None,))
+        for position in positions
+    )
+    stream = (s for s in every if s.component == "resid_post" or (s.layer, s.component) == (0, "resid_pre"))
+    return Sites(every, frozenset(stream), exhaustive or len(every) <= MANY)
+
+
 def readouts(
-    lenses: Mapping[Side, Lens],
-    untrained: Lens,
+    networks: Mapping[Network, Reading],
+    own: Mapping[Side, Own],
+    prompts: Prompts,
+    where: Sites,
     suite: Suite,
     behaviour: BehaviourRecord,
+    tokenizer: Any,
     *,
     policies: tuple[str, str],
     seed: int = 0,
-) -> tuple[tuple[Site, ...], tuple[str, ...], tuple[Readout, ...], tuple[str, ...]]:
-    """(sites, a label for each position, what can be read there, what could not be asked and why).
+) -> Scores:
+    """What can be read where, from what S, R and the untrained network have at every position.
 
     `policies` are those of the log-odds. Positions are token indices where prompts of all questions (and all
     announcements) are aligned: the prompt's tokens, then the announcement's, with each policy put in place. Else they
     are named spans, each read at its last token, `last` and `policy` (last token of the announcement).
 
     A score is null where the target cannot be asked (hints behind an announcement), where no feature varies over the
-    rows, and where a side knows one class alone. Raises InputError for fewer than four questions.
+    rows, and where a side knows one class alone.
 
-    >>> sites, labels, found, missing = readouts(lenses, untrained, suite, behaviour, policies=("a", "b"))
-    ... # doctest: +SKIP
+    >>> readouts(networks, own, prompts, where, suite, behaviour, tokenizer, policies=("a", "b"))   # doctest: +SKIP
     """
-    lens = lenses["before"]
-    prompts = read_prompts(suite, lens.tokenizer)
-    targets, missing = find_targets(prompts, suite, lenses, behaviour, policies, seed)
-    networks: dict[Network, Lens] = {**lenses, "untrained": untrained}
-    components: list[Component] = [component for component in STREAM if lens.has(component)]
-    positions = list(dict.fromkeys(itertools.chain.from_iterable(prompts.positions.values())))
-    sites = [
-        Site(layer=layer, component=component, head=head, position=position)
-        for layer in range(lens.layers)
-        for component in _every(components)
-        for head in (range(lens.heads) if component == "z" else (None,))
-        for position in positions
-    ]
+    sites = where.every
+    targets, missing = find_targets(prompts, suite, tokenizer, own, behaviour, policies)
     number = {site: i for i, site in enumerate(sites)}
     tables = {target.name: _Table(len(sites)) for target in targets}
     counts = resample_counts(len(prompts.halves[1]), seed, DRAWS)
-    for layers in _in_turn(lens, prompts, len(components)):
-        captured: dict[Network, Captured] = {
-            name: activations(each, prompts, layers, components) for name, each in networks.items()
-        }
-        for group in prompts.rows:
+
+    wide = max(each.width for each in networks.values())
+
+    def ask(some: Sequence[Site]) -> None:
+        for group, rows in prompts.rows.items():
             for heads in (False, True):
-                keys = [key for key in captured["before"][group] if (key[1] == "z") == heads]
-                if not keys:
-                    continue
-                features: dict[Network, Tensor] = {name: stacked(each[group], keys) for name, each in captured.items()}
-                at = [
-                    number[Site(layer=layer, component=component, head=head, position=position)]
-                    for layer, component in keys
-                    for head in (range(lens.heads) if heads else (None,))
-                    for position in prompts.positions[group]
-                ]
-                for target in targets:
-                    if group in target.rows:
-                        silent = _ask(tables[target.name], at, target, group, features, prompts, counts, seed)
-                        missing += [
-                            f"probes for {target.name}, {side}, {group} prompts: one label alone to fit on"
-                            for side in silent
-                        ]
-    return (
-        tuple(sites),
-        prompts.labels,
-        tuple(_readout(target, tables[target.name], prompts) for target in targets),
-        tuple(dict.fromkeys(missing)),
+                mine = [s for s in some if (s.head is not None) == heads and s.position in prompts.positions[group]]
+                for chunk in _chunks(mine, 4 * wide * len(networks) * len(rows)):
+                    features: dict[Network, Tensor] = {
+                        name: each.at(group, prompts.positions[group], chunk) for name, each in networks.items()
+                    }
+                    at = [number[site] for site in chunk]
+                    for target in targets:
+                        if group in target.rows:
+                            silent = _ask(tables[target.name], at, target, group, features, prompts, counts, seed)
+                            missing.extend(
+                                f"probes for {target.name}, {side}, {group} prompts: one label alone to fit on"
+                                for side in silent
+                            )
+
+    chosen = list(sites)
+    if where.all_of_them:
+        ask(chosen)
+    else:
+        ask([site for site in sites if site in where.stream])
+        places = turning(sites, where.stream, [_readout(each, tables[each.name], prompts) for each in targets])
+        # the input of a layer is the output of the one before
+        inside = {s for s in sites if (s.layer, s.position) in places and s.component != "resid_pre"} - where.stream
+        ask([site for site in sites if site in inside])
+        chosen = [site for site in sites if site in where.stream or site in inside]
+        every = len({(site.layer, site.position) for site in sites})
+        missing.append(
+            f"probes of heads, MLPs and the stream between them: at {len(places)} of {every} layers and positions, "
+            "where what the residual stream shows changes; --exhaustive probes all"
+        )
+    kept = [number[site] for site in chosen]
+    for table in tables.values():
+        table.keep(kept)
+    return Scores(
+        sites=tuple(chosen),
+        labels=prompts.labels,
+        readouts=tuple(_readout(target, tables[target.name], prompts) for target in targets),
+        missing=tuple(dict.fromkeys(missing)),
     )
 
 
-# --- activations ------------------------------------------------------------------------------------------------------
-
-
-def _every(components: Sequence[Component]) -> tuple[Component, ...]:
-    return (*components, "z")
-
-
-Captured = dict[Group, dict[tuple[int, Component], Tensor]]
-
-
-def _in_turn(lens: Lens, prompts: Prompts, streams: int) -> list[list[int]]:
-    """Layers in parts whose activations, of three networks, fit into memory."""
-    places = sum(len(prompts.rows[group]) * len(prompts.positions[group]) for group in prompts.rows)
-    layer = 3 * 4 * places * (streams * lens.d_model + lens.heads * lens.d_head)
-    step = max(1, MEMORY // max(1, layer))
-    return [list(range(lens.layers))[start : start + step] for start in range(0, lens.layers, step)]
-
-
-def activations(lens: Lens, prompts: Prompts, layers: Sequence[int], components: Sequence[Component]) -> Captured:
-    """Activations of every group at its positions: [row, position, d_model], and z as [row, position, head, d_head].
-
-    Each distinct prompt is run once. A prompt's own tokens are read in the run with the first policy put in place.
+def turning(sites: Sequence[Site], stream: Set[Site], found: Sequence[Readout]) -> set[tuple[int, str | int | None]]:
+    """Layers and positions in which the residual stream turns: what can be read from it behind a layer surely differs
+    from what could before, in S or in R; or R begins to differ from S, or to be like it again; or a target is readable
+    for the first time.
     """
-    keys: list[tuple[int, Component]] = [(layer, part) for layer in layers for part in _every(components)]
-    runs: dict[tuple[int, ...], int] = {}
-    where: dict[Group, list[tuple[int, list[int]]]] = {
-        group: [(runs.setdefault(row.run, len(runs)), [row.at[p] for p in prompts.positions[group]]) for row in rows]
-        for group, rows in prompts.rows.items()
-    }
-    every = sorted(runs, key=len)  # little padding
-    place = {runs[ids]: i for i, ids in enumerate(every)}
-    result: Captured = {group: {} for group in prompts.rows}
-    for start in range(0, len(every), BATCH):
-        batch = tokens(every[start : start + BATCH], lens.device)
-        found, _ = lens.capture(batch, keys)
-        skip = (~batch.real).sum(1).tolist()
-        for group, entries in where.items():
-            mine = [(i, place[run] - start, at) for i, (run, at) in enumerate(entries)]
-            mine = [entry for entry in mine if 0 <= entry[1] < len(batch)]
-            if not mine or not prompts.positions[group]:
-                continue
-            rows = torch.tensor([i for i, _, _ in mine], device=lens.device)
-            local = torch.tensor([run for _, run, _ in mine], device=lens.device)
-            columns = torch.tensor([[skip[run] + i for i in at] for _, run, at in mine], device=lens.device)
-            for key, value in found.items():
-                kept = value[local[:, None], columns]
-                whole = result[group].setdefault(key, kept.new_zeros(len(entries), *kept.shape[1:]))
-                whole[rows] = kept
-    return result
+    places: set[tuple[int, str | int | None]] = set()
+    positions = dict.fromkeys(site.position for site in sites)
+    number = {site: i for i, site in enumerate(sites)}
+    for readout, position in itertools.product(found, positions):
+        levels = [s for s in sites if s in stream and s.position == position]
+        rows = [(readout.before.at(number[s]), readout.after.at(number[s])) for s in levels]
+        floor = max(readout.chance, readout.shuffled_high or 0.0)
+        for site, was, now in zip(levels[1:], rows, rows[1:], strict=False):
+            changed = any(_apart(x, y) for x, y in zip(was, now, strict=True))
+            parted = _apart(*was) != _apart(*now)
+            read = any((y.low or 0.0) > floor >= (x.low or 0.0) for x, y in zip(was, now, strict=True))
+            if changed or parted or read:
+                places.add((site.layer, position))
+    return places
 
 
-def stacked(
-    of: Mapping[tuple[int, Component], Tensor], keys: Sequence[tuple[int, Component]]
-) -> Float[Tensor, "site row feature"]:
-    """Layer and component, head, position as one axis of sites."""
-    parts = []
-    for key in keys:
-        value = of[key]
-        by_site = value.permute(2, 1, 0, 3).flatten(0, 1) if value.ndim == 4 else value.transpose(0, 1)
-        parts.append(by_site)
-    return torch.cat(parts)
+def _apart(one: Interval, other: Interval) -> bool:
+    """Whether two scores surely differ, by more than STEP."""
+    if one.value is None or other.value is None:
+        return one.value is not other.value
+    low, high = sorted((one, other), key=lambda each: each.value or 0.0)
+    return (low.high or 0.0) < (high.low or 0.0) and (high.value or 0.0) - (low.value or 0.0) >= STEP
+
+
+def _chunks(sites: Sequence[Site], each: int) -> Iterator[list[Site]]:
+    """Sites of `each` bytes in parts, of whole components, that fit into MEMORY."""
+    parts: dict[tuple[int, Component], list[Site]] = {}
+    for site in sites:
+        parts.setdefault((site.layer, site.component), []).append(site)
+    chunk: list[Site] = []
+    most = max(1, MEMORY // max(1, each))
+    for part in parts.values():
+        if chunk and len(chunk) + len(part) > most:
+            yield chunk
+            chunk = []
+        chunk += part
+    if chunk:
+        yield chunk
 
 
 # --- one target at many sites -----------------------------------------------------------------------------------------
@@ -193,6 +249,11 @@ class _Table:
         self.draws = {name: np.full((DRAWS + 1, sites), np.nan) for name in names}
         self.shuffled = np.full((SHUFFLES, sites), np.nan)
         self.chance: float | None = None
+
+    def keep(self, sites: Sequence[int]) -> None:
+        """Some of the sites alone."""
+        self.draws = {name: of[:, sites] for name, of in self.draws.items()}
+        self.shuffled = self.shuffled[:, sites]
 
 
 @dataclass(frozen=True)

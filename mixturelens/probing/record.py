@@ -145,7 +145,7 @@ class ProbingRecord(Record):
     """Token (or span) at each position, where positions mean the same in every question."""
     readouts: tuple[Readout, ...]
     erased: tuple[ErasedSite, ...] = ()
-    """In R, every site where the cue can be read."""
+    """In R, sites where the cue can be read: all of them, or of a large model some of the residual stream."""
     used: Erasure | None = None
     """Erased where the cue reader reads."""
     unused: Erasure | None = None
@@ -153,6 +153,8 @@ class ProbingRecord(Record):
     there is no such site."""
     subspaces: tuple[Subspace, ...] = ()
     shifts: tuple[Shift, ...] = ()
+    exhaustive: bool = False
+    """Whether every site was probed, on all questions."""
     missing: tuple[str, ...] = ()
     """What could not be measured on this pair, and why."""
 

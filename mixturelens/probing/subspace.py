@@ -120,6 +120,15 @@ def _engine(lens: Lens, both: Sides) -> tuple[Engine, list[Mapping[str, Sequence
         raise InputError(f"interchange subspaces need the patch engine: {error}") from None
 
 
+def subspace_tokens(contrasts: Contrasts) -> float:
+    """Tokens through all layers that finding a subspace takes, about, where it lies in the middle of the network."""
+    rows = contrasts.rows
+    length = sum(len(row.clean) for row in rows) / len(rows)
+    window = length - min(min(row.spans[name]) for row in rows for name in row.spans if name in ("last", "policy"))
+    runs = 6 * 2 * min(len(rows) // 2, QUESTIONS) * length
+    return runs + 3 * STEPS * BATCH * max(1.0, window) / 2 * (1 + SHUFFLES)
+
+
 def find_subspace(before: Lens, after: Lens, contrasts: Contrasts, concept: Concept, seed: int = 0) -> Subspace:
     """The smallest subspace (of 1, 2, 4 or 8 dimensions) through which S takes a concept over from another prompt.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,16 +14,19 @@ import torch
 from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.ground import WORTH, Ground, make_ground, scale_of
 from mixturelens.behaviour.harm import find_harm
-from mixturelens.behaviour.measure import measure
+from mixturelens.behaviour.prompts import Prompts
 from mixturelens.behaviour.record import BehaviourRecord, Cell, policy_table
 from mixturelens.contrasts import policy_tokens
-from mixturelens.grafting.graft import save_with, written
-from mixturelens.hooks.engine import Columns
+from mixturelens.grafting.graft import save_with
+from mixturelens.hooks.engine import Columns, no_gradient_for
+from mixturelens.hooks.kept import Kept
 from mixturelens.hooks.lens import Lens, lens_of, tokens
 from mixturelens.hooks.sides import sides
 from mixturelens.models import Pair
+from mixturelens.models.cost import check_memory
 from mixturelens.patching.sweep import find_reader, head_sites
 from mixturelens.records import Record
+from mixturelens.routing.tries import brief, make_plan
 from mixturelens.stats import interval
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
 
@@ -128,15 +132,18 @@ def repair_record(
             f"[{harm.change.low or 0.0:+.3f}, {harm.change.high or 0.0:+.3f}], and a loss of {WORTH} or more is needed"
         )
     pair = pair.spelled(behaviour.spelling)
+    plan = make_plan(pair, harm, RANDOM, DIRECTIONS)
+    say(f"repair: {plan.estimate}")
+    check_memory(pair, plan.estimate, "repair")
     lens = lens_of(pair, "after")
     ground = make_ground(lens, pair.suite, harm, seed)
     scale = scale_of(ground, pair.model("before"))
+    few, few_choose = brief(ground.judge), brief(ground.choose)
     say("finding the cue reader")
     reader = find_reader(lens, ground.contrasts, "policy", seed)
     heads = tuple(head.model_copy(update={"position": "completion"}) for head in reader.heads)
-    others = _other_groups(lens, heads, seed)
+    others = _other_groups(lens, heads, plan.places, seed)
     places = ["+".join(str(head) for head in group) for group in others]
-    model = pair.model("after")  # an edit is judged on the plain model
 
     def scored(
         kind: RepairKind,
@@ -146,7 +153,7 @@ def repair_record(
         names: Sequence[str],
         null: Sequence[Behaviour],
     ) -> Repair:
-        tried = [ground.both(each, ground.judge) for each in null]
+        tried = [ground.both(each, few) for each in null]
         return Repair(
             kind=kind,
             what=tuple(what),
@@ -160,25 +167,31 @@ def repair_record(
 
     def at_heads(kind: RepairKind) -> Repair:
         values, *null = ([_at_head(kind, head, harm.trained_cue) for head in group] for group in (heads, *others))
-        found, *tried = (ground.behaviour(each, ground.judge) for each in (values, *null))
+        found = ground.behaviour(values, ground.judge)
+        tried = [ground.behaviour(each, few) for each in null]
         return scored(kind, [str(value) for value in values], values, found, places, tried)
 
     def steered() -> Repair:
         direction = _cue_direction(ground, heads)
-        values, *null = ([_steer(ground, heads, each)] for each in (direction, *_random_directions(direction, seed)))
-        found, *tried = (ground.behaviour(each, ground.judge) for each in (values, *null))
+        each = (direction, *_random_directions(direction, plan.directions, seed))
+        values, *null = ([_steer(ground, heads, vector, few_choose)] for vector in each)
+        found = ground.behaviour(values, ground.judge)
+        tried = [ground.behaviour(each, few) for each in null]
         names = [f"random direction {number}" for number in range(len(null))]
         return scored("steer", [str(value) for value in values], values, found, names, tried)
 
     def by_edit() -> Repair:
-        def with_edit(group: Sequence[Site]) -> Behaviour:
-            with written(model, edited(model, fit_edit(ground, group))):
-                return measure(ground.scorer, model, ground.judge, seed)
+        def with_edit(group: Sequence[Site], prompts: Prompts) -> Behaviour:
+            with lens.edited(edited(lens, fit_edit(ground, group))):
+                # other weights leave other keys and values behind
+                return replace(ground, kept=Kept(lens)).behaviour((), prompts)
 
+        some = others[: plan.edits]
         what = [
             f"L{head.layer}: head {head.head} reads the cue {harm.harmed_cue} as {harm.trained_cue}" for head in heads
         ]
-        return scored("edit", what, (), with_edit(heads), places, [with_edit(group) for group in others])
+        tried = [with_edit(group, few) for group in some]
+        return scored("edit", what, (), with_edit(heads, ground.judge), places[: plan.edits], tried)
 
     def rerouted() -> Repair:
         able = behaviour.per_cue[harm.harmed_cue].before.accuracy
@@ -188,11 +201,10 @@ def repair_record(
         def by(vector: np.ndarray, nats: float) -> Intervention:
             return _reroute(ground, read, offset, nats * vector)
 
-        nats = max(
-            NATS, key=lambda n: min(ground.both(ground.behaviour([by(towards, n)], ground.choose), ground.choose))
-        )
-        value, *null = (by(each, nats) for each in (towards, *_random_directions(towards, seed)))
-        found, *tried = (ground.behaviour([each], ground.judge) for each in (value, *null))
+        nats = max(NATS, key=lambda n: min(ground.both(ground.behaviour([by(towards, n)], few_choose), few_choose)))
+        value, *null = (by(each, nats) for each in (towards, *_random_directions(towards, plan.directions, seed)))
+        found = ground.behaviour([value], ground.judge)
+        tried = [ground.behaviour([each], few) for each in null]
         names = [f"random direction {number}" for number in range(len(null))]
         what = f"{value.site} <- {nats:g} nats towards policy {best}, where the cue is read as {harm.harmed_cue}"
         return scored("reroute", [what], [value], found, names, tried)
@@ -206,7 +218,7 @@ def repair_record(
         "reroute": rerouted,
     }
     repairs: list[Repair] = []
-    missing: list[str] = []
+    missing: list[str] = list(plan.missing)
     for kind, way in ways.items():
         say(f"repair: {kind}")
         try:
@@ -215,7 +227,8 @@ def repair_record(
             missing.append(f"{kind}: {error}")
     works = [each for each in repairs if each.kind == "edit" and (each.gap_closed.low or 0.0) > 0]
     if save_to is not None and works:
-        save_with(model, edited(model, fit_edit(ground, heads)), lens.tokenizer, save_to)
+        weights = edited(lens, fit_edit(ground, heads))
+        save_with(pair.model("after"), weights, lens.tokenizer, save_to)
     return RepairRecord(
         trained_cue=harm.trained_cue,
         harmed_cue=harm.harmed_cue,
@@ -239,13 +252,13 @@ def _at_head(kind: str, head: Site, trained_cue: str) -> Intervention:
     return Intervention(site=head, do="scale", amount=0.0) if kind == "zero" else Intervention(site=head, do="mean")
 
 
-def _other_groups(lens: Lens, heads: Sequence[Site], seed: int) -> list[tuple[Site, ...]]:
-    """Groups of as many heads, none of them of the reader: all of them, or RANDOM drawn ones."""
+def _other_groups(lens: Lens, heads: Sequence[Site], most: int, seed: int) -> list[tuple[Site, ...]]:
+    """Groups of as many heads, none of them of the reader: all of them, or so many drawn ones."""
     known = {(head.layer, head.head) for head in heads}
     rest = [site for site in head_sites(lens, "completion") if (site.layer, site.head) not in known]
     groups = list(itertools.combinations(rest, len(heads)))
-    if len(groups) > RANDOM:
-        drawn = np.random.default_rng(seed).choice(len(groups), RANDOM, replace=False)
+    if len(groups) > most:
+        drawn = np.random.default_rng(seed).choice(len(groups), most, replace=False)
         groups = [groups[i] for i in sorted(drawn)]
     return groups
 
@@ -273,16 +286,16 @@ def _cue_direction(ground: Ground, heads: Sequence[Site]) -> np.ndarray:
     return (clean - corrupt).mean(0).double().cpu().numpy()
 
 
-def _steer(ground: Ground, heads: Sequence[Site], direction: np.ndarray) -> Intervention:
+def _steer(ground: Ground, heads: Sequence[Site], direction: np.ndarray, choose: Prompts) -> Intervention:
     """Along a direction, by the amount that repairs best on the questions that choose."""
     site = Site(layer=max(head.layer for head in heads), component="resid_post", position="completion")
     vector = tuple(float(x) for x in direction)
     tried = [Intervention(site=site, do="add", vector=vector, amount=amount) for amount in AMOUNTS]
-    return max(tried, key=lambda each: min(ground.both(ground.behaviour([each], ground.choose), ground.choose)))
+    return max(tried, key=lambda each: min(ground.both(ground.behaviour([each], choose), choose)))
 
 
-def _random_directions(direction: np.ndarray, seed: int) -> list[np.ndarray]:
-    drawn = np.random.default_rng(seed).normal(size=(DIRECTIONS, len(direction)))
+def _random_directions(direction: np.ndarray, number: int, seed: int) -> list[np.ndarray]:
+    drawn = np.random.default_rng(seed).normal(size=(number, len(direction)))
     return list(drawn / np.linalg.norm(drawn, axis=1, keepdims=True) * np.linalg.norm(direction))
 
 
@@ -308,7 +321,7 @@ def _cue_and_choice(ground: Ground, policy: str) -> tuple[np.ndarray, float, np.
             found.append(activation.detach().requires_grad_())
             return found[0]
 
-        with torch.enable_grad():
+        with torch.enable_grad(), no_gradient_for(lens.model):
             logits = lens.run(tokens(contexts, lens.device), [(lens.point(*key), keep)])[:, -1]
             odds = logits[:, list(target)].logsumexp(-1) - logits[:, list(foil)].logsumexp(-1)
             (gradient,) = torch.autograd.grad(odds.sum(), found)
@@ -353,6 +366,11 @@ def fit_edit(ground: Ground, heads: Sequence[Site]) -> WeightEdit:
     """
     lens, harm = ground.lens, ground.harm
     span = ground.contrasts.rows[0].spans.get("cue")
+    if not span and all("cue" in row.spans for row in ground.suite.neutral):
+        raise InputError(
+            f"the cue lies at other tokens under {harm.trained_cue!r} than under {harm.harmed_cue!r}: what reads it "
+            "cannot be taught to read the one as the other; spell both with equally many tokens"
+        )
     if not span:
         raise InputError(
             "an edit of the cue reader needs to know where the cue is: name it under `spans` of each prompt"
@@ -403,8 +421,8 @@ def _inputs(ground: Ground, layer: int, cue: str) -> tuple[torch.Tensor, torch.T
     return at_cue, found[0][batch.real & ~mask]
 
 
-def edited(model: torch.nn.Module, edit: WeightEdit) -> dict[str, torch.Tensor]:
-    """The edited parameters, whole: what `grafting.graft` puts into a model, or saves with it."""
+def edited(model: torch.nn.Module | Lens, edit: WeightEdit) -> dict[str, torch.Tensor]:
+    """The edited parameters, whole: what a lens puts in place, or `grafting.graft` saves with a model."""
     weights = {name: model.get_parameter(name).detach().clone() for name in edit}
     for name, (index, values) in edit.items():
         weights[name].view(-1)[index] = values

@@ -434,8 +434,7 @@ def test_known_prompts_know_spans_and_other_cues():
 # --- prompts that are computed once -----------------------------------------------------------------------------------
 
 EVERYWHERE = [
-    (do(f"L1.resid_pre{at}", "scale", amount=0.5),)
-    for at in ("@cue", "@question", "@last", "@completion", "@3", "")
+    (do(f"L1.resid_pre{at}", "scale", amount=0.5),) for at in ("@cue", "@question", "@last", "@completion", "@3", "")
 ]
 TOGETHER = [
     (do("L0.z.1@completion", "replace", source="A"),),

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mixturelens.behaviour.record import behaviour_record
-from mixturelens.models import open_pair
-from mixturelens.probing.pair import least_used, probing_record
+from mixturelens.contrasts import cue_contrasts
+from mixturelens.hooks.lens import load_lens
+from mixturelens.models import Budget, open_pair
+from mixturelens.probing.erase import Erasing
+from mixturelens.probing.pair import least_used, probing_record, scan
+from mixturelens.probing.plan import Plan, make_plan
+from mixturelens.probing.readouts import sites_of, to_probe
 from mixturelens.probing.record import ErasedSite, ProbingRecord
 from mixturelens.suite import load_suite
-from mixturelens.types import Interval, Site
+from mixturelens.types import InputError, Interval, Site
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +78,83 @@ def test_least_used_wants_to_be_sure() -> None:
     better = site(2, Interval(value=0.98, low=0.97, high=1.0), 0.99)
     assert least_used([doubtful]) is None
     assert least_used([doubtful, sure, better]) == better
+
+
+# --- what it takes ----------------------------------------------------------------------------------------------------
+
+
+def planned(tmp_path: Path, budget: Budget | None = None, **shape: int) -> Plan:
+    """The plan of a pair that has a config and a tokenizer, and no weights at all."""
+    from transformers import LlamaConfig
+
+    source = Path(__file__).parents[1] / "pairs" / "llama"
+    for side in ("S", "R"):
+        folder = tmp_path / side
+        folder.mkdir()
+        for file in (source / "S").iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copy(file, folder / file.name)
+        old = LlamaConfig.from_pretrained(source / "S").to_dict()
+        LlamaConfig(**{**old, **shape}).save_pretrained(folder)
+        (folder / "model.safetensors").touch()
+    suite = load_suite(source)
+    pair = open_pair(tmp_path / "S", tmp_path / "R", suite, budget=budget)
+    return make_plan(pair, *to_probe(suite, pair.tokenizer))
+
+
+def test_eight_billion_parameters_are_estimated_without_weights(tmp_path: Path) -> None:
+    plan = planned(
+        tmp_path,
+        num_hidden_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+    )
+    assert plan.estimate.memory > 2 * 6.9e9 * 4
+    assert plan.estimate.seconds > 60
+    assert not plan.missing
+
+
+def test_with_fewer_minutes_fewer_questions_are_asked_and_that_is_said(tmp_path: Path) -> None:
+    plan = planned(tmp_path, Budget(minutes=0.05), num_hidden_layers=24, hidden_size=1024, intermediate_size=4096)
+    assert plan.missing
+    assert "of" in plan.missing[0]
+    assert plan.questions < len({row.id for row in load_suite(Path(__file__).parents[1] / "pairs" / "llama").prompts})
+
+
+def test_too_little_memory_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "pairs" / "llama"
+    suite = load_suite(folder)
+    behaviour = behaviour_record(open_pair(folder / "S", folder / "R-routing", suite))
+    pair = open_pair(folder / "S", folder / "R-routing", suite, budget=Budget(memory=0.01))
+    with pytest.raises(InputError, match=r"probing needs .* GB, and --memory allows 0\.01"):
+        probing_record(pair, behaviour)
+
+
+# --- erasing in a few layers ------------------------------------------------------------------------------------------
+
+
+def test_a_scan_of_some_layers_finds_what_a_scan_of_all_finds_and_says_what_it_left_out() -> None:
+    folder = Path(__file__).parents[2] / "artifacts" / "reference"
+    suite = load_suite(folder)
+    lens = load_lens(folder / "checkpoints" / "rl-A")
+    cue = cue_contrasts(suite, lens.tokenizer, "a", "A", "B", "refuse").first(40)
+    prompts, _ = to_probe(suite, lens.tokenizer)
+    where = sites_of(lens, prompts)
+    sure = Interval(value=1.0, low=1.0, high=1.0)
+    readable = {site: sure for site in where.every if site.position in (0, 7, 8)}
+    erasing = Erasing(lens, cue)
+    every, spent, unsaid = scan(erasing, readable, where, math.inf)
+    assert (len(every), unsaid) == (len(readable), [])
+    some, less, said = scan(erasing, readable, where, spent / 4)
+    assert less <= spent / 4
+    assert len(some) < len(every) / 2
+    assert f"{len(some)} of the {len(readable)} sites" in said[0]
+    stream = [each for each in every if each.site in where.stream]
+    strongest = min(stream, key=lambda each: each.left.value or 0.0)
+    assert min(each.left.value or 0.0 for each in some) == pytest.approx(strongest.left.value, abs=0.02)
+    by_site = {each.site: each for each in every}
+    for each in some:
+        assert each.left.value == pytest.approx(by_site[each.site].left.value, abs=1e-4)

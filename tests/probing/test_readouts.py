@@ -14,10 +14,12 @@ from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.record import BehaviourRecord, measure_record
 from mixturelens.contrasts import cue_contrasts
-from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.models import end_tokens, load_model, load_tokenizer, open_pair
-from mixturelens.probing.prompts import read_prompts
-from mixturelens.probing.readouts import readouts, untrained_lens
+from mixturelens.probing import readouts as readouts_module
+from mixturelens.probing.prompts import own_policies, read_prompts
+from mixturelens.probing.reading import read as open_book
+from mixturelens.probing.readouts import Network, readouts, sites_of, to_probe, untrained_lens
 from mixturelens.probing.record import Readout
 from mixturelens.probing.scores import accuracy, auroc, r_squared
 from mixturelens.stats import resample_counts
@@ -38,10 +40,22 @@ def lens_of(folder: Path) -> Lens:
 def read(folder: Path, after: Path, suite: Suite, behaviour: BehaviourRecord, **options: Any) -> Found:
     lenses: dict[Side, Lens] = {"before": lens_of(folder), "after": lens_of(after)}
     names = list(suite.policies)
+    exhaustive, shelf = options.pop("exhaustive", False), options.pop("shelf", None)
     options = {"policies": (names[0], names[1]), "seed": 0, **options}
-    sites, labels, found, missing = readouts(
-        lenses, untrained_lens(open_pair(folder, None, suite)), suite, behaviour, **options
-    )
+    tokenizer = lenses["before"].tokenizer
+    prompts, announcements = to_probe(suite, tokenizer)
+    where = sites_of(lenses["before"], prompts, exhaustive)
+    every: dict[Network, Lens] = {**lenses, "untrained": untrained_lens(open_pair(folder, None, suite))}
+    networks = {
+        name: open_book(lens, prompts, where.keys, announcements, shelf and shelf / name)
+        for name, lens in every.items()
+    }
+    own = {
+        side: own_policies(lens, suite, prompts.rows["neutral"], networks[side].logs, 0)
+        for side, lens in lenses.items()
+    }
+    scores = readouts(networks, own, prompts, where, suite, behaviour, tokenizer, **options)
+    sites, labels, found, missing = scores.sites, scores.labels, scores.readouts, scores.missing
     for each in found:
         for column in (each.before, each.after, each.carried):
             assert len(column.value) == len(column.low) == len(column.high) == len(sites)
@@ -236,3 +250,80 @@ def test_the_untrained_network_is_drawn_from_the_seed():
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+# --- coarse to fine ---------------------------------------------------------------------------------------------------
+
+
+def test_the_stream_first_finds_the_same_best_readable_places(monkeypatch: pytest.MonkeyPatch):
+    behaviour = BehaviourRecord.load(REFERENCE / "records" / "sft--rl-A" / "behaviour.json")
+    suite = few(load_suite(REFERENCE / "suite.yaml"), 60)
+    folders = REFERENCE / "checkpoints" / "sft", REFERENCE / "checkpoints" / "rl-A"
+    sites, _, every, _ = reference()
+    monkeypatch.setattr(readouts_module, "MANY", 10)
+    some, _, found, missing = read(*folders, suite, behaviour)
+    assert any("--exhaustive" in each for each in missing)
+    assert len(some) < len(sites) * 0.7
+    assert found.keys() == every.keys()
+    for target, readout in found.items():
+        # what was probed has the numbers that it has among all
+        whole = every[target]
+        for i, site in enumerate(some):
+            j = sites.index(site)
+            for name in ("before", "after", "carried"):
+                assert getattr(readout, name).at(i) == getattr(whole, name).at(j)
+        assert whole.best is not None
+        assert readout.best is not None
+        best, reached = whole.before.value[whole.best], readout.before.value[readout.best]
+        assert reached >= best - 0.02, f"{target}: {reached} at {some[readout.best]}, {best} at {sites[whole.best]}"
+    again, _, all_of_them, missing = read(*folders, suite, behaviour, exhaustive=True)
+    assert again == sites
+    assert all_of_them == every
+    assert not any("--exhaustive" in each for each in missing)
+
+
+def test_shards_say_what_memory_says_to_the_bit(tmp_path: Path):
+    folder = PAIRS / "llama"
+    suite = load_suite(folder)
+    lens = lens_of(folder / "S")
+    prompts, announcements = to_probe(suite, lens.tokenizer)
+    where = sites_of(lens, prompts)
+    held, stored = (open_book(lens, prompts, where.keys, announcements, shelf) for shelf in (None, tmp_path / "shards"))
+    assert list((tmp_path / "shards").glob("*.safetensors"))
+    assert held.logs == stored.logs
+    for group, positions in prompts.positions.items():
+        for heads in (False, True):
+            some = [s for s in where.every if (s.head is not None) == heads and s.position in positions]
+            if some:
+                assert torch.equal(held.at(group, positions, some), stored.at(group, positions, some))
+
+
+def test_each_prompt_goes_through_a_network_once_and_is_what_it_is_alone():
+    folder = PAIRS / "llama"
+    suite = load_suite(folder)
+    lens = lens_of(folder / "S")
+    prompts, announcements = to_probe(suite, lens.tokenizer)
+    where = sites_of(lens, prompts)
+    seen = 0
+
+    def count(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+        nonlocal seen
+        seen += given[0].shape[0] * given[0].shape[1]
+
+    handle = lens.bridge.blocks[0].register_forward_pre_hook(count)
+    reading = open_book(lens, prompts, where.keys, announcements)
+    handle.remove()
+    inside = {row.ids for rows in prompts.rows.values() for row in rows}
+    behind = {(row.ids, row.run[len(row.ids) :]) for row in prompts.rows["placed"]} | set(announcements)
+    assert seen == sum(map(len, inside)) + sum(len(ids) for _, ids in behind)
+    key = (1, "z")
+    for group in ("neutral", "placed"):
+        row = prompts.rows[group][3]
+        expected = lens.capture(tokens([row.run]), [key])[0][key][0]
+        for position in prompts.positions[group]:
+            site = Site(layer=1, component="z", head=2, position=position)
+            found = reading.at(group, prompts.positions[group], [site])[0, 3]
+            torch.testing.assert_close(found, expected[row.at[position], 2], atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        logs = lens.run(tokens([announcements[0][0]])).double().log_softmax(-1)[0, -1]
+    assert reading.logs[announcements[0]] == pytest.approx(float(logs[announcements[0][1][0]]), abs=1e-5)

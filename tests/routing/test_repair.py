@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -141,6 +142,23 @@ def test_an_edit_changes_how_the_cue_is_read_and_little_else(shape: str) -> None
         assert moved < 0.35, f"{which}: inputs elsewhere are read differently by {float(moved):.2f}"
         others = [h for h in range(len(old)) if h != head]
         assert torch.equal(new[others], old[others])
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "gpt_neox", "qwen2"])
+def test_a_lens_edited_in_place_is_the_edited_plain_model_and_itself_again(shape: str) -> None:
+    folder = PAIRS / shape
+    lens, plain = load_lens(folder / "S"), load_model(folder / "S")
+    ground = make_ground(lens, load_suite(folder), find_harm(_measured(folder, "R-routing")), seed=0)
+    edit = fit_edit(ground, [Site(layer=1, component="z", head=1)])
+    before = ground.behaviour((), ground.judge)
+    with lens.edited(edited(lens, edit)):
+        inside = ground.behaviour((), ground.judge)
+    with written(plain, edited(plain, edit)):
+        expected = measure(ground.scorer, plain, ground.judge)
+    np.testing.assert_allclose(inside.classes, expected.classes, atol=1e-5)
+    np.testing.assert_allclose(inside.correct, expected.correct, atol=1e-5)
+    assert np.abs(inside.classes - before.classes).max() > 1e-3
+    np.testing.assert_array_equal(ground.behaviour((), ground.judge).classes, before.classes)
 
 
 def test_an_edit_is_undone() -> None:
