@@ -91,14 +91,14 @@ def _forced_logprobs(
     long = min(map(len, roots), default=0) >= LONG
     # a second call must pay, unless what it begins with is kept for others
     pays = (2 if kept is None else 1) * (shared + behind) < whole
-    if long and pays and all(map(_keeps, models)):
+    if long and pays and all(map(keeps, models)):
         kept = {} if kept is None else kept
         yield from _behind_roots(models, roots, contexts, continuations, vocabulary, device, kept)
     else:
         yield from _whole_rows(models, contexts, continuations, vocabulary, device)
 
 
-def _keeps(model: Model) -> bool:
+def keeps(model: Model) -> bool:
     """Whether a model gives back keys and values, to go on from for several rows: a plain one, or a side of a base."""
     plain = isinstance(model, torch.nn.Module) or hasattr(model, "under")
     # recurrent models keep a state instead, and some keep nothing
@@ -453,7 +453,7 @@ class Scorer:
         first: dict[int, int] = {}
         copies = [first.setdefault(owner[i], len(first)) for i in rows]
         apart = [copies.index(k) for k in range(len(first))]
-        share = width >= LONG and 2 * len(apart) <= len(rows) and _keeps(model)
+        share = width >= LONG and 2 * len(apart) <= len(rows) and keeps(model)
         while bool(alive.any()):
             given = apart if past is None and share else slice(None)
             output = model(

@@ -38,13 +38,22 @@ Names = Iterable[str]
 
 @contextlib.contextmanager
 def written(model: nn.Module, weights: State) -> Iterator[None]:
-    """The model with other values in some parameters, for the length of a block. Tied weights stay tied."""
-    old = {name: model.get_parameter(name).detach().clone() for name in weights}
+    """The model with other tensors as some of its parameters, for the length of a block. Tied weights stay tied.
+
+    Nothing is copied: the parameters hold the tensors given (of R, say), and then their own ones again.
+    """
+    own: dict[str, Tensor] = {}
     try:
-        _copy(model, weights)
+        for name, values in weights.items():
+            parameter = model.get_parameter(name)
+            if values.shape != parameter.shape:
+                raise ValueError(f"{name} has shape {tuple(parameter.shape)}, not {tuple(values.shape)}")
+            own[name] = parameter.data
+            parameter.data = values.to(parameter)
         yield
     finally:
-        _copy(model, old)
+        for name, values in own.items():
+            model.get_parameter(name).data = values
 
 
 def save_with(model: PreTrainedModel, weights: State, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -52,12 +61,6 @@ def save_with(model: PreTrainedModel, weights: State, tokenizer: PreTrainedToken
     with written(model, weights), new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-def _copy(model: nn.Module, weights: State) -> None:
-    with torch.no_grad():
-        for name, values in weights.items():
-            model.get_parameter(name).copy_(values)
 
 
 @dataclass(frozen=True)

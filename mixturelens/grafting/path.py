@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -158,7 +158,7 @@ class _Line:
         policies: tuple[str, str],
     ) -> None:
         self.model = model
-        self.cells = cells
+        self.cells = replace(cells, shared=False)  # a slope is that of a row
         self.policies = policies
         self.parts = tuple(parts)
         named = [name for members in parts.values() for name in members]
