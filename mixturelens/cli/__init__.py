@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +70,7 @@ TrainedCue = Annotated[str | None, typer.Option(help="Cue that RL trained on, wh
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go; default: under artifacts/.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU when there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed of samples and bootstrap.")]
+Exhaustive = Annotated[bool, typer.Option("--exhaustive", help="Look at everything, however long it takes.")]
 Minutes = Annotated[float | None, typer.Option(help="Time that an instrument may take: with less it looks at less.")]
 Memory = Annotated[float | None, typer.Option(metavar="GB", help="Memory that an instrument may take, likewise.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record, and nothing else, on standard output.")]
@@ -140,6 +142,10 @@ Options = dict[str, Any]
 Work = Callable[["list[Case]", Options], tuple[list[Any], Callable[[], None]]]
 
 
+SEARCHING = ("graft",)
+"""Commands that go from coarse to fine on a large model, and to the end with --exhaustive."""
+
+
 def _on_pairs(work: Work) -> Work:
     """Make a command of a function that measures pairs: it returns their records, and what prints them for people."""
 
@@ -156,6 +162,7 @@ def _on_pairs(work: Work) -> Work:
         dtype: Dtype = None,
         minutes: Minutes = None,
         memory: Memory = None,
+        exhaustive: Exhaustive = False,
         seed: Seed = 0,
         as_json: Json = False,
         quiet: Quiet = False,
@@ -164,12 +171,17 @@ def _on_pairs(work: Work) -> Work:
         with _working(quiet) as (_, say):
             budget = _budget(minutes, memory)
             pairs = _pairs(run, before, after, suite, trained_cue, out, outside, device, dtype, budget)
-            records, show = work(pairs, {"seed": _seed(seed), "say": say})
+            also = {"exhaustive": exhaustive} if work.__name__ in SEARCHING else {}
+            records, show = work(pairs, {"seed": _seed(seed), "say": say, **also})
         if as_json:
             print_json(records, run)
         else:
             show()
 
+    if work.__name__ not in SEARCHING:
+        known = inspect.signature(command)
+        kept = [each for each in known.parameters.values() if each.name != "exhaustive"]
+        vars(command)["__signature__"] = known.replace(parameters=kept)
     app.command(work.__name__, help=work.__doc__)(command)
     return work
 
@@ -229,7 +241,8 @@ def graft(pairs: list[Case], options: Options) -> tuple[list[GraftRecord], Calla
     """Say which components of R carry the change, of routing and of specialists, and roll R back without them."""
     from mixturelens import pipeline
 
-    records = [pipeline.graft(pair, **options) for pair in pairs]
+    exhaustive = options.pop("exhaustive")
+    records = [pipeline.graft(pair, exhaustive=exhaustive, **options) for pair in pairs]
     verdicts = [pipeline.verdict(pair, **options) for pair in pairs]
 
     def show() -> None:

@@ -104,7 +104,8 @@ class Bench:
 
     def weights_of(self, components: Names) -> dict[str, Tensor]:
         """R's tensors of these components."""
-        return {name: self.after[name] for each in self.key(components) for name in self.components[each]}
+        key = self.key(components)
+        return {name: self.after[name] for each in self.components if each in key for name in self.components[each]}
 
     def readings(self, components: Names) -> Readings:
         """Of S with these components taken from R."""
@@ -159,7 +160,7 @@ class Bench:
         """Of S with a random change of R's size, tensor by tensor, in these components' parameters."""
         generator = torch.Generator().manual_seed(seed)
         changed = {}
-        for name, values in self.weights_of(sorted(self.key(components), key=list(self.components).index)).items():
+        for name, values in self.weights_of(components).items():
             old = self.before[name]
             noise = torch.randn(old.shape, generator=generator, dtype=torch.float64)
             noise *= float((values.double() - old.double()).norm() / noise.norm())

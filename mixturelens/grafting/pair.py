@@ -130,7 +130,11 @@ def graft_record(
         for name, members in groups(tuple(changed)).items()
         if not searched or not name.startswith("layer")
     }
-    shares = _shapley(bench, judge, missing)
+    shares = {}
+    if searched:
+        missing.append("Shapley shares: they try every set of components, and a search does not")
+    else:
+        shares = _shapley(bench, judge, missing)
     alone = {name for name in changed if looked is None or (name,) in {each.components for each in looked.blocks}}
     every = tuple(_component(name, trial, shares, path, name in alone) for name in changed)
     choosing, judging = (trial, _other_half(bench, judge)) if searched else halves(bench, judge)

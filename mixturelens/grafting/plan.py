@@ -52,14 +52,14 @@ def plan(pair: Pair, prompts: Prompts, components: int, exhaustive: bool = False
     """
     size = size_of(pair)
     allowed = None if pair.budget.minutes is None else 60 * pair.budget.minutes
-    plans = _plans(components > MANY, exhaustive)
-    for each in plans:
-        needed = estimate(pair, work(each, prompts, components, size))
+    plans = [
+        (each, estimate(pair, work(each, prompts, components, size))) for each in _plans(components > MANY, exhaustive)
+    ]
+    for each, needed in plans:
         if allowed is None or needed.seconds <= allowed:
-            break
-    else:
-        each = replace(each, missing=(*each.missing, f"--minutes: grafts take {needed} at least"))
-    return each, needed
+            return each, needed
+    least, needed = plans[-1]
+    return replace(least, missing=(*least.missing, f"--minutes: grafts take {needed} at least")), needed
 
 
 def _plans(large: bool, exhaustive: bool) -> Sequence[Plan]:

@@ -23,12 +23,14 @@ from mixturelens.viz.trajectories import whiskers
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from mixturelens.grafting.record import Component, Effects, GraftRecord
+    from mixturelens.grafting.record import Block, Component, Effects, GraftRecord
 
 HALF = 0.5
 """Share of R's change from which a component is said to suffice, or to be needed."""
 COLUMNS = 5
 """Runs beside each other in `components`."""
+NAMED = 8
+"""Points of a panel of `plane`, at most, that are named: those furthest from nothing."""
 _REDUNDANT = "#FBF3A6"
 Change = Literal["routing", "weight", "specialists"]
 """Which change of R the components share in: of log(c_p / c_o), of c_p itself, or of what policies do. Log-odds add up
@@ -40,7 +42,8 @@ def components(records: Mapping[str, GraftRecord], change: Change = "routing") -
     """Which components suffice (S + R[g]) and which are needed (R less R - R[g]): a panel a run, in one figure.
 
     Yellow: it suffices and is not needed, so that others hold the same change as well. Crosses: Shapley shares. Below
-    the line: groups of components. `records`: runs by name.
+    the line: groups of components. Of a search every block has a row, groups before their parts. `records`: runs by
+    name.
     """
     from plotly.subplots import make_subplots
 
@@ -67,7 +70,7 @@ def components(records: Mapping[str, GraftRecord], change: Change = "routing") -
     said: set[str] = set()
     for i, (_, record) in enumerate(runs):
         row, column = i // columns + 1, i % columns + 1
-        known = {each.name: each for each in record.components}
+        known = _known(record)
         _marks(figure, record, known, rows, change, said, row, column)
         for y, name in enumerate(rows):
             if name in known and _redundant(known[name], change):
@@ -106,7 +109,7 @@ def components(records: Mapping[str, GraftRecord], change: Change = "routing") -
             row=row,
             col=column,
         )
-    if any(_redundant(each, change) for _, record in runs for each in record.components):
+    if any(_redundant(each, change) for _, record in runs for each in _known(record).values()):
         figure.add_scatter(
             x=[None],
             y=[None],
@@ -117,12 +120,22 @@ def components(records: Mapping[str, GraftRecord], change: Change = "routing") -
     return figure
 
 
+def _known(record: GraftRecord) -> dict[str, Component | Block]:
+    """What was grafted alone: components, or the blocks of a search."""
+    return {each.name: each for each in (record.components if record.search is None else record.search.blocks)}
+
+
 def _in_order(records: Sequence[GraftRecord]) -> list[str]:
-    """Components that changed in any run, in the order of the network."""
+    """What was grafted alone in any run, in the order of the network."""
+    searched = [name for record in records if record.search is not None for name in _known(record)]
     order = max((record.parts for record in records), key=len, default=())
-    changed = {each.name for record in records for each in record.components}
-    known = [part.name for part in order if part.name in changed]
-    return [*known, *dict.fromkeys(e.name for record in records for e in record.components if e.name not in known)]
+    changed = {name for record in records for name in _known(record)}
+    known = searched or [part.name for part in order if part.name in changed]
+    return list(dict.fromkeys([*known, *(name for record in records for name in _known(record))]))
+
+
+def _shapley(each: Component | Block) -> Interval:
+    return getattr(each, "shapley", NOT_MEASURED)
 
 
 def _cut(text: str, limit: int) -> str:
@@ -133,11 +146,11 @@ def _of(effects: Effects, change: Change) -> Interval:
     return getattr(effects, change)
 
 
-def _needed(component: Component, change: Change) -> Interval:
+def _needed(component: Component | Block, change: Change) -> Interval:
     return remaining(_of(component.without, change))
 
 
-def _redundant(component: Component, change: Change) -> bool:
+def _redundant(component: Component | Block, change: Change) -> bool:
     """Surely enough on its own, and surely not missed."""
     return _of(component.suffices, change).above(HALF) and _needed(component, change).below(HALF)
 
@@ -145,7 +158,7 @@ def _redundant(component: Component, change: Change) -> bool:
 def _marks(
     figure: Figure,
     record: GraftRecord,
-    known: Mapping[str, Component],
+    known: Mapping[str, Component | Block],
     rows: Sequence[str],
     change: Change,
     said: set[str],
@@ -162,7 +175,7 @@ def _marks(
         for name in rows
     ]
     needed = [_needed(known[name], change) if name in known else NOT_MEASURED for name in rows]
-    shapley = [known[name].shapley if name in known else NOT_MEASURED for name in rows]
+    shapley = [_shapley(known[name]) if name in known else NOT_MEASURED for name in rows]
     colour = _COLOURS[change]
     kinds = [
         ("suffices: S with R's", alone, {"symbol": "circle", "size": 10, "color": colour}, -0.2),
@@ -207,8 +220,8 @@ def _marks(
 def _range(records: Sequence[GraftRecord], change: Change) -> tuple[float, float]:
     ends = [0.0, 1.0]
     for record in records:
-        for each in record.components:
-            shapley = [each.shapley] if change == "routing" else []
+        for each in _known(record).values():
+            shapley = [_shapley(each)] if change == "routing" else []
             for value in (_of(each.suffices, change), _needed(each, change), *shapley):
                 ends += [end for end in (value.low, value.value, value.high) if end is not None]
         for graft in record.groups.values():
@@ -297,6 +310,7 @@ def _points(figure: Figure, found: Sequence[Component], cell: str, span: float, 
     )
     away = [(each.name, x.value or 0.0, y.value or 0.0) for each, x, y in values]
     away = [point for point in away if max(abs(point[1]), abs(point[2])) > 0.06 * span]
+    away = sorted(away, key=lambda point: -max(abs(point[1]), abs(point[2])))[:NAMED]
     before, turn = -span, 0
     for name, x, y in sorted(away, key=lambda point: point[1]):
         # names of neighbours take turns above and below, so that they do not cover each other
