@@ -179,7 +179,7 @@ def _on_pairs(work: Work) -> Work:
             show()
 
     if work.__name__ not in SEARCHING:
-        known = inspect.signature(command)
+        known = inspect.signature(command, eval_str=True)
         kept = [each for each in known.parameters.values() if each.name != "exhaustive"]
         vars(command)["__signature__"] = known.replace(parameters=kept)
     app.command(work.__name__, help=work.__doc__)(command)

@@ -46,13 +46,13 @@ def parts(components: Mapping[str, tuple[str, ...]], before: State, after: State
 
 
 def _relative(members: tuple[str, ...], before: State, after: State) -> float:
-    moved = sum(_squares(after[name], before[name]) for name in members)
+    moved = sum(squares(after[name], before[name]) for name in members)
     # biases of a fresh model may all be 0 before
-    size = sum(_squares(before[name]) for name in members) or sum(_squares(after[name]) for name in members)
+    size = sum(squares(before[name]) for name in members) or sum(squares(after[name]) for name in members)
     return (moved / size) ** 0.5 if moved else 0.0
 
 
-def _squares(values: Tensor, less: Tensor | None = None) -> float:
+def squares(values: Tensor, less: Tensor | None = None) -> float:
     """Sum of squares, or of those of a difference, in float64: chunk by chunk, as an embedding may be large."""
     total = 0.0
     for k, chunk in enumerate(values.flatten().split(CHUNK)):

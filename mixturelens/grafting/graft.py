@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixturelens.grafting.components import State
+from mixturelens.grafting.components import CHUNK, State, squares
 from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.readings import Cells, Readings, read, read_weights
 from mixturelens.grafting.record import Effects, Factorial, Graft
@@ -159,13 +159,24 @@ class Bench:
     def noisy(self, components: Names, seed: int) -> Readings:
         """Of S with a random change of R's size, tensor by tensor, in these components' parameters."""
         generator = torch.Generator().manual_seed(seed)
-        changed = {}
-        for name, values in self.weights_of(components).items():
-            old = self.before[name]
-            noise = torch.randn(old.shape, generator=generator, dtype=torch.float64)
-            noise *= float((values.double() - old.double()).norm() / noise.norm())
-            changed[name] = old + noise.to(old.device, old.dtype)
+        changed = {
+            name: _noisy(self.before[name], values, generator) for name, values in self.weights_of(components).items()
+        }
         return self._read(changed, "before", self._depth(self.key(components)))
+
+
+def _noisy(before: Tensor, after: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor with noise of the norm of its change; drawn twice, chunk by chunk, so that no more than it is held."""
+    sizes = [len(chunk) for chunk in before.flatten().split(CHUNK)]
+    state = generator.get_state()
+    drawn = sum(float(torch.randn(n, generator=generator, dtype=torch.float64).square().sum()) for n in sizes)
+    generator.set_state(state)
+    scale = (squares(after, before) / drawn) ** 0.5
+    found = before.clone().flatten()
+    for chunk in found.split(CHUNK):
+        noise = scale * torch.randn(len(chunk), generator=generator, dtype=torch.float64)
+        chunk += noise.to(chunk.device, chunk.dtype)
+    return found.view(before.shape)
 
 
 @dataclass(frozen=True)
