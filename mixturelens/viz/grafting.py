@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mixturelens.types import NOT_MEASURED, Interval
@@ -29,8 +29,8 @@ HALF = 0.5
 """Share of R's change from which a component is said to suffice, or to be needed."""
 COLUMNS = 5
 """Runs beside each other in `components`."""
-NAMED = 8
-"""Points of a panel of `plane`, at most, that are named: those furthest from nothing."""
+PANEL, TALL, LINE = 700, 230, 15
+"""Pixels of the panels of `plane` beside each other, of one's height, and of a line of text."""
 _REDUNDANT = "#FBF3A6"
 Change = Literal["routing", "weight", "specialists"]
 """Which change of R the components share in: of log(c_p / c_o), of c_p itself, or of what policies do. Log-odds add up
@@ -246,7 +246,7 @@ def plane(record: GraftRecord) -> Figure:
     columns = min(max(len(record.cues), 1), 3)
     columns = columns if cells and len(cells) % columns == 0 else min(max(len(cells), 1), 3)
     lines = -(-max(len(cells), 1) // columns)
-    plot, gap = 230, 46
+    plot, gap = TALL, 46
     inner = plot * lines + gap * (lines - 1)
     figure = make_subplots(
         rows=lines,
@@ -264,7 +264,7 @@ def plane(record: GraftRecord) -> Figure:
     down, up = _ends([value for each in record.components for value in each.specialists.values()], third)
     for i, cell in enumerate(cells):
         row, column = i // columns + 1, i % columns + 1
-        _points(figure, record.components, cell, high - low, row, column)
+        _points(figure, record.components, cell, (1.2 * (high - low), 1.28 * (up - down), columns), row, column)
         figure.update_xaxes(range=[low - pad, high + pad], showticklabels=row == lines, row=row, col=column)
         figure.update_yaxes(
             range=[down - 0.14 * (up - down), up + 0.14 * (up - down)],
@@ -287,8 +287,12 @@ def _cell_title(cell: str) -> str:
     return f"policy {label(policy, 20)} under cue {label(cue, 20)}"
 
 
-def _points(figure: Figure, found: Sequence[Component], cell: str, span: float, row: int, column: int) -> None:
-    """Components with crosses for intervals, named where they are not at nothing. `span`: nats across the panel."""
+def _points(
+    figure: Figure, found: Sequence[Component], cell: str, size: tuple[float, float, int], row: int, column: int
+) -> None:
+    """Components with crosses for intervals, named where they are not at nothing. `size`: nats across a panel and up
+    it, and how many are beside each other."""
+    across, tall, columns = size
     values = [(each, each.routing, each.specialists.get(cell, NOT_MEASURED)) for each in found]
     values = [(each, x, y) for each, x, y in values if x.value is not None and y.value is not None]
     right, leftward = whiskers([x for _, x, _ in values])
@@ -309,23 +313,29 @@ def _points(figure: Figure, found: Sequence[Component], cell: str, span: float, 
         col=column,
     )
     away = [(each.name, x.value or 0.0, y.value or 0.0) for each, x, y in values]
-    away = [point for point in away if max(abs(point[1]), abs(point[2])) > 0.06 * span]
-    away = sorted(away, key=lambda point: -max(abs(point[1]), abs(point[2])))[:NAMED]
-    before, turn = -span, 0
-    for name, x, y in sorted(away, key=lambda point: point[1]):
-        # names of neighbours take turns above and below, so that they do not cover each other
-        turn = turn + 1 if x - before < 0.12 * span else 0
-        before = x
+    away = [point for point in away if max(abs(point[1]), abs(point[2])) > 0.06 * across]
+    for (name, x, y), lift in _named(away, PANEL / columns / across, TALL / tall):
         figure.add_annotation(
-            text=label(name, 14),
-            x=x,
-            y=y,
-            showarrow=False,
-            yshift=(13, -13, 27, -27)[turn % 4],
-            font={"size": 12},
-            row=row,
-            col=column,
+            text=label(name, 14), x=x, y=y, showarrow=False, yshift=lift, font={"size": 12}, row=row, col=column
         )
+
+
+def _named(
+    points: Sequence[tuple[str, float, float]], wide: float, high: float
+) -> Iterator[tuple[tuple[str, float, float], int]]:
+    """Points that have room for their name, the furthest from nothing first, and how far above them it goes.
+
+    `wide` and `high`: pixels of a nat. Names never cover each other: who finds no room is named where one hovers.
+    """
+    taken: list[tuple[float, float, float]] = []
+    for name, x, y in sorted(points, key=lambda point: -max(abs(point[1]), abs(point[2]))):
+        half = 3.6 * min(len(name), 14) + 3
+        for lift in (13, -13, 27, -27):
+            middle, level = x * wide, y * high + lift
+            if all(abs(middle - m) > half + h or abs(level - at) > LINE for m, at, h in taken):
+                taken.append((middle, level, half))
+                yield (name, x, y), lift
+                break
 
 
 def _ends(values: Sequence[Interval], least: float) -> tuple[float, float]:
