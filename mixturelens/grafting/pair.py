@@ -137,7 +137,7 @@ def graft_record(
         shares = _shapley(bench, judge, missing)
     alone = {name for name in changed if looked is None or (name,) in {each.components for each in looked.blocks}}
     every = tuple(_component(name, trial, shares, path, name in alone) for name in changed)
-    choosing, judging = (trial, _other_half(bench, judge)) if searched else halves(bench, judge)
+    choosing, judging = (trial, _other_half(bench, judge) or trial) if searched else halves(bench, judge)
     factorial = None
     if not judge.moved_cues.any():
         missing.append(f"factorial, rollback: log c({policies[0]}) / c({policies[1]}) does not surely change")
@@ -160,8 +160,8 @@ def graft_record(
         say("rollback")
         back, also, enough = needed(choosing, judging)
         weights = {name: state_s[name] for each in bench.key(back) for name in changed[each]}
-        ids = [cells.questions[i] for i in half_of(len(cells.questions), 1)]
-        ids = ids[: planned.searched] if searched else ids
+        few = planned.searched if searched else None
+        ids = [cells.questions[i] for i in half_of(len(cells.questions), 1, few)]
         rows = tuple(row for row in suite.neutral if row.id in set(ids))
         accuracy = rolled_back(s, r, weights, suite, rows, tokenizer, scorer, seed)
         if save_to is not None:
@@ -201,14 +201,16 @@ def components_about(pair: Pair) -> int:
 def _few(trial: Trial, questions: int) -> Trial:
     """On some questions of the half that chooses, so that the other half can judge."""
     judge = trial.judge
-    index = judge.grid.index[half_of(len(judge.grid.index), 0)[:questions]]
+    index = judge.grid.index[half_of(len(judge.grid.index), 0, questions)]
     some = _on(trial, index)
     starts = starts_of(some.bench.model, some.bench.cells)
     return Trial(replace(some.bench, starts=starts), some.judge)
 
 
-def _other_half(bench: Bench, judge: Judge) -> Trial:
-    return _on(Trial(bench, judge), judge.grid.index[half_of(len(judge.grid.index), 1)])
+def _other_half(bench: Bench, judge: Judge) -> Trial | None:
+    """All questions of the half that chooses nothing; None where there is one question alone."""
+    rows = half_of(len(judge.grid.index), 1)
+    return _on(Trial(bench, judge), judge.grid.index[rows]) if rows else None
 
 
 def _on(trial: Trial, index: Int[np.ndarray, "question cue"]) -> Trial:

@@ -19,9 +19,9 @@ SEARCHED = 8
 """Questions of a search."""
 USUAL = 8
 """Tokens of a completion that are reckoned with."""
-SLOPE = 6.5
+SLOPE = 4.5
 """Forwards that a slope costs."""
-BEGUN = 0.6
+BEGUN = 0.5
 """Of the layers, what a graft computes where it starts from what S and R gave."""
 POSITIONS = 9
 """Sets of positions that are grafted, about."""
