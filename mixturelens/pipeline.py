@@ -232,12 +232,17 @@ def repair(case: Case, *, seed: int = 0, say: Say | None = None) -> RepairRecord
     return _instrument(case, RepairRecord, "repair", make, whole, **options)
 
 
-def graft(case: Case, *, seed: int = 0, say: Say | None = None) -> GraftRecord:
-    """Which components of R carry the change, beside it the checkpoint with S's selector; or read what is there."""
+def graft(case: Case, *, exhaustive: bool = False, seed: int = 0, say: Say | None = None) -> GraftRecord:
+    """Which components of R carry the change, beside it the checkpoint with S's selector; or read what is there.
+
+    `exhaustive`: every component of a large model, too, and not only those in groups of layers that matter.
+    """
     options = {"seed": seed, "say": say}
-    make = functools.partial(graft_record, save_to=case.made("rollback"), **options)
+    make = functools.partial(graft_record, exhaustive=exhaustive, save_to=case.made("rollback"), **options)
 
     def whole(there: GraftRecord) -> bool:
+        if exhaustive and there.search is not None and there.search.threshold > 0:
+            return False
         return there.rollback is None or there.rollback.checkpoint is None or case.made("rollback").exists()
 
     return _instrument(case, GraftRecord, "graft", make, whole, **options)

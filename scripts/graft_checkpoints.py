@@ -19,7 +19,7 @@ from mixturelens.grafting.components import parts, weights_of
 from mixturelens.grafting.graft import written
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import Effects
-from mixturelens.hooks.lens import lens_of
+from mixturelens.hooks.lens import components_of
 from mixturelens.models import open_pair, quiet_libraries
 from mixturelens.stats import interval
 from mixturelens.suite import load_suite
@@ -61,7 +61,7 @@ for cue, state in behaviour.per_cue.items():
 # %%
 tokenizer = pair.tokenizer
 s, r = pair.model("before"), pair.model("after")
-components = lens_of(pair, "before").components()
+components = components_of(s, tokenizer)
 state_s, state_r = weights_of(s), weights_of(r)
 for part in parts(components, state_s, state_r):
     print(f"{part.name:12} {part.parameters:8} parameters, changed by {part.change:.5f} of their norm")

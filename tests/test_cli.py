@@ -224,6 +224,11 @@ def test_features_are_a_table_and_a_record(run: Run, tmp_path: Path, monkeypatch
     assert (saved.stat().st_mtime_ns, len(trained)) == (stamp, number)
 
 
+def test_only_what_searches_can_be_told_to_look_at_everything(run: Run) -> None:
+    assert "--exhaustive" in run("graft", "--help")[1]
+    assert "--exhaustive" not in run("probe", "--help")[1]
+
+
 def test_grafts_need_a_pair(run: Run) -> None:
     for command in ("probe", "graft", "features"):
         refused(run(command, "--before", PAIRS / "llama" / "S", "--suite", PAIRS / "llama", "--quiet"), "--after")

@@ -10,6 +10,8 @@ from test_viz import HOSTILE, around, panel
 
 from mixturelens import viz
 from mixturelens.grafting.record import (
+    UNMEASURED,
+    Block,
     Component,
     Effects,
     Factorial,
@@ -20,6 +22,7 @@ from mixturelens.grafting.record import (
     Path,
     Placed,
     Rollback,
+    Search,
 )
 from mixturelens.routing.mechanism import Line, Mechanism
 from mixturelens.types import NOT_MEASURED, Interval
@@ -151,6 +154,75 @@ def test_components_draw_what_suffices_what_is_needed_and_shapley():
     assert list(figure.layout.yaxis.ticktext) == [*PARTS, "attention", "MLPs"]
     (needed,) = [trace for trace in figure.data if trace.name.startswith("needed")]
     assert list(needed.error_x.array)[:6] == pytest.approx([0.02] * 6)
+
+
+def make_searched(layers: int = 30) -> GraftRecord:
+    """As of a model of 30 layers: groups, halved where they matter, and 92 components of which few were grafted."""
+    names = ["embed", *(f"L{i}.{part}" for i in range(layers) for part in ("attn", "mlp", "norms")), "final_norm"]
+    blocks: list[Block] = []
+
+    def look(first: int, last: int) -> None:
+        members = tuple(name for name in names if "." in name and first <= int(name[1:].split(".")[0]) <= last)
+        share = (last - first + 1) / layers
+        blocks.append(
+            Block(
+                name=f"layer {first}" if first == last else f"layers {first}-{last}",
+                components=members,
+                suffices=make_effects(share),
+                without=make_effects(1 - share),
+                bound=share,
+                opened=share >= 0.1,
+                attributed=0.03,
+            )
+        )
+        if share >= 0.1:
+            middle = (first + last) // 2
+            look(first, middle)
+            look(middle + 1, last)
+
+    for i in (0, -1):
+        effects = make_effects(0.01)
+        block = Block(name=names[i], components=(names[i],), suffices=effects, without=make_effects(0.99), bound=0.01)
+        blocks.append(block)
+        if i == 0:
+            look(0, layers - 1)
+    parts = tuple(Part(name=name, parameters=1000, change=0.0005) for name in names)
+    components = tuple(
+        make_component(i, name, ("a@A", "a@B", "b@A", "b@B"), False).model_copy(
+            update={"suffices": UNMEASURED, "without": UNMEASURED, "shapley": NOT_MEASURED}
+        )
+        for i, name in enumerate(names)
+    )
+    search = Search(questions=8, threshold=0.1, grafts=2 * len(blocks), blocks=tuple(blocks))
+    return make_graft(parts=parts, components=components, search=search)
+
+
+def test_a_search_has_a_row_for_every_block_and_none_for_what_was_not_grafted():
+    record = make_searched()
+    assert record.search is not None
+    figure = viz.components({"one": record})
+    rows = list(figure.layout.yaxis.ticktext)
+    assert rows == [*(block.name for block in record.search.blocks), "attention", "MLPs"]
+    assert 20 < len(rows) < 50
+    assert marks(figure, 1, 1)["suffices"][0] == 0.01
+    assert figure.layout.height >= 24 * len(rows)
+
+
+def test_of_many_components_the_plane_names_those_that_have_room():
+    record = make_searched()
+    figure = viz.plane(record)
+    names = {part.name for part in record.parts}
+    for at in {a.xref for a in figure.layout.annotations if a.text in names}:
+        axis = figure.layout[at.replace("x", "xaxis")]
+        wide = 350 / (axis.range[1] - axis.range[0])
+        found = [
+            a for a in figure.layout.annotations if a.text in names and (a.xref, a.yref) == (at, at.replace("x", "y"))
+        ]
+        up = figure.layout[at.replace("x", "yaxis")].range
+        places = [(a.x * wide, a.y * 230 / (up[1] - up[0]) + a.yshift, 3.6 * len(a.text)) for a in found]
+        assert found
+        for i, (x, y, half) in enumerate(places):
+            assert all(abs(x - u) > half + w or abs(y - v) > 14 for u, v, w in places[:i])
 
 
 def test_redundant_components_are_marked_and_needed_ones_are_not():

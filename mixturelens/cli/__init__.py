@@ -237,7 +237,9 @@ def patch(
 
 
 @_on_pairs
-def probe(pairs: list[Case], options: Options, exhaustive: bool) -> tuple[list[ProbingRecord], Callable[[], None]]:
+def probe(
+    pairs: list[Case], options: Options, exhaustive: Exhaustive = False
+) -> tuple[list[ProbingRecord], Callable[[], None]]:
     """Say what can be read where in S and in R, what erasing it does, and which subspaces carry it."""
     from mixturelens import pipeline
 
@@ -246,11 +248,13 @@ def probe(pairs: list[Case], options: Options, exhaustive: bool) -> tuple[list[P
 
 
 @_on_pairs
-def graft(pairs: list[Case], options: Options) -> tuple[list[GraftRecord], Callable[[], None]]:
+def graft(
+    pairs: list[Case], options: Options, exhaustive: Exhaustive = False
+) -> tuple[list[GraftRecord], Callable[[], None]]:
     """Say which components of R carry the change, of routing and of specialists, and roll R back without them."""
     from mixturelens import pipeline
 
-    records = [pipeline.graft(pair, **options) for pair in pairs]
+    records = [pipeline.graft(pair, exhaustive=exhaustive, **options) for pair in pairs]
     verdicts = [pipeline.verdict(pair, **options) for pair in pairs]
 
     def show() -> None:

@@ -138,9 +138,11 @@ def show_probing(pairs: list[Case], records: list[ProbingRecord]) -> None:
 def show_grafts(pairs: list[Case], records: list[GraftRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, records, strict=True):
-        for each in record.components:
+        for each in record.components if record.search is None else record.search.blocks:
             effects = [_interval(each.suffices.routing), _interval(each.without.routing)]
-            rows.append((pair.name, each.name, *effects, _interval(each.routing), _interval(each.shapley)))
+            own = next((c for c in record.components if c.name == each.name), None)
+            others = [_interval(own.routing), _interval(own.shapley)] if own else ["-", "-"]
+            rows.append((pair.name, each.name, *effects, *others))
     print_table(("pair", "component", "S + R[g]", "R - R[g]", "path attribution, nats", "Shapley share"), rows)
     rows = []
     for pair, record in zip(pairs, records, strict=True):

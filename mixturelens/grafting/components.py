@@ -12,13 +12,17 @@ State = Mapping[str, Tensor]
 """Weights by the plain model's parameter names; a tied parameter is there once."""
 
 
+CHUNK = 1 << 22
+"""Numbers of a tensor that are taken to float64 at once."""
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of a model's parameters, by name.
+    """A model's own tensors by name, and no copies: they stay what they are while others are put in their place.
 
     >>> list(weights_of(nn.Linear(2, 3)))
     ['weight', 'bias']
     """
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+    return {name: value.detach() for name, value in model.named_parameters()}
 
 
 def parts(components: Mapping[str, tuple[str, ...]], before: State, after: State) -> tuple[Part, ...]:
@@ -42,8 +46,16 @@ def parts(components: Mapping[str, tuple[str, ...]], before: State, after: State
 
 
 def _relative(members: tuple[str, ...], before: State, after: State) -> float:
-    moved = sum(float((after[name].double() - before[name].double()).square().sum()) for name in members)
+    moved = sum(squares(after[name], before[name]) for name in members)
     # biases of a fresh model may all be 0 before
-    size = sum(float(before[name].double().square().sum()) for name in members)
-    size = size or sum(float(after[name].double().square().sum()) for name in members)
+    size = sum(squares(before[name]) for name in members) or sum(squares(after[name]) for name in members)
     return (moved / size) ** 0.5 if moved else 0.0
+
+
+def squares(values: Tensor, less: Tensor | None = None) -> float:
+    """Sum of squares, or of those of a difference, in float64: chunk by chunk, as an embedding may be large."""
+    total = 0.0
+    for k, chunk in enumerate(values.flatten().split(CHUNK)):
+        each = chunk.double() if less is None else chunk.double() - less.flatten().split(CHUNK)[k].double()
+        total += float(each.square().sum())
+    return total

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import comb, factorial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixturelens.grafting.components import State
+from mixturelens.grafting.components import CHUNK, State, squares
 from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.readings import Cells, Readings, read, read_weights
 from mixturelens.grafting.record import Effects, Factorial, Graft
+from mixturelens.grafting.starts import Starts
 from mixturelens.records import new_folder
 
 if TYPE_CHECKING:
@@ -28,8 +30,12 @@ ENOUGH = 0.9
 """Share of a change that a set of components must carry to be its carrier."""
 NOISE = 8
 """Random changes of the selector's parameters that its graft is compared with."""
+FEW = 16
+"""Names, at most, among which a set is looked for one by one."""
 SETS = 70
 """Sets of components of one size, at most, that are all tried."""
+BEHIND = ("final_norm", "unembed")
+"""Components behind the last layer."""
 PLAYERS = 8
 """Components, at most, of exact Shapley shares: every set of them is tried."""
 
@@ -38,13 +44,22 @@ Names = Iterable[str]
 
 @contextlib.contextmanager
 def written(model: nn.Module, weights: State) -> Iterator[None]:
-    """The model with other values in some parameters, for the length of a block. Tied weights stay tied."""
-    old = {name: model.get_parameter(name).detach().clone() for name in weights}
+    """The model with other tensors as some of its parameters, for the length of a block. Tied weights stay tied.
+
+    Nothing is copied: the parameters hold the tensors given (of R, say), and then their own ones again.
+    """
+    own: dict[str, Tensor] = {}
     try:
-        _copy(model, weights)
+        for name, values in weights.items():
+            parameter = model.get_parameter(name)
+            if values.shape != parameter.shape:
+                raise ValueError(f"{name} has shape {tuple(parameter.shape)}, not {tuple(values.shape)}")
+            own[name] = parameter.data
+            parameter.data = values.to(parameter)
         yield
     finally:
-        _copy(model, old)
+        for name, values in own.items():
+            model.get_parameter(name).data = values
 
 
 def save_with(model: PreTrainedModel, weights: State, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -52,12 +67,6 @@ def save_with(model: PreTrainedModel, weights: State, tokenizer: PreTrainedToken
     with written(model, weights), new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-def _copy(model: nn.Module, weights: State) -> None:
-    with torch.no_grad():
-        for name, values in weights.items():
-            model.get_parameter(name).copy_(values)
 
 
 @dataclass(frozen=True)
@@ -73,30 +82,45 @@ class Bench:
     components: Mapping[str, tuple[str, ...]]
     """Those that changed, in the order of the network."""
     cells: Cells
+    pieces: Mapping[str, tuple[str, ...]] | None = None
+    """Groups of components that stay together from here on, by name: all components are in one. None: each alone."""
+    starts: Starts | None = None
     _readings: dict[frozenset[str], Readings] = field(default_factory=dict)
     _weights: dict[frozenset[str], np.ndarray] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self.components)
+        """Of what is put together: pieces, where there are any; else components."""
+        return tuple(self.components if self.pieces is None else self.pieces)
+
+    def on(self, cells: Cells, before: Readings, after: Readings, starts: Starts | None = None) -> Bench:
+        """The same bench for other prompts, on which S and R are known already."""
+        known = {frozenset(): before, self.key(self.names): after}
+        return replace(self, cells=cells, starts=starts, _readings=known, _weights={})
+
+    def key(self, names: Names) -> frozenset[str]:
+        """The components that some names stand for."""
+        return frozenset(c for name in names for c in ((self.pieces or {}).get(name) or (name,)))
 
     def weights_of(self, components: Names) -> dict[str, Tensor]:
         """R's tensors of these components."""
-        return {name: self.after[name] for each in components for name in self.components[each]}
+        key = self.key(components)
+        return {name: self.after[name] for each in self.components if each in key for name in self.components[each]}
 
     def readings(self, components: Names) -> Readings:
         """Of S with these components taken from R."""
-        key = frozenset(components)
+        key = self.key(components)
         if key not in self._readings:
-            with written(self.model, self.weights_of(key)):
-                self._readings[key] = self.read()
+            counts = {"before": self._depth(key), "after": self._depth(frozenset(self.components) - key)}
+            side = max(counts, key=lambda side: counts[side])
+            self._readings[key] = self._read(self.weights_of(key), side, counts[side])
         return self._readings[key]
 
     def log_c(self, components: Names) -> Float[np.ndarray, "prompt policy"]:
-        """Log-weights alone of S with these components taken from R: much cheaper."""
-        key = frozenset(components)
-        if key in self._readings:
-            return self._readings[key].log_c.cpu().numpy()
+        """Log-weights alone of S with these components taken from R: much cheaper, but where readings have a start."""
+        key = self.key(components)
+        if key in self._readings or self.starts is not None:
+            return self.readings(key).log_c.cpu().numpy()
         if key not in self._weights:
             with written(self.model, self.weights_of(key)), torch.inference_mode():
                 self._weights[key] = read_weights(self.model, self.cells).cpu().numpy()
@@ -105,27 +129,76 @@ class Bench:
     def log_p(self, components: Names) -> Float[np.ndarray, "prompt policy"]:
         return self.readings(components).log_p.cpu().numpy()
 
-    def read(self) -> Readings:
-        """Of the working model as it is now."""
-        with torch.no_grad():
-            return read(self.model, self.cells)
+    def _read(self, weights: State, side: str, count: int) -> Readings:
+        """Of the working model with other weights, whose first `count` layers give what they give in a side."""
+        first = self.starts.behind(side, count) if self.starts is not None and count else contextlib.nullcontext()
+        with written(self.model, weights), first as tell, torch.no_grad():
+            return read(self.model, self.cells, told=tell)
+
+    def _depth(self, components: frozenset[str]) -> int:
+        """Layers before the first of some components; 0 where there is nothing to start from."""
+        if self.starts is None:
+            return 0
+        count = len(self.starts.layers)
+        layers = (count if c in BEHIND else int(c[1:].split(".")[0]) if "." in c else 0 for c in components)
+        return min(layers, default=count)
+
+    def begin(self) -> None:
+        """Keep what the layers of S and of R give, so that grafts can start from it."""
+        if self.starts is None:
+            return
+        for side, weights in (("before", {}), ("after", self.weights_of(self.names))):
+            with written(self.model, weights), self.starts.kept(side) as tell, torch.no_grad():
+                read(self.model, self.cells, told=tell)
 
     def rest(self, components: Names) -> tuple[str, ...]:
-        """All other changed components: R without `components` is S with the rest."""
-        gone = set(components)
-        return tuple(name for name in self.names if name not in gone)
+        """All others of `names`: R without `components` is S with the rest."""
+        gone = self.key(components)
+        return tuple(name for name in self.names if not self.key([name]) <= gone)
 
     def noisy(self, components: Names, seed: int) -> Readings:
         """Of S with a random change of R's size, tensor by tensor, in these components' parameters."""
         generator = torch.Generator().manual_seed(seed)
-        changed = {}
-        for name, values in self.weights_of(components).items():
-            old = self.before[name]
-            noise = torch.randn(old.shape, generator=generator, dtype=torch.float64)
-            noise *= float((values.double() - old.double()).norm() / noise.norm())
-            changed[name] = old + noise.to(old.device, old.dtype)
-        with written(self.model, changed):
-            return self.read()
+        changed = {
+            name: _noisy(self.before[name], values, generator) for name, values in self.weights_of(components).items()
+        }
+        return self._read(changed, "before", self._depth(self.key(components)))
+
+
+def _noisy(before: Tensor, after: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor with noise of the norm of its change; drawn twice, chunk by chunk, so that no more than it is held."""
+    sizes = [len(chunk) for chunk in before.flatten().split(CHUNK)]
+    state = generator.get_state()
+    drawn = sum(float(torch.randn(n, generator=generator, dtype=torch.float64).square().sum()) for n in sizes)
+    generator.set_state(state)
+    scale = (squares(after, before) / drawn) ** 0.5
+    found = before.clone().flatten()
+    for chunk in found.split(CHUNK):
+        noise = scale * torch.randn(len(chunk), generator=generator, dtype=torch.float64)
+        chunk += noise.to(chunk.device, chunk.dtype)
+    return found.view(before.shape)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Grafts and the questions that judge them."""
+
+    bench: Bench
+    judge: Judge
+
+    def effects(self, components: Names) -> Effects:
+        return self.judge.effects(self.bench.readings(components))
+
+    def choice_share(self, components: Names) -> float:
+        return self.judge.choice_share(self.bench.log_c(components))
+
+    def specialist_share(self, components: Names) -> float:
+        return self.judge.specialist_share(self.bench.log_p(components))
+
+
+def halves(bench: Bench, judge: Judge) -> tuple[Trial, Trial]:
+    """One half of the questions to choose on, and the other to judge."""
+    return Trial(bench, judge.half(0)), Trial(bench, judge.half(1))
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
@@ -202,10 +275,13 @@ def fewest(names: Sequence[str], share: Callable[[Names], float]) -> list[tuple[
 
     Greedy search says how many it takes: the best is added until it is enough, then what turns out not to be needed is
     dropped. Of sets of that size all are tried, where they are not too many (SETS); else the greedy one stands alone.
+    Of more than FEW names the best come first by what each does alone, and only how many of them is searched for.
 
     >>> fewest(["x", "y", "z"], lambda some: len({"x", "z"} & set(some)) / 2)
     [('x', 'z')]
     """
+    if len(names) > FEW:
+        return [_best_alone(names, share)]
     chosen: list[str] = []
     while len(chosen) < len(names) and not share(chosen) >= ENOUGH:
         rest = [name for name in names if name not in chosen]
@@ -222,43 +298,44 @@ def fewest(names: Sequence[str], share: Callable[[Names], float]) -> list[tuple[
     return sorted(found, key=lambda some: -carried[some]) or [greedy]
 
 
-def two_by_two(bench: Bench, judge: Judge, seed: int = 0) -> Factorial:
-    """{selector} x {rest}: the selector is chosen on one half of the questions, and all four judged on the other.
+def _best_alone(names: Sequence[str], share: Callable[[Names], float]) -> tuple[str, ...]:
+    order = sorted(names, key=lambda name: -share([name]))
+    number = bisect.bisect_left(range(1, len(names)), True, key=lambda k: share(order[:k]) >= ENOUGH) + 1
+    return tuple(name for name in names if name in order[:number])
 
-    It is chosen by the weight of the policy and not by log-odds, which go on growing where the choice is made.
+
+def two_by_two(choosing: Trial, judging: Trial, seed: int = 0, noise: Trial | None = None) -> Factorial:
+    """{selector} x {rest}: the selector is chosen on some questions, and all four judged on others.
+
+    It is chosen by the weight of the policy and not by log-odds, which go on growing where the choice is made. Random
+    weights are judged like the rest, or by `noise`.
     """
-    choosing, judging = judge.half(0), judge.half(1)
-    selector, *also = fewest(bench.names, lambda some: choosing.choice_share(bench.log_c(some)))
-
-    def seen(components: Names) -> Effects:
-        return judging.effects(bench.readings(components))
-
+    bench, noise = judging.bench, noise or judging
+    selector, *also = fewest(bench.names, choosing.choice_share)
     return Factorial(
         selector=selector,
         also=tuple(also),
-        enough=judging.choice_share(bench.log_c(selector)) >= ENOUGH,
-        questions=len(judging.grid.index),
-        selector_only=seen(selector),
-        rest_only=seen(bench.rest(selector)),
-        both=seen(bench.names),
-        noise=tuple(judging.effects(bench.noisy(selector, seed + k)) for k in range(NOISE)),
+        enough=judging.choice_share(selector) >= ENOUGH,
+        questions=len(judging.judge.grid.index),
+        selector_only=judging.effects(selector),
+        rest_only=judging.effects(bench.rest(selector)),
+        both=judging.effects(bench.names),
+        noise=tuple(noise.judge.effects(noise.bench.noisy(selector, seed + k)) for k in range(NOISE)),
     )
 
 
-def specialist_part(bench: Bench, judge: Judge) -> Graft:
-    """S with the fewest components that carry R's change of what policies do; on halves, as in `two_by_two`."""
-    choosing, judging = judge.half(0), judge.half(1)
-    chosen, *_ = fewest(bench.names, lambda some: choosing.specialist_share(bench.log_p(some)))
-    return Graft(components=chosen, effects=judging.effects(bench.readings(chosen)))
+def specialist_part(choosing: Trial, judging: Trial) -> Graft:
+    """S with the fewest components that carry R's change of what policies do, chosen and judged as in `two_by_two`."""
+    chosen, *_ = fewest(judging.bench.names, choosing.specialist_share)
+    return Graft(components=chosen, effects=judging.effects(chosen))
 
 
-def needed(bench: Bench, judge: Judge) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], bool]:
-    """The fewest components of R without which its choice is S's again, by one half of the questions; other sets of as
-    many that do as well; and whether that holds on the other half."""
+def needed(choosing: Trial, judging: Trial) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], bool]:
+    """The fewest components of R without which its choice is S's again, by some questions; other sets of as many that
+    do as well; and whether that holds on the others."""
 
-    def lost(some: Names, half: Judge) -> float:
-        return 1 - half.choice_share(bench.log_c(bench.rest(some)))
+    def lost(some: Names, trial: Trial) -> float:
+        return 1 - trial.choice_share(trial.bench.rest(some))
 
-    choosing, judging = judge.half(0), judge.half(1)
-    chosen, *also = fewest(bench.names, lambda some: lost(some, choosing))
+    chosen, *also = fewest(judging.bench.names, lambda some: lost(some, choosing))
     return chosen, tuple(also), lost(chosen, judging) >= ENOUGH

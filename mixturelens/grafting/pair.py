@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from jaxtyping import Int
 
 from mixturelens.behaviour.harm import gained_and_lost
 from mixturelens.behaviour.likelihood import Scorer
@@ -18,7 +20,9 @@ from mixturelens.grafting.effects import Judge, null
 from mixturelens.grafting.graft import (
     PLAYERS,
     Bench,
+    Trial,
     groups,
+    halves,
     needed,
     players,
     save_with,
@@ -27,13 +31,17 @@ from mixturelens.grafting.graft import (
     two_by_two,
     written,
 )
-from mixturelens.grafting.path import Attribution, attribute
+from mixturelens.grafting.path import FEW_NODES, Attribution, attribute
+from mixturelens.grafting.plan import QUESTIONS, plan
 from mixturelens.grafting.positions import placed
-from mixturelens.grafting.readings import make_cells, method_of, metric_names, metrics
-from mixturelens.grafting.record import Component, Graft, GraftRecord, Placed, Rollback
+from mixturelens.grafting.readings import Readings, make_cells, method_of, metric_names, metrics
+from mixturelens.grafting.record import UNMEASURED, Component, Graft, GraftRecord, Placed, Rollback, Search
 from mixturelens.grafting.record import Path as PathSum
-from mixturelens.hooks.lens import lens_of
+from mixturelens.grafting.search import pieces, search, unsound
+from mixturelens.grafting.starts import starts_of
+from mixturelens.hooks.lens import components_of
 from mixturelens.models import Pair
+from mixturelens.models.cost import check_memory, size_of
 from mixturelens.stats import half_of, interval, mean_interval, resample_counts, resampled_mean
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import NOT_MEASURED, InputError, Interval
@@ -41,8 +49,6 @@ from mixturelens.types import NOT_MEASURED, InputError, Interval
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-QUESTIONS = 256
-"""Of more questions, so many are drawn."""
 SHARED = 64
 """Questions, at most, of Shapley shares, which try every set of components."""
 
@@ -57,6 +63,7 @@ def graft_record(
     pair: Pair,
     behaviour: BehaviourRecord,
     *,
+    exhaustive: bool = False,
     save_to: Path | None = None,
     suite_name: str | None = None,
     seed: int = 0,
@@ -64,25 +71,31 @@ def graft_record(
 ) -> GraftRecord:
     """Which components carry what RL changed: alone (do they suffice?), missing (are they needed?), and in between.
 
-    `save_to` takes the rollback, R with S's selector, as a plain checkpoint. Raises InputError for folders that are no
-    pair, and where a policy cannot be put in place or has no other beside it.
+    On a model of many components groups of layers are grafted first, and opened where they matter; `exhaustive` opens
+    all. `save_to` takes the rollback, R with S's selector, as a plain checkpoint. Raises InputError for folders that
+    are no pair, and where a policy cannot be put in place or has no other beside it.
     """
     say = say or (lambda _: None)
     policies = gained_and_lost(behaviour)
     pair.check_one_function("a graft")
     pair = pair.spelled(behaviour.spelling)
     suite, tokenizer = pair.suite, pair.tokenizer
+    rows = some_questions(suite.neutral)
+    prompts = prepare(suite, rows, tokenizer)
+    planned, needed_here = plan(pair, prompts, components_about(pair), exhaustive)
+    say(f"grafts: {needed_here}")
+    check_memory(pair, needed_here, "grafts")
     s, r = (pair.model(side) for side in pair.sides)
     scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
-    cells = make_cells(suite, some_questions(suite.neutral), tokenizer, s, scorer, seed)
+    cells = make_cells(suite, rows, tokenizer, s, scorer, seed)
     say("components")
-    components = lens_of(pair, "before").components()
+    components = components_of(s, tokenizer)
     state_s, state_r = weights_of(s), weights_of(r)
     found = parts(components, state_s, state_r)
     changed = {part.name: components[part.name] for part in found if part.change > 0}
     bench = Bench(s, state_s, state_r, changed, cells)
     judge = Judge(cells, policies, bench.readings(()), bench.readings(changed), cells.grid)
-    missing: list[str] = []
+    missing: list[str] = list(planned.missing)
 
     def attempt(what: str, work: Callable[[], T]) -> T | None:
         """What this model does not allow must not cost the rest."""
@@ -92,18 +105,39 @@ def graft_record(
             missing.append(f"{what}: {error}")
             return None
 
-    say("grafts of every component and group")
-    bench_groups = {
-        name: Graft(components=members, effects=judge.effects(bench.readings(members)))
-        for name, members in groups(bench.names).items()
-    }
-    shares = _shapley(bench, judge, missing)
-    say("attribution along the path")
-    path = attempt("path attribution", lambda: attribute(s, state_s, state_r, changed, cells, policies))
+    trial, searched = Trial(bench, judge), planned.searched is not None and bool(changed)
+    if searched:
+        trial = _few(trial, planned.searched or 0)
+        trial.bench.begin()
+    path = None
+    if planned.path:
+        say("attribution along the path")
+        path = attempt("path attribution", lambda: _path(trial, policies, searched))
     unsettled = [line.metric for line in _sums(path) if not settled(line)]
     if unsettled:
         missing.append(f"path attribution: its parts do not add up to the change of {', '.join(unsettled)}")
-    every = tuple(_component(name, bench, judge, shares, path) for name in changed)
+    looked = None
+    if searched:
+        say("grafts of groups of layers, and of what they are made of where they matter")
+        looked = search(trial, planned.grafts, path, planned.everything)
+        missing += _unseen(looked)
+        bench = replace(bench, pieces=pieces(looked))
+        trial = Trial(replace(trial.bench, pieces=bench.pieces), trial.judge)
+    else:
+        say("grafts of every component and group")
+    bench_groups = {
+        name: Graft(components=members, effects=trial.effects(members))
+        for name, members in groups(tuple(changed)).items()
+        if not searched or not name.startswith("layer")
+    }
+    shares = {}
+    if searched:
+        missing.append("Shapley shares: they try every set of components, and a search does not")
+    else:
+        shares = _shapley(bench, judge, missing)
+    alone = {name for name in changed if looked is None or (name,) in {each.components for each in looked.blocks}}
+    every = tuple(_component(name, trial, shares, path, name in alone) for name in changed)
+    choosing, judging = (trial, _other_half(bench, judge) or trial) if searched else halves(bench, judge)
     factorial = None
     if not judge.moved_cues.any():
         missing.append(f"factorial, rollback: log c({policies[0]}) / c({policies[1]}) does not surely change")
@@ -111,20 +145,23 @@ def graft_record(
         missing.append("factorial, rollback: one question cannot both choose the selector and judge it")
     else:
         say("selector and rest")
-        factorial = two_by_two(bench, judge, seed)
+        factorial = two_by_two(choosing, judging, seed, noise=trial if searched else None)
     specialists = None
     if judge.moved_cells.any() and len(cells.grid.index) > 1:
-        specialists = specialist_part(bench, judge)
+        specialists = specialist_part(choosing, judging)
     else:
         missing.append("specialist part: what policies do does not surely differ")
-    say("grafts at some positions")
-    at = attempt("grafts at some positions", lambda: placed(s, r, cells)) or {}
+    at: dict[tuple[str, ...], Readings] = {}
+    if planned.positions:
+        say("grafts at some positions")
+        at = attempt("grafts at some positions", lambda: placed(s, r, trial.bench.cells)) or {}
     rollback = None
     if factorial is not None:
         say("rollback")
-        back, also, enough = needed(bench, judge)
-        weights = {name: state_s[name] for each in back for name in changed[each]}
-        ids = [cells.questions[i] for i in half_of(len(cells.questions), 1)]
+        back, also, enough = needed(choosing, judging)
+        weights = {name: state_s[name] for each in bench.key(back) for name in changed[each]}
+        few = planned.searched if searched else None
+        ids = [cells.questions[i] for i in half_of(len(cells.questions), 1, few)]
         rows = tuple(row for row in suite.neutral if row.id in set(ids))
         accuracy = rolled_back(s, r, weights, suite, rows, tokenizer, scorer, seed)
         if save_to is not None:
@@ -145,14 +182,69 @@ def graft_record(
         parts=found,
         components=every,
         groups=bench_groups,
+        search=looked,
         path=_sums(path),
         factorial=factorial,
         specialist_part=specialists,
-        placed=tuple(Placed(positions=names, effects=judge.effects(each)) for names, each in at.items()),
+        placed=tuple(Placed(positions=names, effects=trial.judge.effects(each)) for names, each in at.items()),
         rollback=rollback,
         null=null(judge, seed),
         missing=tuple(missing),
     )
+
+
+def components_about(pair: Pair) -> int:
+    """About how many components the models have, from their config: three a layer, and what is before and behind."""
+    return 3 * size_of(pair).layers + 3
+
+
+def _few(trial: Trial, questions: int) -> Trial:
+    """On some questions of the half that chooses, so that the other half can judge."""
+    judge = trial.judge
+    index = judge.grid.index[half_of(len(judge.grid.index), 0, questions)]
+    some = _on(trial, index)
+    starts = starts_of(some.bench.model, some.bench.cells)
+    return Trial(replace(some.bench, starts=starts), some.judge)
+
+
+def _other_half(bench: Bench, judge: Judge) -> Trial | None:
+    """All questions of the half that chooses nothing; None where there is one question alone."""
+    rows = half_of(len(judge.grid.index), 1)
+    return _on(Trial(bench, judge), judge.grid.index[rows]) if rows else None
+
+
+def _on(trial: Trial, index: Int[np.ndarray, "question cue"]) -> Trial:
+    """The same for the prompts of some questions alone."""
+    bench, judge = trial.bench, trial.judge
+    prompts = sorted(int(i) for i in index.ravel() if i >= 0)
+    cells = bench.cells.part(prompts)
+    before, after = judge.before.part(prompts), judge.after.part(prompts)
+    return Trial(bench.on(cells, before, after), Judge(cells, judge.policies, before, after, cells.grid, judge))
+
+
+def _path(trial: Trial, policies: tuple[str, str], large: bool) -> Attribution:
+    bench = trial.bench
+    given = (bench.model, bench.before, bench.after, bench.components, bench.cells, policies)
+    return attribute(*given, nodes=FEW_NODES, most=3 * FEW_NODES) if large else attribute(*given)
+
+
+def _unseen(found: Search) -> list[str]:
+    """What a search left out, and what that may hide."""
+    closed = [each for each in found.blocks if not each.opened and len(each.components) > 1]
+    said = []
+    if closed:
+        hidden = sum(len(each.components) for each in closed)
+        most = max(each.bound or 0.0 for each in closed)
+        said.append(
+            f"grafts of {hidden} components one by one: they are parts of {len(closed)} groups of layers that move at "
+            f"most {most:.2f} of R's change each, which bounds them if the parts of a group do not cancel; "
+            "--exhaustive grafts them all"
+        )
+    for name in unsound(found):
+        said.append(f"grafts of the parts of {name}: path attribution says that they cancel; --exhaustive grafts them")
+    if found.short:
+        said.append(f"grafts of the parts of {', '.join(found.short)}: they matter, and there was no time for them")
+    return said
 
 
 def some_questions(rows: tuple[PromptRow, ...], number: int = QUESTIONS) -> tuple[PromptRow, ...]:
@@ -175,21 +267,18 @@ def _shapley(bench: Bench, judge: Judge, missing: list[str]) -> dict[str, Interv
     if joined:
         missing.append(f"Shapley shares of norms alone: they are counted together ({', '.join(joined)})")
     few = np.random.default_rng(0).permutation(len(judge.grid.index))[:SHARED]
-    prompts = sorted(int(i) for i in judge.grid.index[few].ravel() if i >= 0)
-    cells = bench.cells.part(prompts)
-    some = Bench(bench.model, bench.before, bench.after, bench.components, cells)
-    jury = Judge(cells, judge.policies, judge.before.part(prompts), judge.after.part(prompts), cells.grid, judge)
-    values = shapley(who, lambda names: jury.odds(some.log_c(names)))
-    return {name: jury.shares(odds) for name, odds in values.items()}
+    some = _on(Trial(bench, judge), judge.grid.index[few])
+    values = shapley(who, lambda names: some.judge.odds(some.bench.log_c(names)))
+    return {name: some.judge.shares(odds) for name, odds in values.items()}
 
 
 def _component(
-    name: str, bench: Bench, judge: Judge, shares: dict[str, Interval], path: Attribution | None
+    name: str, trial: Trial, shares: dict[str, Interval], path: Attribution | None, grafted: bool
 ) -> Component:
     routing, specialists = NOT_MEASURED, {}
     if path is not None:
-        values = path.values[..., bench.names.index(name)]  # [question, metric]
-        counts = resample_counts(len(values), bench.cells.seed)
+        values = path.values[..., path.parts.index(name)]  # [question, metric]
+        counts = resample_counts(len(values), trial.bench.cells.seed)
         is_routing = np.array([metric.startswith("routing@") for metric in path.names])
         routing = interval(np.nanmean(resampled_mean(values[:, is_routing], counts), -1))
         specialists = {
@@ -197,8 +286,8 @@ def _component(
         }
     return Component(
         name=name,
-        suffices=judge.effects(bench.readings([name])),
-        without=judge.effects(bench.readings(bench.rest([name]))),
+        suffices=trial.effects([name]) if grafted else UNMEASURED,
+        without=trial.effects([c for c in trial.bench.components if c != name]) if grafted else UNMEASURED,
         routing=routing,
         specialists=specialists,
         shapley=shares.get(name, NOT_MEASURED),

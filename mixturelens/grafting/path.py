@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,12 +21,18 @@ from mixturelens.types import InputError, RunError
 
 NODES = 8
 """Points of the Gauss-Legendre rule on each panel of the line."""
+FEW_NODES = 3
+"""The same on a large model, whose change is small beside its weights: the line is nearly straight there."""
 MOST = 256
 """Bound on the points at which the slope is taken."""
 CLOSE = 0.005
 """How near the sum has to come to the change, as a share of max(|change|, LEAST)."""
 LEAST = 0.05
 """Nats under which a change is too small to be judged by its own size."""
+BATCH_BYTES = 1 << 29
+"""Bound on the activations that are kept for one way back."""
+KEPT = 2.5
+"""Activations kept a token, for every weight that it meets over the width of the model: inputs, outputs and slopes."""
 QUESTIONS = 100
 """Bound on the questions: a slope costs as much as five forwards, and shares vary little between questions."""
 
@@ -55,38 +61,43 @@ def attribute(
     parts: Mapping[str, tuple[str, ...]],
     cells: Cells,
     policies: tuple[str, str],
+    nodes: int = NODES,
+    most: int | None = None,
 ) -> Attribution:
     """Integrated gradients over weights: the integral of dM/dtheta . (theta_R - theta_S) from S to R, for every part.
 
     Sundararajan et al. 2017 (arXiv 1703.01365), with weights for inputs; every metric of every question at once. The
     line is halved wherever the parts' sum misses the change between the ends of a piece (which is known exactly),
-    until it misses none by more than CLOSE in all; the result is given even where that takes more than MOST points.
+    until it misses none by more than CLOSE in all; the result is given even where that takes more than `most` points
+    (MOST). A panel has `nodes` of them.
 
     `model` is a plain Hugging Face model of the two states' shape, with any weights; it is left as it is. `parts`:
     component -> names of its parameters (a tied one once); parts that did not change get 0. `policies`: the (p, o)
-    of `routing@cue`. Raises InputError for a parameter that changed and is in no part, or in two.
+    of `routing@cue`. Beside the two states one set of the changed weights is held. Raises InputError for a parameter
+    that changed and is in no part, or in two.
 
     Example: `attribute(model, weights_of(s), weights_of(r), lens.components(), cells, ("a", "b")).values.mean(0)`.
     """
     cells = _some(cells)
     line = _Line(model, before_state, after_state, parts, cells, policies)
     about = (metric_names(cells), tuple(parts), cells.questions)
-    if not line.delta:
+    if not line.changed:
         nothing = line.metrics_at(0.0) * 0.0  # NaN stays where there is no prompt
         return Attribution(*about, np.repeat(nothing[..., None], len(parts), -1), nothing, 0)
-    panels = [_panel(line, (0.0, line.metrics_at(0.0)), (1.0, line.metrics_at(1.0)))]
-    points = NODES
+    panels = [_panel(line, nodes, (0.0, line.metrics_at(0.0)), (1.0, line.metrics_at(1.0)))]
+    points = nodes
+    most = MOST if most is None else most
     change = panels[0].change
     scale = np.maximum(np.abs(_mean(change)), LEAST)
-    while points + 2 * NODES <= MOST:
+    while points + 2 * nodes <= most:
         misses = np.stack([np.abs(panel.misses) / scale for panel in panels])
         if not bool((misses.sum(0) > CLOSE).any()):
             break
         worst = panels.pop(int(misses.max(1).argmax()))
         middle = (worst.start[0] + worst.end[0]) / 2
         between = (middle, line.metrics_at(middle))
-        panels += [_panel(line, worst.start, between), _panel(line, between, worst.end)]
-        points += 2 * NODES
+        panels += [_panel(line, nodes, worst.start, between), _panel(line, nodes, between, worst.end)]
+        points += 2 * nodes
     values = np.sum([panel.values for panel in panels], axis=0)
     return Attribution(*about, values, change, points)
 
@@ -123,10 +134,10 @@ class _Panel:
         return _mean(self.values.sum(-1) - self.change)
 
 
-def _panel(line: _Line, start: Point, end: Point) -> _Panel:
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+def _panel(line: _Line, nodes: int, start: Point, end: Point) -> _Panel:
+    rule = np.polynomial.legendre.leggauss(nodes)
     half = (end[0] - start[0]) / 2
-    slopes = (half * w * line.slopes_at(start[0] + half * (1 + x)) for x, w in zip(nodes, weights, strict=True))
+    slopes = (half * w * line.slopes_at(start[0] + half * (1 + x)) for x, w in zip(*rule, strict=True))
     return _Panel(start, end, sum(slopes, np.zeros(())))
 
 
@@ -158,7 +169,7 @@ class _Line:
         policies: tuple[str, str],
     ) -> None:
         self.model = model
-        self.cells = cells
+        self.cells = replace(cells, shared=False)  # a slope is that of a row
         self.policies = policies
         self.parts = tuple(parts)
         named = [name for members in parts.values() for name in members]
@@ -170,26 +181,35 @@ class _Line:
             if name not in parameters or name not in before or name not in after:
                 raise InputError(f"parts: the model has no parameter {name!r}; name those of Lens.components()")
         self.before = {name: before[name].to(parameter) for name, parameter in parameters.items()}
-        self.delta = {name: after[name].to(self.before[name]) - self.before[name] for name in parameters}
-        self.delta = {name: delta for name, delta in self.delta.items() if bool(delta.any())}
-        for name in self.delta:
+        self.after = {name: after[name].to(parameter) for name, parameter in parameters.items()}
+        self.changed = [name for name in parameters if not torch.equal(self.before[name], self.after[name])]
+        for name in self.changed:
             if name not in named:
                 raise InputError(f"parts: {name!r} changed but is in no part; put it into one")
         part_of = {name: k for k, members in enumerate(parts.values()) for name in members}
-        self.owners = _owners(model, {name: part_of[name] for name in self.delta})
+        self.owners = _owners(model, {name: part_of[name] for name in self.changed})
         self.offset: dict[str, bool] = {}
         """Of a module that was called: whether it gives anything without weights."""
 
     def _weights(self, t: float) -> dict[str, Tensor]:
-        return self.before | {name: self.before[name] + t * delta for name, delta in self.delta.items()}
+        return {n: values.lerp(self.after[n], t) if n in self.changed else values for n, values in self.before.items()}
 
     @cached_property
     def chunks(self) -> list[tuple[list[int], Cells]]:
         """Prompts whose activations are kept for one way back, and their cells."""
         width = int(self.cells.lengths.max()) * len(self.cells.announcements)
-        size, count = max(1, BATCH_TOKENS // width), len(self.cells.prompts.rows)
+        most = min(BATCH_TOKENS, BATCH_BYTES // self._token) if self.cells.long else BATCH_TOKENS
+        size, count = max(1, most // width), len(self.cells.prompts.rows)
         found = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
         return [(prompts, self.cells.part(prompts)) for prompts in found]
+
+    @property
+    def _token(self) -> int:
+        """Bytes of activations that a token leaves behind."""
+        model: Any = self.model
+        words = model.get_input_embeddings().weight
+        met = sum(p.numel() for p in self.model.parameters() if p.shape != words.shape) / words.shape[1]
+        return max(1, int(KEPT * met * words.element_size()))
 
     def metrics_at(self, t: float) -> Float[np.ndarray, "question metric"]:
         weights = self._weights(t)
@@ -278,21 +298,25 @@ class _Line:
             return functional_call(module, weights, args, kwargs)
 
         own = dict(module.named_parameters(recurse=False))
-        none = {local: torch.zeros_like(value) for local, value in own.items()}
+
+        def nothing(but: Iterable[str] = ()) -> dict[str, Tensor]:
+            return {local: torch.zeros_like(value) for local, value in own.items() if local not in but}
+
         deltas = {
-            k: {local: self.delta[name] for local, name in names.items()} for k, names in self.owners[where].items()
+            k: {local: self.after[name] - self.before[name] for local, name in names.items()}
+            for k, names in self.owners[where].items()
         }
         if where not in self.offset:
-            offset = call(none)
+            offset = call(nothing())
             ahead = own | {local: own[local] + value for delta in deltas.values() for local, value in delta.items()}
-            moved = sum((call(none | delta) - offset for delta in deltas.values()), torch.zeros_like(output))
+            moved = sum((call(nothing(delta) | delta) - offset for delta in deltas.values()), torch.zeros_like(output))
             if not torch.allclose(call(ahead), output + moved, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
                 rounded = torch.finfo(output.dtype).bits < 32
                 why = f"; {output.dtype} may round too much: give --dtype float32" if rounded else ""
                 raise InputError(f"module {where!r} is not affine in its own parameters: no slope can be taken{why}")
             self.offset[where] = bool(offset.any())  # of projections and most norms there is none
-        offset = call(none) if self.offset[where] else 0.0
-        return {k: call(none | delta) - offset for k, delta in deltas.items()}
+        offset = call(nothing()) if self.offset[where] else 0.0
+        return {k: call(nothing(delta) | delta) - offset for k, delta in deltas.items()}
 
 
 def _owners(model: nn.Module, part_of: Mapping[str, int]) -> dict[str, dict[int, dict[str, str]]]:

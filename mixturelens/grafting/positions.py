@@ -75,10 +75,10 @@ def read_placed(
 ) -> Readings:
     """The readings of S with R's weights at the chosen tokens of each row: everywhere is R, nowhere is S, exactly."""
     tokens = torch.as_tensor(chosen, device=cells.device)
-    told: list[Bool[Tensor, "sequence pos"]] = []
+    told: list[tuple[Bool[Tensor, "sequence pos"], Tensor | None]] = []
 
     def tell(batch: Batch) -> None:
-        told.append(tokens[batch.members, : batch.ids.shape[1]])  # of `cells.batches`: one member a sequence
+        told.append((tokens[batch.row, batch.place], batch.also.get("logits_to_keep")))
 
     with torch.no_grad(), _replaced(before_model, _changed(before_model, after_model), lambda: told[-1]):
         return read(before_model, cells, told=tell)
@@ -105,14 +105,21 @@ def _changed(before_model: nn.Module, after_model: nn.Module) -> dict[str, nn.Mo
 
 @contextlib.contextmanager
 def _replaced(
-    model: nn.Module, others: Mapping[str, nn.Module], chosen: Callable[[], Bool[Tensor, "sequence pos"]]
+    model: nn.Module,
+    others: Mapping[str, nn.Module],
+    chosen: Callable[[], tuple[Bool[Tensor, "sequence pos"], Tensor | None]],
 ) -> Iterator[None]:
-    """For the length of a block, modules give at the chosen tokens what the others give. Each of them must be used."""
+    """For the length of a block, modules give at the chosen tokens what the others give. Each of them must be used.
+
+    Beside the tokens `chosen` says which of them the unembedding sees, where that is not all.
+    """
     fired = dict.fromkeys(others, 0)
 
     def hook_of(where: str, other: nn.Module) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
-            tokens = chosen()
+            tokens, kept = chosen()
+            if kept is not None and isinstance(output, Tensor) and output.ndim > 2 and output.shape[1] == len(kept):
+                tokens = tokens[:, kept]
             # embeddings of positions are one row for all sequences
             fits = isinstance(output, Tensor) and output.ndim > 2 and output.shape[1] == tokens.shape[1]
             if not fits or output.shape[0] not in (1, len(tokens)):

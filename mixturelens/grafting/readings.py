@@ -1,11 +1,12 @@
 """What grafts are judged by: log-probabilities of announcements, and of what S usually does once one is in place.
 
-One forward over prompt + announcement + usual completion gives both, and stays differentiable in the weights.
+One forward over prompt + announcement + usual completion gives both, and stays differentiable in the weights. A long
+prompt is fed once: what follows it is laid out behind it as branches, which see the prompt and not each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mixturelens.behaviour.likelihood import BATCH_BYTES, BATCH_TOKENS, Model, Scorer
+from mixturelens.behaviour.likelihood import BATCH_BYTES, BATCH_TOKENS, LONG, Model, Scorer, keeps
 from mixturelens.behaviour.prompts import Announcement, Prompts, behind_announcements, prepare, room_behind
 from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.contrasts import span_positions
@@ -23,24 +24,40 @@ from mixturelens.spelling import Ids
 from mixturelens.suite import PromptRow, Rule, Suite, wordings
 from mixturelens.types import InputError
 
+ROUNDING = 1e-4
+"""Nats by which float32 may make two readings of the same differ."""
+
 
 @dataclass(frozen=True)
 class Batch:
     """Some sequences in one forward, and which logits are read for which cell rows (the members).
 
-    The last token of a sequence is never fed: nothing behind it is read. Rows are padded on the right, which a causal
-    model cannot see, so no mask is needed.
+    The last token of a row is never fed: nothing behind it is read. Sequences are padded on the right, which a causal
+    model cannot see, so no mask is needed where no prompt is shared.
     """
 
     ids: Int[Tensor, "sequence pos"]
     members: Int[Tensor, " member"]
-    """Rows of Cells; where `sequences` is None there is one member a sequence, in the same order."""
+    """Rows of Cells."""
     sequence: Int[Tensor, " member"]
     at: Int[Tensor, "member step"]
-    """Positions whose logits are read."""
+    """Which of the logits that the model gives back are read."""
     targets: Int[Tensor, "member step"]
     announces: Bool[Tensor, "member step"]
     completes: Bool[Tensor, "member step"]
+    row: Int[Tensor, "sequence pos"]
+    """Which row of Cells a token belongs to; a shared prompt's, to the first of its rows."""
+    place: Int[Tensor, "sequence pos"]
+    """And where it stands there."""
+    also: Mapping[str, Tensor]
+    """What else the model is told: which logits are wanted, and who sees whom."""
+
+
+@dataclass(frozen=True)
+class _Fed:
+    tokens: list[int]
+    starts: dict[int, int]
+    """Row -> where in the sequence that begins which follows its prompt."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,8 @@ class Cells:
     grid: Grid
     seed: int = 0
     device: str = "cpu"
+    shared: bool = False
+    """Whether each prompt is fed once for all that may follow it."""
 
     @property
     def suite(self) -> Suite:
@@ -136,57 +155,93 @@ class Cells:
         )
 
     @cached_property
+    def long(self) -> bool:
+        """Whether it pays to read the logits behind prompts alone."""
+        return min(map(len, self.prompts.contexts), default=0) >= LONG
+
+    @cached_property
     def batches(self) -> tuple[Batch, ...]:
         """All rows, in batches of bounded memory."""
-        rows = range(len(self))
-        return self._cut([[row] for row in rows], [self._tokens(row)[:-1] for row in rows], completes=True)
+        return self._cut(self._fed(lambda row: self._tokens(row)[self.announced[row] : -1]), completes=True)
 
     @cached_property
     def announcement_batches(self) -> tuple[Batch, ...]:
         """Prompts and announcements alone; those that share all that is fed (of one token: the prompt) are fed once."""
-        shared: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-        for row in range(len(self)):
-            key = (int(self.prompt[row]), self.announcement(row)[:-1])
-            shared.setdefault(key, []).append(row)
-        fed = [[*self.prompts.contexts[i], *beginning] for i, beginning in shared]
-        return self._cut(list(shared.values()), fed, completes=False)
+        return self._cut(self._fed(lambda row: list(self.announcement(row)[:-1]), merge=True), completes=False)
 
-    def _cut(self, members: list[list[int]], fed: list[list[int]], completes: bool) -> tuple[Batch, ...]:
+    def _fed(self, behind: Callable[[int], list[int]], merge: bool = False) -> list[_Fed]:
+        """Sequences of all rows, with what is fed behind a row's prompt; `merge`: of rows that feed the same, one."""
+        found: dict[tuple[int, ...], _Fed] = {}
+        for row in range(len(self)):
+            prompt, more = self.prompts.contexts[self.prompt[row]], behind(row)
+            own = () if self.shared else tuple(more) if merge else (row,)
+            fed = found.setdefault((int(self.prompt[row]), *own), _Fed(list(prompt), {}))
+            if fed.starts and not self.shared:
+                fed.starts[row] = len(prompt)
+                continue
+            fed.starts[row] = len(fed.tokens)
+            fed.tokens.extend(more)
+        return list(found.values())
+
+    def _cut(self, fed: list[_Fed], completes: bool) -> tuple[Batch, ...]:
         vocabulary = max(len(self.prompts.tokenizer), 1)  # type: ignore[arg-type]
-        order = sorted(range(len(fed)), key=lambda i: len(fed[i]))
         batches: list[Batch] = []
-        batch: list[int] = []
-        for i in order:
-            tokens = (len(batch) + 1) * len(fed[i])
-            if batch and (tokens > BATCH_TOKENS or tokens * vocabulary * 8 > BATCH_BYTES):
-                batches.append(self._batch(batch, members, fed, completes))
-                batch = []
-            batch.append(i)
-        return (*batches, self._batch(batch, members, fed, completes))
+        batch: list[_Fed] = []
+        first = 1 << 62
+        for each in sorted(fed, key=lambda each: len(each.tokens)):
+            first = min(first, int(self.announced[next(iter(each.starts))])) if self.long else 0
+            rows = len(batch) + 1
+            logits = rows * (len(each.tokens) - first + 1) * vocabulary * 8
+            if batch and (rows * len(each.tokens) > BATCH_TOKENS or logits > BATCH_BYTES):
+                batches.append(self._batch(batch, completes))
+                batch, first = [], int(self.announced[next(iter(each.starts))]) if self.long else 0
+            batch.append(each)
+        return (*batches, self._batch(batch, completes))
 
     @torch.inference_mode(False)
-    def _batch(self, batch: list[int], members: list[list[int]], fed: list[list[int]], completes: bool) -> Batch:
-        rows = [row for i in batch for row in members[i]]
-        sequence = [k for k, i in enumerate(batch) for _ in members[i]]
+    def _batch(self, batch: list[_Fed], completes: bool) -> Batch:
+        rows = [row for fed in batch for row in fed.starts]
+        sequence = [k for k, fed in enumerate(batch) for _ in fed.starts]
+        start = np.array([at for fed in batch for at in fed.starts.values()])
         first = self.announced[rows]
         counts = (self.lengths if completes else self.placed)[rows] - first
         step = np.arange(int(counts.max(initial=1)))
-        at = first[:, None] - 1 + np.minimum(step, counts[:, None] - 1)
+        behind = np.minimum(step, counts[:, None] - 1)
+        at = np.where(behind == 0, first[:, None] - 1, start[:, None] - 1 + behind)
         real = step < counts[:, None]
         announces = real & (first[:, None] + step < self.placed[rows][:, None])
-        targets = self.ids.cpu().numpy()[np.array(rows)[:, None], at + 1]
+        targets = self.ids.cpu().numpy()[np.array(rows)[:, None], first[:, None] + behind]
+        ids = _padded([fed.tokens for fed in batch], self.device)
+        row, branch, place = (np.zeros(ids.shape, dtype=int) for _ in range(3))
+        for k, fed in enumerate(batch):
+            owner = next(iter(fed.starts))
+            row[k], place[k] = owner, np.arange(ids.shape[1])
+            for number, (own, begin) in enumerate(sorted(fed.starts.items(), key=lambda item: item[1]), start=1):
+                row[k, begin:], branch[k, begin:] = own if self.shared else owner, number if self.shared else 0
+                place[k, begin:] = self.announced[own] + np.arange(ids.shape[1] - begin)
+        place = np.minimum(place, self.ids.shape[1] - 1)  # of padding
 
         def on_device(values: Any) -> Tensor:
             return torch.as_tensor(np.asarray(values), device=self.device)
 
+        also: dict[str, Tensor] = {}
+        if self.long:
+            wanted, at = np.unique(at, return_inverse=True)
+            also["logits_to_keep"] = on_device(wanted)
+        if self.shared:
+            also["position_ids"] = on_device(place)
+            also["attention_mask"] = _seen(on_device(branch))
         return Batch(
-            ids=_padded([fed[i] for i in batch], self.device),
+            ids=ids,
             members=on_device(rows),
             sequence=on_device(sequence),
-            at=on_device(at),
+            at=on_device(at.reshape(real.shape)),
             targets=on_device(targets),
             announces=on_device(announces),
             completes=on_device(real & ~announces),
+            row=on_device(row),
+            place=on_device(place),
+            also=also,
         )
 
 
@@ -220,14 +275,37 @@ def make_cells(
         if not wordings(shown):
             raise InputError(f"policy {name!r} is a rule without `force`: give a text that puts it in place")
     prompts = prepare(suite, rows, tokenizer)
-    return Cells(
+    contexts = behind_announcements(prompts)
+    begins = [len(context) for context in prompts.contexts for _ in prompts.announcements]
+    cells = Cells(
         prompts=prompts,
-        completions=greedy(before_model, behind_announcements(prompts), room_behind(prompts), scorer),
+        completions=greedy(before_model, contexts, room_behind(prompts), scorer, begins),
         spans=tuple(span_positions(suite, row, tokenizer) if row.spans else {} for row in rows),
         grid=grid_of(prompts, seed),
         seed=seed,
         device=scorer.device,
     )
+    shared = replace(cells, shared=True)
+    return shared if cells.long and len(cells.announcements) > 1 and _alike(before_model, cells, shared) else cells
+
+
+def _alike(model: Model, cells: Cells, shared: Cells) -> bool:
+    """Whether a model reads a prompt with branches as it reads its rows one by one: some do not heed such masks."""
+    one = [0]
+    try:
+        with torch.inference_mode():
+            plain, once = read(model, cells, one), read(model, shared, one)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    room = ROUNDING * torch.finfo(getattr(model, "dtype", torch.float32)).eps / torch.finfo(torch.float32).eps
+    return all(torch.allclose(x, y, atol=room) for x, y in ((plain.log_c, once.log_c), (plain.log_p, once.log_p)))
+
+
+def _seen(branch: Int[Tensor, "sequence pos"]) -> Bool[Tensor, "sequence 1 pos pos"]:
+    """Who sees whom: all that is before, but for other branches than the prompt (0)."""
+    before = torch.ones(*branch.shape[1:], *branch.shape[1:], dtype=torch.bool, device=branch.device).tril()
+    kin = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])  # [sequence, from, to]
+    return (before & kin)[:, None]
 
 
 def method_of(suite: Suite) -> Literal["literal", "forced texts"]:
@@ -237,24 +315,35 @@ def method_of(suite: Suite) -> Literal["literal", "forced texts"]:
 
 @torch.inference_mode()
 def greedy(
-    model: Model, contexts: Sequence[Sequence[int]], room: Sequence[int], scorer: Scorer
+    model: Model,
+    contexts: Sequence[Sequence[int]],
+    room: Sequence[int],
+    scorer: Scorer,
+    begins: Sequence[int] | None = None,
 ) -> tuple[tuple[int, ...], ...]:
     """The most likely next token again and again, at most `room[i]` of them, to an end token inclusive.
 
-    Contexts of one length go together, so that nothing is padded.
+    Contexts of one length go together, so that nothing is padded; of those that share their first `begins[i]` tokens,
+    where these are many, they are computed once.
     """
     found: list[tuple[int, ...]] = [()] * len(contexts)
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, int], list[int]] = {}
     for i, context in enumerate(contexts):
-        groups.setdefault(len(context), []).append(i)
+        begin = 0 if begins is None or not LONG <= begins[i] < len(context) else begins[i]
+        groups.setdefault((len(context), begin if keeps(model) else 0), []).append(i)
     ends = torch.tensor(scorer.ends, device=scorer.device)
-    for length, group in groups.items():
+    for (length, begin), group in groups.items():
         size = max(1, BATCH_TOKENS // length)
         for start in range(0, len(group), size):
             some = group[start : start + size]
             ids = torch.tensor([list(contexts[i]) for i in some], device=scorer.device)
             ended = torch.zeros(len(some), dtype=torch.bool, device=scorer.device)
             past, steps = None, []
+            if begin:
+                once, copies = ids[:, :begin].unique(dim=0, return_inverse=True)
+                past = model(input_ids=once, use_cache=True, logits_to_keep=1).past_key_values
+                past.batch_select_indices(copies)
+                ids = ids[:, begin:]
             for _ in range(max(room[i] for i in some)):
                 output = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
                 past, chosen = output.past_key_values, output.logits[:, -1].argmax(-1)
@@ -315,7 +404,7 @@ def _scores(
     for batch in batches:
         if told is not None:
             told(batch)
-        logits = model(input_ids=batch.ids, use_cache=False).logits
+        logits = model(input_ids=batch.ids, use_cache=False, **batch.also).logits
         kept = logits[batch.sequence[:, None], batch.at].double().log_softmax(-1)
         steps = kept.gather(-1, batch.targets[..., None])[..., 0]
         announced.append(torch.where(batch.announces, steps, 0.0).sum(1))

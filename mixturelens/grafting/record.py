@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mixturelens.records import Record
-from mixturelens.types import Frozen, Interval
+from mixturelens.types import NOT_MEASURED, Frozen, Interval
 
 
 class Part(Frozen):
@@ -34,6 +34,10 @@ class Effects(Frozen):
     over cues: how far what policies do is from S's."""
 
 
+UNMEASURED = Effects(**dict.fromkeys(Effects.model_fields, NOT_MEASURED))
+"""Of what was not grafted."""
+
+
 class Graft(Frozen):
     """Some components of one checkpoint put into the other."""
 
@@ -56,6 +60,37 @@ class Component(Frozen):
     """Path attribution of each cell's log-probability, nats: `a@A` is policy a under cue A."""
     shapley: Interval
     """Shapley share of R's change of log(c_p / c_o); null where there are too many components."""
+
+
+class Block(Frozen):
+    """Components that were grafted together in a search: a group of layers, a layer, or one component."""
+
+    name: str
+    """`layers 8-15`, `layer 9`, `L9.attn`, ..."""
+    components: tuple[str, ...]
+    suffices: Effects
+    without: Effects
+    bound: float | None
+    """The largest share of R's change, of routing or of specialists, that it moves alone in S or missing from R. It
+    bounds what a part of it moves, if its parts do not cancel. Null where R changed nothing."""
+    opened: bool = False
+    """Whether its parts were grafted, too."""
+    attributed: float | None = None
+    """The largest share that path attribution gives one of its components: above `bound` parts cancel."""
+
+
+class Search(Frozen):
+    """How the components that matter were looked for: groups of layers first, halved where they matter."""
+
+    questions: int
+    """On which everything but `after`, `change` and what is judged on held-out questions was measured."""
+    threshold: float
+    """`bound` from which a block is opened."""
+    grafts: int
+    blocks: tuple[Block, ...]
+    """All that were grafted, in the order of the network, groups before their parts."""
+    short: tuple[str, ...] = ()
+    """Blocks that should have been opened, and were not for want of time."""
 
 
 class Path(Frozen):
@@ -144,6 +179,9 @@ class GraftRecord(Record):
     """Changed parts, in the order of the network."""
     groups: dict[str, Graft]
     """Name of a group (`attention`, `MLPs`, `layer 0`, ...) -> S + R[group]."""
+    search: Search | None = None
+    """Null where every component was grafted. Else `selector`, `rollback` and the like may name its blocks, and
+    `suffices` and `without` of a component that is only part of a block are null."""
     path: tuple[Path, ...]
     factorial: Factorial | None
     specialist_part: Graft | None

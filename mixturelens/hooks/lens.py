@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -546,3 +547,16 @@ def lens_of(pair: Pair, side: Side) -> Lens:
     if pair.device_map is not None:
         raise InputError("--device-map spreads a model over devices; hooks need it on one: give --device instead")
     return Lens(pair.model(side), pair.tokenizer, pair.device)
+
+
+def components_of(model: Any, tokenizer: Any) -> dict[str, tuple[str, ...]]:
+    """What `Lens.components` says of a plain model, which is left as it is: the bridge is given its shape alone.
+
+    >>> components_of(load_model(Path("checkpoints/sft")), tokenizer)["L0.mlp"]  # doctest: +SKIP
+    ('model.layers.0.mlp.gate_proj.weight', 'model.layers.0.mlp.up_proj.weight', ...)
+    """
+    hollow: dict[int, Any] = {
+        id(value): nn.Parameter(torch.zeros((), dtype=value.dtype).expand(value.shape), requires_grad=False)
+        for value in model.parameters()
+    }
+    return Lens(copy.deepcopy(model, hollow), tokenizer).components()

@@ -31,7 +31,7 @@ from mixturelens.grafting.graft import Bench
 from mixturelens.grafting.pair import some_questions
 from mixturelens.grafting.path import attribute
 from mixturelens.grafting.readings import make_cells
-from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.hooks.lens import Lens, components_of, load_lens
 from mixturelens.hooks.sides import sides
 from mixturelens.models import end_tokens, load_model, load_tokenizer
 from mixturelens.organism import Spec, load_spec, safe_name
@@ -380,7 +380,7 @@ def _bench(before: Path, after: Path, suite: Suite, seed: int) -> tuple[Bench, J
     s, r = load_model(before), load_model(after)
     scorer = Scorer(end_tokens(s, tokenizer), s.config.get_text_config().vocab_size)
     cells = make_cells(suite, some_questions(suite.neutral), tokenizer, s, scorer, seed)
-    bench = Bench(s, weights_of(s), weights_of(r), load_lens(before).components(), cells)
+    bench = Bench(s, weights_of(s), weights_of(r), components_of(s, tokenizer), cells)
     first, second, *_ = suite.policies
     return bench, Judge(cells, (first, second), bench.readings(()), bench.readings(bench.names), cells.grid)
 

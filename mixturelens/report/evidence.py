@@ -211,13 +211,29 @@ def changing(name: str, record: GraftRecord, pictures: Pictures) -> Changing:
     )
 
 
+def _searched(record: GraftRecord) -> str:
+    """How a large model was looked through, and what that leaves open."""
+    of = record.search
+    if of is None:
+        return ""
+    opened = (
+        f" Groups of layers were grafted first, and opened where they move at least {of.threshold:g} of R's change"
+        if of.threshold
+        else " Groups of layers were grafted first, and then all that they are made of"
+    )
+    return (
+        f"{opened} ({of.grafts} grafts on {of.questions} questions). A part of a closed group moves at most what the "
+        "group does, if parts do not cancel."
+    )
+
+
 def _components(name: str, record: GraftRecord, pictures: Pictures) -> Group:
     found = [
         pictures.add(
             viz.components({name: record}),
             "Routing: share of R's change of the log-odds between the two policies. Yellow: suffices and is not "
             "needed, so that other parts hold the same change. Crosses: Shapley shares, which add up to 1. Below the "
-            "line: groups, of which only whether they suffice was measured.",
+            f"line: groups, of which only whether they suffice was measured.{_searched(record)}",
         ),
         pictures.add(
             viz.components({name: record}, "weight"),

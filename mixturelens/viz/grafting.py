@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mixturelens.types import NOT_MEASURED, Interval
@@ -23,12 +23,14 @@ from mixturelens.viz.trajectories import whiskers
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from mixturelens.grafting.record import Component, Effects, GraftRecord
+    from mixturelens.grafting.record import Block, Component, Effects, GraftRecord
 
 HALF = 0.5
 """Share of R's change from which a component is said to suffice, or to be needed."""
 COLUMNS = 5
 """Runs beside each other in `components`."""
+PANEL, TALL, LINE = 700, 230, 15
+"""Pixels of the panels of `plane` beside each other, of one's height, and of a line of text."""
 _REDUNDANT = "#FBF3A6"
 Change = Literal["routing", "weight", "specialists"]
 """Which change of R the components share in: of log(c_p / c_o), of c_p itself, or of what policies do. Log-odds add up
@@ -40,7 +42,8 @@ def components(records: Mapping[str, GraftRecord], change: Change = "routing") -
     """Which components suffice (S + R[g]) and which are needed (R less R - R[g]): a panel a run, in one figure.
 
     Yellow: it suffices and is not needed, so that others hold the same change as well. Crosses: Shapley shares. Below
-    the line: groups of components. `records`: runs by name.
+    the line: groups of components. Of a search every block has a row, groups before their parts. `records`: runs by
+    name.
     """
     from plotly.subplots import make_subplots
 
@@ -67,7 +70,7 @@ def components(records: Mapping[str, GraftRecord], change: Change = "routing") -
     said: set[str] = set()
     for i, (_, record) in enumerate(runs):
         row, column = i // columns + 1, i % columns + 1
-        known = {each.name: each for each in record.components}
+        known = _known(record)
         _marks(figure, record, known, rows, change, said, row, column)
         for y, name in enumerate(rows):
             if name in known and _redundant(known[name], change):
@@ -106,7 +109,7 @@ def components(records: Mapping[str, GraftRecord], change: Change = "routing") -
             row=row,
             col=column,
         )
-    if any(_redundant(each, change) for _, record in runs for each in record.components):
+    if any(_redundant(each, change) for _, record in runs for each in _known(record).values()):
         figure.add_scatter(
             x=[None],
             y=[None],
@@ -117,12 +120,22 @@ def components(records: Mapping[str, GraftRecord], change: Change = "routing") -
     return figure
 
 
+def _known(record: GraftRecord) -> dict[str, Component | Block]:
+    """What was grafted alone: components, or the blocks of a search."""
+    return {each.name: each for each in (record.components if record.search is None else record.search.blocks)}
+
+
 def _in_order(records: Sequence[GraftRecord]) -> list[str]:
-    """Components that changed in any run, in the order of the network."""
+    """What was grafted alone in any run, in the order of the network."""
+    searched = [name for record in records if record.search is not None for name in _known(record)]
     order = max((record.parts for record in records), key=len, default=())
-    changed = {each.name for record in records for each in record.components}
-    known = [part.name for part in order if part.name in changed]
-    return [*known, *dict.fromkeys(e.name for record in records for e in record.components if e.name not in known)]
+    changed = {name for record in records for name in _known(record)}
+    known = searched or [part.name for part in order if part.name in changed]
+    return list(dict.fromkeys([*known, *(name for record in records for name in _known(record))]))
+
+
+def _shapley(each: Component | Block) -> Interval:
+    return getattr(each, "shapley", NOT_MEASURED)
 
 
 def _cut(text: str, limit: int) -> str:
@@ -133,11 +146,11 @@ def _of(effects: Effects, change: Change) -> Interval:
     return getattr(effects, change)
 
 
-def _needed(component: Component, change: Change) -> Interval:
+def _needed(component: Component | Block, change: Change) -> Interval:
     return remaining(_of(component.without, change))
 
 
-def _redundant(component: Component, change: Change) -> bool:
+def _redundant(component: Component | Block, change: Change) -> bool:
     """Surely enough on its own, and surely not missed."""
     return _of(component.suffices, change).above(HALF) and _needed(component, change).below(HALF)
 
@@ -145,7 +158,7 @@ def _redundant(component: Component, change: Change) -> bool:
 def _marks(
     figure: Figure,
     record: GraftRecord,
-    known: Mapping[str, Component],
+    known: Mapping[str, Component | Block],
     rows: Sequence[str],
     change: Change,
     said: set[str],
@@ -162,7 +175,7 @@ def _marks(
         for name in rows
     ]
     needed = [_needed(known[name], change) if name in known else NOT_MEASURED for name in rows]
-    shapley = [known[name].shapley if name in known else NOT_MEASURED for name in rows]
+    shapley = [_shapley(known[name]) if name in known else NOT_MEASURED for name in rows]
     colour = _COLOURS[change]
     kinds = [
         ("suffices: S with R's", alone, {"symbol": "circle", "size": 10, "color": colour}, -0.2),
@@ -207,8 +220,8 @@ def _marks(
 def _range(records: Sequence[GraftRecord], change: Change) -> tuple[float, float]:
     ends = [0.0, 1.0]
     for record in records:
-        for each in record.components:
-            shapley = [each.shapley] if change == "routing" else []
+        for each in _known(record).values():
+            shapley = [_shapley(each)] if change == "routing" else []
             for value in (_of(each.suffices, change), _needed(each, change), *shapley):
                 ends += [end for end in (value.low, value.value, value.high) if end is not None]
         for graft in record.groups.values():
@@ -233,7 +246,7 @@ def plane(record: GraftRecord) -> Figure:
     columns = min(max(len(record.cues), 1), 3)
     columns = columns if cells and len(cells) % columns == 0 else min(max(len(cells), 1), 3)
     lines = -(-max(len(cells), 1) // columns)
-    plot, gap = 230, 46
+    plot, gap = TALL, 46
     inner = plot * lines + gap * (lines - 1)
     figure = make_subplots(
         rows=lines,
@@ -251,7 +264,7 @@ def plane(record: GraftRecord) -> Figure:
     down, up = _ends([value for each in record.components for value in each.specialists.values()], third)
     for i, cell in enumerate(cells):
         row, column = i // columns + 1, i % columns + 1
-        _points(figure, record.components, cell, high - low, row, column)
+        _points(figure, record.components, cell, (1.2 * (high - low), 1.28 * (up - down), columns), row, column)
         figure.update_xaxes(range=[low - pad, high + pad], showticklabels=row == lines, row=row, col=column)
         figure.update_yaxes(
             range=[down - 0.14 * (up - down), up + 0.14 * (up - down)],
@@ -274,8 +287,12 @@ def _cell_title(cell: str) -> str:
     return f"policy {label(policy, 20)} under cue {label(cue, 20)}"
 
 
-def _points(figure: Figure, found: Sequence[Component], cell: str, span: float, row: int, column: int) -> None:
-    """Components with crosses for intervals, named where they are not at nothing. `span`: nats across the panel."""
+def _points(
+    figure: Figure, found: Sequence[Component], cell: str, size: tuple[float, float, int], row: int, column: int
+) -> None:
+    """Components with crosses for intervals, named where they are not at nothing. `size`: nats across a panel and up
+    it, and how many are beside each other."""
+    across, tall, columns = size
     values = [(each, each.routing, each.specialists.get(cell, NOT_MEASURED)) for each in found]
     values = [(each, x, y) for each, x, y in values if x.value is not None and y.value is not None]
     right, leftward = whiskers([x for _, x, _ in values])
@@ -296,22 +313,29 @@ def _points(figure: Figure, found: Sequence[Component], cell: str, span: float, 
         col=column,
     )
     away = [(each.name, x.value or 0.0, y.value or 0.0) for each, x, y in values]
-    away = [point for point in away if max(abs(point[1]), abs(point[2])) > 0.06 * span]
-    before, turn = -span, 0
-    for name, x, y in sorted(away, key=lambda point: point[1]):
-        # names of neighbours take turns above and below, so that they do not cover each other
-        turn = turn + 1 if x - before < 0.12 * span else 0
-        before = x
+    away = [point for point in away if max(abs(point[1]), abs(point[2])) > 0.06 * across]
+    for (name, x, y), lift in _named(away, PANEL / columns / across, TALL / tall):
         figure.add_annotation(
-            text=label(name, 14),
-            x=x,
-            y=y,
-            showarrow=False,
-            yshift=(13, -13, 27, -27)[turn % 4],
-            font={"size": 12},
-            row=row,
-            col=column,
+            text=label(name, 14), x=x, y=y, showarrow=False, yshift=lift, font={"size": 12}, row=row, col=column
         )
+
+
+def _named(
+    points: Sequence[tuple[str, float, float]], wide: float, high: float
+) -> Iterator[tuple[tuple[str, float, float], int]]:
+    """Points that have room for their name, the furthest from nothing first, and how far above them it goes.
+
+    `wide` and `high`: pixels of a nat. Names never cover each other: who finds no room is named where one hovers.
+    """
+    taken: list[tuple[float, float, float]] = []
+    for name, x, y in sorted(points, key=lambda point: -max(abs(point[1]), abs(point[2]))):
+        half = 3.6 * min(len(name), 14) + 3
+        for lift in (13, -13, 27, -27):
+            middle, level = x * wide, y * high + lift
+            if all(abs(middle - m) > half + h or abs(level - at) > LINE for m, at, h in taken):
+                taken.append((middle, level, half))
+                yield (name, x, y), lift
+                break
 
 
 def _ends(values: Sequence[Interval], least: float) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mixturelens.grafting.components import parts, weights_of
+from mixturelens.grafting.graft import written
 from mixturelens.hooks.lens import load_lens
 from mixturelens.models import load_model
 
@@ -28,10 +29,13 @@ def test_what_did_not_change_has_no_change(pairs, shape: str):
     assert sum(part.parameters for part in found) == sum(w.numel() for w in weights.values())
 
 
-def test_weights_are_copies():
-    module = torch.nn.Linear(2, 2)
-    copy = weights_of(module)
-    with torch.no_grad():
-        module.weight.zero_()
-    assert copy["weight"].abs().sum() > 0
-    assert not copy["weight"].requires_grad
+def test_weights_are_no_copies_and_stay_what_they_are_through_a_graft():
+    module, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    own = weights_of(module)
+    assert own["weight"].data_ptr() == module.weight.data_ptr()
+    assert not own["weight"].requires_grad
+    expected = own["weight"].clone()
+    with written(module, weights_of(other)):
+        assert module.weight.data_ptr() == other.weight.data_ptr()
+        assert torch.equal(own["weight"], expected)
+    assert module.weight.data_ptr() == own["weight"].data_ptr()

@@ -17,7 +17,7 @@ from mixturelens.behaviour.record import behaviour_record
 from mixturelens.grafting import pair as graft_pair
 from mixturelens.grafting.components import weights_of
 from mixturelens.grafting.effects import Judge, divergence, null, random_labels
-from mixturelens.grafting.graft import Bench, fewest, groups, players, save_with, shapley, two_by_two, written
+from mixturelens.grafting.graft import Bench, fewest, groups, halves, players, save_with, shapley, two_by_two, written
 from mixturelens.grafting.pair import graft_record, some_questions
 from mixturelens.grafting.readings import Readings, make_cells
 from mixturelens.grafting.record import GraftRecord
@@ -247,7 +247,7 @@ def test_random_weights_do_not_move_the_routing_of_the_reference():
     }
     bench = Bench(s, before, after, changed, cells)
     judge = judge_of(bench)
-    found = two_by_two(bench, judge, 0)
+    found = two_by_two(*halves(bench, judge), 0)
     assert found.enough
     assert found.questions == 15
     assert (found.selector_only.weight.value or 0) > 0.8  # which the selector is chosen by
