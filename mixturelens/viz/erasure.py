@@ -52,8 +52,8 @@ def erasure(record: ProbingRecord, cues: Sequence[str]) -> Figure:
     figure.update_layout(margin={"l": 74, "r": 20, "t": 116, "b": 56}, hovermode="closest")
     figure.update_annotations(font_size=13)
     _scan(figure, record)
-    for name, one in chosen:
-        _erased_point(figure, name, one)
+    for lift, (name, one) in enumerate(chosen):
+        _erased_point(figure, name, one, lift)
     figure.update_xaxes(title_text="readable: AUROC of the cue", range=[0.42, 1.04], row=1, col=1)
     shares = [1.0, 0.0]
     for each in (*record.erased, *(one for _, one in chosen)):
@@ -124,8 +124,8 @@ def _kind(site: Site) -> str:
     return "heads" if site.component in PER_HEAD else "MLPs"
 
 
-def _erased_point(figure: Figure, name: str, one: Erasure) -> None:
-    """The site measured in full: its name beside a diamond, and its own random directions."""
+def _erased_point(figure: Figure, name: str, one: Erasure, lift: int) -> None:
+    """The site measured in full: its name beside a diamond, and its own random directions. `lift`: over other names."""
     used = remaining(one.left)
     up, down = whiskers([used])
     title = "where the cue reader reads" if name == "used" else "readable, unused"
@@ -156,7 +156,7 @@ def _erased_point(figure: Figure, name: str, one: Erasure) -> None:
             y=used.value,
             # away from the points, most of which are at the right edge
             ax=-40,
-            ay=-64 if used.value < 0.5 else 64,
+            ay=(-64 - 44 * lift) if used.value < 0.5 else (64 + 44 * lift),
             xanchor="right",
             align="right",
             arrowhead=0,

@@ -98,7 +98,8 @@ def _maps(record: ProbingRecord, readouts: Sequence[Readout], rows: Sequence[_Ro
     names = _place_names(places, record.labels)
     column = _WIDE / len(_VIEWS) / max(len(places), 1)
     (ticks,), axis, below = token_axis([names], column)
-    each = 26 if len(rows) <= 8 else 21 if len(rows) <= 48 else 12
+    high = len(rows) > 48 or len(rows) * len(readouts) > 96
+    each = 12 if high else 26 if len(rows) <= 8 else 21
     plot, gap, top = each * max(len(rows), 1), 48, 96
     inner = plot * len(readouts) + gap * max(len(readouts) - 1, 0)
     figure = make_subplots(
@@ -195,12 +196,17 @@ def _words(
 
 
 def _row_axis(rows: Sequence[_Row], each: int) -> dict[str, Any]:
-    """Names of rows; where there are very many, of their layers alone."""
+    """Names of rows; where there are very many, of their layers alone, and of as many as there is room for."""
     at, names = [float(y) for y in range(len(rows))], [_row_name(row) for row in rows]
     if each <= 12:
         layers = list(dict.fromkeys(layer for layer, _, _ in rows))
         of = [[y for y, row in enumerate(rows) if row[0] == layer] for layer in layers]
-        at, names = [(ys[0] + ys[-1]) / 2 for ys in of], [f"layer {layer}" for layer in layers]
+        named: list[tuple[float, str]] = []
+        for layer, ys in zip(layers, of, strict=True):
+            middle = (ys[0] + ys[-1]) / 2
+            if not named or middle - named[-1][0] >= 2:
+                named.append((middle, f"layer {layer}"))
+        at, names = [middle for middle, _ in named], [name for _, name in named]
     return {
         "tickvals": at,
         "ticktext": names,
