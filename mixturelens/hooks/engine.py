@@ -107,6 +107,7 @@ class Engine:
         """Runs the base once. `spans` names positions of each row, counted from the start of its prompt.
 
         What the base has at `watch`, from the column `first` on, is in `seen` afterwards: a source for other engines.
+        Sites must not begin before that column.
 
         Raises RunError if this model's blocks cannot be called alone and give back what the model gives.
         """
@@ -119,6 +120,8 @@ class Engine:
             try:
                 self._run_base()
                 self._check()
+                if first:  # nothing before is ever patched
+                    self._resid = [stream[:, first:].clone() for stream in self._resid]
             except torch.OutOfMemoryError:
                 raise
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -484,13 +487,15 @@ class Engine:
     ) -> Float[Tensor, "run window d_model"]:
         """Behind their first layer, what the groups have become; outputs change their own columns alone."""
         every = rows.repeat(len(groups))
-        after = self._resid[layer + 1][every, -1:] if final else self._resid[layer + 1][every, start:]
+        after = self._resid[layer + 1][every, -1:] if final else self._resid[layer + 1][every, start - self.width :]
         if not at:
             return after
         through, inside = self._through(at)
         edits = self._group_edits(groups, rows, at, inside, source)
         unchanged = self._unchanged(layer, every, at[-1] + 1)
-        changed = self._block(layer, self._resid[layer][every][:, through], every, through, unchanged, edits)[:, inside]
+        changed = self._block(
+            layer, self._resid[layer][every][:, self._from_end(through)], every, through, unchanged, edits
+        )[:, inside]
         if final:
             return changed
         after[:, [c - start for c in at]] = changed
@@ -546,7 +551,7 @@ class Engine:
         if component == "resid_pre":
             if final:
                 return self._read(given[places][:, self._from_end(at)], rows, columns)
-            hidden = self._resid[layer][rows, start:]
+            hidden = self._resid[layer][rows, start - self.width :]
             hidden[:, [c - start for c in at]] = given[places][:, self._from_end(at)]
             return self._advance(layer, hidden, rows, start)
         if component in ("k", "v"):
@@ -556,12 +561,14 @@ class Engine:
                 return torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
 
             edit = self._edit(sites, places, at, [c - start for c in at], given)
-            hidden = self._block(layer, self._resid[layer][rows, start:], rows, slice(start, None), keys, [edit])
+            hidden = self._block(
+                layer, self._resid[layer][rows, start - self.width :], rows, slice(start, None), keys, [edit]
+            )
             return hidden[:, -1:] if final else hidden
         # everything else changes its own columns alone, and in the last layer only the last one is read
         if final:
             at = [c for c in at if c == self.width - 1]
-        after = self._resid[layer + 1][rows, -1:] if final else self._resid[layer + 1][rows, start:]
+        after = self._resid[layer + 1][rows, -1:] if final else self._resid[layer + 1][rows, start - self.width :]
         if not at:
             return after
         if component == "resid_post":
@@ -570,7 +577,7 @@ class Engine:
             through, inside = self._through(at)
             edit = self._edit(sites, places, at, inside, given)
             unchanged = self._unchanged(layer, rows, at[-1] + 1)
-            hidden = self._resid[layer][rows][:, through]
+            hidden = self._resid[layer][rows][:, self._from_end(through)]
             changed = self._block(layer, hidden, rows, through, unchanged, [edit])[:, inside]
         if final:
             return changed

@@ -237,7 +237,7 @@ class Intervened:
             if logits is None:
                 logits = found.new_full((len(call.prompts), len(keep), found.shape[-1]), torch.nan)
             at = torch.tensor(rows, device=found.device)[:, None], inside.nonzero()[:, 0]
-            logits[at] = found
+            logits[at[0], at[1]] = found
         assert logits is not None, "no column lies behind a prompt"
         return SimpleNamespace(logits=logits)
 

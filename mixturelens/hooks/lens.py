@@ -490,7 +490,7 @@ class Lens:
             if joint is not None and self._parameters.get(id(joint.weight)) in weights:  # the bridge runs copies of it
                 parts = block.attn.split_qkv_matrix(block.attn.original_component)
                 for which, part in zip("qkv", parts, strict=True):
-                    cast(nn.Module, getattr(block.attn, which).original_component).weight.copy_(part.weight)
+                    cast(Any, getattr(block.attn, which).original_component).weight.copy_(part.weight)
 
     def projection(
         self, layer: int, which: Literal["q", "k", "v"]

@@ -27,7 +27,7 @@ Place = tuple[int, Component]
 
 DROPPED = 4
 """Blocks of layers whose gradients are dropped in turn."""
-BYTES = 768 << 20
+BYTES = 384 << 20
 """Bound on the activations that are held for a way back."""
 
 

@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 APART = 0.5
 """Nats by which the two sides of a contrast must differ, for the share that a site carries to mean anything."""
-HELD = 1 << 30
+HELD = 768 << 20
 """Bytes of activations, of the clean run and of the run that is patched into, that are held at a time."""
 
 
@@ -247,8 +247,8 @@ def _rows(lens: Lens, width: int, captured: Sequence[tuple[int, Component]], sha
     """Questions whose activations fit; of what is captured, a share of the columns."""
     sizes = {"neurons": lens.d_mlp, "pattern": lens.heads * width}
     clean = sum(sizes.get(component, max(lens.d_model, lens.heads * lens.d_head)) for _, component in captured)
-    base = lens.layers * (lens.d_model + 2 * lens.kv_heads * lens.d_head)
-    return max(1, int(HELD // (4 * width * (share * clean + 2 * base))))
+    stream, keys = lens.layers * lens.d_model, 2 * lens.layers * lens.kv_heads * lens.d_head
+    return max(1, int(HELD // (4 * width * (share * clean + 2 * (share * stream + keys)))))
 
 
 def _activations(sites: Sequence[Site]) -> list[tuple[int, Component]]:

@@ -108,10 +108,11 @@ class Sites:
 
 def sites_of(lens: Lens, prompts: Prompts, exhaustive: bool = False) -> Sites:
     positions = list(dict.fromkeys(itertools.chain.from_iterable(prompts.positions.values())))
+    components: list[Component] = [*(each for each in STREAM if lens.has(each)), "z"]
     every = tuple(
         Site(layer=layer, component=component, head=head, position=position)
         for layer in range(lens.layers)
-        for component in (*(each for each in STREAM if lens.has(each)), "z")
+        for component in components
         for head in (range(lens.heads) if component == "z" else (None,))
         for position in positions
     )
