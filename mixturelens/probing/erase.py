@@ -217,7 +217,8 @@ class Erasing:
                             found[n][which] += base
                     source: dict[tuple[int, Component], Tensor] = {}
                     for n in some:
-                        key, now = (sites[n].layer, sites[n].component), before[n].clone()
+                        key: tuple[int, Component] = (sites[n].layer, sites[n].component)
+                        now = before[n].clone()
                         if key not in source:
                             source[key] = now.new_zeros(*mask.shape, *now.shape[1:])
                             source[key][mask] = now
