@@ -17,19 +17,19 @@ from mixturelens import viz
 from mixturelens.behaviour.harm import find_harm, gained_and_lost
 from mixturelens.behaviour.record import behaviour_record
 from mixturelens.contrasts import cue_contrasts, hint_contrasts
-from mixturelens.hooks.lens import lens_of
+from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import open_pair, quiet_libraries
 from mixturelens.patching.sweep import find_reader
 from mixturelens.probing.erase import erase_sites, erasure, reading_site
 from mixturelens.probing.pair import READABLE, least_used
-from mixturelens.probing.prompts import own_policies
-from mixturelens.probing.reading import read
-from mixturelens.probing.readouts import readouts, sites_of, to_probe, untrained_lens
+from mixturelens.probing.prompts import Own, own_policies
+from mixturelens.probing.reading import Reading, read
+from mixturelens.probing.readouts import Network, readouts, sites_of, to_probe, untrained_lens
 from mixturelens.probing.record import Erasure, ProbingRecord, Readout, Subspace
 from mixturelens.probing.shift import shifts
 from mixturelens.probing.subspace import find_subspace
 from mixturelens.suite import load_suite
-from mixturelens.types import InputError
+from mixturelens.types import InputError, Side
 from probes.contract import all_probes
 
 RUN = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
@@ -70,13 +70,16 @@ print(f"gained: {policies[0]}, lost: {policies[1]}; trained on {harm.trained_cue
 
 # %%
 before, after = lens_of(pair, "before"), lens_of(pair, "after")
-lenses = {"before": before, "after": after, "untrained": untrained_lens(pair, arguments.seed)}
+lenses: dict[Network, Lens] = {"before": before, "after": after, "untrained": untrained_lens(pair, arguments.seed)}
 prompts, announcements = to_probe(suite, pair.tokenizer)
 where = sites_of(before, prompts)
-networks = {name: read(lens, prompts, where.keys, announcements) for name, lens in lenses.items()}
-own = {
+networks: dict[Network, Reading] = {
+    name: read(lens, prompts, where.keys, announcements) for name, lens in lenses.items()
+}
+both: tuple[Side, Side] = ("before", "after")
+own: dict[Side, Own] = {
     side: own_policies(lenses[side], suite, prompts.rows["neutral"], networks[side].logs, arguments.seed)
-    for side in ("before", "after")
+    for side in both
 }
 scores = readouts(
     networks, own, prompts, where, suite, behaviour, pair.tokenizer, policies=policies, seed=arguments.seed

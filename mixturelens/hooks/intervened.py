@@ -236,8 +236,8 @@ class Intervened:
             found = self._window(some, self._keys_behind(prompts, start, touched), keep[inside] - start).logits
             if logits is None:
                 logits = found.new_full((len(call.prompts), len(keep), found.shape[-1]), torch.nan)
-            at = torch.tensor(rows, device=found.device)[:, None], inside.nonzero()[:, 0]
-            logits[at[0], at[1]] = found
+            row = torch.tensor(rows, device=found.device)[:, None]
+            logits[row, inside.nonzero()[:, 0]] = found  # pyright: ignore[reportOptionalSubscript]
         assert logits is not None, "no column lies behind a prompt"
         return SimpleNamespace(logits=logits)
 

@@ -488,9 +488,10 @@ class Lens:
         for block in self.bridge.blocks:
             joint = getattr(getattr(block.attn, "qkv", None), "original_component", None)
             if joint is not None and self._parameters.get(id(joint.weight)) in weights:  # the bridge runs copies of it
-                parts = block.attn.split_qkv_matrix(block.attn.original_component)
+                attention = cast(Any, block.attn)
+                parts = attention.split_qkv_matrix(attention.original_component)
                 for which, part in zip("qkv", parts, strict=True):
-                    cast(Any, getattr(block.attn, which).original_component).weight.copy_(part.weight)
+                    cast(Tensor, getattr(attention, which).original_component.weight).copy_(part.weight)
 
     def projection(
         self, layer: int, which: Literal["q", "k", "v"]

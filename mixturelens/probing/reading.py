@@ -85,7 +85,7 @@ class Reading:
                     value = values[:, positions.index(site.position), self._place(site)]
                     if found is None:
                         found = value.new_empty(len(sites), total, first.stop - first.start)
-                    found[n, rows] = value
+                    found[n, rows] = value  # pyright: ignore[reportOptionalSubscript]
         assert found is not None
         return found
 

@@ -175,7 +175,8 @@ def readouts(
         ask([site for site in sites if site in where.stream])
         places = turning(sites, where.stream, [_readout(each, tables[each.name], prompts) for each in targets])
         # the input of a layer is the output of the one before
-        inside = {s for s in sites if (s.layer, s.position) in places and s.component != "resid_pre"} - where.stream
+        turned = (site for site in sites if (site.layer, site.position) in places)
+        inside = frozenset(site for site in turned if site.component != "resid_pre" and site not in where.stream)
         ask([site for site in sites if site in inside])
         chosen = [site for site in sites if site in where.stream or site in inside]
         every = len({(site.layer, site.position) for site in sites})
