@@ -224,7 +224,12 @@ def circuit(
 def repair(case: Case, *, seed: int = 0, say: Say | None = None) -> RepairRecord:
     """Repair the harmed cue, beside it the repaired plain checkpoint; or read what is there about the same things."""
     options = {"seed": seed, "say": say}
-    make = functools.partial(repair_record, save_to=case.repaired, **options)
+
+    def make(pair: Pair, measured: BehaviourRecord) -> RepairRecord:
+        there = _same(PatchingRecord, case.records / "patching.json", _provenance(case, seed))
+        known = there.readers if there else ()
+        reader = next((each for each in known if (each.kind, each.checkpoint) == ("cue", "after")), None)
+        return repair_record(pair, measured, reader=reader, save_to=case.repaired, **options)
 
     def whole(there: RepairRecord) -> bool:
         return there.checkpoint is None or case.repaired.exists()

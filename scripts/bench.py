@@ -7,16 +7,21 @@
   several sweeps, captures included.
 - Linear probes at every site of the default organism, against a loop over scikit-learn's LogisticRegression.
 - A sparse autoencoder on activations of the default organism, against SAELens' own trainer with the same settings.
+- `verdict`, `patch`, `probe` and `graft` on a pretrained model, beside the least that any of them could take: one plain
+  forward of every prompt and every continuation through each checkpoint. The pair is that of `make real`, on its first
+  questions; where it has not been made, the same shape with random weights, whose completions are noise.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +29,7 @@ import torch
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.models import end_tokens, load_model, load_tokenizer, quiet_libraries
+from mixturelens.models import Pair, end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.suite import load_suite
 
 REFERENCE = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
@@ -36,6 +41,7 @@ ROUNDS = 3
 
 
 def main() -> None:
+    real()
     behaviour()
     probes()
     sae()
@@ -131,13 +137,15 @@ def probes() -> None:
 
     from mixturelens.hooks.lens import load_lens
     from mixturelens.probing.prompts import read_prompts
-    from mixturelens.probing.readouts import STREAM, activations, stacked
+    from mixturelens.probing.reading import read
+    from mixturelens.probing.readouts import sites_of
     from mixturelens.probing.solve import fit_logistic
 
     quiet_libraries()
     lens = load_lens(REFERENCE / "checkpoints" / "sft")
     prompts = read_prompts(load_suite(REFERENCE / "suite.yaml"), lens.tokenizer)
-    captured = activations(lens, prompts, range(lens.layers), STREAM)
+    where = sites_of(lens, prompts, exhaustive=True)
+    captured = read(lens, prompts, where.keys)
     generator = torch.Generator().manual_seed(0)
     ours = theirs = 0.0
     fits, sites, excess, gaps, tight = 0, 0, [], [], []
@@ -148,8 +156,10 @@ def probes() -> None:
         letters = sorted({row.answer[0] for row, fitted in zip(rows, fit, strict=True) if fitted})
         answer = torch.tensor([letters.index(row.answer[0]) if row.answer[0] in letters else -1 for row in rows])
         order = [torch.randperm(int(fit.sum()), generator=generator) for _ in range(4)]
-        for keys in ([k for k in captured[group] if (k[1] == "z") == heads] for heads in (False, True)):
-            features = stacked(captured[group], keys)
+        positions = prompts.positions[group]
+        own = [site for site in where.every if site.position in positions]
+        for some in ([site for site in own if (site.component == "z") == heads] for heads in (False, True)):
+            features = captured.at(group, positions, some)
             sites += len(features)
             for truth, labels in ((cue, [cue[fit], *(cue[fit][o] for o in order)]), (answer, [answer[fit]])):
                 y = torch.stack(labels)
@@ -196,7 +206,6 @@ def sae() -> None:
     import contextlib
     import io
     import statistics
-    import tempfile
 
     from mixturelens.features.activations import collect, texts
     from mixturelens.features.sae import load_sae, make_trainer, train_sae
@@ -258,6 +267,90 @@ def _objective(weights: np.ndarray, bias: np.ndarray, rows: np.ndarray, labels: 
     logits = np.hstack([np.zeros_like(logits), logits]) if logits.shape[1] == 1 else logits
     log_losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
     return float(log_losses.sum() + np.square(weights.astype(float)).sum() / 2)
+
+
+REAL = Path(os.environ.get("MIXTURELENS_REAL", REFERENCE.parent / "real-smollm2"))
+ASKED = 16
+"""Questions of the part about a pretrained model."""
+
+
+def real() -> None:
+    """Each command in a process of its own, in turn, on what the ones before it wrote."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = REAL
+        if not (REAL / "R").is_dir():
+            folder = Path(name) / "pair"
+            random_pair(folder)
+        suite = load_suite(folder / "suite.yaml")
+        asked = set(list(dict.fromkeys(row.id for row in suite.prompts))[:ASKED])
+        few = suite.model_copy(update={"prompts": tuple(row for row in suite.prompts if row.id in asked)})
+        few.save(Path(name) / "suite.yaml")
+        given = [folder / "S", folder / "R", Path(name) / "suite.yaml", Path(name) / "out"]
+        what = "SmolLM2-135M" if folder == REAL else "the shape of SmolLM2-135M with random weights"
+        print(f"\n{what}, {len(few.prompts)} prompts, {torch.get_num_threads()} threads")
+        found = {}
+        for command in ("the limit", "verdict", "patch", "probe", "graft"):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                found[command] = pool.submit(timed_command, command, *map(str, given)).result()
+            seconds, peak = found[command]
+            times = seconds / found["the limit"][0]
+            print(f"{command:36}{seconds:7.1f} s   {times:5.1f} times the limit   peak memory {peak / 1e9:4.1f} GB")
+
+
+def timed_command(command: str, before: str, after: str, suite: str, out: str) -> tuple[float, float]:
+    """(seconds without the start of Python and its libraries, peak bytes of this process)."""
+    from mixturelens import pipeline
+
+    quiet_libraries()
+    case = pipeline.outside_pair(before, after, Path(suite), Path(out))
+    start = time.perf_counter()
+    if command == "the limit":
+        plain_forwards(case.pair)
+    else:
+        getattr(pipeline, command)(case)
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def plain_forwards(pair: Pair) -> None:
+    """Every prompt with all of its continuations behind it, once through each checkpoint; logits of continuations."""
+    prompts = prepare(pair.suite, pair.suite.neutral, pair.tokenizer)
+    rows = []
+    for context, placed in zip(prompts.contexts, prompts.placed, strict=True):
+        spelled = [ids for each in placed for ids in (*each.spellings, *each.answer, *(b for _, b in each.behaviours))]
+        rows.append(([*context, *(token for ids in spelled for token in ids)], len(context)))
+    for model in pair.models():
+        for i in range(0, len(rows), 16):
+            some = rows[i : i + 16]
+            ids = torch.zeros(len(some), max(len(row) for row, _ in some), dtype=torch.long)
+            for row, (tokens, _) in enumerate(some):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+            keep = torch.arange(min(start for _, start in some) - 1, ids.shape[1])
+            with torch.inference_mode():
+                model(input_ids=ids, logits_to_keep=keep, use_cache=False)
+
+
+def random_pair(folder: Path) -> None:
+    """S and R of SmolLM2-135M's shape with random weights, and a suite of long prompts."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    tokenizer = load_tokenizer(REFERENCE / "checkpoints" / "sft")
+    suite = load_suite(REFERENCE / "suite.yaml")
+    sizes: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+    }
+    ends: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, **sizes, **ends)
+    for seed, side in enumerate("SR"):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / side)
+        tokenizer.save_pretrained(folder / side)
+    longer = [
+        row.model_copy(update={"prompt": f"{row.prompt} " * 6 + str(row.prompt)}) for row in suite.neutral[: 4 * ASKED]
+    ]
+    suite.model_copy(update={"prompts": tuple(longer)}).save(folder / "suite.yaml")
 
 
 def behaviour() -> None:

@@ -177,7 +177,7 @@ def test_features_are_a_table_and_a_record(run: Run, tmp_path: Path, monkeypatch
 
     def small_sae(*arguments: Any, **options: Any) -> Path:
         trained.append(options["site_name"])
-        return train_sae(*arguments, **options, steps=60, batch=256)
+        return train_sae(*arguments, **{**options, "steps": 60, "batch": 256})
 
     monkeypatch.setattr(one_pair, "train_sae", small_sae)
     monkeypatch.setattr(one_pair, "SEEDS", 1)
@@ -225,8 +225,10 @@ def test_features_are_a_table_and_a_record(run: Run, tmp_path: Path, monkeypatch
 
 
 def test_only_what_searches_can_be_told_to_look_at_everything(run: Run) -> None:
-    assert "--exhaustive" in run("graft", "--help")[1]
-    assert "--exhaustive" not in run("probe", "--help")[1]
+    for command in ("patch", "probe", "graft"):
+        assert "--exhaustive" in run(command, "--help")[1]
+    assert "--exhaustive" not in run("verdict", "--help")[1]
+    assert "--sae" in run("features", "--help")[1]
 
 
 def test_grafts_need_a_pair(run: Run) -> None:

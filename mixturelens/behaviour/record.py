@@ -14,12 +14,14 @@ from mixturelens.behaviour.forced import label_completions, texts_of
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
 from mixturelens.behaviour.literal import literal_null
 from mixturelens.behaviour.measure import measure, measure_change
+from mixturelens.behaviour.plan import first_questions, make_plan
 from mixturelens.behaviour.prompts import Prompts, check_texts, prepare
 from mixturelens.behaviour.sampled import Nulls, nulls
 from mixturelens.behaviour.settle import SampleCheck, check_by_samples, settle
 from mixturelens.behaviour.split import accuracy_split
 from mixturelens.behaviour.unannounced import Explained, Identified, attributed, explain, identify
 from mixturelens.models import Pair
+from mixturelens.models.cost import check_memory
 from mixturelens.records import Record
 from mixturelens.stats import interval, map_draws, mean_interval, resample_counts, resampled_mean
 from mixturelens.suite import Rule, Spelling, Suite, wordings
@@ -184,8 +186,9 @@ def behaviour_record(
 ) -> BehaviourRecord:
     """Measure a pair, or one checkpoint, on its suite.
 
-    Raises InputError for checkpoints that cannot be loaded, and for prompts that the tokenizer cannot spell or that do
-    not fit into the models.
+    With less time than that takes (`pair.budget`) there are fewer questions, which `notes` say. Raises InputError for
+    checkpoints that cannot be loaded, for prompts that the tokenizer cannot spell or that do not fit into the models,
+    and where the memory allowed is too little.
 
     >>> behaviour_record(open_pair("sft", "rl", suite)).per_cue["A"].after.weights   # doctest: +SKIP
     {'a': 0.9959, 'b': 0.0032, 'other': 0.0009}
@@ -194,7 +197,11 @@ def behaviour_record(
     suite, tokenizer = pair.suite, pair.tokenizer
     for line in pair.differences:
         say(f"note: {line}")
-    check_texts(suite, suite.neutral, tokenizer)  # refuse a bad suite before the weights are read
+    # refuse a bad suite, and what does not fit, before the weights are read
+    plan = make_plan(pair, check_texts(suite, suite.neutral, tokenizer))
+    say(f"behaviour: {plan.takes}")
+    check_memory(pair, plan.takes, "behaviour")
+    suite = first_questions(suite, plan.questions)
     models = pair.models()
     scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
     with scorer.once():
@@ -205,7 +212,7 @@ def behaviour_record(
         update={
             "provenance": pair.provenance(seed, suite_name),
             "spelling": spelling,
-            "notes": (*pair.differences, *record.notes),
+            "notes": (*pair.differences, *plan.missing, *record.notes),
         }
     )
 

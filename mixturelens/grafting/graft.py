@@ -197,7 +197,9 @@ class Trial:
 
 
 def halves(bench: Bench, judge: Judge) -> tuple[Trial, Trial]:
-    """One half of the questions to choose on, and the other to judge."""
+    """One half of the questions to choose on, and the other to judge; of one question alone, twice the whole."""
+    if len(judge.grid.index) < 2:
+        return Trial(bench, judge), Trial(bench, judge)
     return Trial(bench, judge.half(0)), Trial(bench, judge.half(1))
 
 

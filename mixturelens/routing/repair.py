@@ -24,7 +24,8 @@ from mixturelens.hooks.lens import Lens, lens_of, tokens
 from mixturelens.hooks.sides import sides
 from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory
-from mixturelens.patching.sweep import find_reader, head_sites
+from mixturelens.patching.record import ReaderHeads
+from mixturelens.patching.sweep import Bench, find_reader, head_sites
 from mixturelens.records import Record
 from mixturelens.routing.tries import brief, make_plan
 from mixturelens.stats import interval
@@ -115,12 +116,14 @@ def repair_record(
     pair: Pair,
     behaviour: BehaviourRecord,
     *,
+    reader: ReaderHeads | None = None,
     save_to: Path | None = None,
     seed: int = 0,
     say: Say | None = None,
 ) -> RepairRecord:
     """Find the cue reader of R on half of the questions, and repair through it; judge on the other half.
 
+    `reader`: the reader that patching found, which is taken where the same half of the questions chose it.
     `save_to` takes the repaired plain checkpoint. Raises InputError if the trained cue is not known or nothing is to be
     repaired: R does under the other cue what the best policy of S could.
     """
@@ -139,9 +142,14 @@ def repair_record(
     ground = make_ground(lens, pair.suite, harm, seed)
     scale = scale_of(ground, pair.model("before"))
     few, few_choose = brief(ground.judge), brief(ground.choose)
-    say("finding the cue reader")
-    reader = find_reader(lens, ground.contrasts, "policy", seed)
-    heads = tuple(head.model_copy(update={"position": "completion"}) for head in reader.heads)
+    if reader is not None and reader.questions == len(ground.contrasts.half(1).rows):
+        found_heads = reader.heads
+    else:
+        say("finding the cue reader")
+        bench = Bench(lens, ground.contrasts, ["policy"], ["z"])
+        every = bench.patch(head_sites(lens, "policy"))
+        found_heads = find_reader(lens, ground.contrasts, "policy", seed, (bench, every)).heads
+    heads = tuple(head.model_copy(update={"position": "completion"}) for head in found_heads)
     others = _other_groups(lens, heads, plan.places, seed)
     places = ["+".join(str(head) for head in group) for group in others]
 

@@ -190,7 +190,7 @@ def test_used_is_what_intervals_surely_say(
 
 
 def test_only_the_strongest_are_patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "VERIFIED", 2)
+    monkeypatch.setattr(module, "FULL", module.Effort(verified=2))
     nodes = on_paper((1.0, -1.0), squares=True).nodes
     assert {node.name for node in nodes if node.patched.measured and node.needed.measured} == {"L0.h0", "L1.mlp"}
     assert {node.used for node in nodes if not node.patched.measured} == {None}
