@@ -227,18 +227,21 @@ def circuit_record(
     return CircuitRecord(circuits=tuple(circuits), overlaps=tuple(overlaps), compared=compared, missing=tuple(missing))
 
 
-def routing_circuit(lens: Lens, contrasts: Contrasts, side: Side, seed: int = 0) -> RoutingCircuit:
+def routing_circuit(
+    lens: Lens, contrasts: Contrasts, side: Side, seed: int = 0, effort: Effort | None = None
+) -> RoutingCircuit:
     """The edges that carry a contrast in one checkpoint, by EAP with integrated gradients, and how faithful they are.
 
-    Of the VERIFIED strongest nodes `used` says whether exact patching bears them out. A node of less slope is not
-    looked at: what slopes do not see in a large model, this does not find.
+    Of the strongest nodes (`effort.verified`) `used` says whether exact patching bears them out. A node of less slope
+    is not looked at: what slopes do not see in a large model, this does not find.
 
     >>> routing_circuit(lens, cue_contrasts(suite, tokenizer, "a", "A", "B"), "after").edges[0]   # doctest: +SKIP
     CircuitEdge(sender='input', receiver='L0.h2.v', position=0, score=Interval(value=0.5, ...))
     """
     on = _even(sides(lens, contrasts))
     graph = edge_graph(lens, on)
-    return _circuit(graph, on, eap_ig(graph, on), contrasts, side, seed)
+    effort = effort or FULL
+    return _circuit(graph, on, eap_ig(graph, on, effort.steps), contrasts, side, seed, effort)
 
 
 def _affordable(pair: Pair, contrasts: Contrasts) -> tuple[Effort, int]:
@@ -275,7 +278,7 @@ def _circuit(
     contrasts: Contrasts,
     side: Side,
     seed: int,
-    effort: Effort = FULL,
+    effort: Effort,
 ) -> RoutingCircuit:
     counts = resample_counts(len(on), seed, draws=DRAWS)
     ends = masked(graph, on, [torch.ones(graph.exists.shape), torch.zeros(graph.exists.shape)])
