@@ -9,7 +9,6 @@ from mixturelens.behaviour.beginnings import KEPT_BYTES, tree
 from mixturelens.behaviour.likelihood import BATCH_BYTES, LONG
 from mixturelens.models import Pair
 from mixturelens.models.cost import Estimate, Work, estimate, size_of
-from mixturelens.models.load import load_config
 from mixturelens.suite import Suite, wordings
 
 TIMES = 2.0
@@ -52,7 +51,6 @@ def first_questions(suite: Suite, number: int) -> Suite:
 
 def _estimate(pair: Pair, contexts: Sequence[Sequence[int]], share: float) -> Estimate:
     suite, size, sides = pair.suite, size_of(pair), len(pair.sides)
-    text = load_config(pair.before).get_text_config()
     ways = 1 + sum(max(1, len(wordings(shown))) for shown in suite.policies.values())
     drawn = 1.0 if suite.literal else 1 + DISTINCT * suite.samples
     behind = share * len(contexts) * ways * suite.max_new_tokens * TIMES * drawn
@@ -61,9 +59,7 @@ def _estimate(pair: Pair, contexts: Sequence[Sequence[int]], share: float) -> Es
     once = sum(len(each) - len(beginning) for each, beginning in above.items())
     # short prompts are gone through again with each completion
     before = share * (once if long else sum(map(len, contexts)) * ways * TIMES * drawn)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kept = 2.0 * size.layers * heads * width * size.width * (before + behind / TIMES) * sides if long else 0.0
+    kept = float(size.layers * size.keys * size.width) * (before + behind / TIMES) * sides if long else 0.0
     logits = min(BATCH_BYTES, 4 * behind * size.vocabulary)
     return estimate(
         pair,

@@ -32,6 +32,8 @@ class Size:
     layers: int
     heads: int
     d_model: int
+    keys: int
+    """Numbers that the keys and values of one token take in one layer."""
     vocabulary: int
     width: int
     """Bytes of a number."""
@@ -96,6 +98,8 @@ def size_of(pair: Pair) -> Size:
     words = {id(p) for p in model.get_input_embeddings().parameters()}
     head = model.get_output_embeddings()
     unembedding = 0 if head is None else sum(p.numel() for p in head.parameters())
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    d_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     words |= set() if head is None else {id(p) for p in head.parameters()}
     return Size(
         body=sum(count for key, count in distinct.items() if key not in words),
@@ -104,6 +108,7 @@ def size_of(pair: Pair) -> Size:
         layers=int(text.num_hidden_layers),
         heads=int(text.num_attention_heads),
         d_model=int(text.hidden_size),
+        keys=2 * int(kv_heads) * int(d_head),
         vocabulary=pair.vocabulary,
         width=torch.empty(0, dtype=getattr(torch, pair.dtype)).element_size(),
     )

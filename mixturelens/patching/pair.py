@@ -17,12 +17,14 @@ from mixturelens.contrasts import (
     hint_contrasts,
     position_labels,
 )
+from mixturelens.hooks.engine import MEMORY
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.hooks.sides import sides
 from mixturelens.models import Pair
-from mixturelens.models.cost import Estimate, Work, check_memory, estimate, size_of
+from mixturelens.models.cost import Estimate, Size, Work, check_memory, estimate, size_of
 from mixturelens.patching.coarse import Unseen, coarse, coarse_tokens, outputs, patched_tokens
 from mixturelens.patching.record import Attention, Effect, PatchingRecord, ReaderHeads, Sweep
+from mixturelens.patching.slopes import BYTES
 from mixturelens.patching.sweep import (
     BY_POSITION,
     HELD,
@@ -172,7 +174,7 @@ def _plan(pair: Pair, cue: Contrasts, hinted: bool, exhaustive: bool, missing: l
         forward, back = every * number / len(cue.rows), 0.0
         if not exhaustive:
             forward, back = (sweeps * n for n in coarse_tokens(size.layers, size.heads, some, shared_spans(some)))
-        return estimate(pair, Work(tokens=forward, back=back, read=forward / 20, models=2, held=1.5 * HELD))
+        return estimate(pair, Work(tokens=forward, back=back, read=forward / 20, held=_held(size, some, exhaustive)))
 
     allowed = pair.budget.minutes
     while allowed is not None and takes(questions).seconds > 60 * allowed and questions > 2 * FEWEST:
@@ -181,6 +183,15 @@ def _plan(pair: Pair, cue: Contrasts, hinted: bool, exhaustive: bool, missing: l
         why = f"--minutes {allowed:g}" if questions < min(len(cue.rows), QUESTIONS) else "--exhaustive takes all"
         missing.append(f"patching: {questions} of {len(cue.rows)} questions ({why})")
     return _Plan(exhaustive, questions, takes(questions))
+
+
+def _held(size: Size, contrasts: Contrasts, exhaustive: bool) -> float:
+    """Bytes beside the weights: both runs of the contrasts, patches in flight, and what slopes hold for a way back."""
+    width = max(len(row.clean) for row in contrasts.rows)
+    runs = 8.0 * len(contrasts.rows) * width * size.layers * (size.d_model + size.keys)
+    if exhaustive:
+        return min(1.5 * HELD, 4 * runs) + min(2.0 * MEMORY, 8 * runs)
+    return 1.75 * min(runs, HELD) + 1.5 * (BYTES + MEMORY)
 
 
 def shared_spans(contrasts: Contrasts) -> list[str]:
