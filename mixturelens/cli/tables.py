@@ -280,7 +280,10 @@ def show_repairs(pairs: list[Case], records: list[RepairRecord]) -> None:
             rows.append((pair.name, each.kind, *state, _interval(each.gap_closed), number(each.random.median)))
     print_table(("pair", "repair", "harmed cue", "trained cue", "gap closed", "random places, median"), rows)
     for pair, record in zip(pairs, records, strict=True):
-        print(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; repaired checkpoint: {pair.repaired}")
+        written = f"repaired checkpoint: {pair.repaired}" if record.checkpoint else "no repaired checkpoint"
+        print(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; {written}")
+        for reason in record.missing:
+            print(f"{pair.name}: not measured: {reason}")
 
 
 def show_structure(record: StructureRecord) -> None:

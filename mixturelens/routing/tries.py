@@ -11,12 +11,13 @@ from mixturelens.hooks.kept import LONG, MOST
 from mixturelens.models import Pair
 from mixturelens.models.cost import Estimate, Work, estimate, size_of
 from mixturelens.models.load import load_config
+from mixturelens.types import InputError
 
 FEW = 4
 """Random places or directions, at least, that a repair is compared with."""
 BEYOND = 1.0
 """Random repairs may take so many times what reading the prompts takes, on a large model."""
-SOME = 16
+SOME = 12
 """Questions, at most, on which strengths are chosen and random repairs measured where prompts are long."""
 ALWAYS = 3e12
 """Operations that they may take in any case: all that there is to do on a small one."""
@@ -54,6 +55,8 @@ def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> Plan:
     suite, tokenizer, size = pair.suite, pair.tokenizer, size_of(pair)
     contrasts = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
     choosing = {row.question for row in contrasts.half(0).rows}
+    if len(contrasts.rows) < 2:
+        raise InputError("one question is not enough: one half chooses what to repair, the other half judges it")
     judge = prepare(suite, [row for row in suite.neutral if row.id not in choosing], tokenizer)
     choose = prepare(suite, [row for row in suite.neutral if row.id in choosing], tokenizer)
     prompts = float(sum(map(len, judge.contexts)) + sum(map(len, choose.contexts)))
