@@ -230,7 +230,9 @@ def show_features(pairs: list[Case], records: list[FeatureRecord]) -> None:
     show_missing(pairs, records)
 
 
-def show_missing(pairs: list[Case], records: Sequence[ProbingRecord | GraftRecord | FeatureRecord]) -> None:
+def show_missing(
+    pairs: list[Case], records: Sequence[ProbingRecord | GraftRecord | FeatureRecord | RepairRecord]
+) -> None:
     for pair, record in zip(pairs, records, strict=True):
         for reason in record.missing:
             print(f"{pair.name}: not measured: {reason}")
@@ -282,8 +284,7 @@ def show_repairs(pairs: list[Case], records: list[RepairRecord]) -> None:
     for pair, record in zip(pairs, records, strict=True):
         written = f"repaired checkpoint: {pair.repaired}" if record.checkpoint else "no repaired checkpoint"
         print(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; {written}")
-        for reason in record.missing:
-            print(f"{pair.name}: not measured: {reason}")
+    show_missing(pairs, records)
 
 
 def show_structure(record: StructureRecord) -> None:
