@@ -32,7 +32,7 @@ from mixturelens.grafting.graft import (
     written,
 )
 from mixturelens.grafting.path import FEW_NODES, Attribution, attribute
-from mixturelens.grafting.plan import QUESTIONS, plan
+from mixturelens.grafting.plan import JUDGED, QUESTIONS, plan
 from mixturelens.grafting.positions import placed
 from mixturelens.grafting.readings import Readings, make_cells, method_of, metric_names, metrics
 from mixturelens.grafting.record import UNMEASURED, Component, Graft, GraftRecord, Placed, Rollback, Search
@@ -145,6 +145,8 @@ def graft_record(
         missing.append("factorial, rollback: one question cannot both choose the selector and judge it")
     else:
         say("selector and rest")
+        if searched and len(judging.judge.grid.index) < len(cells.grid.index) // 2:
+            missing.append(f"selector, rest and rollback are judged on {len(judging.judge.grid.index)} questions")
         factorial = two_by_two(choosing, judging, seed, noise=trial if searched else None)
     specialists = None
     if judge.moved_cells.any() and len(cells.grid.index) > 1:
@@ -208,8 +210,8 @@ def _few(trial: Trial, questions: int) -> Trial:
 
 
 def _other_half(bench: Bench, judge: Judge) -> Trial | None:
-    """All questions of the half that chooses nothing; None where there is one question alone."""
-    rows = half_of(len(judge.grid.index), 1)
+    """Up to JUDGED questions of the half that chooses nothing; None where there is one question alone."""
+    rows = half_of(len(judge.grid.index), 1, JUDGED)
     return _on(Trial(bench, judge), judge.grid.index[rows]) if rows else None
 
 

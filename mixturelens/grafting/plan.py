@@ -17,6 +17,8 @@ QUESTIONS = 256
 """Of more questions, so many are drawn."""
 SEARCHED = 8
 """Questions of a search."""
+JUDGED = 16
+"""Questions, at most, that judge what a search chose."""
 USUAL = 8
 """Tokens of a completion that are reckoned with."""
 SLOPE = 4.5
@@ -85,7 +87,8 @@ def work(plan: Plan, prompts: Prompts, components: int, size: Size) -> Work:
     whole = sum(lengths) + sum(behind) if long else plain
     widest = max((length + more for length, more in zip(lengths, behind, strict=True)), default=0)
     part = 1.0 if plan.searched is None else min(1.0, plan.searched / max(1, len({row.id for row in prompts.rows})))
-    some, half = part * whole, whole / 2
+    judged = min(0.5, JUDGED / max(1, len({row.id for row in prompts.rows})))
+    some, half = part * whole, judged * whole
     if plan.searched is None:
         shares = 2.0 ** min(components, PLAYERS)
         tried = (2 * components + 10 + 2 * components + NOISE / 2 + shares / 2) * whole
