@@ -164,7 +164,17 @@ def _maps(record: PatchingRecord, kind: Kind, pictures: Pictures) -> Group:
             for sweep in record.sweeps
             if sweep.kind == kind and sweep.direction == "denoise"
         ]
-    return Group(_TITLES[kind], _TEXTS[kind], _FALSIFY[kind], found)
+    passed = [sweep.unseen for sweep in record.sweeps if sweep.kind == kind and sweep.unseen]
+    looked = ""
+    if passed:
+        most = max(passed, key=lambda each: each.largest)
+        looked = (
+            " Attention, MLPs and heads were nominated by slopes and then patched; a dash is what was not. Of up to "
+            f"{max(each.sites for each in passed)} that slopes passed over, {most.sampled} drawn at random were patched, "
+            f"too, and move {most.largest:.2f} at most: with 95% confidence no more than {most.share:.0%} of the others "
+            "move more."
+        )
+    return Group(_TITLES[kind], _TEXTS[kind] + looked, _FALSIFY[kind], found)
 
 
 def _attention(record: PatchingRecord, cues: Sequence[str], pictures: Pictures) -> Group:

@@ -159,8 +159,12 @@ def _panel(sweep: Sweep, component: Component) -> _Panel:
         for e in sweep.effects
         if e.site.component == component and e.site.position is not None
     }
-    found = dict.fromkeys(place for _, place in grid)
-    places = sorted(found, key=lambda place: place if isinstance(place, int) else -1)
+    shown = {place for _, place in grid}
+    # spans in one order for all components
+    found = [place for place in dict.fromkeys(e.site.position for e in sweep.effects) if place in shown]
+    places = sorted(
+        (place for place in found if place is not None), key=lambda place: place if isinstance(place, int) else -1
+    )
     known = dict(enumerate(sweep.labels))
     return _Panel(sweep, grid, places, [known.get(p, str(p)) if isinstance(p, int) else p for p in places])
 
@@ -174,10 +178,7 @@ def _layer_axis(cells: Sequence[_Cell], each: int) -> dict[str, Any]:
         layers = list(dict.fromkeys(layer for layer, _ in cells))
         rows = [[y for y, cell in enumerate(cells) if cell[0] == layer] for layer in layers]
         at = [(row[0] + row[-1]) / 2 for row in rows]
-        names = [
-            f"layer {layer},<br>heads {cells[row[0]][1]}–{cells[row[-1]][1]}"
-            for layer, row in zip(layers, rows, strict=True)
-        ]
+        names = [_heads_of(layer, [cells[y][1] for y in row]) for layer, row in zip(layers, rows, strict=True)]
     return {
         "tickvals": at,
         "ticktext": names,
@@ -186,6 +187,16 @@ def _layer_axis(cells: Sequence[_Cell], each: int) -> dict[str, Any]:
         "showgrid": False,
         "zeroline": False,
     }
+
+
+def _heads_of(layer: int, heads: Sequence[int | None]) -> str:
+    """A layer and which of its heads are shown: on one line where they are too few for two."""
+    known = [head for head in heads if head is not None]
+    whole = known == list(range(known[0], known[-1] + 1))
+    named = f"{known[0]}–{known[-1]}" if whole and len(known) > 1 else ", ".join(map(str, known))
+    if len(known) < 3:
+        return f"L{layer}: {named}"
+    return f"layer {layer},<br>heads {named}" if whole or len(known) < 5 else f"layer {layer},<br>{len(known)} heads"
 
 
 def _written(value: Interval, column: float) -> str:
