@@ -1,8 +1,10 @@
-"""From coarse to fine: the residual stream at every layer and span, then the heads and MLPs that slopes nominate.
+"""From coarse to fine: the residual stream, then attention and MLPs where it carries something, then heads.
 
-Exhaustive patching takes every head at every position, which on 30 layers is hours. Here the residual stream says where
-something moves, slopes nominate (`patching.slopes`), and what is nominated is patched exactly. Of what is left a random
-sample is patched exactly, too: how much the largest of them moves says what may have been missed.
+Exhaustive patching takes every head at every position, which on 30 layers is hours. Here the residual stream says at
+which spans the contrast passes; there attention and MLPs of all layers are patched, and the heads of attention that
+moves something. What else is worth it slopes nominate (`patching.slopes`), and it is patched exactly. (Slopes alone
+miss much: on a network that saturates, an output that carries a third of the contrast can be flat at both ends.) Of
+what is left a random sample is patched exactly, too: how much the largest of it moves says what may have been missed.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from mixturelens.stats import resample_counts
 from mixturelens.types import PER_HEAD, Component, Frozen, Site
 
 OUTPUTS: tuple[Component, ...] = ("attn_out", "mlp_out", "z")
-NOMINATED = 8
-"""One in so many outputs is nominated, at most."""
-LEAST_NOMINATED = 24
+PATCHED = 4
+"""One in so many sites is patched, at most."""
+LEAST = 24
+"""Outputs that are patched in any case, if there are as many."""
 SAMPLED = 24
 """Outputs that were not nominated, of which this many are patched all the same."""
 SLOPED = 16
@@ -30,9 +33,9 @@ SLOPED = 16
 MOVED = 0.02
 """Change of the residual stream's effect from one layer to the next from which something moved there."""
 WIDE = 1 / 3
-"""Share of the prompt from which a span's window is wide, so that only some layers are patched there."""
-LAYERS = 8
-"""Those layers."""
+"""Share of the prompt up to which a span's window is narrow, so that attention and MLPs of all layers are patched."""
+STEP = 4
+"""The residual stream is patched before one layer in so many, and then before those between where something moved."""
 
 
 class Unseen(Frozen):
@@ -57,15 +60,6 @@ def outputs(layers: int, heads: int, positions: Sequence[str | int]) -> list[Sit
     ]
 
 
-def stream(layers: int, contrasts: Contrasts, positions: Sequence[str]) -> list[Site]:
-    """The residual stream before each layer; before some of them where a span's window is wide."""
-    found = []
-    for position in positions:
-        step = -(-layers // LAYERS) if _window(contrasts, position) > WIDE else 1
-        found += [Site(layer=n, component="resid_pre", position=position) for n in range(0, layers, step)]
-    return found
-
-
 def _window(contrasts: Contrasts, position: str) -> float:
     """Share of a prompt that lies at or behind a span, mean over questions."""
     return float(np.mean([1 - min(row.spans[position]) / len(row.clean) for row in contrasts.rows]))
@@ -85,16 +79,13 @@ def patched_tokens(layers: int, contrasts: Contrasts, sites: Sequence[Site]) -> 
 def coarse_tokens(layers: int, heads: int, contrasts: Contrasts, positions: Sequence[str]) -> tuple[float, float]:
     """Tokens forwards, and tokens there and back, that `coarse` takes."""
     every = outputs(layers, heads, positions)
-    some = every[:: max(1, len(every) // (_nominated(len(every)) + SAMPLED))]
+    some = [*every, *(Site(layer=n, component="resid_pre", position=p) for n in range(layers) for p in positions)]
+    some = some[:: max(1, len(some) // min(len(some), max(LEAST, len(some) // PATCHED)))]
     width = max(len(row.clean) for row in contrasts.rows)
     captured = 2 * len(contrasts.rows) * width
-    exact = patched_tokens(layers, contrasts, [*stream(layers, contrasts, positions), *some])
+    exact = patched_tokens(layers, contrasts, some)
     sloped = 2 * min(len(contrasts.rows), SLOPED) * width
     return exact + captured + 2 * sloped, 2 * sloped * max(_window(contrasts, p) for p in positions) * (1 + DROPPED)
-
-
-def _nominated(number: int) -> int:
-    return max(LEAST_NOMINATED, number // NOMINATED)
 
 
 def coarse(bench: Bench, positions: Sequence[str], seed: int = 0) -> tuple[Patched, Unseen]:
@@ -104,53 +95,61 @@ def coarse(bench: Bench, positions: Sequence[str], seed: int = 0) -> tuple[Patch
     """
     lens, contrasts = bench.lens, bench.contrasts
     every = [site for site in outputs(lens.layers, lens.heads, positions) if lens.why_not(site.component) is None]
-    whole = bench.patch(stream(lens.layers, contrasts, positions))
-    moved = _moved(lens.layers, contrasts, whole)
+    parts, carries = _stream(bench, positions)
+    counts = resample_counts(len(contrasts.rows), seed, draws=1)
     few = contrasts.part(contrasts.rows_of(0)[:SLOPED] if len(contrasts.rows) > 1 else [0])
-    strength = strengths(lens, sides(lens, few), every, bench.before).tolist()
-    # where the stream does not move, an output can still write what others take back: last, but not left out
-    order = sorted(range(len(every)), key=lambda i: -strength[i] * (2 if _at(every[i]) in moved else 1))
-    nominated = _with_heads(every, order)
-    rest = sorted(set(order) - set(nominated))
-    drawn = np.random.default_rng(seed).permutation(len(rest))[:SAMPLED]
-    exact = bench.patch([every[i] for i in (*nominated, *(rest[i] for i in drawn))])
-    found = Patched(
-        (*whole.sites, *exact.sites), whole.base, whole.goal, np.concatenate([whole.patched, exact.patched])
-    )
-    passed = np.abs(exact.effects(resample_counts(len(contrasts.rows), seed, draws=1))[0, len(nominated) :])
-    largest = float(np.nan_to_num(passed).max(initial=0.0))
+    strength = dict(zip(every, strengths(lens, sides(lens, few), every, bench.before).tolist(), strict=True))
+    # attention and MLPs of all layers where the contrast passes and little comes behind it
+    narrow = [position for position in carries if _window(contrasts, position) <= WIDE]
+    whole = [site for site in every if site.component != "z" and site.position in narrow]
+    most = max(LEAST, (len(every) + lens.layers * len(positions)) // PATCHED - len(parts[0].sites) - SAMPLED)
+    found: dict[Site, float] = {}
+    if whole:
+        parts.append(bench.patch(whole))
+        found = dict(zip(whole, np.abs(np.nan_to_num(parts[-1].effects(counts)[0])).tolist(), strict=True))
+    # heads of attention that moves something, which may carry only together what it carries; then what slopes nominate
+    moving = sorted((s for s in found if s.component == "attn_out" and found[s] >= MOVED), key=lambda s: -found[s])
+    heads = [s for of in moving for s in every if s.component == "z" and _at(s) == _at(of)]
+    order = [*heads, *sorted((s for s in every if s not in found), key=lambda s: -strength[s])]
+    nominated = list(dict.fromkeys(order))[: max(0, most - len(found))]
+    rest = [site for site in every if site not in found and site not in set(nominated)]
+    drawn = [rest[i] for i in np.random.default_rng(seed).permutation(len(rest))[:SAMPLED]]
+    largest = 0.0
+    if nominated or drawn:
+        parts.append(bench.patch([*nominated, *drawn]))
+        passed = np.abs(np.nan_to_num(parts[-1].effects(counts)[0, len(nominated) :]))
+        largest = float(passed.max(initial=0.0))
     share = 1 - 0.05 ** (1 / len(drawn)) if len(drawn) < len(rest) else 0.0
-    return found, Unseen(sites=len(rest), sampled=len(drawn), largest=round(largest, 6), share=round(share, 6))
+    unseen = Unseen(sites=len(rest), sampled=len(drawn), largest=round(largest, 6), share=round(share, 6))
+    return _joined(parts), unseen
 
 
-def _with_heads(every: Sequence[Site], order: Sequence[int]) -> list[int]:
-    """The first in order; with attention all of its heads, which may carry only together what it carries."""
-    heads: dict[tuple[int, str | int | None], list[int]] = {}
-    for i, site in enumerate(every):
-        if site.component == "z":
-            heads.setdefault(_at(site), []).append(i)
-    found: dict[int, None] = {}
-    for i in order:
-        if len(found) >= _nominated(len(every)):
-            break
-        found |= dict.fromkeys([i, *(heads[_at(every[i])] if every[i].component == "attn_out" else ())])
-    return list(found)
+def _stream(bench: Bench, positions: Sequence[str]) -> tuple[list[Patched], set[str]]:
+    """The residual stream before some layers, before those between where its effect changes; positions that carry."""
+    lens, contrasts = bench.lens, bench.contrasts
+    steps = [Site(layer=n, component="resid_pre", position=p) for p in positions for n in range(0, lens.layers, STEP)]
+    first = bench.patch(steps)
+    counts = resample_counts(len(contrasts.rows), 0, draws=1)
+    effects = dict(zip(steps, np.nan_to_num(first.effects(counts)[0]).tolist(), strict=True))
+    between, carries = [], set()
+    for position in positions:
+        known = [(site.layer, effects[site]) for site in steps if site.position == position]
+        # behind the last layer the last token alone is read
+        at_end = all(len(row.clean) - 1 in row.spans[position] for row in contrasts.rows)
+        known.append((lens.layers, 1.0 if at_end else 0.0))
+        if any(abs(value) >= MOVED for _, value in known):
+            carries.add(position)
+        for (layer, value), (after, then) in itertools.pairwise(known):
+            if abs(then - value) >= MOVED:
+                between += [Site(layer=n, component="resid_pre", position=position) for n in range(layer + 1, after)]
+    return [_joined([first, bench.patch(between)]) if between else first], carries
+
+
+def _joined(parts: Sequence[Patched]) -> Patched:
+    """Patches of the same questions, one behind the other."""
+    sites = tuple(site for part in parts for site in part.sites)
+    return Patched(sites, parts[0].base, parts[0].goal, np.concatenate([part.patched for part in parts]))
 
 
 def _at(site: Site) -> tuple[int, str | int | None]:
     return site.layer, site.position
-
-
-def _moved(layers: int, contrasts: Contrasts, whole: Patched) -> set[tuple[int, str | int | None]]:
-    """(layer, position) at which the effect of the residual stream changes."""
-    effects = dict(zip(whole.sites, whole.effects(resample_counts(len(contrasts.rows), 0, draws=1))[0], strict=True))
-    found = set()
-    for position in dict.fromkeys(site.position for site in whole.sites):
-        known = sorted((site.layer, value) for site, value in effects.items() if site.position == position)
-        # behind the last layer the last token alone is read
-        at_end = all(isinstance(position, str) and len(row.clean) - 1 in row.spans[position] for row in contrasts.rows)
-        known.append((layers, 1.0 if at_end else 0.0))
-        for (layer, value), (after, then) in itertools.pairwise(known):
-            if abs(then - value) >= MOVED:
-                found |= {(n, position) for n in range(layer, after)}
-    return found

@@ -169,10 +169,10 @@ def _maps(record: PatchingRecord, kind: Kind, pictures: Pictures) -> Group:
     if passed:
         most = max(passed, key=lambda each: each.largest)
         looked = (
-            " Attention, MLPs and heads were nominated by slopes and then patched; a dash is what was not. Of up to "
-            f"{max(each.sites for each in passed)} that slopes passed over, {most.sampled} drawn at random were patched, "
-            f"too, and move {most.largest:.2f} at most: with 95% confidence no more than {most.share:.0%} of the others "
-            "move more."
+            " A dash is what was not patched. Of up to "
+            f"{max(each.sites for each in passed)} outputs that were passed over, {most.sampled} drawn at random were "
+            f"patched, too, and move {most.largest:.2f} at most: with 95% confidence no more than {most.share:.0%} of "
+            "the others move more."
         )
     return Group(_TITLES[kind], _TEXTS[kind] + looked, _FALSIFY[kind], found)
 
