@@ -182,7 +182,9 @@ def test_features_are_a_table_and_a_record(run: Run, tmp_path: Path, monkeypatch
     monkeypatch.setattr(one_pair, "train_sae", small_sae)
     monkeypatch.setattr(one_pair, "SEEDS", 1)
     monkeypatch.setattr(
-        exclusive, "train_crosscoder", lambda some, seed: train_crosscoder(some, steps=60, batch=128, seed=seed)
+        exclusive,
+        "train_crosscoder",
+        lambda some, **options: train_crosscoder(some, **{**options, "steps": 60, "batch": 128}),
     )
     fewer = {units: ("RANDOM", "RANDOM_GAP"), several: ("RANDOM",), change: ("TOP", "RANDOM"), exclusive: ("RANDOM",)}
     for module, names in fewer.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -94,6 +95,7 @@ def patching_record(
             work()
         except InputError as error:
             missing.append(f"{what}: {error}")
+        gc.collect()  # runs and graphs of the last contrast hold each other
 
     def search(
         lens: Lens, contrasts: Contrasts, everywhere: bool, before: Lens | None = None

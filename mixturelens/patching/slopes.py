@@ -27,7 +27,7 @@ Place = tuple[int, Component]
 
 DROPPED = 4
 """Blocks of layers whose gradients are dropped in turn."""
-BYTES = 384 << 20
+BYTES = 256 << 20
 """Bound on the activations that are held for a way back."""
 
 
@@ -129,6 +129,7 @@ def _products(
                     for key, activation, gradient in zip(places, some, gradients, strict=True)
                 }
             )
+    kept.clear()  # else the graph lives on in the hooks that are part of it
     return result
 
 

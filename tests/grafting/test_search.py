@@ -205,6 +205,7 @@ def test_a_search_that_may_not_go_on_says_what_it_left(deep: Path):
     assert all(not block.opened for block in found.blocks if block.name in found.short)
 
 
+@pytest.mark.slow
 def test_record_of_a_deep_model(deep: Path, tmp_path: Path):
     suite = load_suite(deep)
     suite = suite.model_copy(update={"prompts": suite.prompts[:40]})

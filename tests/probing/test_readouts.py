@@ -255,6 +255,7 @@ def test_the_untrained_network_is_drawn_from_the_seed():
 # --- coarse to fine ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_stream_first_finds_the_same_best_readable_places(monkeypatch: pytest.MonkeyPatch):
     behaviour = BehaviourRecord.load(REFERENCE / "records" / "sft--rl-A" / "behaviour.json")
     suite = few(load_suite(REFERENCE / "suite.yaml"), 60)
