@@ -32,6 +32,8 @@ SLOPED = 16
 """Questions on which slopes are taken."""
 MOVED = 0.02
 """Change of the residual stream's effect from one layer to the next from which something moved there."""
+CARRIES = 0.1
+"""Effect of the residual stream, before some layer, from which the contrast passes at a span."""
 WIDE = 1 / 3
 """Share of the prompt up to which a span's window is narrow, so that attention and MLPs of all layers are patched."""
 STEP = 4
@@ -137,7 +139,7 @@ def _stream(bench: Bench, positions: Sequence[str]) -> tuple[list[Patched], set[
         # behind the last layer the last token alone is read
         at_end = all(len(row.clean) - 1 in row.spans[position] for row in contrasts.rows)
         known.append((lens.layers, 1.0 if at_end else 0.0))
-        if any(abs(value) >= MOVED for _, value in known):
+        if any(abs(value) >= CARRIES for _, value in known):
             carries.add(position)
         for (layer, value), (after, then) in itertools.pairwise(known):
             if abs(then - value) >= MOVED:
