@@ -49,7 +49,7 @@ FEWEST = 8
 """Judging questions, with fewer of which a bootstrap says nothing."""
 EXHAUSTIVE = 2e12
 """Floating-point operations up to which every site is patched without being asked: about a minute on one core."""
-QUESTIONS = 64
+QUESTIONS = 48
 """Questions, at most, where sites are nominated."""
 
 

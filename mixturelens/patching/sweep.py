@@ -147,7 +147,7 @@ class Bench:
         components: Sequence[Component] = ("resid_pre", *TOGETHER),
         *,
         before: Lens | None = None,
-        memory: int = MEMORY // 2,
+        memory: int = MEMORY // 4,
     ) -> None:
         self.lens, self.contrasts, self.before, self.memory = lens, contrasts, before, memory
         self.both = sides(lens, contrasts)
