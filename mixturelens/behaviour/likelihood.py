@@ -217,11 +217,12 @@ def _whole_rows(
         width = max(lengths[i] for i in rows)
         first = min(starts[i] for i in rows) - 1
         steps = max(1, *(len(continuations[i]) for i in rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        ids, real = (torch.zeros(len(rows), width, dtype=kind) for kind in (torch.long, torch.bool))
         targets = torch.full((len(rows), steps), -100, dtype=torch.long)
         at = torch.zeros(len(rows), steps, dtype=torch.long)
         for row, i in enumerate(rows):
             ids[row, : lengths[i]] = torch.tensor([*contexts[i], *(max(t, 0) for t in continuations[i])])
+            real[row, : lengths[i]] = True
             count = len(continuations[i])
             targets[row, :count] = torch.tensor(list(continuations[i]))
             at[row, :count] = torch.arange(count) + starts[i] - 1 - first
@@ -229,7 +230,9 @@ def _whole_rows(
         found = []
         with torch.inference_mode():  # not around the yield: it would hold for the caller, too
             for model in models:
-                logits = model(input_ids=ids.to(device), logits_to_keep=keep.to(device), use_cache=False).logits
+                # an intervened model is told where there is nothing to compute
+                fed = ids.masked_fill(~real, getattr(model, "padding", 0))
+                logits = model(input_ids=fed.to(device), logits_to_keep=keep.to(device), use_cache=False).logits
                 index = at.to(device)[:, :, None].expand(-1, -1, logits.shape[-1])
                 found.append(_Logits(logits.gather(1, index)))
         yield rows, found, targets.to(device)

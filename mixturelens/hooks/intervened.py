@@ -100,6 +100,9 @@ class Intervened:
     Raises InputError for a site or a position that does not exist, and when asked about an unknown prompt.
     """
 
+    padding = -1
+    """What may be given behind a row in place of tokens: nothing is computed there."""
+
     def __init__(
         self,
         lens: Lens,
@@ -196,11 +199,13 @@ class Intervened:
 
         Where long prompts are read in whole rows, logits within them and at padding are not computed, and NaN.
         """
+        ends = ((input_ids >= 0) * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).amax(1).tolist()
+        input_ids = input_ids.clamp(min=0)
         call = self._understand(input_ids, attention_mask, past_key_values)
         alone = attention_mask is None and past_key_values is None and not use_cache
         long = min(len(prompt.ids) for prompt in call.prompts) >= keeping.LONG
         if alone and long and isinstance(logits_to_keep, Tensor) and keeping.goes_on(self.lens):
-            return self._behind_prompts(call, logits_to_keep)
+            return self._behind_prompts(call, logits_to_keep, ends)
         given: dict[str, list[Tensor]] = {}
         past = past_key_values or _Past(call.prompts, [], None)
         for cue in self.sources:
@@ -215,16 +220,13 @@ class Intervened:
 
     # --- whole rows, behind what is kept of their prompts ----------------------------------------------------------
 
-    def _behind_prompts(self, call: _Call, keep: Int[Tensor, " kept"]) -> SimpleNamespace:
-        """Logits of whole rows at some columns, from the last token of each row's prompt on."""
+    def _behind_prompts(self, call: _Call, keep: Int[Tensor, " kept"], ends: Sequence[int]) -> SimpleNamespace:
+        """Logits of whole rows at some columns, from the last token of each row's prompt to the end of the row."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(call.prompts):
             lengths = (len(prompt.ids), self._touched(prompt), *(len(prompt.under[cue]) for cue in self.sources))
             groups.setdefault(lengths, []).append(row)
         logits: Tensor | None = None
-        # rows are padded with zeros: all but the first of those that a row ends in are left out
-        columns = torch.arange(1, call.ids.shape[1] + 1, device=call.ids.device)
-        ends = ((call.ids != 0) * columns).amax(1).add(1).tolist()
         for (length, touched, *_), rows in groups.items():
             start = length - 1
             width = max(length, min(int(keep.max()) + 1, max(ends[row] for row in rows)))

@@ -476,3 +476,15 @@ def test_what_goes_on_behind_kept_prompts_is_what_whole_rows_say(
                 np.testing.assert_allclose(found[1], by_hand[1], atol=1e-5)
     if all(each.site.position in ("last", "completion") for each in sized):
         assert whole.kept.known == len(contexts)  # other prompts of the same questions among them
+
+
+def test_tokens_of_id_zero_at_the_end_are_tokens(monkeypatch: pytest.MonkeyPatch):
+    """Rows are padded, and what a completion ends in may look like padding."""
+    model, scorer, contexts = intervened("llama", *REPAIRS["completion"]), scorer_of("llama"), contexts_of("llama")
+    several = [[13, 0, 0, 0, 0], [0, 0, 0], [13]]
+    given = [context for context in contexts for _ in several], several * len(contexts)
+    expected = scorer.sequences(model, *given)
+    monkeypatch.setattr(keeping, "LONG", 2)
+    found = scorer.sequences(model, *given)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
