@@ -59,7 +59,7 @@ def _estimate(pair: Pair, contexts: Sequence[Sequence[int]], share: float) -> Es
     once = sum(len(each) - len(beginning) for each, beginning in above.items())
     # short prompts are gone through again with each completion
     before = share * (once if long else sum(map(len, contexts)) * ways * TIMES * drawn)
-    kept = float(size.layers * size.keys * size.width) * (before + behind / TIMES) * sides if long else 0.0
+    kept = size.kept * (before + behind / TIMES) * sides if long else 0.0
     logits = min(BATCH_BYTES, 4 * behind * size.vocabulary)
     return estimate(
         pair,

@@ -315,19 +315,11 @@ class Engine:
             self.lens.check(site)
             if (site.layer, site.component) not in source:
                 raise InputError(f"{site}: the source holds no {site.component} of layer {site.layer}")
-        device = self.base.ids.device
-        result = torch.zeros(len(sites), len(self.base), device=device)
-        done, total = 0, len(sites) * len(self.base)
-        with torch.inference_mode():
-            for columns, rows, numbers in self._places(sites):
-                for part, some in self._parts(columns[0], rows, numbers):
-                    found = self._together([sites[n] for n in some], columns, part, source)
-                    values = metric(self._logits(found), part.repeat(len(some)))
-                    result[torch.tensor(some, device=device)[:, None], part] = values.view(len(some), -1).float()
-                    done += values.numel()
-                    if progress:
-                        progress(done, total)
-        return result
+
+        def run(some: list[int], columns: tuple[int, ...], part: Int[Tensor, " part"]) -> Tensor:
+            return self._together([sites[n] for n in some], columns, part, source)
+
+        return self._swept(sites, run, metric, progress)
 
     def sweep_groups(
         self,
@@ -345,15 +337,28 @@ class Engine:
                 self.lens.check(site)
             if len({site.position for site in group}) != 1 or {s.component for s in group} - set(TOGETHER):
                 raise InputError(f"{', '.join(map(str, group))}: only outputs at one position are replaced together")
-        device = self.base.ids.device
-        result = torch.zeros(len(groups), len(self.base), device=device)
-        done, total = 0, result.numel()
+
+        def run(some: list[int], columns: tuple[int, ...], part: Int[Tensor, " part"]) -> Tensor:
+            return self._grouped([groups[n] for n in some], columns, part, source)
+
         firsts = [min(group, key=lambda site: site.layer) for group in groups]
+        return self._swept(firsts, run, metric, progress)
+
+    def _swept(
+        self,
+        firsts: Sequence[Site],
+        run: Callable[[list[int], tuple[int, ...], Int[Tensor, " part"]], Tensor],
+        metric: Metric,
+        progress: Callable[[int, int], None] | None,
+    ) -> Float[Tensor, "patch row"]:
+        """`metric` of every patch and row. `firsts` say where patches begin; `run` gives the stream behind some."""
+        device = self.base.ids.device
+        result = torch.zeros(len(firsts), len(self.base), device=device)
+        done, total = 0, result.numel()
         with torch.inference_mode():
             for columns, rows, numbers in self._places(firsts):
                 for part, some in self._parts(columns[0], rows, numbers):
-                    found = self._grouped([groups[n] for n in some], columns, part, source)
-                    values = metric(self._logits(found), part.repeat(len(some)))
+                    values = metric(self._logits(run(some, columns, part)), part.repeat(len(some)))
                     result[torch.tensor(some, device=device)[:, None], part] = values.view(len(some), -1).float()
                     done += values.numel()
                     if progress:

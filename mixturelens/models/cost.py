@@ -43,6 +43,11 @@ class Size:
         """Bytes of one set of weights."""
         return self.parameters * self.width
 
+    @property
+    def kept(self) -> float:
+        """Bytes of the keys and values of one token, in all layers."""
+        return float(self.layers * self.keys * self.width)
+
 
 @dataclass(frozen=True)
 class Work:

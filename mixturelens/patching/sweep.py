@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.contrasts import Contrasts
-from mixturelens.hooks.engine import MEMORY, TOGETHER, Columns, Engine
+from mixturelens.hooks.engine import MEMORY, TOGETHER, Columns, Engine, Source
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
 from mixturelens.hooks.sides import Sides, sides
@@ -77,31 +76,8 @@ def patch(
     The activations come from the other prompt of each contrast; with `before`, from that checkpoint on the same prompt
     (cross-model patching, Prakash et al. 2024, arXiv 2402.14811). Raises InputError for sites that do not exist.
     """
-    for site in sites:
-        lens.check(site)
-    both = sides(lens, contrasts)
-    if any(both.shifts) and any(site.position is None or isinstance(site.position, int) for site in sites):
-        raise InputError("the two prompts of a contrast differ in length: patch at named spans, not at all positions")
-    base, goal, patched = [], [], []
-    size = _rows(lens, both.clean.ids.shape[1], _activations(sites))
-    for start in range(0, len(both), size):
-        part = both.part(slice(start, start + size))
-        into, out_of, spans = (
-            (part.corrupt, part.clean, part.corrupt_spans)
-            if direction == "denoise"
-            else (part.clean, part.corrupt, part.spans)
-        )
-        source, logits = (before or lens).capture(out_of, _activations(sites))
-        goal.append(_numpy(part.metric(logits)))
-        try:
-            engine = Engine(lens, into, spans, memory=memory)
-        except RunError:  # its blocks cannot be called alone: slower, and as exact
-            runs = _full_runs(lens, into, spans, [[site] for site in sites], source, part.metric)
-        else:
-            runs = part.metric(engine.logits), engine.sweep(sites, source, part.metric, progress)
-        base.append(_numpy(runs[0]))
-        patched.append(_numpy(runs[1]))
-    return Patched(tuple(sites), np.concatenate(base), np.concatenate(goal), np.concatenate(patched, 1))
+    bench = Bench(lens, contrasts, _positions(sites), _activations(sites), before=before, memory=memory)
+    return bench.patch(sites, direction, progress)
 
 
 def jointly(
@@ -113,21 +89,9 @@ def jointly(
     memory: int = MEMORY,
 ) -> Patched:
     """Like `patch` (denoising), but all sites of a group are replaced at once. `sites` holds each group's first."""
-    both = sides(lens, contrasts)
     sites = [site for group in groups for site in group]
-    for site in sites:
-        lens.check(site)
-    source, goal = (before or lens).capture(both.clean, _activations(sites))
-    engine = None
-    if all(len({s.position for s in group}) == 1 and {s.component for s in group} <= set(TOGETHER) for group in groups):
-        with contextlib.suppress(RunError):  # its blocks cannot be called alone: slower, and as exact
-            engine = Engine(lens, both.corrupt, both.corrupt_spans, memory=memory)
-    if engine is None:
-        base, patched = _full_runs(lens, both.corrupt, both.corrupt_spans, groups, source, both.metric)
-    else:
-        base, patched = both.metric(engine.logits), engine.sweep_groups(groups, source, both.metric)
-    first = tuple(group[0] for group in groups)
-    return Patched(first, _numpy(base), _numpy(both.metric(goal)), _numpy(patched))
+    bench = Bench(lens, contrasts, _positions(sites), _activations(sites), before=before, memory=memory)
+    return bench.jointly(groups)
 
 
 class Bench:
@@ -143,26 +107,33 @@ class Bench:
         self,
         lens: Lens,
         contrasts: Contrasts,
-        positions: Sequence[str],
-        components: Sequence[Component] = ("resid_pre", *TOGETHER),
+        positions: Sequence[str | int | None],
+        places: Sequence[tuple[int, Component]] = (),
         *,
         before: Lens | None = None,
         memory: int = MEMORY // 4,
     ) -> None:
+        """`places`: the activations that sites are of; if not said, the residual stream and all outputs.
+
+        Raises InputError for a position that some prompt lacks, or that is not the same in both prompts of a contrast.
+        """
         self.lens, self.contrasts, self.before, self.memory = lens, contrasts, before, memory
         self.both = sides(lens, contrasts)
+        if any(self.both.shifts) and not all(isinstance(position, str) for position in positions):
+            raise InputError(
+                "the two prompts of a contrast differ in length: patch at named spans, not at all positions"
+            )
         width = self.both.clean.ids.shape[1]
-        self.places: list[tuple[int, Component]] = [(n, c) for n in range(lens.layers) for c in components]
+        usual: tuple[Component, ...] = ("resid_pre", *TOGETHER)
+        self.places = list(places) or [(layer, component) for layer in range(lens.layers) for component in usual]
         columns = Columns(self.both.corrupt, self.both.corrupt_spans)
-        self.first = min(min(columns.of(p, row)) for p in positions for row in range(len(self.both)))
-        # an engine for each run, and what was seen in it
-        share = (width - self.first) / width
-        rows = _rows(lens, width, self.places, share)
+        self.first = min((min(columns.of(p, row)) for p in positions for row in range(len(self.both))), default=0)
+        rows = _rows(lens, width, self.places, (width - self.first) / width)
         self.parts = [slice(start, start + rows) for start in range(0, len(self.both), rows)]
         self._kept: tuple[Engine, Engine] | None = None
 
     def _runs(self, part: Sides) -> tuple[Engine, Engine]:
-        """The corrupt run and the clean one. Raises RunError where there is no exact engine."""
+        """An engine for the corrupt run and for the clean one. Raises RunError where there is no exact engine."""
         if self._kept is not None:
             return self._kept
         given = {"memory": self.memory, "watch": self.places, "first": self.first}
@@ -174,26 +145,44 @@ class Bench:
             self._kept = found
         return found
 
-    def patch(self, sites: Sequence[Site], direction: Direction = "denoise") -> Patched:
-        """Like `patch`."""
-        return self._each([[site] for site in sites], direction, lambda engine, *given: engine.sweep(sites, *given))
+    def patch(
+        self, sites: Sequence[Site], direction: Direction = "denoise", progress: Progress | None = None
+    ) -> Patched:
+        """Like the function `patch`."""
+
+        def work(engine: Engine, source: Source, metric: LogOdds) -> Tensor:
+            return engine.sweep(sites, source, metric, progress)
+
+        return self._each([[site] for site in sites], direction, work)
 
     def jointly(self, groups: Sequence[Sequence[Site]]) -> Patched:
-        """Like `jointly`, of outputs at one position."""
-        return self._each(groups, "denoise", lambda engine, *given: engine.sweep_groups(groups, *given))
+        """Like the function `jointly`; through the engine where groups are of outputs at one position."""
 
-    def _each(self, groups: Sequence[Sequence[Site]], direction: Direction, work: Callable[..., Tensor]) -> Patched:
+        def work(engine: Engine, source: Source, metric: LogOdds) -> Tensor:
+            return engine.sweep_groups(groups, source, metric)
+
+        able = all(len(set(_positions(g))) == 1 and {s.component for s in g} <= set(TOGETHER) for g in groups)
+        return self._each(groups, "denoise", work if able else None)
+
+    def _each(
+        self,
+        groups: Sequence[Sequence[Site]],
+        direction: Direction,
+        work: Callable[[Engine, Source, LogOdds], Tensor] | None,
+    ) -> Patched:
         for site in itertools.chain(*groups):
             self.lens.check(site)
         found = []
         for rows in self.parts:
             part = self.both.part(rows)
             try:
-                corrupt, clean = self._runs(part)
-            except RunError:  # the blocks cannot be called alone: slower, and as exact
+                runs = self._runs(part) if work else None
+            except RunError:
+                runs = None
+            if runs is None or work is None:  # slower, and as exact
                 found.append(self._whole(part, groups, direction))
                 continue
-            into, out_of = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
+            into, out_of = runs if direction == "denoise" else runs[::-1]
             patched = work(into, out_of.seen, part.metric)
             found.append((_numpy(part.metric(into.logits)), _numpy(part.metric(out_of.logits)), _numpy(patched)))
         base, goal, patched = (np.concatenate(each, -1) for each in zip(*found, strict=True))
@@ -249,6 +238,10 @@ def _rows(lens: Lens, width: int, captured: Sequence[tuple[int, Component]], sha
     clean = sum(sizes.get(component, max(lens.d_model, lens.heads * lens.d_head)) for _, component in captured)
     stream, keys = lens.layers * lens.d_model, 2 * lens.layers * lens.kv_heads * lens.d_head
     return max(1, int(HELD // (4 * width * (share * clean + 2 * (share * stream + keys)))))
+
+
+def _positions(sites: Sequence[Site]) -> list[str | int | None]:
+    return list(dict.fromkeys(site.position for site in sites))
 
 
 def _activations(sites: Sequence[Site]) -> list[tuple[int, Component]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from mixturelens.models import Pair
 from mixturelens.models.cost import Estimate, Size, Work, estimate, size_of
-from mixturelens.models.load import load_config
 from mixturelens.probing.erase import RANDOM, SCANNED, SOME
 from mixturelens.probing.prompts import Prompts
 from mixturelens.spelling import Ids
@@ -41,10 +40,9 @@ class Plan:
 def make_plan(pair: Pair, prompts: Prompts, announcements: Sequence[tuple[Ids, Ids]], exhaustive: bool = False) -> Plan:
     """What probing these prompts takes, held to what the user allows. Loads no weights."""
     size = size_of(pair)
-    heads = int(load_config(pair.before).get_text_config().num_attention_heads)
     questions = len({row.question for row in prompts.rows["neutral"]})
     reading = Work(tokens=NETWORKS * _tokens(prompts, announcements), read=NETWORKS * _runs(prompts, announcements))
-    every = _erasing(prompts, size.layers, heads)
+    every = _erasing(prompts, size.layers, size.heads)
     most = every if exhaustive else max(BEYOND * reading.tokens, ALWAYS / (2.0 * size.body))
     missing: tuple[str, ...] = ()
     if pair.budget.minutes is not None:
@@ -59,7 +57,7 @@ def make_plan(pair: Pair, prompts: Prompts, announcements: Sequence[tuple[Ids, I
     acts = NETWORKS * places * size.layers * 5 * size.d_model * 4.0
     allowed_bytes = HELD if pair.budget.memory is None else min(HELD, pair.budget.memory * 1e9 / 4)
     on_disk = acts > allowed_bytes
-    held = max((0 if on_disk else acts) + FITTING, _patching(pair, size, prompts)) + _batch(pair, size)
+    held = max((0 if on_disk else acts) + FITTING, _patching(size, prompts)) + _batch(size)
     needed = Work(
         tokens=reading.tokens + min(most, every),
         read=reading.read,
@@ -105,22 +103,14 @@ def _erasing(prompts: Prompts, layers: int, heads: int) -> float:
     return total + 4.0 * (half + RANDOM * min(half, SOME)) * longest / 2
 
 
-def _keys(pair: Pair) -> float:
-    """Bytes of a token's keys and values."""
-    text = load_config(pair.before).get_text_config()
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    each = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return 2.0 * int(text.num_hidden_layers) * heads * each * size_of(pair).width
-
-
-def _patching(pair: Pair, size: Size, prompts: Prompts) -> float:
+def _patching(size: Size, prompts: Prompts) -> float:
     """Bytes of what the patch engine keeps of both prompts of the questions that judge, and of kept keys and values."""
     longest = max(len(row.run) for rows in prompts.rows.values() for row in rows)
     tokens = 2.0 * len(prompts.halves[1]) * longest
-    keys = _keys(pair)
-    return tokens * ((size.layers + 1) * size.d_model * size.width + keys) + min(KEPT, tokens * keys)
+    stream = (size.layers + 1) * size.d_model * size.width
+    return tokens * (stream + size.kept) + min(KEPT, tokens * size.kept)
 
 
-def _batch(pair: Pair, size: Size) -> float:
+def _batch(size: Size) -> float:
     """Bytes of one forward, with all that is noted on the way."""
-    return BATCH * (4.0 * size.layers * size.d_model * size.width + _keys(pair)) + BATCH * 8.0 * size.d_model
+    return BATCH * (4.0 * size.layers * size.d_model * size.width + size.kept + 8.0 * size.d_model)

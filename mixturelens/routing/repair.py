@@ -146,7 +146,7 @@ def repair_record(
         found_heads = reader.heads
     else:
         say("finding the cue reader")
-        bench = Bench(lens, ground.contrasts, ["policy"], ["z"])
+        bench = Bench(lens, ground.contrasts, ["policy"], [(layer, "z") for layer in range(lens.layers)])
         every = bench.patch(head_sites(lens, "policy"))
         found_heads = find_reader(lens, ground.contrasts, "policy", seed, (bench, every)).heads
     heads = tuple(head.model_copy(update={"position": "completion"}) for head in found_heads)

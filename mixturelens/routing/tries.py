@@ -10,7 +10,6 @@ from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.kept import LONG, MOST
 from mixturelens.models import Pair
 from mixturelens.models.cost import Estimate, Work, estimate, size_of
-from mixturelens.models.load import load_config
 from mixturelens.types import InputError
 
 FEW = 4
@@ -64,7 +63,7 @@ def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> Plan:
     whole, some, some_choose = _behind(judge), _behind(brief(judge)), _behind(brief(choose))
     if min(map(len, judge.contexts), default=0) < LONG:  # prompts of small organisms are read again each time
         whole, some, some_choose = 5 * judged, 3 * judged, 3 * (prompts - judged)
-    heads = size.layers * int(load_config(pair.before).get_text_config().num_attention_heads)
+    heads = size.layers * size.heads
     window = max(len(row.clean) - row.spans["policy"][0] for row in contrasts.rows)
     finding = 2 * heads * len(contrasts.rows) / 2 * window / 2
     # R and S as they are, captures for directions, and every repair itself
@@ -94,18 +93,8 @@ def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> Plan:
     if fewer < judging:
         missing = (*missing, f"random repairs: measured on {fewer} of {judging} questions")
     tokens = read + own + sum(n * cost for n, cost in zip(numbers, (place, direction, edit), strict=True))
-    text = load_config(pair.before).get_text_config()
-    keys = (
-        2.0
-        * size.layers
-        * size.width
-        * (
-            int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-            * int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-        )
-    )
     engines = 2 * len(contrasts.rows) / 2 * max(len(row.clean) for row in contrasts.rows)
-    held = min(MOST, prompts * keys) + engines * ((size.layers + 1) * size.d_model * size.width + keys)
+    held = min(MOST, prompts * size.kept) + engines * ((size.layers + 1) * size.d_model * size.width + size.kept)
     needed = estimate(pair, Work(tokens=tokens, read=tokens / 3, models=2.0, held=held + 512e6))
     return Plan(numbers[0], numbers[1], numbers[2], needed, missing)
 
