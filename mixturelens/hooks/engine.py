@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mixturelens.hooks.lens import Edit, Lens, Tokens
+from mixturelens.hooks.lens import FOREIGN, Edit, Lens, Tokens
 from mixturelens.types import PER_HEAD, Component, InputError, RunError, Site
 
 MEMORY = 192 << 20
@@ -124,7 +124,7 @@ class Engine:
                     self._resid = [stream[:, first:].clone() for stream in self._resid]
             except torch.OutOfMemoryError:
                 raise
-            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            except FOREIGN as error:
                 why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 raise RunError(
                     f"the blocks of {type(lens.model).__name__} cannot be called alone ({why}): no exact engine"

@@ -44,6 +44,9 @@ SAME_HALF = 0.1
 DEAD = 1e-5
 """Largest change of logits or stream, relative to their size, by an edit that did not reach them."""
 
+FOREIGN = (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What code of others may raise where it meets a model that it was not made for."""
+
 Edit = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns the one to put in its place, or None to leave it."""
 
@@ -157,7 +160,7 @@ class Lens:
                 found = self.run(batch, last_only=False)[0].float()
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever the bridge of a model that nobody tried may come upon
+        except FOREIGN as error:
             why = (str(error).splitlines() or [""])[0]
             raise InputError(f"the bridge of {kind} cannot run it ({type(error).__name__}: {why})") from None
         off = (found - plain).norm(dim=-1) / _spread(plain)
