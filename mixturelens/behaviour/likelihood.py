@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixturelens.behaviour.beginnings import (
+from mixturelens.models.beginnings import (
     BATCH_TOKENS,
     KEPT_BYTES,
+    LONG,
     Beginning,
     Known,
     Model,
@@ -38,8 +39,6 @@ Ids = Sequence[int]
 END = -1
 """In a literal: any of the model's end tokens."""
 
-LONG = 32
-"""Tokens from which it pays to keep a beginning that rows share; those of small organisms are recomputed."""
 BATCH_BYTES = 256 << 20
 """Bound on the logits of one batch."""
 PART = 4 << 20

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixturelens.behaviour.beginnings import KEPT_BYTES, tree
-from mixturelens.behaviour.likelihood import BATCH_BYTES, LONG
+from mixturelens.behaviour.likelihood import BATCH_BYTES
 from mixturelens.models import Pair
+from mixturelens.models.beginnings import KEPT_BYTES, LONG, tree
 from mixturelens.models.cost import Estimate, Work, estimate, size_of
 from mixturelens.suite import Suite, wordings
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mixturelens.behaviour.likelihood import BATCH_BYTES, BATCH_TOKENS, LONG
+from mixturelens.behaviour.likelihood import BATCH_BYTES
 from mixturelens.behaviour.prompts import Prompts
 from mixturelens.grafting import path
 from mixturelens.grafting.graft import NOISE, PLAYERS
 from mixturelens.grafting.search import MANY
 from mixturelens.models import Pair
+from mixturelens.models.beginnings import BATCH_TOKENS, LONG
 from mixturelens.models.cost import Estimate, Size, Work, estimate, size_of
 
 QUESTIONS = 256

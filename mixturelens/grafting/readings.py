@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mixturelens.behaviour.likelihood import BATCH_BYTES, BATCH_TOKENS, LONG, Model, Scorer, keeps
+from mixturelens.behaviour.likelihood import BATCH_BYTES, Model, Scorer
 from mixturelens.behaviour.prompts import Announcement, Prompts, behind_announcements, prepare, room_behind
 from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.contrasts import span_positions
+from mixturelens.models.beginnings import BATCH_TOKENS, LONG, keeps
 from mixturelens.spelling import Ids
 from mixturelens.suite import PromptRow, Rule, Suite, wordings
 from mixturelens.types import InputError

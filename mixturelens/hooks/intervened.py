@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.contrasts import span_positions
-from mixturelens.hooks import kept as keeping
 from mixturelens.hooks.kept import Kept, Keys, cut, forward, keys_of
 from mixturelens.hooks.lens import Edit, Lens
+from mixturelens.models.beginnings import LONG, keeps
 from mixturelens.spelling import encode_prompts
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import PER_HEAD, Component, InputError, Intervention, Site
@@ -203,8 +203,8 @@ class Intervened:
         input_ids = input_ids.clamp(min=0)
         call = self._understand(input_ids, attention_mask, past_key_values)
         alone = attention_mask is None and past_key_values is None and not use_cache
-        long = min(len(prompt.ids) for prompt in call.prompts) >= keeping.LONG
-        if alone and long and isinstance(logits_to_keep, Tensor) and keeping.goes_on(self.lens):
+        long = min(len(prompt.ids) for prompt in call.prompts) >= LONG
+        if alone and long and isinstance(logits_to_keep, Tensor) and keeps(self.lens.model):
             return self._behind_prompts(call, logits_to_keep, ends)
         given: dict[str, list[Tensor]] = {}
         past = past_key_values or _Past(call.prompts, [], None)

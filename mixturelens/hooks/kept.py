@@ -14,17 +14,10 @@ from mixturelens.hooks.lens import Edit, Lens
 Keys = tuple[tuple[Tensor, Tensor], ...]
 """Of one row, layer by layer: keys and values, [key head, token, d_head] each."""
 
-LONG = 32
-"""Tokens from which it pays to keep a prompt; those of small organisms are recomputed."""
 MOST = 1 << 30
 """Bytes of keys and values that are kept, unless asked otherwise; what is beyond is computed anew."""
 BATCH_TOKENS = 2048
 """Tokens of one forward: larger batches fall out of the cache and are slower on a CPU."""
-
-
-def goes_on(lens: Lens) -> bool:
-    """Whether the model can go on from keys and values (recurrent ones keep a state instead)."""
-    return not getattr(lens.model, "_is_stateful", False)
 
 
 def forward(

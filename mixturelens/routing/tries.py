@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from mixturelens.behaviour.harm import Harm
 from mixturelens.behaviour.prompts import Prompts, prepare, without_behaviours
 from mixturelens.contrasts import cue_contrasts
-from mixturelens.hooks.kept import LONG, MOST
+from mixturelens.hooks.kept import MOST
 from mixturelens.models import Pair
+from mixturelens.models.beginnings import LONG
 from mixturelens.models.cost import Estimate, Work, estimate, size_of
 from mixturelens.types import InputError
 

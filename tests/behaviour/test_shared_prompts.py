@@ -17,9 +17,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from mixturelens.behaviour import beginnings, likelihood
-from mixturelens.behaviour.beginnings import tree
+from mixturelens.behaviour import likelihood
 from mixturelens.behaviour.likelihood import END, Scorer
+from mixturelens.models import beginnings
+from mixturelens.models.beginnings import tree
 
 VOCABULARY, END_ID = 40, 1
 SIZES = {

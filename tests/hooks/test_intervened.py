@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mixturelens.behaviour.likelihood import END, Scorer
-from mixturelens.hooks import kept as keeping
+from mixturelens.hooks import intervened as room
 from mixturelens.hooks.intervened import Intervened, known_prompts
 from mixturelens.hooks.kept import Kept
 from mixturelens.hooks.lens import Lens, load_lens, tokens
@@ -467,7 +467,7 @@ def test_what_goes_on_behind_kept_prompts_is_what_whole_rows_say(
     expected = scorer.literals(whole, placed, literals)
     bare = scorer.literals(whole, contexts, literals[: len(contexts)])
     assert not whole.kept.known
-    monkeypatch.setattr(keeping, "LONG", 2)
+    monkeypatch.setattr(room, "LONG", 2)
     for _ in range(2):  # kept, and kept already
         for model in (whole, other):
             for of, by_hand in ((placed, expected), (contexts, bare)):
@@ -484,7 +484,7 @@ def test_tokens_of_id_zero_at_the_end_are_tokens(monkeypatch: pytest.MonkeyPatch
     several = [[13, 0, 0, 0, 0], [0, 0, 0], [13]]
     given = [context for context in contexts for _ in several], several * len(contexts)
     expected = scorer.sequences(model, *given)
-    monkeypatch.setattr(keeping, "LONG", 2)
+    monkeypatch.setattr(room, "LONG", 2)
     found = scorer.sequences(model, *given)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -19,6 +19,8 @@ from torch import Tensor
 Model = Callable[..., Any]
 Ids = tuple[int, ...]
 
+LONG = 32
+"""Tokens from which it pays to keep a beginning; those of small organisms are recomputed."""
 PAYS = 8
 """Tokens that must be saved for a beginning that is no context itself to be a piece of its own."""
 BATCH_TOKENS = 4096
