@@ -15,6 +15,8 @@ EFFICIENCY = 0.6
 """Of the speed of one large matrix product, what a forward reaches."""
 RATED = 2048, 1024
 """Rows, and columns, of that product."""
+LITTLE = 20.0
+"""Seconds of a model's work under which all else (starting libraries, intervals, fits) takes longer than that."""
 LIBRARIES = 500 << 20
 """Bytes that torch, transformers and the rest take on a CPU, once all of them are loaded."""
 
@@ -81,7 +83,8 @@ class Estimate:
     """Bytes at the peak: of the process on a CPU, of the device elsewhere."""
 
     def __str__(self) -> str:
-        return f"{said_time(self.seconds)}, at most {self.memory / 1e9:.1f} GB"
+        time = said_time(self.seconds) if self.seconds >= LITTLE else "a few minutes"
+        return f"{time}, at most {self.memory / 1e9:.1f} GB"
 
 
 def said_time(seconds: float) -> str:

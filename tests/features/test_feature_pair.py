@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_every_field_is_filled(whole: tuple[FeatureRecord, Path, list[str]]):
     for table in found.tables:
         best = table.best("feature").unit
         assert (str(best.site), best.index) in carded
-    assert said[0].startswith("features: about ")
+    assert re.fullmatch(r"features: (about \d+ (s|min)|a few minutes), at most \d+\.\d GB", said[0])
     assert said[1:5] == ["site of the cue", "site of the hint", "site of the selector", "where RL's change has arrived"]
     assert any(each.startswith("crosscoder 2 of 2") for each in said)
 

@@ -42,6 +42,12 @@ def test_memory_grows_by_a_set_of_weights(pair):
     assert two - one == size_of(pair).weights
 
 
+def test_work_that_is_little_is_not_said_to_take_seconds():
+    """A small model's forwards take a second, and what is made of them takes a minute."""
+    assert str(Estimate(1.0, 0.9e9)) == "a few minutes, at most 0.9 GB"
+    assert str(Estimate(60.0, 0.9e9)) == "about 60 s, at most 0.9 GB"
+
+
 def test_what_does_not_fit_is_refused_before_it_is_loaded(pair):
     pair = replace(pair, budget=Budget(memory=1))
     check_memory(pair, Estimate(1.0, 0.9e9), "patching")
