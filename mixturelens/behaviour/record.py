@@ -15,7 +15,7 @@ from mixturelens.behaviour.likelihood import Completions, Model, Scorer
 from mixturelens.behaviour.literal import literal_null
 from mixturelens.behaviour.measure import measure, measure_change
 from mixturelens.behaviour.plan import first_questions, make_plan
-from mixturelens.behaviour.prompts import Prompts, check_texts, prepare
+from mixturelens.behaviour.prompts import ASIDE, Prompts, check_texts, prepare
 from mixturelens.behaviour.sampled import Nulls, nulls
 from mixturelens.behaviour.settle import SampleCheck, check_by_samples, settle
 from mixturelens.behaviour.split import accuracy_split
@@ -289,11 +289,14 @@ def measure_record(
     accuracy = _accuracy_change(change, grid, told=explained is None or explained.identified.explanation is not None)
     say("controls")
     drawn = nulls(scorer, before, after, prompts, seed + 11)
+    aside = prompts.of_questions(ASIDE)
+    some = prompts.part(aside)
     if change.method == "literal" and not suite.table:
-        unchanged = literal_null(scorer, before, prompts, change.before)
+        unchanged = literal_null(scorer, before, some, change.before.part(aside))
     else:
-        unchanged = measure_change(scorer, before, before, prompts, seed)
-    controls = _controls(unchanged, suite, grid, nats, drawn)
+        unchanged = measure_change(scorer, before, before, some, seed)
+    same, _, _ = bits_of(unchanged, grid_of(some, seed), suite, _explained(unchanged, grid_of(some, seed), suite))
+    controls = _controls(same, suite, grid, nats, drawn)
     measured: dict[Side, Behaviour] = {"before": change.before, "after": change.after}
     check = check_by_samples(prompts, {side: (measured[side], *drawn.drawn[side]) for side in measured})
     say("hinted prompts")
@@ -532,8 +535,7 @@ def _hinted(
     return found
 
 
-def _controls(unchanged: Change, suite: Suite, grid: Grid, nats: Nats, drawn: Nulls) -> Controls:
-    same, _, _ = bits_of(unchanged, grid, suite, _explained(unchanged, grid, suite))
+def _controls(same: Bits, suite: Suite, grid: Grid, nats: Nats, drawn: Nulls) -> Controls:
     routing, total, ratio = (grid.draws(v).mean(-1) for v in (drawn.shuffled, drawn.kl, drawn.ratio))
     shuffled = NOT_MEASURED if suite.table else map_draws(lambda r, t: r / t, routing, total)
     independent = interval(ratio)
