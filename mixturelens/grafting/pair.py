@@ -13,7 +13,7 @@ from jaxtyping import Int
 from mixturelens.behaviour.harm import gained_and_lost
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
-from mixturelens.behaviour.prompts import prepare
+from mixturelens.behaviour.prompts import prepare, without_behaviours
 from mixturelens.behaviour.record import BehaviourRecord, grid_of
 from mixturelens.grafting.components import State, parts, weights_of
 from mixturelens.grafting.effects import Judge, null
@@ -335,6 +335,8 @@ def rolled_back(
 ) -> dict[str, dict[str, Interval]]:
     """Expected accuracy under every cue of S, of R, and of R with S's `weights`."""
     prompts = prepare(suite, rows, tokenizer)
+    if suite.literal:  # of which rightness alone is asked
+        prompts = without_behaviours(prompts)
     grid = grid_of(prompts, seed)
 
     def accuracy(model: Any) -> np.ndarray:
