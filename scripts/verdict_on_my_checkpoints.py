@@ -53,8 +53,8 @@ for cue, state in record.per_cue.items():
 # ## The verdict, and what it stands on
 # First what became of accuracy, and whose doing it was. Then, in bits, how well one completion tells R from S (0: not
 # at all, 1: for sure): `routing` by the policy that it follows, `conditioning` by what that policy does under a cue,
-# `skill` by how well it does it; `dormant` weighs all policies alike, and so hears a silent one. `text`, how completions
-# are worded, stands beside it. Every number has a 95% bootstrap interval over questions.
+# `skill` by how well it does it; `dormant` weighs all policies alike, and so hears a silent one. `text`, how
+# completions are worded, stands beside it. Every number has a 95% bootstrap interval over questions.
 
 # %%
 verdict = judge(record)
@@ -66,9 +66,8 @@ for cue, state in verdict.per_cue.items():
         print(f"specialists {viz.show_interval(change.specialists)}, together {viz.show_interval(change.total)}")
 for term, value in verdict.bits:
     print(f"  {term:13} {viz.show_interval(value, 4)} bits")
-print(
-    f"  {'text':13} {viz.show_interval(verdict.text.nats_per_token, 4)} nats per token, drifted: {verdict.text_drifted}"
-)
+drift = viz.show_interval(verdict.text.nats_per_token, 4)
+print(f"  {'text':13} {drift} nats per token, drifted: {verdict.text_drifted}")
 print("changed:", verdict.changed.model_dump(), " silent specialists intact:", verdict.dormant_intact)
 
 # %% [markdown]

@@ -43,7 +43,7 @@ def bits_split(pairs: Sequence[tuple[str, VerdictRecord]]) -> Figure:
     for _, verdict in pairs:
         bits = {cue: state.bits for cue, state in verdict.per_cue.items()}
         # the specialist's term stands alone where the suite names no behaviours to split it by
-        split = verdict.bits.conditioning.measured or not verdict.bits.specialist.measured
+        split = verdict.bits.conditioning.measured and verdict.bits.skill.measured
         rows.append(
             [("mean over cues", _terms(verdict.bits, split))]
             + [
@@ -76,7 +76,7 @@ def accuracy_split(pairs: Sequence[tuple[str, VerdictRecord]]) -> Figure:
 
 
 def _terms(bits: Bits, split: bool) -> list[_Bar]:
-    names = ["routing", *(("conditioning", "skill") if split else ("specialist",)), "dormant"]
+    names = ["routing", "conditioning", "skill", *([] if split else ["specialist"]), "dormant"]
     notes = {"dormant": "<br>specialist at equal weights of policies; not part of the sum"}
     return [_Bar(name, getattr(bits, name), TERMS[name], name == "dormant", notes.get(name, "")) for name in names]
 
