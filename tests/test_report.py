@@ -172,6 +172,7 @@ def test_controls_say_whether_they_hold(tmp_path):
     text = write(tmp_path / "report.html")
     for name, measured, state in (
         ("Same checkpoint", "all terms 0 bits", "yes"),
+        ("Noise", "0.7000 [0.6900, 0.7100] bits; noise: 0.0200, 35 times that of noise", "yes"),
         ("Shuffled labels", viz.DASH, "not measured"),
         ("Independent sum", "0.400 [0.390, 0.410] nats", "no"),
         ("Random components", viz.DASH, "not measured"),
@@ -180,6 +181,24 @@ def test_controls_say_whether_they_hold(tmp_path):
         _, shown, holds = (Page(cell).text.strip() for cell in row.split("<td>")[1:])
         assert shown.startswith(measured)
         assert holds == state
+
+
+@pytest.mark.parametrize(
+    ("noise", "word", "holds"),
+    [(0.3, "both", "yes"), (0.4, "both", "no"), (None, "both", "not measured"), (0.4, "neither", "not measured")],
+)
+def test_noise_of_the_size_of_the_change_must_do_less(tmp_path, noise: float | None, word: str, holds: str):
+    record, verdict = make_pair()
+    null = None if noise is None else Bits(**dict.fromkeys(Bits.model_fields, around(noise)))
+    controls = verdict.controls.pair.model_copy(update={"noise": null})
+    seen = {"verdict": word, "controls": verdict.controls.model_copy(update={"pair": controls})}
+    pairs = [("pair", record, verdict.model_copy(update=seen))]
+    text = write(tmp_path / "report.html", pairs=pairs, trajectories=[])
+    row = re.findall(r'<tr><th scope="row">Noise</th>(.*?)</tr>', text, re.DOTALL)[0]
+    assert Page(row.split("<td>")[3]).text.strip() == holds
+    times = {0.3: "1.2 times", 0.4: "0.9 times"}.get(noise or 0)
+    moved = section(text, "answer").split("Moved")[1]
+    assert (f"routing + specialist; {times} that of noise" in moved) is (times is not None)
 
 
 def test_page_says_where_the_router_is(whole):

