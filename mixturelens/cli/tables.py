@@ -83,9 +83,9 @@ def show_verdicts(pairs: list[Case], verdicts: list[VerdictRecord]) -> None:
             for cue, state in record.per_cue.items()
             if state.after is not None
         )
-        nats = f"{number(record.nats.routing.value)} / {number(record.nats.specialist.value)}"
-        rows.append((pair.name, record.verdict, _interval(record.routing_share), nats, accuracy))
-    print_table(("pair", "verdict", "routing share", "nats: routing / specialist", "accuracy before -> after"), rows)
+        bits = f"{number(record.bits.routing.value)} / {number(record.bits.specialist.value)}"
+        rows.append((pair.name, record.verdict, _interval(record.routing_share), bits, accuracy))
+    print_table(("pair", "verdict", "routing share", "bits: routing / specialist", "accuracy before -> after"), rows)
     for pair, record in zip(pairs, verdicts, strict=True):
         print(f"{pair.name}: {record.reason}")
         _show_notes(record)

@@ -117,7 +117,9 @@ class VerdictRecord(Record):
             "bits": bits,
             "text": {},
             "nats": nats(data["nats"]),
-            "per_cue": {cue: {**state, "nats": nats(state["nats"])} for cue, state in data["per_cue"].items()},
+            "per_cue": {
+                cue: {**state, "bits": bits, "nats": nats(state["nats"])} for cue, state in data["per_cue"].items()
+            },
             "controls": {**controls, "pair": {**controls["pair"], "same_checkpoint": bits}},
             "thresholds": {k: v for k, v in data["thresholds"].items() if k in Thresholds.model_fields},
         }

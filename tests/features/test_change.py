@@ -92,7 +92,8 @@ def behaviour(weights, answers, right) -> Behaviour:
     classes = np.zeros((*weights.shape, 1, 2))
     classes[:, :-1] = weights[:, :-1, None, None] * shown
     classes[:, -1, 0, -1] = weights[:, -1]
-    return Behaviour(classes, np.zeros(weights.shape), shown, right[:, :, None])
+    forced_right = np.stack([np.zeros_like(right), right], -1)[:, :, None]
+    return Behaviour(classes, np.zeros_like(classes), shown, forced_right)
 
 
 ONE = Grid(np.array([[0]]), np.ones((3, 1), dtype=int))
@@ -133,7 +134,10 @@ def test_means_are_over_prompts_then_over_the_cues_that_were_asked():
 def test_without_named_behaviours_only_the_routing_can_be_told():
     named = behaviour([[0.5, 0.5, 0.0]], [[1.0, 1.0]], [[1.0, 0.5]])
     base = Behaviour(
-        named.classes.sum(-1, keepdims=True), named.correct, named.forced_behaviour[..., -1:], named.forced_correct
+        named.classes.sum(-1, keepdims=True),
+        named.right.sum(-1, keepdims=True),
+        named.forced_behaviour[..., -1:],
+        named.forced_right[..., -1:],
     )
     np.testing.assert_array_equal(values(terms(base, base, ONE)), [0.0, np.nan, np.nan])
 
@@ -149,8 +153,7 @@ def test_terms_agree_with_the_truth_over_all_completions(shape: str, load_pair):
         known = truth[name]["nats"]
         assert routing == pytest.approx(known["routing"], abs=1e-5)
         assert conditioning == pytest.approx(known["conditioning"], abs=1e-5)
-        # right against wrong says less than whole completions, and here nearly as much
-        assert 0.5 * known["skill"] - 1e-3 <= skill <= known["skill"] + 1e-5
+        assert skill == pytest.approx(known["skill"], abs=1e-5)
         assert not values(terms(r, r, grid)).any()
 
 
@@ -160,8 +163,8 @@ def test_terms_agree_with_the_split_of_behaviour(load_pair):
     exact = measure_change(pair.scorer, pair.before, pair.after, prompts, 0, enumerate_all=False)
     grid = grid_of(prompts, 0)
     found = terms(exact.before, exact.after, grid)
-    assert found.routing == interval(grid.draws(exact.routing).mean(-1))
-    assert found.conditioning == interval(grid.draws(exact.conditioning).mean(-1))
+    assert found.routing == interval(grid.draws(exact.nats.routing).mean(-1))
+    assert found.conditioning == interval(grid.draws(exact.nats.conditioning).mean(-1))
 
 
 # --- splices ----------------------------------------------------------------------------------------------------------
@@ -176,8 +179,8 @@ def test_the_whole_site_moves_the_term_that_is_known_to_have_moved(shape: str):
         into, other = lens_of(shape, "S"), lens_of(shape, f"R-{part}")
         (found,) = splice_terms(into, other, LATE, [whole], prompts_of(shape))
         known = np.array([truth[f"R-{part}"]["nats"][name] for name in ("routing", "conditioning", "skill")])
-        # what is left is the unembedding's, which R trained, too
-        np.testing.assert_allclose(values(found), known, rtol=0.3, atol=0.01)
+        # what differs is the unembedding's, which R trained, too: it spreads wrong answers, so that more are right
+        np.testing.assert_allclose(values(found), known, rtol=0.45, atol=0.01)
         assert values(found)[number] > 0.4
 
 
