@@ -62,7 +62,7 @@ def interesting(tables: Sequence[Table], changes: Sequence[SiteChange]) -> list[
         if best is not None:
             add(best.unit, f"best feature for {ASKED[table.concept]}")
     moved = [
-        (round(sum(bits.values()), 3), each.moved, Unit(kind="feature", site=change.site, index=each.index), bits)
+        (round(sum(bits.values()), 2), each.moved, Unit(kind="feature", site=change.site, index=each.index), bits)
         for change in changes
         for each in change.features
         if (bits := {name: each.terms.of(part).value or 0.0 for part, name in TERMS.items()})

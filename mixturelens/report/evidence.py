@@ -357,7 +357,7 @@ def _evidence(mechanism: Mechanism, pictures: Pictures) -> Picture:
 # --- controls ---------------------------------------------------------------------------------------------------------
 
 
-def controls(verdict: VerdictRecord, graft: GraftRecord | None, probing: ProbingRecord | None) -> list[Control]:
+def controls(graft: GraftRecord | None, probing: ProbingRecord | None) -> list[Control]:
     """Controls of grafts and probes, where these were run."""
     found = [] if graft is None else [_noise(graft), _size(graft)]
     if probing is not None and (control := _probes(probing)) is not None:
