@@ -16,7 +16,7 @@ from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare, without_behaviours
 from mixturelens.behaviour.record import BehaviourRecord, grid_of
 from mixturelens.grafting.components import State, parts, weights_of
-from mixturelens.grafting.effects import Judge, null
+from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.graft import (
     PLAYERS,
     Bench,
@@ -24,6 +24,7 @@ from mixturelens.grafting.graft import (
     groups,
     halves,
     needed,
+    null,
     players,
     save_with,
     shapley,
@@ -153,6 +154,8 @@ def graft_record(
         specialists = specialist_part(choosing, judging)
     else:
         missing.append("specialist part: what policies do does not surely differ")
+    say("noise of the size of R's change")
+    noise = null(trial, seed)
     at: dict[tuple[str, ...], Readings] = {}
     if planned.positions:
         say("grafts at some positions")
@@ -179,6 +182,7 @@ def graft_record(
         questions=len(cells.grid.index),
         coverage=round(judge.coverage, 6),
         usual=round(judge.usual, 6),
+        shown=round(judge.shown, 6),
         change=_changes(judge),
         after=judge.effects(judge.after),
         parts=found,
@@ -190,7 +194,7 @@ def graft_record(
         specialist_part=specialists,
         placed=tuple(Placed(positions=names, effects=trial.judge.effects(each)) for names, each in at.items()),
         rollback=rollback,
-        null=null(judge, seed),
+        null=noise,
         missing=tuple(missing),
     )
 

@@ -177,8 +177,8 @@ def _changes(changes: Sequence[of.SiteChange], pictures: Pictures) -> Group:
         found.append(
             pictures.add(
                 viz.feature_change(change),
-                f"{change.site}: R's activation of these features put into S, and how far S then is from itself. One "
-                "scale for all three terms. Skill: right against wrong answers, a lower bound. Grey: random other "
+                f"{change.site}: R's activation of these features put into S, and how far S then is from itself, in "
+                "bits, question by question. One scale for all three terms. Grey: random other "
                 "features of like strength, as many.",
             )
         )
@@ -209,7 +209,7 @@ def crosscoders(records: Mapping[str, of.FeatureRecord], pictures: Pictures) -> 
         viz.crosscoder(found),
         "A row a crosscoder. False: exclusive by the norms of its decoders, and not once it is asked how much of the "
         "other checkpoint's activations it explains (latent scaling). Causal: of those of R alone that were taken out "
-        "one by one, the ones without which R does something else, beyond nearly all matched shared ones. Nats: R "
+        "one by one, the ones without which R does something else, beyond nearly all matched shared ones. Bits: R "
         "without all latents of its own, against R.",
     )
     return Group(
