@@ -23,7 +23,7 @@ from mixturelens.behaviour.unannounced import Explained, Identified, attributed,
 from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory
 from mixturelens.records import Record
-from mixturelens.stats import interval, map_draws, mean_interval, resample_counts, resampled_mean
+from mixturelens.stats import PROPORTION, interval, map_draws, mean_interval, resample_counts, resampled_mean
 from mixturelens.suite import Rule, Spelling, Suite, wordings
 from mixturelens.types import NOT_MEASURED, OTHER, Frozen, Interval, Side
 
@@ -338,9 +338,9 @@ def _sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
     overall = grid.draws(behaviour.correct.sum(-1))
     sides = []
     for c in range(len(suite.cues)):
-        w = {name: interval(weights[:, c, m]) for m, name in enumerate(names)}
-        a = {name: interval(forced[:, c, m]) for m, name in enumerate(suite.policies)}
-        whole = interval(overall[:, c])
+        w = {name: interval(weights[:, c, m], grid.counts, bounds=PROPORTION) for m, name in enumerate(names)}
+        a = {name: interval(forced[:, c, m], grid.counts, bounds=PROPORTION) for m, name in enumerate(suite.policies)}
+        whole = interval(overall[:, c], grid.counts, bounds=PROPORTION)
         sides.append(
             CueSide(
                 weights={name: value.value or 0.0 for name, value in w.items()},
@@ -379,14 +379,17 @@ def nats_of(
     means = {name: values.mean(-1) for name, values in terms.items()}
     routing, specialist, conditioning = means["routing"], means["specialist"], means["conditioning"]
     shares = {
-        "moved": interval(routing + specialist),
-        "routing_share": map_draws(lambda r, s: r / (r + s), routing, specialist),
-        "router_share": map_draws(lambda r, s, c: (r + c) / (r + s), routing, specialist, conditioning),
+        "moved": interval(routing + specialist, grid.counts),
+        "routing_share": map_draws(lambda r, s: r / (r + s), routing, specialist, counts=grid.counts),
+        "router_share": map_draws(
+            lambda r, s, c: (r + c) / (r + s), routing, specialist, conditioning, counts=grid.counts
+        ),
     }
     per_cue = [
-        Nats(**{name: interval(values[:, c]) for name, values in terms.items()}) for c in range(grid.index.shape[1])
+        Nats(**{name: interval(values[:, c], grid.counts) for name, values in terms.items()})
+        for c in range(grid.index.shape[1])
     ]
-    return Nats(**{name: interval(values) for name, values in means.items()}), per_cue, shares
+    return Nats(**{name: interval(values, grid.counts) for name, values in means.items()}), per_cue, shares
 
 
 def _accuracy_change(change: Change, grid: Grid, *, told: bool) -> list[AccuracyChange]:
@@ -405,9 +408,9 @@ def _accuracy_change(change: Change, grid: Grid, *, told: bool) -> list[Accuracy
             selector, specialists = (grid.draws(values) for values in split)
     return [
         AccuracyChange(
-            selector=interval(selector[:, c]) if told else NOT_MEASURED,
-            specialists=interval(specialists[:, c]) if told else NOT_MEASURED,
-            total=interval(selector[:, c] + specialists[:, c]),
+            selector=interval(selector[:, c], grid.counts) if told else NOT_MEASURED,
+            specialists=interval(specialists[:, c], grid.counts) if told else NOT_MEASURED,
+            total=interval(selector[:, c] + specialists[:, c], grid.counts),
         )
         for c in range(grid.index.shape[1])
     ]
@@ -474,8 +477,8 @@ def _hinted(
 def _controls(unchanged: Change, suite: Suite, grid: Grid, nats: Nats, drawn: Nulls) -> Controls:
     same, _, _ = nats_of(unchanged, grid, suite, _explained(unchanged, grid, suite))
     routing, total, ratio = (grid.draws(v).mean(-1) for v in (drawn.shuffled, drawn.kl, drawn.ratio))
-    shuffled = NOT_MEASURED if suite.table else map_draws(lambda r, t: r / t, routing, total)
-    independent = interval(ratio)
+    shuffled = NOT_MEASURED if suite.table else map_draws(lambda r, t: r / t, routing, total, counts=grid.counts)
+    independent = interval(ratio, grid.counts)
     agrees = None
     if independent.measured and nats.total.measured:
         low, high = independent.low or 0.0, independent.high or 0.0

@@ -65,7 +65,7 @@ def terms(base: Behaviour, changed: Behaviour, grid: Grid) -> Terms:
     def over_cues(values: Float[np.ndarray, " prompt"]) -> Interval:
         draws = grid.draws(values)
         asked = ~np.isnan(draws[0])  # a cue that none of these questions has says nothing
-        return interval(draws[:, asked].mean(-1) if asked.any() else np.full(len(draws), np.nan))
+        return interval(draws[:, asked].mean(-1) if asked.any() else np.full(len(draws), np.nan), grid.counts)
 
     return Terms(routing=over_cues(routing), conditioning=over_cues(conditioning), skill=over_cues(skill))
 

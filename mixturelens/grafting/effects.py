@@ -14,7 +14,7 @@ from torch import Tensor
 from mixturelens.behaviour.record import Grid
 from mixturelens.grafting.readings import Cells, Readings
 from mixturelens.grafting.record import Effects, Null
-from mixturelens.stats import half_of, interval, resample_counts
+from mixturelens.stats import POSITIVE, half_of, interval, resample_counts
 from mixturelens.types import Interval
 
 WORTH = 0.05
@@ -111,14 +111,14 @@ class Judge:
         """What a graft with these readings does that S does not."""
         g, s, r = self.drawn(readings), self.s, self.r
         p = self.cells.policies.index(self.policies[0])
-        used = r.weights[..., :-1]
+        used, counts = r.weights[..., :-1], self.grid.counts
         weight, whole = (x.weights[..., p] - s.weights[..., p] for x in (g, r))
         return Effects(
-            routing=interval(aligned(g.odds - s.odds, r.odds - s.odds, self.moved_cues)),
-            weight=interval(aligned(weight, whole, self.moved_weights)),
-            specialists=interval(aligned(g.done - s.done, r.done - s.done, self.moved_cells)),
-            chosen=interval(_chosen(g.weights, s.weights)),
-            done=interval(_done(g.done_probability, s.done_probability, used)),
+            routing=interval(aligned(g.odds - s.odds, r.odds - s.odds, self.moved_cues), counts),
+            weight=interval(aligned(weight, whole, self.moved_weights), counts),
+            specialists=interval(aligned(g.done - s.done, r.done - s.done, self.moved_cells), counts),
+            chosen=interval(_chosen(g.weights, s.weights), counts, bounds=POSITIVE),
+            done=interval(_done(g.done_probability, s.done_probability, used), counts, bounds=POSITIVE),
         )
 
     def routing_share(self, log_c: Float[np.ndarray, "prompt policy"]) -> float:
@@ -140,7 +140,8 @@ class Judge:
 
     def shares(self, odds: Float[np.ndarray, " prompt"]) -> Interval:
         """A part of R's change of log c_p / c_o, prompt by prompt, as a share of it."""
-        return interval(aligned(self.grid.draws(odds), self.r.odds - self.s.odds, self.moved_cues))
+        part = aligned(self.grid.draws(odds), self.r.odds - self.s.odds, self.moved_cues)
+        return interval(part, self.grid.counts)
 
     def mean(self, values: Float[np.ndarray, " prompt *rest"]) -> Float[np.ndarray, "1 cue *rest"]:
         """Over the questions themselves, without a bootstrap."""

@@ -241,7 +241,7 @@ def _sweep(
         labels=position_labels(contrasts, tokenizer),
         spans=dict(contrasts.rows[0].spans) if aligned(contrasts) else {},
         effects=tuple(
-            Effect(site=site, effect=interval(draws[:, i], digits=4)) for i, site in enumerate(patched.sites)
+            Effect(site=site, effect=interval(draws[:, i], counts, digits=4)) for i, site in enumerate(patched.sites)
         ),
         unseen=unseen,
     )
@@ -251,17 +251,18 @@ def _reader(
     lens: Lens, contrasts: Contrasts, side: Side, position: str, seed: int, searched: tuple[Bench, Patched] | None
 ) -> ReaderHeads:
     found = find_reader(lens, contrasts, position, seed, searched)
-    margin = interval(found.margin)
+    counts = resample_counts(len(contrasts.half(1).rows), seed)
+    margin = interval(found.margin, counts)
     return ReaderHeads(
         kind=contrasts.kind,
         checkpoint=side,
         heads=found.heads,
-        questions=len(contrasts.half(1).rows),
+        questions=counts.shape[1],
         chosen_effect=found.chosen_effect,
-        effect=interval(found.effect),
+        effect=interval(found.effect, counts),
         margin=margin,
         rival=found.rival,
-        first=None if margin.low is None or len(contrasts.half(1).rows) < FEWEST else margin.low > 0,
+        first=None if margin.low is None or counts.shape[1] < FEWEST else margin.low > 0,
     )
 
 

@@ -166,7 +166,9 @@ def _nothing(line: Line) -> Interval:
 
 
 def _show(value: Interval) -> str:
-    return "-" if value.value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    if value.value is None or value.low is None or value.high is None:
+        return "-" if value.value is None else f"{value.value:.3f}"
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 def _named(*lines: Line | None) -> dict[str, Line]:

@@ -160,8 +160,8 @@ def test_terms_agree_with_the_split_of_behaviour(load_pair):
     exact = measure_change(pair.scorer, pair.before, pair.after, prompts, 0, enumerate_all=False)
     grid = grid_of(prompts, 0)
     found = terms(exact.before, exact.after, grid)
-    assert found.routing == interval(grid.draws(exact.routing).mean(-1))
-    assert found.conditioning == interval(grid.draws(exact.conditioning).mean(-1))
+    assert found.routing == interval(grid.draws(exact.routing).mean(-1), grid.counts)
+    assert found.conditioning == interval(grid.draws(exact.conditioning).mean(-1), grid.counts)
 
 
 # --- splices ----------------------------------------------------------------------------------------------------------
