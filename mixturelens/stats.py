@@ -19,11 +19,31 @@ TAIL = NORMAL.inv_cdf((1 + LEVEL) / 2)
 FEW = 32
 """Questions, with fewer of which percentiles of draws are no wider than the values lie apart, or a little narrow yet:
 Student's t has its say beside them."""
+FEWEST = 8
+"""Questions, with fewer of which no instrument decides anything: what is then called an interval is a guess."""
+TOO_FEW = f"questions are too few for an interval ({FEWEST} are needed)"
 PROPORTION, POSITIVE = (0.0, 1.0), (0.0, math.inf)
 """Bounds of what every question has: probabilities, shares, and right or wrong; distances."""
 MOST_SKEWED = 0.6
 """Skewness of draws, up to which percentiles are corrected for it: by then to the 7.1th and 99.65th. A ratio whose
 whole may be small has wild draws, and the outermost of them say nothing."""
+
+
+def too_few(what: str, *questions: int) -> tuple[str, ...]:
+    """The sentence of every record whose numbers stand on fewer than FEWEST questions, or nothing.
+
+    `questions`: those that each of the numbers stands on.
+
+    >>> too_few("repairs", 20, 5), too_few("repairs", 20, 10)
+    (('repairs: 5 questions are too few for an interval (8 are needed)',), ())
+    """
+    least = min(questions, default=FEWEST)
+    return (f"{what}: {least} {TOO_FEW}",) if least < FEWEST else ()
+
+
+def said_too_few(missing: Sequence[str]) -> list[str]:
+    """Those lines of a record's `missing` that say so: they belong beside every figure of it."""
+    return [line for line in missing if line.endswith(TOO_FEW)]
 
 
 def half_of(number: int, which: Literal[0, 1], most: int | None = None) -> list[int]:

@@ -42,7 +42,7 @@ from mixturelens.grafting.starts import starts_of
 from mixturelens.hooks.lens import components_of
 from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory, size_of
-from mixturelens.stats import PROPORTION, half_of, interval, mean_interval, resample_counts, resampled_mean
+from mixturelens.stats import PROPORTION, half_of, interval, mean_interval, resample_counts, resampled_mean, too_few
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import NOT_MEASURED, InputError, Interval
 
@@ -191,7 +191,7 @@ def graft_record(
         placed=tuple(Placed(positions=names, effects=trial.judge.effects(each)) for names, each in at.items()),
         rollback=rollback,
         null=null(judge, seed),
-        missing=tuple(missing),
+        missing=(*missing, *too_few("grafts", len(cells.grid.index), *([factorial.questions] if factorial else ()))),
     )
 
 

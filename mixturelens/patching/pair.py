@@ -37,7 +37,7 @@ from mixturelens.patching.sweep import (
     left_out,
     patch,
 )
-from mixturelens.stats import interval, mean_interval, resample_counts
+from mixturelens.stats import FEWEST, interval, mean_interval, resample_counts, too_few
 from mixturelens.types import InputError, Side, Site
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-FEWEST = 8
-"""Judging questions, with fewer of which a bootstrap says nothing."""
 EXHAUSTIVE = 2e12
 """Floating-point operations up to which every site is patched without being asked: about a minute on one core."""
 QUESTIONS = 48
@@ -147,7 +145,11 @@ def patching_record(
         readers=tuple(readers),
         attention=_attention(lenses, cue, readers, tokenizer),
         exhaustive=plan.exhaustive,
-        missing=tuple(missing),
+        missing=(
+            *missing,
+            *too_few("patching", *(each.questions for each in sweeps)),
+            *too_few("readers", *(each.questions for each in readers)),
+        ),
     )
 
 

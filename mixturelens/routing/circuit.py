@@ -27,7 +27,7 @@ from mixturelens.patching.attribution import FRACTIONS, STEPS, EdgeScores, eap_i
 from mixturelens.patching.graph import Graph, edge_graph, masked
 from mixturelens.patching.sweep import APART, Direction, patch
 from mixturelens.records import Record
-from mixturelens.stats import apart, interval, resample_counts, resampled_mean, share
+from mixturelens.stats import FEWEST, apart, interval, resample_counts, resampled_mean, share, too_few
 from mixturelens.types import NOT_MEASURED, Frozen, InputError, Interval, RunError, Side, Site
 
 SHOWN = 120
@@ -43,8 +43,6 @@ VERIFIED = 48
 many as the slopes take (STEPS forwards and backwards), and of most runs only the later layers are computed."""
 OPERATIONS = 1e13
 """Floating-point operations that a circuit may take without being asked: about three minutes on one core."""
-FEWEST = 8
-"""Questions of a circuit at least: half of them rank its edges, and the other half judges them."""
 CARRIES = 0.01
 """Share of the contrast that a node which is used must surely move: slopes themselves are off by about this much
 (`eap_ig`), so a circuit says nothing of less."""
@@ -224,6 +222,8 @@ def circuit_record(
             found.setdefault(each.kind, {})[name] = scores.per_question[:, graph.exists]
     overlaps = [overlap for kind in ("cue", "hint") for overlap in _overlaps(kind, found.get(kind, {}), seed)]
     compared = tuple(fingerprint(other.after) for other in (also or {}).values() if other.after is not None)
+    # each is ranked by one half of its questions and judged on the other
+    missing += too_few(" and ".join(found), *(each.questions // 2 for each in circuits))
     return CircuitRecord(circuits=tuple(circuits), overlaps=tuple(overlaps), compared=compared, missing=tuple(missing))
 
 

@@ -21,6 +21,7 @@ from mixturelens.grafting.record import Effects, GraftRecord
 from mixturelens.patching.record import PatchingRecord, Sweep
 from mixturelens.patching.sweep import APART
 from mixturelens.probing.record import ProbingRecord
+from mixturelens.stats import FEWEST, TOO_FEW
 from mixturelens.types import NOT_MEASURED, Frozen, Interval, Site, VerdictWord
 
 FLOOR = 0.01
@@ -31,8 +32,6 @@ USUAL = 0.5
 """Probability of what S usually does in a cell, under which what it does there cannot be told."""
 ROUTING, SPECIALIST = 0.9, 0.1
 """Shares of routing from which the verdict is `routing`, and up to which it is `specialist`."""
-FEWEST = 8
-"""Questions under which a bootstrap says nothing."""
 UNDONE = 0.5
 """Share of the change that one site must undo for patching to have found it."""
 LOST = 0.1
@@ -130,7 +129,7 @@ def share_of(chosen: Interval, done: Interval) -> Interval:
 def _verdict(graft: GraftRecord, selector: Line, specialists: Line, share: Interval) -> tuple[VerdictWord, str]:
     numbers = f"{_show(selector.effect)} nats of choice and {_show(specialists.effect)} nats of what policies do"
     if graft.questions < FEWEST:
-        return "inconclusive", f"{graft.questions} questions are too few for an interval ({FEWEST} are needed)"
+        return "inconclusive", f"{graft.questions} {TOO_FEW}"
     if graft.coverage < COVERAGE:
         return "inconclusive", (
             f"the announcements as written cover {graft.coverage:.2f} of the completions, and {COVERAGE} is needed"

@@ -28,7 +28,7 @@ from mixturelens.patching.record import ReaderHeads
 from mixturelens.patching.sweep import Bench, find_reader, head_sites
 from mixturelens.records import Record
 from mixturelens.routing.tries import brief, make_plan
-from mixturelens.stats import PROPORTION, interval
+from mixturelens.stats import PROPORTION, interval, too_few
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
 
 RepairKind = Literal["interchange", "zero", "mean", "steer", "edit", "reroute"]
@@ -253,7 +253,7 @@ def repair_record(
         after=ground.accuracies(scale.after, ground.judge),
         ceiling=interval(scale.ceiling, scale.grid.counts, bounds=PROPORTION),
         repairs=tuple(repairs),
-        missing=tuple(missing),
+        missing=(*missing, *too_few("repairs", len(scale.grid.index))),
         checkpoint=save_to.name if save_to is not None and works else None,
     )
 
