@@ -36,7 +36,9 @@ def number(value: float | None) -> str:
 
 
 def _interval(value: Any) -> str:
-    return "-" if value.value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    if value.value is None or value.low is None:
+        return number(value.value)
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
