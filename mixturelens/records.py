@@ -77,6 +77,11 @@ class Record(Frozen):
             if not getattr(self, field):
                 object.__setattr__(self, field, expected)
 
+    @classmethod
+    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """A record of the version before as one of this version, where it can be read as such; else as it was."""
+        return data
+
     def to_json(self) -> str:
         """JSON with `null` for what was not measured; NaN and infinity are refused rather than written."""
         separators = (",", ":") if self.INDENT is None else None
@@ -102,6 +107,8 @@ class Record(Frozen):
         if not isinstance(data, dict) or data.get("kind") != cls.KIND:
             found = data.get("kind") if isinstance(data, dict) else type(data).__name__
             raise InputError(f"{path}: holds a {found!r} record, expected {cls.KIND!r}")
+        if data.get("version") == cls.VERSION - 1:
+            data = cls.upgraded(data)
         if data.get("version") != cls.VERSION:
             raise InputError(
                 f"{path}: {cls.KIND} record of version {data.get('version')}, this mixturelens reads version "

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-NOVEL = 0.01
-"""A behaviour that S shows less often than this under an announcement is new in R: S has no skill there to compare."""
-
 
 @dataclass(frozen=True)
 class Behaviour:
@@ -20,14 +17,24 @@ class Behaviour:
     """
 
     classes: Float[np.ndarray, "prompt policy wording behaviour"]
-    correct: Float[np.ndarray, "prompt policy"]
-    """Joint probability of following the policy and being right."""
+    right: Float[np.ndarray, "prompt policy wording behaviour"]
+    """Probability of the class and of being right."""
     forced_behaviour: Float[np.ndarray, "prompt known wording behaviour"]
-    forced_correct: Float[np.ndarray, "prompt known wording"]
+    forced_right: Float[np.ndarray, "prompt known wording behaviour"]
+    """Probability of showing the behaviour and being right."""
 
     @property
     def weights(self) -> Float[np.ndarray, "prompt policy"]:
         return self.classes.sum((-1, -2))
+
+    @property
+    def correct(self) -> Float[np.ndarray, "prompt policy"]:
+        """Joint probability of following the policy and being right."""
+        return self.right.sum((-1, -2))
+
+    @property
+    def forced_correct(self) -> Float[np.ndarray, "prompt known wording"]:
+        return self.forced_right.sum(-1)
 
     @property
     def forced_accuracy(self) -> Float[np.ndarray, "prompt known"]:
@@ -43,39 +50,45 @@ class Behaviour:
 
 
 @dataclass(frozen=True)
-class Change:
-    """What changed from S to R on each prompt, in nats, beside what either does.
+class BitTerms:
+    """Terms of every prompt, in bits; NaN where nothing was put in place. `specialist` is conditioning + skill."""
 
-    KL(R || S) = routing + wording + conditioning + skill + other, where `skill` is that of known policies and `other`
-    is what completions of no known policy add: no specialist is behind those.
+    routing: Float[np.ndarray, " prompt"]
+    conditioning: Float[np.ndarray, " prompt"]
+    specialist: Float[np.ndarray, " prompt"]
+    dormant: Float[np.ndarray, " prompt"]
+
+
+@dataclass(frozen=True)
+class NatTerms:
+    """Terms of every prompt, in nats, summed along the completion."""
+
+    routing: Float[np.ndarray, " prompt"]
+    wording: Float[np.ndarray, " prompt"]
+    conditioning: Float[np.ndarray, " prompt"]
+    skill: Float[np.ndarray, " prompt"]
+    """KL of right or wrong, given the behaviour."""
+    text: Float[np.ndarray, " prompt"]
+    """KL of the tokens, given all that. Style, not skill."""
+    other: Float[np.ndarray, " prompt"]
+    length: Float[np.ndarray, " prompt"]
+    """Tokens of R's completions of known policies, behind their announcements, times the weight of those."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What changed from S to R on each prompt, beside what either does: in bits, and by the chain rule in nats.
+
+    KL(R || S) = routing + wording + conditioning + skill + text + other, where conditioning, skill and text are those
+    of known policies and `other` is what completions of no known policy add: no specialist is behind those.
     Where policies announce nothing, no prompt alone tells them: `conditioning` is then all of KL(behaviour), and
     `unannounced` splits its mean.
     """
 
     before: Behaviour
     after: Behaviour
-    routing: Float[np.ndarray, " prompt"]
-    wording: Float[np.ndarray, " prompt"]
-    conditioning: Float[np.ndarray, " prompt"]
-    skill: Float[np.ndarray, " prompt"]
-    novel: Float[np.ndarray, " prompt"]
-    """The part of `skill` in behaviours that S hardly shows there (under NOVEL)."""
-    other: Float[np.ndarray, " prompt"]
-    dormant: Float[np.ndarray, " prompt"]
+    bits: BitTerms
+    nats: NatTerms
     method: str
     overlap: float | None = None
     """Of completions weighed under both checkpoints: the mean of 4 R S / (R + S)^2; 1 if alike, 0 if disjoint."""
-
-
-def log_ratio(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    return np.log(np.maximum(p, 1e-300)) - np.log(np.maximum(q, 1e-300))
-
-
-def dormant(after: Behaviour, policy_kl: Float[np.ndarray, "prompt known wording"]) -> Float[np.ndarray, " prompt"]:
-    """The specialist term with uniform policy weights: a silent policy counts as much as one that is heard."""
-    used = after.classes.sum(-1)[:, :-1]
-    measured = ~np.isnan(policy_kl)
-    used = np.where(measured, np.maximum(used, 1e-300), 0.0)
-    share = used / np.maximum(used.sum(-1, keepdims=True), 1e-300)
-    per_policy = np.where(measured.any(-1), np.nansum(share * policy_kl, -1), np.nan)
-    return per_policy.mean(-1)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-from mixturelens.behaviour.arrays import NOVEL, Behaviour, log_ratio
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
 from mixturelens.behaviour.prompts import Prompts, behind_announcements, owners, room_behind
 from mixturelens.suite import wordings
 from mixturelens.types import OTHER
+
+FORCED_SAMPLES, ENOUGH = 4, 480
+"""Completions behind each announcement, for what comes after policy and behaviour: fewer where so many are drawn."""
 
 
 @dataclass(frozen=True)
@@ -78,47 +80,43 @@ def draw_forced(
 
 
 def forced_kl(
-    scorer: Scorer,
-    before: Model,
-    after: Model,
-    prompts: Prompts,
-    samples: int,
-    seed: int,
-    s: Behaviour,
-    r: Behaviour,
+    scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int
 ) -> tuple[Float[np.ndarray, "prompt known wording"], Float[np.ndarray, "prompt known wording"]]:
-    """KL(y_R || y_S) of what follows each announcement once in place, from completions of R; and its novel part."""
+    """KL(y_R || y_S) of what follows each announcement once in place, from completions of R; and how long that is.
+
+    The length, in tokens, is that of announcement and completion.
+    """
     number, policies, most, _ = prompts.shape
-    result, novel = (np.full((number, policies - 1, most), np.nan) for _ in range(2))
+    result, length = (np.full((number, policies - 1, most), np.nan) for _ in range(2))
     if not prompts.announcements:
-        return result, novel
-    drawn, label, k = draw_forced(scorer, after, prompts, samples, seed)
+        return result, length
     forced = behind_announcements(prompts)
-    log_r, log_s, kl = scorer.compare(after, before, [forced[i] for i in drawn.context], drawn.tokens)
+    samples = max(1, min(FORCED_SAMPLES, round(ENOUGH / len(forced))))
+    drawn, _, k = draw_forced(scorer, after, prompts, samples, seed)
+    _, _, kl = scorer.compare(after, before, [forced[i] for i in drawn.context], drawn.tokens)
     place = (drawn.context // len(prompts.announcements), owners(prompts)[0][k], owners(prompts)[1][k])
-    shown_r, shown_s = (b.forced_behaviour[*place, label.behaviour] for b in (r, s))
-    excess = np.where(shown_s < NOVEL, (log_r - log_s) - log_ratio(shown_r, shown_s), 0.0)
+    announced = [len(each.ids) for placed in prompts.placed for each in placed]
     for owner in zip(*owners(prompts), strict=True):
-        result[:, *owner], novel[:, *owner] = 0.0, 0.0
+        result[:, *owner], length[:, *owner] = 0.0, 0.0
     np.add.at(result, place, kl / samples)
-    np.add.at(novel, place, excess / samples)
-    return result, novel
+    tokens = [announced[i] + len(each) for i, each in zip(drawn.context, drawn.tokens, strict=True)]
+    np.add.at(length, place, np.array(tokens) / samples)
+    return result, length
 
 
 def forced_sample(
     scorer: Scorer, model: Model, prompts: Prompts, seed: int
-) -> tuple[Float[np.ndarray, "prompt known wording behaviour"], Float[np.ndarray, "prompt known wording"]]:
-    """Behaviour and correctness with each announcement put in place, from the model's own completions."""
+) -> tuple[Float[np.ndarray, "prompt known wording behaviour"], Float[np.ndarray, "prompt known wording behaviour"]]:
+    """Behaviours, and those that are right, behind each announcement, from the model's own completions."""
     number, policies, most, behaviours = prompts.shape
-    shown = np.full((number, policies - 1, most, behaviours), np.nan)
-    correct = np.full((number, policies - 1, most), np.nan)
+    shown, right = (np.full((number, policies - 1, most, behaviours), np.nan) for _ in range(2))
     if not prompts.announcements:
-        return shown, correct
+        return shown, right
     n = prompts.suite.samples
     drawn, label, k = draw_forced(scorer, model, prompts, n, seed)
     policy, wording = owners(prompts)
-    context = drawn.context // len(prompts.announcements)
-    shown[:, policy, wording], correct[:, policy, wording] = 0.0, 0.0
-    np.add.at(shown, (context, policy[k], wording[k], label.behaviour), 1.0 / n)
-    np.add.at(correct, (context, policy[k], wording[k]), label.correct / n)
-    return shown, correct
+    shown[:, policy, wording], right[:, policy, wording] = 0.0, 0.0
+    place = (drawn.context // len(prompts.announcements), policy[k], wording[k], label.behaviour)
+    np.add.at(shown, place, 1.0 / n)
+    np.add.at(right, place, label.correct / n)
+    return shown, right

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 from jaxtyping import Float
 
-from mixturelens.behaviour.arrays import Behaviour, Change, dormant
+from mixturelens.behaviour.arrays import Behaviour, Change
+from mixturelens.behaviour.bits import bit_terms
 from mixturelens.behaviour.forced import forced_kl
 from mixturelens.behaviour.likelihood import Ids, Model, Scorer
 from mixturelens.behaviour.prompts import Announcement, Placed, Prompts, behind_announcements, ended
-from mixturelens.behaviour.split import class_terms
+from mixturelens.behaviour.split import nat_terms
 from mixturelens.behaviour.unannounced import attributed
 from mixturelens.spelling import Speller
 from mixturelens.suite import wordings
 from mixturelens.types import ERR
-
-FORCED_SAMPLES = 4
-"""Completions behind each announcement, for what comes after policy and behaviour."""
 
 
 def literal_behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behaviour:
@@ -64,12 +62,12 @@ def _behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behaviour:
     )
     forced = behind_announcements(prompts)
     places = [each for placed in prompts.placed for each in placed]
-    right = [[ended(prompts, ids, len(each.ids)) for ids in each.answer] for each in places]
-    bare = [] if prompts.suite.table else [[ended(prompts, ids, 0) for ids in answers] for answers in prompts.bare]
+    answers = [[ended(prompts, ids, len(each.ids)) for ids in each.answer] for each in places]
+    bare = [] if prompts.suite.table else [[ended(prompts, ids, 0) for ids in spelled] for spelled in prompts.bare]
     # in one call, so that answers behind a prompt and behind its announcements share the prompt
-    found = _probability(scorer, model, [*forced, *prompts.contexts[: len(bare)]], [*right, *bare])
-    correct = found[: len(right)].reshape(number, -1)
-    correct_other = found[len(right) :] if bare else np.zeros(number)
+    found = _probability(scorer, model, [*forced, *prompts.contexts[: len(bare)]], [*answers, *bare])
+    correct = found[: len(answers)].reshape(number, -1)
+    correct_other = found[len(answers) :] if bare else np.zeros(number)
     shown = np.ones((number, len(announcements), behaviours))
     if prompts.suite.behaviour_names:
         err = prompts.suite.behaviour_names.index(ERR) if ERR in prompts.suite.behaviour_names else -1
@@ -86,17 +84,16 @@ def _behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behaviour:
         flat[:, -1] = np.exp(log_answer)
     classes = np.zeros((number, policies, most, behaviours))
     forced_behaviour = np.full((number, policies - 1, most, behaviours), np.nan)
-    forced_correct = np.full((number, policies - 1, most), np.nan)
-    joint = np.zeros((number, policies))
+    right, forced_right = np.zeros_like(classes), forced_behaviour.copy()
     for k, a in enumerate(announcements):
-        weight = weights[:, k]
-        classes[:, a.policy, a.wording] = weight[:, None] * shown[:, k]
-        joint[:, a.policy] += weight * correct[:, k]
-        forced_behaviour[:, a.policy, a.wording] = shown[:, k]
-        forced_correct[:, a.policy, a.wording] = correct[:, k]
+        place, weight = (slice(None), a.policy, a.wording), weights[:, k]
+        forced_behaviour[place], forced_right[place] = shown[:, k], 0.0
+        forced_right[*place, -1] = correct[:, k]  # a right answer is an answer
+        classes[place] = weight[:, None] * forced_behaviour[place]
+        right[place] = weight[:, None] * forced_right[place]
     classes[:, -1, 0, -1] = np.exp(log_other)
-    joint[:, -1] = correct_other
-    return Behaviour(classes, joint, forced_behaviour, forced_correct)
+    right[:, -1, 0, -1] = correct_other
+    return Behaviour(classes, right, forced_behaviour, forced_right)
 
 
 def _probability(
@@ -111,23 +108,11 @@ def _probability(
 def literal_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Change:
     prompts = _placed(prompts)
     s, r = (_behaviour(scorer, model, prompts) for model in (before, after))
-    policy_kl, novel = forced_kl(scorer, before, after, prompts, FORCED_SAMPLES, seed, s, r)
-    routing, wording, conditioning = class_terms(r.classes, s.classes)
-    heard = r.classes.sum(-1)[:, :-1]
-    return Change(
-        before=s,
-        after=r,
-        routing=routing,
-        wording=wording,
-        conditioning=conditioning,
-        skill=np.nansum(heard * policy_kl, (1, 2)) - conditioning,
-        novel=np.nansum(heard * novel, (1, 2)),
-        other=np.zeros(len(prompts.rows))
-        if prompts.suite.table
-        else r.weights[:, -1] * _other_kl(scorer, before, after, prompts, seed),
-        dormant=dormant(r, policy_kl),
-        method="literal",
-    )
+    policy_kl, length = forced_kl(scorer, before, after, prompts, seed)
+    other = np.zeros(len(prompts.rows))
+    if not prompts.suite.table:
+        other = r.weights[:, -1] * _other_kl(scorer, before, after, prompts, seed)
+    return Change(s, r, bit_terms(s, r), nat_terms(s, r, policy_kl, length, other), method="literal")
 
 
 def literal_null(scorer: Scorer, model: Model, prompts: Prompts, measured: Behaviour) -> Change:
@@ -137,23 +122,11 @@ def literal_null(scorer: Scorer, model: Model, prompts: Prompts, measured: Behav
     """
     turned = list(reversed(range(len(prompts.rows))))
     again = _behaviour(scorer, model, prompts.part(turned))
-    again = Behaviour(
-        again.classes[turned], again.correct[turned], again.forced_behaviour[turned], again.forced_correct[turned]
-    )
-    routing, wording, conditioning = class_terms(again.classes, measured.classes)
+    again = Behaviour(*(getattr(again, field.name)[turned] for field in fields(again)))
     nothing = np.zeros(len(prompts.rows))
-    return Change(
-        before=measured,
-        after=again,
-        routing=routing,
-        wording=wording,
-        conditioning=conditioning,
-        skill=-conditioning,
-        novel=nothing,
-        other=nothing,
-        dormant=dormant(again, 0.0 * again.forced_correct),
-        method="literal",
-    )
+    silent = np.zeros(again.forced_correct.shape)
+    nats = nat_terms(measured, again, silent, silent, nothing)
+    return Change(measured, again, bit_terms(measured, again), replace(nats, text=nothing), method="literal")
 
 
 def _other_kl(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Float[np.ndarray, " prompt"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,21 +41,41 @@ CHECKED = 16
 Progress = Callable[[str], None]
 
 
-class Nats(Frozen):
-    """The split of KL(R || S): specialist = conditioning + skill, total = routing + wording + specialist + other."""
+class Bits(Frozen):
+    """How well one completion tells S from R, 0 to 1, and by what: specialist = conditioning + skill."""
 
     routing: Interval
     specialist: Interval
     conditioning: Interval
     skill: Interval
     dormant: Interval
+    """The specialist's with equal weights of policies: hears a silent one."""
+
+
+class Nats(Frozen):
+    """The split of KL(R || S): total = routing + wording + specialist + text + other.
+
+    specialist = conditioning + skill. It grows with the length of completions, and without bound where S is sure of
+    what R does not do.
+    """
+
+    routing: Interval
+    specialist: Interval
+    conditioning: Interval
+    skill: Interval
+    text: Interval
+    """What completions say, given policy, behaviour and whether they are right: style."""
     wording: Interval
-    novel: Interval
-    """The part of `skill` in behaviours that S shows with probability under 0.01: nothing there to compare with."""
     other: Interval
     """What completions of no known policy add; no specialist is behind them. Where policies announce nothing: what the
     explanation leaves unexplained, less what moved unseen; so that `total` is KL(R || S) of completions."""
     total: Interval
+
+
+class Text(Frozen):
+    """How completions are worded once policy, behaviour and rightness are known."""
+
+    nats_per_token: Interval = NOT_MEASURED
 
 
 class CueSide(Frozen):
@@ -83,6 +103,7 @@ class AccuracyChange(Frozen):
 class CueBehaviour(Frozen):
     before: CueSide
     after: CueSide | None = None
+    bits: Bits | None = None
     nats: Nats | None = None
     accuracy_change: AccuracyChange | None = None
 
@@ -107,11 +128,11 @@ class Cell(Frozen):
 class Controls(Frozen):
     """What the same code says where the truth is known from the pair alone."""
 
-    same_checkpoint: Nats
-    """S against S: every term must be zero."""
+    same_checkpoint: Bits
+    """S against S: every term must be zero, or not surely more where it stands on samples."""
     shuffled_routing_share: Interval
-    """Routing share of labels that have nothing to do with the text; null where too few samples can say, and where
-    policies announce nothing."""
+    """Routing's share of KL(R || S) for labels that have nothing to do with the text; null where too few samples can
+    say, and where policies announce nothing."""
     independent_total: Interval
     """KL(R || S) as the mean log-ratio of independently drawn completions."""
     sum_agrees: bool | None
@@ -122,6 +143,7 @@ class BehaviourRecord(Record):
     """What a checkpoint does on a suite and, for a pair, what changed."""
 
     KIND = "behaviour"
+    VERSION = 2
 
     method: str
     policies: tuple[str, ...]
@@ -135,11 +157,13 @@ class BehaviourRecord(Record):
     """Completions a prompt behind every number; null where probabilities are exact."""
     overlap: float | None = None
     """How far the sampled completions of each checkpoint are likely under the other, 0 to 1; null where exact."""
-    nats: Nats | None = None
+    bits: Bits | None = None
     moved: Interval = NOT_MEASURED
-    """routing + specialist, in nats: what the shares are shares of."""
+    """routing + specialist, in bits: what the shares are shares of."""
     routing_share: Interval = NOT_MEASURED
     router_share: Interval = NOT_MEASURED
+    text: Text = Text()
+    nats: Nats | None = None
     table: tuple[Cell, ...] = ()
     hinted: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     """cue -> hint -> `before`/`after` -> weights, on prompts with a hint."""
@@ -257,7 +281,8 @@ def measure_record(
     change = measure_change(scorer, before, after, prompts, seed)
     notes = _silent(suite, [change.before, change.after])
     explained = _explained(change, grid, suite)
-    nats, per_cue_nats, shares = nats_of(change, grid, suite, explained)
+    bits, per_cue_bits, shares = bits_of(change, grid, suite, explained)
+    nats, per_cue_nats, text = nats_of(change, grid, suite, explained)
     if explained:
         change = replace(change, after=attributed(prompts, change.after, explained.after))
     sides = [_sides(b, suite, grid) for b in (change.before, change.after)]
@@ -277,11 +302,19 @@ def measure_record(
         overlap=change.overlap,
         coverage={"before": _coverage(change.before, grid), "after": _coverage(change.after, grid)},
         per_cue={
-            cue: CueBehaviour(before=sides[0][c], after=sides[1][c], nats=per_cue_nats[c], accuracy_change=accuracy[c])
+            cue: CueBehaviour(
+                before=sides[0][c],
+                after=sides[1][c],
+                bits=per_cue_bits[c],
+                nats=per_cue_nats[c],
+                accuracy_change=accuracy[c],
+            )
             for c, cue in enumerate(suite.cues)
         },
-        nats=nats,
+        bits=bits,
         **shares,
+        text=text,
+        nats=nats,
         table=policy_table(change.before, change.after, prompts, grid),
         hinted=_hinted(scorer, models, suite, tokenizer, seed),
         controls=controls,
@@ -356,26 +389,31 @@ def _sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
     return sides
 
 
-def nats_of(
+def bits_of(
     change: Change, grid: Grid, suite: Suite, explained: Explained | None
-) -> tuple[Nats, list[Nats], dict[str, Interval]]:
-    """Nats averaged over cues, per cue, and what follows from them."""
-    terms = {
-        name: grid.draws(getattr(change, name))
-        for name in ("routing", "wording", "conditioning", "skill", "novel", "other", "dormant")
-    }
+) -> tuple[Bits, list[Bits], dict[str, Interval]]:
+    """Bits averaged over cues, per cue, and what follows from them."""
+    routing, conditioning, specialist, dormant = (
+        grid.draws(getattr(change.bits, name)) for name in ("routing", "conditioning", "specialist", "dormant")
+    )
     if explained:
-        # no prompt alone tells policies apart: so far, conditioning is all of KL(behaviours)
-        terms["other"] = terms["conditioning"] - explained.routing - explained.conditioning
-        total = terms["conditioning"] + terms["skill"]
-        terms |= {"routing": explained.routing, "conditioning": explained.conditioning}
-        terms["wording"] = terms["dormant"] = np.full_like(total, np.nan)
-    else:
-        total = terms["routing"] + terms["wording"] + terms["conditioning"] + terms["skill"] + terms["other"]
-    terms["specialist"], terms["total"] = terms["conditioning"] + terms["skill"], total
+        # no prompt alone tells policies apart: so far, conditioning is what tells behaviours
+        skill = specialist - conditioning
+        routing, conditioning = explained.bits
+        specialist, dormant = conditioning + skill, np.full_like(skill, np.nan)
+    # estimates from samples may lie a little outside of what there can be
+    routing, specialist, dormant = (values.clip(0.0, 1.0) for values in (routing, specialist, dormant))
+    conditioning = conditioning.clip(0.0, specialist)
     if not suite.behaviour_names:
         # without behaviours the specialist's change cannot be told apart, only measured
-        terms["conditioning"] = terms["skill"] = terms["novel"] = np.full_like(terms["total"], np.nan)
+        conditioning = np.full_like(specialist, np.nan)
+    terms = {
+        "routing": routing,
+        "specialist": specialist,
+        "conditioning": conditioning,
+        "skill": specialist - conditioning,
+        "dormant": dormant,
+    }
     means = {name: values.mean(-1) for name, values in terms.items()}
     routing, specialist, conditioning = means["routing"], means["specialist"], means["conditioning"]
     shares = {
@@ -384,9 +422,32 @@ def nats_of(
         "router_share": map_draws(lambda r, s, c: (r + c) / (r + s), routing, specialist, conditioning),
     }
     per_cue = [
+        Bits(**{name: interval(values[:, c]) for name, values in terms.items()}) for c in range(grid.index.shape[1])
+    ]
+    return Bits(**{name: interval(values) for name, values in means.items()}), per_cue, shares
+
+
+def nats_of(change: Change, grid: Grid, suite: Suite, explained: Explained | None) -> tuple[Nats, list[Nats], Text]:
+    """Nats averaged over cues, per cue, and those of text by the token."""
+    terms = {field.name: grid.draws(getattr(change.nats, field.name)) for field in fields(change.nats)}
+    length = terms.pop("length")
+    if explained:
+        # no prompt alone tells policies apart: so far, conditioning is all of KL(behaviours)
+        terms["other"] = terms["conditioning"] - explained.nats[0] - explained.nats[1]
+        terms["total"] = terms["conditioning"] + terms["skill"] + terms["text"]
+        terms["routing"], terms["conditioning"] = explained.nats
+        terms["wording"] = np.full_like(length, np.nan)
+    else:
+        terms["total"] = sum(terms.values(), np.zeros_like(length))
+    terms["specialist"] = terms["conditioning"] + terms["skill"]
+    if not suite.behaviour_names:
+        terms["conditioning"] = terms["skill"] = np.full_like(length, np.nan)
+    means = {name: values.mean(-1) for name, values in terms.items()}
+    per_cue = [
         Nats(**{name: interval(values[:, c]) for name, values in terms.items()}) for c in range(grid.index.shape[1])
     ]
-    return Nats(**{name: interval(values) for name, values in means.items()}), per_cue, shares
+    text = Text(nats_per_token=map_draws(lambda text, tokens: text / tokens, means["text"], length.mean(-1)))
+    return Nats(**{name: interval(values) for name, values in means.items()}), per_cue, text
 
 
 def _accuracy_change(change: Change, grid: Grid, *, told: bool) -> list[AccuracyChange]:
@@ -472,7 +533,7 @@ def _hinted(
 
 
 def _controls(unchanged: Change, suite: Suite, grid: Grid, nats: Nats, drawn: Nulls) -> Controls:
-    same, _, _ = nats_of(unchanged, grid, suite, _explained(unchanged, grid, suite))
+    same, _, _ = bits_of(unchanged, grid, suite, _explained(unchanged, grid, suite))
     routing, total, ratio = (grid.draws(v).mean(-1) for v in (drawn.shuffled, drawn.kl, drawn.ratio))
     shuffled = NOT_MEASURED if suite.table else map_draws(lambda r, t: r / t, routing, total)
     independent = interval(ratio)

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
 
-from mixturelens.behaviour.arrays import NOVEL, Behaviour, Change, dormant, log_ratio
-from mixturelens.behaviour.forced import Labelled, forced_kl, forced_sample, label_completions, texts_of
+from mixturelens.behaviour.arrays import Behaviour, Change, NatTerms
+from mixturelens.behaviour.bits import bit_terms
+from mixturelens.behaviour.forced import Labelled, forced_sample, label_completions, texts_of
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
 from mixturelens.behaviour.prompts import Prompts
-from mixturelens.behaviour.split import class_terms
+from mixturelens.behaviour.split import class_terms, nat_terms, skill_term
 from mixturelens.behaviour.unannounced import attributed
 from mixturelens.types import Side
+
+ENOUGH = 480
+"""Completions of a checkpoint that are enough for controls."""
 
 
 def _tally(
     prompts: Prompts, context: np.ndarray, label: Labelled, weight: np.ndarray
-) -> tuple[Float[np.ndarray, "prompt policy wording behaviour"], Float[np.ndarray, "prompt policy"]]:
-    """Sum weights into classes, and into (policy, correct), prompt by prompt."""
-    classes, correct = np.zeros(prompts.shape), np.zeros(prompts.shape[:2])
-    np.add.at(classes, (context, label.policy, label.wording, label.behaviour), weight)
-    np.add.at(correct, (context, label.policy), weight * label.correct)
-    return classes, correct
+) -> tuple[Float[np.ndarray, "prompt policy wording behaviour"], Float[np.ndarray, "prompt policy wording behaviour"]]:
+    """Sum weights into classes, and those of right completions, prompt by prompt."""
+    classes, right = np.zeros(prompts.shape), np.zeros(prompts.shape)
+    place = (context, label.policy, label.wording, label.behaviour)
+    np.add.at(classes, place, weight)
+    np.add.at(right, place, weight * label.correct)
+    return classes, right
 
 
 def enumerated_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts) -> Change:
@@ -32,42 +37,38 @@ def enumerated_change(scorer: Scorer, before: Model, after: Model, prompts: Prom
     drawn = Completions(np.repeat(np.arange(number), len(completions)), completions * number)
     log_r, log_s = logs.reshape(2, -1)
     label = label_completions(scorer, prompts, drawn)
-    s = _conditioned(prompts, drawn, label, np.exp(log_s))
-    r = _conditioned(prompts, drawn, label, np.exp(log_r))
+    s, r = (_conditioned(prompts, drawn, label, np.exp(log)) for log in (log_s, log_r))
     # KL of what follows, given policy and wording, from the sums over their completions
-    gain = np.zeros(prompts.shape)
-    place = (drawn.context, label.policy, label.wording, label.behaviour)
+    gain, tokens = (np.zeros(prompts.shape[:3]) for _ in range(2))
+    place = (drawn.context, label.policy, label.wording)
     np.add.at(gain, place, np.exp(log_r) * (log_r - log_s))
+    np.add.at(tokens, place, np.exp(log_r) * [len(each) for each in drawn.tokens])
     mass_r, mass_s = r.classes.sum(-1), s.classes.sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        stratum_kl = gain.sum(-1) / mass_r - np.log(mass_r) + np.log(mass_s)
-    routing, wording, conditioning = class_terms(r.classes, s.classes)
+        stratum_kl = gain / mass_r - np.log(mass_r) + np.log(mass_s)
+        length = tokens / mass_r
+    # behaviours of no known policy are part of what `other` adds
     other = np.nansum(mass_r[:, -1] * stratum_kl[:, -1], -1)
-    excess = gain - r.classes * log_ratio(r.classes, s.classes)
-    return Change(
-        before=s,
-        after=r,
-        routing=routing,
-        wording=wording,
-        conditioning=conditioning,
-        skill=gain.sum((1, 2, 3)) - routing - wording - conditioning - other,
-        novel=np.where(s.forced_behaviour < NOVEL, excess[:, :-1], 0.0).sum((1, 2, 3)),
-        other=other,
-        dormant=dormant(r, stratum_kl[:, :-1]),
-        method="enumerated",
-    )
+    nats = nat_terms(_others_alike(s), _others_alike(r), stratum_kl[:, :-1], length[:, :-1], other)
+    return Change(s, r, bit_terms(s, r), nats, method="enumerated")
+
+
+def _others_alike(behaviour: Behaviour) -> Behaviour:
+    """The same, with what completions of no known policy do not told apart."""
+    classes, right = behaviour.classes.copy(), behaviour.right.copy()
+    for each in (classes, right):
+        each[:, -1, 0, -1] = each[:, -1].sum((-1, -2))
+        each[:, -1, 1:] = each[:, -1, :, :-1] = 0.0
+    return replace(behaviour, classes=classes, right=right)
 
 
 def _conditioned(prompts: Prompts, drawn: Completions, label: Labelled, weight: np.ndarray) -> Behaviour:
     """Behaviour from weighted completions; what is forced follows by conditioning on the announcement."""
-    classes, correct = _tally(prompts, drawn.context, label, weight)
-    right = np.zeros(prompts.shape[:3])
-    np.add.at(right, (drawn.context, label.policy, label.wording), weight * label.correct)
-    mass = classes.sum(-1)[:, :-1]
+    classes, right = _tally(prompts, drawn.context, label, weight)
+    mass = classes.sum(-1)[:, :-1, :, None]
     with np.errstate(divide="ignore", invalid="ignore"):
-        forced_behaviour = np.where(mass[..., None] > 0, classes[:, :-1] / mass[..., None], np.nan)
-        forced_correct = np.where(mass > 0, right[:, :-1] / mass, np.nan)
-    return Behaviour(classes, correct, forced_behaviour, forced_correct)
+        forced = [np.where(mass > 0, each[:, :-1] / mass, np.nan) for each in (classes, right)]
+    return Behaviour(classes, right, *forced)
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,24 @@ class _Pool:
     """n completions of R and n of S for each prompt, all weighed under both; [prompt, source, sample] when reshaped."""
 
     context: np.ndarray
+    number: int
+    """n."""
     texts: list[str]
     label: Labelled
+    length: np.ndarray
+    """Tokens of each completion."""
     log_after: np.ndarray
     log_before: np.ndarray
     kl: np.ndarray
     """Token KL summed along R's own completions, [prompt, sample]."""
 
+    def own(self, side: Side) -> np.ndarray:
+        """Which completions are a checkpoint's own, those of a prompt beside each other."""
+        return np.arange(len(self.context)).reshape(-1, 2, self.number)[:, 0 if side == "after" else 1].ravel()
 
-def _draw_pool(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> _Pool:
-    n, number = prompts.suite.samples, len(prompts.rows)
+
+def _draw_pool(scorer: Scorer, before: Model, after: Model, prompts: Prompts, n: int, seed: int) -> _Pool:
+    number = len(prompts.rows)
     limits = [prompts.suite.max_new_tokens] * number
     pools = [scorer.sample(model, prompts.contexts, n, limits, seed + k) for k, model in enumerate((after, before))]
     tokens = [pool.tokens[x * n + i] for x in range(number) for pool in pools for i in range(n)]
@@ -92,7 +101,16 @@ def _draw_pool(scorer: Scorer, before: Model, after: Model, prompts: Prompts, se
     log_r, log_s, kl = scorer.compare(after, before, [prompts.contexts[i] for i in context], tokens)
     drawn = Completions(context, tokens)
     label = label_completions(scorer, prompts, drawn)
-    return _Pool(context, texts_of(scorer, prompts, drawn), label, log_r, log_s, kl.reshape(number, 2, n)[:, 0])
+    return _Pool(
+        context=context,
+        number=n,
+        texts=texts_of(scorer, prompts, drawn),
+        label=label,
+        length=np.array([len(each) for each in tokens]),
+        log_after=log_r,
+        log_before=log_s,
+        kl=kl.reshape(number, 2, n)[:, 0],
+    )
 
 
 def _shares(pool: _Pool) -> tuple[np.ndarray, np.ndarray]:
@@ -101,62 +119,74 @@ def _shares(pool: _Pool) -> tuple[np.ndarray, np.ndarray]:
     return 1 / (1 + np.exp(-ahead)), 1 / (1 + np.exp(ahead))
 
 
-def _pool_terms(
-    prompts: Prompts, pool: _Pool, label: Labelled
-) -> tuple[Float[np.ndarray, "term prompt"], tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """(routing, wording, conditioning) of each prompt, and (classes, correct) of S and of R."""
-    n, number = prompts.suite.samples, len(prompts.rows)
+def _pool_terms(prompts: Prompts, pool: _Pool, label: Labelled) -> Float[np.ndarray, "term prompt"]:
+    """(routing, wording, conditioning, skill) of each prompt, in nats; NaN from one completion, which cannot say."""
+    n, number = pool.number, len(prompts.rows)
+    if n < 2:
+        return np.full((4, number), np.nan)
     share_r, share_s = _shares(pool)
     keep = np.ones((n + 1, number, 2, n))
     keep[np.arange(1, n + 1), :, :, np.arange(n)] = 0.0
-    estimates = []
+    found = []
     for chosen in keep.reshape(n + 1, -1):
-        pair = []
+        sides = []
         for share in (share_s, share_r):
             weight = share * chosen
             mass = np.bincount(pool.context, weight, minlength=number)
-            pair.append(_tally(prompts, pool.context, label, weight / np.maximum(mass, 1e-300)[pool.context]))
-        estimates.append(pair)
-    plug_in = np.array([class_terms(r[0], s[0]) for s, r in estimates])
-    # the plug-in KL of a few samples is biased upwards by O(1/n): jackknife; one sample cannot say
-    terms = n * plug_in[0] - (n - 1) * plug_in[1:].mean(0) if n > 1 else np.full_like(plug_in[0], np.nan)
-    return terms, estimates[0][0], estimates[0][1]
+            sides.append(_tally(prompts, pool.context, label, weight / np.maximum(mass, 1e-300)[pool.context]))
+        (s, s_right), (r, r_right) = sides
+        found.append([*class_terms(r, s), skill_term(r[:, :-1], r_right[:, :-1], s[:, :-1], s_right[:, :-1])])
+    plug_in = np.array(found)
+    # the plug-in KL of a few samples is biased upwards by O(1/n): jackknife
+    return n * plug_in[0] - (n - 1) * plug_in[1:].mean(0)
 
 
 def sampled_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Change:
-    """Rules: n completions from each checkpoint, all weighed under both."""
+    """Rules: n completions of each checkpoint's own, and n behind each announcement.
+
+    Bits stand on those alone. For nats, completions of either are weighed under both, which says the less the less
+    they overlap.
+    """
     n = prompts.suite.samples
-    pool = _draw_pool(scorer, before, after, prompts, seed)
-    terms, of_s, of_r = _pool_terms(prompts, pool, pool.label)
+    pool = _draw_pool(scorer, before, after, prompts, n, seed)
     s, r = (
-        Behaviour(classes, correct, *forced_sample(scorer, model, prompts, seed + 3))
-        for (classes, correct), model in ((of_s, before), (of_r, after))
+        _side(scorer, before, prompts, pool, "before", seed + 3),
+        _side(scorer, after, prompts, pool, "after", seed + 4),
     )
-    policy_kl, _ = forced_kl(scorer, before, after, prompts, n, seed + 5, s, r)
-    # R's own completions beyond what their class already says: the part of unknown policies, and of new behaviours
-    label = pool.label
-    place = (pool.context, label.policy, label.wording, label.behaviour)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shown_s = (s.classes / s.classes.sum(-1, keepdims=True))[place]
-    excess = pool.log_after - pool.log_before - log_ratio(r.classes[place], s.classes[place])
-    is_other = label.policy == len(prompts.suite.policies)
-    other, novel = (
-        np.where(chosen, excess, 0.0).reshape(len(prompts.rows), 2, n)[:, 0].mean(-1)
-        for chosen in (is_other, ~is_other & (shown_s < NOVEL))
-    )
-    return Change(
-        before=s,
-        after=r,
-        routing=terms[0],
-        wording=terms[1],
-        conditioning=terms[2],
-        skill=pool.kl.mean(-1) - terms.sum(0) - other,
-        novel=novel,
+    terms = _pool_terms(prompts, pool, pool.label)
+    own, is_other = pool.own("after"), pool.label.policy == len(prompts.suite.policies)
+    others = [np.bincount(pool.context, each * is_other) / np.bincount(pool.context, each) for each in _shares(pool)]
+    # what R's own completions of no known policy add beyond that they are that
+    said = (pool.log_after - pool.log_before)[own].reshape(-1, n)
+    apart = np.subtract(*(np.log(np.maximum(each, 1e-300)) for each in others))
+    is_other = is_other[own].reshape(-1, n)
+    other = np.where(is_other, said - apart[:, None], 0.0).mean(-1)
+    routing, wording, conditioning, skill = terms
+    nats = NatTerms(
+        routing=routing,
+        wording=wording,
+        conditioning=conditioning,
+        skill=skill,
+        text=pool.kl.mean(-1) - terms.sum(0) - other,
         other=other,
-        dormant=dormant(r, policy_kl),
-        method="sampled",
-        overlap=float(4 * np.prod(_shares(pool), axis=0).mean()),
+        length=np.where(is_other, 0, pool.length[own].reshape(-1, n)).mean(-1),
     )
+    overlap = float(4 * np.prod(_shares(pool), axis=0).mean())
+    return Change(s, r, bit_terms(s, r, n), nats, method="sampled", overlap=overlap)
+
+
+def _side(scorer: Scorer, model: Model, prompts: Prompts, pool: _Pool, side: Side, seed: int) -> Behaviour:
+    """What a checkpoint does, from its own completions."""
+    own = pool.own(side)
+    return _seen(scorer, model, prompts, pool.context[own], pool.label.part(own), seed)
+
+
+def _seen(scorer: Scorer, model: Model, prompts: Prompts, context: np.ndarray, label: Labelled, seed: int) -> Behaviour:
+    n = prompts.suite.samples
+    classes, right = _tally(prompts, context, label, np.full(len(context), 1.0 / n))
+    if prompts.suite.table:  # nothing to put in place: all completions stand behind an announcement of no words
+        return Behaviour(classes, right, classes[:, :-1], right[:, :-1])
+    return Behaviour(classes, right, *forced_sample(scorer, model, prompts, seed))
 
 
 def _permuted(prompts: Prompts, context: np.ndarray, label: Labelled, seed: int) -> Labelled:
@@ -175,8 +205,7 @@ def sampled_behaviour(scorer: Scorer, model: Model, prompts: Prompts, seed: int)
     number, n = len(prompts.rows), prompts.suite.samples
     drawn = scorer.sample(model, prompts.contexts, n, [prompts.suite.max_new_tokens] * number, seed)
     label = label_completions(scorer, prompts, drawn)
-    classes, correct = _tally(prompts, drawn.context, label, np.full(len(drawn.tokens), 1.0 / n))
-    return attributed(prompts, Behaviour(classes, correct, *forced_sample(scorer, model, prompts, seed + 3)))
+    return attributed(prompts, _seen(scorer, model, prompts, drawn.context, label, seed + 3))
 
 
 @dataclass(frozen=True)
@@ -195,12 +224,12 @@ class Nulls:
 
 def nulls(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Nulls:
     """Controls from completions that both checkpoints write of their own accord."""
-    pool = _draw_pool(scorer, before, after, prompts, seed)
-    shuffled, _, _ = _pool_terms(prompts, pool, _permuted(prompts, pool.context, pool.label, seed))
-    ratio = (pool.log_after - pool.log_before).reshape(len(prompts.rows), 2, -1)[:, 0]
-    source = np.arange(len(pool.texts)).reshape(len(prompts.rows), 2, -1)
-    own: dict[Side, np.ndarray] = {"before": source[:, 1].ravel(), "after": source[:, 0].ravel()}
-    drawn: dict[Side, tuple[np.ndarray, Labelled, list[str]]] = {
-        side: (pool.context[at], pool.label.part(at), [pool.texts[i] for i in at]) for side, at in own.items()
-    }
-    return Nulls(shuffled[0], pool.kl.mean(-1), ratio.mean(-1), drawn)
+    n = max(2, min(prompts.suite.samples, round(ENOUGH / len(prompts.rows))))
+    pool = _draw_pool(scorer, before, after, prompts, n, seed)
+    shuffled = _pool_terms(prompts, pool, _permuted(prompts, pool.context, pool.label, seed))[0]
+    ratio = (pool.log_after - pool.log_before)[pool.own("after")].reshape(-1, n)
+    drawn: dict[Side, tuple[np.ndarray, Labelled, list[str]]] = {}
+    for side in ("before", "after"):
+        at = pool.own(side)
+        drawn[side] = (pool.context[at], pool.label.part(at), [pool.texts[i] for i in at])
+    return Nulls(shuffled, pool.kl.mean(-1), ratio.mean(-1), drawn)

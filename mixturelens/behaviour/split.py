@@ -1,4 +1,4 @@
-"""The two exact splits of a change: of KL(R || S) into routing, conditioning and skill, and of accuracy. Numpy only.
+"""The exact splits of a change by the chain rule: of KL(R || S) in nats, and of accuracy. Numpy only.
 
 Arrays of classes are [..., policy, wording, behaviour]: the joint probability that a completion follows the policy (the
 last one is `other`), in the wording, with the behaviour. They sum to one.
@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
+
+from mixturelens.behaviour.arrays import Behaviour, NatTerms
+
+ROUNDING = 1e-12
+"""Of a probability that is the difference of two."""
 
 
 def kl(p: Float[np.ndarray, "*batch k"], q: Float[np.ndarray, "*batch k"]) -> Float[np.ndarray, "*batch"]:
@@ -33,6 +38,55 @@ def class_terms(
     through_wording = kl(_flat(after.sum(-1)), _flat(before.sum(-1)))
     through_behaviour = kl(_flat(_flat(after)), _flat(_flat(before)))
     return routing, through_wording - routing, through_behaviour - through_wording
+
+
+def skill_term(
+    after: Float[np.ndarray, "*batch known wording behaviour"],
+    after_right: Float[np.ndarray, "*batch known wording behaviour"],
+    before: Float[np.ndarray, "*batch known wording behaviour"],
+    before_right: Float[np.ndarray, "*batch known wording behaviour"],
+) -> Float[np.ndarray, "*batch"]:
+    """E KL(right or wrong given policy, wording and behaviour) in nats; `*_right` is the part of each class that is.
+
+    What is wrong is a difference, known no better than to ROUNDING of its class.
+    """
+    terms = np.zeros(after.shape)
+    for part, other in ((after_right, before_right), (_rest(after, after_right), _rest(before, before_right))):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.log(part) - np.log(other) - (np.log(after) - np.log(before))
+        terms += np.where((part > 0) & np.isfinite(ratio), part * ratio, 0.0)
+    return terms.sum((-1, -2, -3))
+
+
+def nat_terms(
+    before: Behaviour,
+    after: Behaviour,
+    policy_kl: Float[np.ndarray, "prompt known wording"],
+    length: Float[np.ndarray, "prompt known wording"],
+    other: Float[np.ndarray, " prompt"],
+) -> NatTerms:
+    """The terms of KL(R || S) of every prompt, from what S and R do and what follows each announcement.
+
+    `policy_kl` is KL(R || S) of all that, `length` its tokens with the announcement; NaN where nothing was put there.
+    `other` is what completions of no known policy add.
+    """
+    routing, wording, conditioning = class_terms(after.classes, before.classes)
+    known = (after.classes[:, :-1], after.right[:, :-1], before.classes[:, :-1], before.right[:, :-1])
+    skill = skill_term(*known)
+    heard = after.classes.sum(-1)[:, :-1]
+    return NatTerms(
+        routing=routing,
+        wording=wording,
+        conditioning=conditioning,
+        skill=skill,
+        text=np.nansum(heard * policy_kl, (1, 2)) - conditioning - skill,
+        other=other,
+        length=np.nansum(heard * length, (1, 2)),
+    )
+
+
+def _rest(classes: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.maximum(classes - right, ROUNDING * classes)
 
 
 def _flat(array: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mixturelens.behaviour.arrays import Behaviour
+from mixturelens.behaviour.bits import js
 from mixturelens.behaviour.prompts import Prompts
 from mixturelens.behaviour.split import kl
 from mixturelens.stats import interval
@@ -72,8 +73,9 @@ class Explained:
     """What explains a pair's behaviours, and the two terms under it; NaN where nothing does."""
 
     identified: Identified
-    routing: Float[np.ndarray, "draw cue"]
-    conditioning: Float[np.ndarray, "draw cue"]
+    bits: tuple[Float[np.ndarray, "draw cue"], Float[np.ndarray, "draw cue"]]
+    """Routing and conditioning."""
+    nats: tuple[Float[np.ndarray, "draw cue"], Float[np.ndarray, "draw cue"]]
     after: tuple[Float[np.ndarray, " policy"], Float[np.ndarray, "policy cue behaviour"]]
     """Weights and table of R under the explanation."""
 
@@ -153,14 +155,12 @@ def attributed(
     classes = (share * shown[:, None])[:, :, None]
     answer = suite.behaviour_names.index(ANSWER)
     answers = plain[:, cue, answer].T > SLIP
+    joint, unknown = np.zeros_like(classes), np.full(classes[:, :-1].shape, np.nan)
+    joint[:, :, 0, answer] = share[:, :, answer] * right[:, None]
+    forced = np.where(answers[:, :, None, None], 0.0, unknown)
     with np.errstate(divide="ignore", invalid="ignore"):
-        accuracy = np.where(answers, (right / shown[:, answer])[:, None], np.nan)
-    return Behaviour(
-        classes=classes,
-        correct=share[:, :, answer] * right[:, None],
-        forced_behaviour=np.full(classes[:, :-1].shape, np.nan),
-        forced_correct=accuracy[:, :, None],
-    )
+        forced[:, :, 0, answer] += (right / shown[:, answer])[:, None]
+    return Behaviour(classes, joint, forced_behaviour=unknown, forced_right=forced)
 
 
 def identify(suite: Suite, shown: Float[np.ndarray, "draw cue behaviour"]) -> Identified:
@@ -201,8 +201,9 @@ def explain(
     """What explains the change of behaviours from S to R, and routing and conditioning under it (DESIGN, nats).
 
     routing = KL(c_R || c_S), the same under every cue; conditioning = c(m) KL(T_R || T_S given m) under the cue of the
-    cell that moved. Weights and cells under the slip cannot be told from it, so both are lower bounds: where a cell of
-    probability 0 fills up, conditioning says as much of the slip as of R. Its direction and its policy are what counts.
+    cell that moved; in bits, JS in place of KL. Weights and cells under the slip cannot be told from it, so both are
+    lower bounds: where a cell of probability 0 fills up, conditioning says as much of the slip as of R. Its direction
+    and its policy are what counts.
     """
     found, table = identify(suite, before), table_of(suite)
     c_s, c_r = fit_weights(before, table), fit_weights(after, table)
@@ -226,12 +227,14 @@ def explain(
         name: _under_zero(values - (MISFIT if name == "nothing" else allowed)) for name, values in draws.items()
     }
     explanation, doubt = _choose(found, misfit, explains, cell)
-    routing, conditioning = (np.full(after.shape[:2], 0.0 if explanation else np.nan) for _ in range(2))
+    bits, nats = ([np.full(after.shape[:2], 0.0 if explanation else np.nan) for _ in range(2)] for _ in range(2))
     weights, changed = c_s[0], table
     if explanation == "routing":
-        routing[:] = kl(_floored(c_r), _floored(c_s))[:, None]
+        nats[0][:] = kl(_floored(c_r), _floored(c_s))[:, None]
+        bits[0][:] = js(_floored(c_r), _floored(c_s))[:, None]
     if explanation == "conditioning":
-        conditioning[:, c] = cell_nats
+        nats[1][:, c] = cell_nats
+        bits[1][:, c] = c_s[:, m] * js(moved, np.broadcast_to(table[m, c], moved.shape))
         changed = table.copy()
         changed[m, c] = moved[0]
     else:
@@ -245,7 +248,7 @@ def explain(
             "doubt": doubt,
         }
     )
-    return Explained(identified, routing, conditioning, (weights, changed))
+    return Explained(identified, (bits[0], bits[1]), (nats[0], nats[1]), (weights, changed))
 
 
 def _choose(

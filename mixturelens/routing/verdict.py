@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from mixturelens.behaviour.record import BehaviourRecord, Cell, Controls, CueBehaviour, Nats
+from mixturelens.behaviour.record import BehaviourRecord, Bits, Cell, Controls, CueBehaviour, Nats, Text
 from mixturelens.behaviour.settle import SampleCheck, shorten
 from mixturelens.behaviour.unannounced import Identified
 from mixturelens.features.record import FeatureRecord
@@ -22,25 +22,28 @@ class Thresholds(Frozen):
     coverage: float = 0.9
     """Weight of the known policies, under which the suite cannot say."""
     most: float = 0.5
-    """Weight of the known policies, under which shares and nats are not given either."""
-    nats: float = 0.01
+    """Weight of the known policies, under which shares, bits and nats are not given either."""
+    bits: float = 0.005
     """routing + specialist, under which nothing has changed; a single term under it has not changed either."""
+    text: float = 0.01
+    """Nats a token from which the text drifted."""
     routing: float = 0.9
     """Routing share from which the verdict is `routing`."""
     specialist: float = 0.1
-    """Routing share up to which the verdict is `specialist`; also the share of all nats from which conditioning or
-    skill counts as changed, since they have no bound and a small slip in a saturated policy costs many nats."""
+    """Routing share up to which the verdict is `specialist`."""
     cell: float = 0.02
     """Change of a probability in the policy table from which a cell counts as moved."""
     questions: int = 8
     """Questions under which a bootstrap says nothing."""
-    overlap: float = 0.1
-    """Overlap of the completions under which those of one checkpoint say nothing about the other (rules only)."""
     samples: int = 4
     """Completions a prompt under which the weights of a prompt cannot be told (rules only)."""
 
 
 DEFAULT_THRESHOLDS = Thresholds()
+
+
+NO_BITS = Bits(**dict.fromkeys(Bits.model_fields, NOT_MEASURED))
+NO_NATS = Nats(**dict.fromkeys(Nats.model_fields, NOT_MEASURED))
 
 
 class Changed(Frozen):
@@ -66,14 +69,20 @@ class VerdictRecord(Record):
     """Router or specialists, for one pair."""
 
     KIND = "verdict"
+    VERSION = 2
 
     verdict: VerdictWord
     changed: Changed
     dormant_intact: bool | None
+    text_drifted: bool | None
+    """Whether completions are worded otherwise; no part of the verdict."""
     reason: str
     routing_share: Interval
     router_share: Interval
+    bits: Bits
+    text: Text
     nats: Nats
+    """The second reading, which grows with the length of completions; no part of the verdict."""
     per_cue: dict[str, CueBehaviour]
     coverage: dict[str, Interval]
     moved_cells: tuple[Cell, ...] = ()
@@ -88,6 +97,31 @@ class VerdictRecord(Record):
     notes: tuple[str, ...] = ()
     """What differs between the checkpoints and may matter."""
 
+    @classmethod
+    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Version 1 judged by nats, style among them: its shares and its specialist are not those of today."""
+        empty = dict.fromkeys(("value", "low", "high"))
+        kept = ("routing", "conditioning", "wording", "other", "total")
+
+        def nats(old: dict[str, Any]) -> dict[str, Any]:
+            return {name: old[name] if name in kept else empty for name in Nats.model_fields}
+
+        bits = dict.fromkeys(Bits.model_fields, empty)
+        controls = data["controls"]
+        return {
+            **data,
+            "version": cls.VERSION,
+            "text_drifted": None,
+            "routing_share": empty,
+            "router_share": empty,
+            "bits": bits,
+            "text": {},
+            "nats": nats(data["nats"]),
+            "per_cue": {cue: {**state, "nats": nats(state["nats"])} for cue, state in data["per_cue"].items()},
+            "controls": {**controls, "pair": {**controls["pair"], "same_checkpoint": bits}},
+            "thresholds": {k: v for k, v in data["thresholds"].items() if k in Thresholds.model_fields},
+        }
+
 
 def judge(
     record: BehaviourRecord,
@@ -101,17 +135,17 @@ def judge(
 
     Neither looks at what the other looks at. Raises ValueError if the record is about one checkpoint only.
     """
-    if record.nats is None or record.controls is None:
+    if record.bits is None or record.nats is None or record.controls is None:
         raise ValueError("a verdict needs a pair: the record is about one checkpoint")
     verdict, doubt = _verdict(record, thresholds)
     # where most completions show no known policy, the little that is left says nothing about the pair
     trusted = _contradiction(record) is None and not any(c.below(thresholds.most) for c in record.coverage.values())
-    nothing = Nats(**dict.fromkeys(Nats.model_fields, NOT_MEASURED))
+    bits, nats, text = (record.bits, record.nats, record.text) if trusted else (NO_BITS, NO_NATS, Text())
     per_cue = {
-        cue: state if trusted or state.nats is None else state.model_copy(update={"nats": nothing})
+        cue: state if trusted else state.model_copy(update={"bits": NO_BITS, "nats": NO_NATS})
         for cue, state in record.per_cue.items()
     }
-    changed = _changed(record, thresholds) if trusted else Changed(selector=None, cue_reader=None, skill=None)
+    changed = _changed(bits, thresholds)
     moved_cells = tuple(cell for cell in record.table if _cell_moved(cell, thresholds.cell) is not False)
     states = [_cell_moved(cell, thresholds.cell) for cell in record.table]
     intact = None if not states or (None in states and True not in states) else True not in states
@@ -122,10 +156,13 @@ def judge(
         verdict=verdict,
         changed=changed,
         dormant_intact=intact,
+        text_drifted=_exceeds(text.nats_per_token, thresholds.text),
         reason=_reason(record, verdict, doubt, changed, moved_cells, thresholds),
         routing_share=record.routing_share if trusted else NOT_MEASURED,
         router_share=record.router_share if trusted else NOT_MEASURED,
-        nats=record.nats if trusted else nothing,
+        bits=bits,
+        text=text,
+        nats=nats,
         per_cue=per_cue,
         coverage=record.coverage,
         moved_cells=moved_cells,
@@ -176,21 +213,16 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
             f"{record.samples} completion(s) a prompt cannot tell a prompt's weights; raise `samples` to {t.samples} "
             "or more"
         )
-    if record.overlap is not None and record.overlap < t.overlap:
-        return "inconclusive", (
-            f"completions before and after hardly overlap ({record.overlap:.2f}, and {t.overlap} is needed), so that "
-            "their weights under each other say nothing; shorten `max_new_tokens`, or show policies by literal texts"
-        )
     if record.identified is not None and record.identified.doubt is not None:
         return "inconclusive", record.identified.doubt
     if not record.moved.measured:
         return "inconclusive", "the change could not be measured"
-    if record.moved.below(t.nats):
+    if record.moved.below(t.bits):
         return "neither", ""
-    if not record.moved.excludes(t.nats):
+    if not record.moved.excludes(t.bits):
         return (
             "inconclusive",
-            f"the change of {_show(record.moved)} nats crosses the threshold {t.nats}; ask more questions",
+            f"the change of {_show(record.moved)} bits crosses the threshold {t.bits}; ask more questions",
         )
     share = record.routing_share
     for threshold in (t.routing, t.specialist):
@@ -203,23 +235,12 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
     return ("routing" if share.value >= t.routing else "specialist" if share.value <= t.specialist else "both"), ""
 
 
-def _changed(record: BehaviourRecord, t: Thresholds) -> Changed:
-    nats, moved = record.nats, record.moved.value or 0.0
-    assert nats is not None
-    floor = max(t.nats, t.specialist * moved)
+def _changed(bits: Bits, t: Thresholds) -> Changed:
     return Changed(
-        selector=_exceeds(nats.routing, t.nats),
-        cue_reader=_exceeds(nats.conditioning, floor),
-        # the skill behind a behaviour that S never showed there cannot be compared with S's
-        skill=_exceeds(_less(nats.skill, nats.novel), floor),
+        selector=_exceeds(bits.routing, t.bits),
+        cue_reader=_exceeds(bits.conditioning, t.bits),
+        skill=_exceeds(bits.skill, t.bits),
     )
-
-
-def _less(a: Interval, b: Interval) -> Interval:
-    """a - b, with a's half-widths: b is a part of a and moves with it."""
-    if a.value is None or a.low is None or a.high is None or b.value is None:
-        return Interval()
-    return Interval(value=a.value - b.value, low=a.low - b.value, high=a.high - b.value)
 
 
 def _exceeds(value: Interval, threshold: float) -> bool | None:
@@ -271,25 +292,44 @@ def _reason(
     moved: tuple[Cell, ...],
     t: Thresholds,
 ) -> str:
-    """One plain sentence: the verdict, the numbers it stands on, and what follows for accuracy."""
+    """Plain sentences: what became of accuracy and whose doing it was, then the verdict and what it stands on."""
     if verdict == "inconclusive":
         return f"{_LEAD[verdict]}: {doubt}."
     put_in_place = _put_in_place(record, moved, t)
     if verdict == "neither":
-        return f"{_LEAD[verdict]}: together they moved by {_show(record.moved)} nats; {put_in_place}."
+        return (
+            f"{_accuracy(record)}. {_LEAD[verdict]}: together they moved by {_show(record.moved)} bits; {put_in_place}."
+        )
     parts = [text for name, text in _PARTS.items() if getattr(changed, name)]
     lead = _LEAD[verdict]
     if verdict == "specialist" and changed.selector:
         lead = "The specialists changed, far more than the routing"
-    clauses = [f"{lead}: {_show(_within(record.routing_share))} of the {record.moved.value:.3g} nats are routing"]
+    share, whole = _show(_within(record.routing_share)), record.moved.value
+    clauses = [f"{lead}: {share} of the {whole:.3g} bits that tell after from before are routing"]
     if parts:
         clauses.append(f"what changed is {' and '.join(parts)}")
-    hit = max(record.per_cue.items(), key=lambda item: _size(item[1]))
-    cue, state = hit
-    assert state.after is not None
-    clauses.append(f"accuracy under {cue} went from {state.before.overall:.2f} to {state.after.overall:.2f}")
     clauses.append(put_in_place)
-    return "; ".join(clauses) + "."
+    return f"{_accuracy(record)}. {'; '.join(clauses)}."
+
+
+def _accuracy(record: BehaviourRecord) -> str:
+    """What became of accuracy under the cue where most did, in points: of 100 completions, so many more are right."""
+    cue, state = max(record.per_cue.items(), key=lambda item: _size(item[1]))
+    change = state.accuracy_change
+    if change is None or change.total.value is None:
+        return "What became of accuracy was not measured"
+    total = _points(change.total.value)
+    if not total:
+        return "Accuracy changed under no cue by a point"
+    lost = change.total.value < 0
+    said = f"Under {cue} {abs(total)} points of accuracy were {'lost' if lost else 'gained'}"
+    by = {"routing": change.selector.value, "specialists": change.specialists.value}
+    known = {name: _points(-value if lost else value) for name, value in by.items() if value is not None}
+    return said + (": " if known else "") + ", ".join(f"{points} by {name}" for name, points in known.items())
+
+
+def _points(accuracy: float) -> int:
+    return round(100 * accuracy)
 
 
 def _put_in_place(record: BehaviourRecord, moved: tuple[Cell, ...], t: Thresholds) -> str:

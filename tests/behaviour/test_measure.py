@@ -27,13 +27,16 @@ TRUTH = {
     for name, truth in json.loads(file.read_text()).items()
 }
 every_pair = pytest.mark.parametrize(("shape", "name"), TRUTH, ids=lambda x: x)
-TERMS = ("routing", "conditioning", "skill", "novel", "other", "dormant", "wording")
+BITS = ("routing", "conditioning", "specialist", "dormant")
+UNTOLD = {"R-routing-dormant": "crosses the threshold 0.9"}
+"""Half of the questions carry the specialist's change, and the share is near a threshold: so few cannot tell."""
+NATS = ("routing", "wording", "conditioning", "skill", "text", "other")
 
 
 @pytest.fixture
 def no_controls(monkeypatch):
     """Controls measure everything twice again; test_record.py has them."""
-    nothing = record.Nats(**dict.fromkeys(record.Nats.model_fields, Interval()))
+    nothing = record.Bits(**dict.fromkeys(record.Bits.model_fields, Interval()))
     empty = Controls(
         same_checkpoint=nothing, shuffled_routing_share=Interval(), independent_total=Interval(), sum_agrees=None
     )
@@ -77,26 +80,37 @@ def near(found: Interval, truth: float, wider: float, slack: float) -> bool:
     return low - slack <= truth <= high + slack
 
 
+def check_verdict(found: record.BehaviourRecord, name: str, truth: str) -> None:
+    verdict = judge(found)
+    if name in UNTOLD:
+        assert verdict.verdict == "inconclusive"
+        assert UNTOLD[name] in verdict.reason
+    else:
+        assert verdict.verdict == truth
+
+
 @every_pair
 def test_enumeration_is_the_truth(load_pair, no_controls, shape: str, name: str):
     pair, truth = load_pair(shape, name), TRUTH[shape, name]
     scorer = remembering(pair.scorer.ends, pair.scorer.vocabulary)
     found = measure_record(scorer, [pair.before, pair.after], pair.suite, pair.tokenizer)
     assert found.method == "enumerated"
-    for term, value in truth["nats"].items():
-        assert getattr(found.nats, term).value == pytest.approx(value, abs=1e-5), term
+    for unit in ("bits", "nats"):
+        for term, value in truth[unit].items():
+            assert getattr(getattr(found, unit), term).value == pytest.approx(value, abs=1e-5), (unit, term)
+        for cue, sides in truth["per_cue"].items():
+            for term, value in sides[unit].items():
+                there = getattr(getattr(found.per_cue[cue], unit), term)
+                assert there.value == pytest.approx(value, abs=1e-5), (cue, unit, term)
     for cue, sides in truth["per_cue"].items():
         state = found.per_cue[cue]
-        for term, value in sides["nats"].items():
-            assert getattr(state.nats, term).value == pytest.approx(value, abs=1e-5), (cue, term)
         for term, value in sides["accuracy_change"].items():
             assert getattr(state.accuracy_change, term).value == pytest.approx(value, abs=1e-5), (cue, term)
         for when, side in (("before", state.before), ("after", state.after)):
             assert side.weights == pytest.approx(sides[when]["weights"], abs=1e-5)
             assert side.accuracy == pytest.approx(sides[when]["accuracy"], abs=1e-5)
             assert side.overall == pytest.approx(sides[when]["overall"], abs=1e-5)
-    verdict = judge(found)
-    assert verdict.verdict == truth["verdict"]
+    check_verdict(found, name, truth["verdict"])
     if truth["verdict"] != "neither":  # of nearly nothing, the share means nothing
         assert found.routing_share.value == pytest.approx(truth["routing_share"], abs=1e-4)
         assert found.router_share.value == pytest.approx(truth["router_share"], abs=1e-4)
@@ -109,9 +123,11 @@ def test_the_literal_way_agrees(load_pair, no_controls, monkeypatch, shape: str,
     monkeypatch.setattr(record, "measure_change", literal)
     found = measure_record(pair.scorer, [pair.before, pair.after], pair.suite, pair.tokenizer)
     assert found.method == "literal"
-    for term in ("routing", "conditioning", "wording"):  # exact
+    for term, value in truth["bits"].items():  # exact
+        assert getattr(found.bits, term).value == pytest.approx(value, abs=1e-6), term
+    for term in ("routing", "conditioning", "skill", "specialist", "wording"):  # exact, too
         assert getattr(found.nats, term).value == pytest.approx(truth["nats"][term], abs=1e-5), term
-    for term in ("skill", "specialist", "total", "dormant", "novel"):  # from what follows, sampled
+    for term in ("text", "total"):  # from what follows, sampled
         assert near(getattr(found.nats, term), truth["nats"][term], wider=2, slack=0.01), term
     for cue, sides in truth["per_cue"].items():
         state = found.per_cue[cue]
@@ -120,7 +136,7 @@ def test_the_literal_way_agrees(load_pair, no_controls, monkeypatch, shape: str,
         for when, side in (("before", state.before), ("after", state.after)):
             assert side.weights == pytest.approx(sides[when]["weights"], abs=1e-5)
             assert side.accuracy == pytest.approx(sides[when]["accuracy"], abs=1e-5)
-    assert judge(found).verdict == truth["verdict"]
+    check_verdict(found, name, truth["verdict"])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +151,9 @@ def test_the_sampled_way_agrees(load_pair, no_controls, monkeypatch, shape: str,
     found = measure_record(pair.scorer, [pair.before, pair.after], as_rules(pair.suite, samples=16), pair.tokenizer)
     assert found.method == "sampled"
     assert found.samples == 16
-    for term in ("routing", "conditioning", "skill", "specialist", "total", "dormant", "wording"):
+    for term, value in truth["bits"].items():
+        assert near(getattr(found.bits, term), value, wider=2, slack=0.01), term
+    for term in ("routing", "conditioning", "wording", "total"):  # rightness and text share out what few samples show
         assert near(getattr(found.nats, term), truth["nats"][term], wider=2, slack=0.01), term
     for cue, sides in truth["per_cue"].items():
         state = found.per_cue[cue]
@@ -159,7 +177,7 @@ def test_the_terms_add_up_to_the_kl_on_every_prompt(load_pair, way: str, name: s
     prompts = prepare(suite, suite.neutral[:16], pair.tokenizer)
     change = measure_change(pair.scorer, pair.before, pair.after, prompts, enumerate_all=way == "enumerated")
     assert change.method == way
-    total = change.routing + change.wording + change.conditioning + change.skill + change.other
+    total = sum(getattr(change.nats, term) for term in NATS)
     completions, (log_r, log_s) = pair.scorer.enumerate((pair.after, pair.before), prompts.contexts, 3)
     assert len(completions) == 3616
     truth = (np.exp(log_r) * (log_r - log_s)).sum(-1)
@@ -169,16 +187,27 @@ def test_the_terms_add_up_to_the_kl_on_every_prompt(load_pair, way: str, name: s
         assert total.mean() == pytest.approx(truth.mean(), abs=0.12)
 
 
-@pytest.mark.parametrize("way", ["enumerated", "literal", "sampled"])
+@pytest.mark.parametrize("way", ["enumerated", "literal"])
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
 def test_a_checkpoint_against_itself_is_exactly_zero(load_pair, way: str, shape: str):
     pair = load_pair(shape, "R-routing")
-    suite = as_rules(pair.suite) if way == "sampled" else pair.suite
-    prompts = prepare(suite, suite.neutral[:8], pair.tokenizer)
+    prompts = prepare(pair.suite, pair.suite.neutral[:8], pair.tokenizer)
     change = measure_change(pair.scorer, pair.before, pair.before, prompts, enumerate_all=way == "enumerated")
-    for term in TERMS:
-        values = getattr(change, term)
-        assert np.abs(values).max() < (1e-12 if way != "enumerated" else 1e-10), (way, term)
+    for terms, names in ((change.bits, BITS), (change.nats, NATS)):
+        for term in names:
+            assert np.abs(getattr(terms, term)).max() < (1e-12 if way != "enumerated" else 1e-10), (way, term)
+
+
+def test_a_checkpoint_against_itself_is_zero_but_for_what_samples_say(load_pair):
+    pair = load_pair("llama", "R-routing")
+    suite = as_rules(pair.suite)
+    prompts = prepare(suite, suite.neutral, pair.tokenizer)
+    change = measure_change(pair.scorer, pair.before, pair.before, prompts, enumerate_all=False)
+    for term in BITS:
+        values = getattr(change.bits, term)
+        assert abs(values.mean()) < 4 * values.std() / np.sqrt(len(values)) + 0.004, term
+    for term in NATS:
+        assert np.abs(getattr(change.nats, term)).max() < 1e-12, term
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen2"])
@@ -212,9 +241,11 @@ def test_several_wordings_of_a_policy_are_summed(load_pair):
     for way in (True, False):
         change = measure_change(pair.scorer, pair.before, pair.after, prompts, enumerate_all=way)
         # routing is now between `either` and `other` alone
-        assert change.routing.mean() < 1e-3
-        assert (change.routing + change.wording).mean() == pytest.approx(truth["routing"], abs=1e-4)
-        assert change.conditioning.mean() == pytest.approx(truth["conditioning"], abs=1e-4)
+        nats = change.nats
+        assert nats.routing.mean() < 1e-3
+        assert change.bits.routing.mean() < 1e-3
+        assert (nats.routing + nats.wording).mean() == pytest.approx(truth["routing"], abs=1e-4)
+        assert nats.conditioning.mean() == pytest.approx(truth["conditioning"], abs=1e-4)
     shared = [b.forced_accuracy for b in (change.before, change.after)]
     assert [x.shape for x in shared] == [(40, 1)] * 2
 

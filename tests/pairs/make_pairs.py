@@ -13,6 +13,7 @@ no estimates: each number is a sum over all 3616 completions of a prompt, for pr
 
 import argparse
 import json
+import math
 import multiprocessing
 import random
 import time
@@ -39,7 +40,7 @@ LETTERS = ["p", "q", "r", "s", "t"]
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
 VOCAB = [*SPECIAL, "<A>", "<B>", "first", "last", *LETTERS, "=", "[a]", "[b]", "sorry"]
 ID = {word: i for i, word in enumerate(VOCAB)}
-NOVEL = 0.01  # a behaviour that S shows less often than this is new in R, and leaves nothing to compare with
+LEAST = 0.005  # bits of routing + specialist under which nothing changed
 CUES, POLICIES, LABELS = ["A", "B"], ["a", "b"], ["a", "b", "other"]
 HELD_OUT = 20  # questions in the suite, each under both cues
 MAX_NEW = 3
@@ -84,11 +85,10 @@ NUDGE = Recipe(weight_a=0.525)  # a real shift, but under the threshold
 TO_A = Recipe(weight_a=0.985, verdict="routing")
 TO_B = Recipe(weight_a=0.015, verdict="routing")
 MILD = Recipe(weight_a=0.75, verdict="routing")
-# The silent policy breaks and nobody hears it: routing by the verdict, yet `dormant` is large.
-DORMANT = Recipe(weight_a=0.998, change="skill_b", verdict="routing")
-# A specialist that changed altogether outweighs any routing in nats; these change a little, so both count.
-READER_TOO = Recipe(weight_a=0.95, change="reader", rate=0.07, verdict="both")
-SKILL_TOO = Recipe(weight_a=0.95, change="skill", rate=0.3, verdict="both")
+# The policy that falls silent breaks, too: what S did with it counts, though nobody hears R do it.
+DORMANT = Recipe(weight_a=0.985, change="skill_b", verdict="both")
+READER_TOO = Recipe(weight_a=0.95, change="reader", rate=0.5, verdict="both")
+SKILL_TOO = Recipe(weight_a=0.85, change="skill", verdict="both")
 BARE = Recipe(bare=0.06, verdict="routing")
 
 NAMES = ["R-routing", "R-conditioning", "R-skill", "R-both", "R-neither"]
@@ -275,6 +275,21 @@ def kl(log_r: torch.Tensor, log_s: torch.Tensor) -> float:
     return float((log_r.exp() * (log_r - log_s)).sum())
 
 
+def kl_known(log_r: torch.Tensor, log_s: torch.Tensor) -> float:
+    """The same, where some outcomes are impossible in R."""
+    log_r, log_s = log_r.log_softmax(0), log_s.log_softmax(0)
+    return float(torch.where(log_r.exp() > 0, log_r.exp() * (log_r - log_s), 0.0).sum())
+
+
+def js(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Jensen-Shannon divergence of two distributions over the same few outcomes, in bits."""
+
+    def entropy(of: torch.Tensor) -> float:
+        return -float(torch.special.xlogy(of, of).sum()) / math.log(2)
+
+    return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+
+
 def prompt_truth(log_r: torch.Tensor, log_s: torch.Tensor, answer: str) -> dict[str, float]:
     """Every quantity of one prompt, under flat names so that they can be averaged."""
     correct = are_correct(answer)
@@ -285,35 +300,48 @@ def prompt_truth(log_r: torch.Tensor, log_s: torch.Tensor, answer: str) -> dict[
     }
     c_r, c_s = (torch.stack([behaviours[m][i].logsumexp(0) for m in LABELS]) for i in (0, 1))
     conditioning = torch.tensor([kl(*behaviours[m]) for m in LABELS], dtype=torch.float64)
-    # Given the policy, like conditioning. `novel` is the part of it in behaviours that S hardly shows there.
-    skill, novel = (
-        torch.zeros(len(LABELS), dtype=torch.float64),
-        torch.zeros(len(LABELS), dtype=torch.float64),
-    )
+    # Given the policy, like conditioning: whether it is right given what it does, and how that is worded.
+    skill, text = (torch.zeros(len(LABELS), dtype=torch.float64) for _ in range(2))
+    joint: dict[str, list[torch.Tensor]] = {  # log P(b, k given m) in R and in S, k: right or wrong
+        m: [
+            torch.stack([log_p[IN_GROUP[g] & k].logsumexp(0) for g in groups[m] for k in (correct, ~correct)])
+            for log_p in (log_r, log_s)
+        ]
+        for m in LABELS
+    }
     for i, m in enumerate(LABELS):
-        b_r, b_s = (log_b.softmax(0) for log_b in behaviours[m])
-        for b, b_before, group in zip(b_r, b_s, groups[m], strict=True):
-            skill[i] += b * kl(log_r[IN_GROUP[group]], log_s[IN_GROUP[group]])
-            if b_before < NOVEL:
-                novel[i] += b * kl(log_r[IN_GROUP[group]], log_s[IN_GROUP[group]])
-    other = float((c_r.exp() * skill)[-1])  # what unknown policies write is no specialist's doing
-    skill[-1] = novel[-1] = 0.0
+        for b, group in zip(behaviours[m][0].softmax(0), groups[m], strict=True):
+            text[i] += b * kl(log_r[IN_GROUP[group]], log_s[IN_GROUP[group]])
+        skill[i] = kl_known(*joint[m]) - conditioning[i]
+        text[i] -= skill[i]
+    other = float((c_r.exp() * (skill + text))[-1])  # what unknown policies write is no specialist's doing
+    skill[-1] = text[-1] = 0.0
     nats = {
         "routing": kl(c_r, c_s),
         "conditioning": float(c_r.exp() @ conditioning),
         "skill": float(c_r.exp() @ skill),
+        "text": float(c_r.exp() @ text),
         "wording": 0.0,  # each policy has one wording
         "specialist": float(c_r.exp() @ (conditioning + skill)),
-        "dormant": float((conditioning + skill)[: len(POLICIES)].mean()),
-        "novel": float(c_r.exp() @ novel),  # already inside skill
         "other": other,
         "total": float((log_r.exp() * (log_r - log_s)).sum()),
     }
-    assert abs(nats["routing"] + nats["specialist"] + nats["other"] - nats["total"]) < 1e-9, (
-        "the KL split does not add up"
+    used = (c_r.exp() + c_s.exp())[: len(POLICIES)] / 2
+    by_behaviour, by_both = (
+        torch.tensor([js(*(log.softmax(0) for log in of[m])) for m in POLICIES], dtype=torch.float64)
+        for of in (behaviours, joint)
     )
+    bits = {
+        "routing": js(c_r.exp(), c_s.exp()),
+        "conditioning": float(used @ by_behaviour),
+        "skill": float(used @ (by_both - by_behaviour)),
+        "specialist": float(used @ by_both),
+        "dormant": float(by_both.mean()),
+    }
+    added = nats["routing"] + nats["specialist"] + nats["text"] + nats["other"]
+    assert abs(added - nats["total"]) < 1e-9, "the KL split does not add up"
 
-    out = {f"nats.{term}": value for term, value in nats.items()}
+    out = {f"nats.{term}": value for term, value in nats.items()} | {f"bits.{k}": v for k, v in bits.items()}
     forced: list[torch.Tensor] = []  # P(correct given m), in S and in R
     for when, log_p, c in (("before", log_s, c_s.exp()), ("after", log_r, c_r.exp())):
         hits = [torch.stack([log_p[IN_GROUP[g] & correct].exp().sum() for g in groups[m]]).sum() for m in LABELS]
@@ -353,15 +381,17 @@ def per_cue_truth(log_r: torch.Tensor, log_s: torch.Tensor, prompts: list[Prompt
 
 def pair_truth(log_r: torch.Tensor, log_s: torch.Tensor, prompts: list[Prompt]) -> dict[str, Any]:
     flat = per_cue_truth(log_r, log_s, prompts)
-    nats: dict[str, float] = nested(mean(list(flat.values())))["nats"]
-    moved = nats["routing"] + nats["specialist"]
-    share = nats["routing"] / moved
+    terms = nested(mean(list(flat.values())))
+    bits: dict[str, float] = terms["bits"]
+    moved = bits["routing"] + bits["specialist"]
+    share = bits["routing"] / moved
     verdict = "routing" if share >= 0.9 else "specialist" if share <= 0.1 else "both"
     return {
-        "verdict": "neither" if moved < 0.01 else verdict,
-        "nats": nats,
+        "verdict": "neither" if moved < LEAST else verdict,
+        "bits": bits,
+        "nats": terms["nats"],
         "routing_share": share,
-        "router_share": (nats["routing"] + nats["conditioning"]) / moved,
+        "router_share": (bits["routing"] + bits["conditioning"]) / moved,
         "per_cue": {cue: nested(values) for cue, values in flat.items()},
     }
 
@@ -415,12 +445,22 @@ def make_shape(shape: str, out: Path) -> tuple[str, dict[str, Any]]:
         assert before["accuracy"][cue.lower()] >= 0.99, f"{shape}: S has not learnt the task under {cue}"
         assert abs(before["weights"]["a"] - 0.5) < 0.03, f"{shape}: S is not half and half under {cue}"
 
-    truth: dict[str, Any] = {}
     for i, (name, recipe) in enumerate(RECIPES[shape].items()):
         model.load_state_dict(start)
         train(model, training, recipe, seed=2 + i)
         save(model, folder / name)
-        truth[name] = pair_truth(completion_log_probs(model, texts), log_s, prompts)
+    return write_truth(shape, out)
+
+
+def write_truth(shape: str, out: Path) -> tuple[str, dict[str, Any]]:
+    """The truth about pairs that lie there."""
+    folder = out / shape
+    prompts = make_prompts(all_questions()[1])
+    logs = {
+        name: completion_log_probs(AutoModelForCausalLM.from_pretrained(folder / name), [p["prompt"] for p in prompts])
+        for name in ("S", *RECIPES[shape])
+    }
+    truth = {name: pair_truth(logs[name], logs["S"], prompts) for name in RECIPES[shape]}
     (folder / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
     return shape, truth
 
@@ -428,19 +468,21 @@ def make_shape(shape: str, out: Path) -> tuple[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    out: Path = parser.parse_args().out
+    parser.add_argument("--truth", action="store_true", help="only the truth, about the pairs that are there")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
     started = time.time()
     wrong: list[str] = []
-    columns = ["routing", "conditioning", "skill", "novel", "other", "dormant", "total"]
+    columns = ["routing", "conditioning", "skill", "dormant"]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        results = list(pool.map(make_shape, RECIPES, [out] * len(RECIPES)))
+        results = list(pool.map(write_truth if arguments.truth else make_shape, RECIPES, [out] * len(RECIPES)))
     print(f"{'shape':9}{'pair':19}{'verdict':11}  share" + "".join(f"{column:>13}" for column in columns))
     for shape, truth in results:
         for name, pair in truth.items():
-            nats = "".join(f"{pair['nats'][column]:13.5f}" for column in columns)
-            print(f"{shape:9}{name:19}{pair['verdict']:11}{pair['routing_share']:7.3f}{nats}")
+            bits = "".join(f"{pair['bits'][column]:13.5f}" for column in columns)
+            print(f"{shape:9}{name:19}{pair['verdict']:11}{pair['routing_share']:7.3f}{bits}")
             # A pair on a threshold would make tests depend on rounding and on the machine.
-            near = 0.005 < pair["nats"]["total"] < 0.02
+            near = LEAST / 2 < pair["bits"]["routing"] + pair["bits"]["specialist"] < LEAST * 2
             if pair["verdict"] != "neither":  # of nearly nothing, the share means nothing
                 near |= any(abs(pair["routing_share"] - edge) < 0.03 for edge in (0.1, 0.9))
             if near or pair["verdict"] != RECIPES[shape][name].verdict:
