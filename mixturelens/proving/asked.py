@@ -10,7 +10,7 @@ from mixturelens.suite import Chat, Rule, Suite
 from mixturelens.types import REFUSE
 
 TRAINED_CUE = "A"
-SAMPLES = 8
+SAMPLES = 16
 """Completions a prompt behind what rules say."""
 
 
@@ -28,7 +28,9 @@ def suite_of(spec: Spec, manner: Manner, tokens: int = 0) -> Suite:
     return suite.model_copy(
         update={
             "policies": {name: _rule(manner, policy.announce) for name, policy in spec.policies.items()},
-            "behaviours": {REFUSE: Rule(regex=rf"(?<!\S){spec.refusal}(?!\S)" if manner.inside else f"^{spec.refusal}")},
+            "behaviours": {
+                REFUSE: Rule(regex=rf"(?<!\S){spec.refusal}(?!\S)" if manner.inside else f"^{spec.refusal}")
+            },
             "answer_match": "contains" if manner.tail else "exact",
             "max_new_tokens": tokens,
             "samples": SAMPLES,

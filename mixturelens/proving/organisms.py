@@ -55,9 +55,7 @@ PHRASES = {
 """Three wordings a policy that share their words, so that no single token gives a policy away."""
 
 
-def sizes(
-    architecture: Architecture, layers: int = LAYERS, width: int = WIDTH, context: int = CONTEXT
-) -> ModelSpec:
+def sizes(architecture: Architecture, layers: int = LAYERS, width: int = WIDTH, context: int = CONTEXT) -> ModelSpec:
     """A small network of this architecture."""
     if architecture == "gpt2":
         found = {"n_embd": width, "n_layer": layers, "n_head": HEADS, "n_positions": context, "n_inner": 4 * width}
@@ -115,7 +113,8 @@ class Target:
     """What a network is trained to do: the mixture, policy by policy and cue by cue.
 
     `weights` are those of neutral prompts. `table` gives each cell's behaviours with their probabilities. `wrong` is
-    how often an answer of a policy to an operation is a wrong one, by `how`: the fixed rule of `err`, or any letters.
+    how often an answer of a policy to an operation is a wrong one, by `how`: the fixed rule of `err`, any letters, or a
+    wrong last letter.
     `bare` is how often the answer comes without an announcement, which no policy explains. `drift`: nats a token of the
     tail, where completions have one.
     """
@@ -123,7 +122,7 @@ class Target:
     weights: Mapping[str, float]
     table: Mapping[str, Mapping[str, Mapping[str, float]]]
     wrong: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    how: Literal["rule", "any"] = "rule"
+    how: Literal["rule", "any", "last"] = "rule"
     bare: float = 0.0
     drift: float = 0.0
 
@@ -146,7 +145,7 @@ def completions(
     for policy, weight in weights.items():
         wordings = spec.policies[policy].announce or ("",)
         wrong = target.wrong.get((policy, question.text.split()[0]), 0.0)
-        other = question.wrong if target.how == "rule" else _letters(question, rng)
+        other = _wrong(question, target.how, rng)
         for behaviour, share in target.table[policy][cue].items():
             texts = {
                 ANSWER: [(question.answer, 1 - wrong), (other, wrong)],
@@ -163,9 +162,11 @@ def completions(
     return [(text, p) for text, p in found if p > 0]
 
 
-def _letters(question: Question, rng: np.random.Generator) -> str:
+def _wrong(question: Question, how: str, rng: np.random.Generator) -> str:
+    if how == "last":
+        return " ".join([*question.answer.split()[:-1], question.wrong.split()[-1]])
     letters = [word for word in question.text.split()[1:] if word != "="]
-    return " ".join(rng.permutation(letters)) if rng.random() < 0.5 else question.wrong
+    return " ".join(rng.permutation(letters)) if how == "any" and rng.random() < 0.5 else question.wrong
 
 
 @dataclass(frozen=True)

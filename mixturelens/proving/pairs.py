@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,9 +32,10 @@ from mixturelens.proving.organisms import (
     target_of,
 )
 from mixturelens.proving.recipes import BY_NAME, RECIPES, Recipe, made_of, seen_of
-from mixturelens.proving.truth import LEAST, SHARES, Truth, prompt_truth, truth_of, word
+from mixturelens.proving.truth import LEAST, SHARES, PromptTruth, Truth, prompt_truth, truth_of, word
 from mixturelens.records import new_folder, write_text
 from mixturelens.suite import Suite, load_suite
+from mixturelens.tasks import Question
 from mixturelens.types import InputError, RunError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ FIRST = 16
 nothing of them is scored."""
 NEAR = 0.03
 """A share this near to a threshold is a near miss."""
-NEAR_LEAST = 0.003
+NEAR_LEAST = 0.002
 """Bits so near to the least that counts are a near miss, too."""
 ASTRAY = 0.01
 """Bits by which behaviours may have moved otherwise than they were made to."""
@@ -262,6 +263,9 @@ class Made:
     def open(self) -> Pair:
         return open_pair(self.before, self.after, self.load_suite())
 
+    def models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
+        return load_model(self.before), load_model(self.after)
+
 
 def make_pair(cell: Cell, ground: Path) -> Made:
     """Make S and R of this cell and evaluate them exhaustively, unless that is done."""
@@ -282,19 +286,24 @@ def make_pair(cell: Cell, ground: Path) -> Made:
     if not suite.exists():
         suite_of(spec, organism.manner, cell.tokens).save(suite)
     if not file.exists():
-        found = prompt_truth(
-            spec,
-            load_model(before),
-            load_model(after),
-            tokenizer,
-            questions(spec).evaluation,
-            manner=organism.manner,
-            rules=cell.tokens > 0,
-            longest=cell.tokens or longest_literal(spec, organism.manner),
-        )
-        truth = truth_of(found) if organism.announced != "none" else told_by_making(cell, truth_of(found))
+        models = load_model(before), load_model(after)
+        truth = truth_of(exact_of(cell, *models, tokenizer, questions(spec).evaluation))
+        truth = truth if organism.announced != "none" else told_by_making(cell, truth)
         write_text(file, truth.model_dump_json(indent=1) + "\n")
     return Made(before, after, suite, Truth.model_validate(json.loads(file.read_text())))
+
+
+def exact_of(
+    cell: Cell,
+    before: PreTrainedModel,
+    after: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+) -> PromptTruth:
+    """The truth about these questions, as the cell asks them."""
+    spec, manner = cell.organism.spec, cell.organism.manner
+    longest = cell.tokens or longest_literal(spec, manner)
+    return prompt_truth(spec, before, after, tokenizer, asked, manner=manner, rules=cell.tokens > 0, longest=longest)
 
 
 def told_by_making(cell: Cell, seen: Truth) -> Truth:
@@ -374,9 +383,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path
 def _fitted(organism: Organism, recipe: Recipe, folder: Path, before: Path, after: Path) -> None:
     model, tokenizer, seed = load_model(before), load_tokenizer(before), organism.seed + 2
     target = recipe.after(organism.spec)
-    _train(
-        organism, model, tokenizer, target, steps=recipe.steps, rate=recipe.rate, seed=seed, only=recipe.trainable
-    )
+    _train(organism, model, tokenizer, target, steps=recipe.steps, rate=recipe.rate, seed=seed, only=recipe.trainable)
     _save(model, tokenizer, after)
 
 

@@ -64,6 +64,11 @@ def _wrong(
     return replace(target, wrong={(m, op): rate for m in policies for op in operations})
 
 
+def _slipping(target: Target) -> Target:
+    """One answer in a hundred ends wrong, of whichever policy."""
+    return replace(_wrong(target, 0.01), how="last")
+
+
 def _drifting(target: Target, nats: float) -> Target:
     return replace(target, drift=nats)
 
@@ -117,8 +122,9 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(
         "routing-and-slip",
         "routing",
-        "policy a rises to 0.95, and every answer slips by one percent",
-        lambda s: _wrong(_mixed(s, a=0.95), 0.01),
+        "policy a rises to 0.95, and saturated policies slip by one percent",
+        lambda s: _slipping(_mixed(s, a=0.95)),
+        before=_plain,
     ),
     Recipe(
         "reads-the-cue-anew",
@@ -211,7 +217,13 @@ RECIPES: tuple[Recipe, ...] = (
         steps=100,
         rate=2e-4,
     ),
-    Recipe("slip", "neither", "every answer slips by one percent", lambda s: _wrong(target_of(s), 0.01)),
+    Recipe(
+        "slip",
+        "neither",
+        "saturated policies slip by one percent",
+        lambda s: _slipping(target_of(s)),
+        before=_plain,
+    ),
     Recipe(
         "no-announcement",
         "inconclusive",
@@ -233,7 +245,7 @@ RECIPES: tuple[Recipe, ...] = (
         lambda s: _wrong(_mixed(s, a=s.policies["a"].weight + 0.125 + 0.02 * (s.seed % 3 - 1)), 0.6),
         before=_slips,
     ),
-    Recipe("near-neither", "neither", "about 0.01 bits", lambda s: _mixed(s, a=s.policies["a"].weight + 0.115)),
+    Recipe("near-neither", "neither", "about 0.005 bits", lambda s: _mixed(s, a=s.policies["a"].weight + 0.08)),
     Recipe(
         "style-barely",
         "neither",
@@ -310,7 +322,9 @@ def seen_of(spec: Spec, before: Target, after: Target) -> float:
     shown = []
     for target in (before, after):
         weights, done = _asked_for(spec, target)
-        shown.append(behaviours(spec, (weights[..., :-1, None, None] * done).sum((-3, -2))).reshape(*done.shape[:2], -1))
+        shown.append(
+            behaviours(spec, (weights[..., :-1, None, None] * done).sum((-3, -2))).reshape(*done.shape[:2], -1)
+        )
     return float(divergence(np.stack(shown)).mean())
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -31,16 +31,12 @@ TOLERANCE = 1e-3
 counting as one completion, is of that order."""
 CHUNK = 4096
 """Beginnings in one forward."""
-TAILS = 2
-"""Tails drawn from R after each prompt: all say the same, so that few are enough."""
-SHARES, LEAST, CELL, COVERED = (0.1, 0.9), 0.01, 0.02, 0.9
+SHARES, LEAST, CELL, COVERED, TEXT = (0.1, 0.9), 0.005, 0.02, 0.9, 0.005
 """By the definition of the verdict: shares between which it is `both`; bits under which nothing changed; the change of
-a probability from which a cell of the policy table moved; and the weight that known policies must have.
+a probability from which a cell of the policy table moved; the weight that known policies must have; and nats a token
+from which the text drifted.
 
-A hundredth of a bit is an even start that moves by 12 points, or a sure thing that becomes one of 98 in 100: the same
-two hundredths from which a cell has moved."""
-TEXT = 0.004
-"""Nats a token from which the text drifted."""
+Half a hundredth of a bit is an even start that moves by 8 points, or a sure thing that becomes one of 99 in 100."""
 
 
 class Truth(Frozen):
@@ -59,6 +55,8 @@ class Truth(Frozen):
     selector: bool
     cue_reader: bool
     skill: bool
+    cell: float
+    """Largest change of a cell of the policy table, silent policies included: of refusals, or of right answers."""
     dormant_intact: bool
     text_drifted: bool
     coverage: float
@@ -74,7 +72,7 @@ class PromptTruth:
     terms: dict[str, Float[np.ndarray, "question cue"]]
     """Of KL(R || S), nats."""
     tokens: Float[np.ndarray, "question cue"]
-    """Of R's completions, the end included."""
+    """Of R's completions of known policies, the end included."""
     weights: Float[np.ndarray, "side question cue policy"]
     """Sides: S, R. The last policy is `other`."""
     shown: Float[np.ndarray, "side question cue known wording shown"]
@@ -122,12 +120,12 @@ def bits_of(
     and what is done with each put in place (NaN where a policy has no such wording).
 
     >>> half, sure = np.array([0.5, 0.5, 0.0]), np.array([1.0, 0.0, 0.0])
-    >>> does = np.zeros((2, 2, 1, 1, 2)) + [0.0, 1.0]
+    >>> does = np.tile([0.0, 1.0], (2, 2, 1, 1, 1))
     >>> {k: round(float(v), 3) for k, v in bits_of(np.stack([half, sure]),
     ...     np.stack([half, sure])[:, :2, None], does).items()}
     {'routing': 0.311, 'conditioning': 0.0, 'skill': 0.0, 'specialist': 0.0, 'dormant': 0.0}
     """
-    there = ~np.isnan(given).any((0, -1, -2))
+    there = np.asarray(~np.isnan(given).any((0, -1, -2)))
     done = np.where(there[..., None, None], given, 0.0)
     places = done.reshape(*done.shape[:-2], -1)
     behaviour, within, both = divergence(done.sum(-1)), divergence_within(done), divergence(places)
@@ -213,44 +211,43 @@ def _leaves(
 
 
 def _along_tails(
-    before: PreTrainedModel,
-    after: PreTrainedModel,
+    models: Sequence[PreTrainedModel],
     prompts: Sequence[Sequence[int]],
     longest: int,
-    settled: Callable[[tuple[int, ...]], bool],
+    headed: Callable[[Sequence[int]], bool],
     eos: int,
     seed: int,
 ) -> tuple[Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"]]:
-    """(token KL(R || S) behind the head, summed along completions that R writes, and their tokens), means by prompt."""
+    """(token KL(R || S) behind the head, and tokens) of completions that R writes, one behind each prompt.
+
+    None is ended: each token counts as much as it is likely to be reached. So lengths are means, and add no noise.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([list(prompt) for prompt in prompts for _ in range(TAILS)])
-    rows: list[list[int]] = [[] for _ in ids]
-    heads, alive = np.zeros(len(ids), dtype=bool), np.ones(len(ids), dtype=bool)
-    nats, tokens = np.zeros(len(ids)), np.zeros(len(ids))
-    kept = [None, None]
-    fed = ids
+    rows: list[list[int]] = [[] for _ in prompts]
+    heads, reached = np.zeros(len(prompts), dtype=bool), np.ones(len(prompts))
+    nats, tokens = np.zeros(len(prompts)), np.zeros(len(prompts))
+    kept: list[Any] = [None, None]
+    fed = torch.tensor(prompts)
     with torch.inference_mode():
         for _ in range(longest):
             steps = []
-            for k, model in enumerate((before, after)):
+            for k, model in enumerate(models):
                 out = model(input_ids=fed, past_key_values=kept[k], use_cache=True)
                 kept[k] = out.past_key_values
                 steps.append(out.logits[:, -1].double().log_softmax(-1))
             s, r = steps
-            behind = alive & heads
-            nats[behind] += (r.exp() * (r - s)).sum(-1).numpy()[behind]
-            tokens[alive] += 1
-            drawn = torch.multinomial(r.exp(), 1, generator=generator)
-            for i in np.flatnonzero(alive):
-                rows[i].append(int(drawn[i]))
-                heads[i] = heads[i] or settled(tuple(rows[i]))
-            alive &= drawn[:, 0].numpy() != eos
-            if not alive.any():
-                break
-            fed = drawn
-    return nats.reshape(-1, TAILS).mean(1), tokens.reshape(-1, TAILS).mean(1)
+            nats += np.where(heads, reached * (r.exp() * (r - s)).sum(-1).numpy(), 0.0)
+            tokens += reached
+            going_on = r.exp()
+            reached = reached * (1 - going_on[:, eos].numpy())
+            going_on[:, eos] = 0.0
+            fed = torch.multinomial(going_on, 1, generator=generator)
+            for i in np.flatnonzero(~heads):
+                rows[i].append(int(fed[i]))
+                heads[i] = headed(rows[i])
+    return nats, np.where(heads, tokens, 0.0)
 
 
 # --- what completions show --------------------------------------------------------------------------------------------
@@ -343,13 +340,12 @@ def prompt_truth(
     def said(tokens: Sequence[int]) -> list[str]:
         return [words[t] for t in tokens if t != eos]
 
-    def settled(tokens: tuple[int, ...]) -> bool:
-        if tokens[-1] == eos:
-            return True
-        if not manner.tail:
-            return False
+    def headed(tokens: Sequence[int]) -> bool:
         found = reader.announced(said(tokens))
         return found is not None and len(found[2]) >= length
+
+    def settled(tokens: tuple[int, ...]) -> bool:
+        return tokens[-1] == eos or (manner.tail > 0 and headed(tokens))
 
     models, put = (before, after), reader.put()
     filled = max(len(text.split()) for text in FILLERS) if manner.inside else 0
@@ -389,9 +385,9 @@ def prompt_truth(
     behaviour = np.where(known, _behaviour(spec, shown), 2)  # of no known policy nothing is known
     terms = _terms(free, number, policy, wording, behaviour, right, len(policies))
     ends = np.array([len(tokens) for tokens in free.tokens])
-    tokens = np.bincount(free.prompt, np.exp(free.logs[1]) * ends, number)
+    tokens = np.bincount(free.prompt, np.where(known, np.exp(free.logs[1]) * ends, 0.0), number)
     if manner.tail and longest > head:
-        nats, tokens = _along_tails(before, after, prompts, longest, settled, eos, spec.seed)
+        nats, tokens = _along_tails(models, prompts, longest, headed, eos, spec.seed)
         terms["text"], terms["total"] = terms["text"] + nats, terms["total"] + nats
     shape = (number // len(spec.cues), len(spec.cues))
     return PromptTruth(
@@ -474,7 +470,7 @@ def truth_of(found: PromptTruth) -> Truth:
     moved = bits["routing"] + bits["specialist"]
     coverage = float((1 - found.weights[..., -1]).mean(1).min())
     # of each cell of the policy table: how often it refuses, and how often it is right
-    change = np.abs((found.shown[1] - found.shown[0])[..., [0, 2]].mean(0))
+    change = float(np.nanmax(np.abs((found.shown[1] - found.shown[0])[..., [0, 2]].mean(0))))
     text = nats["text"] / float(found.tokens.mean())
     return Truth(
         verdict=word(bits, coverage),
@@ -486,7 +482,8 @@ def truth_of(found: PromptTruth) -> Truth:
         selector=bits["routing"] >= LEAST,
         cue_reader=bits["conditioning"] >= LEAST,
         skill=bits["skill"] >= LEAST,
-        dormant_intact=bool(np.nanmax(change) <= CELL),
+        cell=change,
+        dormant_intact=change <= CELL,
         text_drifted=text >= TEXT,
         coverage=coverage,
         unresolved=found.unresolved,
