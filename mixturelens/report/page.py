@@ -330,13 +330,12 @@ def _times_noise(record: BehaviourRecord, verdict: VerdictRecord) -> list[str]:
 def _against_noise(record: BehaviourRecord, verdict: VerdictRecord) -> Control:
     moved, noise = _moved(record, verdict), _noise(verdict)
     measured = f"{show_interval(moved, 4)} bits; noise: {show(noise, 4)}"
-    known = noise is not None and moved.low is not None and verdict.verdict != "neither"
     return Control(
         "Noise",
         "As much change in every tensor, but in no direction in particular, must move routing + specialist less than R "
         "surely does.",
         ", ".join([measured, *_times_noise(record, verdict)]),
-        moved.low > noise if known else None,
+        None if noise is None or moved.low is None or verdict.verdict == "neither" else moved.low > noise,
     )
 
 
