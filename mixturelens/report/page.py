@@ -324,7 +324,7 @@ def _times_noise(record: BehaviourRecord, verdict: VerdictRecord) -> list[str]:
     if moved is None or not noise:
         return []
     times = moved / noise
-    return [f"{f'{times:.0f}' if times >= 10 else f'{times:.1f}'} times that of noise"]
+    return [f"{times:,.{0 if times >= 10 else 1}f} times that of noise"]
 
 
 def _against_noise(record: BehaviourRecord, verdict: VerdictRecord) -> Control:
