@@ -173,7 +173,7 @@ def test_controls_say_whether_they_hold(tmp_path):
     text = write(tmp_path / "report.html")
     for name, measured, state in (
         ("Same checkpoint", "all terms 0 bits", "yes"),
-        ("Noise", "0.7000 [0.6900, 0.7100] bits; noise: 0.0200, 35 times that of noise", "yes"),
+        ("Noise", "0.7000 [0.6900, 0.7100] bits; noise: 0.0200; R's are 35 times that of noise", "yes"),
         ("Shuffled labels", viz.DASH, "not measured"),
         ("Independent sum", "0.400 [0.390, 0.410] nats", "no"),
         ("Random components", viz.DASH, "not measured"),

@@ -33,7 +33,7 @@ _BITS = {
     "specialist": "conditioning + skill",
     "conditioning": "what a policy does under a cue",
     "skill": "how well it does it",
-    "dormant": "the specialist's with every policy weighed alike, so that a silent one is heard; not part of the sum",
+    "dormant": "specialist with every policy weighed alike, which hears a silent one; no part of the share",
 }
 _NATS = {
     "routing": "which policy is expressed",
@@ -200,7 +200,9 @@ def _pair(
             (
                 "Moved",
                 f"{show_interval(_moved(record, verdict))} bits",
-                "; ".join(["routing + specialist", *_times_noise(record, verdict)]),
+                "; ".join(
+                    filter(None, ("routing + specialist", _times_noise(_moved(record, verdict), _noise(verdict))))
+                ),
             ),
             ("Coverage", " → ".join(show_interval(value) for value in verdict.coverage.values()), "by known policies"),
         ],
@@ -224,7 +226,7 @@ def _pair(
                 if verdict.mechanism.verdict is None
                 else f"{verdict.mechanism.verdict} "
                 f"({_word(verdict.mechanism.agrees, 'agrees', 'disagrees')} with behaviour)",
-                "from grafts" if verdict.mechanism.verdict else "not measured for this pair",
+                "from grafts, patching and probes" if verdict.mechanism.verdict else "not measured for this pair",
             ),
         ],
         "trained_cue": record.trained_cue,
@@ -240,7 +242,7 @@ def _pair(
         "mechanism": evidence.judged(name, verdict),
         "controls": [
             *_controls(record, verdict, repair),
-            *evidence.controls(graft, probing),
+            *evidence.controls(verdict, graft, probing),
             *units.controls(features),
         ],
         "notes": [*verdict.notes, *((*check.misspelled, *check.hints) if check is not None else ())],
@@ -319,23 +321,26 @@ def _noise(verdict: VerdictRecord) -> float | None:
     return noise.routing.value + noise.specialist.value
 
 
-def _times_noise(record: BehaviourRecord, verdict: VerdictRecord) -> list[str]:
-    moved, noise = _moved(record, verdict).value, _noise(verdict)
-    if moved is None or not noise:
-        return []
-    times = moved / noise
-    return [f"{f'{times:.0f}' if times >= 10 else f'{times:.1f}'} times that of noise"]
+def _times_noise(moved: Interval, noise: float | None) -> str:
+    """How many times what noise moves, in words; nothing where that is nothing, or was not measured."""
+    if moved.value is None or not noise:
+        return ""
+    times = moved.value / noise
+    return f"{times:,.{0 if times >= 10 else 1}f} times that of noise"
 
 
 def _against_noise(record: BehaviourRecord, verdict: VerdictRecord) -> Control:
     moved, noise = _moved(record, verdict), _noise(verdict)
-    measured = f"{show_interval(moved, 4)} bits; noise: {show(noise, 4)}"
+    holds = None
+    if noise is not None and moved.low is not None and verdict.verdict != "neither":
+        holds = moved.low > noise
+    said = (f"{show_interval(moved, 4)} bits; noise: {show(noise, 4)}", _times_noise(moved, noise))
     return Control(
         "Noise",
         "As much change in every tensor, but in no direction in particular, must move routing + specialist less than R "
         "surely does.",
-        ", ".join([measured, *_times_noise(record, verdict)]),
-        None if noise is None or moved.low is None or verdict.verdict == "neither" else moved.low > noise,
+        "; R's are ".join(filter(None, said)),
+        holds,
     )
 
 
