@@ -16,6 +16,7 @@ from test_viz_patching import make_circuit, make_circuit_record, make_patching, 
 from test_viz_probing import make_probing
 
 from mixturelens import viz
+from mixturelens.behaviour.record import Bits
 from mixturelens.features.record import Example
 from mixturelens.grafting.record import Null
 from mixturelens.report import evidence, features, mechanism, write_report
@@ -116,7 +117,46 @@ def test_page_says_what_the_records_say(tmp_path):
     assert words.startswith("Selector changed which policy is expressed Cue reader cannot say")
     assert "Skill unchanged" in words
     assert "Silent specialists not intact" in words
-    assert "KL(after || before) = routing + conditioning + skill" in page.text
+    assert "Text drifted how completions are worded: 0.0312 [0.0212, 0.0412] nats per token" in words
+    assert "routing share = routing / (routing + specialist)" in page.text
+
+
+def test_bits_are_shown_and_nats_are_folded_away(whole):
+    shown, folded = section(whole, "split").split("The same change in nats, by the chain rule")
+    bits = make_pair()[1].bits
+    assert f"routing {viz.show(bits.routing.value, 4)} 0.0990 to 0.1010 0.2000" in shown
+    for name in ("specialist", "conditioning", "skill", "dormant"):
+        assert f" {name} {viz.show(getattr(bits, name).value, 4)} " in shown
+    assert not any(f" {name} 0" in shown for name in ("text", "wording", "other", "total"))
+    for name in ("routing", "specialist", "conditioning", "skill", "text", "wording", "other", "total"):
+        assert f" {name} {viz.show(getattr(make_pair()[1].nats, name).value, 4)} " in folded
+    (details,) = re.findall(r"<details>.*?</details>", section_html(whole, "split"), re.DOTALL)
+    assert "chain rule" in details
+
+
+@pytest.mark.parametrize(
+    ("samples", "value", "state"),
+    [
+        (None, Interval(value=1e-9, low=0.0, high=1e-9), "yes"),
+        (None, Interval(value=0.001, low=0.0, high=0.002), "no"),
+        (8, Interval(value=0.006, low=0.001, high=0.011), "yes"),
+        (8, Interval(value=0.02, low=0.006, high=0.03), "no"),
+        (8, Interval(), "not measured"),
+    ],
+)
+def test_the_same_checkpoint_is_zero_or_not_surely_more_where_samples_say(tmp_path, samples, value, state):
+    """Bits from samples have intervals of their own, which a checkpoint against itself must not leave."""
+    record, verdict = make_pair()
+    null = verdict.controls.pair.same_checkpoint.model_copy(update=dict.fromkeys(Bits.model_fields, value))
+    controls = verdict.controls.pair.model_copy(update={"same_checkpoint": null})
+    seen = verdict.model_copy(update={"controls": verdict.controls.model_copy(update={"pair": controls})})
+    pairs = [("pair", record.model_copy(update={"samples": samples}), seen)]
+    text = write(tmp_path / "report.html", pairs=pairs, trajectories=[])
+    row = re.findall(r'<tr><th scope="row">Same checkpoint</th>(.*?)</tr>', text, re.DOTALL)[0]
+    must, shown, holds = (" ".join(Page(cell).text.split()) for cell in row.split("<td>")[1:])
+    assert must.endswith("must be zero." if samples is None else "under 0.005 bits, or not surely more.")
+    assert (shown == viz.DASH) is (state == "not measured")
+    assert holds == state
 
 
 def test_what_was_not_measured_is_a_dash(tmp_path):
@@ -132,7 +172,8 @@ def test_what_was_not_measured_is_a_dash(tmp_path):
 def test_controls_say_whether_they_hold(tmp_path):
     text = write(tmp_path / "report.html")
     for name, measured, state in (
-        ("Same checkpoint", "all terms 0 nats", "yes"),
+        ("Same checkpoint", "all terms 0 bits", "yes"),
+        ("Noise", "0.7000 [0.6900, 0.7100] bits; noise: 0.0200, 35 times that of noise", "yes"),
         ("Shuffled labels", viz.DASH, "not measured"),
         ("Independent sum", "0.400 [0.390, 0.410] nats", "no"),
         ("Random components", viz.DASH, "not measured"),
@@ -141,6 +182,24 @@ def test_controls_say_whether_they_hold(tmp_path):
         _, shown, holds = (Page(cell).text.strip() for cell in row.split("<td>")[1:])
         assert shown.startswith(measured)
         assert holds == state
+
+
+@pytest.mark.parametrize(
+    ("noise", "word", "holds"),
+    [(0.3, "both", "yes"), (0.4, "both", "no"), (None, "both", "not measured"), (0.4, "neither", "not measured")],
+)
+def test_noise_of_the_size_of_the_change_must_do_less(tmp_path, noise: float | None, word: str, holds: str):
+    record, verdict = make_pair()
+    null = None if noise is None else Bits(**dict.fromkeys(Bits.model_fields, around(noise)))
+    controls = verdict.controls.pair.model_copy(update={"noise": null})
+    seen = {"verdict": word, "controls": verdict.controls.model_copy(update={"pair": controls})}
+    pairs = [("pair", record, verdict.model_copy(update=seen))]
+    text = write(tmp_path / "report.html", pairs=pairs, trajectories=[])
+    row = re.findall(r'<tr><th scope="row">Noise</th>(.*?)</tr>', text, re.DOTALL)[0]
+    assert Page(row.split("<td>")[3]).text.strip() == holds
+    times = {0.3: "1.2 times", 0.4: "0.9 times"}.get(noise or 0)
+    moved = section(text, "answer").split("Moved")[1]
+    assert (f"routing + specialist; {times} that of noise" in moved) is (times is not None)
 
 
 def test_page_says_where_the_router_is(whole):
@@ -372,10 +431,13 @@ def test_random_components_are_those_of_an_interchange(tmp_path, above, p, state
     assert shown.startswith(viz.DASH if above is None else "0.900 [0.890, 0.910]; random: ")
 
 
+def section_html(text: str, name: str) -> str:
+    return re.findall(rf'<section id="{name}">(.*?)</section>', text, re.DOTALL)[0]
+
+
 def section(text: str, name: str) -> str:
     """The words of one section."""
-    found = re.findall(rf'<section id="{name}">(.*?)</section>', text, re.DOTALL)
-    return " ".join(Page(found[0]).text.split())
+    return " ".join(Page(section_html(text, name)).text.split())
 
 
 def test_page_needs_no_network_and_holds_plotly_once(tmp_path):

@@ -120,18 +120,10 @@ def literal_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts
     return Change(s, r, bit_terms(s, r), nat_terms(s, r, policy_kl, length, other), method="literal")
 
 
-def literal_null(scorer: Scorer, model: Model, prompts: Prompts, measured: Behaviour) -> Change:
-    """A checkpoint against itself: what was measured, and the same measured again with the prompts in another order.
-
-    What follows an announcement is the model's own under both, so that its KL is zero by construction.
-    """
+def measured_again(scorer: Scorer, model: Model, prompts: Prompts) -> Behaviour:
+    """The same as `literal_behaviour`, with the prompts in another order and so in other batches."""
     turned = list(reversed(range(len(prompts.rows))))
-    again = _behaviour(scorer, model, prompts.part(turned))
-    again = again.part(turned)
-    nothing = np.zeros(len(prompts.rows))
-    silent = np.zeros(again.forced_correct.shape)
-    nats = nat_terms(measured, again, silent, silent, nothing)
-    return Change(measured, again, bit_terms(measured, again), replace(nats, text=nothing), method="literal")
+    return literal_behaviour(scorer, model, prompts.part(turned)).part(turned)
 
 
 def _other_kl(

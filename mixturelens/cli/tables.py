@@ -36,7 +36,9 @@ def number(value: float | None) -> str:
 
 
 def _interval(value: Any) -> str:
-    return "-" if value.value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    if value.value is None or value.low is None:
+        return number(value.value)
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
@@ -83,9 +85,9 @@ def show_verdicts(pairs: list[Case], verdicts: list[VerdictRecord]) -> None:
             for cue, state in record.per_cue.items()
             if state.after is not None
         )
-        nats = f"{number(record.nats.routing.value)} / {number(record.nats.specialist.value)}"
-        rows.append((pair.name, record.verdict, _interval(record.routing_share), nats, accuracy))
-    print_table(("pair", "verdict", "routing share", "nats: routing / specialist", "accuracy before -> after"), rows)
+        bits = f"{number(record.bits.routing.value)} / {number(record.bits.specialist.value)}"
+        rows.append((pair.name, record.verdict, _interval(record.routing_share), bits, accuracy))
+    print_table(("pair", "verdict", "routing share", "bits: routing / specialist", "accuracy before -> after"), rows)
     for pair, record in zip(pairs, verdicts, strict=True):
         print(f"{pair.name}: {record.reason}")
         _show_notes(record)

@@ -66,10 +66,10 @@ def terms(base: Behaviour, changed: Behaviour, grid: Grid) -> Terms:
     if base.classes.shape[-1] == 1:
         conditioning = np.full_like(specialist, np.nan)
     return Terms(
-        routing=interval(routing),
-        conditioning=interval(conditioning),
-        skill=interval(specialist - conditioning),
-        specialist=interval(specialist),
+        routing=interval(routing, grid.counts),
+        conditioning=interval(conditioning, grid.counts),
+        skill=interval(specialist - conditioning, grid.counts),
+        specialist=interval(specialist, grid.counts),
     )
 
 

@@ -136,14 +136,15 @@ class Judge:
         g, s, r, bits = self.drawn(readings), self.s, self.r, self.bits(readings)
         p = self.cells.policies.index(self.policies[0])
         weight, whole = (x.weights[..., p] - s.weights[..., p] for x in (g, r))
+        counts = self.grid.counts
         return Effects(
-            routing=interval(aligned(g.odds - s.odds, r.odds - s.odds, self.moved_cues)),
-            weight=interval(aligned(weight, whole, self.moved_weights)),
-            specialists=interval(aligned(g.done - s.done, r.done - s.done, self.moved_cells)),
-            chosen=interval(bits.chosen),
-            done=interval(bits.done),
-            moved=interval(bits.chosen + bits.done),
-            share=map_draws(lambda chosen, done: chosen / (chosen + done), bits.chosen, bits.done),
+            routing=interval(aligned(g.odds - s.odds, r.odds - s.odds, self.moved_cues), counts),
+            weight=interval(aligned(weight, whole, self.moved_weights), counts),
+            specialists=interval(aligned(g.done - s.done, r.done - s.done, self.moved_cells), counts),
+            chosen=interval(bits.chosen, counts),
+            done=interval(bits.done, counts),
+            moved=interval(bits.chosen + bits.done, counts),
+            share=map_draws(lambda chosen, done: chosen / (chosen + done), bits.chosen, bits.done, counts=counts),
         )
 
     def routing_share(self, log_c: Float[np.ndarray, "prompt policy"]) -> float:
@@ -165,7 +166,8 @@ class Judge:
 
     def shares(self, odds: Float[np.ndarray, " prompt"]) -> Interval:
         """A part of R's change of log c_p / c_o, prompt by prompt, as a share of it."""
-        return interval(aligned(self.grid.draws(odds), self.r.odds - self.s.odds, self.moved_cues))
+        part = aligned(self.grid.draws(odds), self.r.odds - self.s.odds, self.moved_cues)
+        return interval(part, self.grid.counts)
 
     def mean(self, values: Float[np.ndarray, " prompt *rest"]) -> Float[np.ndarray, "1 cue *rest"]:
         """Over the questions themselves, without a bootstrap."""

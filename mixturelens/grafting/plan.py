@@ -18,7 +18,7 @@ QUESTIONS = 256
 """Of more questions, so many are drawn."""
 SEARCHED = 8
 """Questions of a search."""
-JUDGED = 16
+JUDGED = 12
 """Questions, at most, that judge what a search chose."""
 USUAL = 8
 """Tokens of a completion that are reckoned with."""

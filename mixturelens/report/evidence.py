@@ -85,6 +85,7 @@ class Judged(NamedTuple):
 
 def reading(name: str, record: ProbingRecord, cues: Sequence[str], pictures: Pictures) -> Reading:
     """What probes say about a pair. `cues`: all of the suite, for their colours."""
+    pictures = pictures.about(record.missing)
     groups = [_readouts(record, pictures)] if record.readouts else []
     if record.erased or record.used is not None or record.unused is not None:
         groups.append(_erasure(record, cues, pictures))
@@ -178,7 +179,7 @@ def _shifts(record: ProbingRecord, pictures: Pictures) -> Group:
 
 def changing(name: str, record: GraftRecord, pictures: Pictures) -> Changing:
     """What grafts say about a pair."""
-    groups = []
+    groups, pictures = [], pictures.about(record.missing)
     if record.components:
         groups += [_components(name, record, pictures), _plane(record, pictures)]
     if record.factorial is not None:

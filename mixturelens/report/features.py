@@ -80,6 +80,7 @@ def featured(
     name: str, number_of: int, record: of.FeatureRecord, repair: RepairRecord | None, pictures: Pictures
 ) -> Featured:
     """What features say about a pair; `number_of`: its number on the page, which the anchors of its cards carry."""
+    pictures = pictures.about(record.missing)
     groups = [_units(record, pictures)] if record.tables else []
     if any(score.gap_closed.measured for table in record.tables for score in table.scores):
         groups.append(_clamping(record, repair, pictures))

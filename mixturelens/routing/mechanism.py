@@ -17,14 +17,13 @@ from typing import Literal, get_args
 
 from mixturelens.features.record import FeatureRecord, SiteChange, Terms
 from mixturelens.grafting.record import Effects, Factorial, Graft, GraftRecord
+from mixturelens.stats import FEWEST, TOO_FEW
 from mixturelens.types import NOT_MEASURED, Frozen, Interval, VerdictWord
 
 FLOOR = 0.005
 """Bits under which nothing has changed."""
 ROUTING, SPECIALIST = 0.9, 0.1
 """Shares of the choice from which the verdict is `routing`, and up to which it is `specialist`."""
-FEWEST = 8
-"""Questions under which a bootstrap says nothing."""
 COVERAGE = 0.9
 """Weight of the announcements as written, and share of questions on which what S usually completes shows anything,
 under which choice and specialists cannot be told."""
@@ -86,7 +85,7 @@ def _verdict(graft: GraftRecord) -> tuple[VerdictWord, str]:
     """(verdict, why), in the order of the behavioural one: can it be told, did anything change, what."""
     moved, share = graft.after.moved, graft.after.share
     if graft.questions < FEWEST:
-        return "inconclusive", f"{graft.questions} questions are too few for an interval ({FEWEST} are needed)"
+        return "inconclusive", f"{graft.questions} {TOO_FEW}"
     if graft.coverage < COVERAGE:
         return "inconclusive", (
             f"the announcements as written cover {graft.coverage:.2f} of the completions, and {COVERAGE} is needed"
@@ -121,7 +120,9 @@ def _verdict(graft: GraftRecord) -> tuple[VerdictWord, str]:
 
 
 def _show(value: Interval) -> str:
-    return "-" if value.value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    if value.value is None or value.low is None or value.high is None:
+        return "-" if value.value is None else f"{value.value:.3f}"
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 def _beside(value: Interval, null: float | None) -> str:

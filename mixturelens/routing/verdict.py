@@ -114,7 +114,9 @@ class VerdictRecord(Record):
             "bits": bits,
             "text": {},
             "nats": nats(data["nats"]),
-            "per_cue": {cue: {**state, "nats": nats(state["nats"])} for cue, state in data["per_cue"].items()},
+            "per_cue": {
+                cue: {**state, "bits": bits, "nats": nats(state["nats"])} for cue, state in data["per_cue"].items()
+            },
             "mechanism": {},
             "controls": {
                 **controls,
@@ -252,10 +254,9 @@ def _cell_moved(cell: Cell, threshold: float) -> bool | None:
     """True if behaviour or accuracy moved by more than the threshold for sure; None if the interval cannot tell."""
     states = []
     for change in (cell.behaviour_change, cell.accuracy_change):
-        if not change.measured:
+        if change.low is None or change.high is None:
+            states.extend([None] if change.measured else [])  # one question alone cannot tell
             continue
-        assert change.low is not None
-        assert change.high is not None
         if change.low > threshold or change.high < -threshold:
             states.append(True)
         else:

@@ -40,7 +40,8 @@ def no_controls(monkeypatch):
     empty = Controls(
         same_checkpoint=nothing, shuffled_routing_share=Interval(), independent_total=Interval(), sum_agrees=None
     )
-    monkeypatch.setattr(record, "_controls", lambda *_: empty)
+    monkeypatch.setattr(record, "_nulls_of_bits", lambda *_: (nothing, None))
+    monkeypatch.setattr(record, "_controls", lambda *_, **__: empty)
 
 
 @functools.cache

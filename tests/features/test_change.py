@@ -183,7 +183,7 @@ def test_terms_are_those_of_behaviour(load_pair):
     grid = grid_of(prompts, 0)
     found = terms(exact.before, exact.after, grid)
     for term in ("routing", "conditioning", "specialist"):
-        assert getattr(found, term) == interval(grid.draws(getattr(exact.bits, term)).mean(-1))
+        assert getattr(found, term) == interval(grid.draws(getattr(exact.bits, term)).mean(-1), grid.counts)
 
 
 # --- splices ----------------------------------------------------------------------------------------------------------
