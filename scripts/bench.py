@@ -283,7 +283,10 @@ def real() -> None:
             random_pair(folder)
         suite = load_suite(folder / "suite.yaml")
         what = "SmolLM2-135M" if folder == REAL else "the shape of SmolLM2-135M with random weights"
-        for questions, commands in ((60, ("the limit", "verdict")), (ASKED, ("the limit", "patch", "probe", "graft"))):
+        for questions, commands in (
+            (60, ("the limit", "verdict")),
+            (ASKED, ("the limit", "verdict", "patch", "probe", "graft")),
+        ):
             asked = set(list(dict.fromkeys(row.id for row in suite.prompts))[:questions])
             few = suite.model_copy(update={"prompts": tuple(row for row in suite.prompts if row.id in asked)})
             few.save(Path(name) / f"{questions}.yaml")
