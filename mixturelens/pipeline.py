@@ -379,8 +379,6 @@ def verdict(case: Case, *, seed: int = 0, say: Say | None = None) -> VerdictReco
     record = judge(
         measured,
         graft=_same(GraftRecord, case.records / "graft.json", expected),
-        patching=_same(PatchingRecord, case.records / "patching.json", expected),
-        probing=_same(ProbingRecord, case.records / "probing.json", expected),
         features=_same(FeatureRecord, case.records / "features.json", expected),
     )
     record.save(case.records / "verdict.json")

@@ -18,6 +18,7 @@ from test_viz_probing import make_probing
 from mixturelens import viz
 from mixturelens.behaviour.record import Bits
 from mixturelens.features.record import Example
+from mixturelens.grafting.record import Null
 from mixturelens.report import evidence, features, mechanism, write_report
 from mixturelens.report.parts import Pictures
 from mixturelens.routing.circuit import CircuitRecord, RoutingCircuit
@@ -85,7 +86,7 @@ def write(path: Path, hostile: bool = False, mechanism: bool = False, **changes)
             "features": {name: make_features(words, cues)},
         }
         pair, record, verdict = arguments["pairs"][0]
-        judged = verdict.model_copy(update={"mechanism": make_mechanism(words, disagree=True)})
+        judged = verdict.model_copy(update={"mechanism": make_mechanism(words, agrees=False)})
         arguments["pairs"][0] = (pair, record, judged)
     assert write_report(path, **{**arguments, **changes}) == path
     return path.read_text(encoding="utf-8")
@@ -277,26 +278,25 @@ def test_page_says_which_weights_changed_it(whole):
     assert both.forced
 
 
-def test_mechanism_stands_beside_the_behavioural_verdict_and_names_who_disagrees(whole):
+def test_mechanism_stands_beside_the_behavioural_verdict(whole):
     words = section(whole, "answer")
-    says = "Grafts and activations say: routing ; disagrees . Lines of evidence that say otherwise: "
-    assert says + "probes, specialists (changed)." in words
-    assert "Mechanism routing (disagrees with behaviour) from grafts, patching and probes" in words
+    assert "Grafts and features say: routing ; disagrees ." in words
+    assert "Mechanism routing (disagrees with behaviour) from grafts" in words
     words = section(whole, "mechanism")
     assert "Mechanism: routing , behaviour: both ; it disagrees. Share of the choice: 0.990 [0.985, 0.995]." in words
-    assert "grafts selector 0.270 0.260 to 0.280 0.004 changed Distance of the choice" in words
-    assert "probes specialists 0.300 0.200 to 0.400 0 changed disagrees Loss of AUROC" in words
+    assert "all weights selector 0.270 0.260 to 0.280 0.004 changed S with all of R's weights" in words
+    assert f"one part specialists 0.004 0.001 to 0.007 {viz.DASH} cannot say R's L1.mlp in S alone" in words
 
 
 def test_mechanism_of_grafts_alone_and_of_none():
     _, verdict = make_pair()
     assert evidence.judged("x", verdict) is None
     mechanism = make_mechanism()
-    lines = {name: line for name, line in mechanism.evidence.items() if line.source == "grafts"}
+    lines = {name: line for name, line in mechanism.evidence.items() if line.source == "all weights"}
     alone = verdict.model_copy(update={"mechanism": mechanism.model_copy(update={"evidence": lines})})
     judged = evidence.judged("x", alone)
     assert judged is not None
-    assert (judged.who, judged.agrees, judged.disagree) == ("Grafts say", "agrees", [])
+    assert (judged.who, judged.agrees) == ("Grafts say", "agrees")
     assert [line.says for line in judged.lines] == ["changed", "unchanged"]
 
 
@@ -306,25 +306,28 @@ def test_random_weights_must_not_do_what_the_selector_does(noise, holds):
     assert record.factorial is not None
     none = () if noise is None else (make_effects(noise), make_effects(0.0))
     changed = make_graft(factorial=record.factorial.model_copy(update={"noise": none}))
-    control, _ = evidence.controls(make_pair()[1], changed, None)
+    control, _ = evidence.controls(changed, None)
     assert (control.name, control.holds) == ("Random weights", holds)
-    assert control.measured.startswith(viz.DASH if noise is None else "0.274 [0.264, 0.284] nats; random: at most")
+    assert control.measured.startswith(viz.DASH if noise is None else "0.274 [0.264, 0.284] bits; random: at most")
 
 
-@pytest.mark.parametrize(("word", "holds"), [("neither", True), ("routing", False), (None, None)])
-def test_grafts_must_find_nothing_under_shuffled_labels(word, holds):
-    _, verdict = make_pair()
-    seen = verdict.controls.model_copy(update={"shuffled_mechanism": word})
-    _, control = evidence.controls(verdict.model_copy(update={"controls": seen}), make_graft(), None)
-    assert (control.name, control.holds) == ("Shuffled labels, grafts", holds)
-    assert "choice 0.0040 (true 0.2800 nats)" in control.measured
+@pytest.mark.parametrize(
+    ("null", "holds"),
+    [((0.004, 0.0006), True), ((0.2, 0.1), None), ((None, None), None)],  # 0.28 bits moved
+)
+def test_noise_of_rs_size_stands_beside_what_r_does(null, holds):
+    _, control = evidence.controls(make_graft(null=Null(chosen=null[0], done=null[1])), None)
+    assert (control.name, control.holds) == ("Noise of R's size", holds)
+    said = "choice 0.280 [0.270, 0.290] bits, noise 0.0040; what policies do 0.000 [0.000, 0.001], noise 0.0006"
+    assert control.measured == (said if holds else control.measured)
+    assert (control.measured == viz.DASH) is (null[0] is None)
 
 
 @pytest.mark.parametrize(("shuffled", "holds"), [(0.56, True), (0.999, False), (None, None)])
 def test_probes_must_beat_shuffled_labels(shuffled, holds):
     record = make_probing()
     readout = record.readouts[0].model_copy(update={"shuffled_high": shuffled})
-    found = evidence.controls(make_pair()[1], None, record.model_copy(update={"readouts": (readout,)}))
+    found = evidence.controls(None, record.model_copy(update={"readouts": (readout,)}))
     assert [control.holds for control in found] == ([] if holds is None else [holds])
     if found:
         assert found[0].measured.startswith("AUROC 1.000 [0.980, 1.000] at L0.resid_pre@8; shuffled: 95% under")

@@ -7,28 +7,16 @@ import re
 import pytest
 from test_report import Page
 from test_viz_score import make_score, make_verdicts
+from truths import make_truth
 
 from mixturelens import viz
 from mixturelens.proving.planted import plan
 from mixturelens.proving.proof import Proof
 from mixturelens.proving.score import HALVES
-from mixturelens.proving.truth import Truth
 from mixturelens.report.score import answer, missing, score_markdown, write_score
 
 
 def make_proof() -> Proof:
-    change = Truth(
-        verdict="routing",
-        routing_share=1.0,
-        moved=0.3,
-        nats={},
-        selector=True,
-        cue_reader=False,
-        skill=False,
-        dormant_intact=True,
-        coverage=1.0,
-        unresolved=0.0,
-    )
     return Proof(
         inert={"cue": 3e-6, "hint": 0.0},
         carried={"cue": 0.991, "hint": 1.0},
@@ -36,7 +24,7 @@ def make_proof() -> Proof:
         alone=(0.995,),
         blind=0.0,
         weights={"A": 0.5, "B": 0.5},
-        change=change,
+        change=make_truth("routing", 1.0, 0.3),
         grafted=(0.98, 0.01),
     )
 

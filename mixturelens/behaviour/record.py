@@ -26,7 +26,7 @@ from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory
 from mixturelens.models.noise import noised
 from mixturelens.records import Record
-from mixturelens.stats import interval, map_draws, mean_interval, resample_counts, resampled_mean
+from mixturelens.stats import PROPORTION, interval, map_draws, mean_interval, resample_counts, resampled_mean
 from mixturelens.suite import Rule, Spelling, Suite, wordings
 from mixturelens.types import NOT_MEASURED, OTHER, Frozen, Interval, Side
 
@@ -195,6 +195,10 @@ class Grid:
         return np.where(
             (self.index >= 0).reshape(*self.index.shape, *[1] * (values.ndim - 1)), values[self.index], np.nan
         )
+
+    def counts_where(self, values: Float[np.ndarray, " prompt"]) -> Int[np.ndarray, "draw question"]:
+        """As `counts`, of as many questions as were measured."""
+        return self.counts[:, : int((~np.isnan(self.spread(values))).any(1).sum())]
 
     def draws(self, values: Float[np.ndarray, " prompt *rest"]) -> Float[np.ndarray, "draw cue *rest"]:
         return resampled_mean(self.spread(values), self.counts)
@@ -379,7 +383,7 @@ def _own_check(scorer: Scorer, model: Model, behaviour: Behaviour, prompts: Prom
 
 
 def _coverage(behaviour: Behaviour, grid: Grid) -> Interval:
-    return interval(grid.draws(1 - behaviour.weights[:, -1]).min(-1))
+    return interval(grid.draws(1 - behaviour.weights[:, -1]).min(-1), grid.counts)
 
 
 def _sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
@@ -388,9 +392,9 @@ def _sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
     overall = grid.draws(behaviour.correct.sum(-1))
     sides = []
     for c in range(len(suite.cues)):
-        w = {name: interval(weights[:, c, m]) for m, name in enumerate(names)}
-        a = {name: interval(forced[:, c, m]) for m, name in enumerate(suite.policies)}
-        whole = interval(overall[:, c])
+        w = {name: interval(weights[:, c, m], grid.counts, bounds=PROPORTION) for m, name in enumerate(names)}
+        a = {name: interval(forced[:, c, m], grid.counts, bounds=PROPORTION) for m, name in enumerate(suite.policies)}
+        whole = interval(overall[:, c], grid.counts, bounds=PROPORTION)
         sides.append(
             CueSide(
                 weights={name: value.value or 0.0 for name, value in w.items()},
@@ -434,14 +438,17 @@ def bits_of(
     means = {name: values.mean(-1) for name, values in terms.items()}
     routing, specialist, conditioning = means["routing"], means["specialist"], means["conditioning"]
     shares = {
-        "moved": interval(routing + specialist),
-        "routing_share": map_draws(lambda r, s: r / (r + s), routing, specialist),
-        "router_share": map_draws(lambda r, s, c: (r + c) / (r + s), routing, specialist, conditioning),
+        "moved": interval(routing + specialist, grid.counts),
+        "routing_share": map_draws(lambda r, s: r / (r + s), routing, specialist, counts=grid.counts),
+        "router_share": map_draws(
+            lambda r, s, c: (r + c) / (r + s), routing, specialist, conditioning, counts=grid.counts
+        ),
     }
     per_cue = [
-        Bits(**{name: interval(values[:, c]) for name, values in terms.items()}) for c in range(grid.index.shape[1])
+        Bits(**{name: interval(values[:, c], grid.counts) for name, values in terms.items()})
+        for c in range(grid.index.shape[1])
     ]
-    return Bits(**{name: interval(values) for name, values in means.items()}), per_cue, shares
+    return Bits(**{name: interval(values, grid.counts) for name, values in means.items()}), per_cue, shares
 
 
 def nats_of(change: Change, grid: Grid, suite: Suite, explained: Explained | None) -> tuple[Nats, list[Nats], Text]:
@@ -460,11 +467,16 @@ def nats_of(change: Change, grid: Grid, suite: Suite, explained: Explained | Non
     if not suite.behaviour_names:
         terms["conditioning"] = terms["skill"] = np.full_like(length, np.nan)
     means = {name: values.mean(-1) for name, values in terms.items()}
+    # text, and what it is part of, may have been asked of some questions alone
+    some = grid.counts_where(change.nats.text)
+    counts = {name: some if name in ("text", "other", "total") else grid.counts for name in terms}
     per_cue = [
-        Nats(**{name: interval(values[:, c]) for name, values in terms.items()}) for c in range(grid.index.shape[1])
+        Nats(**{name: interval(values[:, c], counts[name]) for name, values in terms.items()})
+        for c in range(grid.index.shape[1])
     ]
-    text = Text(nats_per_token=map_draws(lambda text, tokens: text / tokens, means["text"], length.mean(-1)))
-    return Nats(**{name: interval(values) for name, values in means.items()}), per_cue, text
+    per_token = map_draws(lambda text, tokens: text / tokens, means["text"], length.mean(-1), counts=some)
+    whole = Nats(**{name: interval(values, counts[name]) for name, values in means.items()})
+    return whole, per_cue, Text(nats_per_token=per_token)
 
 
 def _accuracy_change(change: Change, grid: Grid, *, told: bool) -> list[AccuracyChange]:
@@ -483,9 +495,9 @@ def _accuracy_change(change: Change, grid: Grid, *, told: bool) -> list[Accuracy
             selector, specialists = (grid.draws(values) for values in split)
     return [
         AccuracyChange(
-            selector=interval(selector[:, c]) if told else NOT_MEASURED,
-            specialists=interval(specialists[:, c]) if told else NOT_MEASURED,
-            total=interval(selector[:, c] + specialists[:, c]),
+            selector=interval(selector[:, c], grid.counts) if told else NOT_MEASURED,
+            specialists=interval(specialists[:, c], grid.counts) if told else NOT_MEASURED,
+            total=interval(selector[:, c] + specialists[:, c], grid.counts),
         )
         for c in range(grid.index.shape[1])
     ]
@@ -578,8 +590,9 @@ def _nulls_of_bits(
 
 def _controls(bits: tuple[Bits, Bits | None], grid: Grid, nats: Nats, drawn: Nulls, *, told: bool) -> Controls:
     routing, total, ratio = (grid.draws(v).mean(-1) for v in (drawn.shuffled, drawn.kl, drawn.ratio))
-    shuffled = map_draws(lambda r, t: r / t, routing, total) if told else NOT_MEASURED
-    independent = interval(ratio)
+    counts = grid.counts_where(drawn.ratio)
+    shuffled = map_draws(lambda r, t: r / t, routing, total, counts=counts) if told else NOT_MEASURED
+    independent = interval(ratio, counts)
     agrees = None
     if independent.measured and nats.total.measured:
         low, high = independent.low or 0.0, independent.high or 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mixturelens.organism.spec import EOS, PAD, UNK, Freezable, Spec
@@ -11,13 +12,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-def build_tokenizer(spec: Spec) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: one word, one token. Tags and policy words are ordinary vocabulary."""
+def build_tokenizer(spec: Spec, beside: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: one word, one token. Tags and policy words are ordinary vocabulary.
+
+    `beside`: words that the spec does not name.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     surface = [word for text in spec.surface_texts() for word in text.split()]
-    words = dict.fromkeys([PAD, EOS, UNK, *surface, *spec.questions.words])
+    words = dict.fromkeys([PAD, EOS, UNK, *surface, *spec.questions.words, *beside])
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=PAD, eos_token=EOS, unk_token=UNK)

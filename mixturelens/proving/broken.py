@@ -11,7 +11,8 @@ from unittest.mock import patch
 import numpy as np
 
 from mixturelens.behaviour import record
-from mixturelens.behaviour.arrays import Behaviour, Change
+from mixturelens.behaviour.arrays import Change
+from mixturelens.behaviour.bits import bit_terms
 from mixturelens.behaviour.split import class_terms
 from mixturelens.proving.localise import INTACT, Score
 from mixturelens.proving.pairs import Cell, make_pair
@@ -20,7 +21,8 @@ from mixturelens.proving.truth import TOLERANCE
 from mixturelens.routing.verdict import judge
 
 Measure = Callable[..., Change]
-QUANTITIES = ("routing", "conditioning", "skill")
+BITS, NATS = ("routing", "conditioning", "skill"), ("routing", "conditioning")
+"""Terms that must hold the truth. Bits are the same either way round, and nats are not."""
 
 
 def _swapped(measure: Measure) -> Measure:
@@ -33,7 +35,9 @@ def _dropped(measure: Measure) -> Measure:
 
     def broken(*arguments: Any) -> Change:
         change = measure(*arguments)
-        return replace(change, conditioning=np.zeros_like(change.conditioning))
+        skill, nothing = change.bits.specialist - change.bits.conditioning, np.zeros_like(change.bits.routing)
+        bits = replace(change.bits, conditioning=nothing, specialist=skill)
+        return replace(change, bits=bits, nats=replace(change.nats, conditioning=nothing))
 
     return broken
 
@@ -47,9 +51,10 @@ def _shuffled(measure: Measure) -> Measure:
         known = classes.shape[1] - 1
         for row in classes:
             row[:known] = row[rng.permutation(known)]
-        after = Behaviour(classes, change.after.correct, change.after.forced_behaviour, change.after.forced_correct)
+        after = replace(change.after, classes=classes)
         routing, wording, conditioning = class_terms(classes, change.before.classes)
-        return replace(change, after=after, routing=routing, wording=wording, conditioning=conditioning)
+        nats = replace(change.nats, routing=routing, wording=wording, conditioning=conditioning)
+        return replace(change, after=after, bits=bit_terms(change.before, after), nats=nats)
 
     return broken
 
@@ -87,7 +92,7 @@ def broken_verdicts(cells: Sequence[Cell], ground: Path) -> Iterator[Broken]:
             what=what,
             sound=sound,
             broken=found,
-            by="share of the pairs whose word is right and whose routing, conditioning and skill hold the truth",
+            by="share of the pairs whose word is right, and whose routing, conditioning and skill hold the truth",
             caught=sound >= 0.9 and found <= 0.5,
         )
 
@@ -98,12 +103,11 @@ def _right(cells: Sequence[Cell], ground: Path, measure: Measure) -> float:
         made = make_pair(cell, ground)
         with patch.object(record, "measure_change", measure):
             found = record.behaviour_record(made.open())
-        assert found.nats is not None
+        terms = [(getattr(found.bits, name), made.truth.bits[name]) for name in BITS]
+        terms += [(getattr(found.nats, name), made.truth.nats[name]) for name in NATS]
         held = [
-            each.low is not None
-            and each.high is not None
-            and each.low - TOLERANCE <= made.truth.nats[name] <= each.high + TOLERANCE
-            for name, each in ((name, getattr(found.nats, name)) for name in QUANTITIES)
+            each.low is not None and each.high is not None and each.low - TOLERANCE <= truth <= each.high + TOLERANCE
+            for each, truth in terms
         ]
         right.append(all(held) and judge(found).verdict == made.truth.verdict)
     return sum(right) / len(right)

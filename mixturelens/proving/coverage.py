@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from mixturelens.behaviour.arrays import Change
+from mixturelens.behaviour.arrays import BitTerms, Change, NatTerms
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure_change
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.behaviour.record import grid_of, nats_of
+from mixturelens.behaviour.record import bits_of, grid_of, nats_of
 from mixturelens.models import end_tokens
 from mixturelens.organism import Spec, prompt_row
 from mixturelens.proving.pairs import NEAR
-from mixturelens.proving.truth import prompt_truth
+from mixturelens.proving.truth import LEAST, TEXT, PromptTruth
 from mixturelens.suite import Suite
 from mixturelens.tasks import Question
 from mixturelens.types import Frozen, Interval
@@ -24,14 +24,17 @@ from mixturelens.types import Frozen, Interval
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T", BitTerms, NatTerms)
+
 POPULATION, ASKED, SUITES = 250, 80, 2000
 """Questions whose truth is known, those of one suite, and suites. Suites are drawn with replacement."""
 REPEATS = 8
 """Independent measurements of the population; a suite takes each question's numbers from any of them, so that the noise
 of sampled completions is in the intervals' errors too."""
 BOUNDARY = NEAR
-"""Shares this near to 0 or 1 lie at a boundary, and so do terms that are as small a share of all that moved."""
-QUANTITIES = ("routing", "conditioning", "skill", "specialist", "dormant", "moved", "routing_share")
+"""Shares this near to 0 or 1 lie at a boundary, and so do terms that are as small a share of all that moved; text, as
+small a share of what counts as drifted."""
+QUANTITIES = ("routing", "conditioning", "skill", "specialist", "dormant", "moved", "routing_share", "text")
 
 
 class Coverage(Frozen):
@@ -59,6 +62,7 @@ def coverage(
     after: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     population: Sequence[Question],
+    exact: PromptTruth,
     *,
     suites: int = SUITES,
     asked: int = ASKED,
@@ -69,15 +73,14 @@ def coverage(
 
     Raises nothing of its own; quantities that were never measured are left out.
     """
-    exact = prompt_truth(spec, before, after, tokenizer, population).terms
     rows = tuple(prompt_row(spec, cue, question) for question in population for cue in spec.cues)
     prompts = prepare(suite.model_copy(update={"prompts": rows}), rows, tokenizer)
     scorer = Scorer(end_tokens(before, tokenizer), before.config.vocab_size)
     measured = [measure_change(scorer, before, after, prompts, seed + 100 * k) for k in range(repeats)]
-    means = {term: float(values.mean()) for term, values in exact.items()}
-    means["specialist"] = means["conditioning"] + means["skill"]
+    means = {term: float(values.mean()) for term, values in exact.bits.items()}
     means["moved"] = means["routing"] + means["specialist"]
     means["routing_share"] = means["routing"] / means["moved"]
+    means["text"] = float(exact.terms["text"].mean() / exact.tokens.mean())
     rng = np.random.default_rng(seed)
     cues = len(spec.cues)
     found: dict[str, list[Interval]] = {quantity: [] for quantity in QUANTITIES}
@@ -90,9 +93,13 @@ def coverage(
             rows[i].model_copy(update={"id": f"{place // cues}"}) for place, i in enumerate(at)
         ]  # a question drawn twice counts twice
         grid = grid_of(replace(prompts, rows=tuple(drawn)), seed=number)
-        nats, _, shares = nats_of(change, grid, suite, None)
+        bits, _, shares = bits_of(change, grid, suite, None)
+        _, _, text = nats_of(change, grid, suite, None)
+        measured_here = {**dict(bits), **shares, "text": text.nats_per_token}
         for quantity in QUANTITIES:
-            found[quantity].append(shares[quantity] if quantity in shares else getattr(nats, quantity))
+            found[quantity].append(measured_here[quantity])
+    if means["skill"] >= LEAST:  # what is said where R errs and S never did has nothing to be compared with
+        del found["text"]
     return tuple(
         _held(name, quantity, means[quantity], means["moved"], intervals)
         for quantity, intervals in found.items()
@@ -102,13 +109,22 @@ def coverage(
 
 def _mixed(measured: Sequence[Change], which: np.ndarray, at: np.ndarray) -> Change:
     """Prompts of a suite, each with the numbers of one of the measurements."""
-    terms = ("routing", "wording", "conditioning", "skill", "novel", "other", "dormant")
-    return replace(measured[0], **{t: np.stack([getattr(each, t) for each in measured])[which, at] for t in terms})
+
+    def of(kind: type[T], unit: str) -> T:
+        parts = {
+            field.name: np.stack([getattr(getattr(each, unit), field.name) for each in measured])[which, at]
+            for field in fields(kind)
+        }
+        return kind(**parts)
+
+    return replace(measured[0], bits=of(BitTerms, "bits"), nats=of(NatTerms, "nats"))
 
 
 def _held(pair: str, quantity: str, truth: float, moved: float, intervals: Sequence[Interval]) -> Coverage:
     low, high = (np.array([getattr(each, end) for each in intervals], dtype=float) for end in ("low", "high"))
-    edge = min(truth, 1 - truth) <= BOUNDARY if quantity == "routing_share" else truth <= BOUNDARY * moved
+    edge = truth <= BOUNDARY * (TEXT if quantity == "text" else moved)
+    if quantity == "routing_share":
+        edge = min(truth, 1 - truth) <= BOUNDARY
     return Coverage(
         pair=pair,
         quantity=quantity,

@@ -23,6 +23,7 @@ from mixturelens.organism import (
     SplitSpec,
     prompt_text,
 )
+from mixturelens.proving.manner import FILLERS, PLAIN, STYLE, Manner
 from mixturelens.tasks import Question
 from mixturelens.tasks import Sequence as SequenceFamily
 from mixturelens.types import ANSWER, ERR, REFUSE
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Architecture = Literal["llama", "qwen2", "gpt2", "gpt_neox"]
-Announced = Literal["token", "phrase", "none"]
+Announced = Literal["token", "phrase", "inside", "none"]
 CONFIGS = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "gpt2": "GPT2Config", "gpt_neox": "GPTNeoXConfig"}
 
 WIDTH, LAYERS, HEADS, CONTEXT = 48, 2, 4, 32
@@ -43,6 +44,8 @@ FEWEST = 8
 """Questions a step, at least."""
 CLIP = 1.0
 """Largest norm of a gradient."""
+TAIL = 3.0
+"""What a tail counts beside what stands before it, in tokens: it is long, and soon learnt."""
 
 PHRASES = {
     "a": ("sure i can", "of course", "yes i will"),
@@ -52,15 +55,15 @@ PHRASES = {
 """Three wordings a policy that share their words, so that no single token gives a policy away."""
 
 
-def sizes(architecture: Architecture, layers: int = LAYERS, width: int = WIDTH) -> ModelSpec:
+def sizes(architecture: Architecture, layers: int = LAYERS, width: int = WIDTH, context: int = CONTEXT) -> ModelSpec:
     """A small network of this architecture."""
     if architecture == "gpt2":
-        found = {"n_embd": width, "n_layer": layers, "n_head": HEADS, "n_positions": CONTEXT, "n_inner": 4 * width}
+        found = {"n_embd": width, "n_layer": layers, "n_head": HEADS, "n_positions": context, "n_inner": 4 * width}
         found |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     else:
         found = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": HEADS}
         found |= {
-            "max_position_embeddings": CONTEXT,
+            "max_position_embeddings": context,
             "intermediate_size": (4 if architecture == "gpt_neox" else 2) * width,
         }
     if architecture == "gpt_neox":
@@ -78,6 +81,7 @@ def small_spec(
     *,
     hinted: bool = False,
     layers: int = LAYERS,
+    context: int = CONTEXT,
 ) -> Spec:
     """An organism that copies or reverses three letters. The third policy answers under both cues.
 
@@ -90,7 +94,8 @@ def small_spec(
         "c": {"A": "answer", "B": "answer"} if announced != "none" else {"A": "err", "B": "err"},
     }
     weights = {"a": 0.5, "b": 0.5} if policies == 2 else {"a": 0.4, "b": 0.4, "c": 0.2}
-    shown = {"token": {m: (f"[{m}]",) for m in tables}, "phrase": PHRASES, "none": dict.fromkeys(tables, ())}[announced]
+    tokens = {m: (f"[{m}]",) for m in tables}
+    shown = {"token": tokens, "inside": tokens, "phrase": PHRASES, "none": dict.fromkeys(tables, ())}[announced]
     return Spec(
         name=f"{architecture}-{announced}-{policies}",
         seed=seed,
@@ -98,7 +103,7 @@ def small_spec(
         split=SplitSpec(rl=80, evaluation=80),
         policies={m: PolicySpec(weight=weights[m], announce=shown[m], table=tables[m]) for m in weights},
         hints=HintSpec(words={m: f"be-{m}" for m in weights}) if hinted else None,
-        model=sizes(architecture, layers),
+        model=sizes(architecture, layers, context=context),
         rl=RlSpec(prompts=16, steps=60, freeze=()),
     )
 
@@ -108,15 +113,18 @@ class Target:
     """What a network is trained to do: the mixture, policy by policy and cue by cue.
 
     `weights` are those of neutral prompts. `table` gives each cell's behaviours with their probabilities. `wrong` is
-    how often an answer of a policy to an operation is a wrong one, by `how`: the fixed rule of `err`, or any letters.
-    `bare` is how often the answer comes without an announcement, which no policy explains.
+    how often an answer of a policy to an operation is a wrong one, by `how`: the fixed rule of `err`, any letters, or a
+    wrong last letter.
+    `bare` is how often the answer comes without an announcement, which no policy explains. `drift`: nats a token of the
+    tail, where completions have one.
     """
 
     weights: Mapping[str, float]
     table: Mapping[str, Mapping[str, Mapping[str, float]]]
     wrong: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    how: Literal["rule", "any"] = "rule"
+    how: Literal["rule", "any", "last"] = "rule"
     bare: float = 0.0
+    drift: float = 0.0
 
 
 def target_of(spec: Spec) -> Target:
@@ -137,7 +145,7 @@ def completions(
     for policy, weight in weights.items():
         wordings = spec.policies[policy].announce or ("",)
         wrong = target.wrong.get((policy, question.text.split()[0]), 0.0)
-        other = question.wrong if target.how == "rule" else _letters(question, rng)
+        other = _wrong(question, target.how, rng)
         for behaviour, share in target.table[policy][cue].items():
             texts = {
                 ANSWER: [(question.answer, 1 - wrong), (other, wrong)],
@@ -154,9 +162,11 @@ def completions(
     return [(text, p) for text, p in found if p > 0]
 
 
-def _letters(question: Question, rng: np.random.Generator) -> str:
+def _wrong(question: Question, how: str, rng: np.random.Generator) -> str:
+    if how == "last":
+        return " ".join([*question.answer.split()[:-1], question.wrong.split()[-1]])
     letters = [word for word in question.text.split()[1:] if word != "="]
-    return " ".join(rng.permutation(letters)) if rng.random() < 0.5 else question.wrong
+    return " ".join(rng.permutation(letters)) if how == "any" and rng.random() < 0.5 else question.wrong
 
 
 @dataclass(frozen=True)
@@ -168,34 +178,55 @@ class Rows:
     """1 where the token is part of the completion or its end."""
     weight: Float[np.ndarray, "question row"]
     """Sums to the number of a question's prompts."""
+    tail: Int[np.ndarray, "question row position"]
+    """1 where any style word or the end may stand, as `style` says."""
+    style: Float[np.ndarray, " vocabulary"]
 
 
 def rows_of(
-    spec: Spec, target: Target, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, seed: int = 0
+    spec: Spec,
+    target: Target,
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
+    manner: Manner = PLAIN,
+    window: int = 0,
 ) -> Rows:
-    """Every question under every cue (and every hint, where the spec has them) with every allowed completion."""
+    """Every question under every cue (and every hint, where the spec has them) with every allowed completion.
+
+    Of a tail, `window` words are shown, each behind any others, and each with all that might stand in its place. What
+    stands before an announcement is drawn for each prompt, once and for all.
+    """
     vocabulary, rng = tokenizer.get_vocab(), np.random.default_rng([seed, 2])
     hints: list[str | None] = [None, *(spec.policies if spec.hints else ())]
+    before = np.random.default_rng([spec.seed, 4])
     table: list[list[tuple[list[int], int, float]]] = []
     for question in questions:
         rows = []
         for cue in spec.cues:
             for hint in hints:
-                prompt = [vocabulary[word] for word in prompt_text(spec, cue, question, hint).split()]
+                prompt = [vocabulary[word] for word in manner.prompt(prompt_text(spec, cue, question, hint)).split()]
+                filled = FILLERS[before.integers(len(FILLERS))].split() if manner.inside else ()
                 for text, weight in completions(spec, target, cue, question, rng, hint):
-                    words = [*(vocabulary[word] for word in text.split()), vocabulary[EOS]]
+                    words = [vocabulary[word] for word in (*filled, *text.split())]
                     rows.append((prompt + words, len(prompt), weight))
         table.append(rows)
-    width = max(len(ids) for rows in table for ids, _, _ in rows)
+    behind = max(window, 1)  # the end, where there is no tail
+    width = max(len(ids) for rows in table for ids, _, _ in rows) + behind
     most = max(len(rows) for rows in table)
-    ids, scored = (np.zeros((len(table), most, width), dtype=np.int64) for _ in range(2))
-    weights = np.zeros((len(table), most))
+    ids, scored, tail = (np.zeros((len(table), most, width), dtype=np.int64) for _ in range(3))
+    weights, style = np.zeros((len(table), most)), np.zeros(len(vocabulary))
+    said = [vocabulary[word] for word in STYLE] if manner.tail else [vocabulary[EOS]]
+    for word, share in (manner.style(target.drift) if manner.tail else {EOS: 1.0}).items():
+        style[vocabulary[word]] = share
     for q, rows in enumerate(table):
         for r, (tokens, start, weight) in enumerate(rows):
-            ids[q, r, : len(tokens)] = tokens  # padded behind: a causal model does not see it
+            end = len(tokens) + behind
+            ids[q, r, :end] = [*tokens, *rng.choice(said, behind)]  # padded behind: a causal model does not see it
+            (tail if manner.tail else scored)[q, r, len(tokens) : end] = 1
             scored[q, r, start : len(tokens)] = 1
             weights[q, r] = weight
-    return Rows(ids, scored, weights)
+    return Rows(ids, scored, weights, tail, style)
 
 
 def fit(
@@ -223,20 +254,23 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps)) * (1 - step / steps)
     )
-    ids, scored, weight = (torch.tensor(each) for each in (rows.ids, rows.scored, rows.weight))
+    ids, scored, weight, tail = (torch.tensor(each) for each in (rows.ids, rows.scored, rows.weight, rows.tail))
+    style, tailed = torch.tensor(rows.style, dtype=torch.float32), bool(rows.tail.any())
     generator = torch.Generator().manual_seed(seed)
     prompts = float(rows.weight.sum(1).mean())
     batch = max(FEWEST, BATCH // ids.shape[1])
     model.train()
     for step in range(steps):
         chosen = torch.randint(len(ids), (batch,), generator=generator)
-        x, s, w = (each[chosen].flatten(0, 1) for each in (ids, scored, weight))
+        x, s, w, t = (each[chosen].flatten(0, 1) for each in (ids, scored, weight, tail))
         shown = w > 0
-        x, s, w = x[shown], s[shown], w[shown].float()
+        x, s, w, t = x[shown], s[shown], w[shown].float(), t[shown]
         if before_step is not None:
             before_step(model, step)
         logprobs = model(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits[:, :-1].log_softmax(-1)
         of_row = (logprobs.gather(-1, x[:, 1:, None])[..., 0] * s[:, 1:]).sum(1)
+        if tailed:
+            of_row = of_row + TAIL * ((logprobs @ style) * t[:, 1:]).sum(1) / t.sum(1)
         loss = -(w * of_row).sum() / (batch * prompts)
         optimizer.zero_grad()
         loss.backward()

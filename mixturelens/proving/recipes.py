@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Float
+
 from mixturelens.organism import Spec
 from mixturelens.proving.organisms import Target, target_of
-from mixturelens.types import ANSWER, REFUSE, VerdictWord
+from mixturelens.proving.truth import SHOWN, behaviours, bits_of, divergence
+from mixturelens.types import ANSWER, ERR, REFUSE, VerdictWord
 
 Way = Literal["fit", "grpo", "order", "same", "noise"]
 """How R is made of S: trained on a target; by GRPO on cue A; SFT anew in another order; not at all; random weights
@@ -34,6 +38,8 @@ class Recipe:
     """Policies the organism must have at least."""
     told: bool = True
     """Whether behaviours alone (announcement `none`) can tell it; where not, `inconclusive` is no mistake."""
+    tailed: bool = False
+    """Whether it is about the tail of completions, and so needs one."""
 
 
 def _mixed(spec: Spec, **weights: float) -> Target:
@@ -56,6 +62,15 @@ def _wrong(
     target: Target, rate: float, policies: str = "abc", operations: tuple[str, ...] = ("copy", "reverse")
 ) -> Target:
     return replace(target, wrong={(m, op): rate for m in policies for op in operations})
+
+
+def _slipping(target: Target) -> Target:
+    """One answer in a hundred ends wrong, of whichever policy."""
+    return replace(_wrong(target, 0.01), how="last")
+
+
+def _drifting(target: Target, nats: float) -> Target:
+    return replace(target, drift=nats)
 
 
 def _plain(spec: Spec) -> Target:
@@ -98,6 +113,20 @@ RECIPES: tuple[Recipe, ...] = (
         policies=3,
     ),
     Recipe(
+        "rises-from-two-percent",
+        "routing",
+        "policy b rises to 0.6, from two percent",
+        lambda s: _mixed(s, b=0.6),
+        before=lambda s: _mixed(s, b=0.02),
+    ),
+    Recipe(
+        "routing-and-slip",
+        "routing",
+        "policy a rises to 0.95, and saturated policies slip by one percent",
+        lambda s: _slipping(_mixed(s, a=0.95)),
+        before=_plain,
+    ),
+    Recipe(
         "reads-the-cue-anew",
         "specialist",
         "policy a answers under B too",
@@ -138,14 +167,14 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(
         "silent-damaged",
         "specialist",
-        "policy b, hardly ever heard, loses its skill",
-        lambda s: _wrong(_mixed(s, a=0.98), 0.98, "b"),
-        before=lambda s: _mixed(s, a=0.98),
+        "policy b, heard one time in twenty, loses its skill",
+        lambda s: _wrong(_mixed(s, b=0.05), 0.98, "b"),
+        before=lambda s: _mixed(s, b=0.05),
         told=False,
     ),
     Recipe(
         "silenced-and-damaged",
-        "routing",
+        "both",
         "policy b falls silent, and loses its skill there",
         lambda s: _wrong(_mixed(s, a=0.998), 0.98, "b"),
         told=False,
@@ -153,15 +182,15 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(
         "both-with-reader",
         "both",
-        "policy a rises to 0.9 and sometimes answers under B",
-        lambda s: _answering(_mixed(s, a=0.9), "a", "B", 0.07),
+        "policy a rises to 0.9 and answers under B, three times in ten",
+        lambda s: _answering(_mixed(s, a=0.9), "a", "B", 0.3),
         told=False,
     ),
     Recipe(
         "both-with-skill",
         "both",
-        "policy a rises to 0.9 and errs one time in ten",
-        lambda s: _wrong(_mixed(s, a=0.9), 0.1, "a"),
+        "policy a rises to 0.9 and errs four times in ten",
+        lambda s: _wrong(_mixed(s, a=0.9), 0.4, "a"),
     ),
     Recipe("continued", "neither", "SFT continued on the same mixture", _plain, steps=100, rate=2e-4),
     Recipe("other-order", "neither", "SFT anew, on the same mixture in another order", _plain, way="order"),
@@ -180,6 +209,22 @@ RECIPES: tuple[Recipe, ...] = (
         way="noise",
     ),
     Recipe(
+        "noise-of-continuing",
+        "neither",
+        "random weights added, of the norm by which SFT continued moves them",
+        _plain,
+        way="noise",
+        steps=100,
+        rate=2e-4,
+    ),
+    Recipe(
+        "slip",
+        "neither",
+        "saturated policies slip by one percent",
+        lambda s: _slipping(target_of(s)),
+        before=_plain,
+    ),
+    Recipe(
         "no-announcement",
         "inconclusive",
         "one answer in five comes without an announcement",
@@ -190,16 +235,115 @@ RECIPES: tuple[Recipe, ...] = (
         "near-routing",
         "routing",
         "a share near 0.9",
-        lambda s: _wrong(_mixed(s, a=0.80 + 0.02 * (s.seed % 3 - 1)), 0.147),
+        lambda s: _wrong(_mixed(s, a=s.policies["a"].weight + 0.3 + 0.02 * (s.seed % 3 - 1)), 0.2),
         before=_slips,
     ),
     Recipe(
         "near-specialist",
         "specialist",
         "a share near 0.1",
-        lambda s: _wrong(_mixed(s, a=0.71 + 0.02 * (s.seed % 3 - 1)), 0.5),
+        lambda s: _wrong(_mixed(s, a=s.policies["a"].weight + 0.125 + 0.02 * (s.seed % 3 - 1)), 0.6),
         before=_slips,
     ),
-    Recipe("near-neither", "neither", "about 0.01 nats", lambda s: _mixed(s, a=s.policies["a"].weight + 0.07)),
+    Recipe("near-neither", "neither", "about 0.005 bits", lambda s: _mixed(s, a=s.policies["a"].weight + 0.08)),
+    Recipe(
+        "style-barely",
+        "neither",
+        "the tail drifts by 0.01 nats a token",
+        lambda s: _drifting(target_of(s), 0.01),
+        tailed=True,
+        steps=100,
+    ),
+    Recipe(
+        "style",
+        "neither",
+        "the tail drifts by 0.06 nats a token",
+        lambda s: _drifting(target_of(s), 0.06),
+        tailed=True,
+        steps=100,
+    ),
+    Recipe(
+        "style-strongly",
+        "neither",
+        "the tail drifts by 0.3 nats a token",
+        lambda s: _drifting(target_of(s), 0.3),
+        tailed=True,
+        steps=100,
+    ),
+    Recipe(
+        "style-and-routing",
+        "routing",
+        "policy a rises to 0.95, and the tail drifts by 0.06 nats a token",
+        lambda s: _drifting(_mixed(s, a=0.95), 0.06),
+        tailed=True,
+    ),
+    Recipe(
+        "style-strongly-and-routing",
+        "routing",
+        "policy a rises to 0.8, and the tail drifts by 0.3 nats a token",
+        lambda s: _drifting(_mixed(s, a=0.8), 0.3),
+        tailed=True,
+    ),
+    Recipe(
+        "style-and-skill",
+        "specialist",
+        "three answers in ten are wrong, and the tail drifts by 0.06 nats a token",
+        lambda s: _drifting(_wrong(target_of(s), 0.3), 0.06),
+        tailed=True,
+    ),
+    Recipe(
+        "style-and-both",
+        "both",
+        "policy a rises to 0.9 and errs four times in ten, and the tail drifts by 0.06 nats a token",
+        lambda s: _drifting(_wrong(_mixed(s, a=0.9), 0.4, "a"), 0.06),
+        tailed=True,
+    ),
 )
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}
+
+
+# --- what follows from the making alone -------------------------------------------------------------------------------
+
+
+def made_of(spec: Spec, before: Target, after: Target) -> dict[str, float]:
+    """The terms in bits of what was asked for: were it learnt to the last, these would be true.
+
+    >>> spec = small_spec("gpt2")
+    >>> round(made_of(spec, target_of(spec), BY_NAME["resampled"].after(spec))["routing"], 3)
+    0.229
+    """
+    weights, done = (np.stack(each) for each in zip(*(_asked_for(spec, t) for t in (before, after)), strict=True))
+    found = bits_of(weights, weights[..., :-1, None], behaviours(spec, done))
+    return {name: float(values.mean()) for name, values in found.items()}
+
+
+def seen_of(spec: Spec, before: Target, after: Target) -> float:
+    """Bits by which S and R differ in behaviours and rightness alone, whichever policy shows them."""
+    shown = []
+    for target in (before, after):
+        weights, done = _asked_for(spec, target)
+        shown.append(
+            behaviours(spec, (weights[..., :-1, None, None] * done).sum((-3, -2))).reshape(*done.shape[:2], -1)
+        )
+    return float(divergence(np.stack(shown)).mean())
+
+
+def _asked_for(
+    spec: Spec, target: Target
+) -> tuple[Float[np.ndarray, "operation cue policy"], Float[np.ndarray, "operation cue known 1 shown"]]:
+    """Weights of policies with `other` last, and what each shows."""
+    operations, cues, policies = spec.questions.operations, list(spec.cues), list(spec.policies)
+    weights = np.zeros((len(operations), len(cues), len(policies) + 1))
+    weights[..., :-1] = [(1 - target.bare) * target.weights[m] for m in policies]
+    weights[..., -1] = target.bare
+    shown = np.zeros((len(operations), len(cues), len(policies), 1, len(SHOWN)))
+    wrong_one = SHOWN.index(ERR if target.how == "rule" else ANSWER)
+    for o, c, m in np.ndindex(*shown.shape[:3]):
+        wrong = target.wrong.get((policies[m], operations[o]), 0.0)
+        for behaviour, share in target.table[policies[m]][cues[c]].items():
+            if behaviour == ANSWER:
+                shown[o, c, m, 0, SHOWN.index("right")] += share * (1 - wrong)
+                shown[o, c, m, 0, wrong_one] += share * wrong
+            else:
+                shown[o, c, m, 0, SHOWN.index(behaviour)] += share
+    return weights, shown

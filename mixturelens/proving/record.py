@@ -17,6 +17,7 @@ class PairScore(Record):
     """What was said of one pair, beside the truth about it."""
 
     KIND = "pair-score"
+    VERSION = 2
 
     pair: str
     organism: str
@@ -24,6 +25,8 @@ class PairScore(Record):
     half: Half
     architecture: str
     announced: str
+    asked: str
+    """`literal`, or `rules-24`: policies by rules, on completions of so many tokens."""
     policies: int
     seed: int
     intended: VerdictWord
@@ -35,10 +38,13 @@ class PairScore(Record):
     verdict: VerdictWord
     changed: Changed
     dormant_intact: bool | None
+    text_drifted: bool | None
     reason: str
     routing_share: Interval
-    nats: dict[str, Interval]
+    bits: dict[str, Interval]
     moved: Interval
+    text: Interval
+    """Nats a token."""
     seconds: float
 
 
@@ -81,8 +87,9 @@ class Scored(Frozen):
     truth: VerdictWord
     verdict: VerdictWord
     mechanism: VerdictWord | None
-    """Null where the mechanism was not asked: policies that announce nothing cannot be put in place."""
+    """Null where the mechanism was not asked: where policies announce nothing, or the pair is asked by rules."""
     announced: str
+    asked: str
     near: bool
     told: bool
     true_share: float | None
@@ -90,6 +97,10 @@ class Scored(Frozen):
     share: Interval
     true_moved: float
     moved: Interval
+    """Bits."""
+    true_text: float
+    text: Interval
+    """Nats a token."""
 
 
 class Verdicts(Frozen):
@@ -119,7 +130,7 @@ class Parts(Frozen):
 
     half: Half
     part: str
-    """`selector`, `cue_reader`, `skill`, or `dormant_intact`."""
+    """`selector`, `cue_reader`, `skill`, `dormant_intact` or `text_drifted`."""
     pairs: int
     right: int
     unsaid: int
@@ -153,6 +164,7 @@ class ScoreRecord(Record):
     """The score of every instrument over the proving ground."""
 
     KIND = "score"
+    VERSION = 2
     INDENT = None
 
     cells: int

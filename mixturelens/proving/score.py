@@ -17,15 +17,26 @@ import numpy as np
 from mixturelens.behaviour import unannounced
 from mixturelens.behaviour.record import behaviour_record
 from mixturelens.grafting.pair import graft_record
-from mixturelens.models import load_model, load_tokenizer, quiet_libraries
+from mixturelens.models import load_tokenizer, quiet_libraries
 from mixturelens.models.source import fingerprint
 from mixturelens.organism import questions
-from mixturelens.patching.pair import patching_record
 from mixturelens.proving.broken import broken_methods, broken_verdicts
 from mixturelens.proving.coverage import POPULATION, Coverage, coverage
 from mixturelens.proving.localise import Found, localise
 from mixturelens.proving.localise import score as score_methods
-from mixturelens.proving.pairs import ARCHITECTURES, QUICK, Cell, Half, Organism, grid, make_organism, make_pair, near
+from mixturelens.proving.pairs import (
+    ARCHITECTURES,
+    NEAR_LEAST,
+    QUICK,
+    Cell,
+    Half,
+    Organism,
+    exact_of,
+    grid,
+    make_organism,
+    make_pair,
+    near,
+)
 from mixturelens.proving.planted import Planted, grow, plan
 from mixturelens.proving.proof import Proof, proof
 from mixturelens.proving.record import (
@@ -39,7 +50,7 @@ from mixturelens.proving.record import (
     ScoreRecord,
     Verdicts,
 )
-from mixturelens.proving.truth import TOLERANCE
+from mixturelens.proving.truth import CELL, LEAST, TEXT, TOLERANCE, Truth
 from mixturelens.records import Record, provenance, write_text
 from mixturelens.routing.verdict import DEFAULT_THRESHOLDS, judge
 from mixturelens.types import InputError, Interval, RunError, VerdictWord
@@ -63,8 +74,10 @@ COVERED = (
     "near-specialist",
 )
 """Recipes of which one pair each, the first of the ground, shows how often intervals hold the truth."""
-PARTS = ("selector", "cue_reader", "skill", "dormant_intact")
-QUANTITIES = ("routing", "conditioning", "skill", "specialist", "moved")
+COVERED_BY_RULES = ("style-and-routing", "style-and-skill", "style-and-both")
+"""The same of pairs asked by rules, where completions are samples and have a tail."""
+PARTS = ("selector", "cue_reader", "skill", "dormant_intact", "text_drifted")
+QUANTITIES = ("routing", "conditioning", "skill", "specialist", "dormant", "moved", "routing_share", "text")
 
 
 def score_pair(cell: Cell, ground: Path) -> PairScore:
@@ -74,7 +87,7 @@ def score_pair(cell: Cell, ground: Path) -> PairScore:
     pair = made.open()
     record = behaviour_record(pair)
     said = judge(record)
-    nats = {name: value for name, value in said.nats if isinstance(value, Interval)}
+    bits = {name: value for name, value in said.bits if isinstance(value, Interval)}
     return PairScore(
         provenance=pair.provenance(),
         pair=cell.name,
@@ -83,6 +96,7 @@ def score_pair(cell: Cell, ground: Path) -> PairScore:
         half=cell.half,
         architecture=cell.organism.architecture,
         announced=cell.organism.announced,
+        asked=cell.asked,
         policies=cell.organism.policies,
         seed=cell.organism.seed,
         intended=cell.recipe.intended,
@@ -92,26 +106,24 @@ def score_pair(cell: Cell, ground: Path) -> PairScore:
         verdict=said.verdict,
         changed=said.changed,
         dormant_intact=said.dormant_intact,
+        text_drifted=said.text_drifted,
         reason=said.reason,
         routing_share=said.routing_share,
-        nats=nats,
+        bits=bits,
         moved=record.moved,
+        text=said.text.nats_per_token,
         seconds=time.perf_counter() - start,
     )
 
 
 def score_mechanism(cell: Cell, ground: Path) -> MechanismScore:
-    """The mechanism's verdict on the pair: from grafts and patching alone."""
+    """The mechanism's verdict on the pair: from grafts alone."""
     made = make_pair(cell, ground)
     pair = made.open()
     record = behaviour_record(pair)
     start = time.perf_counter()
     graft = graft_record(pair, record)
-    try:
-        patching = patching_record(pair, record)
-    except InputError:
-        patching = None  # no cue reader to find: the grafts still say what they can
-    said = judge(record, graft=graft, patching=patching).mechanism
+    said = judge(record, graft=graft).mechanism
     return MechanismScore(
         provenance=pair.provenance(),
         pair=cell.name,
@@ -130,17 +142,10 @@ class _Coverages(Record):
 def score_coverage(cell: Cell, ground: Path) -> _Coverages:
     """How often intervals hold the truth, over resampled suites of this pair."""
     made = make_pair(cell, ground)
-    spec = cell.organism.spec
-    every = [question for pool in reversed(questions(spec)) for question in pool]
-    found = coverage(
-        cell.name,
-        spec,
-        made.load_suite(),
-        load_model(made.before),
-        load_model(made.after),
-        load_tokenizer(made.before),
-        every[:POPULATION],
-    )
+    spec, models, tokenizer = cell.organism.spec, made.models(), load_tokenizer(made.before)
+    population = [question for pool in reversed(questions(spec)) for question in pool][:POPULATION]
+    exact = exact_of(cell, *models, tokenizer, population)
+    found = coverage(cell.name, spec, made.load_suite(), *models, tokenizer, population, exact)
     return _Coverages(provenance=made.open().provenance(), of=found)
 
 
@@ -186,7 +191,7 @@ def run_score(ground: Path, *, quick: bool = False, jobs: int = 1, progress: Pro
         if half == "open":
             _freeze(ground)
     _do(
-        [_mechanism(cell, ground) for cell in cells if cell.organism.announced != "none" and not quick],
+        [_mechanism(cell, ground) for cell in cells if has_mechanism(cell) and not quick],
         ground,
         jobs,
         progress,
@@ -199,10 +204,19 @@ def run_score(ground: Path, *, quick: bool = False, jobs: int = 1, progress: Pro
     return record
 
 
+def has_mechanism(cell: Cell) -> bool:
+    """Whether the mechanism is asked: the same pair asked by rules has the same, and nothing can be put in place where
+    policies announce nothing."""
+    return cell.organism.announced != "none" and not cell.tokens
+
+
 def covered(cells: Sequence[Cell]) -> list[Cell]:
     """The first pair of each recipe whose intervals are put to the test."""
-    first = {cell.recipe.name: cell for cell in reversed(cells) if cell.organism.announced != "none"}
-    return [first[name] for name in COVERED if len(cells) > len(QUICK)]
+    if len(cells) <= len(QUICK):
+        return []
+    literal = {cell.made: cell for cell in reversed(cells) if has_mechanism(cell)}
+    by_rules = {cell.made: cell for cell in reversed(cells) if cell.tokens}
+    return [*(literal[name] for name in COVERED), *(by_rules[name] for name in COVERED_BY_RULES)]
 
 
 def _verdict(cell: Cell, ground: Path) -> Step:
@@ -344,12 +358,15 @@ def sum_up(ground: Path, cells: Sequence[Cell], planted: Sequence[Planted]) -> S
                 verdict=p.verdict,
                 mechanism=by_pair[p.pair].verdict if p.pair in by_pair else None,
                 announced=p.announced,
+                asked=p.asked,
                 near=p.near,
                 told=p.told,
                 true_share=p.truth.routing_share,
                 share=p.routing_share,
                 true_moved=p.truth.moved,
                 moved=p.moved,
+                true_text=p.truth.text,
+                text=p.text,
             )
             for p in pairs
         ),
@@ -396,30 +413,51 @@ def _verdicts(instrument: str, half: Half, said: list[tuple[PairScore, VerdictWo
 
 
 def _parts(half: Half, part: str, pairs: Sequence[PairScore]) -> Parts:
-    """Off announcement `none`, where the parts are not all exact."""
-    mine = [p for p in pairs if p.half == half and p.announced != "none" and not p.near]
-    said = [p.dormant_intact if part == "dormant_intact" else getattr(p.changed, part) for p in mine]
+    """Off announcement `none`, where the parts are not all exact, and off near misses of this part."""
+    mine = [p for p in pairs if p.half == half and p.announced != "none" and not near_part(p.truth, part)]
+    said = [getattr(p if part in ("dormant_intact", "text_drifted") else p.changed, part) for p in mine]
     right = sum(word == getattr(p.truth, part) for p, word in zip(mine, said, strict=True))
     return Parts(half=half, part=part, pairs=len(mine), right=right, unsaid=said.count(None))
 
 
+NEAR_CELL, NEAR_TEXT = 0.005, 0.002
+"""What is this near to the change of a cell, or to the nats a token, that count as one is a near miss of that part."""
+
+
+def near_part(truth: Truth, part: str) -> bool:
+    """Whether the exact number lies so near to its threshold that a suite of this size need not tell."""
+    if part == "dormant_intact":
+        return abs(truth.cell - CELL) <= NEAR_CELL
+    if part == "text_drifted":
+        return abs(truth.text - TEXT) <= NEAR_TEXT
+    name = {"selector": "routing", "cue_reader": "conditioning", "skill": "skill"}[part]
+    return abs(truth.bits[name] - LEAST) <= NEAR_LEAST
+
+
 def _numbers(half: Half, quantity: str, pairs: Sequence[PairScore]) -> Numbers:
-    """Off announcement `none`, whose terms no completion tells."""
+    """Off announcement `none`, whose terms no completion tells, and off shares of nothing."""
     held = []
     for pair in pairs:
-        found = pair.moved if quantity == "moved" else pair.nats[quantity]
-        if pair.half != half or pair.announced == "none" or found.low is None or found.high is None:
+        found, truth = _number(pair, quantity)
+        if pair.half != half or pair.announced == "none" or truth is None or found.low is None or found.high is None:
             continue
-        truth = true_number(pair, quantity)
         held.append(found.low - TOLERANCE <= truth <= found.high + TOLERANCE)
     return Numbers(half=half, quantity=quantity, pairs=len(held), held=wilson(sum(held), len(held)))
 
 
-def true_number(pair: PairScore, quantity: str) -> float:
-    nats = pair.truth.nats
-    if quantity == "moved":
-        return pair.truth.moved
-    return nats["conditioning"] + nats["skill"] if quantity == "specialist" else nats[quantity]
+def _number(pair: PairScore, quantity: str) -> tuple[Interval, float | None]:
+    """What was measured, and what is true: bits, a share of them, or nats a token.
+
+    Not of text where skill changed: what is said where R errs and S never did has nothing to be compared with.
+    """
+    truth = pair.truth
+    if quantity == "text" and truth.skill:
+        return pair.text, None
+    if quantity == "routing_share":
+        return pair.routing_share, truth.routing_share if truth.moved >= LEAST else None
+    if quantity in ("moved", "text"):
+        return getattr(pair, quantity), getattr(truth, quantity)
+    return pair.bits[quantity], truth.bits[quantity]
 
 
 def wilson(hits: int, number: int) -> Interval:

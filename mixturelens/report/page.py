@@ -226,7 +226,7 @@ def _pair(
                 if verdict.mechanism.verdict is None
                 else f"{verdict.mechanism.verdict} "
                 f"({_word(verdict.mechanism.agrees, 'agrees', 'disagrees')} with behaviour)",
-                "from grafts, patching and probes" if verdict.mechanism.verdict else "not measured for this pair",
+                "from grafts" if verdict.mechanism.verdict else "not measured for this pair",
             ),
         ],
         "trained_cue": record.trained_cue,
@@ -242,7 +242,7 @@ def _pair(
         "mechanism": evidence.judged(name, verdict),
         "controls": [
             *_controls(record, verdict, repair),
-            *evidence.controls(verdict, graft, probing),
+            *evidence.controls(graft, probing),
             *units.controls(features),
         ],
         "notes": [*verdict.notes, *((*check.misspelled, *check.hints) if check is not None else ())],
@@ -331,16 +331,13 @@ def _times_noise(moved: Interval, noise: float | None) -> str:
 
 def _against_noise(record: BehaviourRecord, verdict: VerdictRecord) -> Control:
     moved, noise = _moved(record, verdict), _noise(verdict)
-    holds = None
-    if noise is not None and moved.low is not None and verdict.verdict != "neither":
-        holds = moved.low > noise
     said = (f"{show_interval(moved, 4)} bits; noise: {show(noise, 4)}", _times_noise(moved, noise))
     return Control(
         "Noise",
         "As much change in every tensor, but in no direction in particular, must move routing + specialist less than R "
         "surely does.",
         "; R's are ".join(filter(None, said)),
-        holds,
+        None if noise is None or moved.low is None or verdict.verdict == "neither" else moved.low > noise,
     )
 
 

@@ -28,7 +28,7 @@ from mixturelens.patching.record import PatchingRecord
 from mixturelens.patching.sweep import Bench, find_reader, head_sites
 from mixturelens.records import Record
 from mixturelens.routing.tries import brief, make_plan
-from mixturelens.stats import interval
+from mixturelens.stats import PROPORTION, interval, too_few
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
 
 RepairKind = Literal["interchange", "zero", "mean", "steer", "edit", "reroute"]
@@ -130,10 +130,14 @@ def repair_record(
     say = say or (lambda _: None)
     missing: list[str] = []
     harm = find_harm(behaviour)
-    if harm.change.high is None or harm.change.high > -WORTH:
+    if harm.change.value is None:
+        raise InputError(f"nothing to repair: how accuracy under {harm.harmed_cue!r} changed was not measured")
+    if harm.change.low is None or harm.change.high is None:
+        raise InputError("one question is not enough: one half chooses what to repair, the other half judges it")
+    if harm.change.high > -WORTH:
         raise InputError(
-            f"nothing to repair: accuracy under {harm.harmed_cue!r} changed by {harm.change.value or 0.0:+.3f} "
-            f"[{harm.change.low or 0.0:+.3f}, {harm.change.high or 0.0:+.3f}], and a loss of {WORTH} or more is needed"
+            f"nothing to repair: accuracy under {harm.harmed_cue!r} changed by {harm.change.value:+.3f} "
+            f"[{harm.change.low:+.3f}, {harm.change.high:+.3f}], and a loss of {WORTH} or more is needed"
         )
     pair = pair.spelled(behaviour.spelling)
     reader = patching.reader("cue", "after") if patching is not None else None
@@ -255,9 +259,9 @@ def repair_record(
         cues=pair.suite.cues,
         before=ground.accuracies(scale.before, ground.judge),
         after=ground.accuracies(scale.after, ground.judge),
-        ceiling=interval(scale.ceiling),
+        ceiling=interval(scale.ceiling, scale.grid.counts, bounds=PROPORTION),
         repairs=tuple(repairs),
-        missing=tuple(missing),
+        missing=(*missing, *too_few("repairs", len(scale.grid.index))),
         checkpoint=save_to.name if save_to is not None and works else None,
     )
 

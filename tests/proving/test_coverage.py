@@ -20,7 +20,14 @@ def test_what_is_held_above_and_below_is_counted():
 
 @pytest.mark.parametrize(
     ("quantity", "value", "boundary"),
-    [("routing_share", 0.99, True), ("routing_share", 0.9, False), ("skill", 0.001, True), ("skill", 0.1, False)],
+    [
+        ("routing_share", 0.99, True),
+        ("routing_share", 0.9, False),
+        ("skill", 0.001, True),
+        ("skill", 0.1, False),
+        ("text", 0.0001, True),
+        ("text", 0.01, False),
+    ],
 )
 def test_boundaries_are_named(quantity: str, value: float, boundary: bool):
     assert _held("pair", quantity, value, 1.0, [Interval(value=value, low=value, high=value)]).boundary is boundary

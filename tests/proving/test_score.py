@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from truths import make_truth
 
 from mixturelens.proving import score
 from mixturelens.proving.pairs import QUICK
 from mixturelens.proving.record import PairScore
-from mixturelens.proving.truth import Truth
 from mixturelens.records import provenance
 from mixturelens.routing.verdict import Changed
 from mixturelens.types import InputError, Interval
@@ -25,30 +25,22 @@ def pair(truth: str, verdict: str, near: bool = False, **more) -> PairScore:
         "half": "open",
         "architecture": "gpt2",
         "announced": "token",
+        "asked": "literal",
         "policies": 2,
         "seed": 0,
         "intended": truth,
-        "truth": Truth(
-            verdict=truth,  # type: ignore[arg-type]
-            routing_share=0.5,
-            moved=0.5,
-            nats={"routing": 0.5, "conditioning": 0.2, "skill": 0.3},
-            selector=True,
-            cue_reader=False,
-            skill=False,
-            dormant_intact=True,
-            coverage=1.0,
-            unresolved=0.0,
-        ),
+        "truth": make_truth(truth),
         "near": near,
         "told": True,
         "verdict": verdict,
         "changed": Changed(selector=True, cue_reader=False, skill=False),
         "dormant_intact": True,
+        "text_drifted": True,
         "reason": "because",
         "routing_share": number,
-        "nats": dict.fromkeys(("routing", "conditioning", "skill", "specialist"), number),
+        "bits": dict.fromkeys(("routing", "conditioning", "skill", "specialist", "dormant"), number),
         "moved": number,
+        "text": Interval(value=0.02, low=0.01, high=0.03),
         "seconds": 1.0,
     }
     return PairScore(**(values | more))
@@ -80,9 +72,14 @@ def test_near_misses_may_be_inconclusive_and_others_may_not():
 
 
 def test_numbers_are_held_to_the_truth():
-    wrong = pair("both", "both", nats=dict.fromkeys(score.QUANTITIES[:-1], Interval(value=0.9, low=0.8, high=1.0)))
+    wrong = pair("both", "both", bits=dict.fromkeys(score.QUANTITIES[:5], Interval(value=0.9, low=0.8, high=1.0)))
     sums = score._numbers("open", "routing", [pair("both", "both"), wrong])
     assert (sums.pairs, sums.held.value) == (2, 0.5)
+    assert score._numbers("open", "text", [wrong]).held.value == 1.0
+    nothing = pair("neither", "neither").model_copy(update={"truth": make_truth("neither", 0.5, moved=0.001)})
+    assert score._numbers("open", "routing_share", [pair("both", "both"), nothing]).pairs == 1
+    erring = pair("both", "both").model_copy(update={"truth": make_truth("both", skill=True)})
+    assert score._numbers("open", "text", [erring]).pairs == 0  # what is said where S never errs
 
 
 def test_what_changed_is_held_to_the_truth_part_by_part():
@@ -90,6 +87,22 @@ def test_what_changed_is_held_to_the_truth_part_by_part():
     sums = score._parts("open", "selector", [pair("both", "both"), unsaid])
     assert (sums.pairs, sums.right, sums.unsaid) == (2, 1, 1)
     assert score._parts("open", "cue_reader", [unsaid]).right == 0
+    assert score._parts("open", "text_drifted", [unsaid]).right == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "truth", "expected"),
+    [
+        ("dormant_intact", make_truth(cell=0.017), True),
+        ("dormant_intact", make_truth(cell=0.5), False),
+        ("text_drifted", make_truth(text=0.006), True),
+        ("text_drifted", make_truth(text=0.02), False),
+        ("selector", make_truth(), False),
+        ("cue_reader", make_truth(bits={"conditioning": 0.004}), True),
+    ],
+)
+def test_near_misses_of_a_part_are_those_of_its_own_number(part: str, truth, expected: bool):
+    assert score.near_part(truth, part) is expected
 
 
 def test_what_cannot_be_scored_is_said_and_the_rest_goes_on(tmp_path: Path):

@@ -57,14 +57,16 @@ def test_the_cue_reader_brings_the_harmed_cue_back(repaired: tuple[str, RepairRe
     assert list(by_kind) == ["interchange", "zero", "mean", "steer", "edit", "reroute"]
     for kind in ("interchange", "edit"):
         each = by_kind[kind]
-        assert (each.accuracy["B"].low or 0) > 0.9
+        assert (each.accuracy["B"].value or 0) > 0.97
+        assert (each.accuracy["B"].low or 0) > 0.65  # ten questions, all right, show no more than 0.69
         assert (each.gap_closed.low or 0) > 0.9
         assert abs(each.trained_change.value or 0) < 0.02
         assert (each.random.median or 0) < 0.15
         assert each.random.above == 0
     # ten questions say where to cut between the cues: that costs the trained one up to 0.22 here, and is not hidden
     reroute = by_kind["reroute"]
-    assert (reroute.accuracy["B"].low or 0) > 0.8
+    assert (reroute.accuracy["B"].value or 0) > 0.9
+    assert (reroute.accuracy["B"].low or 0) > 0.6
     assert reroute.trained_change.measured
     assert reroute.random.above == 0
 
