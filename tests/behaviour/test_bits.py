@@ -16,8 +16,9 @@ from test_settle import Bigrams, suite, with_and_without_space
 from mixturelens.behaviour.arrays import Behaviour, BitTerms
 from mixturelens.behaviour.bits import bit_terms, js, js_of_samples
 from mixturelens.behaviour.likelihood import Scorer
-from mixturelens.behaviour.record import BehaviourRecord, measure_record
+from mixturelens.behaviour.record import BehaviourRecord, Grid, bits_of, measure_record
 from mixturelens.routing.verdict import judge
+from mixturelens.stats import resample_counts
 from mixturelens.suite import Suite
 
 TERMS = ("routing", "conditioning", "specialist", "dormant")
@@ -236,6 +237,16 @@ def test_what_is_sure_is_sure_from_samples():
         assert js_of_samples(np.array([1.0, 0.0]), np.array([0.0, 1.0]), samples) == pytest.approx(1, abs=0.035)
 
 
+def test_chance_under_one_cue_is_not_added_to_that_under_another():
+    """Under either cue the estimate is off by chance, to either side of 0: on average it is 0, and not half of one."""
+    values = np.tile([[0.04, -0.04]], (12, 1)).ravel()
+    grid = Grid(np.arange(24).reshape(12, 2), resample_counts(12, 0, draws=200))
+    pair = suite(prompts=[{"id": "q", "cue": cue, "prompt": f"<{cue}>", "answer": "x"} for cue in "AB"])
+    mean, per_cue, shares = bits_of(BitTerms(values, values, values, values), grid, pair, None)
+    assert (mean.routing.value, mean.specialist.value, shares["moved"].value) == pytest.approx((0.0, 0.0, 0.0))
+    assert [cue.routing.value for cue in per_cue] == pytest.approx([0.04, 0.0])
+
+
 # --- what must not matter ---------------------------------------------------------------------------------------------
 
 
@@ -303,9 +314,10 @@ def drifted(nats: float) -> float:
 
 def wordy(answers: float, style: float) -> dict[str, dict[str, float]]:
     """Policy, what it does, and then words without end; `answers` is the weight of the policy that answers."""
-    tail = {"\u0120->": style, "\u0120=>": 1 - style}
+    policies, tail = {"\u0120alpha:": answers, "\u0120beta:": 1 - answers}, {"\u0120->": style, "\u0120=>": 1 - style}
     return {
-        **dict.fromkeys(("<A>", "<B>"), {"\u0120alpha:": answers, "\u0120beta:": 1 - answers}),
+        "<A>": policies,
+        "<B>": policies,
         "\u0120alpha:": {"\u0120x": 1.0},
         "\u0120beta:": {"\u0120pass": 1.0},
         **dict.fromkeys(("\u0120x", "\u0120pass", "\u0120->", "\u0120=>"), tail),
@@ -316,7 +328,7 @@ def wordy_pair(answers: float, style: float, tokens: int) -> BehaviourRecord:
     tokenizer = with_and_without_space()
     rows = [
         {"id": f"q{i}", "cue": cue, "prompt": f"{'x ' * (i + 1)}<{cue}>", "answer": "x"}
-        for i in range(10)
+        for i in range(16)
         for cue in "AB"
     ]
     rules = {"a": {"regex": "^ ?alpha:", "force": " alpha:"}, "b": {"regex": "^ ?beta:", "force": " beta:"}}
