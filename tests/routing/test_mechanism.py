@@ -141,8 +141,9 @@ def test_a_specialist_that_changed_may_have_changed_more() -> None:
 def test_bits_are_so_many_times_those_of_noise() -> None:
     found = judge_mechanism(graft(0.25, null=Null(chosen=0.005, done=0.001)))
     assert "choice of policy by 0.250 [0.247, 0.253] bits (50 times noise of the same size)" in found.reason
-    assert "what policies do by 0.000 [0.000, 0.000] bits (0 times noise" in found.reason
-    assert "bits;" in judge_mechanism(graft(0.25, null=Null(chosen=0.0, done=None))).reason
+    assert "what policies do by 0.000 [0.000, 0.000] bits;" in found.reason  # nothing is no number of times
+    assert "bits, and" in judge_mechanism(graft(0.25, null=Null(chosen=0.0, done=None))).reason
+    assert "(1.2 times noise" in judge_mechanism(graft(0.25, null=Null(chosen=0.2, done=0.0))).reason
     # noise that moves more does not make a change none
     assert judge_mechanism(graft(0.25, null=Null(chosen=0.4, done=0.4))).verdict == "routing"
 
