@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -422,20 +422,12 @@ def bits_of(
         skill = specialist - conditioning
         routing, conditioning = explained.bits
         specialist, dormant = conditioning + skill, np.full_like(skill, np.nan)
-    # estimates from samples may lie a little outside of what there can be
-    routing, specialist, dormant = (values.clip(0.0, 1.0) for values in (routing, specialist, dormant))
-    conditioning = conditioning.clip(0.0, specialist)
-    if not suite.behaviour_names:
-        # without behaviours the specialist's change cannot be told apart, only measured
-        conditioning = np.full_like(specialist, np.nan)
-    terms = {
-        "routing": routing,
-        "specialist": specialist,
-        "conditioning": conditioning,
-        "skill": specialist - conditioning,
-        "dormant": dormant,
-    }
-    means = {name: values.mean(-1) for name, values in terms.items()}
+    drawn = {"routing": routing, "specialist": specialist, "conditioning": conditioning, "dormant": dormant}
+    # averaged first and bounded then: what chance puts under one cue it takes from another
+    terms, means = (
+        _bounded(each, bool(suite.behaviour_names))
+        for each in (drawn, {name: values.mean(-1) for name, values in drawn.items()})
+    )
     routing, specialist, conditioning = means["routing"], means["specialist"], means["conditioning"]
     shares = {
         "moved": interval(routing + specialist, grid.counts),
@@ -449,6 +441,22 @@ def bits_of(
         for c in range(grid.index.shape[1])
     ]
     return Bits(**{name: interval(values, grid.counts) for name, values in means.items()}), per_cue, shares
+
+
+def _bounded(found: Mapping[str, np.ndarray], told: bool) -> dict[str, np.ndarray]:
+    """All terms, within what there can be, from which estimates from samples may lie a little away.
+
+    Not `told` which behaviour is which: the specialist's term can only be measured, not told apart.
+    """
+    routing, specialist, dormant = (found[name].clip(0.0, 1.0) for name in ("routing", "specialist", "dormant"))
+    conditioning = found["conditioning"].clip(0.0, specialist) if told else np.full_like(specialist, np.nan)
+    return {
+        "routing": routing,
+        "specialist": specialist,
+        "conditioning": conditioning,
+        "skill": specialist - conditioning,
+        "dormant": dormant,
+    }
 
 
 def nats_of(change: Change, grid: Grid, suite: Suite, explained: Explained | None) -> tuple[Nats, list[Nats], Text]:

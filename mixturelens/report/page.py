@@ -200,9 +200,7 @@ def _pair(
             (
                 "Moved",
                 f"{show_interval(_moved(record, verdict))} bits",
-                "; ".join(
-                    filter(None, ("routing + specialist", _times_noise(_moved(record, verdict), _noise(verdict))))
-                ),
+                "; ".join(filter(None, ("routing + specialist", _times_noise(_moved(record, verdict), verdict)))),
             ),
             ("Coverage", " → ".join(show_interval(value) for value in verdict.coverage.values()), "by known policies"),
         ],
@@ -321,9 +319,10 @@ def _noise(verdict: VerdictRecord) -> float | None:
     return noise.routing.value + noise.specialist.value
 
 
-def _times_noise(moved: Interval, noise: float | None) -> str:
-    """How many times what noise moves, in words; nothing where that is nothing, or was not measured."""
-    if moved.value is None or not noise:
+def _times_noise(moved: Interval, verdict: VerdictRecord) -> str:
+    """How many times what noise moves, in words, of what is a change; nothing where noise moves nothing."""
+    noise = _noise(verdict)
+    if moved.value is None or not noise or moved.below(verdict.thresholds.bits):
         return ""
     times = moved.value / noise
     return f"{times:,.{0 if times >= 10 else 1}f} times that of noise"
@@ -331,16 +330,13 @@ def _times_noise(moved: Interval, noise: float | None) -> str:
 
 def _against_noise(record: BehaviourRecord, verdict: VerdictRecord) -> Control:
     moved, noise = _moved(record, verdict), _noise(verdict)
-    holds = None
-    if noise is not None and moved.low is not None and verdict.verdict != "neither":
-        holds = moved.low > noise
-    said = (f"{show_interval(moved, 4)} bits; noise: {show(noise, 4)}", _times_noise(moved, noise))
+    said = (f"{show_interval(moved, 4)} bits; noise: {show(noise, 4)}", _times_noise(moved, verdict))
     return Control(
         "Noise",
         "As much change in every tensor, but in no direction in particular, must move routing + specialist less than R "
         "surely does.",
         "; R's are ".join(filter(None, said)),
-        holds,
+        None if noise is None or moved.low is None or verdict.verdict == "neither" else moved.low > noise,
     )
 
 
