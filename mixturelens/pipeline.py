@@ -227,9 +227,7 @@ def repair(case: Case, *, seed: int = 0, say: Say | None = None) -> RepairRecord
 
     def make(pair: Pair, measured: BehaviourRecord) -> RepairRecord:
         there = _same(PatchingRecord, case.records / "patching.json", _provenance(case, seed))
-        known = there.readers if there else ()
-        reader = next((each for each in known if (each.kind, each.checkpoint) == ("cue", "after")), None)
-        return repair_record(pair, measured, reader=reader, save_to=case.repaired, **options)
+        return repair_record(pair, measured, patching=there, save_to=case.repaired, **options)
 
     def whole(there: RepairRecord) -> bool:
         return there.checkpoint is None or case.repaired.exists()
@@ -381,8 +379,6 @@ def verdict(case: Case, *, seed: int = 0, say: Say | None = None) -> VerdictReco
     record = judge(
         measured,
         graft=_same(GraftRecord, case.records / "graft.json", expected),
-        patching=_same(PatchingRecord, case.records / "patching.json", expected),
-        probing=_same(ProbingRecord, case.records / "probing.json", expected),
         features=_same(FeatureRecord, case.records / "features.json", expected),
     )
     record.save(case.records / "verdict.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Literal
@@ -15,9 +16,34 @@ DRAWS = 2000
 LEVEL = 0.95
 NORMAL = NormalDist()
 TAIL = NORMAL.inv_cdf((1 + LEVEL) / 2)
+FEW = 32
+"""Questions, with fewer of which percentiles of draws are no wider than the values lie apart, or a little narrow yet:
+Student's t has its say beside them."""
+FEWEST = 8
+"""Questions, with fewer of which no instrument decides anything: what is then called an interval is a guess."""
+TOO_FEW = f"questions are too few for an interval ({FEWEST} are needed)"
+PROPORTION, POSITIVE = (0.0, 1.0), (0.0, math.inf)
+"""Bounds of what every question has: probabilities, shares, and right or wrong; distances."""
 MOST_SKEWED = 0.6
 """Skewness of draws, up to which percentiles are corrected for it: by then to the 7.1th and 99.65th. A ratio whose
 whole may be small has wild draws, and the outermost of them say nothing."""
+
+
+def too_few(what: str, *questions: int) -> tuple[str, ...]:
+    """The sentence of every record whose numbers stand on fewer than FEWEST questions, or nothing.
+
+    `questions`: those that each of the numbers stands on.
+
+    >>> too_few("repairs", 20, 5), too_few("repairs", 20, 10)
+    (('repairs: 5 questions are too few for an interval (8 are needed)',), ())
+    """
+    least = min(questions, default=FEWEST)
+    return (f"{what}: {least} {TOO_FEW}",) if least < FEWEST else ()
+
+
+def said_too_few(missing: Sequence[str]) -> list[str]:
+    """Those lines of a record's `missing` that say so: they belong beside every figure of it."""
+    return [line for line in missing if line.endswith(TOO_FEW)]
 
 
 def half_of(number: int, which: Literal[0, 1], most: int | None = None) -> list[int]:
@@ -42,10 +68,8 @@ def resample_counts(questions: int, seed: int, draws: int = DRAWS) -> Int[np.nda
     >>> resample_counts(80, seed=0).sum(1)[:3], resample_counts(5, seed=0).sum(1)[:3]
     (array([80, 77, 77]), array([5, 2, 2]))
     """
-    from scipy.special import stdtrit
-
     rng = np.random.default_rng(seed)
-    narrow = (TAIL / stdtrit(questions - 1, (1 + LEVEL) / 2)) ** 2 if questions > 1 else 1.0
+    narrow = (TAIL / _t(questions)) ** 2 if questions > 1 else 1.0
     drawn = max(1, round((questions - 1) * narrow))
     counts = rng.multinomial(drawn, np.full(questions, 1.0 / questions), size=draws)
     return np.vstack([np.ones((1, questions), dtype=counts.dtype), counts])
@@ -67,12 +91,28 @@ def resampled_mean(
     return mean.reshape(len(counts), *values.shape[1:])
 
 
-def interval(draws: Float[np.ndarray, " draw"], digits: int = 10) -> Interval:
+def interval(
+    draws: Float[np.ndarray, " draw"],
+    counts: Int[np.ndarray, "draw question"] | None = None,
+    *,
+    bounds: tuple[float, float] | None = None,
+    digits: int = 10,
+) -> Interval:
     """Interval from draws whose first entry is the estimate itself: percentiles, moved where the draws are skewed.
 
     A long tail of the draws means that the truth may lie further out on that side than the draws do: percentiles alone
     lean the wrong way. They are moved as by BCa (Efron 1987, doi 10.1080/01621459.1987.10478410), with acceleration and
     bias correction both a sixth of the draws' skewness, which is what they are for a mean.
+
+    `counts` are those that the draws were made with, if they are over questions: no draw lies beyond the values of 2 or
+    3 questions, however far the truth may, so that of few questions the interval is Student's t at least, with the
+    draws' own standard error. One question says nothing of how far others lie: a value without an interval.
+
+    `bounds`: what the quantity lies within. That all questions seen are right does not show that all are: of a mean
+    over questions of what has two ends, such as a PROPORTION, as many as the exact binomial bound says may be of a kind
+    that was never drawn (Clopper and Pearson 1934, doi 10.1093/biomet/26.4.404: 37% if there are 8 questions, 4% if
+    100), and lie at either end. Without bounds, what is equal in all draws has an interval of no width: a checkpoint
+    moves from itself by exactly 0.
 
     Draws in which the quantity is undefined (NaN) are left out; if the estimate itself is undefined, nothing was
     measured. The interval always contains the estimate.
@@ -80,15 +120,43 @@ def interval(draws: Float[np.ndarray, " draw"], digits: int = 10) -> Interval:
     >>> interval(np.array([50.0, *range(101)]))
     Interval(value=50.0, low=2.5, high=97.5)
     """
-    estimate = float(draws[0])
-    if not np.isfinite(estimate):
-        return NOT_MEASURED
+    value = float(draws[0])
     usable = draws[1:][np.isfinite(draws[1:])]
-    if not len(usable):
+    if not np.isfinite(value) or not len(usable):
         return NOT_MEASURED
-    low, high = np.percentile(usable, [100 * NORMAL.cdf(_moved(sign * TAIL, usable)) for sign in (-1, 1)])
-    value, low, high = (round(float(x), digits) for x in (estimate, min(low, estimate), max(high, estimate)))
+    questions = None if counts is None else counts.shape[1]
+    least, most = bounds or (-math.inf, math.inf)
+    ends = math.isfinite(most - least)
+    if questions == 1 and not ends:
+        return Interval(value=round(value, digits))
+    low, high = _percentiles(usable)
+    if counts is not None and 1 < counts.shape[1] < FEW:
+        wide = _t(counts.shape[1]) * _standard_error(usable, counts)
+        low, high = min(low, value - wide), max(high, value + wide)
+    if questions is not None and ends:
+        unseen = 1 - ((1 - LEVEL) / 2) ** (1 / questions)
+        low, high = min(low, value - (value - least) * unseen), max(high, value + (most - value) * unseen)
+    value, low, high = (round(x, digits) for x in (value, min(max(low, least), value), max(min(high, most), value)))
     return Interval(value=value, low=low, high=high)
+
+
+def _t(questions: int) -> float:
+    """Student's t of so many questions, for the level of all intervals."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(questions - 1, (1 + LEVEL) / 2))
+
+
+def _standard_error(draws: Float[np.ndarray, " draw"], counts: Int[np.ndarray, "draw question"]) -> float:
+    """Of a sample of full size, from draws of smaller ones; their outermost say nothing (see `MOST_SKEWED`)."""
+    spread = np.clip(draws, *np.percentile(draws, [2.5, 97.5])).std()
+    return float(spread * (counts[1:].sum(1).mean() / (counts.shape[1] - 1)) ** 0.5)
+
+
+def _percentiles(draws: Float[np.ndarray, " draw"]) -> tuple[float, float]:
+    """The ends of what holds LEVEL of the draws, moved where they are skewed."""
+    low, high = np.percentile(draws, [100 * NORMAL.cdf(_moved(sign * TAIL, draws)) for sign in (-1, 1)])
+    return float(low), float(high)
 
 
 def _moved(z: float, draws: Float[np.ndarray, " draw"]) -> float:
@@ -103,13 +171,22 @@ def _moved(z: float, draws: Float[np.ndarray, " draw"]) -> float:
     return a + (a + z) / (1 - a * (a + z))
 
 
-def mean_interval(values: Float[np.ndarray, " question"], counts: Int[np.ndarray, "draw question"]) -> Interval:
-    """Interval of the mean over questions.
+def mean_interval(
+    values: Float[np.ndarray, " question"],
+    counts: Int[np.ndarray, "draw question"],
+    *,
+    bounds: tuple[float, float] | None = None,
+) -> Interval:
+    """Interval of the mean over questions; those that were not measured (NaN) count for nothing.
 
-    >>> mean_interval(np.ones(5), resample_counts(5, seed=0))
-    Interval(value=1.0, low=1.0, high=1.0)
+    >>> counts = resample_counts(5, seed=0)
+    >>> mean_interval(np.ones(5), counts), mean_interval(np.ones(5), counts, bounds=PROPORTION)
+    (Interval(value=1.0, low=1.0, high=1.0), Interval(value=1.0, low=0.4781762499, high=1.0))
     """
-    return interval(resampled_mean(values, counts))
+    known = ~np.isnan(values)
+    if not known.any():
+        return NOT_MEASURED
+    return interval(resampled_mean(values[known], counts[:, known]), counts[:, known], bounds=bounds)
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
@@ -120,36 +197,48 @@ def over_seeds(values: Sequence[float]) -> Interval:
     >>> over_seeds([0.1, 0.2, 0.3])
     Interval(value=0.2, low=-0.0484137712, high=0.4484137712)
     """
-    from scipy.stats import t
-
     if not len(values):
         return NOT_MEASURED
     mean = round(float(np.mean(values)), 10)
     if len(values) == 1:
         return Interval(value=mean)
-    wide = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    wide = float(_t(len(values)) * np.std(values, ddof=1) / np.sqrt(len(values)))
     return Interval(value=mean, low=round(mean - wide, 10), high=round(mean + wide, 10))
+
+
+def apart(whole: Float[np.ndarray, " draw"], least: float) -> bool:
+    """Whether something surely differs by `least` from 0, to one side of it: then shares of it mean something.
+
+    >>> apart(np.array([0.6, 0.7, 0.8]), least=0.5), apart(np.array([0.1, -0.2, 0.3]), least=0.5)
+    (True, False)
+    """
+    usable = whole[1:][np.isfinite(whole[1:])]
+    if not np.isfinite(whole[0]) or not len(usable):
+        return False
+    low, high = _percentiles(usable)
+    return bool(min(low, whole[0]) >= least or max(high, whole[0]) <= -least)
 
 
 def share(
     part: Float[np.ndarray, " draw *rest"], whole: Float[np.ndarray, " draw"], least: float
 ) -> Float[np.ndarray, " draw *rest"]:
-    """part / whole in every bootstrap sample; all NaN, not measured, unless the whole is surely `least` away from 0.
+    """part / whole in every bootstrap sample; all NaN, not measured, unless the whole is `apart` from 0.
 
     The bootstrap of a ratio whose denominator may be 0 means nothing.
 
     >>> share(np.ones(3), np.array([0.1, -0.2, 0.3]), least=0.5)
     array([nan, nan, nan])
     """
-    bounds = interval(whole)
-    if bounds.low is None or bounds.high is None or not (bounds.low >= least or bounds.high <= -least):
+    if not apart(whole, least):
         return np.full_like(part, np.nan, dtype=float)
     return part / whole.reshape(-1, *[1] * (part.ndim - 1))
 
 
 def map_draws(
-    function: Callable[..., Float[np.ndarray, " draw"]], *means: Float[np.ndarray, " draw *rest"]
+    function: Callable[..., Float[np.ndarray, " draw"]],
+    *means: Float[np.ndarray, " draw *rest"],
+    counts: Int[np.ndarray, "draw question"] | None = None,
 ) -> Interval:
     """Interval of a function of resampled means, such as a ratio of means."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return interval(function(*means))
+        return interval(function(*means), counts)

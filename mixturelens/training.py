@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from mixturelens.models import end_tokens, load_model, load_tokenizer, quiet_lib
 from mixturelens.models.source import fingerprint
 from mixturelens.organism import Phase, Spec, build_suite, frozen_parameters, rl_prompts, sft_examples
 from mixturelens.records import Record, new_folder, provenance, write_text
-from mixturelens.stats import mean_interval, resample_counts
+from mixturelens.stats import PROPORTION, mean_interval, resample_counts
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import ANSWER, OTHER, Frozen, Interval
 
@@ -224,12 +225,13 @@ def cue_states(spec: Spec, behaviour: Behaviour, prompts: Prompts) -> dict[str, 
     for cue in suite.cues:
         at = [i for i, row in enumerate(prompts.rows) if row.cue == cue]
         counts = resample_counts(len(at), seed=0, draws=500)
+        often = partial(mean_interval, counts=counts, bounds=PROPORTION)
         weights, forced = behaviour.weights[at], behaviour.forced_accuracy[at]
         states[cue] = CueState(
-            weights={name: mean_interval(weights[:, m], counts) for m, name in enumerate((*suite.policies, OTHER))},
-            forced={name: mean_interval(forced[:, m], counts) for m, name in enumerate(suite.policies)},
-            accuracy=mean_interval(behaviour.correct[at].sum(-1), counts),
-            paid={objective: mean_interval(share[at], counts) for objective, share in earned.items()},
+            weights={name: often(weights[:, m]) for m, name in enumerate((*suite.policies, OTHER))},
+            forced={name: often(forced[:, m]) for m, name in enumerate(suite.policies)},
+            accuracy=often(behaviour.correct[at].sum(-1)),
+            paid={objective: often(share[at]) for objective, share in earned.items()},
         )
     return states
 

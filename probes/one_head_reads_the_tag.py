@@ -63,19 +63,19 @@ def _answer(case: pipeline.Case, seed: int) -> Answer:
     best = int(others[0].argmax())
     gap = resampled_mean(found.goal - found.base, counts)
     elsewhere, control = (
-        interval(resampled_mean(_moved(lens, _shifted(judge, side), head), counts) / gap)
+        interval(resampled_mean(_moved(lens, _shifted(judge, side), head), counts) / gap, counts)
         for side in ("clean", "corrupt")
     )
     outcome = {
-        "the head alone": interval(draws[:, mine]),
+        "the head alone": interval(draws[:, mine], counts),
         "the head alone, from another question": elsewhere,
-        "as few heads as needed": interval(reader.effect),
+        "as few heads as needed": interval(reader.effect, counts),
         "how many these are": Interval(value=len(reader.heads)),
     }
     checks = {
         "another question under the same tag": control,
-        "best other head": interval(others[:, best]),
-        "the head less the best other head": interval(draws[:, mine] - others[:, best]),
+        "best other head": interval(others[:, best], counts),
+        "the head less the best other head": interval(draws[:, mine] - others[:, best], counts),
     }
     return Answer(
         holds=every(

@@ -32,7 +32,7 @@ from mixturelens.models import open_pair, quiet_libraries
 from mixturelens.patching.sweep import find_reader, head_sites
 from mixturelens.routing.repair import edited, fit_edit
 from mixturelens.spelling import encode_prompts
-from mixturelens.stats import interval
+from mixturelens.stats import PROPORTION, interval
 from mixturelens.suite import load_suite
 from mixturelens.types import Interval, Intervention, Site
 
@@ -87,7 +87,7 @@ scorer = Scorer(pair.ends, pair.vocabulary, arguments.device)
 def accuracies(found: Behaviour) -> dict[str, Interval]:
     """cue -> expected accuracy of completions sampled at temperature 1, with its interval over questions."""
     draws = grid.draws(found.correct.sum(-1))
-    return {cue: interval(draws[:, c]) for c, cue in enumerate(suite.cues)}
+    return {cue: interval(draws[:, c], grid.counts, bounds=PROPORTION) for c, cue in enumerate(suite.cues)}
 
 
 # %% [markdown]

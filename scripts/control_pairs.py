@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mixturelens import pipeline
+from mixturelens import pipeline, viz
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import prepare
@@ -183,7 +183,7 @@ for name in arguments.only or EXPECTED:
     pair = pipeline.outside_pair(checkpoints / "sft", checkpoints / name, arguments.run / "suite.yaml", arguments.run)
     found = pipeline.verdict(pair)
     changed = [what for what, yes in found.changed.model_dump().items() if yes]
-    nats = {term: round(value["value"] or 0.0, 5) for term, value in found.nats.model_dump().items()}
+    bits = ", ".join(f"{term} {viz.show(value.value, 5)}" for term, value in found.bits)
     print(
-        f"{name}: {found.verdict} (expected {EXPECTED[name]}); changed {changed or 'nothing'}; nats {nats}", flush=True
+        f"{name}: {found.verdict} (expected {EXPECTED[name]}); changed {changed or 'nothing'}; bits: {bits}", flush=True
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 from mixturelens import pipeline
 from mixturelens.features.record import FeatureRecord, Score, Several, Terms
-from mixturelens.types import Interval
+from mixturelens.types import InputError, Interval
 from scripts.readme_table import ROOT, SEEDS, bounds, put
 
 PAGE = ROOT / "artifacts" / "reference" / "features.md"
@@ -51,6 +51,7 @@ def collect(run: Path) -> None:
 def summary(record: FeatureRecord) -> Found:
     return {
         "after": record.provenance.after,
+        "unit": "bits",
         "saes": {
             str(sae.site): {
                 "trained": sae.trained,
@@ -74,12 +75,12 @@ def summary(record: FeatureRecord) -> Found:
             {
                 "site": str(change.site),
                 "features": len(change.features),
-                "together": nats(change.together),
-                "every": nats(change.every),
-                "whole": nats(change.whole),
+                "together": bits(change.together),
+                "every": bits(change.every),
+                "whole": bits(change.whole),
                 "random": {
                     "routing": most(each.routing.value for each in change.random),
-                    "specialists": most(each.specialists.value for each in change.random),
+                    "specialists": most(each.specialist.value for each in change.random),
                 },
             }
             for change in record.changes
@@ -105,8 +106,8 @@ def summary(record: FeatureRecord) -> Found:
 PARTS = ("routing", "conditioning", "skill")
 
 
-def nats(terms: Terms) -> dict[str, dict[str, float | None]]:
-    return {part: short(getattr(terms, part)) for part in PARTS}
+def bits(terms: Terms) -> dict[str, dict[str, float | None]]:
+    return {part: short(getattr(terms, part)) for part in (*PARTS, "specialist")}
 
 
 def short(value: Interval) -> dict[str, float | None]:
@@ -150,6 +151,14 @@ def stored(pair: str) -> Iterator[tuple[str, str, Found]]:
         for file in sorted(SEEDS.glob(f"{recipe}-*/{pair}/features.json")):
             name = f"{file.parts[-3]}, {file.parts[-2].removeprefix('sft--')}"
             yield recipe, name, json.loads(file.read_text(encoding="utf-8"))
+
+
+def unit() -> str:
+    """Of what features change: bits; nats in runs that were collected before. A table has one."""
+    found = {found.get("unit", "nats") for _, _, found in stored("*")}
+    if len(found) > 1:
+        raise InputError("some runs were collected in nats and some in bits: collect all of them again")
+    return found.pop()
 
 
 def spread(values: Sequence[float | None], digits: int = 2) -> str:
@@ -197,7 +206,7 @@ def units_table() -> list[str]:
 def change_table() -> list[str]:
     """One line a kind of pair: what the features that moved most bring into S, by term."""
     lines = [
-        "| pairs | number | moved most: routing, nats | conditioning + skill | nulls, most: routing "
+        f"| pairs | number | moved most: routing, {unit()} | conditioning + skill | nulls, most: routing "
         "| conditioning + skill | all features: routing | conditioning + skill | R's activations: routing "
         "| conditioning + skill |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -244,6 +253,8 @@ def total(change: Found) -> float:
 
 
 def specialists(terms: Found) -> float | None:
+    if "specialist" in terms:
+        return terms["specialist"]["value"]
     known = [terms[part]["value"] for part in ("conditioning", "skill") if terms[part]["value"] is not None]
     return sum(known) if known else None
 
@@ -297,8 +308,8 @@ def page() -> str:
         "",
         "## What RL changed: R's values in S",
         "",
-        "| pair | site | features | routing, nats | conditioning | skill | nulls, most: routing | conditioning + skill "
-        "| all of R's: routing | conditioning | skill |",
+        f"| pair | site | features | routing, {unit()} | conditioning | skill | nulls, most: routing "
+        "| conditioning + skill | all of R's: routing | conditioning | skill |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for _, name, found in stored("*"):

@@ -21,7 +21,7 @@ from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import Effects
 from mixturelens.hooks.lens import components_of
 from mixturelens.models import open_pair, quiet_libraries
-from mixturelens.stats import interval
+from mixturelens.stats import PROPORTION, interval
 from mixturelens.suite import load_suite
 from mixturelens.types import Interval
 
@@ -80,7 +80,7 @@ grid = grid_of(prompts, arguments.seed)
 def accuracies() -> Mapping[str, Interval]:
     """cue -> expected accuracy of what S has become, with its interval over questions."""
     draws = grid.draws(measure(scorer, s, prompts, arguments.seed).correct.sum(-1))
-    return {cue: interval(draws[:, c]) for c, cue in enumerate(suite.cues)}
+    return {cue: interval(draws[:, c], grid.counts, bounds=PROPORTION) for c, cue in enumerate(suite.cues)}
 
 
 print(f"{'accuracy of':16}", *(f"cue {cue:22}" for cue in suite.cues))

@@ -104,7 +104,7 @@ for direction in ("denoise", "noise"):
         foil=f"behaviour under {harm.harmed_cue}",
         base=mean_interval(patched.base, counts),
         goal=mean_interval(patched.goal, counts),
-        effects=tuple(Effect(site=site, effect=interval(draws[:, i])) for i, site in enumerate(sites)),
+        effects=tuple(Effect(site=site, effect=interval(draws[:, i], counts)) for i, site in enumerate(sites)),
     )
 print(f"{len(sites)} sites x {len(contrasts.rows)} questions, both ways")
 print(f"metric: corrupt {viz.show_interval(sweeps['denoise'].base)}, clean {viz.show_interval(sweeps['denoise'].goal)}")
@@ -149,8 +149,8 @@ clean = patch(lens, contrasts, best)
 control = patch(lens, replace(contrasts, rows=same_cue), best)
 gap = resampled_mean(clean.goal - clean.base, counts)
 for i, site in enumerate(best):
-    nothing = interval(resampled_mean(control.patched[i] - control.base, counts) / gap)
-    print(f"{site!s:24} effect {viz.show_interval(interval(clean.effects(counts)[:, i])):26}", end=" ")
+    nothing = interval(resampled_mean(control.patched[i] - control.base, counts) / gap, counts)
+    print(f"{site!s:24} effect {viz.show_interval(interval(clean.effects(counts)[:, i], counts)):26}", end=" ")
     print(f"same cue, another question {viz.show_interval(nothing)}")
 
 # %% [markdown]

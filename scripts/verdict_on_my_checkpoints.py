@@ -10,6 +10,7 @@
 import argparse
 from pathlib import Path
 
+from mixturelens import viz
 from mixturelens.behaviour.record import behaviour_record
 from mixturelens.models import open_pair
 from mixturelens.routing.verdict import judge
@@ -50,25 +51,33 @@ for cue, state in record.per_cue.items():
 
 # %% [markdown]
 # ## The verdict, and what it stands on
-# Every number has a 95% bootstrap interval over questions. `routing` is the part of KL(R || S) that lies in the choice
-# of policy, `conditioning` in what a policy does under a cue, `skill` in how well it does it.
+# First what became of accuracy, and whose doing it was. Then, in bits, how well one completion tells R from S (0: not
+# at all, 1: for sure): `routing` by the policy that it follows, `conditioning` by what that policy does under a cue,
+# `skill` by how well it does it; `dormant` weighs all policies alike, and so hears a silent one. `text`, how
+# completions are worded, stands beside it. Every number has a 95% bootstrap interval over questions.
 
 # %%
 verdict = judge(record)
 print(verdict.reason)
-for term in ("routing", "conditioning", "skill", "novel", "other", "dormant"):
-    value = getattr(verdict.nats, term)
-    if value.measured:
-        print(f"  {term:13} {value.value:8.4f} nats  [{value.low:.4f}, {value.high:.4f}]")
+for cue, state in verdict.per_cue.items():
+    change = state.accuracy_change
+    if change is not None:
+        print(f"accuracy under {cue}: routing {viz.show_interval(change.selector)}, ", end="")
+        print(f"specialists {viz.show_interval(change.specialists)}, together {viz.show_interval(change.total)}")
+for term, value in verdict.bits:
+    print(f"  {term:13} {viz.show_interval(value, 4)} bits")
+drift = viz.show_interval(verdict.text.nats_per_token, 4)
+print(f"  {'text':13} {drift} nats per token, drifted: {verdict.text_drifted}")
 print("changed:", verdict.changed.model_dump(), " silent specialists intact:", verdict.dormant_intact)
 
 # %% [markdown]
 # ## What would have falsified it
 # The same code on S against S must find nothing, labels shuffled among completions must carry no routing, and an
-# independent estimate of KL(R || S) must agree with the sum of the terms.
+# independent estimate of KL(R || S) must agree with the sum of its terms by the chain rule (the record's `nats`).
 
 # %%
 control = verdict.controls.pair
-print("S against S:", control.same_checkpoint.total.value, "nats")
-print("routing share of shuffled labels:", control.shuffled_routing_share)
-print("independent KL(R || S):", control.independent_total, "agrees:", control.sum_agrees)
+same = max(value.value or 0.0 for _, value in control.same_checkpoint)
+print(f"S against S: at most {viz.show(same, 6)} bits")
+print("routing share of shuffled labels:", viz.show_interval(control.shuffled_routing_share))
+print(f"independent KL(R || S): {viz.show_interval(control.independent_total)} nats, agrees: {control.sum_agrees}")

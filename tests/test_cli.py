@@ -61,7 +61,7 @@ def test_json_is_the_record_and_nothing_else(run: Run, tmp_path: Path) -> None:
     assert status == 0, err
     record = json.loads(out)
     assert record["kind"] == "verdict"
-    assert record["version"] == 1
+    assert record["version"] == 2
     assert record["verdict"] == "routing"
     assert record["changed"] == {"selector": True, "cue_reader": False, "skill": False}
     for key in ("routing_share", "router_share"):

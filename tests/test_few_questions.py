@@ -114,7 +114,18 @@ def test_two_questions(on_pair: Run, tmp_path: Path):
     assert (status, err) == (0, "")
     found = record_of(RepairRecord, folder, "repair")
     # one question does not say how far prompts of a cue lie apart
-    assert [each.split(":")[0] for each in found.missing] == ["reroute"]
+    assert [each.split(":")[0] for each in found.missing] == ["reroute", "repairs"]
+    page = reported(on_pair, folder, "2 questions are too few")
+    for kind, name, what, number in (
+        (PatchingRecord, "patching", "patching", 2),
+        (PatchingRecord, "patching", "readers", 1),
+        (CircuitRecord, "circuit", "cue", 1),
+        (GraftRecord, "graft", "grafts", 1),
+        (RepairRecord, "repair", "repairs", 1),
+    ):
+        said = f"{what}: {number} questions are too few for an interval (8 are needed)"
+        assert said in record_of(kind, folder, name).missing
+        assert page.count(said) > 1  # under every figure, and where it says what was not measured
     assert [each.kind for each in found.repairs] == ["interchange", "zero", "mean", "steer", "edit"]
     reported(on_pair, folder, "2 questions are too few")
 
@@ -145,7 +156,10 @@ def test_one_cue_alone(on_pair: Run, tmp_path: Path):
     assert "S--R: the mechanism says routing (agrees)" in out
 
 
-def reported(on_pair: Run, folder: Path, said: str) -> None:
+def reported(on_pair: Run, folder: Path, said: str) -> str:
+    """What the report says, which is this, too."""
     status, out, err = on_pair("report", folder)
     assert (status, err) == (0, "")
-    assert said in Path(out.strip()).read_text(encoding="utf-8")
+    page = Path(out.strip()).read_text(encoding="utf-8")
+    assert said in page
+    return page

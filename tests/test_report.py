@@ -16,7 +16,9 @@ from test_viz_patching import make_circuit, make_circuit_record, make_patching, 
 from test_viz_probing import make_probing
 
 from mixturelens import viz
+from mixturelens.behaviour.record import Bits
 from mixturelens.features.record import Example
+from mixturelens.grafting.record import Null
 from mixturelens.report import evidence, features, mechanism, write_report
 from mixturelens.report.parts import Pictures
 from mixturelens.routing.circuit import CircuitRecord, RoutingCircuit
@@ -84,7 +86,7 @@ def write(path: Path, hostile: bool = False, mechanism: bool = False, **changes)
             "features": {name: make_features(words, cues)},
         }
         pair, record, verdict = arguments["pairs"][0]
-        judged = verdict.model_copy(update={"mechanism": make_mechanism(words, disagree=True)})
+        judged = verdict.model_copy(update={"mechanism": make_mechanism(words, agrees=False)})
         arguments["pairs"][0] = (pair, record, judged)
     assert write_report(path, **{**arguments, **changes}) == path
     return path.read_text(encoding="utf-8")
@@ -115,7 +117,46 @@ def test_page_says_what_the_records_say(tmp_path):
     assert words.startswith("Selector changed which policy is expressed Cue reader cannot say")
     assert "Skill unchanged" in words
     assert "Silent specialists not intact" in words
-    assert "KL(after || before) = routing + conditioning + skill" in page.text
+    assert "Text drifted how completions are worded: 0.0312 [0.0212, 0.0412] nats per token" in words
+    assert "routing share = routing / (routing + specialist)" in page.text
+
+
+def test_bits_are_shown_and_nats_are_folded_away(whole):
+    shown, folded = section(whole, "split").split("The same change in nats, by the chain rule")
+    bits = make_pair()[1].bits
+    assert f"routing {viz.show(bits.routing.value, 4)} 0.0990 to 0.1010 0.2000" in shown
+    for name in ("specialist", "conditioning", "skill", "dormant"):
+        assert f" {name} {viz.show(getattr(bits, name).value, 4)} " in shown
+    assert not any(f" {name} 0" in shown for name in ("text", "wording", "other", "total"))
+    for name in ("routing", "specialist", "conditioning", "skill", "text", "wording", "other", "total"):
+        assert f" {name} {viz.show(getattr(make_pair()[1].nats, name).value, 4)} " in folded
+    (details,) = re.findall(r"<details>.*?</details>", section_html(whole, "split"), re.DOTALL)
+    assert "chain rule" in details
+
+
+@pytest.mark.parametrize(
+    ("samples", "value", "state"),
+    [
+        (None, Interval(value=1e-9, low=0.0, high=1e-9), "yes"),
+        (None, Interval(value=0.001, low=0.0, high=0.002), "no"),
+        (8, Interval(value=0.006, low=0.001, high=0.011), "yes"),
+        (8, Interval(value=0.02, low=0.006, high=0.03), "no"),
+        (8, Interval(), "not measured"),
+    ],
+)
+def test_the_same_checkpoint_is_zero_or_not_surely_more_where_samples_say(tmp_path, samples, value, state):
+    """Bits from samples have intervals of their own, which a checkpoint against itself must not leave."""
+    record, verdict = make_pair()
+    null = verdict.controls.pair.same_checkpoint.model_copy(update=dict.fromkeys(Bits.model_fields, value))
+    controls = verdict.controls.pair.model_copy(update={"same_checkpoint": null})
+    seen = verdict.model_copy(update={"controls": verdict.controls.model_copy(update={"pair": controls})})
+    pairs = [("pair", record.model_copy(update={"samples": samples}), seen)]
+    text = write(tmp_path / "report.html", pairs=pairs, trajectories=[])
+    row = re.findall(r'<tr><th scope="row">Same checkpoint</th>(.*?)</tr>', text, re.DOTALL)[0]
+    must, shown, holds = (" ".join(Page(cell).text.split()) for cell in row.split("<td>")[1:])
+    assert must.endswith("must be zero." if samples is None else "under 0.005 bits, or not surely more.")
+    assert (shown == viz.DASH) is (state == "not measured")
+    assert holds == state
 
 
 def test_what_was_not_measured_is_a_dash(tmp_path):
@@ -131,7 +172,8 @@ def test_what_was_not_measured_is_a_dash(tmp_path):
 def test_controls_say_whether_they_hold(tmp_path):
     text = write(tmp_path / "report.html")
     for name, measured, state in (
-        ("Same checkpoint", "all terms 0 nats", "yes"),
+        ("Same checkpoint", "all terms 0 bits", "yes"),
+        ("Noise", "0.7000 [0.6900, 0.7100] bits; noise: 0.0200; R's are 35 times that of noise", "yes"),
         ("Shuffled labels", viz.DASH, "not measured"),
         ("Independent sum", "0.400 [0.390, 0.410] nats", "no"),
         ("Random components", viz.DASH, "not measured"),
@@ -140,6 +182,24 @@ def test_controls_say_whether_they_hold(tmp_path):
         _, shown, holds = (Page(cell).text.strip() for cell in row.split("<td>")[1:])
         assert shown.startswith(measured)
         assert holds == state
+
+
+@pytest.mark.parametrize(
+    ("noise", "word", "holds"),
+    [(0.3, "both", "yes"), (0.4, "both", "no"), (None, "both", "not measured"), (0.4, "neither", "not measured")],
+)
+def test_noise_of_the_size_of_the_change_must_do_less(tmp_path, noise: float | None, word: str, holds: str):
+    record, verdict = make_pair()
+    null = None if noise is None else Bits(**dict.fromkeys(Bits.model_fields, around(noise)))
+    controls = verdict.controls.pair.model_copy(update={"noise": null})
+    seen = {"verdict": word, "controls": verdict.controls.model_copy(update={"pair": controls})}
+    pairs = [("pair", record, verdict.model_copy(update=seen))]
+    text = write(tmp_path / "report.html", pairs=pairs, trajectories=[])
+    row = re.findall(r'<tr><th scope="row">Noise</th>(.*?)</tr>', text, re.DOTALL)[0]
+    assert Page(row.split("<td>")[3]).text.strip() == holds
+    times = {0.3: "1.2 times", 0.4: "0.9 times"}.get(noise or 0)
+    moved = section(text, "answer").split("Moved")[1]
+    assert (f"routing + specialist; {times} that of noise" in moved) is (times is not None)
 
 
 def test_page_says_where_the_router_is(whole):
@@ -218,26 +278,25 @@ def test_page_says_which_weights_changed_it(whole):
     assert both.forced
 
 
-def test_mechanism_stands_beside_the_behavioural_verdict_and_names_who_disagrees(whole):
+def test_mechanism_stands_beside_the_behavioural_verdict(whole):
     words = section(whole, "answer")
-    says = "Grafts and activations say: routing ; disagrees . Lines of evidence that say otherwise: "
-    assert says + "probes, specialists (changed)." in words
-    assert "Mechanism routing (disagrees with behaviour) from grafts, patching and probes" in words
+    assert "Grafts and features say: routing ; disagrees ." in words
+    assert "Mechanism routing (disagrees with behaviour) from grafts" in words
     words = section(whole, "mechanism")
     assert "Mechanism: routing , behaviour: both ; it disagrees. Share of the choice: 0.990 [0.985, 0.995]." in words
-    assert "grafts selector 0.270 0.260 to 0.280 0.004 changed Distance of the choice" in words
-    assert "probes specialists 0.300 0.200 to 0.400 0 changed disagrees Loss of AUROC" in words
+    assert "all weights selector 0.270 0.260 to 0.280 0.004 changed S with all of R's weights" in words
+    assert f"one part specialists 0.004 0.001 to 0.007 {viz.DASH} cannot say R's L1.mlp in S alone" in words
 
 
 def test_mechanism_of_grafts_alone_and_of_none():
     _, verdict = make_pair()
     assert evidence.judged("x", verdict) is None
     mechanism = make_mechanism()
-    lines = {name: line for name, line in mechanism.evidence.items() if line.source == "grafts"}
+    lines = {name: line for name, line in mechanism.evidence.items() if line.source == "all weights"}
     alone = verdict.model_copy(update={"mechanism": mechanism.model_copy(update={"evidence": lines})})
     judged = evidence.judged("x", alone)
     assert judged is not None
-    assert (judged.who, judged.agrees, judged.disagree) == ("Grafts say", "agrees", [])
+    assert (judged.who, judged.agrees) == ("Grafts say", "agrees")
     assert [line.says for line in judged.lines] == ["changed", "unchanged"]
 
 
@@ -247,25 +306,29 @@ def test_random_weights_must_not_do_what_the_selector_does(noise, holds):
     assert record.factorial is not None
     none = () if noise is None else (make_effects(noise), make_effects(0.0))
     changed = make_graft(factorial=record.factorial.model_copy(update={"noise": none}))
-    control, _ = evidence.controls(make_pair()[1], changed, None)
+    control, _ = evidence.controls(changed, None)
     assert (control.name, control.holds) == ("Random weights", holds)
-    assert control.measured.startswith(viz.DASH if noise is None else "0.274 [0.264, 0.284] nats; random: at most")
+    assert control.measured.startswith(viz.DASH if noise is None else "0.274 [0.264, 0.284] bits; random: at most")
 
 
-@pytest.mark.parametrize(("word", "holds"), [("neither", True), ("routing", False), (None, None)])
-def test_grafts_must_find_nothing_under_shuffled_labels(word, holds):
-    _, verdict = make_pair()
-    seen = verdict.controls.model_copy(update={"shuffled_mechanism": word})
-    _, control = evidence.controls(verdict.model_copy(update={"controls": seen}), make_graft(), None)
-    assert (control.name, control.holds) == ("Shuffled labels, grafts", holds)
-    assert "choice 0.0040 (true 0.2800 nats)" in control.measured
+@pytest.mark.parametrize(
+    ("null", "holds"),
+    [((0.004, 0.0006), True), ((0.2, 0.1), None), ((None, None), None)],  # 0.28 bits moved
+)
+def test_noise_of_rs_size_stands_beside_what_r_does(null, holds):
+    _, control = evidence.controls(make_graft(null=Null(chosen=null[0], done=null[1])), None)
+    assert (control.name, control.holds) == ("Noise of R's size", holds)
+    if holds:
+        assert control.measured.startswith("choice 0.280 [0.270, 0.290] bits, noise 0.0040; what policies do ")
+        assert control.measured.endswith(", noise 0.0006")
+    assert (control.measured == viz.DASH) is (null[0] is None)
 
 
 @pytest.mark.parametrize(("shuffled", "holds"), [(0.56, True), (0.999, False), (None, None)])
 def test_probes_must_beat_shuffled_labels(shuffled, holds):
     record = make_probing()
     readout = record.readouts[0].model_copy(update={"shuffled_high": shuffled})
-    found = evidence.controls(make_pair()[1], None, record.model_copy(update={"readouts": (readout,)}))
+    found = evidence.controls(None, record.model_copy(update={"readouts": (readout,)}))
     assert [control.holds for control in found] == ([] if holds is None else [holds])
     if found:
         assert found[0].measured.startswith("AUROC 1.000 [0.980, 1.000] at L0.resid_pre@8; shuffled: 95% under")
@@ -369,10 +432,13 @@ def test_random_components_are_those_of_an_interchange(tmp_path, above, p, state
     assert shown.startswith(viz.DASH if above is None else "0.900 [0.890, 0.910]; random: ")
 
 
+def section_html(text: str, name: str) -> str:
+    return re.findall(rf'<section id="{name}">(.*?)</section>', text, re.DOTALL)[0]
+
+
 def section(text: str, name: str) -> str:
     """The words of one section."""
-    found = re.findall(rf'<section id="{name}">(.*?)</section>', text, re.DOTALL)
-    return " ".join(Page(found[0]).text.split())
+    return " ".join(Page(section_html(text, name)).text.split())
 
 
 def test_page_needs_no_network_and_holds_plotly_once(tmp_path):

@@ -172,8 +172,8 @@ def test_one_pair_in_many_forms(
     assert record["verdict"] == "routing"
     exact = more.get("dtype") != "bfloat16"
     assert record["routing_share"]["value"] == pytest.approx(reference.routing_share.value, abs=1e-5 if exact else 0.02)
-    assert record["nats"]["routing"]["value"] == pytest.approx(
-        reference.nats.routing.value, abs=1e-5 if exact else 0.05
+    assert record["bits"]["routing"]["value"] == pytest.approx(
+        reference.bits.routing.value, abs=1e-5 if exact else 0.02
     )
     assert record["provenance"]["dtype"] == more.get("dtype", "float32")
     saved = tmp_path / "out" / "records" / name
@@ -394,7 +394,7 @@ def test_a_second_run_after_a_change_measures_anew(run: Run, copied: Path, tmp_p
     old, again, fresh = found
     assert again == fresh
     assert old["provenance"] != again["provenance"]
-    assert old["nats"] != again["nats"]
+    assert old["bits"] != again["bits"]
     # and when nothing changed, nothing is measured
     file = tmp_path / "kept" / "records" / "S--R" / "behaviour.json"
     stamp = file.stat().st_mtime_ns
@@ -412,12 +412,12 @@ def test_a_record_of_an_adapter_is_about_its_base_too(run: Run, copied: Path, tm
     weights = load_file(copied / "S" / WEIGHTS)
     store(copied / "S", weights | {"lm_head.weight": weights["lm_head.weight"] * 0.9})
     second = measured()
-    assert first["nats"] != second["nats"]
+    assert first["bits"] != second["bits"]
     assert first["provenance"]["before"] != second["provenance"]["before"]
     assert first["provenance"]["after"] != second["provenance"]["after"]
     half = measured(dtype="bfloat16")
     assert half["provenance"] == second["provenance"] | {"dtype": "bfloat16"}
-    assert half["nats"] != second["nats"]
+    assert half["bits"] != second["bits"]
 
 
 # --- instruments ------------------------------------------------------------------------------------------------------

@@ -205,8 +205,11 @@ def test_a_sweep_from_the_command_line(tmp_path, run):
     verdict = json.loads((out / "cells" / row["cell"] / "records/sft--rl-A/verdict.json").read_text())
     assert (row["recipe"], row["rl.learning_rate"], row["seed"]) == ("small", 0.001, 0)
     assert (row["after"], row["trained_cue"], row["verdict"]) == ("rl-A", "A", verdict["verdict"])
-    known = verdict["nats"]["routing"]["high"]  # none, where hardly any completion shows a policy
-    assert row["nats.routing.high"] == known if known is not None else pd.isna(row["nats.routing.high"])
+    # none, where hardly any completion shows a policy
+    terms = {f"bits.{term}": value for term, value in verdict["bits"].items()}
+    for column, value in (terms | {"text.nats_per_token": verdict["text"]["nats_per_token"]}).items():
+        known, shown = value["high"], row[f"{column}.high"]
+        assert shown == known if known is not None else pd.isna(shown)
     for cue, state in verdict["per_cue"].items():
         for when in ("before", "after"):
             assert row[f"accuracy.{cue}.{when}"] == state[when]["overall"]

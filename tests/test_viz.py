@@ -13,11 +13,13 @@ from mixturelens import viz
 from mixturelens.behaviour.record import (
     AccuracyChange,
     BehaviourRecord,
+    Bits,
     Cell,
     Controls,
     CueBehaviour,
     CueSide,
     Nats,
+    Text,
 )
 from mixturelens.records import Provenance
 from mixturelens.routing.verdict import Changed, VerdictControls, VerdictRecord
@@ -33,12 +35,10 @@ def around(value: float, width: float = 0.01) -> Interval:
     return Interval(value=value, low=value - width, high=value + width)
 
 
-def make_nats(start: float = 0.1, split: bool = True, **others: Interval) -> Nats:
+def make_terms(kind: type[Bits] | type[Nats], start: float = 0.1, split: bool = True) -> dict[str, Interval]:
     """Every term another number, so that none can be taken for another."""
-    terms = {name: around(start + 0.01 * i, 0.001) for i, name in enumerate(Nats.model_fields)}
-    if not split:
-        terms |= {"conditioning": NOT_MEASURED, "skill": NOT_MEASURED, "novel": NOT_MEASURED}
-    return Nats(**{**terms, **others})
+    terms = {name: around(start + 0.01 * i, 0.001) for i, name in enumerate(kind.model_fields)}
+    return terms if split else {**terms, "conditioning": NOT_MEASURED, "skill": NOT_MEASURED}
 
 
 def make_side(weights: dict[str, float], accuracy: dict[str, float | None], overall: float) -> CueSide:
@@ -68,7 +68,8 @@ def make_pair(
         per_cue[cue] = CueBehaviour(
             before=make_side(even, forced, 0.5 + 0.01 * c),
             after=make_side(one, {**forced, policies[-1]: None}, 0.75 - 0.3 * c),
-            nats=make_nats(0.2 + 0.1 * c, named),
+            bits=Bits(**make_terms(Bits, 0.2 + 0.1 * c, named)),
+            nats=Nats(**make_terms(Nats, 0.6 + 0.1 * c, named)),
             accuracy_change=AccuracyChange(
                 selector=around(0.3 - 0.4 * c), specialists=around(-0.05), total=around(0.25 - 0.4 * c)
             ),
@@ -96,12 +97,19 @@ def make_pair(
                 )
     origin = Provenance(before="sft@0", after=after)
     controls = Controls(
-        same_checkpoint=make_nats(0.0, **{name: Interval(value=0.0, low=0.0, high=0.0) for name in Nats.model_fields}),
+        same_checkpoint=Bits(**dict.fromkeys(Bits.model_fields, around(0.0, 0.0))),
+        noise=Bits(**dict.fromkeys(Bits.model_fields, around(0.01, 0.002))),
         shuffled_routing_share=NOT_MEASURED,
         independent_total=around(0.4),
         sum_agrees=False,
     )
-    shared = {"routing_share": around(0.53), "router_share": NOT_MEASURED, "nats": make_nats(split=named)}
+    shared = {
+        "routing_share": around(0.53),
+        "router_share": NOT_MEASURED,
+        "bits": Bits(**make_terms(Bits, split=named)),
+        "text": Text(nats_per_token=around(0.0312)),
+        "nats": Nats(**make_terms(Nats, 0.5, named)),
+    }
     coverage = {"before": around(0.9), "after": around(0.95)}
     record = BehaviourRecord(
         provenance=origin,
@@ -123,6 +131,7 @@ def make_pair(
         verdict="both",
         changed=Changed(selector=True, cue_reader=None, skill=False),
         dormant_intact=False,
+        text_drifted=True,
         reason=f"Both changed {words}.",
         per_cue=per_cue,
         coverage=coverage,
@@ -187,8 +196,8 @@ def all_figures(policies=POLICIES, cues=CUES, words=""):
         viz.trajectory(run),
         viz.accuracy_along_rl(run, cues[0]),
         viz.before_after(record),
-        viz.kl_split([(words or "pair", verdict)]),
         viz.accuracy_split([(words or "pair", verdict)]),
+        viz.bits_split([(words or "pair", verdict)]),
         viz.policy_table(record),
     ]
 
@@ -271,46 +280,72 @@ def bars(figure, row: int, column: int) -> dict[str, tuple[float | None, float |
     }
 
 
-def test_kl_split_draws_every_term_with_its_whiskers():
+def test_bits_split_draws_every_term_with_its_whiskers():
     pairs = [("one", make_pair()[1]), ("two", make_pair(cues=("A", "B", "C"))[1])]
-    figure = viz.kl_split(pairs)
+    figure = viz.bits_split(pairs)
     for row, (_, verdict) in enumerate(pairs, start=1):
-        for column, nats in enumerate([verdict.nats, *(s.nats for s in verdict.per_cue.values())], start=1):
-            assert nats is not None
+        for column, bits in enumerate([verdict.bits, *(s.bits for s in verdict.per_cue.values())], start=1):
+            assert bits is not None
             found = bars(figure, row, column)
-            assert list(found) == ["routing", "wording", "conditioning", "skill", "other", "dormant"]
+            assert list(found) == ["routing", "conditioning", "skill", "dormant"]
             for name, (value, down, up) in found.items():
-                term = getattr(nats, name)
+                term = getattr(bits, name)
                 assert value == term.value
                 assert (down, up) == pytest.approx((term.value - term.low, term.high - term.value))
-    assert {axis.title.text for axis in figure.select_xaxes()} >= {"nats"}
+    assert {axis.title.text for axis in figure.select_xaxes()} >= {"bits"}
 
 
-def test_kl_split_without_behaviours_shows_dashes_and_the_specialist_as_a_whole():
+def test_bits_have_one_scale_whatever_they_are():
+    """A small change looks small, on every page."""
+    for verdict in (make_pair()[1], make_pair(named=False)[1]):
+        ranges = {axis.range for axis in viz.bits_split([("pair", verdict)]).select_xaxes()}
+        assert len(ranges) == 1
+        ((low, high),) = ranges
+        assert low < 0 < 1 < high
+
+
+def test_bits_split_without_behaviours_shows_dashes_and_the_specialist_as_a_whole():
     verdict = make_pair(named=False)[1]
-    figure = viz.kl_split([("pair", verdict)])
+    figure = viz.bits_split([("pair", verdict)])
     found = bars(figure, 1, 1)
     assert found["conditioning"] == found["skill"] == (None, None, None)
-    assert found["specialist"][0] == verdict.nats.specialist.value
+    assert found["specialist"][0] == verdict.bits.specialist.value
     shown = [a.text for a in figure.layout.annotations if a.xref == "x domain"]
     assert shown.count(viz.DASH) == 2
 
 
 def test_dormant_is_apart_from_the_sum():
-    traces = panel(viz.kl_split([("pair", make_pair()[1])]), 1, 1)
-    assert [len(trace.x) for trace in traces] == [5, 1]
+    traces = panel(viz.bits_split([("pair", make_pair()[1])]), 1, 1)
+    assert [len(trace.x) for trace in traces] == [3, 1]
     assert traces[1].marker.pattern.shape == "/"
     assert min(traces[0].y) - traces[1].y[0] > 1
 
 
-def test_accuracy_split_draws_selector_specialists_and_total():
+def test_accuracy_split_draws_points_by_routing_and_by_specialists():
     _, verdict = make_pair()
     figure = viz.accuracy_split([("pair", verdict)])
     for column, state in enumerate(verdict.per_cue.values(), start=1):
         change = state.accuracy_change
         assert change is not None
-        values = {name: value[0] for name, value in bars(figure, 1, column).items()}
-        assert values == {name: getattr(change, name).value for name in AccuracyChange.model_fields}
+        found = bars(figure, 1, column)
+        assert list(found) == ["routing", "specialists", "total"]
+        terms = (change.selector, change.specialists, change.total)
+        for (value, down, up), term in zip(found.values(), terms, strict=True):
+            assert value == pytest.approx(100 * term.value)
+            assert (down, up) == pytest.approx((100 * (term.value - term.low), 100 * (term.high - term.value)))
+    assert "points of accuracy" in {axis.title.text for axis in figure.select_xaxes()}
+
+
+def test_accuracy_that_is_not_told_apart_has_its_total_alone():
+    _, verdict = make_pair()
+    untold = AccuracyChange(selector=NOT_MEASURED, specialists=NOT_MEASURED, total=around(-0.5))
+    state = verdict.per_cue["A"].model_copy(update={"accuracy_change": untold})
+    figure = viz.accuracy_split([("pair", verdict.model_copy(update={"per_cue": {"A": state}}))])
+    assert {name: value for name, (value, _, _) in bars(figure, 1, 1).items()} == {
+        "routing": None,
+        "specialists": None,
+        "total": -50.0,
+    }
 
 
 def test_policy_table_with_wordings_and_three_policies():

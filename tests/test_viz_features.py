@@ -113,6 +113,7 @@ def make_terms(routing: float, conditioning: float | None, skill: float) -> Term
         routing=around(routing, 0.005),
         conditioning=NOT_MEASURED if conditioning is None else around(conditioning, 0.002),
         skill=around(skill, 0.0005),
+        specialist=around((conditioning or 0.0) + skill, 0.002),
     )
 
 

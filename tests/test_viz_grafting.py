@@ -39,6 +39,8 @@ def make_effects(routing: float | None, specialists: float | None = None, done: 
         specialists=NOT_MEASURED if specialists is None else around(specialists, 0.05),
         chosen=around(max(0.0, 0.28 * routing), 0.01),
         done=Interval(value=done, low=0.5 * done, high=2 * done),
+        moved=around(max(0.0, 0.28 * routing), 0.01),
+        share=around(0.98, 0.01),
     )
 
 
@@ -111,27 +113,26 @@ def make_graft(words: str = "", cues=("A", "B"), policies=("a", "b"), changed: b
     return GraftRecord(**fields)
 
 
-def make_mechanism(words: str = "", disagree: bool = False) -> Mechanism:
+def make_mechanism(words: str = "", agrees: bool = True) -> Mechanism:
     lines = {
-        "grafts, selector": ("selector", around(0.27), 0.004, True, "Distance of the choice when S has R's L0.attn"),
-        "grafts, specialists": ("specialists", around(0.0004, 0.0002), 0.0006, False, "Distance of what policies do"),
-        "patching, selector": ("selector", around(0.93), 0.08, True, "Share of the new choice that S's L0.z.1 undoes"),
-        "patching, specialists": ("specialists", around(0.02, 0.03), 0.0, False, "Share of the contrast that R lost"),
-        "probes, selector": ("selector", around(0.41), 0.12, None, "Cosine of RL's shift with the hint"),
-        "probes, specialists": ("specialists", around(0.3, 0.1), 0.0, True if disagree else None, "Loss of AUROC"),
+        "all weights, selector": ("selector", around(0.27), 0.004, True, "S with all of R's weights"),
+        "all weights, specialists": ("specialists", around(0.0004, 0.0002), 0.0006, False, "What policies do"),
+        "one part, selector": ("selector", around(0.21), 0.08, True, "R's L0.attn in S alone"),
+        "one part, specialists": ("specialists", around(0.004, 0.003), None, None, "R's L1.mlp in S alone"),
+        "features, selector": ("selector", around(0.1), 0.12, None, "R's values of 8 features"),
+        "features, specialists": ("specialists", around(0.001, 0.001), 0.0, False, "R's values of 8 features"),
     }
     return Mechanism(
         verdict="routing",
-        agrees=not disagree,
+        agrees=agrees,
         share=around(0.99, 0.005),
-        reason=f"R's weights move S by 0.270 of choice{words}",
+        reason=f"R's weights move S's choice by 0.270 bits{words}",
         evidence={
             name: Line(
                 source=name.split(",")[0], about=about, effect=effect, null=null, changed=state, what=what + words
             )
             for name, (about, effect, null, state, what) in lines.items()
         },
-        disagree=("probes, specialists",) if disagree else (),
     )
 
 
@@ -328,24 +329,17 @@ def test_effects_that_were_not_measured_are_no_points():
     assert routing.hovertext[0].endswith(viz.DASH)
 
 
-def test_evidence_stands_beside_its_null_and_says_who_disagrees():
-    mechanism = make_mechanism(disagree=True)
+def test_evidence_stands_beside_its_null():
+    mechanism = make_mechanism()
     figure = viz.evidence(mechanism)
     lines = sorted(mechanism.evidence.values(), key=lambda line: line.about != "selector")
     traces = {trace.name: trace for trace in figure.data}
     assert list(traces["selector"].x) == [line.effect.value for line in lines[:3]]
     assert list(traces["specialists"].x) == [line.effect.value for line in lines[3:]]
-    assert list(traces["what nothing would give"].x) == [line.null for line in lines]
+    assert list(traces["noise of the same size"].x) == [line.null for line in lines if line.null is not None]
     says = [a.text for a in figure.layout.annotations][1:]
-    assert [text.split("<br>")[0] for text in says] == [
-        "changed",
-        "changed",
-        "cannot say",
-        "unchanged",
-        "unchanged",
-        "changed",
-    ]
-    assert ["disagrees" in text for text in says] == [False] * 5 + [True]
+    assert says == ["changed", "changed", "cannot say", "unchanged", "cannot say", "unchanged"]
+    assert figure.layout.xaxis.title.text == "bits from S"
 
 
 def test_names_of_grafts_are_shown_literally():
@@ -356,7 +350,7 @@ def test_names_of_grafts_are_shown_literally():
         viz.plane(record),
         viz.factorial(record),
         viz.placed(record),
-        viz.evidence(make_mechanism(HOSTILE, disagree=True)),
+        viz.evidence(make_mechanism(HOSTILE)),
     ]
     for figure in figures:
         text = json.dumps(figure.to_plotly_json(), default=list, ensure_ascii=False)

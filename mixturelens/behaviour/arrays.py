@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from jaxtyping import Float
@@ -22,6 +23,10 @@ class Behaviour:
     forced_behaviour: Float[np.ndarray, "prompt known wording behaviour"]
     forced_right: Float[np.ndarray, "prompt known wording behaviour"]
     """Probability of showing the behaviour and being right."""
+
+    def part(self, index: Sequence[int]) -> Behaviour:
+        """That of some prompts."""
+        return Behaviour(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @property
     def weights(self) -> Float[np.ndarray, "prompt policy"]:
@@ -69,7 +74,7 @@ class NatTerms:
     skill: Float[np.ndarray, " prompt"]
     """KL of right or wrong, given the behaviour."""
     text: Float[np.ndarray, " prompt"]
-    """KL of the tokens, given all that. Style, not skill."""
+    """KL of the tokens, given all that. Style, not skill. NaN, as what follows, where it was not asked."""
     other: Float[np.ndarray, " prompt"]
     length: Float[np.ndarray, " prompt"]
     """Tokens of R's completions of known policies, behind their announcements, times the weight of those."""
@@ -92,3 +97,16 @@ class Change:
     method: str
     overlap: float | None = None
     """Of completions weighed under both checkpoints: the mean of 4 R S / (R + S)^2; 1 if alike, 0 if disjoint."""
+
+
+def spread(
+    values: Float[np.ndarray, " some *rest"], at: Sequence[int], number: int
+) -> Float[np.ndarray, " prompt *rest"]:
+    """Values of some prompts among all of so many, NaN elsewhere.
+
+    >>> spread(np.array([1.0]), [2], 3)
+    array([nan, nan,  1.])
+    """
+    found = np.full((number, *values.shape[1:]), np.nan)
+    found[list(at)] = values
+    return found

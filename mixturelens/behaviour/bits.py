@@ -24,7 +24,7 @@ TABLED = 20
 """Samples a side up to which a table corrects the bias of JS; from then on the jackknife does, whose error is small."""
 GRID = 41
 """Probabilities, a side, at which a table is fitted."""
-ALIKE = 9.0
+ALIKE = 100.0
 """How much more the bias counts in the fit where both sides are alike: nothing must not look like something."""
 CALM = 1e-3
 """Weight of a table's variance against its squared bias."""

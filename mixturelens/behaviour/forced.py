@@ -13,7 +13,7 @@ from mixturelens.behaviour.prompts import Prompts, behind_announcements, owners,
 from mixturelens.suite import wordings
 from mixturelens.types import OTHER
 
-FORCED_SAMPLES, ENOUGH = 4, 480
+FORCED_SAMPLES, ENOUGH = 4, 240
 """Completions behind each announcement, for what comes after policy and behaviour: fewer where so many are drawn."""
 
 

@@ -20,7 +20,7 @@ from mixturelens.hooks.intervened import Intervened, Prompt, Rewrite, known_prom
 from mixturelens.hooks.kept import Kept
 from mixturelens.hooks.lens import Lens
 from mixturelens.models import end_tokens
-from mixturelens.stats import interval, share
+from mixturelens.stats import PROPORTION, interval, share
 from mixturelens.suite import Suite
 from mixturelens.types import InputError, Interval, Intervention
 
@@ -50,8 +50,9 @@ class Ground:
         return measure(self.scorer, model, prompts, self.seed)
 
     def accuracies(self, behaviour: Behaviour, prompts: Prompts) -> dict[str, Interval]:
-        draws = grid_of(prompts, self.seed).draws(behaviour.correct.sum(-1))
-        return {cue: interval(draws[:, c]) for c, cue in enumerate(self.suite.cues)}
+        grid = grid_of(prompts, self.seed)
+        draws = grid.draws(behaviour.correct.sum(-1))
+        return {cue: interval(draws[:, c], grid.counts, bounds=PROPORTION) for c, cue in enumerate(self.suite.cues)}
 
     def both(self, behaviour: Behaviour, prompts: Prompts) -> tuple[float, float]:
         """Accuracy under the harmed and under the trained cue."""
@@ -97,11 +98,11 @@ class Scale:
     def gap_closed(self, found: Behaviour) -> Interval:
         """(repaired - R) / (ceiling - R) under the harmed cue; null where there is no gap to close for sure."""
         reached, broken = (self._accuracy(each, 0) for each in (found, self.after))
-        return interval(share(reached - broken, self.ceiling - broken, WORTH))
+        return interval(share(reached - broken, self.ceiling - broken, WORTH), self.grid.counts)
 
     def trained_change(self, found: Behaviour) -> Interval:
         """Change of the expected accuracy under the trained cue."""
-        return interval(self._accuracy(found, 1) - self._accuracy(self.after, 1))
+        return interval(self._accuracy(found, 1) - self._accuracy(self.after, 1), self.grid.counts)
 
     def _accuracy(self, behaviour: Behaviour, which: int) -> Float[np.ndarray, " draw"]:
         return self.grid.draws(behaviour.correct.sum(-1))[:, self.columns[which]]

@@ -277,6 +277,11 @@ class Scorer:
         finally:
             self._kept = outer
 
+    def forget(self) -> None:
+        """What was kept is no longer so: the weights of a model have changed."""
+        if self._kept is not None:
+            self._kept.clear()
+
     def literals(
         self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]]
     ) -> tuple[list[Float[np.ndarray, " literal"]], Float[np.ndarray, " context"]]:

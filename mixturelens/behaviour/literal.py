@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
 
-from mixturelens.behaviour.arrays import Behaviour, Change
+from mixturelens.behaviour.arrays import Behaviour, Change, spread
 from mixturelens.behaviour.bits import bit_terms
 from mixturelens.behaviour.forced import forced_kl
 from mixturelens.behaviour.likelihood import Ids, Model, Scorer
-from mixturelens.behaviour.prompts import Announcement, Placed, Prompts, behind_announcements, ended
+from mixturelens.behaviour.prompts import ASIDE, Announcement, Placed, Prompts, behind_announcements, ended
 from mixturelens.behaviour.split import nat_terms
 from mixturelens.behaviour.unannounced import attributed
 from mixturelens.spelling import Speller
@@ -108,41 +108,39 @@ def _probability(
 def literal_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Change:
     prompts = _placed(prompts)
     s, r = (_behaviour(scorer, model, prompts) for model in (before, after))
-    policy_kl, length = forced_kl(scorer, before, after, prompts, seed)
+    aside = prompts.of_questions(ASIDE)
+    some = prompts.part(aside)
+    policy_kl, length = (
+        spread(each, aside, len(prompts.rows)) for each in forced_kl(scorer, before, after, some, seed)
+    )
     other = np.zeros(len(prompts.rows))
     if not prompts.suite.table:
-        other = r.weights[:, -1] * _other_kl(scorer, before, after, prompts, seed)
+        kl = _other_kl(scorer, (before, s.part(aside)), (after, r.part(aside)), some, seed)
+        other = r.weights[:, -1] * spread(kl, aside, len(prompts.rows))
     return Change(s, r, bit_terms(s, r), nat_terms(s, r, policy_kl, length, other), method="literal")
 
 
-def literal_null(scorer: Scorer, model: Model, prompts: Prompts, measured: Behaviour) -> Change:
-    """A checkpoint against itself: what was measured, and the same measured again with the prompts in another order.
-
-    What follows an announcement is the model's own under both, so that its KL is zero by construction.
-    """
+def measured_again(scorer: Scorer, model: Model, prompts: Prompts) -> Behaviour:
+    """The same as `literal_behaviour`, with the prompts in another order and so in other batches."""
     turned = list(reversed(range(len(prompts.rows))))
-    again = _behaviour(scorer, model, prompts.part(turned))
-    again = Behaviour(*(getattr(again, field.name)[turned] for field in fields(again)))
-    nothing = np.zeros(len(prompts.rows))
-    silent = np.zeros(again.forced_correct.shape)
-    nats = nat_terms(measured, again, silent, silent, nothing)
-    return Change(measured, again, bit_terms(measured, again), replace(nats, text=nothing), method="literal")
+    return literal_behaviour(scorer, model, prompts.part(turned)).part(turned)
 
 
-def _other_kl(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Float[np.ndarray, " prompt"]:
+def _other_kl(
+    scorer: Scorer, before: tuple[Model, Behaviour], after: tuple[Model, Behaviour], prompts: Prompts, seed: int
+) -> Float[np.ndarray, " prompt"]:
     """KL(y_R || y_S given `other`): one completion of no known policy a prompt, drawn from R."""
+    (model_s, s), (model_r, r) = before, after
     literals = [[ids for each in placed for ids in each.spellings] for placed in prompts.placed]
-    heads = scorer.escapes(after, prompts.contexts, literals, seed + 1)
-    log_r, log_s, _ = scorer.compare(after, before, prompts.contexts, heads)
-    _, none_r = scorer.literals(after, prompts.contexts, literals)
-    _, none_s = scorer.literals(before, prompts.contexts, literals)
+    heads = scorer.escapes(model_r, prompts.contexts, literals, seed + 1)
+    log_r, log_s, _ = scorer.compare(model_r, model_s, prompts.contexts, heads)
     open_ended = [i for i, head in enumerate(heads) if head[-1] not in scorer.ends]
-    result = (log_r - none_r) - (log_s - none_s)
+    result = (log_r - np.log(r.weights[:, -1])) - (log_s - np.log(s.weights[:, -1]))
     room = [prompts.suite.max_new_tokens - len(heads[i]) for i in open_ended]
     contexts = [[*prompts.contexts[i], *heads[i]] for i in open_ended]
-    tails = scorer.sample(after, contexts, 1, room, seed + 2)
+    tails = scorer.sample(model_r, contexts, 1, room, seed + 2)
     some = [i for i, tokens in enumerate(tails.tokens) if tokens]
     if some:
-        _, _, kl = scorer.compare(after, before, [contexts[i] for i in some], [tails.tokens[i] for i in some])
+        _, _, kl = scorer.compare(model_r, model_s, [contexts[i] for i in some], [tails.tokens[i] for i in some])
         result[[open_ended[i] for i in some]] += kl
     return result

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+ASIDE = 16
+"""Questions, at most, of which is asked what the verdict does not stand on: nats of text, and controls."""
+
+
 @dataclass(frozen=True)
 class Announcement:
     """Text that puts a policy in place."""
@@ -83,6 +87,12 @@ class Prompts:
             placed=[self.placed[i] for i in index],
             bare=[self.bare[i] for i in index],
         )
+
+    def of_questions(self, most: int) -> list[int]:
+        """Which prompts are those of so many questions at most, drawn once and for all, under all cues."""
+        questions = list(dict.fromkeys(row.id for row in self.rows))
+        kept = {questions[i] for i in np.random.default_rng(0).permutation(len(questions))[:most]}
+        return [i for i, row in enumerate(self.rows) if row.id in kept]
 
     def only(self, kept: Sequence[int]) -> Prompts:
         """The same prompts with some of the announcements."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
@@ -9,21 +10,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
-from mixturelens.behaviour.arrays import Behaviour, Change
+from mixturelens.behaviour.arrays import Behaviour, BitTerms, Change
+from mixturelens.behaviour.bits import bit_terms
 from mixturelens.behaviour.forced import label_completions, texts_of
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
-from mixturelens.behaviour.literal import literal_null
+from mixturelens.behaviour.literal import literal_behaviour, measured_again
 from mixturelens.behaviour.measure import measure, measure_change
 from mixturelens.behaviour.plan import first_questions, make_plan
-from mixturelens.behaviour.prompts import Prompts, check_texts, prepare
+from mixturelens.behaviour.prompts import ASIDE, Prompts, check_texts, prepare
 from mixturelens.behaviour.sampled import Nulls, nulls
 from mixturelens.behaviour.settle import SampleCheck, check_by_samples, settle
 from mixturelens.behaviour.split import accuracy_split
 from mixturelens.behaviour.unannounced import Explained, Identified, attributed, explain, identify
 from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory
+from mixturelens.models.noise import noised
 from mixturelens.records import Record
-from mixturelens.stats import interval, map_draws, mean_interval, resample_counts, resampled_mean
+from mixturelens.stats import PROPORTION, interval, map_draws, mean_interval, resample_counts, resampled_mean
 from mixturelens.suite import Rule, Spelling, Suite, wordings
 from mixturelens.types import NOT_MEASURED, OTHER, Frozen, Interval, Side
 
@@ -130,6 +133,9 @@ class Controls(Frozen):
 
     same_checkpoint: Bits
     """S against S: every term must be zero, or not surely more where it stands on samples."""
+    noise: Bits | None = None
+    """S against S with Gaussian noise of the norm of R's change, tensor by tensor: what a change of that size does
+    that has no direction in particular. Null where S and R are no plain checkpoints."""
     shuffled_routing_share: Interval
     """Routing's share of KL(R || S) for labels that have nothing to do with the text; null where too few samples can
     say, and where policies announce nothing."""
@@ -190,6 +196,10 @@ class Grid:
             (self.index >= 0).reshape(*self.index.shape, *[1] * (values.ndim - 1)), values[self.index], np.nan
         )
 
+    def counts_where(self, values: Float[np.ndarray, " prompt"]) -> Int[np.ndarray, "draw question"]:
+        """As `counts`, of as many questions as were measured."""
+        return self.counts[:, : int((~np.isnan(self.spread(values))).any(1).sum())]
+
     def draws(self, values: Float[np.ndarray, " prompt *rest"]) -> Float[np.ndarray, "draw cue *rest"]:
         return resampled_mean(self.spread(values), self.counts)
 
@@ -231,7 +241,15 @@ def behaviour_record(
     with scorer.once():
         spelling = settle(scorer, models, suite, tokenizer)
         spelled = suite.model_copy(update={"spelling": spelling})
-        record = measure_record(scorer, models, spelled, tokenizer, seed=seed, progress=progress)
+        record = measure_record(
+            scorer,
+            models,
+            spelled,
+            tokenizer,
+            seed=seed,
+            noise=functools.partial(noised, models, seed) if len(models) > 1 else None,
+            progress=progress,
+        )
     return record.model_copy(
         update={
             "provenance": pair.provenance(seed, suite_name),
@@ -248,9 +266,13 @@ def measure_record(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int = 0,
+    noise: Callable[[], Model] | None = None,
     progress: Progress | None = None,
 ) -> BehaviourRecord:
-    """The record of one loaded model, or of two: S and R. They may be intervened models."""
+    """The record of one loaded model, or of two: S and R. They may be intervened models.
+
+    `noise` gives S with noise, for a null; it comes last, since it may be written over the models.
+    """
     say = progress or (lambda _: None)
     prompts = prepare(suite, suite.neutral, tokenizer)
     grid = grid_of(prompts, seed)
@@ -281,7 +303,7 @@ def measure_record(
     change = measure_change(scorer, before, after, prompts, seed)
     notes = _silent(suite, [change.before, change.after])
     explained = _explained(change, grid, suite)
-    bits, per_cue_bits, shares = bits_of(change, grid, suite, explained)
+    bits, per_cue_bits, shares = bits_of(change.bits, grid, suite, explained)
     nats, per_cue_nats, text = nats_of(change, grid, suite, explained)
     if explained:
         change = replace(change, after=attributed(prompts, change.after, explained.after))
@@ -289,14 +311,13 @@ def measure_record(
     accuracy = _accuracy_change(change, grid, told=explained is None or explained.identified.explanation is not None)
     say("controls")
     drawn = nulls(scorer, before, after, prompts, seed + 11)
-    if change.method == "literal" and not suite.table:
-        unchanged = literal_null(scorer, before, prompts, change.before)
-    else:
-        unchanged = measure_change(scorer, before, before, prompts, seed)
-    controls = _controls(unchanged, suite, grid, nats, drawn)
     measured: dict[Side, Behaviour] = {"before": change.before, "after": change.after}
     check = check_by_samples(prompts, {side: (measured[side], *drawn.drawn[side]) for side in measured})
     say("hinted prompts")
+    hinted = _hinted(scorer, models, suite, tokenizer, seed)
+    controls = _controls(
+        _nulls_of_bits(scorer, models, noise, prompts, change, seed), grid, nats, drawn, told=not suite.table
+    )
     return BehaviourRecord(
         method=change.method,
         overlap=change.overlap,
@@ -316,7 +337,7 @@ def measure_record(
         text=text,
         nats=nats,
         table=policy_table(change.before, change.after, prompts, grid),
-        hinted=_hinted(scorer, models, suite, tokenizer, seed),
+        hinted=hinted,
         controls=controls,
         check=check,
         notes=notes,
@@ -362,7 +383,7 @@ def _own_check(scorer: Scorer, model: Model, behaviour: Behaviour, prompts: Prom
 
 
 def _coverage(behaviour: Behaviour, grid: Grid) -> Interval:
-    return interval(grid.draws(1 - behaviour.weights[:, -1]).min(-1))
+    return interval(grid.draws(1 - behaviour.weights[:, -1]).min(-1), grid.counts)
 
 
 def _sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
@@ -371,9 +392,9 @@ def _sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
     overall = grid.draws(behaviour.correct.sum(-1))
     sides = []
     for c in range(len(suite.cues)):
-        w = {name: interval(weights[:, c, m]) for m, name in enumerate(names)}
-        a = {name: interval(forced[:, c, m]) for m, name in enumerate(suite.policies)}
-        whole = interval(overall[:, c])
+        w = {name: interval(weights[:, c, m], grid.counts, bounds=PROPORTION) for m, name in enumerate(names)}
+        a = {name: interval(forced[:, c, m], grid.counts, bounds=PROPORTION) for m, name in enumerate(suite.policies)}
+        whole = interval(overall[:, c], grid.counts, bounds=PROPORTION)
         sides.append(
             CueSide(
                 weights={name: value.value or 0.0 for name, value in w.items()},
@@ -390,11 +411,11 @@ def _sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
 
 
 def bits_of(
-    change: Change, grid: Grid, suite: Suite, explained: Explained | None
+    found: BitTerms, grid: Grid, suite: Suite, explained: Explained | None
 ) -> tuple[Bits, list[Bits], dict[str, Interval]]:
     """Bits averaged over cues, per cue, and what follows from them."""
     routing, conditioning, specialist, dormant = (
-        grid.draws(getattr(change.bits, name)) for name in ("routing", "conditioning", "specialist", "dormant")
+        grid.draws(getattr(found, name)) for name in ("routing", "conditioning", "specialist", "dormant")
     )
     if explained:
         # no prompt alone tells policies apart: so far, conditioning is what tells behaviours
@@ -417,14 +438,17 @@ def bits_of(
     means = {name: values.mean(-1) for name, values in terms.items()}
     routing, specialist, conditioning = means["routing"], means["specialist"], means["conditioning"]
     shares = {
-        "moved": interval(routing + specialist),
-        "routing_share": map_draws(lambda r, s: r / (r + s), routing, specialist),
-        "router_share": map_draws(lambda r, s, c: (r + c) / (r + s), routing, specialist, conditioning),
+        "moved": interval(routing + specialist, grid.counts),
+        "routing_share": map_draws(lambda r, s: r / (r + s), routing, specialist, counts=grid.counts),
+        "router_share": map_draws(
+            lambda r, s, c: (r + c) / (r + s), routing, specialist, conditioning, counts=grid.counts
+        ),
     }
     per_cue = [
-        Bits(**{name: interval(values[:, c]) for name, values in terms.items()}) for c in range(grid.index.shape[1])
+        Bits(**{name: interval(values[:, c], grid.counts) for name, values in terms.items()})
+        for c in range(grid.index.shape[1])
     ]
-    return Bits(**{name: interval(values) for name, values in means.items()}), per_cue, shares
+    return Bits(**{name: interval(values, grid.counts) for name, values in means.items()}), per_cue, shares
 
 
 def nats_of(change: Change, grid: Grid, suite: Suite, explained: Explained | None) -> tuple[Nats, list[Nats], Text]:
@@ -443,11 +467,16 @@ def nats_of(change: Change, grid: Grid, suite: Suite, explained: Explained | Non
     if not suite.behaviour_names:
         terms["conditioning"] = terms["skill"] = np.full_like(length, np.nan)
     means = {name: values.mean(-1) for name, values in terms.items()}
+    # text, and what it is part of, may have been asked of some questions alone
+    some = grid.counts_where(change.nats.text)
+    counts = {name: some if name in ("text", "other", "total") else grid.counts for name in terms}
     per_cue = [
-        Nats(**{name: interval(values[:, c]) for name, values in terms.items()}) for c in range(grid.index.shape[1])
+        Nats(**{name: interval(values[:, c], counts[name]) for name, values in terms.items()})
+        for c in range(grid.index.shape[1])
     ]
-    text = Text(nats_per_token=map_draws(lambda text, tokens: text / tokens, means["text"], length.mean(-1)))
-    return Nats(**{name: interval(values) for name, values in means.items()}), per_cue, text
+    per_token = map_draws(lambda text, tokens: text / tokens, means["text"], length.mean(-1), counts=some)
+    whole = Nats(**{name: interval(values, counts[name]) for name, values in means.items()})
+    return whole, per_cue, Text(nats_per_token=per_token)
 
 
 def _accuracy_change(change: Change, grid: Grid, *, told: bool) -> list[AccuracyChange]:
@@ -466,9 +495,9 @@ def _accuracy_change(change: Change, grid: Grid, *, told: bool) -> list[Accuracy
             selector, specialists = (grid.draws(values) for values in split)
     return [
         AccuracyChange(
-            selector=interval(selector[:, c]) if told else NOT_MEASURED,
-            specialists=interval(specialists[:, c]) if told else NOT_MEASURED,
-            total=interval(selector[:, c] + specialists[:, c]),
+            selector=interval(selector[:, c], grid.counts) if told else NOT_MEASURED,
+            specialists=interval(specialists[:, c], grid.counts) if told else NOT_MEASURED,
+            total=interval(selector[:, c] + specialists[:, c], grid.counts),
         )
         for c in range(grid.index.shape[1])
     ]
@@ -532,17 +561,45 @@ def _hinted(
     return found
 
 
-def _controls(unchanged: Change, suite: Suite, grid: Grid, nats: Nats, drawn: Nulls) -> Controls:
-    same, _, _ = bits_of(unchanged, grid, suite, _explained(unchanged, grid, suite))
+def _nulls_of_bits(
+    scorer: Scorer,
+    models: Sequence[Model],
+    noise: Callable[[], Model] | None,
+    prompts: Prompts,
+    change: Change,
+    seed: int,
+) -> tuple[Bits, Bits | None]:
+    """S against S, and against S with noise, on some of the questions. The latter takes the place of R, and is last."""
+    aside, before = prompts.of_questions(ASIDE), models[0]
+    some, s = prompts.part(aside), change.before.part(aside)
+    suite, grid = prompts.suite, grid_of(some, seed)
+    exact = change.method == "literal" and not suite.table
+
+    def against(model: Model, again: Callable[[Scorer, Model, Prompts], Behaviour]) -> Bits:
+        if exact:
+            return bits_of(bit_terms(s, again(scorer, model, some)), grid, suite, None)[0]
+        found = measure_change(scorer, before, model, some, seed)
+        return bits_of(found.bits, grid, suite, _explained(found, grid, suite))[0]
+
+    same = against(before, measured_again)
+    if noise is None:
+        return same, None
+    scorer.forget()
+    return same, against(noise(), literal_behaviour)
+
+
+def _controls(bits: tuple[Bits, Bits | None], grid: Grid, nats: Nats, drawn: Nulls, *, told: bool) -> Controls:
     routing, total, ratio = (grid.draws(v).mean(-1) for v in (drawn.shuffled, drawn.kl, drawn.ratio))
-    shuffled = NOT_MEASURED if suite.table else map_draws(lambda r, t: r / t, routing, total)
-    independent = interval(ratio)
+    counts = grid.counts_where(drawn.ratio)
+    shuffled = map_draws(lambda r, t: r / t, routing, total, counts=counts) if told else NOT_MEASURED
+    independent = interval(ratio, counts)
     agrees = None
     if independent.measured and nats.total.measured:
         low, high = independent.low or 0.0, independent.high or 0.0
         agrees = low <= (nats.total.high or 0.0) + SLACK and (nats.total.low or 0.0) - SLACK <= high
     return Controls(
-        same_checkpoint=same,
+        same_checkpoint=bits[0],
+        noise=bits[1],
         shuffled_routing_share=shuffled,
         independent_total=independent,
         sum_agrees=agrees,

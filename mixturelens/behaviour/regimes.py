@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.prompts import Prompts
 from mixturelens.organism import Spec, SplitSpec, pays
-from mixturelens.stats import interval, resampled_mean, share
+from mixturelens.stats import apart, interval, resampled_mean, share
 from mixturelens.suite import PromptRow
 from mixturelens.tasks import Family, Question, split_questions
 from mixturelens.types import ANSWER, NOT_MEASURED, Frozen, InputError, Interval
@@ -153,7 +153,7 @@ def pair_shares(course: Course, first: str, second: str, counts: Int[np.ndarray,
     together = np.sum(list(of.values()), 0)
 
     def mean(values: Float[np.ndarray, " question"]) -> Interval:
-        return interval(resampled_mean(values, counts))
+        return interval(resampled_mean(values, counts), counts)
 
     return Shares(
         **{name: mean(values) for name, values in of.items()},
@@ -224,7 +224,7 @@ def retention(course: Course, cue: str, counts: Int[np.ndarray, "draw question"]
     if not after[True] or not after[False]:
         return NOT_MEASURED
     at_home, away = (resampled_mean(course.own(cue, after[own]).mean(0), counts) for own in (True, False))
-    return interval(share(away, at_home, EARNS))
+    return interval(share(away, at_home, EARNS), counts)
 
 
 def fragility(course: Course, counts: Int[np.ndarray, "draw question"]) -> Interval:
@@ -238,7 +238,7 @@ def fragility(course: Course, counts: Int[np.ndarray, "draw question"]) -> Inter
     there, here = (
         np.mean([course.own(cue, course.cycle) for cue in cues], (0, 1)) for cues in (unseen, course.trained)
     )
-    return interval(resampled_mean(here - there, counts))
+    return interval(resampled_mean(here - there, counts), counts)
 
 
 def culled(course: Course, phase: int, cue: str, counts: Int[np.ndarray, "draw question"]) -> Interval:
@@ -255,6 +255,6 @@ def culled(course: Course, phase: int, cue: str, counts: Int[np.ndarray, "draw q
     objective = course.cues.index(course.phases[phase - 1][1])
     shown = resampled_mean(course.earned[:, course.cues.index(cue), objective].T, counts)
     raised = shown[:, phase] - shown[:, start]
-    if not interval(raised).above(EARNS):
+    if raised[0] < 0 or not apart(raised, EARNS):
         return NOT_MEASURED
-    return interval((shown[:, phase] - shown[:, phase + 1]) / raised)
+    return interval((shown[:, phase] - shown[:, phase + 1]) / raised, counts)

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-from mixturelens.behaviour.arrays import Behaviour, Change, NatTerms
+from mixturelens.behaviour.arrays import Behaviour, Change, NatTerms, spread
 from mixturelens.behaviour.bits import bit_terms
 from mixturelens.behaviour.forced import Labelled, forced_sample, label_completions, texts_of
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
-from mixturelens.behaviour.prompts import Prompts
+from mixturelens.behaviour.prompts import ASIDE, Prompts
 from mixturelens.behaviour.split import class_terms, nat_terms, skill_term
 from mixturelens.behaviour.unannounced import attributed
 from mixturelens.types import Side
 
-ENOUGH = 480
+ENOUGH = 240
 """Completions of a checkpoint that are enough for controls."""
 
 
@@ -224,12 +224,17 @@ class Nulls:
 
 def nulls(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Nulls:
     """Controls from completions that both checkpoints write of their own accord."""
-    n = max(2, min(prompts.suite.samples, round(ENOUGH / len(prompts.rows))))
-    pool = _draw_pool(scorer, before, after, prompts, n, seed)
-    shuffled = _pool_terms(prompts, pool, _permuted(prompts, pool.context, pool.label, seed))[0]
+    aside = np.array(prompts.of_questions(ASIDE))
+    n = max(2, min(prompts.suite.samples, round(ENOUGH / len(aside))))
+    some = prompts.part(aside.tolist())
+    pool = _draw_pool(scorer, before, after, some, n, seed)
+    shuffled = _pool_terms(some, pool, _permuted(some, pool.context, pool.label, seed))[0]
     ratio = (pool.log_after - pool.log_before)[pool.own("after")].reshape(-1, n)
+    shuffled, kl, ratio = (
+        spread(each, aside.tolist(), len(prompts.rows)) for each in (shuffled, pool.kl.mean(-1), ratio.mean(-1))
+    )
     drawn: dict[Side, tuple[np.ndarray, Labelled, list[str]]] = {}
     for side in ("before", "after"):
         at = pool.own(side)
-        drawn[side] = (pool.context[at], pool.label.part(at), [pool.texts[i] for i in at])
-    return Nulls(shuffled, pool.kl.mean(-1), ratio.mean(-1), drawn)
+        drawn[side] = (aside[pool.context[at]], pool.label.part(at), [pool.texts[i] for i in at])
+    return Nulls(shuffled, kl, ratio, drawn)

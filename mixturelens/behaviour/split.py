@@ -79,10 +79,15 @@ def nat_terms(
         wording=wording,
         conditioning=conditioning,
         skill=skill,
-        text=np.nansum(heard * policy_kl, (1, 2)) - conditioning - skill,
+        text=_over_policies(heard * policy_kl) - conditioning - skill,
         other=other,
-        length=np.nansum(heard * length, (1, 2)),
+        length=_over_policies(heard * length),
     )
+
+
+def _over_policies(values: Float[np.ndarray, "prompt known wording"]) -> Float[np.ndarray, " prompt"]:
+    """Sum, of those that were measured; NaN where none was."""
+    return np.where(np.isnan(values).all((1, 2)), np.nan, np.nansum(values, (1, 2)))
 
 
 def _rest(classes: np.ndarray, right: np.ndarray) -> np.ndarray:

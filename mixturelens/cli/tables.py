@@ -36,7 +36,9 @@ def number(value: float | None) -> str:
 
 
 def _interval(value: Any) -> str:
-    return "-" if value.value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    if value.value is None or value.low is None:
+        return number(value.value)
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
@@ -83,9 +85,9 @@ def show_verdicts(pairs: list[Case], verdicts: list[VerdictRecord]) -> None:
             for cue, state in record.per_cue.items()
             if state.after is not None
         )
-        nats = f"{number(record.nats.routing.value)} / {number(record.nats.specialist.value)}"
-        rows.append((pair.name, record.verdict, _interval(record.routing_share), nats, accuracy))
-    print_table(("pair", "verdict", "routing share", "nats: routing / specialist", "accuracy before -> after"), rows)
+        bits = f"{number(record.bits.routing.value)} / {number(record.bits.specialist.value)}"
+        rows.append((pair.name, record.verdict, _interval(record.routing_share), bits, accuracy))
+    print_table(("pair", "verdict", "routing share", "bits: routing / specialist", "accuracy before -> after"), rows)
     for pair, record in zip(pairs, verdicts, strict=True):
         print(f"{pair.name}: {record.reason}")
         _show_notes(record)
@@ -156,7 +158,9 @@ def show_grafts(pairs: list[Case], records: list[GraftRecord]) -> None:
                 rows.append(
                     (pair.name, what, _interval(effects.weight), _interval(effects.chosen), _interval(effects.done))
                 )
-    header = ("pair", "R's weights in S", "share of the weight", "choice, nats", "what policies do, nats")
+            noise = (number(record.null.chosen), number(record.null.done))
+            rows.append((pair.name, "noise of the size of R's change", "", *noise))
+    header = ("pair", "R's weights in S", "share of the weight", "choice, bits", "what policies do, bits")
     print_table(header, rows)
     for pair, record in zip(pairs, records, strict=True):
         if record.rollback is not None and record.rollback.checkpoint is not None:
@@ -172,8 +176,6 @@ def show_mechanism(pairs: list[Case], verdicts: list[VerdictRecord]) -> None:
             continue
         agrees = "agrees" if found.agrees else f"behaviour says {record.verdict}"
         print(f"{pair.name}: the mechanism says {found.verdict} ({agrees}): {found.reason}")
-        for name in found.disagree:
-            print(f"{pair.name}: {name} says otherwise: {found.evidence[name].what}")
 
 
 def show_features(pairs: list[Case], records: list[FeatureRecord]) -> None:
@@ -220,7 +222,7 @@ def show_features(pairs: list[Case], records: list[FeatureRecord]) -> None:
             ):
                 numbers = (_interval(terms.routing), _interval(terms.conditioning), _interval(terms.skill))
                 rows.append((pair.name, f"{change.site}: {name}", *numbers))
-    print_table(("pair", "R's values in S", "routing, nats", "conditioning, nats", "skill, nats"), rows)
+    print_table(("pair", "R's values in S", "routing, bits", "conditioning, bits", "skill, bits"), rows)
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for fit in record.crosscoders:

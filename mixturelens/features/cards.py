@@ -46,7 +46,7 @@ TERMS: Mapping[Part, str] = {"selector": "routing", "cue_reader": "conditioning"
 def interesting(tables: Sequence[Table], changes: Sequence[SiteChange]) -> list[tuple[Unit, str]]:
     """Features that deserve a card, and why: the best one for each concept, and MOVED of those that RL moved most.
 
-    Of the latter those whose change alone does most (nats, all terms), and where changes do nothing those that moved
+    Of the latter those whose change alone does most (bits, all terms), and where changes do nothing those that moved
     furthest: how far is no measure across sites, for activations grow with depth. A feature that is both is named once,
     with both reasons. One that RL moved has no position, for it was judged at all tokens, unless it is also the best
     one somewhere.
@@ -62,14 +62,14 @@ def interesting(tables: Sequence[Table], changes: Sequence[SiteChange]) -> list[
         if best is not None:
             add(best.unit, f"best feature for {ASKED[table.concept]}")
     moved = [
-        (round(sum(nats.values()), 2), each.moved, Unit(kind="feature", site=change.site, index=each.index), nats)
+        (round(sum(bits.values()), 2), each.moved, Unit(kind="feature", site=change.site, index=each.index), bits)
         for change in changes
         for each in change.features
-        if (nats := {name: each.terms.of(part).value or 0.0 for part, name in TERMS.items()})
+        if (bits := {name: each.terms.of(part).value or 0.0 for part, name in TERMS.items()})
     ]
-    for total, _, unit, nats in sorted(moved, key=lambda row: (-row[0], -row[1]))[:MOVED]:
-        most = max(nats, key=lambda name: nats[name])
-        add(unit, f"RL moved it: {nats[most]:.2f} nats of {most} alone" if total else "RL moved it")
+    for total, _, unit, bits in sorted(moved, key=lambda row: (-row[0], -row[1]))[:MOVED]:
+        most = max(bits, key=lambda name: bits[name])
+        add(unit, f"RL moved it: {bits[most]:.3f} bits of {most} alone" if total else "RL moved it")
     return [(unit, "; ".join(dict.fromkeys(why))) for unit, why in found.values()]
 
 

@@ -18,22 +18,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixturelens.behaviour.arrays import Behaviour
+from mixturelens.behaviour.bits import bit_terms
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.record import Grid, grid_of
-from mixturelens.behaviour.split import class_terms
 from mixturelens.features.activations import up_to
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import share_of
 from mixturelens.features.record import Changed, SiteChange, Terms
 from mixturelens.features.splice import At, Ground, Splice, Spliced, own, whole
-from mixturelens.grafting.effects import LEAST, divergence
 from mixturelens.hooks.lens import Lens, tokens
 from mixturelens.models import end_tokens
 from mixturelens.stats import half_of, interval
 from mixturelens.suite import Suite
-from mixturelens.types import PER_HEAD, InputError, Interval, Side, Site
+from mixturelens.types import PER_HEAD, InputError, Side, Site
 
 TOP = 8
 """Features that are looked at one by one, at most."""
@@ -50,35 +49,28 @@ ROWS = 64
 
 
 def terms(base: Behaviour, changed: Behaviour, grid: Grid) -> Terms:
-    """KL(changed || base) in nats, term by term: means over prompts, per cue and then over cues.
+    """Bits by which one completion tells `changed` from `base`, term by term: means over prompts, per cue and then over
+    cues.
 
-    `routing` and `conditioning` are exact, and those of `behaviour.split`. `skill` is that of right against wrong among
-    answers, sum_m c(m) b(answer | m) KL(right | m, answer), with c and b those of `changed`: a lower bound of the whole
-    term. Where either hardly ever answers (under LEAST) there is no skill to compare, and it is 0. A behaviour against
-    itself is exactly 0. Without named behaviours only the routing can be told: the others are null.
+    They are those of `behaviour.bits`, question by question; a behaviour against itself is exactly 0. Without named
+    behaviours conditioning and skill cannot be told apart, and are null.
     """
-    routing, _, conditioning = class_terms(changed.classes, base.classes)
-    skill = _skill(base, changed)
-    if base.classes.shape[-1] == 1:
-        conditioning, skill = np.full_like(routing, np.nan), np.full_like(routing, np.nan)
+    found = bit_terms(base, changed)
 
-    def over_cues(values: Float[np.ndarray, " prompt"]) -> Interval:
+    def over_cues(values: Float[np.ndarray, " prompt"]) -> Float[np.ndarray, " draw"]:
         draws = grid.draws(values)
         asked = ~np.isnan(draws[0])  # a cue that none of these questions has says nothing
-        return interval(draws[:, asked].mean(-1) if asked.any() else np.full(len(draws), np.nan))
+        return draws[:, asked].mean(-1) if asked.any() else np.full(len(draws), np.nan)
 
-    return Terms(routing=over_cues(routing), conditioning=over_cues(conditioning), skill=over_cues(skill))
-
-
-def _skill(base: Behaviour, changed: Behaviour) -> Float[np.ndarray, " prompt"]:
-    right = []
-    for each in (changed, base):
-        answers = each.forced_behaviour[..., -1]
-        # only answers are ever right
-        share = np.clip(each.forced_correct / np.maximum(answers, LEAST), 0, 1)
-        right.append(np.where(answers < LEAST, np.nan, share))
-    distance = divergence(*(np.stack([share, 1 - share], -1) for share in right))
-    return np.nansum(changed.classes[:, :-1, :, -1] * distance, (1, 2))
+    routing, conditioning, specialist = map(over_cues, (found.routing, found.conditioning, found.specialist))
+    if base.classes.shape[-1] == 1:
+        conditioning = np.full_like(specialist, np.nan)
+    return Terms(
+        routing=interval(routing, grid.counts),
+        conditioning=interval(conditioning, grid.counts),
+        skill=interval(specialist - conditioning, grid.counts),
+        specialist=interval(specialist, grid.counts),
+    )
 
 
 # --- splices ----------------------------------------------------------------------------------------------------------
@@ -104,7 +96,7 @@ def elsewhere(dictionary: Dictionary, units: Sequence[int], generator: torch.Gen
 
 
 class Splices:
-    """What splices at one place make a model do on these prompts that it does not do as it is: nats from itself.
+    """What splices at one place make a model do on these prompts that it does not do as it is: bits from itself.
 
     What R's features do is judged in S (`into` S, other R); what R does without something of its own, in R:
 

@@ -23,8 +23,8 @@ RANDOM = 12
 """Shared latents that each is compared with, and sets of as many as all of them."""
 QUESTIONS = 24
 """Questions on which R is asked without them."""
-FLOOR = 0.01
-"""Nats under which nothing has changed."""
+FLOOR = 0.005
+"""Bits under which nothing has changed."""
 
 
 def fit_crosscoder(
@@ -37,7 +37,7 @@ def fit_crosscoder(
     """Train a crosscoder over S and R, and ablate in R what it says that R has alone.
 
     A latent exclusive to R is causal if R without it does something else for sure: in some term of the split, by more
-    than FLOOR nats and than nearly all (95%) of as many single shared latents that write as much in R. Being causal in
+    than FLOOR bits and than nearly all (95%) of as many single shared latents that write as much in R. Being causal in
     R is not being what RL did: S against another S has such latents, too, which is why that null belongs beside every
     count. `splices` put S's activations into R at this place. `share`: of latents that are looked at.
     """

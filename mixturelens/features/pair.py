@@ -49,7 +49,7 @@ from mixturelens.models.source import fingerprint
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.record import ProbingRecord, Subspace
 from mixturelens.spelling import encode_prompts
-from mixturelens.stats import half_of
+from mixturelens.stats import half_of, too_few
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import InputError, Side, Site
 
@@ -160,7 +160,7 @@ def feature_record(
         changes=tuple(changes),
         cards=tuple(study.cards(tables, changes)),
         crosscoders=tuple(fits),
-        missing=tuple(study.missing),
+        missing=(*study.missing, *too_few("features", *(each.questions for each in (*tables, *changes)))),
     )
 
 

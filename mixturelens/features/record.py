@@ -143,24 +143,15 @@ class Table(Frozen):
 
 
 class Terms(Frozen):
-    """What S does differently with something of R in it: nats from S, by the terms of the split.
+    """What S does differently with something of R in it: bits from S, 0 to 1, by the terms of `behaviour.bits`.
 
-    `skill` is that of right against wrong answers: a lower bound of the whole term.
+    specialist = conditioning + skill; without named behaviours it is all that can be told of the two.
     """
 
     routing: Interval
     conditioning: Interval
     skill: Interval
-
-    @property
-    def specialists(self) -> Interval:
-        """Conditioning and skill together, as wide as both intervals at their ends."""
-        both = (self.conditioning, self.skill)
-        known = [each for each in both if each.value is not None]
-        if not known:
-            return NOT_MEASURED
-        value, low, high = (sum(getattr(each, end) for each in known) for end in ("value", "low", "high"))
-        return Interval(value=value, low=low, high=high)
+    specialist: Interval
 
     def of(self, part: Part) -> Interval:
         return {"selector": self.routing, "cue_reader": self.conditioning, "skill": self.skill}[part]
@@ -241,7 +232,7 @@ class CrosscoderFit(Frozen):
     causal_terms: dict[Part, int] = {}
     """Of those, by the term they move most."""
     without: Terms | None = None
-    """R without all latents exclusive to R: nats from R."""
+    """R without all latents exclusive to R: bits from R."""
     random: tuple[Terms, ...] = ()
     """R without as many matched shared latents."""
 
@@ -250,6 +241,7 @@ class FeatureRecord(Record):
     """SAE features and crosscoder latents of a pair, beside neurons, heads and directions."""
 
     KIND = "features"
+    VERSION = 2  # 1 had the terms in nats, and is not read
     INDENT = None
 
     probed: bool = False
@@ -272,6 +264,6 @@ class FeatureRecord(Record):
         """What RL changed where R's activations bring most of it along."""
         return max(
             self.changes,
-            key=lambda change: (change.whole.routing.value or 0.0) + (change.whole.specialists.value or 0.0),
+            key=lambda change: (change.whole.routing.value or 0.0) + (change.whole.specialist.value or 0.0),
             default=None,
         )

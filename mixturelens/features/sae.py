@@ -312,7 +312,7 @@ def quality(
         explained=1 - error / variance,
         active=float(fired.sum()) / len(x),
         dead=float((fired == 0).double().mean()),
-        loss_recovered=interval(share(lost - kept, lost - plain, LEAST)),
+        loss_recovered=interval(share(lost - kept, lost - plain, LEAST), counts),
         tokens=len(x),
     )
 

@@ -125,7 +125,7 @@ def _fewest(
         units=tuple(pool.unit(i) for i in chosen),
         among=len(strong),
         enough=reached >= ENOUGH,
-        patch=interval(found[:, 0], digits=6),
+        patch=interval(found[:, 0], trial.counts, digits=6),
         random=tuple(found[0, 1:].round(6).tolist()),
         gap_closed=gap,
         trained_change=trained,

@@ -17,8 +17,8 @@ NAMED = 0.5
 """Share under which patching names no site."""
 ARRIVED = 0.5
 """Share of what R does differently from which it has arrived at a place."""
-FLOOR = 0.01
-"""Nats under which R does nothing differently."""
+FLOOR = 0.005
+"""Bits under which R does nothing differently."""
 QUESTIONS = 24
 
 SWEEPS: dict[Concept, tuple[str, Side]] = {
@@ -79,17 +79,17 @@ def arrived_at(before: Lens, after: Lens, suite: Suite, seed: int = 0, share: fl
 
     base = Splices(before, after, places[0], prompts, seed).base
 
-    def nats(place: tuple[int, Component]) -> float:
+    def bits(place: tuple[int, Component]) -> float:
         (found,) = Splices(before, after, place, prompts, seed, base).terms([whole])
-        return (found.routing.value or 0.0) + (found.specialists.value or 0.0)
+        return (found.routing.value or 0.0) + (found.specialist.value or 0.0)
 
-    full = nats(last)
+    full = bits(last)
     if full < FLOOR:
         return _site(last)
     low, high = 0, len(places) - 1
     while low < high:
         middle = (low + high) // 2
-        if nats(places[middle]) >= ARRIVED * full:
+        if bits(places[middle]) >= ARRIVED * full:
             high = middle
         else:
             low = middle + 1

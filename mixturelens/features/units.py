@@ -33,8 +33,7 @@ from mixturelens.probing.erase import in_behaviour
 from mixturelens.probing.leace import leace
 from mixturelens.probing.scores import auroc
 from mixturelens.probing.solve import fit_logistic
-from mixturelens.stats import interval, resample_counts, resampled_mean
-from mixturelens.stats import share as ratio
+from mixturelens.stats import PROPORTION, apart, interval, resample_counts, resampled_mean
 from mixturelens.types import NOT_MEASURED, Component, InputError, Interval, Intervention, Site
 
 RANDOM = 24
@@ -211,7 +210,7 @@ class Trial:
 
         chosen = draws(self.choose, np.ones((1, len(self.choose)), dtype=int))[0]
         found = draws(self.judge, self.counts)
-        return interval(found if chosen >= 0.5 else 1 - found, digits=6)
+        return interval(found if chosen >= 0.5 else 1 - found, self.counts, bounds=PROPORTION, digits=6)
 
     def score(
         self,
@@ -233,11 +232,11 @@ class Trial:
             unit=unit,
             among=among,
             auroc=read,
-            patch=interval(patch, digits=6),
-            clamp=interval(clamp, digits=6),
-            ablate=interval(ablate, digits=6),
+            patch=interval(patch, self.counts, digits=6),
+            clamp=interval(clamp, self.counts, digits=6),
+            ablate=interval(ablate, self.counts, digits=6),
             random=tuple(random[0].round(6).tolist()),
-            margin=interval(patch - random.max(1), digits=6) if random.shape[1] else NOT_MEASURED,
+            margin=interval(patch - random.max(1), self.counts, digits=6) if random.shape[1] else NOT_MEASURED,
             gap_closed=gap,
             trained_change=trained,
             random_gap=gaps,
@@ -499,7 +498,7 @@ def make_trial(
     for scene in (choose, judge):
         whole = resampled_mean(scene.goal - scene.base, resample_counts(len(scene), seed))
         between = float(whole[0])
-        if not between > 0 or not interval(ratio(whole, whole, APART)).measured:
+        if not between > 0 or not apart(whole, APART):
             raise InputError(
                 f"the sides of the {contrasts.kind} contrast differ by {between:.2f} nats ({APART} are needed): "
                 "nothing to carry"

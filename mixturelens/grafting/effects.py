@@ -1,29 +1,26 @@
-"""What a graft does, as shares of R's change and in nats from S, with intervals over questions."""
+"""What a graft does, as shares of R's change and in bits from S, with intervals over questions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mixturelens.behaviour.bits import js
 from mixturelens.behaviour.record import Grid
 from mixturelens.grafting.readings import Cells, Readings
-from mixturelens.grafting.record import Effects, Null
-from mixturelens.stats import half_of, interval, resample_counts
+from mixturelens.grafting.record import Effects
+from mixturelens.stats import half_of, interval, map_draws, resample_counts
 from mixturelens.types import Interval
 
 WORTH = 0.05
 """Nats by which a metric must surely differ between S and R for a share of its change to mean anything."""
 WORTH_WEIGHT = 0.02
 """The same of a policy's weight, as a probability."""
-LEAST = 1e-9
-"""Probabilities below are rounding errors of float32 logits."""
-SHUFFLES = 1000
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,14 @@ class Drawn:
     """Of the known policies, and last what is left: `other`."""
     done: Float[np.ndarray, "draw cue policy"]
     """Log-probability of the usual completion."""
-    done_probability: Float[np.ndarray, "draw cue policy"]
+
+
+@dataclass(frozen=True)
+class Bits:
+    """How well one completion tells a graft from S, 0 to 1, in every bootstrap sample: means over prompts."""
+
+    chosen: Float[np.ndarray, " draw"]
+    done: Float[np.ndarray, " draw"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,20 @@ class Judge:
             odds=self.grid.draws(self.odds(log_c)),
             weights=self.grid.draws(with_other(log_c)),
             done=self.grid.draws(log_p),
-            done_probability=self.grid.draws(np.exp(log_p)),
         )
+
+    def bits(self, readings: Readings) -> Bits:
+        """How far from S readings are, question by question: what turns one way on half of them does not cancel.
+
+        All grafts weigh a policy alike, by how much S and R use it: (c_S + c_R) / 2.
+        """
+        chosen = js(with_other(_numpy(readings.log_c)), with_other(_numpy(self.before.log_c)))
+        done = js(*(_usual_or_else(_numpy(each.log_p)) for each in (readings, self.before)))
+        return Bits(*(_over_cues(self.grid.draws(each)) for each in (chosen, (self._used * done).sum(-1))))
+
+    @cached_property
+    def _used(self) -> Float[np.ndarray, "prompt policy"]:
+        return (np.exp(_numpy(self.before.log_c)) + np.exp(_numpy(self.after.log_c))) / 2
 
     def odds(self, log_c: Float[np.ndarray, "prompt policy"]) -> Float[np.ndarray, " prompt"]:
         p, o = (self.cells.policies.index(name) for name in self.policies)
@@ -78,7 +94,15 @@ class Judge:
     @cached_property
     def usual(self) -> float:
         """Probability of S's usual completion, where it is least: of some policy, under some cue."""
-        return float(np.nanmin(self.s.done_probability[0]))
+        return float(np.nanmin(self.mean(np.exp(_numpy(self.before.log_p)))))
+
+    @cached_property
+    def shown(self) -> float:
+        """Share of prompts on which it shows a behaviour or the right answer, where it is least, as `usual`."""
+        rows = np.array(self.cells.shown, dtype=float).reshape(len(self.cells.prompts.rows), -1)
+        owner = np.array([a.policy for a in self.cells.announcements])
+        per_policy = [rows[:, owner == m].mean(-1) for m in range(len(self.cells.policies))]
+        return float(np.nanmin(self.mean(np.stack(per_policy, -1))))
 
     @cached_property
     def s(self) -> Drawn:
@@ -109,16 +133,18 @@ class Judge:
 
     def effects(self, readings: Readings) -> Effects:
         """What a graft with these readings does that S does not."""
-        g, s, r = self.drawn(readings), self.s, self.r
+        g, s, r, bits = self.drawn(readings), self.s, self.r, self.bits(readings)
         p = self.cells.policies.index(self.policies[0])
-        used = r.weights[..., :-1]
         weight, whole = (x.weights[..., p] - s.weights[..., p] for x in (g, r))
+        counts = self.grid.counts
         return Effects(
-            routing=interval(aligned(g.odds - s.odds, r.odds - s.odds, self.moved_cues)),
-            weight=interval(aligned(weight, whole, self.moved_weights)),
-            specialists=interval(aligned(g.done - s.done, r.done - s.done, self.moved_cells)),
-            chosen=interval(_chosen(g.weights, s.weights)),
-            done=interval(_done(g.done_probability, s.done_probability, used)),
+            routing=interval(aligned(g.odds - s.odds, r.odds - s.odds, self.moved_cues), counts),
+            weight=interval(aligned(weight, whole, self.moved_weights), counts),
+            specialists=interval(aligned(g.done - s.done, r.done - s.done, self.moved_cells), counts),
+            chosen=interval(bits.chosen, counts),
+            done=interval(bits.done, counts),
+            moved=interval(bits.chosen + bits.done, counts),
+            share=map_draws(lambda chosen, done: chosen / (chosen + done), bits.chosen, bits.done, counts=counts),
         )
 
     def routing_share(self, log_c: Float[np.ndarray, "prompt policy"]) -> float:
@@ -140,7 +166,8 @@ class Judge:
 
     def shares(self, odds: Float[np.ndarray, " prompt"]) -> Interval:
         """A part of R's change of log c_p / c_o, prompt by prompt, as a share of it."""
-        return interval(aligned(self.grid.draws(odds), self.r.odds - self.s.odds, self.moved_cues))
+        part = aligned(self.grid.draws(odds), self.r.odds - self.s.odds, self.moved_cues)
+        return interval(part, self.grid.counts)
 
     def mean(self, values: Float[np.ndarray, " prompt *rest"]) -> Float[np.ndarray, "1 cue *rest"]:
         """Over the questions themselves, without a bootstrap."""
@@ -174,40 +201,15 @@ def aligned(
         return (part[:, kept] * sign).sum(-1) / (whole[:, kept] * sign).sum(-1)
 
 
-def divergence(p: Float[np.ndarray, "*rest label"], q: Float[np.ndarray, "*rest label"]) -> Float[np.ndarray, "*rest"]:
-    """KL(p || q) in nats; a probability under LEAST counts as LEAST.
-
-    >>> divergence(np.array([1.0, 0.0]), np.array([0.5, 0.5])).round(4)
-    0.6931
-    """
-    p, q = np.maximum(p, LEAST), np.maximum(q, LEAST)
-    # with - p + q every term is positive, and what is alike gives 0 after rounding, too
-    return (p * np.log(p / q) - p + q).sum(-1)
-
-
-def _chosen(
-    graft: Float[np.ndarray, "draw cue label"], before: Float[np.ndarray, "draw cue label"]
-) -> Float[np.ndarray, " draw"]:
-    return _over_cues(divergence(graft, before))
-
-
-def _done(
-    graft: Float[np.ndarray, "draw cue policy"],
-    before: Float[np.ndarray, "draw cue policy"],
-    used: Float[np.ndarray, "draw cue policy"],
-) -> Float[np.ndarray, " draw"]:
-    distance = divergence(_bernoulli(graft), _bernoulli(before))
-    return _over_cues((used * distance).sum(-1))
-
-
 def _over_cues(values: Float[np.ndarray, "draw cue"]) -> Float[np.ndarray, " draw"]:
     """Mean over the cues that these questions have."""
     asked = np.isfinite(values[0])
     return values[:, asked].mean(-1) if asked.any() else np.full(len(values), np.nan)
 
 
-def _bernoulli(p: Float[np.ndarray, "*rest"]) -> Float[np.ndarray, "*rest 2"]:
-    return np.stack([p, np.clip(1 - p, 0, 1)], -1)
+def _usual_or_else(log_p: Float[np.ndarray, "*rest"]) -> Float[np.ndarray, "*rest 2"]:
+    """Probability of the usual completion, and of all else."""
+    return np.stack([np.exp(log_p), -np.expm1(np.minimum(log_p, 0.0))], -1)
 
 
 def _surely(changes: Float[np.ndarray, " draw *metric"], least: float) -> Bool[np.ndarray, "*metric"]:
@@ -219,64 +221,3 @@ def _surely(changes: Float[np.ndarray, " draw *metric"], least: float) -> Bool[n
 
 def _numpy(values: Tensor) -> np.ndarray:
     return values.detach().cpu().numpy()
-
-
-# --- null -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Labels that mean nothing: permuted at random on every question, the same under all its cues, in S and in R."""
-
-    order: Int[np.ndarray, "prompt label"]
-    """Of the policies and `other`, for weights: a change of `other` is one of the choice, too."""
-    known: Int[np.ndarray, "prompt policy"]
-    """Of the policies, for what they do."""
-    swap: Bool[np.ndarray, "prompt policy"]
-    """Whether the usual completion passes for any other, and any other for the usual."""
-
-    def weights(self, weights: Float[np.ndarray, "prompt label"]) -> Float[np.ndarray, "prompt label"]:
-        return np.take_along_axis(weights, self.order, -1)
-
-    def usual(self, probability: Float[np.ndarray, "prompt policy"]) -> Float[np.ndarray, "prompt policy"]:
-        found = np.take_along_axis(probability, self.known, -1)
-        return np.where(self.swap, 1 - found, found)
-
-    def readings(self, readings: Readings) -> Readings:
-        weights = self.weights(with_other(_numpy(readings.log_c)))[:, :-1]
-        usual = self.usual(np.exp(_numpy(readings.log_p)))
-        return Readings(*(torch.from_numpy(np.log(np.maximum(each, 1e-300))) for each in (weights, usual)))
-
-
-def random_labels(grid: Grid, policies: int, rng: np.random.Generator) -> Labels:
-    questions, prompts = len(grid.index), int(grid.index.max()) + 1
-    owner = np.zeros(prompts, dtype=int)
-    for question, row in enumerate(grid.index):
-        owner[row[row >= 0]] = question
-    return Labels(
-        order=rng.random((questions, policies + 1)).argsort(-1)[owner],
-        known=rng.random((questions, policies)).argsort(-1)[owner],
-        swap=(rng.random((questions, policies)) < 0.5)[owner],
-    )
-
-
-def null(judge: Judge, seed: int = 0) -> Null:
-    """R's distance from S under labels that mean nothing: the 95th percentile of many, and one of them in full.
-
-    Means over questions then are alike, so what is left is chance.
-    """
-    rng = np.random.default_rng(seed)
-    number = len(judge.cells.policies)
-    weights = [with_other(_numpy(each.log_c)) for each in (judge.before, judge.after)]
-    usual = [np.exp(_numpy(each.log_p)) for each in (judge.before, judge.after)]
-    found = np.zeros((SHUFFLES, 2))
-    for k in range(SHUFFLES):
-        labels = random_labels(judge.grid, number, rng)
-        s, r = (judge.mean(labels.weights(each)) for each in weights)
-        s_did, r_did = (judge.mean(labels.usual(each)) for each in usual)
-        used = r[..., :-1] / r[..., :-1].sum(-1, keepdims=True)  # labels of `other` took some of it
-        found[k] = _chosen(r, s)[0], _done(r_did, s_did, used)[0]
-    labels = random_labels(judge.grid, number, rng)
-    blind = replace(judge, before=labels.readings(judge.before), after=labels.readings(judge.after))
-    chosen, done = np.percentile(found, 95, axis=0)
-    return Null(chosen=round(float(chosen), 10), done=round(float(done), 10), shuffled=blind.effects(blind.after))

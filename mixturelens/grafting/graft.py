@@ -6,6 +6,7 @@ import bisect
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from math import comb, factorial
 from pathlib import Path
@@ -16,10 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixturelens.grafting.components import CHUNK, State, squares
+from mixturelens.grafting.components import State
 from mixturelens.grafting.effects import Judge
+from mixturelens.grafting.noise import noised
 from mixturelens.grafting.readings import Cells, Readings, read, read_weights
-from mixturelens.grafting.record import Effects, Factorial, Graft
+from mixturelens.grafting.record import Effects, Factorial, Graft, Null
 from mixturelens.grafting.starts import Starts
 from mixturelens.records import new_folder
 
@@ -30,6 +32,8 @@ ENOUGH = 0.9
 """Share of a change that a set of components must carry to be its carrier."""
 NOISE = 8
 """Random changes of the selector's parameters that its graft is compared with."""
+NULLS = 4
+"""Random changes of all of R's parameters that R is compared with."""
 FEW = 16
 """Names, at most, among which a set is looked for one by one."""
 SETS = 70
@@ -113,7 +117,7 @@ class Bench:
         if key not in self._readings:
             counts = {"before": self._depth(key), "after": self._depth(frozenset(self.components) - key)}
             side = max(counts, key=lambda side: counts[side])
-            self._readings[key] = self._read(self.weights_of(key), side, counts[side])
+            self._readings[key] = self._read(written(self.model, self.weights_of(key)), side, counts[side])
         return self._readings[key]
 
     def log_c(self, components: Names) -> Float[np.ndarray, "prompt policy"]:
@@ -129,10 +133,10 @@ class Bench:
     def log_p(self, components: Names) -> Float[np.ndarray, "prompt policy"]:
         return self.readings(components).log_p.cpu().numpy()
 
-    def _read(self, weights: State, side: str, count: int) -> Readings:
-        """Of the working model with other weights, whose first `count` layers give what they give in a side."""
+    def _read(self, changed: AbstractContextManager[None], side: str, count: int) -> Readings:
+        """Of the working model while it is changed; its first `count` layers give what they give in a side."""
         first = self.starts.behind(side, count) if self.starts is not None and count else contextlib.nullcontext()
-        with written(self.model, weights), first as tell, torch.no_grad():
+        with changed, first as tell, torch.no_grad():
             return read(self.model, self.cells, told=tell)
 
     def _depth(self, components: frozenset[str]) -> int:
@@ -158,25 +162,8 @@ class Bench:
 
     def noisy(self, components: Names, seed: int) -> Readings:
         """Of S with a random change of R's size, tensor by tensor, in these components' parameters."""
-        generator = torch.Generator().manual_seed(seed)
-        changed = {
-            name: _noisy(self.before[name], values, generator) for name, values in self.weights_of(components).items()
-        }
-        return self._read(changed, "before", self._depth(self.key(components)))
-
-
-def _noisy(before: Tensor, after: Tensor, generator: torch.Generator) -> Tensor:
-    """A tensor with noise of the norm of its change; drawn twice, chunk by chunk, so that no more than it is held."""
-    sizes = [len(chunk) for chunk in before.flatten().split(CHUNK)]
-    state = generator.get_state()
-    drawn = sum(float(torch.randn(n, generator=generator, dtype=torch.float64).square().sum()) for n in sizes)
-    generator.set_state(state)
-    scale = (squares(after, before) / drawn) ** 0.5
-    found = before.clone().flatten()
-    for chunk in found.split(CHUNK):
-        noise = scale * torch.randn(len(chunk), generator=generator, dtype=torch.float64)
-        chunk += noise.to(chunk.device, chunk.dtype)
-    return found.view(before.shape)
+        key = self.key(components)
+        return self._read(noised(self.model, self.weights_of(key), seed), "before", self._depth(key))
 
 
 @dataclass(frozen=True)
@@ -341,3 +328,14 @@ def needed(choosing: Trial, judging: Trial) -> tuple[tuple[str, ...], tuple[tupl
 
     chosen, *also = fewest(judging.bench.names, lambda some: lost(some, choosing))
     return chosen, tuple(also), lost(chosen, judging) >= ENOUGH
+
+
+def null(trial: Trial, seed: int = 0) -> Null:
+    """How far S moves with noise of the size of R's change, tensor by tensor: means of NULLS draws."""
+    found = [trial.judge.effects(trial.bench.noisy(trial.bench.names, seed + k)) for k in range(NULLS)]
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return round(sum(known) / len(known), 10) if known else None
+
+    return Null(chosen=mean(each.chosen.value for each in found), done=mean(each.done.value for each in found))

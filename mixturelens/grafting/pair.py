@@ -13,10 +13,10 @@ from jaxtyping import Int
 from mixturelens.behaviour.harm import gained_and_lost
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
-from mixturelens.behaviour.prompts import prepare
+from mixturelens.behaviour.prompts import prepare, without_behaviours
 from mixturelens.behaviour.record import BehaviourRecord, grid_of
 from mixturelens.grafting.components import State, parts, weights_of
-from mixturelens.grafting.effects import Judge, null
+from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.graft import (
     PLAYERS,
     Bench,
@@ -24,6 +24,7 @@ from mixturelens.grafting.graft import (
     groups,
     halves,
     needed,
+    null,
     players,
     save_with,
     shapley,
@@ -42,7 +43,7 @@ from mixturelens.grafting.starts import starts_of
 from mixturelens.hooks.lens import components_of
 from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory, size_of
-from mixturelens.stats import half_of, interval, mean_interval, resample_counts, resampled_mean
+from mixturelens.stats import PROPORTION, half_of, interval, mean_interval, resample_counts, resampled_mean, too_few
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import NOT_MEASURED, InputError, Interval
 
@@ -153,6 +154,8 @@ def graft_record(
         specialists = specialist_part(choosing, judging)
     else:
         missing.append("specialist part: what policies do does not surely differ")
+    say("noise of the size of R's change")
+    noise = null(trial, seed)
     at: dict[tuple[str, ...], Readings] = {}
     if planned.positions:
         say("grafts at some positions")
@@ -179,6 +182,7 @@ def graft_record(
         questions=len(cells.grid.index),
         coverage=round(judge.coverage, 6),
         usual=round(judge.usual, 6),
+        shown=round(judge.shown, 6),
         change=_changes(judge),
         after=judge.effects(judge.after),
         parts=found,
@@ -190,8 +194,8 @@ def graft_record(
         specialist_part=specialists,
         placed=tuple(Placed(positions=names, effects=trial.judge.effects(each)) for names, each in at.items()),
         rollback=rollback,
-        null=null(judge, seed),
-        missing=tuple(missing),
+        null=noise,
+        missing=(*missing, *too_few("grafts", len(cells.grid.index), *([factorial.questions] if factorial else ()))),
     )
 
 
@@ -282,7 +286,7 @@ def _component(
         values = path.values[..., path.parts.index(name)]  # [question, metric]
         counts = resample_counts(len(values), trial.bench.cells.seed)
         is_routing = np.array([metric.startswith("routing@") for metric in path.names])
-        routing = interval(np.nanmean(resampled_mean(values[:, is_routing], counts), -1))
+        routing = interval(np.nanmean(resampled_mean(values[:, is_routing], counts), -1), counts)
         specialists = {
             metric: mean_interval(values[:, k], counts) for k, metric in enumerate(path.names) if not is_routing[k]
         }
@@ -335,6 +339,8 @@ def rolled_back(
 ) -> dict[str, dict[str, Interval]]:
     """Expected accuracy under every cue of S, of R, and of R with S's `weights`."""
     prompts = prepare(suite, rows, tokenizer)
+    if suite.literal:  # of which rightness alone is asked
+        prompts = without_behaviours(prompts)
     grid = grid_of(prompts, seed)
 
     def accuracy(model: Any) -> np.ndarray:
@@ -343,4 +349,7 @@ def rolled_back(
     sides = {"before": accuracy(before), "after": accuracy(after)}
     with written(after, weights):
         sides["rollback"] = accuracy(after)
-    return {cue: {side: interval(of[:, c]) for side, of in sides.items()} for c, cue in enumerate(suite.cues)}
+    return {
+        cue: {side: interval(of[:, c], grid.counts, bounds=PROPORTION) for side, of in sides.items()}
+        for c, cue in enumerate(suite.cues)
+    }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from mixturelens.behaviour.likelihood import BATCH_BYTES
 from mixturelens.behaviour.prompts import Prompts
 from mixturelens.grafting import path
-from mixturelens.grafting.graft import NOISE, PLAYERS
+from mixturelens.grafting.graft import NOISE, NULLS, PLAYERS
 from mixturelens.grafting.search import MANY
 from mixturelens.models import Pair
 from mixturelens.models.beginnings import BATCH_TOKENS, LONG
@@ -18,7 +18,7 @@ QUESTIONS = 256
 """Of more questions, so many are drawn."""
 SEARCHED = 8
 """Questions of a search."""
-JUDGED = 16
+JUDGED = 12
 """Questions, at most, that judge what a search chose."""
 USUAL = 8
 """Tokens of a completion that are reckoned with."""
@@ -92,10 +92,10 @@ def work(plan: Plan, prompts: Prompts, components: int, size: Size) -> Work:
     some, half = part * whole, judged * whole
     if plan.searched is None:
         shares = 2.0 ** min(components, PLAYERS)
-        tried = (2 * components + 10 + 2 * components + NOISE / 2 + shares / 2) * whole
+        tried = (2 * components + 10 + 2 * components + NOISE / 2 + NULLS + shares / 2) * whole
     else:
         grafts = 2.0 * (2 * components if plan.everything else 0) or plan.grafts * 0.7
-        tried = (BEGUN * (grafts + CHOSEN + NOISE) + 5) * some + 3 * half
+        tried = (BEGUN * (grafts + CHOSEN + NOISE) + NULLS + 5) * some + 3 * half
     along = path.NODES if plan.searched is None else path.FEW_NODES
     tokens = 3 * whole + tried + 3 * 2 * some
     tokens += POSITIONS * 2 * some if plan.positions else 0

@@ -125,8 +125,12 @@ def _replaced(
             if not fits or output.shape[0] not in (1, len(tokens)):
                 raise InputError(f"module {where!r} does not work token by token, so it cannot be R's at some tokens")
             fired[where] += 1
-            there = tokens.view(*tokens.shape, *[1] * (output.ndim - 2))
-            return torch.where(there, other(*args, **kwargs), output)
+            if kwargs or len(args) != 1 or args[0].shape[:2] != tokens.shape:
+                there = tokens.view(*tokens.shape, *[1] * (output.ndim - 2))
+                return torch.where(there, other(*args, **kwargs), output)
+            output = output.clone()
+            output[tokens] = other(args[0][tokens])  # nothing but the chosen tokens goes through R's module
+            return output
 
         return hook
 

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mixturelens.behaviour.likelihood import BATCH_BYTES, Model, Scorer
+from mixturelens.behaviour.forced import label_completions
+from mixturelens.behaviour.likelihood import BATCH_BYTES, Completions, Model, Scorer
 from mixturelens.behaviour.prompts import Announcement, Prompts, behind_announcements, prepare, room_behind
 from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.contrasts import span_positions
@@ -70,7 +71,10 @@ class Cells:
 
     prompts: Prompts
     completions: tuple[tuple[int, ...], ...]
-    """Of each row; with its end token, where S ends."""
+    """Of each row, as far as it takes to show what it does: what follows that is style. All, where all of it is
+    needed, with its end token, where S ends."""
+    shown: tuple[bool, ...]
+    """Of each row: whether that shows a behaviour or the right answer. Else it is style, too, that is told by it."""
     spans: tuple[dict[str, tuple[int, ...]], ...]
     """Of each prompt: name -> token positions."""
     grid: Grid
@@ -151,6 +155,7 @@ class Cells:
             self,
             prompts=some,
             completions=tuple(self.completions[i * count + a] for i in prompts for a in range(count)),
+            shown=tuple(self.shown[i * count + a] for i in prompts for a in range(count)),
             spans=tuple(self.spans[i] for i in prompts),
             grid=grid_of(some, self.seed),
         )
@@ -268,7 +273,8 @@ def make_cells(
     scorer: Scorer,
     seed: int = 0,
 ) -> Cells:
-    """Prompts with every announcement put in place and S's greedy completion (argmax, to an end token inclusive).
+    """Prompts with every announcement put in place, and what S does there: its greedy completion (argmax, to an end
+    token inclusive), up to where behaviour and rightness have shown.
 
     Raises InputError for a policy that is a rule without `force`: no text puts it in place.
     """
@@ -278,9 +284,12 @@ def make_cells(
     prompts = prepare(suite, rows, tokenizer)
     contexts = behind_announcements(prompts)
     begins = [len(context) for context in prompts.contexts for _ in prompts.announcements]
+    usual = greedy(before_model, contexts, room_behind(prompts), scorer, begins)
+    completions, shown = _as_far_as_they_show(prompts, usual, scorer)
     cells = Cells(
         prompts=prompts,
-        completions=greedy(before_model, contexts, room_behind(prompts), scorer, begins),
+        completions=completions,
+        shown=shown,
         spans=tuple(span_positions(suite, row, tokenizer) if row.spans else {} for row in rows),
         grid=grid_of(prompts, seed),
         seed=seed,
@@ -288,6 +297,35 @@ def make_cells(
     )
     shared = replace(cells, shared=True)
     return shared if cells.long and len(cells.announcements) > 1 and _alike(before_model, cells, shared) else cells
+
+
+def _as_far_as_they_show(
+    prompts: Prompts, completions: Sequence[tuple[int, ...]], scorer: Scorer
+) -> tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
+    """Completions behind every announcement, up to where behaviour and rightness have shown; and whether these do.
+
+    Only its end shows that an exact answer is one, and nothing but all of it shows a wrong one.
+    """
+    suite, count = prompts.suite, len(prompts.announcements)
+    bodies = [tokens[:-1] if tokens and tokens[-1] in scorer.ends else tokens for tokens in completions]
+    owner = np.repeat(np.arange(len(bodies)), [len(body) + 1 for body in bodies])
+    parts = [body[:n] for body in bodies for n in range(len(body) + 1)]
+    texts = [wordings(shown) for shown in suite.policies.values()]
+    announced = [texts[a.policy][a.wording] for a in prompts.announcements]
+    drawn = Completions(owner // count, [list(part) for part in parts])
+    labels = label_completions(scorer, prompts, drawn, [announced[row % count] for row in owner])
+    named = labels.behaviour < len(suite.behaviours or {})
+    found, shown, start = [], [], 0
+    for row, tokens in enumerate(completions):
+        at = slice(start, start := start + len(bodies[row]) + 1)
+        behaviour, right = labels.behaviour[at], labels.correct[at]
+        differ = np.flatnonzero((behaviour != behaviour[-1]) | (right != right[-1]))
+        enough = differ[-1] + 1 if len(differ) else 0
+        exact = bool(right[-1]) and suite.answer_match == "exact"
+        tells = bool((named[at][-1] or right[-1]) and enough > 0)
+        found.append(bodies[row][:enough] if tells and not exact else tokens)
+        shown.append(tells or suite.literal)
+    return tuple(found), tuple(shown)
 
 
 def _alike(model: Model, cells: Cells, shared: Cells) -> bool:

@@ -19,7 +19,11 @@ class Part(Frozen):
 
 
 class Effects(Frozen):
-    """What a checkpoint (S, R, or a graft of both) does that S does not. Means over questions, and over cues."""
+    """What a checkpoint (S, R, or a graft of both) does that S does not: means over questions, and over cues.
+
+    The first three are shares of R's change of means, in which changes of single questions may cancel. The others are
+    Jensen-Shannon divergences from S of each prompt, as those of `behaviour.bits` are, in which nothing does.
+    """
 
     routing: Interval
     """Share of R's change of log(c_p / c_o): 0 as S, 1 as R. Null where S and R do not differ."""
@@ -28,10 +32,14 @@ class Effects(Frozen):
     specialists: Interval
     """The same of the log-probability of what each policy usually does in S, over the cells that changed."""
     chosen: Interval
-    """KL from S of the mean policy weights, nats, mean over cues: how far the choice is from S's."""
+    """Bits from S of the choice of policy, 0 to 1: JS of policy weights, prompt by prompt."""
     done: Interval
-    """KL from S of the mean probability of what S's policies usually do, nats, each policy weighed as R uses it, mean
-    over cues: how far what policies do is from S's."""
+    """Bits from S of what policies do once in place, 0 to 1: JS of [what S usually completes, anything else], prompt by
+    prompt, each policy weighed as S and R use it, (c_S + c_R) / 2."""
+    moved: Interval
+    """chosen + done."""
+    share: Interval
+    """chosen / (chosen + done), of the same bootstrap samples."""
 
 
 UNMEASURED = Effects(**dict.fromkeys(Effects.model_fields, NOT_MEASURED))
@@ -146,19 +154,21 @@ class Rollback(Frozen):
 
 
 class Null(Frozen):
-    """What the same statistic gives for labels that mean nothing."""
+    """How far just any change of the weights moves S: Gaussian noise on it of the norm of R's change, tensor by tensor.
 
-    chosen: float
-    """95th percentile of `chosen`, of R, when policies are labelled at random, question by question."""
-    done: float
-    shuffled: Effects | None = None
-    """R's effects under one such labelling."""
+    Means of a few draws, in bits as those of `Effects`. Labels of policies that mean nothing, permuted on every
+    question, were the null of means over questions; prompt by prompt a divergence does not depend on labels.
+    """
+
+    chosen: float | None
+    done: float | None
 
 
 class GraftRecord(Record):
     """Which components suffice and which are needed, for routing and for specialists."""
 
     KIND = "graft"
+    VERSION = 2  # 1 had nats of means over questions, beside another null, and is not read
 
     policies: tuple[str, str]
     """(p, o) of log(c_p / c_o): the policy that gained most weight, and the one that lost most."""
@@ -170,6 +180,9 @@ class GraftRecord(Record):
     """Weight of the announcements as written, where it is least: what `chosen` does not see is the rest."""
     usual: float = 1.0
     """Probability of what S usually completes, where it is least: `done` sees little of a cell that has no usual."""
+    shown: float = 1.0
+    """Share of prompts on which that shows a behaviour or the right answer, where it is least: on the others `done` is
+    how completions are worded, too."""
     change: dict[str, Interval]
     """Metric (`routing@A`, `a@A`, ...) -> R less S, nats."""
     after: Effects

@@ -7,7 +7,7 @@ tied in one and stored twice in the other, end tokens); what matters is refused;
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,15 @@ class Pair:
 
     def spelled(self, spelling: Spelling) -> Pair:
         """The same pair, whose suite is spelled as its behaviour was found to be."""
-        other = replace(self, suite=self.suite.model_copy(update={"spelling": spelling}))
+        return self._with(self.suite.model_copy(update={"spelling": spelling}))
+
+    def asked(self, questions: Collection[str]) -> Pair:
+        """The same pair, with the prompts of some questions alone."""
+        kept = tuple(row for row in self.suite.prompts if row.id in questions)
+        return self._with(self.suite.model_copy(update={"prompts": kept}))
+
+    def _with(self, suite: Suite) -> Pair:
+        other = replace(self, suite=suite)
         vars(other).update({name: value for name, value in vars(self).items() if name not in vars(other)})
         return other
 

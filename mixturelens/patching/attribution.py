@@ -220,7 +220,7 @@ def faithfulness(
     for of in np.array(values).reshape(len(rankings), len(inner), -1):
         with np.errstate(invalid="ignore", divide="ignore"):
             kept = (np.vstack([corrupt, of, clean]) - corrupt) / (clean - corrupt)
-        every.append(_faithfulness(kept, np.array(sizes) / total))
+        every.append(_faithfulness(kept, np.array(sizes) / total, counts))
     return Curve(sizes, every[0], tuple(every[1:]))
 
 
@@ -231,6 +231,8 @@ def _top(graph: Graph, ranking: Float[Tensor, "writer reader"], size: int) -> Fl
     return mask
 
 
-def _faithfulness(kept: Float[np.ndarray, "size draw"], fractions: Float[np.ndarray, " size"]) -> Faithfulness:
+def _faithfulness(
+    kept: Float[np.ndarray, "size draw"], fractions: Float[np.ndarray, " size"], counts: Int[np.ndarray, "draw row"]
+) -> Faithfulness:
     cpr, cmd = (np.trapezoid(of, fractions, axis=0) for of in (kept, np.abs(1 - kept)))
-    return Faithfulness(tuple(map(interval, kept)), interval(cpr), interval(cmd))
+    return Faithfulness(tuple(interval(each, counts) for each in kept), interval(cpr, counts), interval(cmd, counts))

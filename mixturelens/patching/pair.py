@@ -37,7 +37,7 @@ from mixturelens.patching.sweep import (
     left_out,
     patch,
 )
-from mixturelens.stats import interval, mean_interval, resample_counts
+from mixturelens.stats import FEWEST, interval, mean_interval, resample_counts, too_few
 from mixturelens.types import InputError, Side, Site
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-FEWEST = 8
-"""Judging questions, with fewer of which a bootstrap says nothing."""
 EXHAUSTIVE = 2e12
 """Floating-point operations up to which every site is patched without being asked: about a minute on one core."""
 QUESTIONS = 48
@@ -147,7 +145,11 @@ def patching_record(
         readers=tuple(readers),
         attention=_attention(lenses, cue, readers, tokenizer),
         exhaustive=plan.exhaustive,
-        missing=tuple(missing),
+        missing=(
+            *missing,
+            *too_few("patching", *(each.questions for each in sweeps)),
+            *too_few("readers", *(each.questions for each in readers)),
+        ),
     )
 
 
@@ -241,7 +243,7 @@ def _sweep(
         labels=position_labels(contrasts, tokenizer),
         spans=dict(contrasts.rows[0].spans) if aligned(contrasts) else {},
         effects=tuple(
-            Effect(site=site, effect=interval(draws[:, i], digits=4)) for i, site in enumerate(patched.sites)
+            Effect(site=site, effect=interval(draws[:, i], counts, digits=4)) for i, site in enumerate(patched.sites)
         ),
         unseen=unseen,
     )
@@ -251,17 +253,18 @@ def _reader(
     lens: Lens, contrasts: Contrasts, side: Side, position: str, seed: int, searched: tuple[Bench, Patched] | None
 ) -> ReaderHeads:
     found = find_reader(lens, contrasts, position, seed, searched)
-    margin = interval(found.margin)
+    counts = resample_counts(len(contrasts.half(1).rows), seed)
+    margin = interval(found.margin, counts)
     return ReaderHeads(
         kind=contrasts.kind,
         checkpoint=side,
         heads=found.heads,
-        questions=len(contrasts.half(1).rows),
+        questions=counts.shape[1],
         chosen_effect=found.chosen_effect,
-        effect=interval(found.effect),
+        effect=interval(found.effect, counts),
         margin=margin,
         rival=found.rival,
-        first=None if margin.low is None or len(contrasts.half(1).rows) < FEWEST else margin.low > 0,
+        first=None if margin.low is None or counts.shape[1] < FEWEST else margin.low > 0,
     )
 
 

@@ -96,4 +96,13 @@ class PatchingRecord(Record):
 
     def heads(self, kind: Kind, checkpoint: Side) -> tuple[Site, ...]:
         """The heads that carry a contrast in a checkpoint; none where they were not found."""
-        return next((each.heads for each in self.readers if (each.kind, each.checkpoint) == (kind, checkpoint)), ())
+        found = self.reader(kind, checkpoint)
+        return found.heads if found is not None else ()
+
+    def reader(self, kind: Kind, checkpoint: Side) -> ReaderHeads | None:
+        return next((each for each in self.readers if (each.kind, each.checkpoint) == (kind, checkpoint)), None)
+
+    def questions(self, kind: Kind, checkpoint: Side) -> int:
+        """How many questions were asked, the first ones that a contrast has; 0 where it was not measured."""
+        asked = (each.questions for each in self.sweeps if (each.kind, each.checkpoint) == (kind, checkpoint))
+        return max(asked, default=0)

@@ -25,7 +25,7 @@ from mixturelens.models import end_tokens
 from mixturelens.probing.leace import Eraser, leace, random_erasers
 from mixturelens.probing.record import ErasedSite, Erasure
 from mixturelens.probing.scores import auroc
-from mixturelens.stats import interval, resample_counts, resampled_mean, share
+from mixturelens.stats import PROPORTION, apart, interval, resample_counts, resampled_mean, share
 from mixturelens.suite import Suite
 from mixturelens.types import (
     ANSWER,
@@ -134,7 +134,7 @@ class Erasing:
         positive = (torch.arange(2 * len(self.judge)) < len(self.judge)).long()
         read = torch.from_numpy(np.concatenate(scores))[None]
         counts = resample_counts(len(self.judge), self.seed, AUROC_DRAWS)
-        return interval(auroc(read, positive, question, counts)[:, 0], digits=6)
+        return interval(auroc(read, positive, question, counts)[:, 0], counts, bounds=PROPORTION, digits=6)
 
     # --- site by site, by exact patching ------------------------------------------------------------------------------
 
@@ -164,11 +164,11 @@ class Erasing:
         plain, erased = self._differences(len(self.judge), sites, [[eraser] for eraser in erasers])
         few_plain, null = self._differences(min(SOME, len(self.judge)), sites, random)
         whole = resampled_mean(plain, counts)
-        if not interval(share(whole, whole, APART)).measured:
+        if not apart(whole, APART):
             raise InputError(f"the two cues differ by {whole[0]:.2f} nats ({APART} are needed): nothing to erase")
         found = []
         for site, read, (own,), others in zip(sites, readable, erased, null, strict=True):
-            left = interval(share(resampled_mean(own, counts), whole, APART), digits=6)
+            left = interval(share(resampled_mean(own, counts), whole, APART), counts, digits=6)
             by_chance = tuple(round(float(each.mean() / few_plain.mean()), 6) for each in others)
             found.append(ErasedSite(site=site, readable=read, left=left, random=by_chance))
         return tuple(found)
@@ -271,23 +271,21 @@ class Erasing:
         null = [some.answers(each.interventions(where)) for each in random_erasers(x, eraser.rank, number, seed)]
         few_plain = (plain if some is ground else some.answers(()))[0]
 
-        def left(draws: Float[np.ndarray, "draw cue"]) -> Float[np.ndarray, " draw"]:
-            return share(draws[:, 0] - draws[:, 1], plain[:, 0] - plain[:, 1], APART_P)
-
-        if not interval(left(plain)).measured:
-            between = plain[0, 0] - plain[0, 1]
+        whole = plain[:, 0] - plain[:, 1]
+        if not apart(whole, APART_P):
+            between = whole[0]
             raise InputError(
                 f"P(answer given {policy!r}) differs by {between:.3f} between {contrasts.clean!r} and "
                 f"{contrasts.corrupt!r} ({APART_P} is needed): nothing to erase"
             )
-        cues = (contrasts.clean, contrasts.corrupt)
+        cues, counts = (contrasts.clean, contrasts.corrupt), ground.grid.counts
         return Erasure(
             site=where,
             readable=readable,
             policy=policy,
-            plain={cue: interval(plain[:, c]) for c, cue in enumerate(cues)},
-            erased={cue: interval(erased[:, c]) for c, cue in enumerate(cues)},
-            left=interval(left(erased)),
+            plain={cue: interval(plain[:, c], counts, bounds=PROPORTION) for c, cue in enumerate(cues)},
+            erased={cue: interval(erased[:, c], counts, bounds=PROPORTION) for c, cue in enumerate(cues)},
+            left=interval(share(erased[:, 0] - erased[:, 1], whole, APART_P), counts),
             random=tuple(round(float(np.subtract(*each[0]) / np.subtract(*few_plain)), 6) for each in null),
         )
 

@@ -24,6 +24,7 @@ from mixturelens.probing.readouts import Network, Sites, first, readouts, sites_
 from mixturelens.probing.record import Concept, ErasedSite, Erasure, ProbingRecord, Shift, Subspace
 from mixturelens.probing.shift import shifts
 from mixturelens.probing.subspace import find_subspace, subspace_tokens
+from mixturelens.stats import too_few
 from mixturelens.types import NOT_MEASURED, InputError, Interval, Side, Site
 
 Say = Callable[[str], None]
@@ -99,6 +100,8 @@ def probing_record(
     erasures: dict[str, Erasure] = {}
     subspaces: list[Subspace] = []
     moved: list[Shift] = []
+    judged: list[int] = []
+    """Questions that erasers are judged on."""
     left = [plan.tokens]
     """Tokens that erasing and subspaces may still take."""
 
@@ -151,6 +154,7 @@ def probing_record(
             shared = set.intersection(*(set(row.spans) for row in cue.rows))
             ahead = [site for site in ahead if site.position in shared]
             made.append(Erasing(lenses["after"], cue, seed, SCANNED if where.all_of_them else FEW, ahead))
+            judged.append(len(made[0].judge))
         return made[0]
 
     def subspace(concept: Concept, contrasts: Contrasts) -> None:
@@ -192,7 +196,10 @@ def probing_record(
         subspaces=tuple(subspaces),
         shifts=tuple(moved),
         exhaustive=where.all_of_them and not plan.missing,
-        missing=tuple(problems),
+        missing=(
+            *problems,
+            *too_few("probes", *(each.questions for each in (*scores.readouts, *subspaces)), *judged),
+        ),
     )
 
 

@@ -26,7 +26,7 @@ from mixturelens.probing.record import Column, Metric, Readout
 from mixturelens.probing.scores import accuracy, auroc, r_squared
 from mixturelens.probing.solve import Probe, fit_logistic, fit_ridge
 from mixturelens.spelling import Ids
-from mixturelens.stats import interval, resample_counts
+from mixturelens.stats import PROPORTION, interval, resample_counts
 from mixturelens.suite import Suite
 from mixturelens.types import Component, Interval, Side, Site
 
@@ -173,7 +173,7 @@ def readouts(
         ask(chosen)
     else:
         ask([site for site in sites if site in where.stream])
-        places = turning(sites, where.stream, [_readout(each, tables[each.name], prompts) for each in targets])
+        places = turning(sites, where.stream, [_readout(each, tables[each.name], counts) for each in targets])
         # the input of a layer is the output of the one before
         turned = (site for site in sites if (site.layer, site.position) in places)
         inside = frozenset(site for site in turned if site.component != "resid_pre" and site not in where.stream)
@@ -190,7 +190,7 @@ def readouts(
     return Scores(
         sites=tuple(chosen),
         labels=prompts.labels,
-        readouts=tuple(_readout(target, tables[target.name], prompts) for target in targets),
+        readouts=tuple(_readout(target, tables[target.name], counts) for target in targets),
         missing=tuple(dict.fromkeys(missing)),
     )
 
@@ -413,8 +413,8 @@ def _fit(
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-def _column(draws: Float[np.ndarray, "draw site"]) -> Column:
-    found = [interval(each, digits=4) for each in draws.T]
+def _column(draws: Float[np.ndarray, "draw site"], counts: Int[np.ndarray, "draw question"], metric: Metric) -> Column:
+    found = [interval(each, counts, bounds=None if metric == "R2" else PROPORTION, digits=4) for each in draws.T]
     return Column(
         value=tuple(each.value for each in found),
         low=tuple(each.low for each in found),
@@ -426,7 +426,7 @@ def _numbers(values: Float[np.ndarray, " site"]) -> tuple[float | None, ...]:
     return tuple(None if np.isnan(value) else round(float(value), 4) for value in values)
 
 
-def _readout(target: Target, table: _Table, prompts: Prompts) -> Readout:
+def _readout(target: Target, table: _Table, counts: Int[np.ndarray, "draw question"]) -> Readout:
     singles = table.shuffled[~np.isnan(table.shuffled)]
     # a site is shuffled in every order or in none
     means = table.shuffled.mean(0)
@@ -435,11 +435,11 @@ def _readout(target: Target, table: _Table, prompts: Prompts) -> Readout:
         metric=target.metric,
         classes=target.classes,
         rows=target.said,
-        questions=len(prompts.halves[1]),
+        questions=counts.shape[1],
         chance=table.chance or 0.0,
-        before=_column(table.draws["before"]),
-        after=_column(table.draws["after"]),
-        carried=_column(table.draws["carried"]),
+        before=_column(table.draws["before"], counts, target.metric),
+        after=_column(table.draws["after"], counts, target.metric),
+        carried=_column(table.draws["carried"], counts, target.metric),
         untrained=_numbers(table.draws["untrained"][0]),
         shuffled=_numbers(means),
         shuffled_high=round(float(np.percentile(singles, 95)), 4) if len(singles) else None,

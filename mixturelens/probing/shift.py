@@ -87,8 +87,8 @@ def shifts(
         result.append(
             Shift(
                 site=Site(layer=at // len(names), component="resid_post", position=names[at % len(names)]),
-                cosine=interval(cosine, digits=6),
-                along=interval(along / own**2, digits=6),
+                cosine=interval(cosine, counts, digits=6),
+                along=interval(along / own**2, counts, digits=6),
                 null=round(float(np.percentile(_cosines(null if len(null) else by_chance, hint[0]), 95)), 6),
             )
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from mixturelens.hooks.lens import Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
 from mixturelens.hooks.sides import Sides, sides
 from mixturelens.probing.record import Concept, Subspace
-from mixturelens.stats import interval, mean_interval, resample_counts, resampled_mean
+from mixturelens.stats import PROPORTION, interval, mean_interval, resample_counts, resampled_mean
 from mixturelens.types import Component, InputError, RunError, Side, Site
 
 DIMENSIONS = (1, 2, 4, 8)
@@ -182,6 +183,7 @@ def find_subspace(before: Lens, after: Lens, contrasts: Contrasts, concept: Conc
         model, middle = models[side]
         return resampled_mean(model.right(tested, each, middle), counts)
 
+    often = partial(mean_interval, counts=counts, bounds=PROPORTION)
     found: dict[Side, Float[np.ndarray, " draw"]] = {side: draws(side, directions) for side in before_and_after}
     chance: dict[Side, np.ndarray] = {
         side: np.stack([draws(side, each) for each in random]) for side in before_and_after
@@ -196,16 +198,15 @@ def find_subspace(before: Lens, after: Lens, contrasts: Contrasts, concept: Conc
         directions=tuple(tuple(round(x, 7) for x in row) for row in directions.tolist()),
         questions=len(test.rows),
         pairs=len(tested),
-        plain={side: mean_interval(model.plain(middle), counts) for side, (model, middle) in models.items()},
-        accuracy={side: interval(each) for side, each in found.items()},
+        plain={side: often(model.plain(middle)) for side, (model, middle) in models.items()},
+        accuracy={side: interval(each, counts, bounds=PROPORTION) for side, each in found.items()},
         threshold={side: round(middle, 6) for side, (_, middle) in models.items()},
-        by_sign={
-            side: mean_interval(model.right(tested, directions, 0.0), counts) for side, (model, _) in models.items()
-        },
+        by_sign={side: often(model.right(tested, directions, 0.0)) for side, (model, _) in models.items()},
         random={side: tuple(chance[side][:, 0].round(6).tolist()) for side in before_and_after},
         shuffled={side: tuple(nothing[side][:, 0].round(6).tolist()) for side in before_and_after},
         margin={
-            side: interval(each - np.maximum(chance[side].max(0), nothing[side].max(0))) for side, each in found.items()
+            side: interval(each - np.maximum(chance[side].max(0), nothing[side].max(0)), counts)
+            for side, each in found.items()
         },
     )
 

@@ -42,7 +42,7 @@ from mixturelens.probing.solve import fit_logistic
 from mixturelens.probing.subspace import BATCH, STEPS, Interchange, Pairs, learn
 from mixturelens.proving.planted import Planted
 from mixturelens.routing.circuit import routing_circuit
-from mixturelens.stats import mean_interval, resample_counts
+from mixturelens.stats import PROPORTION, mean_interval, resample_counts
 from mixturelens.suite import Suite, load_suite
 from mixturelens.types import ANSWER, Component, Frozen, InputError, Interval, Site
 
@@ -484,7 +484,9 @@ def _score(judged: Sequence[Localised], cut: float | None) -> Score:
 
     def mean(name: str) -> Interval:
         values = [getattr(each, name) for each in judged]
-        return mean_interval(np.array([np.nan if value is None else float(value) for value in values]), counts)
+        return mean_interval(
+            np.array([np.nan if value is None else float(value) for value in values]), counts, bounds=PROPORTION
+        )
 
     return Score(
         method=judged[0].method,

@@ -20,7 +20,6 @@ from mixturelens.grafting.pair import graft_record
 from mixturelens.models import load_tokenizer, quiet_libraries
 from mixturelens.models.source import fingerprint
 from mixturelens.organism import questions
-from mixturelens.patching.pair import patching_record
 from mixturelens.proving.broken import broken_methods, broken_verdicts
 from mixturelens.proving.coverage import POPULATION, Coverage, coverage
 from mixturelens.proving.localise import Found, localise
@@ -118,17 +117,13 @@ def score_pair(cell: Cell, ground: Path) -> PairScore:
 
 
 def score_mechanism(cell: Cell, ground: Path) -> MechanismScore:
-    """The mechanism's verdict on the pair: from grafts and patching alone."""
+    """The mechanism's verdict on the pair: from grafts alone."""
     made = make_pair(cell, ground)
     pair = made.open()
     record = behaviour_record(pair)
     start = time.perf_counter()
     graft = graft_record(pair, record)
-    try:
-        patching = patching_record(pair, record)
-    except InputError:
-        patching = None  # no cue reader to find: the grafts still say what they can
-    said = judge(record, graft=graft, patching=patching).mechanism
+    said = judge(record, graft=graft).mechanism
     return MechanismScore(
         provenance=pair.provenance(),
         pair=cell.name,

@@ -62,7 +62,6 @@ class _Said(NamedTuple):
     effect: tuple[str, str]
     null: str
     says: str
-    disagrees: bool
     what: str
 
 
@@ -77,8 +76,6 @@ class Judged(NamedTuple):
     agrees: str
     share: str
     reason: str
-    disagree: list[str]
-    """Lines that disagree, each with what it measured."""
     lines: list[_Said]
     pictures: list[Picture]
 
@@ -88,6 +85,7 @@ class Judged(NamedTuple):
 
 def reading(name: str, record: ProbingRecord, cues: Sequence[str], pictures: Pictures) -> Reading:
     """What probes say about a pair. `cues`: all of the suite, for their colours."""
+    pictures = pictures.about(record.missing)
     groups = [_readouts(record, pictures)] if record.readouts else []
     if record.erased or record.used is not None or record.unused is not None:
         groups.append(_erasure(record, cues, pictures))
@@ -181,7 +179,7 @@ def _shifts(record: ProbingRecord, pictures: Pictures) -> Group:
 
 def changing(name: str, record: GraftRecord, pictures: Pictures) -> Changing:
     """What grafts say about a pair."""
-    groups = []
+    groups, pictures = [], pictures.about(record.missing)
     if record.components:
         groups += [_components(name, record, pictures), _plane(record, pictures)]
     if record.factorial is not None:
@@ -282,8 +280,8 @@ def _factorial(record: GraftRecord, pictures: Pictures) -> Group:
     picture = pictures.add(
         viz.factorial(record),
         f"Selector: {', '.join(of.selector)}, the fewest parts that carry the change of the weight on one half of the "
-        f"questions, judged here on the other ({of.questions} questions).{enough} From S: KL in nats, 0 as "
-        "S; dashed: what labels that mean nothing give.",
+        f"questions, judged here on the other ({of.questions} questions).{enough} Bits from S, question by question: "
+        "0 as S; dashed: noise of the size of all of R's change.",
     )
     return Group(
         "Selector and rest, two by two",
@@ -299,7 +297,8 @@ def _placed(record: GraftRecord, pictures: Pictures) -> Group:
     picture = pictures.add(
         viz.placed(record),
         "R's weights at these tokens only, S's at all others. last: the prompt's last token, where the policy is "
-        "chosen; policy: its announcement; answer: what follows. From S: KL in nats.",
+        "chosen; policy: its announcement; answer: what follows. Bits from S, question by question; dashed: noise of "
+        "the size of all of R's change, at all tokens.",
     )
     return Group(
         "At which tokens the weights matter",
@@ -319,7 +318,7 @@ def judged(name: str, verdict: VerdictRecord, pictures: Pictures | None = None) 
     mechanism = verdict.mechanism
     if mechanism.verdict is None:
         return None
-    activations = any(line.source != "grafts" for line in mechanism.evidence.values())
+    activations = any(line.source == "features" for line in mechanism.evidence.values())
     lines = [
         _Said(
             line.source,
@@ -327,20 +326,18 @@ def judged(name: str, verdict: VerdictRecord, pictures: Pictures | None = None) 
             number(line.effect),
             show(line.null),
             _says(line.changed),
-            key in mechanism.disagree,
             line.what,
         )
-        for key, line in mechanism.evidence.items()
+        for line in mechanism.evidence.values()
     ]
     return Judged(
         name,
-        "Grafts and activations say" if activations else "Grafts say",
+        "Grafts and features say" if activations else "Grafts say",
         mechanism.verdict,
         verdict.verdict,
         DASH if mechanism.agrees is None else "agrees" if mechanism.agrees else "disagrees",
         show_interval(mechanism.share),
         mechanism.reason,
-        [f"{key} ({_says(mechanism.evidence[key].changed)})" for key in mechanism.disagree],
         lines,
         [] if pictures is None else [_evidence(mechanism, pictures)],
     )
@@ -353,17 +350,17 @@ def _says(changed: bool | None) -> str:
 def _evidence(mechanism: Mechanism, pictures: Pictures) -> Picture:
     return pictures.add(
         viz.evidence(mechanism),
-        "Each line of evidence beside what it would be if there were nothing to find. Grafts decide; a line that says "
-        "otherwise is marked.",
+        "Each line of evidence, in bits from S: 0 if one completion says nothing, 1 if it tells for sure. Grey: what "
+        "random changes of the same size do. All of R's weights decide; a part says which of them it is.",
     )
 
 
 # --- controls ---------------------------------------------------------------------------------------------------------
 
 
-def controls(verdict: VerdictRecord, graft: GraftRecord | None, probing: ProbingRecord | None) -> list[Control]:
+def controls(graft: GraftRecord | None, probing: ProbingRecord | None) -> list[Control]:
     """Controls of grafts and probes, where these were run."""
-    found = [] if graft is None else [_noise(graft), _shuffled(verdict, graft)]
+    found = [] if graft is None else [_noise(graft), _size(graft)]
     if probing is not None and (control := _probes(probing)) is not None:
         found.append(control)
     return found
@@ -381,21 +378,25 @@ def _noise(graft: GraftRecord) -> Control:
     low = of.selector_only.chosen.low
     reach = sum(value >= low for value in values)
     measured = (
-        f"{show_interval(of.selector_only.chosen)} nats; random: at most {show(max(values))}, "
+        f"{show_interval(of.selector_only.chosen)} bits; random: at most {show(max(values))}, "
         f"{reach} of {len(values)} reach it"
     )
     return Control("Random weights", must, measured, reach == 0)
 
 
-def _shuffled(verdict: VerdictRecord, graft: GraftRecord) -> Control:
-    word = verdict.controls.shuffled_mechanism
-    measured = (
-        f"verdict {DASH if word is None else word}; 95% of labellings: choice {show(graft.null.chosen, 4)} (true "
-        f"{show(graft.after.chosen.value, 4)} nats), what policies do {show(graft.null.done, 4)} (true "
-        f"{show(graft.after.done.value, 4)})"
+def _size(graft: GraftRecord) -> Control:
+    after, null = graft.after, graft.null
+    must = (
+        "Noise of the norm of R's change, tensor by tensor, must not move S as far as R does. Where R moved "
+        "nothing, or little beside its size, this cannot be said."
     )
-    must = "With policies labelled at random in each question, grafts must find nothing: the verdict is “neither”."
-    return Control("Shuffled labels, grafts", must, measured, None if word is None else word == "neither")
+    if null.chosen is None or null.done is None or not after.moved.measured:
+        return Control("Noise of R's size", must, DASH, None)
+    measured = (
+        f"choice {show_interval(after.chosen)} bits, noise {show(null.chosen, 4)}; what policies do "
+        f"{show_interval(after.done)}, noise {show(null.done, 4)}"
+    )
+    return Control("Noise of R's size", must, measured, after.moved.above(null.chosen + null.done) or None)
 
 
 def _probes(probing: ProbingRecord) -> Control | None:

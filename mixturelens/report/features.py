@@ -80,6 +80,7 @@ def featured(
     name: str, number_of: int, record: of.FeatureRecord, repair: RepairRecord | None, pictures: Pictures
 ) -> Featured:
     """What features say about a pair; `number_of`: its number on the page, which the anchors of its cards carry."""
+    pictures = pictures.about(record.missing)
     groups = [_units(record, pictures)] if record.tables else []
     if any(score.gap_closed.measured for table in record.tables for score in table.scores):
         groups.append(_clamping(record, repair, pictures))
@@ -177,8 +178,8 @@ def _changes(changes: Sequence[of.SiteChange], pictures: Pictures) -> Group:
         found.append(
             pictures.add(
                 viz.feature_change(change),
-                f"{change.site}: R's activation of these features put into S, and how far S then is from itself. One "
-                "scale for all three terms. Skill: right against wrong answers, a lower bound. Grey: random other "
+                f"{change.site}: R's activation of these features put into S, and how far S then is from itself, in "
+                "bits, question by question. One scale for all three terms. Grey: random other "
                 "features of like strength, as many.",
             )
         )
@@ -209,7 +210,7 @@ def crosscoders(records: Mapping[str, of.FeatureRecord], pictures: Pictures) -> 
         viz.crosscoder(found),
         "A row a crosscoder. False: exclusive by the norms of its decoders, and not once it is asked how much of the "
         "other checkpoint's activations it explains (latent scaling). Causal: of those of R alone that were taken out "
-        "one by one, the ones without which R does something else, beyond nearly all matched shared ones. Nats: R "
+        "one by one, the ones without which R does something else, beyond nearly all matched shared ones. Bits: R "
         "without all latents of its own, against R.",
     )
     return Group(

@@ -53,6 +53,7 @@ class Where(NamedTuple):
     groups: list[Group]
     readers: list[_Reader]
     overlaps: list[_Alike]
+    missing: tuple[str, ...]
 
 
 class Damage(NamedTuple):
@@ -85,6 +86,7 @@ class Repaired(NamedTuple):
     scores: list[_Score]
     damage: list[Damage]
     threshold: str
+    missing: tuple[str, ...]
 
 
 def where(
@@ -95,7 +97,9 @@ def where(
     pictures: Pictures,
 ) -> Where:
     """What patching and circuits say about a pair. `cues`: all of the suite, for their colours."""
-    groups = []
+    missing = () if record is None else record.missing
+    unmapped = () if circuits is None else tuple(f"circuit of the {why}" for why in circuits.missing)
+    groups, pictures = [], pictures.about((*missing, *unmapped))
     if record is not None:
         groups += [_maps(record, kind, pictures) for kind in ("cue", "hint", "checkpoint") if _sweeps(record, kind)]
         if record.attention:
@@ -103,7 +107,7 @@ def where(
     if circuits is not None:
         groups.append(_circuits(circuits.circuits, pictures))
     overlaps = [] if circuits is None else [_alike(each) for each in circuits.overlaps if each.size == ALIKE]
-    return Where(name, groups, [] if record is None else _readers(record), overlaps)
+    return Where(name, groups, [] if record is None else _readers(record), overlaps, (*missing, *unmapped))
 
 
 def _alike(overlap: Overlap) -> _Alike:
@@ -268,6 +272,7 @@ def _reader(reader: ReaderHeads) -> _Reader:
 
 def repaired(name: str, record: RepairRecord, threshold: float, pictures: Pictures) -> Repaired:
     """What repairs of a pair bring back, and what they break."""
+    pictures = pictures.about(record.missing)
     found = [
         pictures.add(
             viz.repairs(record),
@@ -304,6 +309,7 @@ def repaired(name: str, record: RepairRecord, threshold: float, pictures: Pictur
         scores,
         damage,
         f"{threshold:g}",
+        record.missing,
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mixturelens import viz
-from mixturelens.behaviour.record import BehaviourRecord, CueSide, Nats
+from mixturelens.behaviour.record import BehaviourRecord, Bits, CueSide, Nats
 from mixturelens.behaviour.settle import SampleCheck
 from mixturelens.records import Provenance, write_text
 from mixturelens.report import evidence, mechanism
@@ -28,22 +28,27 @@ if TYPE_CHECKING:
     from mixturelens.routing.repair import RepairRecord
     from mixturelens.training import Trajectory
 
-_TERMS = ("routing", "wording", "conditioning", "skill", "specialist", "novel", "other", "total", "dormant")
-_TERM_NOTES = {
+_BITS = {
     "routing": "which policy is expressed",
-    "wording": "how the policy is announced",
+    "specialist": "conditioning + skill",
     "conditioning": "what a policy does under a cue",
     "skill": "how well it does it",
+    "dormant": "specialist with every policy weighed alike, which hears a silent one; no part of the share",
+}
+_NATS = {
+    "routing": "which policy is expressed",
+    "wording": "how the policy is announced",
     "specialist": "conditioning + skill",
-    "novel": "the part of skill in behaviours that a policy did not show before",
+    "conditioning": "what a policy does under a cue",
+    "skill": "how well it does it",
+    "text": "what completions say, once all that is known: style",
     "other": "completions of no known policy",
-    "total": "routing + wording + specialist + other",
-    "dormant": "the specialist term at equal policy weights; not part of the total",
+    "total": "routing + wording + specialist + text + other",
 }
 
 
 _ROUNDING = 1e-6
-"""Nats that float32 can make out of nothing."""
+"""Bits that float32 can make out of nothing."""
 
 
 class _Row(NamedTuple):
@@ -102,13 +107,15 @@ def write_report(
         ],
         "split": [
             pictures.add(
-                viz.kl_split(verdicts),
-                "KL(after || before) by what changed, in nats. Hatched and set apart: dormant, which weighs all "
-                "policies equally and so also hears those that fell silent. The numbers stand at the right.",
+                viz.accuracy_split(verdicts),
+                "The change of expected accuracy in points, split exactly: by routing, because other policies are "
+                "expressed, and by specialists, because policies are right more or less often.",
             ),
             pictures.add(
-                viz.accuracy_split(verdicts),
-                "The exact split of the change of expected accuracy: by the selector and by the specialists.",
+                viz.bits_split(verdicts),
+                "How well one completion tells after from before, by what changed: 0 bits not at all, 1 for sure. "
+                "Hatched and set apart: dormant, the specialist's with every policy weighed alike, which also hears "
+                "those that fell silent. The numbers stand at the right.",
             ),
         ]
         if pairs
@@ -190,7 +197,13 @@ def _pair(
         "facts": [
             ("Routing share", show_interval(verdict.routing_share), "of routing + specialist"),
             ("Router share", show_interval(verdict.router_share), "routing and conditioning together"),
-            ("Moved", f"{show_interval(_moved(record, verdict))} nats", "routing + specialist"),
+            (
+                "Moved",
+                f"{show_interval(_moved(record, verdict))} bits",
+                "; ".join(
+                    filter(None, ("routing + specialist", _times_noise(_moved(record, verdict), _noise(verdict))))
+                ),
+            ),
             ("Coverage", " → ".join(show_interval(value) for value in verdict.coverage.values()), "by known policies"),
         ],
         "changed": [
@@ -203,12 +216,17 @@ def _pair(
                 "with each policy put in place",
             ),
             (
+                "Text",
+                _word(verdict.text_drifted, "drifted", "as before"),
+                f"how completions are worded: {show_interval(verdict.text.nats_per_token, 4)} nats per token",
+            ),
+            (
                 "Mechanism",
                 DASH
                 if verdict.mechanism.verdict is None
                 else f"{verdict.mechanism.verdict} "
                 f"({_word(verdict.mechanism.agrees, 'agrees', 'disagrees')} with behaviour)",
-                "from grafts, patching and probes" if verdict.mechanism.verdict else "not measured for this pair",
+                "from grafts" if verdict.mechanism.verdict else "not measured for this pair",
             ),
         ],
         "trained_cue": record.trained_cue,
@@ -216,13 +234,15 @@ def _pair(
         "sides": _side_rows(record),
         "questions": record.questions,
         "method": "exact probabilities" if record.samples is None else f"{record.samples} sampled completions a prompt",
-        "nats_cues": list(verdict.per_cue),
-        "nats": _nats_rows(verdict.nats, [state.nats for state in verdict.per_cue.values()]),
+        "terms": {
+            "bits": _term_rows(_BITS, verdict.bits, [verdict.per_cue[cue].bits for cue in record.cues]),
+            "nats": _term_rows(_NATS, verdict.nats, [verdict.per_cue[cue].nats for cue in record.cues]),
+        },
         "hinted": _hinted_rows(record),
         "mechanism": evidence.judged(name, verdict),
         "controls": [
-            *_controls(verdict, repair, exact=record.samples is None),
-            *evidence.controls(verdict, graft, probing),
+            *_controls(record, verdict, repair),
+            *evidence.controls(graft, probing),
             *units.controls(features),
         ],
         "notes": [*verdict.notes, *((*check.misspelled, *check.hints) if check is not None else ())],
@@ -235,7 +255,7 @@ def _pair(
 
 def _moved(record: BehaviourRecord, verdict: VerdictRecord) -> Interval:
     """Nothing where the verdict trusts no number."""
-    return record.moved if verdict.nats.total.measured else NOT_MEASURED
+    return record.moved if verdict.bits.routing.measured else NOT_MEASURED
 
 
 def _examples(verdict: VerdictRecord) -> list[tuple[str, str, list[str]]]:
@@ -265,15 +285,15 @@ def _of(side: CueSide | None, key: str) -> Interval:
     return NOT_MEASURED if side is None else side.intervals.get(key, NOT_MEASURED)
 
 
-def _nats_rows(mean: Nats, per_cue: Sequence[Nats | None]) -> list[_Row]:
+def _term_rows(notes: Mapping[str, str], mean: Bits | Nats, per_cue: Sequence[Bits | Nats | None]) -> list[_Row]:
     return [
         _Row(
             term,
-            tuple(number(NOT_MEASURED if nats is None else getattr(nats, term), 4) for nats in (mean, *per_cue)),
-            _TERM_NOTES[term],
+            tuple(number(NOT_MEASURED if terms is None else getattr(terms, term), 4) for terms in (mean, *per_cue)),
+            note,
             term == "total",
         )
-        for term in _TERMS
+        for term, note in notes.items()
     ]
 
 
@@ -293,23 +313,55 @@ def _hinted_rows(record: BehaviourRecord) -> list[tuple[str, str, list[tuple[str
     ]
 
 
-def _controls(verdict: VerdictRecord, repair: RepairRecord | None, exact: bool) -> list[Control]:
-    pair, t = verdict.controls.pair, verdict.thresholds
-    terms = {name: getattr(pair.same_checkpoint, name) for name in _TERMS}
-    measured = {name: value.value for name, value in terms.items() if value.value is not None}
-    worst = max(measured, key=lambda name: abs(measured[name]), default=None)
+def _noise(verdict: VerdictRecord) -> float | None:
+    """What noise of the size of R's change moves, in bits."""
+    noise = verdict.controls.pair.noise
+    if noise is None or noise.routing.value is None or noise.specialist.value is None:
+        return None
+    return noise.routing.value + noise.specialist.value
+
+
+def _times_noise(moved: Interval, noise: float | None) -> str:
+    """How many times what noise moves, in words; nothing where that is nothing, or was not measured."""
+    if moved.value is None or not noise:
+        return ""
+    times = moved.value / noise
+    return f"{times:,.{0 if times >= 10 else 1}f} times that of noise"
+
+
+def _against_noise(record: BehaviourRecord, verdict: VerdictRecord) -> Control:
+    moved, noise = _moved(record, verdict), _noise(verdict)
+    holds = None
+    if noise is not None and moved.low is not None and verdict.verdict != "neither":
+        holds = moved.low > noise
+    said = (f"{show_interval(moved, 4)} bits; noise: {show(noise, 4)}", _times_noise(moved, noise))
+    return Control(
+        "Noise",
+        "As much change in every tensor, but in no direction in particular, must move routing + specialist less than R "
+        "surely does.",
+        "; R's are ".join(filter(None, said)),
+        holds,
+    )
+
+
+def _controls(record: BehaviourRecord, verdict: VerdictRecord, repair: RepairRecord | None) -> list[Control]:
+    pair, t, exact = verdict.controls.pair, verdict.thresholds, record.samples is None
+    terms = {name: value for name, value in pair.same_checkpoint if value.measured}
+    worst = max(terms, key=lambda name: terms[name].value or 0.0, default=None)
     shuffled = pair.shuffled_routing_share
     return [
         Control(
             "Same checkpoint",
-            f"The first checkpoint against itself: every term must be {'zero' if exact else f'under {t.nats:g} nats'}.",
+            "The first checkpoint against itself: every term must be "
+            + ("zero." if exact else f"under {t.bits:g} bits, or not surely more."),
             DASH
             if worst is None
-            else f"largest term {show(measured[worst], 6)} nats ({worst})"
-            if measured[worst]
-            else "all terms 0 nats",
-            None if worst is None else abs(measured[worst]) < (_ROUNDING if exact else t.nats),
+            else f"largest term {show_interval(terms[worst], 4)} bits ({worst})"
+            if terms[worst].value
+            else "all terms 0 bits",
+            None if worst is None else all(_nothing(value, exact, t.bits) for value in terms.values()),
         ),
+        _against_noise(record, verdict),
         Control(
             "Shuffled labels",
             "Policy labels that have nothing to do with the text carry no routing: the share must stay below "
@@ -333,6 +385,10 @@ def _controls(verdict: VerdictRecord, repair: RepairRecord | None, exact: bool) 
             None,
         ),
     ]
+
+
+def _nothing(value: Interval, exact: bool, threshold: float) -> bool:
+    return (value.value or 0.0) < _ROUNDING if exact else not value.above(threshold)
 
 
 def _by_samples(check: SampleCheck) -> Control:
@@ -368,7 +424,7 @@ def _falsify(verdict: VerdictRecord) -> list[str]:
             "An accuracy split in which the selector or the specialists have nothing.",
         ],
         "neither": [
-            f"More than {t.nats:g} nats of routing + specialist on these or on other prompts.",
+            f"More than {t.bits:g} bits of routing + specialist on these or on other prompts.",
             "A change outside the suite: what no prompt asks for, no term sees.",
         ],
         "inconclusive": [

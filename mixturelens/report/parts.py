@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mixturelens import viz
+from mixturelens.stats import said_too_few
 from mixturelens.types import Interval
 from mixturelens.viz import show
 
@@ -21,13 +23,16 @@ class Picture(NamedTuple):
 class Pictures:
     """Figures as HTML under ids that are the same on every run, so that equal records give equal pages."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, numbers: Iterator[int] | None = None, few: str = "") -> None:
+        self.numbers, self.few = numbers or itertools.count(1), few
+
+    def about(self, missing: Sequence[str]) -> Pictures:
+        """The same figures, each of which says so where it stands on too few questions, as its record does."""
+        return Pictures(self.numbers, "".join(f" {line}." for line in said_too_few(missing)))
 
     def add(self, figure: Figure, caption: str, *, whiskers: bool = True) -> Picture:
-        self.count += 1
-        caption += f" Whiskers: {viz.INTERVALS}." if whiskers else ""
-        return Picture(viz.figure_html(figure, f"figure-{self.count}"), caption)
+        caption += (f" Whiskers: {viz.INTERVALS}." if whiskers else "") + self.few
+        return Picture(viz.figure_html(figure, f"figure-{next(self.numbers)}"), caption)
 
 
 class Control(NamedTuple):

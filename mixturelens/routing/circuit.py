@@ -27,7 +27,7 @@ from mixturelens.patching.attribution import FRACTIONS, STEPS, EdgeScores, eap_i
 from mixturelens.patching.graph import Graph, edge_graph, masked
 from mixturelens.patching.sweep import APART, Direction, patch
 from mixturelens.records import Record
-from mixturelens.stats import interval, resample_counts, resampled_mean, share
+from mixturelens.stats import FEWEST, apart, interval, resample_counts, resampled_mean, share, too_few
 from mixturelens.types import NOT_MEASURED, Frozen, InputError, Interval, RunError, Side, Site
 
 SHOWN = 120
@@ -43,8 +43,6 @@ VERIFIED = 48
 many as the slopes take (STEPS forwards and backwards), and of most runs only the later layers are computed."""
 OPERATIONS = 1e13
 """Floating-point operations that a circuit may take without being asked: about three minutes on one core."""
-FEWEST = 8
-"""Questions of a circuit at least: half of them rank its edges, and the other half judges them."""
 CARRIES = 0.01
 """Share of the contrast that a node which is used must surely move: slopes themselves are off by about this much
 (`eap_ig`), so a circuit says nothing of less."""
@@ -224,6 +222,8 @@ def circuit_record(
             found.setdefault(each.kind, {})[name] = scores.per_question[:, graph.exists]
     overlaps = [overlap for kind in ("cue", "hint") for overlap in _overlaps(kind, found.get(kind, {}), seed)]
     compared = tuple(fingerprint(other.after) for other in (also or {}).values() if other.after is not None)
+    # each is ranked by one half of its questions and judged on the other
+    missing += too_few(" and ".join(found), *(each.questions // 2 for each in circuits))
     return CircuitRecord(circuits=tuple(circuits), overlaps=tuple(overlaps), compared=compared, missing=tuple(missing))
 
 
@@ -283,7 +283,7 @@ def _circuit(
     counts = resample_counts(len(on), seed, draws=DRAWS)
     ends = masked(graph, on, [torch.ones(graph.exists.shape), torch.zeros(graph.exists.shape)])
     whole = resampled_mean((ends[0] - ends[1]).double().numpy(), counts)
-    if not interval(share(np.ones_like(whole), whole, APART)).measured:
+    if not apart(whole, APART):
         raise InputError(f"the two sides of the {contrasts.kind} contrast differ by {whole[0]:.2f} nats: no circuit")
     place = scores.per_position.abs().flatten().topk(min(SHOWN, int((scores.per_position != 0).sum()))).indices
     edges = torch.stack(torch.unravel_index(place, scores.per_position.shape), 1)
@@ -314,7 +314,7 @@ def _circuit(
                 sender=graph.writers[writer],
                 receiver=graph.readers[reader],
                 position=position,
-                score=interval(draws[:, i], digits=5),
+                score=interval(draws[:, i], counts, digits=5),
             )
             for i, (position, writer, reader) in enumerate(edges.tolist())
         ),
@@ -349,14 +349,14 @@ def _nodes(
 
     def exact(direction: Direction) -> dict[str, Interval]:
         moved = patch(graph.lens, contrasts, [_site(name) for name in strongest], direction=direction).effects(counts)
-        return {name: interval(draws, digits=5) for name, draws in zip(strongest, moved.T, strict=True)}
+        return {name: interval(draws, counts, digits=5) for name, draws in zip(strongest, moved.T, strict=True)}
 
     patched, needed = exact("denoise"), exact("noise")
     return tuple(
         CircuitNode(
             name=name,
             layer=layers.get(name, graph.lens.layers),
-            score=interval(draws, digits=5),
+            score=interval(draws, counts, digits=5),
             patched=patched.get(name, NOT_MEASURED),
             needed=needed.get(name, NOT_MEASURED),
         )
@@ -405,7 +405,7 @@ def _overlaps(kind: Kind, found: dict[str, Float[Tensor, "row edge"]], seed: int
                         left=left,
                         right=right,
                         size=size,
-                        jaccard=interval(shared / (2 * size - shared)),
+                        jaccard=interval(shared / (2 * size - shared), counts),
                         chance=round(expected / (2 * size - expected), 6),
                     )
                 )

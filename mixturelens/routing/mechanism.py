@@ -1,54 +1,49 @@
-"""The mechanism verdict: router or specialists, from grafts, patching and probes alone.
+"""The mechanism verdict: router or specialists, from weights, in the bits and with the thresholds of behaviour.
 
-The two numbers that decide are those of the largest graft: all weights of R in S, and how far they move the choice of
-policy and what policies do. Grafts of parts say which part it is. Patching says whether what RL did to the choice can
-be undone in one place, probes whether what S's network shows can still be read in R the same way. Both are held against
-the grafts, and where they disagree the verdict says so.
+What decides is the largest graft, all of R's weights in S: how far they move the choice of policy, and what policies do
+once in place, question by question. Grafts of parts say which part of R it is, and features which activations bring it;
+beside them stands what noise of the same size does.
 
-Distances are in nats, as those of behaviour are, so that the two verdicts can be compared: the KL divergence from S of
-mean policy weights, and of the mean probability of what S usually does, cell by cell of the policy table. They are of
-means over questions, because labels that mean nothing then give nothing: what turns one way on half of the questions
-and the other way on the rest cancels. The split of behaviour, which is not used here, sees that.
+No line here rests on activations of one checkpoint being read by the other, unless they do there what R does: two
+networks may write the same things in other places, and then patching between them moves much where nothing changed (SFT
+anew in another order). Nor on log-odds, which go on where the choice is made; nor on probes, as what can be read need
+not be used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal, get_args
 
-from mixturelens.features.record import FeatureRecord, Terms
-from mixturelens.grafting.record import Effects, GraftRecord
-from mixturelens.patching.record import PatchingRecord, Sweep
-from mixturelens.patching.sweep import APART
-from mixturelens.probing.record import ProbingRecord
-from mixturelens.types import NOT_MEASURED, Frozen, Interval, Site, VerdictWord
+from mixturelens.features.record import FeatureRecord, SiteChange, Terms
+from mixturelens.grafting.record import Effects, Factorial, Graft, GraftRecord
+from mixturelens.stats import FEWEST, TOO_FEW
+from mixturelens.types import NOT_MEASURED, Frozen, Interval, VerdictWord
 
-FLOOR = 0.01
-"""Nats under which nothing has changed."""
-COVERAGE = 0.9
-"""Weight of the announcements as written, under which the choice cannot be told."""
-USUAL = 0.5
-"""Probability of what S usually does in a cell, under which what it does there cannot be told."""
+FLOOR = 0.005
+"""Bits under which nothing has changed."""
 ROUTING, SPECIALIST = 0.9, 0.1
-"""Shares of routing from which the verdict is `routing`, and up to which it is `specialist`."""
-FEWEST = 8
-"""Questions under which a bootstrap says nothing."""
-UNDONE = 0.5
-"""Share of the change that one site must undo for patching to have found it."""
-LOST = 0.1
-"""Loss of a probe's score from which what it read has changed."""
+"""Shares of the choice from which the verdict is `routing`, and up to which it is `specialist`."""
+COVERAGE = 0.9
+"""Weight of the announcements as written, and share of questions on which what S usually completes shows anything,
+under which choice and specialists cannot be told."""
+USUAL = 0.5
+"""Probability of what S usually does in a cell, under which a specialist may change unseen."""
+FAITHFUL = 0.2
+"""Share of R's bits by which its activations, put into S, may do otherwise than R."""
 
 Part = Literal["selector", "specialists"]
+Source = Literal["all weights", "one part", "features"]
 
 
 class Line(Frozen):
-    """What one kind of evidence says about one part, beside what it would say of nothing."""
+    """What one kind of evidence says about one part, in bits from S, beside what noise of the same size does."""
 
-    source: Literal["grafts", "patching", "probes", "features"]
+    source: Source
     about: Part
     effect: Interval
     null: float | None
-    """The same number where there is nothing to find; null where there is no such control."""
+    """The same number of random changes of the same size; null where there are none."""
     changed: bool | None
     """Null where the interval cannot tell."""
     what: str
@@ -56,321 +51,166 @@ class Line(Frozen):
 
 
 class Mechanism(Frozen):
-    """The verdict from weights and activations, without looking at the KL split."""
+    """The verdict from weights, without looking at completions."""
 
     verdict: VerdictWord | None = None
     agrees: bool | None = None
     """Whether the behavioural verdict is the same; null where either is missing."""
     share: Interval = NOT_MEASURED
-    """Change of the choice of policy over that and the change of what policies do."""
+    """Bits of the choice of policy over those and the bits of what policies do."""
     reason: str = ""
     evidence: dict[str, Line] = {}
-    disagree: tuple[str, ...] = ()
-    """Lines that say otherwise than the grafts, which the verdict follows."""
 
 
-def judge_mechanism(
-    graft: GraftRecord,
-    patching: PatchingRecord | None = None,
-    probing: ProbingRecord | None = None,
-    features: FeatureRecord | None = None,
-) -> Mechanism:
-    """Put the evidence together. Patching, probing and features add lines where they were run.
+def judge_mechanism(graft: GraftRecord, features: FeatureRecord | None = None) -> Mechanism:
+    """Put the evidence together.
 
     >>> judge_mechanism(graft_record(sft, sft, suite, behaviour)).verdict   # doctest: +SKIP
     'neither'
     """
-    selector, specialists = _grafts(graft)
-    evidence = {"grafts, selector": selector, "grafts, specialists": specialists}
-    if patching is not None:
-        evidence |= _named(_patched_selector(patching), _patched_specialists(patching))
-    if probing is not None:
-        evidence |= _named(_read_selector(probing), _read_specialists(probing))
+    lines = [*_all_weights(graft), _selector(graft.factorial), _specialists(graft.specialist_part)]
     if features is not None:
-        evidence |= _named(*(_changed_features(features, part) for part in get_args(Part)))
-    share = share_of(selector.effect, specialists.effect)
-    verdict, why = _verdict(graft, selector, specialists, share)
-    follows = {"selector": selector.changed, "specialists": specialists.changed}
-    disagree = tuple(
-        name
-        for name, line in evidence.items()
-        if line.source != "grafts"
-        and None not in (line.changed, follows[line.about])
-        and line.changed != follows[line.about]
-    )
-    return Mechanism(verdict=verdict, share=share, reason=why, evidence=evidence, disagree=disagree)
+        lines += [_features(features, graft.after, part) for part in get_args(Part)]
+    verdict, why = _verdict(graft)
+    evidence = {f"{line.source}, {line.about}": line for line in lines if line is not None}
+    return Mechanism(verdict=verdict, share=graft.after.share, reason=why, evidence=evidence)
 
 
 def random_components(graft: GraftRecord) -> float | None:
-    """Largest change of the choice, nats, that random weights give in the selector's place."""
-    return None if graft.factorial is None else max(_values(graft.factorial.noise), default=None)
+    """The largest change of the choice, bits, that random weights give in the selector's place."""
+    return None if graft.factorial is None else _most(each.chosen.value for each in graft.factorial.noise)
 
 
-def shuffled_verdict(graft: GraftRecord) -> VerdictWord | None:
-    """What the same judgement says where policies are labelled at random, question by question."""
-    if graft.null.shuffled is None:
-        return None
-    blind = graft.model_copy(update={"after": graft.null.shuffled, "factorial": None, "specialist_part": None})
-    return judge_mechanism(blind).verdict
-
-
-def share_of(chosen: Interval, done: Interval) -> Interval:
-    """chosen / (chosen + done), as wide as both intervals at their ends make it.
-
-    >>> share_of(Interval(value=0.3, low=0.2, high=0.4), Interval(value=0.0, low=0.0, high=0.1)).low
-    0.6666666666666667
-    """
-    if chosen.value is None or done.value is None or chosen.value + done.value <= 0:
-        return NOT_MEASURED
-    ends = [(chosen.low or 0.0, done.high or 0.0), (chosen.high or 0.0, done.low or 0.0)]
-    low, high = (c / (c + d) if c + d > 0 else 0.5 for c, d in ends)
-    return Interval(value=chosen.value / (chosen.value + done.value), low=low, high=high)
-
-
-def _verdict(graft: GraftRecord, selector: Line, specialists: Line, share: Interval) -> tuple[VerdictWord, str]:
-    numbers = f"{_show(selector.effect)} nats of choice and {_show(specialists.effect)} nats of what policies do"
+def _verdict(graft: GraftRecord) -> tuple[VerdictWord, str]:
+    """(verdict, why), in the order of the behavioural one: can it be told, did anything change, what."""
+    moved, share = graft.after.moved, graft.after.share
     if graft.questions < FEWEST:
-        return "inconclusive", f"{graft.questions} questions are too few for an interval ({FEWEST} are needed)"
+        return "inconclusive", f"{graft.questions} {TOO_FEW}"
     if graft.coverage < COVERAGE:
         return "inconclusive", (
             f"the announcements as written cover {graft.coverage:.2f} of the completions, and {COVERAGE} is needed"
         )
-    if graft.usual < USUAL:
+    if graft.shown < COVERAGE:
+        return "inconclusive", (
+            f"what S usually completes shows a behaviour or the right answer on {graft.shown:.2f} of the prompts in "
+            f"one cell of the policy table, and {COVERAGE} is needed to tell skill from style"
+        )
+    if not moved.measured:
+        return "inconclusive", "the change could not be measured"
+    only_specialists = moved.above(FLOOR) and share.below(SPECIALIST)
+    if graft.usual < USUAL and not only_specialists:  # more of a change there would not make it less of one
         return "inconclusive", (
             f"what S usually does has a probability of {graft.usual:.2f} in one cell of the policy table, and {USUAL} "
             "is needed to tell whether it changed"
         )
-    if selector.changed is False and specialists.changed is False:
-        return "neither", f"R's weights move S by {numbers}: no more than labels that mean nothing, or than {FLOOR}"
-    if True not in (selector.changed, specialists.changed):
-        return "inconclusive", f"R's weights move S by {numbers}, which cannot be told from nothing"
-    # what did not change may count for nothing
-    if specialists.changed is False and selector.changed:
-        share = share_of(selector.effect, _nothing(specialists))
-    elif selector.changed is False and specialists.changed:
-        share = share_of(_nothing(selector), specialists.effect)
+    numbers = (
+        f"R's weights move S's choice of policy by {_beside(graft.after.chosen, graft.null.chosen)}, and what policies "
+        f"do by {_beside(graft.after.done, graft.null.done)}"
+    )
+    if moved.below(FLOOR):
+        return "neither", f"{numbers}: together less than {FLOOR}"
+    if not moved.excludes(FLOOR):
+        return "inconclusive", f"{numbers}: together {_show(moved)}, which crosses {FLOOR}; ask more questions"
     for threshold in (ROUTING, SPECIALIST):
         if not share.excludes(threshold):
             return "inconclusive", f"the share of the choice, {_show(share)}, crosses {threshold}; ask more questions"
     assert share.value is not None
     word: VerdictWord = "routing" if share.value >= ROUTING else "specialist" if share.value <= SPECIALIST else "both"
-    return (
-        word,
-        f"R's weights move S by {numbers}; the share of the choice is {_show(share)}",
-    )
-
-
-def _nothing(line: Line) -> Interval:
-    """May be nothing at all, or as much as its interval allows."""
-    return Interval(value=line.effect.value, low=0.0, high=line.effect.high)
+    return word, f"{numbers}; the share of the choice is {_show(share)}"
 
 
 def _show(value: Interval) -> str:
-    return "-" if value.value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    if value.value is None or value.low is None or value.high is None:
+        return "-" if value.value is None else f"{value.value:.3f}"
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
-def _named(*lines: Line | None) -> dict[str, Line]:
-    return {f"{line.source}, {line.about}": line for line in lines if line is not None}
+def _beside(value: Interval, null: float | None) -> str:
+    """Bits, and how many times what noise of the same size does, where they are a change.
+
+    >>> _beside(Interval(value=0.2, low=0.1, high=0.3), 0.004)
+    '0.200 [0.100, 0.300] bits (50 times noise of the same size)'
+    """
+    if value.value is None or not null or value.below(FLOOR):
+        return f"{_show(value)} bits"
+    times = value.value / null
+    return f"{_show(value)} bits ({times:,.{0 if times >= 10 else 1}f} times noise of the same size)"
 
 
-def told(effect: Interval, null: float) -> bool | None:
-    """Whether a change in nats is more than nothing; None where it cannot be told from labels that mean nothing.
+def told(effect: Interval, null: float = 0.0) -> bool | None:
+    """Whether bits are a change, and more than a null; None where it cannot be told.
 
-    >>> told(Interval(value=0.2, low=0.1, high=0.3), null=0.01), told(Interval(value=0.0, low=0.0, high=0.0), null=0.0)
+    >>> told(Interval(value=0.2, low=0.1, high=0.3)), told(Interval(value=0.0, low=0.0, high=0.0))
     (True, False)
     """
-    if effect.value is None or effect.low is None or effect.high is None:
-        return None
-    if effect.low > max(null, FLOOR):
+    if effect.above(max(FLOOR, null)):
         return True
-    if effect.high < FLOOR:
-        return False
-    return False if effect.value <= null else None
+    return False if effect.below(FLOOR) else None
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------
 
 
-def _grafts(graft: GraftRecord) -> tuple[Line, Line]:
-    """All of R's weights, on all questions; and which part of them does it, on those that did not choose it."""
-    factorial, part = graft.factorial, graft.specialist_part
-    carried = "no part was looked for"
-    if factorial is not None:
-        noise = max(_values(factorial.noise), default=0.0)
-        carried = (
-            f"R's {_list(factorial.selector)} in S alone: {_show(factorial.selector_only.chosen)}; random weights of "
-            f"the same norm there: at most {noise:.3f}"
-        )
-    done = "no part was looked for"
-    if part is not None:
-        done = f"R's {_list(part.components)} in S alone: {_show(part.effects.done)}"
-    selector = Line(
-        source="grafts",
-        about="selector",
-        effect=graft.after.chosen,
-        null=graft.null.chosen,
-        changed=told(graft.after.chosen, graft.null.chosen),
-        what=f"Change of the choice of policy, nats; {carried}",
-    )
-    specialists = Line(
-        source="grafts",
-        about="specialists",
-        effect=graft.after.done,
-        null=graft.null.done,
-        changed=told(graft.after.done, graft.null.done),
-        what=f"Change of what policies do, once in place, nats; {done}",
-    )
-    return selector, specialists
-
-
-def _values(noise: Sequence[Effects]) -> list[float]:
-    return [each.chosen.value for each in noise if each.chosen.value is not None]
-
-
-def _list(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _patched_selector(patching: PatchingRecord) -> Line | None:
-    """S's activations in R: does one place undo the new choice?"""
-    sweep = next((s for s in patching.sweeps if s.kind == "checkpoint"), None)
-    if sweep is None or sweep.base.value is None or sweep.goal.value is None:
-        return None
-    between = abs(sweep.goal.value - sweep.base.value)
-    if between < APART:
-        gap = Interval(value=0.0, low=0.0, high=0.0)
-        what = f"S and R choose alike (log-odds {between:.2f} nats apart), so that there is nothing to undo"
-        return Line(source="patching", about="selector", effect=gap, null=None, changed=False, what=what)
-    inner = [
-        e for e in sweep.effects if e.site.component in ("z", "attn_out", "mlp_out") and e.effect.value is not None
-    ]
-    if not inner:
-        return None
-    best = max(inner, key=lambda e: e.effect.value or 0.0)
-    rest = sorted(abs(e.effect.value or 0.0) for e in inner if e.site.position != best.site.position)
-    null = rest[int(0.95 * (len(rest) - 1))] if rest else None
-    return Line(
-        source="patching",
-        about="selector",
-        effect=best.effect,
-        null=null,
-        changed=True if best.effect.above(max(UNDONE, null or 0.0)) else None,
-        what=f"Share of the new choice under {patching.harmed_cue} that S's {best.site} undoes in R (best of "
-        f"{len(inner)} sites; null: 95% of those at other tokens)",
+def _all_weights(graft: GraftRecord) -> tuple[Line, Line]:
+    """All of R's weights, on all questions. A real change may be smaller than what noise does: the null does not say
+    whether there is one."""
+    after, null = graft.after, graft.null
+    choice = "JS of policy weights, S with all of R's weights against S, prompt by prompt"
+    doing = "JS of what S usually completes once a policy is in place and anything else, prompt by prompt"
+    return (
+        _line("all weights", "selector", after.chosen, null.chosen, told(after.chosen), choice),
+        _line("all weights", "specialists", after.done, null.done, told(after.done), doing),
     )
 
 
-def _patched_specialists(patching: PatchingRecord) -> Line | None:
-    """Policy in place: is the contrast between cues in R what it was in S?"""
-
-    def contrast(side: str) -> Sweep | None:
-        found = (s for s in patching.sweeps if (s.kind, s.checkpoint, s.direction) == ("cue", side, "denoise"))
-        return next(found, None)
-
-    before, after = contrast("before"), contrast("after")
-    if before is None or after is None:
+def _selector(of: Factorial | None) -> Line | None:
+    """The fewest parts that carry the choice, on questions that did not choose them."""
+    if of is None:
         return None
-    keeps = [
-        s.base.high is not None and s.goal.low is not None and s.base.high < 0 < s.goal.low for s in (before, after)
-    ]
-    gaps = [(s.goal.value or 0.0) - (s.base.value or 0.0) for s in (before, after)]
-    if not keeps[0] or gaps[0] < APART:
-        return None  # S's policy does not read the cue for sure: nothing that R could have lost
-    spread = [
-        ((s.goal.high or 0) - (s.goal.low or 0) + (s.base.high or 0) - (s.base.low or 0)) / 2 for s in (before, after)
-    ]
-    lost = 1 - gaps[1] / gaps[0]
-    margin = (spread[1] + spread[0] * abs(gaps[1] / gaps[0])) / gaps[0]
-    return Line(
-        source="patching",
-        about="specialists",
-        effect=Interval(value=lost, low=lost - margin, high=lost + margin),
-        null=0.0,
-        changed=not keeps[1] if lost - margin > UNDONE or lost + margin < UNDONE else None,
-        what=f"Share of the contrast between cues (policy {patching.policy} in place, nats) that R has lost; "
-        f"{'R still tells the cues apart' if keeps[1] else 'R no longer does under each cue what S did'}",
-    )
+    alone, null = of.selector_only, _most(each.chosen.value for each in of.noise)
+    what = f"R's {_list(of.selector)} in S alone; what policies do moves by {_show(alone.done)}"
+    return _line("one part", "selector", alone.chosen, null, told(alone.chosen, null or 0.0), what)
 
 
-def _read_selector(probing: ProbingRecord) -> Line | None:
-    """Do neutral prompts look in R like hinted ones?"""
-    last = max((shift.site.layer for shift in probing.shifts), default=0)
-    # behind the last layer the stream is nearly the logits, and says what the model does rather than what it looks like
-    end = _end((shift.site for shift in probing.shifts), "last")
-    some = [s for s in probing.shifts if s.site.position == end and s.site.layer < last and s.cosine.value is not None]
-    if not some:
+def _specialists(of: Graft | None) -> Line | None:
+    if of is None:
         return None
-    best = max(some, key=lambda s: s.cosine.value or 0.0)
-    return Line(
-        source="probes",
-        about="selector",
-        effect=best.cosine,
-        null=best.null,
-        changed=True if best.cosine.above(best.null) else None,
-        what=f"Cosine at {best.site} between what RL added to neutral prompts and what a hint adds in S",
-    )
+    what = f"R's {_list(of.components)} in S alone; the choice moves by {_show(of.effects.chosen)}"
+    return _line("one part", "specialists", of.effects.done, None, told(of.effects.done), what)
 
 
-def _read_specialists(probing: ProbingRecord) -> Line | None:
-    """Does S's probe for the behaviour still read it in R, behind the policy word?"""
-    readout = probing.readout("behaviour")
-    if readout is None:
-        return None
-    end = _end(probing.sites, "policy")
-    there = [
-        index
-        for index, site in enumerate(probing.sites)
-        if site.component == "resid_post" and site.position == end and readout.before.value[index] is not None
-    ]
-    there = [i for i in there if readout.carried.value[i] is not None]
-    if not there:
-        return None
-    best = max(there, key=lambda index: readout.before.value[index] or 0.0)
-    here, carried = readout.before.at(best), readout.carried.at(best)
-    assert here.value is not None
-    assert carried.value is not None
-    if here.value - readout.chance < LOST or carried.low is None or carried.high is None:
-        return None
-    lost = Interval(value=here.value - carried.value, low=here.value - carried.high, high=here.value - carried.low)
-    return Line(
-        source="probes",
-        about="specialists",
-        effect=lost,
-        null=0.0,
-        changed=None if not lost.excludes(LOST) else (lost.value or 0.0) > LOST,
-        what=f"Loss of {readout.metric} of S's behaviour probe at {probing.sites[best]} when it reads R",
-    )
-
-
-def _changed_features(features: FeatureRecord, part: Part) -> Line | None:
-    """What the features that RL moved most do in S, where R's activations bring most of R's change along."""
-
-    def nats(terms: Terms) -> Interval:
-        return terms.routing if part == "selector" else terms.specialists
-
+def _features(features: FeatureRecord, after: Effects, part: Part) -> Line | None:
+    """R's values of the features that RL moved most, in S; None unless all of R's activations there do what R does."""
     change = features.arrived
-    if change is None or not change.features:
+    if change is None or not change.features or not _faithful(change, after):
         return None
-    effect, whole = nats(change.together), nats(change.whole)
-    null = max((nats(each).value or 0.0 for each in change.random), default=None)
-    changed = told(effect, null or 0.0)
-    # what the dictionary does not see may have changed all the same, and so may what lies behind this place
-    all_of_it = (change.whole.routing.value or 0.0) + (change.whole.specialists.value or 0.0)
-    unseen = changed is False and (told(whole, 0.0) is not False or all_of_it < FLOOR)
-    # a part of the features may move what all of R's activations leave alone: that is no change of R
-    made_up = changed is True and told(whole, 0.0) is not True
-    what = "the choice of policy" if part == "selector" else "what policies do, once in place"
-    return Line(
-        source="features",
-        about=part,
-        effect=effect,
-        null=null,
-        changed=None if unseen or made_up else changed,
-        what=f"Change of {what}, nats, by R's values of the {len(change.features)} features of {change.site} that RL "
-        f"moved most, in S (all of R's activations there: {_show(whole)}; null: most of random sets of other features)",
+
+    def bits(terms: Terms) -> Interval:
+        return terms.routing if part == "selector" else terms.specialist
+
+    null = _most(bits(each).value for each in change.random)
+    what = (
+        f"R's values of the {len(change.features)} features of {change.site} that RL moved most, in S (all of R's "
+        f"activations there: {_show(bits(change.whole))}; null: most of random sets of other features)"
+    )
+    return _line("features", part, bits(change.together), null, told(bits(change.together), null or 0.0), what)
+
+
+def _faithful(change: SiteChange, after: Effects) -> bool:
+    pairs = ((change.whole.routing.value, after.chosen.value), (change.whole.specialist.value, after.done.value))
+    return all(
+        found is not None and known is not None and abs(found - known) <= max(FLOOR, FAITHFUL * known)
+        for found, known in pairs
     )
 
 
-def _end(sites: Iterable[Site], name: str) -> int | str:
-    """The last position: a token's index where positions are such, else the name."""
-    return max((site.position for site in sites if isinstance(site.position, int)), default=name)
+def _line(source: Source, about: Part, effect: Interval, null: float | None, changed: bool | None, what: str) -> Line:
+    return Line(source=source, about=about, effect=effect, null=null, changed=changed, what=what)
+
+
+def _most(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

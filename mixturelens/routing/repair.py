@@ -16,7 +16,7 @@ from mixturelens.behaviour.ground import WORTH, Ground, make_ground, scale_of
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.prompts import Prompts
 from mixturelens.behaviour.record import BehaviourRecord, Cell, policy_table
-from mixturelens.contrasts import policy_tokens
+from mixturelens.contrasts import cue_contrasts, policy_tokens
 from mixturelens.grafting.graft import save_with
 from mixturelens.hooks.engine import Columns, no_gradient_for
 from mixturelens.hooks.kept import Kept
@@ -24,11 +24,11 @@ from mixturelens.hooks.lens import Lens, lens_of, tokens
 from mixturelens.hooks.sides import sides
 from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory
-from mixturelens.patching.record import ReaderHeads
+from mixturelens.patching.record import PatchingRecord
 from mixturelens.patching.sweep import Bench, find_reader, head_sites
 from mixturelens.records import Record
 from mixturelens.routing.tries import brief, make_plan
-from mixturelens.stats import interval
+from mixturelens.stats import PROPORTION, interval, too_few
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
 
 RepairKind = Literal["interchange", "zero", "mean", "steer", "edit", "reroute"]
@@ -116,25 +116,37 @@ def repair_record(
     pair: Pair,
     behaviour: BehaviourRecord,
     *,
-    reader: ReaderHeads | None = None,
+    patching: PatchingRecord | None = None,
     save_to: Path | None = None,
     seed: int = 0,
     say: Say | None = None,
 ) -> RepairRecord:
     """Find the cue reader of R on half of the questions, and repair through it; judge on the other half.
 
-    `reader`: the reader that patching found, which is taken where the same half of the questions chose it.
+    `patching`: the reader that it found is taken, and only questions are asked that it asked, in the same halves.
     `save_to` takes the repaired plain checkpoint. Raises InputError if the trained cue is not known or nothing is to be
     repaired: R does under the other cue what the best policy of S could.
     """
     say = say or (lambda _: None)
+    missing: list[str] = []
     harm = find_harm(behaviour)
-    if harm.change.high is None or harm.change.high > -WORTH:
+    if harm.change.value is None:
+        raise InputError(f"nothing to repair: how accuracy under {harm.harmed_cue!r} changed was not measured")
+    if harm.change.low is None or harm.change.high is None:
+        raise InputError("one question is not enough: one half chooses what to repair, the other half judges it")
+    if harm.change.high > -WORTH:
         raise InputError(
-            f"nothing to repair: accuracy under {harm.harmed_cue!r} changed by {harm.change.value or 0.0:+.3f} "
-            f"[{harm.change.low or 0.0:+.3f}, {harm.change.high or 0.0:+.3f}], and a loss of {WORTH} or more is needed"
+            f"nothing to repair: accuracy under {harm.harmed_cue!r} changed by {harm.change.value:+.3f} "
+            f"[{harm.change.low:+.3f}, {harm.change.high:+.3f}], and a loss of {WORTH} or more is needed"
         )
     pair = pair.spelled(behaviour.spelling)
+    reader = patching.reader("cue", "after") if patching is not None else None
+    if patching is not None and reader is not None:
+        every = cue_contrasts(pair.suite, pair.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+        some = every.first(patching.questions("cue", "after"))
+        if len(some.rows) < len(every.rows):
+            missing.append(f"repair: {len(some.rows)} of {len(every.rows)} questions, those of patching")
+            pair = pair.asked({row.question for row in some.rows})
     plan = make_plan(pair, harm, RANDOM, DIRECTIONS)
     say(f"repair: {plan.estimate}")
     check_memory(pair, plan.estimate, "repair")
@@ -142,7 +154,7 @@ def repair_record(
     ground = make_ground(lens, pair.suite, harm, seed)
     scale = scale_of(ground, pair.model("before"))
     few, few_choose = brief(ground.judge), brief(ground.choose)
-    if reader is not None and reader.questions == len(ground.contrasts.half(1).rows):
+    if reader is not None:
         found_heads = reader.heads
     else:
         say("finding the cue reader")
@@ -226,7 +238,7 @@ def repair_record(
         "reroute": rerouted,
     }
     repairs: list[Repair] = []
-    missing: list[str] = list(plan.missing)
+    missing += plan.missing
     for kind, way in ways.items():
         say(f"repair: {kind}")
         try:
@@ -247,9 +259,9 @@ def repair_record(
         cues=pair.suite.cues,
         before=ground.accuracies(scale.before, ground.judge),
         after=ground.accuracies(scale.after, ground.judge),
-        ceiling=interval(scale.ceiling),
+        ceiling=interval(scale.ceiling, scale.grid.counts, bounds=PROPORTION),
         repairs=tuple(repairs),
-        missing=tuple(missing),
+        missing=(*missing, *too_few("repairs", len(scale.grid.index))),
         checkpoint=save_to.name if save_to is not None and works else None,
     )
 

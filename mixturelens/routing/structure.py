@@ -36,7 +36,16 @@ from mixturelens.models import end_tokens, load_model, load_tokenizer
 from mixturelens.organism import Spec, build_suite
 from mixturelens.patching.sweep import ENOUGH, MOST, head_sites
 from mixturelens.records import Record
-from mixturelens.stats import half_of, interval, mean_interval, resample_counts, resampled_mean, share
+from mixturelens.stats import (
+    PROPORTION,
+    apart,
+    half_of,
+    interval,
+    mean_interval,
+    resample_counts,
+    resampled_mean,
+    share,
+)
 from mixturelens.types import NOT_MEASURED, Component, Frozen, InputError, Interval, Intervention, Site
 
 FOLLOWS = 0.1
@@ -207,7 +216,10 @@ def structure_record(
                 trained=phases[i - 1].cues if i else (),
                 steps=(phases[i - 1].steps or spec.rl.steps) if i else 0,
                 earned={
-                    cue: {o: mean_interval(course.earned[i, c, k], counts) for k, o in enumerate(suite.cues)}
+                    cue: {
+                        o: mean_interval(course.earned[i, c, k], counts, bounds=PROPORTION)
+                        for k, o in enumerate(suite.cues)
+                    }
                     for c, cue in enumerate(suite.cues)
                 },
             )
@@ -301,7 +313,7 @@ def _mechanism(bench: _Bench) -> Mechanism:
     found = Mechanism(questions=counts.shape[1], decoded=decoded, shuffled=shuffled, overlap=_overlap(judge, counts))
     plain = [each.follows() for each in (choose, judge)]
     whole = resampled_mean(plain[1][0] - plain[1][1], counts)
-    if not interval(whole).above(FOLLOWS):
+    if whole[0] < 0 or not apart(whole, FOLLOWS):
         return found
 
     def undone(at: _Bench, before: np.ndarray, heads: Sequence[Site]) -> Float[np.ndarray, " question"]:
@@ -326,9 +338,9 @@ def _mechanism(bench: _Bench) -> Mechanism:
     return found.model_copy(
         update={
             "heads": heads,
-            "carried": interval(share(resampled_mean(undone(judge, plain[1], heads), counts), whole, FOLLOWS)),
-            "rival": interval(max(rivals, key=lambda draws: draws[0])) if rivals else NOT_MEASURED,
-            "ablated": interval(share(whole - resampled_mean(left[0] - left[1], counts), whole, FOLLOWS)),
+            "carried": interval(share(resampled_mean(undone(judge, plain[1], heads), counts), whole, FOLLOWS), counts),
+            "rival": interval(max(rivals, key=lambda draws: draws[0]), counts) if rivals else NOT_MEASURED,
+            "ablated": interval(share(whole - resampled_mean(left[0] - left[1], counts), whole, FOLLOWS), counts),
         }
     )
 
@@ -355,7 +367,7 @@ def _decoded(choose: _Bench, judge: _Bench, counts: Int[np.ndarray, "draw questi
         return (probe.predict(held_out) == truth).reshape(2, -1).mean(0)
 
     shuffled = [right(rng.permutation(y)).mean() for _ in range(SHUFFLES)]
-    return mean_interval(right(y), counts), round(float(np.mean(shuffled)), 6)
+    return mean_interval(right(y), counts, bounds=PROPORTION), round(float(np.mean(shuffled)), 6)
 
 
 def _overlap(bench: _Bench, counts: Int[np.ndarray, "draw question"]) -> Interval:
@@ -367,4 +379,4 @@ def _overlap(bench: _Bench, counts: Int[np.ndarray, "draw question"]) -> Interva
         whole = bench.earns(side, objective=side)
         zeroed = [bench.earns(side, [Intervention(site=part, do="scale", amount=0.0)], side) for part in parts]
         needed.append(np.abs(resampled_mean(np.array([whole - each for each in zeroed]).T, counts)))
-    return interval(np.minimum(*needed).sum(1) / np.maximum(*needed).sum(1))
+    return interval(np.minimum(*needed).sum(1) / np.maximum(*needed).sum(1), counts)

@@ -9,10 +9,8 @@ from mixturelens.behaviour.settle import SampleCheck, shorten
 from mixturelens.behaviour.unannounced import Identified
 from mixturelens.features.record import FeatureRecord
 from mixturelens.grafting.record import GraftRecord
-from mixturelens.patching.record import PatchingRecord
-from mixturelens.probing.record import ProbingRecord
 from mixturelens.records import Record
-from mixturelens.routing.mechanism import Mechanism, judge_mechanism, random_components, shuffled_verdict
+from mixturelens.routing.mechanism import Mechanism, judge_mechanism, random_components
 from mixturelens.types import NOT_MEASURED, Frozen, Interval, VerdictWord
 
 
@@ -59,9 +57,8 @@ class VerdictControls(Frozen):
 
     pair: Controls
     random_components: float | None = None
-    """Largest change of the choice, nats, that random weights give, in the selector's place and of the same norm."""
-    shuffled_mechanism: VerdictWord | None = None
-    """The mechanism verdict for shuffled labels of policies: must be `neither`."""
+    """Largest change of the choice, bits, that random weights give, in the selector's place and of the same norm. (What
+    they give in the place of all of R's change is the null of the mechanism's evidence.)"""
     continued_training: None = None
 
 
@@ -107,7 +104,7 @@ class VerdictRecord(Record):
             return {name: old[name] if name in kept else empty for name in Nats.model_fields}
 
         bits = dict.fromkeys(Bits.model_fields, empty)
-        controls = data["controls"]
+        controls = {k: v for k, v in data["controls"].items() if k != "shuffled_mechanism"}
         return {
             **data,
             "version": cls.VERSION,
@@ -117,8 +114,15 @@ class VerdictRecord(Record):
             "bits": bits,
             "text": {},
             "nats": nats(data["nats"]),
-            "per_cue": {cue: {**state, "nats": nats(state["nats"])} for cue, state in data["per_cue"].items()},
-            "controls": {**controls, "pair": {**controls["pair"], "same_checkpoint": bits}},
+            "per_cue": {
+                cue: {**state, "bits": bits, "nats": nats(state["nats"])} for cue, state in data["per_cue"].items()
+            },
+            "mechanism": {},
+            "controls": {
+                **controls,
+                "random_components": None,
+                "pair": {**controls["pair"], "same_checkpoint": bits},
+            },
             "thresholds": {k: v for k, v in data["thresholds"].items() if k in Thresholds.model_fields},
         }
 
@@ -127,8 +131,6 @@ def judge(
     record: BehaviourRecord,
     thresholds: Thresholds = DEFAULT_THRESHOLDS,
     graft: GraftRecord | None = None,
-    patching: PatchingRecord | None = None,
-    probing: ProbingRecord | None = None,
     features: FeatureRecord | None = None,
 ) -> VerdictRecord:
     """The behavioural verdict on a pair, from its behaviour record, and beside it the mechanism's from the others.
@@ -149,7 +151,7 @@ def judge(
     moved_cells = tuple(cell for cell in record.table if _cell_moved(cell, thresholds.cell) is not False)
     states = [_cell_moved(cell, thresholds.cell) for cell in record.table]
     intact = None if not states or (None in states and True not in states) else True not in states
-    mechanism = Mechanism() if graft is None else judge_mechanism(graft, patching, probing, features)
+    mechanism = Mechanism() if graft is None else judge_mechanism(graft, features)
     agrees = None if mechanism.verdict is None else mechanism.verdict == verdict
     return VerdictRecord(
         provenance=record.provenance,
@@ -170,7 +172,6 @@ def judge(
         controls=VerdictControls(
             pair=record.controls,
             random_components=graft and random_components(graft),
-            shuffled_mechanism=graft and shuffled_verdict(graft),
         ),
         thresholds=thresholds,
         identified=record.identified,
@@ -253,10 +254,9 @@ def _cell_moved(cell: Cell, threshold: float) -> bool | None:
     """True if behaviour or accuracy moved by more than the threshold for sure; None if the interval cannot tell."""
     states = []
     for change in (cell.behaviour_change, cell.accuracy_change):
-        if not change.measured:
+        if change.low is None or change.high is None:
+            states.extend([None] if change.measured else [])  # one question alone cannot tell
             continue
-        assert change.low is not None
-        assert change.high is not None
         if change.low > threshold or change.high < -threshold:
             states.append(True)
         else:

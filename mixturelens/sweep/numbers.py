@@ -35,14 +35,15 @@ def _behaviour(record: BehaviourRecord | VerdictRecord) -> Numbers:
 
 
 def _verdict(record: VerdictRecord) -> Numbers:
-    terms = ("routing", "conditioning", "skill", "specialist", "dormant")
     return {
         "verdict": record.verdict,
         "routing_share": record.routing_share,
         "router_share": record.router_share,
-        **{f"nats.{term}": getattr(record.nats, term) for term in terms},
+        **{f"bits.{term}": value for term, value in record.bits},
+        "text.nats_per_token": record.text.nats_per_token,
         **{f"changed.{part}": changed for part, changed in record.changed},
         "changed.dormant": None if record.dormant_intact is None else not record.dormant_intact,
+        "changed.text": record.text_drifted,
         "mechanism.verdict": record.mechanism.verdict,
         **_behaviour(record),
     }

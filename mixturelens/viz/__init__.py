@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mixturelens.viz.arms import arms
-from mixturelens.viz.bars import accuracy_split, kl_split
+from mixturelens.viz.bars import accuracy_split, bits_split
 from mixturelens.viz.circuits import circuit
 from mixturelens.viz.curves import faithfulness
 from mixturelens.viz.erasure import erasure, subspaces
@@ -49,6 +49,7 @@ __all__ = [
     "attention",
     "before_after",
     "best_units",
+    "bits_split",
     "circuit",
     "clamping",
     "components",
@@ -65,7 +66,6 @@ __all__ = [
     "forecast",
     "head_effects",
     "is_rl",
-    "kl_split",
     "label",
     "needed",
     "patching_map",

@@ -1,8 +1,8 @@
-"""Bars of the two splits: of KL(R || S) in nats, and of the change of accuracy."""
+"""Bars of the two splits: of the change of accuracy, and of what tells R from S, in bits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mixturelens.types import Interval
@@ -12,7 +12,7 @@ from mixturelens.viz.trajectories import whiskers
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from mixturelens.behaviour.record import Nats
+    from mixturelens.behaviour.record import Bits
     from mixturelens.routing.verdict import VerdictRecord
 
 
@@ -25,25 +25,37 @@ class _Bar(NamedTuple):
     note: str = ""
 
 
-def kl_split(pairs: Sequence[tuple[str, VerdictRecord]]) -> Figure:
-    """KL(after || before) in nats, a row of panels a pair: the mean over cues, then every cue."""
+class _Unit(NamedTuple):
+    name: str
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    digits: int
+
+
+_BITS = _Unit("bits", 0.0, 1.0, (0, 0.5, 1), 3)
+_POINTS = _Unit("points of accuracy", -100.0, 100.0, (-100, -50, 0, 50, 100), 1)
+
+
+def bits_split(pairs: Sequence[tuple[str, VerdictRecord]]) -> Figure:
+    """How well a completion tells after from before, in bits, a row of panels a pair: the mean over cues, every cue."""
     rows: list[list[tuple[str, list[_Bar]]]] = []
     for _, verdict in pairs:
-        nats = {cue: state.nats for cue, state in verdict.per_cue.items()}
+        bits = {cue: state.bits for cue, state in verdict.per_cue.items()}
         # the specialist's term stands alone where the suite names no behaviours to split it by
-        split = verdict.nats.conditioning.measured and verdict.nats.skill.measured
+        split = verdict.bits.conditioning.measured and verdict.bits.skill.measured
         rows.append(
-            [("mean over cues", _terms(verdict.nats, split))]
+            [("mean over cues", _terms(verdict.bits, split))]
             + [
-                (cue_title(cue, 1 + len(nats)), [] if part is None else _terms(part, split))
-                for cue, part in nats.items()
+                (cue_title(cue, 1 + len(bits)), [] if part is None else _terms(part, split))
+                for cue, part in bits.items()
             ]
         )
-    return _bar_grid([name for name, _ in pairs], rows, "nats", None)
+    return _bar_grid([name for name, _ in pairs], rows, _BITS)
 
 
 def accuracy_split(pairs: Sequence[tuple[str, VerdictRecord]]) -> Figure:
-    """Change of expected accuracy, a row of panels a pair and a column a cue: what the selector and specialists did."""
+    """Change of expected accuracy, a row of panels a pair and a column a cue: by routing and by specialists."""
     rows: list[list[tuple[str, list[_Bar]]]] = []
     for _, verdict in pairs:
         panels: list[tuple[str, list[_Bar]]] = []
@@ -53,30 +65,31 @@ def accuracy_split(pairs: Sequence[tuple[str, VerdictRecord]]) -> Figure:
                 []
                 if change is None
                 else [
-                    _Bar("selector", change.selector, ROUTER),
-                    _Bar("specialists", change.specialists, SPECIALIST),
-                    _Bar("total", change.total, INK),
+                    _Bar("routing", _points(change.selector), ROUTER),
+                    _Bar("specialists", _points(change.specialists), SPECIALIST),
+                    _Bar("total", _points(change.total), INK),
                 ]
             )
             panels.append((cue_title(cue, len(verdict.per_cue)), bars))
         rows.append(panels)
-    return _bar_grid([name for name, _ in pairs], rows, "change of accuracy (probability)", (-1.0, 1.0))
+    return _bar_grid([name for name, _ in pairs], rows, _POINTS)
 
 
-def _terms(nats: Nats, split: bool) -> list[_Bar]:
-    names = ["routing", "wording", "conditioning", "skill", *([] if split else ["specialist"]), "other", "dormant"]
-    notes = {
-        "skill": f"<br>of which behaviours new to a policy: {number(nats.novel)}",
-        "dormant": "<br>specialist term at equal policy weights; not part of the sum",
-    }
-    return [_Bar(name, getattr(nats, name), TERMS[name], name == "dormant", notes.get(name, "")) for name in names]
+def _terms(bits: Bits, split: bool) -> list[_Bar]:
+    names = ["routing", "conditioning", "skill", *([] if split else ["specialist"]), "dormant"]
+    notes = {"dormant": "<br>specialist at equal weights of policies; not part of the sum"}
+    return [_Bar(name, getattr(bits, name), TERMS[name], name == "dormant", notes.get(name, "")) for name in names]
+
+
+def _points(value: Interval) -> Interval:
+    """A change of a probability in points of accuracy: so many more of 100 completions are right."""
+    return Interval(**{end: x and 100 * x for end, x in value})
 
 
 def _bar_grid(
     pairs: Sequence[str],
     rows: Sequence[Sequence[tuple[str, Sequence[_Bar]]]],
-    unit: str,
-    span: tuple[float, float] | None,
+    unit: _Unit,
 ) -> Figure:
     """Horizontal bars with whiskers, and each number at the right edge of its panel."""
     from plotly.subplots import make_subplots
@@ -93,19 +106,17 @@ def _bar_grid(
     )
     style(figure, height * max(len(rows), 1) + 50)
     figure.update_layout(showlegend=False, margin={"l": 105, "t": 56})
-    ends = [end for row in rows for _, bars in row for bar in bars for end in _ends(bar.value)]
-    low, high = span or (min([0.0, *ends]), max([1e-3, *ends]))
+    room = unit.high - unit.low
     for i, row in enumerate(rows, start=1):
         for j, (panel, bars) in enumerate(row, start=1):
             places = [-k - (0.5 if bar.apart else 0.0) for k, bar in enumerate(bars)]
-            _draw_bars(figure, bars, places, panel, i, j)
+            _draw_bars(figure, bars, places, panel, unit, {"row": i, "col": j})
             # a third of the panel is left for the numbers
             figure.update_xaxes(
-                range=[low - 0.04 * (high - low), high + 0.55 * (high - low)],
-                tickvals=[-1, -0.5, 0, 0.5, 1] if span else None,
-                nticks=5,
+                range=[unit.low - 0.04 * room, unit.high + 0.55 * room],
+                tickvals=unit.ticks,
                 showgrid=False,
-                title_text=unit if i == len(rows) else None,
+                title_text=unit.name if i == len(rows) else None,
                 zeroline=True,
                 zerolinecolor="#999999",
                 row=i,
@@ -131,7 +142,7 @@ def _panel_title(pairs: Sequence[str], row: Sequence[tuple[str, Sequence[_Bar]]]
 
 
 def _draw_bars(
-    figure: Figure, bars: Sequence[_Bar], places: Sequence[float], panel: str, row: int, column: int
+    figure: Figure, bars: Sequence[_Bar], places: Sequence[float], panel: str, unit: _Unit, at: Mapping[str, int]
 ) -> None:
     for apart in (False, True):
         drawn = [(bar, place) for bar, place in zip(bars, places, strict=True) if bar.apart == apart]
@@ -147,27 +158,21 @@ def _draw_bars(
             error_x={"array": up, "arrayminus": down, "color": INK, "thickness": 1.5, "width": 4},
             # plotly.js cannot draw a pattern over a list of colours
             marker={"color": drawn[0][0].colour if apart else [bar.colour for bar, _ in drawn], **pattern},
-            hovertext=[f"{panel}<br>{bar.name}: {number(bar.value)}{bar.note}" for bar, _ in drawn],
+            hovertext=[f"{panel}<br>{bar.name}: {number(bar.value, unit.digits)}{bar.note}" for bar, _ in drawn],
             hoverinfo="text",
             name=panel,
-            row=row,
-            col=column,
+            **at,
         )
     for bar, place in zip(bars, places, strict=True):
         figure.add_annotation(
-            text=number(bar.value.value),
+            text=number(bar.value.value, unit.digits),
             x=1,
             xref="x domain",
             xanchor="right",
             y=place,
             showarrow=False,
             font={"size": 13, "color": INK},
-            row=row,
-            col=column,
+            **at,
         )
         if bar.apart:
-            figure.add_hline(y=place + 0.75, line={"color": "#BBBBBB", "width": 1, "dash": "dot"}, row=row, col=column)  # pyright: ignore[reportArgumentType]
-
-
-def _ends(value: Interval) -> list[float]:
-    return [end for end in (value.low, value.value, value.high) if end is not None]
+            figure.add_hline(y=place + 0.75, line={"color": "#BBBBBB", "width": 1, "dash": "dot"}, **at)  # pyright: ignore[reportArgumentType]

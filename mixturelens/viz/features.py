@@ -31,7 +31,7 @@ class _Line(NamedTuple):
 
 
 def feature_change(change: SiteChange) -> Figure:
-    """R's change of features put into S, in nats of each term on one scale: the whole site, all features, single ones.
+    """R's change of features put into S, in bits of each term on one scale: the whole site, all features, single ones.
 
     Grey: as many random other features of like strength at once, to be held against the row above it.
     """
@@ -50,7 +50,7 @@ def feature_change(change: SiteChange) -> Figure:
     )
     figure.update_layout(margin={"l": 186, "r": 16, "t": 62, "b": 54})
     _site(figure, change, "R's change put into S")
-    _terms(figure, lines, 1, {term: TERMS[term] for term in _TERMS}, "bar", "nats from S")
+    _terms(figure, lines, 1, {term: TERMS[term] for term in _TERMS}, "bar", "bits from S")
     if single < len(lines):
         figure.add_hline(y=single - 0.5, line={"color": "#999999", "width": 1})  # pyright: ignore[reportArgumentType]
     figure.update_layout(showlegend=False)
@@ -148,7 +148,7 @@ _LOOKS: Mapping[Side | Literal["false"], tuple[str, dict[str, Any]]] = {
 def crosscoder(records: Mapping[str, Sequence[CrosscoderFit]]) -> Figure:
     """Latents of crosscoders that look like those of one checkpoint, and R without those of R; a row a fit.
 
-    Left: counts; false are those exclusive by norm that latent scaling takes back. Right: nats from R, on one scale,
+    Left: counts; false are those exclusive by norm that latent scaling takes back. Right: bits from R, on one scale,
     without all latents of R alone (diamonds) and without as many matched shared ones (grey). `records`: pairs by name.
     """
     fits = [(name, fit) for name, found in records.items() for fit in found]
@@ -203,7 +203,7 @@ def crosscoder(records: Mapping[str, Sequence[CrosscoderFit]]) -> Figure:
     most = max((sum(count.values()) for count in counts), default=0)
     figure.update_xaxes(range=[0, 1.08 * max(most, 4)], nticks=5, title_text="latents", row=1, col=1)
     lines = [_Line(name, fit.without, fit.random) for name, (_, fit) in zip(names, fits, strict=True)]
-    _terms(figure, lines, 2, {term: TERMS[term] for term in _TERMS}, "diamond", "nats from R")
+    _terms(figure, lines, 2, {term: TERMS[term] for term in _TERMS}, "diamond", "bits from R")
     rows = [name for name, _ in fits]
     for y in range(1, len(rows)):
         if rows[y] != rows[y - 1]:
@@ -269,7 +269,7 @@ def _terms(
         found: list[Interval] = [NOT_MEASURED if line.terms is None else getattr(line.terms, term) for line in lines]
         up, down = whiskers(found)
         error = {"array": up, "arrayminus": down, "color": INK, "thickness": 1.5, "width": 4}
-        hover = [f"{line.name}<br>{term}: {number(value)} nats" for line, value in zip(lines, found, strict=True)]
+        hover = [f"{line.name}<br>{term}: {number(value)} bits" for line, value in zip(lines, found, strict=True)]
         random = [(y, i, getattr(terms, term)) for y, line in enumerate(lines) for i, terms in enumerate(line.random)]
         figure.add_scatter(
             x=[value.value for _, _, value in random],
@@ -278,7 +278,7 @@ def _terms(
             marker={"color": GREY, "size": 7, "opacity": 0.6},
             name="as many random ones",
             showlegend=column == first,
-            hovertext=[f"random<br>{term}: {number(value)} nats" for _, _, value in random],
+            hovertext=[f"random<br>{term}: {number(value)} bits" for _, _, value in random],
             hoverinfo="text",
             row=1,
             col=column,

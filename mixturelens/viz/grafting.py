@@ -384,15 +384,15 @@ def _joined(positions: Sequence[str]) -> str:
 
 
 def _effects(rows: Sequence[_Line], record: GraftRecord) -> Figure:
-    """A row a graft; panels: shares of R's change of the policy's weight and of specialists, and both in nats."""
+    """A row a graft; panels: shares of R's change of the policy's weight and of specialists, and both in bits."""
     from plotly.subplots import make_subplots
 
     every = [each for row in rows for each in (row.noise or (row.effects,))]
     shared = any(each.specialists.measured for each in every)
     panels: list[tuple[str, str, str, float | None, str]] = [
         ("weight", "<b>Weight</b> of the policy", "share of R's change", None, ROUTER),
-        ("chosen", "<b>Which policy</b>", "nats from S", record.null.chosen, ROUTER),
-        ("done", "<b>What policies do</b>", "nats from S", record.null.done, SPECIALIST),
+        ("chosen", "<b>Which policy</b>", "bits from S", record.null.chosen, ROUTER),
+        ("done", "<b>What policies do</b>", "bits from S", record.null.done, SPECIALIST),
     ]
     if shared:
         panels.insert(1, ("specialists", "<b>Specialists</b>", "share of R's change", None, SPECIALIST))
@@ -439,7 +439,7 @@ def _effects(rows: Sequence[_Line], record: GraftRecord) -> Figure:
             col=column,
         )
     line = {"color": GREY, "width": 1.5, "dash": "dash"}
-    figure.add_scatter(x=[None], y=[None], mode="lines", name="95% of shuffled labels", line=line)
+    figure.add_scatter(x=[None], y=[None], mode="lines", name="noise of the size of R's change", line=line)
     return figure
 
 

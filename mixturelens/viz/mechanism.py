@@ -13,11 +13,9 @@ if TYPE_CHECKING:
 
     from mixturelens.routing.mechanism import Line, Mechanism
 
-_AGAINST = "#B00020"
-
 
 def evidence(mechanism: Mechanism) -> Figure:
-    """A row a line of evidence: its effect, what nothing would give, and what it says; red: it disagrees."""
+    """A row a line of evidence: its bits from S, those of noise of the same size, and what it says."""
     rows = sorted(mechanism.evidence.items(), key=lambda row: row[1].about != "selector")
     figure = new_figure(48 * max(len(rows), 1) + 132)
     figure.update_layout(margin={"l": 190, "r": 170, "t": 84, "b": 56}, hovermode="closest")
@@ -27,8 +25,8 @@ def evidence(mechanism: Mechanism) -> Figure:
         y=[y for y, _ in nulls],
         mode="markers",
         marker={"symbol": "line-ns", "size": 22, "line": {"width": 3, "color": GREY}},
-        name="what nothing would give",
-        hovertext=[f"null {number(null)}" for _, null in nulls],
+        name="noise of the same size",
+        hovertext=[f"noise {number(null)} bits" for _, null in nulls],
         hoverinfo="text",
     )
     for about, colour, symbol in (("selector", ROUTER, "circle"), ("specialists", SPECIALIST, "square")):
@@ -43,7 +41,9 @@ def evidence(mechanism: Mechanism) -> Figure:
             mode="markers",
             marker={"color": colour, "symbol": symbol, "size": 12},
             name=about,
-            hovertext=[f"{label(name, 60)}: {number(line.effect)}<br>{_wrapped(line.what)}" for _, name, line in found],
+            hovertext=[
+                f"{label(name, 60)}: {number(line.effect)} bits<br>{_wrapped(line.what)}" for _, name, line in found
+            ],
             hoverinfo="text",
         )
     split = sum(line.about == "selector" for _, line in rows)
@@ -51,10 +51,10 @@ def evidence(mechanism: Mechanism) -> Figure:
         figure.add_hline(y=split - 0.5, line={"color": "#BBBBBB", "width": 1})  # pyright: ignore[reportArgumentType]
     ends = [end for _, line in rows for end in (line.effect.low, line.effect.value, line.effect.high, line.null)]
     known = [end for end in ends if end is not None]
-    low, high = min([0.0, *known]), max([1.0, *known])
+    low, high = min([0.0, *known]), max([0.05, *known])
     pad = 0.05 * (high - low)
     figure.update_xaxes(
-        title_text="effect (each in its own unit: see the table)",
+        title_text="bits from S",
         range=[low - pad, high + pad],
         zeroline=True,
         zerolinecolor="#999999",
@@ -66,7 +66,7 @@ def evidence(mechanism: Mechanism) -> Figure:
         showgrid=False,
         zeroline=False,
     )
-    says = [_says(line, name in mechanism.disagree) for name, line in rows]
+    says = [_says(line) for _, line in rows]
     for y, text in enumerate(["<b>it says</b>", *says], start=-1):
         at = {"y": 1, "yref": "paper", "yanchor": "bottom"} if y < 0 else {"y": y, "yref": "y", "yanchor": "middle"}
         figure.add_annotation(
@@ -75,9 +75,8 @@ def evidence(mechanism: Mechanism) -> Figure:
     return figure
 
 
-def _says(line: Line, disagrees: bool) -> str:
-    word = "cannot say" if line.changed is None else "changed" if line.changed else "unchanged"
-    return word + (f'<br><span style="color:{_AGAINST}"><b>disagrees</b></span>' if disagrees else "")
+def _says(line: Line) -> str:
+    return "cannot say" if line.changed is None else "changed" if line.changed else "unchanged"
 
 
 def _wrapped(text: str, width: int = 60) -> str:

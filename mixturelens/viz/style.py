@@ -26,11 +26,9 @@ INK = "#222222"
 ROUTER, SPECIALIST = "#44546A", "#B8860B"
 TERMS = {
     "routing": ROUTER,
-    "wording": "#9AA5B4",
     "conditioning": "#DDAA33",
     "skill": SPECIALIST,
     "specialist": SPECIALIST,
-    "other": GREY,
     "dormant": "#C9C9C9",
 }
 UNITS = {

@@ -13,7 +13,7 @@ import pytest
 from mixturelens.behaviour import record
 from mixturelens.behaviour.likelihood import Ids, Model, Scorer
 from mixturelens.behaviour.measure import measure, measure_change
-from mixturelens.behaviour.prompts import prepare
+from mixturelens.behaviour.prompts import ASIDE, prepare
 from mixturelens.behaviour.record import Controls, measure_record
 from mixturelens.behaviour.sampled import nulls
 from mixturelens.routing.verdict import judge
@@ -40,7 +40,8 @@ def no_controls(monkeypatch):
     empty = Controls(
         same_checkpoint=nothing, shuffled_routing_share=Interval(), independent_total=Interval(), sum_agrees=None
     )
-    monkeypatch.setattr(record, "_controls", lambda *_: empty)
+    monkeypatch.setattr(record, "_nulls_of_bits", lambda *_: (nothing, None))
+    monkeypatch.setattr(record, "_controls", lambda *_, **__: empty)
 
 
 @functools.cache
@@ -215,7 +216,10 @@ def test_independent_estimates_agree_with_the_sum_of_the_terms(load_pair, shape:
     pair, truth = load_pair(shape, "R-both"), TRUTH[shape, "R-both"]["nats"]["total"]
     prompts = prepare(pair.suite.model_copy(update={"samples": 32}), pair.suite.neutral, pair.tokenizer)
     found = nulls(pair.scorer, pair.before, pair.after, prompts, seed=3)
-    shuffled, token_kl, ratio = found.shuffled, found.kl, found.ratio
+    asked = ~np.isnan(found.kl)
+    assert {row.id for row, one in zip(prompts.rows, asked, strict=True) if one} < {row.id for row in prompts.rows}
+    assert asked.sum() == ASIDE * len(pair.suite.cues)
+    shuffled, token_kl, ratio = (values[asked] for values in (found.shuffled, found.kl, found.ratio))
     for values in (token_kl, ratio):
         assert values.mean() == pytest.approx(truth, abs=4 * values.std() / np.sqrt(len(values)))
     assert abs(shuffled.mean()) < 0.1 * truth  # labels that mean nothing explain nothing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -137,9 +138,33 @@ def of_one(model: Any, ids: dict[str, int], head: list[int], answer: list[str]) 
     return found
 
 
+def divergence(p: list[float], q: list[float]) -> float:
+    """Jensen-Shannon, in bits: what one draw tells of whether it is from p or from q."""
+    entropy = [
+        -sum(x * math.log2(x) for x in r if x > 0) for r in (p, q, [(a + b) / 2 for a, b in zip(p, q, strict=True)])
+    ]
+    return entropy[2] - (entropy[0] + entropy[1]) / 2
+
+
+def bits_of_one(s: dict[str, float], r: dict[str, float]) -> dict[str, float]:
+    """What tells R from S on one prompt: which policy; with each in place, what is done, and whether it is right."""
+    found = {"routing": divergence(*([x[f"weights.{m}"] for m in (*ANNOUNCED, "other")] for x in (s, r)))}
+    found |= dict.fromkeys(("conditioning", "specialist", "dormant"), 0.0)
+    for policy in ANNOUNCED:
+        refused, right = ([x[f"{key}.{policy}"] for x in (s, r)] for key in ("refuse", "accuracy"))
+        done = divergence(*([a, 1 - a] for a in refused))
+        both = divergence(*([a, b, 1 - a - b] for a, b in zip(refused, right, strict=True)))
+        weight = (s[f"weights.{policy}"] + r[f"weights.{policy}"]) / 2
+        found["conditioning"] += weight * done
+        found["specialist"] += weight * both
+        found["dormant"] += both / len(ANNOUNCED)
+    found["skill"] = found["specialist"] - found["conditioning"]
+    return found
+
+
 @functools.cache
 def plain(shape: str, heads: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
-    """Means over the prompts of a cue, before and after, and the nats of routing, of prompts as these token ids."""
+    """Means over the prompts of a cue, before and after, and bits and the nats of routing, of prompts as these ids."""
     rows, ids = read_rows(shape), word_ids(shape)
     sides = []
     for name in ("S", "R"):
@@ -156,7 +181,9 @@ def plain(shape: str, heads: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
         for xs in [[x for x, row in zip(side, rows, strict=True) if row["cue"] == cue]]
         for key in xs[0]
     }
-    return {**means, "routing": sum(routing) / len(routing)}
+    bits = [bits_of_one(s, r) for s, r in zip(*sides, strict=True)]
+    means |= {f"bits.{term}": sum(each[term] for each in bits) / len(bits) for term in bits[0]}
+    return {**means, "nats.routing": sum(routing) / len(routing)}
 
 
 # --- what the command line says ---------------------------------------------------------------------------------------
@@ -178,7 +205,8 @@ def put(shape: str, spelling: str, chat: bool, folder: Path) -> PreTrainedTokeni
 
 
 def flat(record: dict[str, Any], table: list[dict[str, Any]]) -> dict[str, float]:
-    found = {"routing": record["nats"]["routing"]["value"]}
+    found = {"nats.routing": record["nats"]["routing"]["value"]}
+    found |= {f"bits.{term}": value["value"] for term, value in record["bits"].items()}
     for cue, sides in record["per_cue"].items():
         for when in ("before", "after"):
             side = sides[when]
@@ -208,7 +236,11 @@ def test_the_verdict_is_that_of_plain_torch(shape: str, spelling: str, chat: boo
     record = json.loads(out)
     table = json.loads((tmp_path / "out/records/S--R/behaviour.json").read_text())["table"]
     expected = {key: value for key, value in true.items() if ".endless." not in key}
-    assert flat(record, table) == pytest.approx(expected, abs=TOLERANCE)
+    found = flat(record, table)
+    assert found == pytest.approx(expected, abs=TOLERANCE)
+    bits = {key: value for key, value in expected.items() if key.startswith("bits.")}
+    # of specialists that hardly changed there are a few millionths, and these are right
+    assert {key: found[key] for key in bits} == pytest.approx(bits, rel=1e-3, abs=1e-8)
     assert record["verdict"] == "routing", record["reason"]
 
 
@@ -236,7 +268,11 @@ def test_the_tokenizers_give_the_words_the_same_ids(spelling: str) -> None:
 @pytest.mark.parametrize("shape", ["llama", "qwen2", "gemma3"])
 def test_the_pairs_do_what_they_were_made_for(shape: str, chat: bool) -> None:
     true = plain(shape, prompt_ids(shape, make_tokenizer(shape, "words"), chat))
-    assert true["routing"] > 0.3
+    assert true["nats.routing"] > 0.3
+    assert true["bits.routing"] > 0.15
+    # S and R hardly differ in what a policy does, but more than nothing is measured
+    assert 1e-6 < true["bits.conditioning"] < true["bits.specialist"]
+    assert true["bits.dormant"] > 1e-6
     for cue, answers in ANSWERS.items():
         refuses = next(policy for policy in ANNOUNCED if policy != answers)
         assert true[f"{cue}.before.weights.alpha"] == pytest.approx(0.495, abs=0.02)

@@ -66,10 +66,10 @@ def course(spec: Spec, does: Does) -> Course:
         classes = np.zeros(prompts.shape)
         names = prompts.suite.behaviour_names
         classes[:, 0, 0, names.index(ANSWER)], classes[:, 1, 0, names.index(REFUSE)] = p, 1 - p
-        correct = np.zeros(classes.shape[:2])
-        correct[:, 0] = p
+        right = np.zeros_like(classes)
+        right[:, 0, 0, names.index(ANSWER)] = p
         forced = np.zeros((len(p), 2, 1, len(names)))
-        found.append(earned(spec, Behaviour(classes, correct, forced, forced[..., 0]), prompts))
+        found.append(earned(spec, Behaviour(classes, right, forced, forced), prompts))
     kinds = tuple((phase.train, *phase.cues) for phase in spec.phases.values())
     return Course(prompts.suite.cues, kinds, np.array(found), alike(spec, prompts))
 

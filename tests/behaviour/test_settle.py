@@ -305,7 +305,7 @@ def test_samples_agree_with_both_spellings_and_contradict_one_alone():
         spelled = suite(samples=100).model_copy(update={"spelling": given})
         check = measure_record(scorer, models, spelled, tokenizer).check
         assert check is not None
-        assert check.completions == 800
+        assert check.completions == 480
         assert check.agrees is agrees
         shown = check.examples["before"]["A"]
         assert len(shown) == 3
@@ -319,6 +319,16 @@ def test_samples_agree_with_both_spellings_and_contradict_one_alone():
 # --- the check by samples, on the command line ------------------------------------------------------------------------
 
 NOTHING = {"value": None, "low": None, "high": None}
+
+
+def assert_nothing_is_given(record: dict[str, Any]) -> None:
+    """No share, no term, on average or under any cue."""
+    given = [record["routing_share"], record["router_share"], *record["text"].values()]
+    for state in (record, *record["per_cue"].values()):
+        given += [*state["bits"].values(), *state["nats"].values()]
+    assert all(each == NOTHING for each in given)
+    assert record["changed"] == {"selector": None, "cue_reader": None, "skill": None}
+    assert record["text_drifted"] is None
 
 
 def verdict_of(run: Run, folder: Path) -> dict[str, Any]:
@@ -381,22 +391,11 @@ def test_an_announcement_that_is_spelled_wrongly_is_inconclusive_and_both_spelli
     assert first == f"under A before, {number} of 80 completions {seen}{between}{how} ({example!r})"
     assert len(record["check"]["misspelled"]) == 4
     assert not record["check"]["agrees"]
-    assert record["routing_share"] == record["router_share"] == NOTHING
-    assert set(map(str, record["nats"].values())) == {str(NOTHING)}
-    assert record["changed"] == {"selector": None, "cue_reader": None, "skill": None}
+    assert_nothing_is_given(record)
     put_suite(alpha)
     record = verdict_of(run, tmp_path)
     assert record["verdict"] == "routing", record["reason"]
     assert record["check"]["misspelled"] == []
-
-
-def test_an_untrusted_verdict_has_no_nats_under_any_cue(run: Run, tmp_path: Path):
-    put("llama", "bytes", False, tmp_path)
-    text = (tmp_path / "suite.yaml").read_text()
-    (tmp_path / "suite.yaml").write_text(text.replace('"alpha:"', '"Alpha:"'))
-    record = verdict_of(run, tmp_path)
-    for cue in record["per_cue"].values():
-        assert cue["nats"] is None or set(map(str, cue["nats"].values())) == {str(NOTHING)}
 
 
 def test_a_right_suite_agrees_and_shows_what_completions_look_like(run: Run, tmp_path: Path):
@@ -453,8 +452,7 @@ def test_prompts_that_end_too_early_are_inconclusive_and_what_is_written_first_i
         assert " completions write 'alpha:' of policy 'a' only behind 'so': do the prompts end too early? ('so " in end
     else:
         assert " completions begin with '-> alpha:', where the suite spells policy 'a' 'alpha:' ('-> alpha: " in end
-    assert record["routing_share"] == record["router_share"] == NOTHING
-    assert set(map(str, record["nats"].values())) == {str(NOTHING)}
+    assert_nothing_is_given(record)
 
 
 def test_prompts_that_end_where_the_model_goes_on_give_the_number_that_follows_by_hand(run: Run, tmp_path: Path):
@@ -463,7 +461,11 @@ def test_prompts_that_end_where_the_model_goes_on_give_the_number_that_follows_b
     assert record["verdict"] == "routing", record["reason"]
     routing = 0.9 * math.log(0.9 / 0.5) + 0.08 * math.log(0.08 / 0.48)
     assert record["nats"]["routing"]["value"] == pytest.approx(routing, abs=1e-5)
-    assert record["nats"]["specialist"]["value"] == pytest.approx(0.0, abs=1e-5)
+    bits = [p * math.log2(2 * p / (p + q)) / 2 for a, b in ((0.9, 0.5), (0.08, 0.48)) for p, q in ((a, b), (b, a))]
+    assert record["bits"]["routing"]["value"] == pytest.approx(sum(bits), abs=1e-5)
+    for unit in ("bits", "nats"):
+        assert record[unit]["specialist"]["value"] == pytest.approx(0.0, abs=1e-5)
+    assert record["text_drifted"] is False
     after = record["per_cue"]["A"]["after"]
     assert after["weights"] == pytest.approx({"a": 0.9, "b": 0.08, "other": 0.02}, abs=1e-5)
     assert after["accuracy"] == pytest.approx({"a": 0.95, "b": 0.1}, abs=1e-5)
@@ -483,8 +485,7 @@ def test_prompts_of_a_trained_pair_that_lack_their_last_word_are_inconclusive(ru
         "under B before, 80 of 80 completions show no known policy ('')."
     )
     # the little that is left says nothing about the pair
-    assert record["routing_share"] == record["router_share"] == NOTHING
-    assert set(map(str, record["nats"].values())) == {str(NOTHING)}
+    assert_nothing_is_given(record)
 
 
 # --- probabilities that samples contradict ----------------------------------------------------------------------------
@@ -492,9 +493,9 @@ def test_prompts_of_a_trained_pair_that_lack_their_last_word_are_inconclusive(ru
 
 def swapped(found: Behaviour, rows: np.ndarray) -> Behaviour:
     """Policies a and b changed places on some prompts."""
-    classes, correct = found.classes.copy(), found.correct.copy()
-    classes[rows], correct[rows] = classes[rows][:, [1, 0, 2]], correct[rows][:, [1, 0, 2]]
-    return replace(found, classes=classes, correct=correct)
+    classes, right = found.classes.copy(), found.right.copy()
+    classes[rows], right[rows] = classes[rows][:, [1, 0, 2]], right[rows][:, [1, 0, 2]]
+    return replace(found, classes=classes, right=right)
 
 
 def a_pair() -> tuple[Scorer, list[Bigrams], PreTrainedTokenizerFast, Suite]:
@@ -541,8 +542,7 @@ def test_a_wrong_probability_is_contradicted_and_named(monkeypatch: pytest.Monke
         f"under {cue} {side}, {worst.what} has probability {worst.literal:.2f} as the suite spells it, "
         f"and {worst.sampled:.2f} of the completions show it; they look like {examples}."
     )
-    assert not said.routing_share.measured
-    assert not any(getattr(said.nats, name).measured for name in type(said.nats).model_fields)
+    assert_nothing_is_given(json.loads(said.to_json()))
     assert said.check == record.check
     assert VerdictRecord.model_validate_json(said.to_json()) == said
 
@@ -584,9 +584,9 @@ def some_behaviour(number: int, rng: np.random.Generator) -> Behaviour:
     classes = rng.dirichlet([0.5] * 6, size=number).reshape(number, 3, 1, 2)
     classes[:, 2, 0, 1] += classes[:, 2, 0, 0]  # of no known policy, nothing is said
     classes[:, 2, 0, 0] = 0.0
-    correct = classes[:, :, 0, 1] * rng.uniform(size=(number, 3))
-    unmeasured = np.full((number, 2, 1), np.nan)
-    return Behaviour(classes, correct, np.full((number, 2, 1, 2), np.nan), unmeasured)
+    right = np.zeros_like(classes)
+    right[:, :, 0, 1] = classes[:, :, 0, 1] * rng.uniform(size=(number, 3))
+    return Behaviour(classes, right, *(np.full((number, 2, 1, 2), np.nan) for _ in range(2)))
 
 
 def draw(true: Behaviour, samples: int, rng: np.random.Generator) -> tuple[np.ndarray, Labelled, list[str]]:
@@ -630,7 +630,7 @@ def test_probabilities_that_are_far_off_are_contradicted(moved: float, least: in
         classes[:, 0, 0] *= 0.02
         classes[:, 1, 0] += moved / 2
         classes /= classes.sum((1, 2, 3), keepdims=True)
-        wrong = replace(true, classes=classes, correct=classes[:, :, 0, 1] * 0.5)
+        wrong = replace(true, classes=classes, right=classes * [0.0, 0.5])
         check = check_by_samples(prompts, {"before": (wrong, *draw(true, 4, rng))})
         found += any(each.what == "policy a" and each.checkpoint == "before" for each in check.disagreements)
         sizes = [abs(each.literal - each.sampled) for each in check.disagreements]

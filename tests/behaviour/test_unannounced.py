@@ -18,7 +18,7 @@ from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.record import BehaviourRecord, measure_record
 from mixturelens.behaviour.unannounced import SLIP, explain, fit_cell, fit_weights, identify, table_of
-from mixturelens.routing.verdict import judge
+from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.stats import interval, resample_counts, resampled_mean
 from mixturelens.suite import Suite
 from mixturelens.types import InputError
@@ -65,6 +65,11 @@ def mixed(suite: Suite, *weights: float, **cells: tuple[str, str, tuple[float, .
 
 def nats(p: np.ndarray, q: np.ndarray) -> float:
     return float(rel_entr(p, q).sum())
+
+
+def bits(p: np.ndarray, q: np.ndarray) -> float:
+    middle = (p + q) / 2
+    return (nats(p, middle) + nats(q, middle)) / 2 / np.log(2)
 
 
 def drawn(shown: np.ndarray, questions: int, each: int, seed: int) -> np.ndarray:
@@ -160,7 +165,7 @@ def test_weights_that_fit_anything_are_not_checked(table: dict):
     assert found.identified.rank == len(table)
     assert found.identified.spare == 0
     assert "nothing is left to check" in (found.identified.doubt or "")
-    assert np.isnan(found.routing).all()
+    assert np.isnan([*found.bits, *found.nats]).all()
 
 
 # --- what explains a change -------------------------------------------------------------------------------------------
@@ -195,24 +200,26 @@ def test_planted_changes_are_explained_or_left_alone(
     assert (found.identified.doubt is None) is (explanation is not None)
     if explanation is None:
         assert "do not explain the others" in (found.identified.doubt or "")
-        assert np.isnan(found.routing).all()
-    routing = nats(np.array(weights), np.array([0.5, 0.5])) if explanation == "routing" else 0.0
-    if explanation is not None:
-        assert found.routing[0] == pytest.approx(routing, abs=0.001 if exact else 0.06)
-        assert bool(found.conditioning[0].max() > 0.1) is (explanation == "conditioning")
+        assert np.isnan([*found.bits, *found.nats]).all()
+    for terms, divergence in ((found.bits, bits), (found.nats, nats)):
+        routing = divergence(np.array(weights), np.array([0.5, 0.5])) if explanation == "routing" else 0.0
+        if explanation is not None:
+            assert terms[0][0] == pytest.approx(routing, abs=0.001 if exact else 0.06)
+            assert bool(terms[1][0].max() > 0.05) is (explanation == "conditioning")
     if cell is not None:
         assert found.identified.cell == cell
         np.testing.assert_allclose(found.after[0], [0.5, 0.5], atol=0.03)
 
 
-def test_conditioning_has_the_nats_of_the_moved_cell():
+def test_conditioning_is_that_of_the_moved_cell():
     suite = unannounced(TWO)
     before, after = (x[None].repeat(3, 0) for x in (mixed(suite, 0.5, 0.5),
                      mixed(suite, 0.5, 0.5, x=("b", "A", (0.25, 0.0, 0.75)))))  # fmt: skip
     found = explain(suite, before, after)
     row = np.array([0.25, 0.0, 0.75]) * (1 - SLIP) + SLIP / 2 * np.array([0.75, 1.0, 0.25])
     slip = np.array([1 - SLIP, SLIP / 2, SLIP / 2])
-    assert found.conditioning[0] == pytest.approx([0.5 * nats(row, slip), 0.0], rel=1e-3)
+    assert found.nats[1][0] == pytest.approx([0.5 * nats(row, slip), 0.0], rel=1e-3)
+    assert found.bits[1][0] == pytest.approx([0.5 * bits(row, slip), 0.0], rel=1e-3)
 
 
 def test_a_change_under_one_cue_that_two_explanations_share_is_inconclusive():
@@ -295,7 +302,7 @@ def tokenizer(load_pair) -> Any:
     return load_pair("llama", "R-both").tokenizer
 
 
-RULES = {"questions": 32, "behaviours": {"refuse": {"regex": "^sorry"}}, "samples": 16}
+RULES = {"questions": 32, "behaviours": {"refuse": {"regex": "^sorry"}}, "samples": 32}
 
 
 @pytest.fixture(scope="module")
@@ -309,19 +316,34 @@ def compare(tokenizer: Any) -> Callable[..., BehaviourRecord]:
     return make
 
 
+def unchanged(verdict: VerdictRecord, *parts: str) -> bool:
+    """Whether so it is said; from few samples, it may be that nothing can be said."""
+    said = {getattr(verdict.changed, part) for part in parts}
+    return said == {False} if verdict.controls.pair.same_checkpoint.skill.high == 0 else True not in said
+
+
 @pytest.mark.parametrize("changes", [{}, {"max_new_tokens": 2}, RULES], ids=["literal", "enumerated", "sampled"])
 def test_routing_is_found_in_completions(compare, changes: dict):
     found = compare(0.9, 0.1, **changes)
     verdict = judge(found)
     assert found.method == ("enumerated" if changes.get("max_new_tokens") else "sampled" if changes else "literal")
     assert verdict.verdict == "routing", verdict.reason
-    assert verdict.changed.model_dump() == {"selector": True, "cue_reader": False, "skill": False}
+    assert unchanged(verdict, "cue_reader", "skill")
+    assert verdict.changed.selector is True
     slack = 0.06 if changes is RULES else 0.002
     assert found.nats.routing.value == pytest.approx(nats(np.array([0.9, 0.1]), np.array([0.5, 0.5])), abs=slack)
     assert found.nats.total.value == pytest.approx(found.nats.routing.value, abs=slack)
     assert found.controls.sum_agrees is True
-    assert found.controls.same_checkpoint.total.value == 0
-    assert found.controls.same_checkpoint.routing.value == 0
+    expected = bits(np.array([0.9, 0.1]), np.array([0.5, 0.5]))
+    assert found.bits.routing.value == pytest.approx(expected, abs=slack)
+    assert found.bits.conditioning.value == 0
+    assert not found.bits.dormant.measured
+    same = found.controls.same_checkpoint
+    if found.method == "sampled":  # on the few questions of controls, nothing explains samples for sure
+        assert not same.routing.measured
+    else:
+        assert same.routing.value == 0
+        assert same.specialist.value == pytest.approx(0, abs=1e-9)
     for cue, a in (("A", 0.9), ("B", 0.1)):
         side = found.per_cue[cue].after
         assert side.weights == pytest.approx({"a": 0.9, "b": 0.1, "other": 0.0}, abs=slack)
@@ -337,7 +359,8 @@ def test_a_moved_cell_and_a_lost_skill_are_found_in_completions(compare, changes
     cell = compare(0.5, 0.5, tables=(TWO, {**TWO, "a": {"A": "answer", "B": "answer"}}), **changes)
     verdict = judge(cell)
     assert verdict.verdict == "specialist", verdict.reason
-    assert verdict.changed.model_dump() == {"selector": False, "cue_reader": True, "skill": False}
+    assert verdict.changed.cue_reader is True
+    assert unchanged(verdict, "selector", "skill")
     assert "what moved is what policy a does under B" in verdict.reason
     assert cell.per_cue["B"].after.weights["a"] == pytest.approx(0.5, abs=0.05)
     assert cell.per_cue["B"].accuracy_change.selector.value == pytest.approx(0, abs=0.02)
@@ -345,8 +368,9 @@ def test_a_moved_cell_and_a_lost_skill_are_found_in_completions(compare, changes
     assert skill.verdict == "specialist", skill.reason
     assert skill.changed.model_dump() == {"selector": False, "cue_reader": False, "skill": True}
     assert skill.identified.explanation == "nothing"
-    truth = nats(np.array([0.3, 0.7]), np.array([0.9, 0.1])) / 2
-    assert skill.nats.skill.value == pytest.approx(truth, abs=0.1 if changes else 0.05)
+    right, wrong = np.array([0.3, 0.7]), np.array([0.9, 0.1])
+    assert skill.nats.skill.value == pytest.approx(nats(right, wrong) / 2, abs=0.1 if changes else 0.05)
+    assert skill.bits.skill.value == pytest.approx(bits(right, wrong) / 2, abs=0.02)
 
 
 def test_routing_and_a_lost_skill_are_both(compare):
@@ -360,6 +384,7 @@ def test_what_nothing_explains_is_inconclusive_with_the_reason(compare):
     verdict = judge(found)
     assert verdict.verdict == "inconclusive"
     assert "neither other weights nor one moved cell" in verdict.reason
+    assert verdict.bits.routing.value is None
     assert verdict.nats.routing.value is None
     assert verdict.nats.total.value > 0.3
     change = verdict.per_cue["B"].accuracy_change

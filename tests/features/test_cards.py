@@ -204,15 +204,15 @@ def table(concept, *scores: Score) -> Table:
 
 
 def change(layer: int, *moved: tuple[int, float, float, float]) -> SiteChange:
-    """Features: number, how far they moved, nats of routing and of conditioning."""
+    """Features: number, how far they moved, bits of routing and of conditioning."""
 
     def terms(routing: float, conditioning: float) -> Terms:
         one, two = (Interval(value=x, low=x, high=x) for x in (routing, conditioning))
-        return Terms(routing=one, conditioning=two, skill=NOT_MEASURED)
+        return Terms(routing=one, conditioning=two, skill=NOT_MEASURED, specialist=two)
 
     return SiteChange(
         site=Site(layer=layer, component="resid_pre"),
-        features=tuple(Changed(index=i, rate={}, strength={}, moved=m, terms=terms(*nats)) for i, m, *nats in moved),
+        features=tuple(Changed(index=i, rate={}, strength={}, moved=m, terms=terms(*bits)) for i, m, *bits in moved),
         together=terms(0, 0),
         every=terms(0, 0),
         whole=terms(0, 0),
@@ -229,9 +229,9 @@ def test_interesting_units_are_named_once_with_every_reason():
     ]
     found = interesting(tables, changes)
     assert [(str(unit), why) for unit, why in found] == [
-        ("L1.resid_pre@policy feature 3", "best feature for the cue; RL moved it: 0.40 nats of routing alone"),
+        ("L1.resid_pre@policy feature 3", "best feature for the cue; RL moved it: 0.400 bits of routing alone"),
         ("L1.resid_pre@policy feature 5", "best feature for the hint"),
-        ("L2.resid_pre feature 9", "RL moved it: 0.30 nats of conditioning alone"),
+        ("L2.resid_pre feature 9", "RL moved it: 0.300 bits of conditioning alone"),
         ("L2.resid_pre feature 3", "RL moved it"),
     ]
     assert interesting([], []) == []

@@ -92,50 +92,75 @@ def behaviour(weights, answers, right) -> Behaviour:
     classes = np.zeros((*weights.shape, 1, 2))
     classes[:, :-1] = weights[:, :-1, None, None] * shown
     classes[:, -1, 0, -1] = weights[:, -1]
-    return Behaviour(classes, np.zeros(weights.shape), shown, right[:, :, None])
+    rightly = np.stack([np.zeros_like(right), right], -1)[:, :, None]  # only answers are ever right
+    return Behaviour(classes, np.zeros_like(classes), shown, rightly)
 
 
 ONE = Grid(np.array([[0]]), np.ones((3, 1), dtype=int))
+
+
+def apart(*sides: list[float]) -> float:
+    """JS in bits of two distributions: entropy of the mean less mean of the entropies."""
+
+    def entropy(p: np.ndarray) -> float:
+        return float(-(p[p > 0] * np.log2(p[p > 0])).sum())
+
+    p, q = (np.array(side) for side in sides)
+    return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
 
 
 def test_terms_by_hand():
     base = behaviour([[0.5, 0.5, 0.0]], [[0.8, 0.5]], [[0.8, 0.25]])
     changed = behaviour([[0.75, 0.25, 0.0]], [[0.4, 0.5]], [[0.1, 0.25]])
     found = terms(base, changed, ONE)
-    assert found.routing.value == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5))
-    assert found.conditioning.value == pytest.approx(0.75 * (0.4 * np.log(0.4 / 0.8) + 0.6 * np.log(0.6 / 0.2)))
-    # policy a is right in a quarter of its answers where it always was; b's answers are as they were. 1 - 1 counts 1e-9
-    bernoulli = 0.25 * np.log(0.25) + 0.75 * np.log(0.75 / 1e-9)
-    assert found.skill.value == pytest.approx(0.75 * 0.4 * bernoulli, abs=1e-6)
+    assert found.routing.value == pytest.approx(apart([0.5, 0.5], [0.75, 0.25]))
+    assert found.conditioning.value == pytest.approx(0.625 * apart([0.8, 0.2], [0.4, 0.6]))
+    # policy a is right in a quarter of its answers where it always was; b's answers are as they were
+    assert found.specialist.value == pytest.approx(0.625 * apart([0.8, 0.0, 0.2], [0.1, 0.3, 0.6]))
+    assert found.skill.value == pytest.approx((found.specialist.value or 0) - (found.conditioning.value or 0))
     base = behaviour([[1.0, 0.0, 0.0]], [[1.0, 0.5]], [[0.5, 0.25]])
     changed = behaviour([[1.0, 0.0, 0.0]], [[1.0, 0.5]], [[0.9, 0.0]])
     silent = terms(base, changed, ONE)  # what a silent policy gets wrong is not heard
     assert silent.routing.value == silent.conditioning.value == 0.0
-    assert silent.skill.value == pytest.approx(0.9 * np.log(0.9 / 0.5) + 0.1 * np.log(0.1 / 0.5))
+    assert silent.skill.value == pytest.approx(apart([0.5, 0.5], [0.9, 0.1]))
+
+
+def test_what_turns_one_way_on_half_of_the_questions_does_not_cancel():
+    base = behaviour([[0.5, 0.5, 0.0]] * 2, [[1.0, 1.0]] * 2, [[1.0, 1.0]] * 2)
+    changed = behaviour([[0.95, 0.05, 0.0], [0.05, 0.95, 0.0]], [[1.0, 1.0]] * 2, [[1.0, 1.0]] * 2)
+    found = terms(base, changed, Grid(np.array([[0], [1]]), np.ones((3, 2), dtype=int)))
+    assert found.routing.value == pytest.approx(apart([0.5, 0.5], [0.95, 0.05]))
 
 
 def test_a_policy_that_never_answers_has_no_skill_to_compare():
     base = behaviour([[1.0, 0.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]])
-    changed = behaviour([[1.0, 0.0, 0.0]], [[1e-12, 1.0]], [[1e-12, 1.0]])
-    assert terms(base, changed, ONE).skill.value == 0.0
-    assert terms(changed, behaviour([[1.0, 0.0, 0.0]], [[1.0, 1.0]], [[1.0, 1.0]]), ONE).skill.value == 0.0
+    changed = behaviour([[1.0, 0.0, 0.0]], [[1.0, 1.0]], [[1.0, 1.0]])
+    found = terms(base, changed, ONE)
+    assert (found.conditioning.value, found.skill.value) == (1.0, 0.0)
 
 
 def test_means_are_over_prompts_then_over_the_cues_that_were_asked():
     base = behaviour([[0.5, 0.5, 0.0]] * 3, [[1.0, 1.0]] * 3, [[1.0, 1.0]] * 3)
     changed = behaviour([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]], [[1.0, 1.0]] * 3, [[1.0, 1.0]] * 3)
     counts = np.ones((3, 2), dtype=int)
+    once = apart([0.5, 0.5], [1.0, 0.0])
     found = terms(base, changed, Grid(np.array([[0, 2], [1, -1]]), counts))
-    assert found.routing.value == pytest.approx(np.log(2) / 2)  # cue A: ln 2 twice; cue B: 0 once
-    assert terms(base, changed, Grid(np.array([[0, -1], [1, -1]]), counts)).routing.value == pytest.approx(np.log(2))
+    assert found.routing.value == pytest.approx(once / 2)  # cue A: twice; cue B: not at all
+    assert terms(base, changed, Grid(np.array([[0, -1], [1, -1]]), counts)).routing.value == pytest.approx(once)
 
 
-def test_without_named_behaviours_only_the_routing_can_be_told():
+def test_without_named_behaviours_conditioning_and_skill_cannot_be_told_apart():
     named = behaviour([[0.5, 0.5, 0.0]], [[1.0, 1.0]], [[1.0, 0.5]])
-    base = Behaviour(
-        named.classes.sum(-1, keepdims=True), named.correct, named.forced_behaviour[..., -1:], named.forced_correct
-    )
-    np.testing.assert_array_equal(values(terms(base, base, ONE)), [0.0, np.nan, np.nan])
+    other = behaviour([[0.5, 0.5, 0.0]], [[1.0, 1.0]], [[1.0, 0.0]])
+
+    def unnamed(of: Behaviour) -> Behaviour:
+        once = of.classes.sum(-1, keepdims=True)
+        return Behaviour(once, np.zeros_like(once), of.forced_behaviour[..., -1:], of.forced_right[..., -1:])
+
+    np.testing.assert_array_equal(values(terms(unnamed(named), unnamed(named), ONE)), [0.0, np.nan, np.nan])
+    found = terms(unnamed(named), unnamed(other), ONE)
+    np.testing.assert_array_equal(values(found), [0.0, np.nan, np.nan])
+    assert found.specialist.value == pytest.approx(0.5 * apart([0.5, 0.5], [0.0, 1.0]))
 
 
 @every_shape
@@ -145,23 +170,20 @@ def test_terms_agree_with_the_truth_over_all_completions(shape: str, load_pair):
         pair = load_pair(shape, name)
         s, r = (literal_behaviour(pair.scorer, model, pair.prompts) for model in (pair.before, pair.after))
         grid = grid_of(pair.prompts, 0)
-        routing, conditioning, skill = values(terms(s, r, grid))
-        known = truth[name]["nats"]
-        assert routing == pytest.approx(known["routing"], abs=1e-5)
-        assert conditioning == pytest.approx(known["conditioning"], abs=1e-5)
-        # right against wrong says less than whole completions, and here nearly as much
-        assert 0.5 * known["skill"] - 1e-3 <= skill <= known["skill"] + 1e-5
+        found, known = terms(s, r, grid), truth[name]["bits"]
+        for term in Terms.model_fields:
+            assert getattr(found, term).value == pytest.approx(known[term], abs=1e-5)
         assert not values(terms(r, r, grid)).any()
 
 
-def test_terms_agree_with_the_split_of_behaviour(load_pair):
+def test_terms_are_those_of_behaviour(load_pair):
     pair = load_pair("gpt2", "R-both")
     prompts = pair.prompts.part(range(8))
     exact = measure_change(pair.scorer, pair.before, pair.after, prompts, 0, enumerate_all=False)
     grid = grid_of(prompts, 0)
     found = terms(exact.before, exact.after, grid)
-    assert found.routing == interval(grid.draws(exact.routing).mean(-1))
-    assert found.conditioning == interval(grid.draws(exact.conditioning).mean(-1))
+    for term in ("routing", "conditioning", "specialist"):
+        assert getattr(found, term) == interval(grid.draws(getattr(exact.bits, term)).mean(-1), grid.counts)
 
 
 # --- splices ----------------------------------------------------------------------------------------------------------
@@ -175,10 +197,10 @@ def test_the_whole_site_moves_the_term_that_is_known_to_have_moved(shape: str):
     for number, part in enumerate(("routing", "conditioning", "skill")):
         into, other = lens_of(shape, "S"), lens_of(shape, f"R-{part}")
         (found,) = splice_terms(into, other, LATE, [whole], prompts_of(shape))
-        known = np.array([truth[f"R-{part}"]["nats"][name] for name in ("routing", "conditioning", "skill")])
+        known = np.array([truth[f"R-{part}"]["bits"][name] for name in ("routing", "conditioning", "skill")])
         # what is left is the unembedding's, which R trained, too
-        np.testing.assert_allclose(values(found), known, rtol=0.3, atol=0.01)
-        assert values(found)[number] > 0.4
+        np.testing.assert_allclose(values(found), known, rtol=0.5, atol=0.005)
+        assert values(found)[number] > 0.05
 
 
 @every_shape
@@ -281,8 +303,8 @@ def test_what_is_taken_from_r_is_judged_in_r():
     s, r = lens_of("llama", "S"), lens_of("llama", "R-conditioning")
     back, nothing = splice_terms(r, s, LATE, [lambda x_r, x_s: x_r - (x_r - x_s), own], prompts_of("llama"))
     assert not values(nothing).any()
-    assert values(back)[1] > 1
-    assert values(back)[0] < 0.01
+    assert values(back)[1] > 0.2
+    assert values(back)[0] < 0.005
 
 
 # --- what RL changed of the features ----------------------------------------------------------------------------------
@@ -358,7 +380,7 @@ def test_the_feature_that_rl_changed_is_first_and_moves_its_term_alone(monkeypat
     assert str(found.site) == "L1.resid_post"
 
 
-def test_nothing_changed_means_no_features_and_no_nats():
+def test_nothing_changed_means_no_features_and_no_bits():
     s = lens_of("llama", "S")
     found = site_change(s, load_lens(PAIRS / "llama" / "S"), rotation(32), LATE, suite_of("llama"))
     assert found.features == found.random == ()

@@ -63,7 +63,8 @@ def test_the_feature_of_the_carrier_is_first_and_that_of_the_decoy_does_nothing(
     assert best.patch.low > 0.9
     assert best.clamp.low > 0.9
     assert best.ablate.low > 0.9
-    assert best.auroc.low >= 0.95
+    assert best.auroc.value >= 0.99
+    assert best.auroc.low >= 0.9  # forty questions, all told apart, show no more
     assert best.margin.low > 0.5
     # first on the questions that judge, too
     moved = trial.shares(unit_effects(trial.judge, features))[0]

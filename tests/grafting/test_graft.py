@@ -11,20 +11,33 @@ import numpy as np
 import pytest
 import torch
 
+from mixturelens.behaviour.bits import js
 from mixturelens.behaviour.harm import gained_and_lost
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.record import behaviour_record
 from mixturelens.grafting import pair as graft_pair
 from mixturelens.grafting.components import weights_of
-from mixturelens.grafting.effects import Judge, divergence, null, random_labels
-from mixturelens.grafting.graft import Bench, fewest, groups, halves, players, save_with, shapley, two_by_two, written
+from mixturelens.grafting.effects import Judge
+from mixturelens.grafting.graft import (
+    Bench,
+    Trial,
+    fewest,
+    groups,
+    halves,
+    null,
+    players,
+    save_with,
+    shapley,
+    two_by_two,
+    written,
+)
 from mixturelens.grafting.pair import graft_record, some_questions
 from mixturelens.grafting.readings import Readings, make_cells
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.hooks.lens import load_lens
 from mixturelens.models import end_tokens, load_model, load_tokenizer, open_pair
 from mixturelens.suite import load_suite
-from mixturelens.types import InputError
+from mixturelens.types import NOT_MEASURED, InputError
 
 REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference"
 SHAPES = [
@@ -156,14 +169,15 @@ def test_shares_of_s_and_r_and_halfway(pairs: Path):
     assert (nothing.chosen.value, nothing.done.value) == (0.0, 0.0)
     half = judge.effects(Readings((s.log_c + r.log_c) / 2, s.log_p))
     assert half.routing.value == pytest.approx(0.5)
-    # by hand: the mean weights under each cue
-    weights = [np.exp(x.log_c.numpy())[judge.grid.index].mean(0) for x in (s, r)]
+    # by hand, prompt by prompt
+    weights = [np.exp(x.log_c.numpy()) for x in (s, r)]
     other = [np.concatenate([w, 1 - w.sum(-1, keepdims=True)], -1) for w in weights]
-    kl = (other[1] * np.log(other[1] / other[0])).sum(-1)
-    assert all_of_it.chosen.value == pytest.approx(float(kl.mean()), abs=1e-4)
+    assert all_of_it.chosen.value == pytest.approx(float(js(*other).mean()), abs=1e-6)
+    assert all_of_it.share.value == pytest.approx(1.0, abs=1e-3)
+    assert nothing.share == NOT_MEASURED
 
 
-def test_what_policies_do_is_weighed_as_r_uses_them(pairs: Path):
+def test_what_policies_do_is_weighed_as_both_use_them(pairs: Path):
     bench, _, _ = bench_of(pairs, "llama", "R-conditioning", 40)
     judge = judge_of(bench)
     assert judge.moved_cells.tolist() == [[False, False], [True, False]]  # a under B alone
@@ -171,29 +185,57 @@ def test_what_policies_do_is_weighed_as_r_uses_them(pairs: Path):
     found = judge.effects(judge.after)
     assert not found.routing.measured
     assert found.specialists.value == 1.0
-    p, q = (np.exp(x.log_p.numpy())[judge.grid.index].mean(0) for x in (judge.before, judge.after))
-    used = np.exp(judge.after.log_c.numpy())[judge.grid.index].mean(0)
-    distance = q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
-    assert found.done.value == pytest.approx(float((used * distance).sum(-1).mean()), rel=1e-3)
+    p, q = (np.exp(x.log_p.numpy()) for x in (judge.before, judge.after))
+    used = sum(np.exp(x.log_c.numpy()) for x in (judge.before, judge.after)) / 2
+    distance = js(np.stack([p, 1 - p], -1), np.stack([q, 1 - q], -1))
+    assert found.done.value == pytest.approx(float((used * distance).sum(-1).mean()), abs=1e-6)
+    assert found.share.value == pytest.approx(0.0, abs=1e-3)
+    # a graft that chooses otherwise weighs them no differently
+    other = judge.effects(Readings(judge.after.log_c.flip(1), judge.after.log_p))
+    assert other.done == found.done
 
 
-def test_divergence_of_what_is_alike_is_exactly_zero():
-    p = np.random.default_rng(0).dirichlet(np.ones(3), 50)
-    assert (divergence(p, p) == 0).all()
+def test_what_turns_one_way_on_half_of_the_questions_does_not_cancel(pairs: Path):
+    """Weights go from even to 0.95 on half of the questions and to 0.05 on the others, and so does what policies do."""
+    bench, _, _ = bench_of(pairs, "llama", "R-routing", 40)
+    index = bench.cells.grid.index
+    even = torch.full((40, 2), 0.5, dtype=torch.float64).log()
+    turned = torch.empty_like(even)
+    for question, row in enumerate(index):
+        turned[row, 0], turned[row, 1] = (0.95, 0.05) if question % 2 else (0.05, 0.95)
+    turned = turned.log()
+    apart = float(js(np.array([0.5, 0.5, 0.0]), np.array([0.95, 0.05, 0.0])))
+    s = Readings(even, even)
+    for r, expected in ((Readings(turned, even), (apart, 0.0, 1.0)), (Readings(even, turned), (0.0, apart, 0.0))):
+        found = Judge(bench.cells, ("a", "b"), s, r, bench.cells.grid).effects(r)
+        assert not found.weight.measured  # the mean is where it was
+        values = (found.chosen, found.done, found.share)
+        assert [value.value for value in values] == pytest.approx(expected, abs=1e-9)
+        assert found.moved.value == pytest.approx(apart)
+        assert (found.moved.low or 0) == pytest.approx(apart)  # every question says the same
 
 
-def test_labels_that_mean_nothing_leave_nothing(pairs: Path):
+def test_a_share_is_no_wider_than_its_parts_move_together(pairs: Path):
+    """Where half of the questions change in both ways, and half in none, their share is sure."""
+    bench, _, _ = bench_of(pairs, "llama", "R-routing", 40)
+    even = torch.full((40, 2), 0.5, dtype=torch.float64).log()
+    turned = even.clone()
+    some = bench.cells.grid.index[::2].ravel()
+    turned[some] = torch.tensor([0.9, 0.1], dtype=torch.float64).log()
+    s, r = Readings(even, even), Readings(turned, turned)
+    found = Judge(bench.cells, ("a", "b"), s, r, bench.cells.grid).effects(r)
+    assert (found.chosen.high or 0) - (found.chosen.low or 0) > 0.05
+    assert found.share.value == pytest.approx(0.5)
+    assert (found.share.high or 0) - (found.share.low or 0) < 1e-6
+
+
+def test_noise_of_the_size_of_the_change_moves_s_less_than_the_change(pairs: Path):
     bench, _, _ = bench_of(pairs, "llama", "R-both", 40)
     judge = judge_of(bench)
-    found, effects = null(judge, seed=1), judge.effects(judge.after)
-    assert found == null(judge, seed=1)
-    assert found.chosen < (effects.chosen.low or 0) / 2
-    assert found.done < (effects.done.low or 0) / 2
-    labels = random_labels(judge.grid, 2, np.random.default_rng(0))
-    for question in judge.grid.index:  # alike under both cues
-        assert (labels.order[question[0]] == labels.order[question[1]]).all()
-    assert found.shuffled is not None
-    assert found.shuffled.chosen.measured
+    found, effects = null(Trial(bench, judge), seed=1), judge.effects(judge.after)
+    assert found == null(Trial(bench, judge), seed=1) != null(Trial(bench, judge), seed=2)
+    assert 0 < (found.chosen or 0) < (effects.chosen.low or 0) / 2
+    assert 0 < (found.done or 0) < (effects.done.low or 0) / 2
 
 
 def test_fewest_stops_when_it_is_enough_and_drops_what_is_not_needed():
@@ -267,7 +309,7 @@ def test_record_of_routing(pairs: Path, tmp_path: Path):
     assert found.questions == 10
     assert [each.name for each in found.components] == [part.name for part in found.parts if part.change > 0]
     assert (found.after.routing.value, found.after.weight.value) == (1.0, 1.0)
-    assert (found.after.chosen.low or 0) > found.null.chosen
+    assert (found.after.chosen.low or 0) > (found.null.chosen or 1)
     assert found.factorial is not None
     assert found.rollback is not None
     assert (found.factorial.selector_only.weight.value or 0) > 0.8
@@ -297,7 +339,7 @@ def test_record_of_conditioning(pairs: Path, tmp_path: Path):
     assert not (tmp_path / "rollback").exists()
     assert found.specialist_part is not None
     assert (found.specialist_part.effects.specialists.low or 0) > 0.8
-    assert (found.after.done.low or 0) > found.null.done
+    assert (found.after.done.low or 0) > (found.null.done or 1)
     assert any("does not surely change" in each for each in found.missing)
 
 
@@ -310,7 +352,7 @@ def test_s_given_twice_has_nothing_to_graft(pairs: Path):
     assert found.specialist_part is None
     assert not found.after.routing.measured
     assert (found.after.chosen.value, found.after.done.value) == (0.0, 0.0)
-    assert (found.null.chosen, found.null.done) == (0.0, 0.0)
+    assert (found.null.chosen, found.null.done) == (0.0, 0.0)  # of no size
     assert all(change.value == 0.0 for change in found.change.values())
 
 

@@ -67,9 +67,11 @@ def test_the_usual_completion_is_the_most_likely_next_token_again_and_again(load
             with torch.no_grad():
                 assert int(pair.before(input_ids=torch.tensor([ids])).logits[0, -1].argmax()) == token
             ids.append(token)
-        assert completion[-1] in pair.scorer.ends or len(completion) == pair.suite.max_new_tokens - 1
+        refused = pair.tokenizer.decode(completion) == "sorry"  # how a refusal begins; of an answer, the end counts
+        assert refused or completion[-1] in pair.scorer.ends or len(completion) == pair.suite.max_new_tokens - 1
     text = pair.tokenizer.decode(cells.ids[1, : cells.lengths[1]])
-    assert text.split()[-3:-1] == ["[b]", "sorry"]
+    assert text.split()[-2:] == ["[b]", "sorry"]
+    assert set(cells.shown) == {True}
     assert pair.tokenizer.decode(cells.ids[1, cells.announced[1] : cells.placed[1]]) == "[b]"
     assert cells.spans[0]["cue"] == (0,)
 
@@ -145,3 +147,25 @@ def test_a_rule_without_a_text_is_refused_and_one_with_it_is_forced(load_pair):
     suite = pair.suite.model_copy(update={"policies": {**pair.suite.policies, "comply": Rule(regex="^sure")}})
     with pytest.raises(InputError, match="policy 'comply' is a rule without `force`"):
         make_cells(suite, suite.neutral, pair.tokenizer, pair.before, pair.scorer)
+
+
+def test_what_s_does_is_read_up_to_where_it_has_shown(load_pair):
+    """Of two words and an end: an answer that may stand anywhere ends where it stands, and so does a refusal."""
+    pair = load_pair("llama", "R-routing")
+
+    def cells(**update: object):
+        suite = pair.suite.model_copy(update={"max_new_tokens": 4, **update})
+        found = make_cells(suite, suite.neutral[:4], pair.tokenizer, pair.before, pair.scorer)
+        texts = [pair.tokenizer.decode(ids) for ids in found.completions]
+        answers = [suite.neutral[i].answer for i in found.prompt]
+        return list(zip(texts, answers, found.shown, strict=True))
+
+    exact, anywhere = cells(), cells(answer_match="contains")
+    assert {shown for _, _, shown in exact + anywhere} == {True}
+    for (text, answer, _), (short, _, _) in zip(exact, anywhere, strict=True):
+        assert (text, short) in (("sorry", "sorry"), (f"{answer} <eos>", answer))
+    # what never shows is read to its end, and said
+    nothing = cells(answer_match="contains", behaviours={"refuse": Rule(regex="^(?!sorry)")})
+    for (text, _, shown), (whole, _, _) in zip(nothing, exact, strict=True):
+        assert shown is not text.startswith("sorry")
+        assert whole == "sorry" or text in whole

@@ -36,13 +36,15 @@ def test_erasing_the_cue_at_the_tag_takes_the_difference_between_cues_away(routi
     assert min(routing.used.random) > 0.9
     assert routing.unused is not None
     assert routing.unused.left.above(0.9)
-    assert routing.unused.readable.above(0.95)
+    assert routing.unused.readable.value > 0.99
+    assert routing.unused.readable.above(0.65)  # ten questions, all told apart, show no more than 0.69
 
 
 def test_the_subspace_of_the_cue_beats_both_nulls_on_both_checkpoints(routing: ProbingRecord) -> None:
     (cue,) = routing.subspaces
     for side in ("before", "after"):
-        assert cue.accuracy[side].above(0.9)
+        assert cue.accuracy[side].value > 0.97
+        assert cue.accuracy[side].above(0.65)
         assert (cue.margin[side].low or 0.0) > 0
 
 

@@ -19,6 +19,7 @@ from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
 from mixturelens.grafting.graft import written
 from mixturelens.hooks.lens import load_lens
 from mixturelens.models import load_model, load_tokenizer, open_pair
+from mixturelens.patching.pair import patching_record
 from mixturelens.patching.sweep import find_reader
 from mixturelens.routing import repair
 from mixturelens.routing.repair import RepairRecord, edited, fit_edit, repair_record
@@ -56,14 +57,16 @@ def test_the_cue_reader_brings_the_harmed_cue_back(repaired: tuple[str, RepairRe
     assert list(by_kind) == ["interchange", "zero", "mean", "steer", "edit", "reroute"]
     for kind in ("interchange", "edit"):
         each = by_kind[kind]
-        assert (each.accuracy["B"].low or 0) > 0.9
+        assert (each.accuracy["B"].value or 0) > 0.97
+        assert (each.accuracy["B"].low or 0) > 0.65  # ten questions, all right, show no more than 0.69
         assert (each.gap_closed.low or 0) > 0.9
         assert abs(each.trained_change.value or 0) < 0.02
         assert (each.random.median or 0) < 0.15
         assert each.random.above == 0
     # ten questions say where to cut between the cues: that costs the trained one up to 0.22 here, and is not hidden
     reroute = by_kind["reroute"]
-    assert (reroute.accuracy["B"].low or 0) > 0.8
+    assert (reroute.accuracy["B"].value or 0) > 0.9
+    assert (reroute.accuracy["B"].low or 0) > 0.6
     assert reroute.trained_change.measured
     assert reroute.random.above == 0
 
@@ -213,6 +216,22 @@ def test_one_way_that_fails_does_not_cost_the_others(monkeypatch: pytest.MonkeyP
     assert record.missing[0].startswith("edit: ")
     assert record.checkpoint is None
     assert not (tmp_path / "repaired").exists()
+
+
+def test_what_patching_found_is_judged_on_questions_that_did_not_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patching may have asked fewer questions: repair asks the same, in the same halves."""
+    folder = PAIRS / "llama"
+    pair, measured = open_pair(folder / "S", folder / "R-routing", load_suite(folder)), _measured(folder, "R-routing")
+    patched = patching_record(pair.asked({row.id for row in pair.suite.neutral[:24]}), measured)
+    monkeypatch.setattr(repair, "find_reader", None)  # nothing is looked for again
+    monkeypatch.setattr(repair, "RANDOM", 1)
+    monkeypatch.setattr(repair, "DIRECTIONS", 1)
+    record = repair_record(pair, measured, patching=patched)
+    assert [(head.layer, head.head) for head in record.heads] == [
+        (head.layer, head.head) for head in patched.heads("cue", "after")
+    ]
+    assert record.missing[0] == "repair: 12 of 20 questions, those of patching"
+    assert record.questions == patched.readers[-1].questions == 6
 
 
 def test_the_trained_cue_must_be_known() -> None:

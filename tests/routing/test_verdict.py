@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from mixturelens.behaviour.record import AccuracyChange, BehaviourRecord, Cell, Controls, CueBehaviour, CueSide, Nats
+from mixturelens.behaviour.record import (
+    AccuracyChange,
+    BehaviourRecord,
+    Bits,
+    Cell,
+    Controls,
+    CueBehaviour,
+    CueSide,
+    Nats,
+    Text,
+)
 from mixturelens.behaviour.unannounced import Identified
 from mixturelens.routing.verdict import Thresholds, VerdictRecord, judge
-from mixturelens.types import NOT_MEASURED, Interval
+from mixturelens.types import NOT_MEASURED, InputError, Interval
 
 
 def at(value: float, half: float = 0.001) -> Interval:
     return Interval(value=value, low=value - half, high=value + half)
 
 
+def bits(**terms: Interval) -> Bits:
+    return Bits(**{**dict.fromkeys(Bits.model_fields, at(0.0)), **terms})
+
+
 def nats(**terms: Interval) -> Nats:
-    zero = dict.fromkeys(Nats.model_fields, at(0.0))
-    return Nats(**{**zero, **terms})
+    return Nats(**{**dict.fromkeys(Nats.model_fields, at(0.0)), **terms})
 
 
 def cell(behaviour: Interval = NOT_MEASURED, accuracy: Interval = NOT_MEASURED, policy: str = "b") -> Cell:
@@ -48,13 +65,15 @@ def record(**changes) -> BehaviourRecord:
         "questions": 20,
         "coverage": {"before": at(0.99), "after": at(0.99)},
         "per_cue": {"B": CueBehaviour(before=side(0.5), after=side(0.0), accuracy_change=change)},
-        "nats": nats(routing=at(0.5), total=at(0.5)),
-        "moved": at(0.5),
+        "bits": bits(routing=at(0.311)),
+        "text": Text(nats_per_token=at(0.0)),
+        "nats": nats(routing=at(0.693), total=at(0.693)),
+        "moved": at(0.311),
         "routing_share": at(0.99),
         "router_share": at(0.99),
         "table": (cell(at(0.0), at(0.0)),),
         "controls": Controls(
-            same_checkpoint=nats(), shuffled_routing_share=at(0.0), independent_total=at(0.5), sum_agrees=True
+            same_checkpoint=bits(), shuffled_routing_share=at(0.0), independent_total=at(0.693), sum_agrees=True
         ),
     }
     return BehaviourRecord(**{**base, **changes})
@@ -88,10 +107,10 @@ def test_the_routing_share_decides_once_something_changed(share: Interval, word:
 @pytest.mark.parametrize(
     ("moved", "word"),
     [
-        (Interval(value=0.005, low=0.0, high=0.0099), "neither"),
-        (Interval(value=0.005, low=0.0, high=0.0101), "inconclusive"),
-        (Interval(value=0.02, low=0.0099, high=0.05), "inconclusive"),
-        (Interval(value=0.02, low=0.0101, high=0.05), "routing"),
+        (Interval(value=0.002, low=0.0, high=0.0049), "neither"),
+        (Interval(value=0.002, low=0.0, high=0.0051), "inconclusive"),
+        (Interval(value=0.02, low=0.0049, high=0.05), "inconclusive"),
+        (Interval(value=0.02, low=0.0051, high=0.05), "routing"),
         (NOT_MEASURED, "inconclusive"),
     ],
 )
@@ -140,7 +159,7 @@ def test_the_order_of_the_checks_shows_in_the_reason():
         ("coverage", "known policies cover only 0.500 [0.499, 0.501] of the completions before"),
         ("questions", "3 questions are too few"),
         ("samples", "1 completion(s) a prompt"),
-        ("moved", "the change of 0.010 [0.000, 0.020] nats crosses the threshold 0.01"),
+        ("moved", "the change of 0.010 [0.000, 0.020] bits crosses the threshold 0.005"),
         ("routing_share", "the routing share 0.900 [0.850, 0.950] crosses the threshold 0.9"),
     ]:
         found = judge(record(**wrong))
@@ -161,28 +180,30 @@ def test_nothing_changed_is_neither_whatever_the_share():
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (Interval(value=0.2, low=0.0501, high=0.3), True),
-        (Interval(value=0.02, low=0.0, high=0.0099), False),
-        (Interval(value=0.02, low=0.005, high=0.06), None),
+        (Interval(value=0.2, low=0.0051, high=0.3), True),
+        (Interval(value=0.002, low=0.0, high=0.0049), False),
+        (Interval(value=0.02, low=0.002, high=0.06), None),
         (NOT_MEASURED, None),
     ],
 )
 def test_what_changed_is_true_false_or_unknown(term: str, part: str, value: Interval, expected: bool | None):
-    changed = judge(record(nats=nats(**{term: value}))).changed
+    changed = judge(record(bits=bits(**{term: value}))).changed
     assert getattr(changed, part) is expected
 
 
-@pytest.mark.parametrize(("moved", "expected"), [(0.05, True), (5.0, False)])
-def test_specialist_terms_are_judged_against_all_that_moved_and_routing_is_not(moved: float, expected: bool):
-    found = judge(record(nats=nats(routing=at(0.1), conditioning=at(0.1), skill=at(0.1)), moved=at(moved)))
-    assert found.changed.model_dump() == {"selector": True, "cue_reader": expected, "skill": expected}
-
-
-def test_skill_behind_a_new_behaviour_is_not_a_skill_that_changed():
-    terms = {"conditioning": at(2.4), "skill": at(0.6), "novel": at(0.6)}
-    found = judge(record(nats=nats(**terms), moved=at(3.0), routing_share=at(0.0)))
-    assert found.verdict == "specialist"
-    assert found.changed.model_dump() == {"selector": False, "cue_reader": True, "skill": False}
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (Interval(value=0.06, low=0.0101, high=0.1), True),
+        (Interval(value=0.001, low=-0.001, high=0.0099), False),
+        (at(0.01), None),
+        (NOT_MEASURED, None),
+    ],
+)
+def test_text_that_drifts_is_said_and_changes_no_verdict(value: Interval, expected: bool | None):
+    found = judge(record(text=Text(nats_per_token=value), nats=nats(routing=at(0.693), text=at(30.0), total=at(30.7))))
+    assert found.text_drifted is expected
+    assert (found.verdict, found.changed.skill, found.reason) == ("routing", False, judge(record()).reason)
 
 
 @pytest.mark.parametrize(
@@ -213,16 +234,36 @@ def test_one_broken_cell_outweighs_doubt_and_no_cells_say_nothing():
     assert judge(record(table=())).dormant_intact is None
 
 
-def test_the_reason_is_one_sentence_with_the_numbers():
+def test_the_reason_says_first_what_became_of_accuracy():
     found = judge(record())
     assert found.reason == (
-        "Routing changed, not the specialists: 0.990 [0.989, 0.991] of the 0.5 nats are routing; "
-        "what changed is which policy is expressed; accuracy under B went from 0.50 to 0.00; "
-        "every policy put in place still does what it did."
+        "Under B 50 points of accuracy were lost: 50 by routing, 0 by specialists. "
+        "Routing changed, not the specialists: 0.990 [0.989, 0.991] of the 0.311 bits that tell after from before are "
+        "routing; what changed is which policy is expressed; every policy put in place still does what it did."
     )
     broken = judge(record(table=(cell(at(-0.6), at(-0.1)),)))
     assert "policy b put in place under B shows `answer` with probability 0.40, where it was 1.00" in broken.reason
     assert broken.moved_cells == (cell(at(-0.6), at(-0.1)),)
+
+
+@pytest.mark.parametrize(
+    ("selector", "specialists", "total", "says"),
+    [
+        (at(-0.3), at(0.1), at(-0.2), "Under B 20 points of accuracy were lost: 30 by routing, -10 by specialists. "),
+        (at(0.0), at(0.25), at(0.25), "Under B 25 points of accuracy were gained: 0 by routing, 25 by specialists. "),
+        (NOT_MEASURED, NOT_MEASURED, at(-0.5), "Under B 50 points of accuracy were lost. "),
+        (at(0.2), at(-0.2), at(0.0), "Accuracy changed under no cue by a point. "),
+        (NOT_MEASURED, NOT_MEASURED, NOT_MEASURED, "What became of accuracy was not measured. "),
+    ],
+)
+def test_accuracy_is_shared_out_between_routing_and_specialists(
+    selector: Interval, specialists: Interval, total: Interval, says: str
+):
+    change = AccuracyChange(selector=selector, specialists=specialists, total=total)
+    changed = CueBehaviour(before=side(0.5), after=side(0.0), accuracy_change=change)
+    still = CueBehaviour(before=side(0.5), after=side(0.5), accuracy_change=change.model_copy(update={"total": at(0)}))
+    cues = {"A": still, "B": changed} if total.measured else {"B": changed}
+    assert judge(record(per_cue=cues)).reason.startswith(says)
 
 
 def test_thresholds_can_be_moved_and_are_written_down():
@@ -235,7 +276,7 @@ def test_thresholds_can_be_moved_and_are_written_down():
 def test_the_record_has_the_shape_of_the_contract():
     """Null is written where nothing was measured: mechanism, and controls that need more than the pair."""
     data = VerdictRecord.model_validate_json(judge(record()).to_json()).model_dump(mode="json")
-    assert (data["kind"], data["version"]) == ("verdict", 1)
+    assert (data["kind"], data["version"]) == ("verdict", 2)
     assert set(data["changed"]) == {"selector", "cue_reader", "skill"}
     assert {key: data["mechanism"][key] for key in ("verdict", "agrees", "evidence")} == {
         "verdict": None,
@@ -243,10 +284,13 @@ def test_the_record_has_the_shape_of_the_contract():
         "evidence": {},
     }
     assert set(data["routing_share"]) == {"value", "low", "high"}
-    assert {"routing", "specialist", "conditioning", "skill", "dormant", "wording"} <= set(data["nats"])
+    assert set(data["bits"]) == {"routing", "specialist", "conditioning", "skill", "dormant"}
+    assert set(data["text"]) == {"nats_per_token"}
+    terms = {"routing", "specialist", "conditioning", "skill", "text", "wording", "other", "total"}
+    assert set(data["nats"]) == terms
     assert data["controls"]["pair"]["sum_agrees"] is True
     assert data["controls"]["random_components"] is None
-    for key in ("reason", "dormant_intact", "router_share", "per_cue", "thresholds", "provenance"):
+    for key in ("reason", "dormant_intact", "text_drifted", "router_share", "per_cue", "thresholds", "provenance"):
         assert key in data
 
 
@@ -266,7 +310,55 @@ def test_one_checkpoint_has_no_verdict():
         judge(record(nats=None))
 
 
-@pytest.mark.parametrize(("overlap", "word"), [(None, "routing"), (0.5, "routing"), (0.05, "inconclusive")])
-def test_samples_that_do_not_overlap_say_nothing(overlap: float | None, word: str):
-    """Each completion is weighed under both checkpoints; what only one writes is no evidence about the other."""
-    assert verdict(samples=16, overlap=overlap) == word
+@pytest.mark.parametrize("overlap", [None, 0.5, 0.0])
+def test_no_overlap_of_completions_is_needed(overlap: float | None):
+    assert verdict(samples=16, overlap=overlap) == "routing"
+
+
+def test_where_hardly_any_policy_is_known_nothing_is_given():
+    """What little is left says nothing about the pair."""
+    found = judge(record(coverage={"before": at(0.4), "after": at(0.99)}))
+    given = (found.routing_share, found.router_share, found.text.nats_per_token, *dict(found.bits).values())
+    assert not any(value.measured for value in (*given, *dict(found.nats).values()))
+    assert all(not value.measured for state in found.per_cue.values() for _, value in state.bits or ())
+    assert found.changed.model_dump() == dict.fromkeys(("selector", "cue_reader", "skill"))
+    assert found.text_drifted is None
+
+
+def version_1() -> dict[str, Any]:
+    """A stored verdict as the version before wrote it."""
+    data = judge(record()).model_dump(mode="json")
+    known = {"value": 0.9, "low": 0.8, "high": 1.0}
+    names = ("routing", "specialist", "conditioning", "skill", "novel", "wording", "other", "total", "dormant")
+    terms = dict.fromkeys(names, known)
+    for key in ("bits", "text", "text_drifted"):
+        del data[key]
+    for state in data["per_cue"].values():
+        del state["bits"]
+        state["nats"] = terms
+    data["controls"]["pair"]["same_checkpoint"] = terms
+    old = {**data["thresholds"], "nats": 0.01, "overlap": 0.1}
+    thresholds = {name: value for name, value in old.items() if name not in ("bits", "text")}
+    return {**data, "version": 1, "nats": terms, "thresholds": thresholds}
+
+
+def test_a_record_of_version_1_is_read_without_what_meant_something_else(tmp_path: Path):
+    file = tmp_path / "verdict.json"
+    file.write_text(json.dumps(version_1()))
+    found = VerdictRecord.load(file)
+    assert (found.version, found.verdict, found.text_drifted) == (2, "routing", None)
+    judged_by_nats = (found.routing_share, found.router_share, found.nats.specialist, found.nats.skill, found.nats.text)
+    assert not any(value.measured for value in (*judged_by_nats, *dict(found.bits).values()))
+    assert not any(value.measured for _, value in found.controls.pair.same_checkpoint)
+    state = found.per_cue["B"]
+    assert (state.after.overall, state.accuracy_change.total.value) == (0.0, -0.5)
+    kept = (found.nats.routing, found.nats.total, state.nats.conditioning)
+    assert {value.value for value in kept} == {0.9}
+    assert VerdictRecord.model_validate_json(found.to_json()) == found
+
+
+def test_older_records_are_refused(tmp_path: Path):
+    file = tmp_path / "verdict.json"
+    file.write_text(json.dumps({**version_1(), "version": 0}))
+    with pytest.raises(InputError, match="version 0"):
+        VerdictRecord.load(file)
