@@ -147,7 +147,7 @@ def _t(questions: int) -> float:
     return float(stdtrit(questions - 1, (1 + LEVEL) / 2))
 
 
-def _standard_error(draws: Float[np.ndarray, " draw"], counts: Int[np.ndarray, "draw question"]) -> float:
+def _standard_error(draws: Float[np.ndarray, " usable"], counts: Int[np.ndarray, "draw question"]) -> float:
     """Of a sample of full size, from draws of smaller ones; their outermost say nothing (see `MOST_SKEWED`)."""
     spread = np.clip(draws, *np.percentile(draws, [2.5, 97.5])).std()
     return float(spread * (counts[1:].sum(1).mean() / (counts.shape[1] - 1)) ** 0.5)

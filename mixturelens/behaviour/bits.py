@@ -36,7 +36,7 @@ def js(p: Float[np.ndarray, "*batch k"], q: Float[np.ndarray, "*batch k"]) -> Fl
     >>> js(np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([[0.0, 1.0], [0.5, 0.5]]))
     array([1., 0.])
     """
-    return np.maximum(_part(p, q).sum(-1), 0.0)
+    return np.asarray(np.maximum(_part(p, q).sum(-1), 0.0))
 
 
 def _part(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -64,7 +64,7 @@ def js_of_samples(
         return _jackknifed(p, q, samples)
     unknown = np.isnan(p) | np.isnan(q)
     at = (np.rint(np.where(unknown, 0.0, side) * samples).astype(int) for side in (p, q))
-    return np.where(unknown, np.nan, _table(samples)[*at]).sum(-1)
+    return np.asarray(np.where(unknown, np.nan, _table(samples)[*at]).sum(-1))
 
 
 @functools.cache
@@ -98,7 +98,7 @@ def _jackknifed(p: np.ndarray, q: np.ndarray, samples: int) -> np.ndarray:
             left = (side * samples - np.eye(side.shape[-1])[outcome]) / (samples - 1)
             one = _part(np.maximum(left, 0.0), of).sum(-1)
             total = total + np.where(side[..., outcome] > 0, side[..., outcome] * one, 0.0)
-        return total
+        return np.asarray(total)
 
     return plain + (samples - 1) * (2 * plain - without(p, q) - without(q, p))
 
