@@ -12,8 +12,9 @@ from mixturelens.probing.record import ProbingRecord, Readout
 from mixturelens.types import NOT_MEASURED, InputError, Interval
 from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, over, places, show, some, under
 
-UNREADABLE, READABLE, THERE = 0.6, 0.95, 0.99
-"""AUROC under which the choice counts as unreadable; from which the hint, and the announcement, count as read."""
+UNREADABLE, READABLE = 0.6, 0.95
+"""AUROC under which the choice counts as unreadable; from which the hint, and the announcement, count as read: a
+hundred questions, all told apart, show no more than 0.96."""
 
 NAME = "the_choice_cannot_be_read_before_it_is_made"
 HYPOTHESIS = (
@@ -25,7 +26,7 @@ PREDICTION = (
     f"behind the last layer, with at least {READABLE}."
 )
 CONTROL = (
-    f"At the announcement's own last token, behind some layer, the policy is read with at least {THERE}: the probe "
+    f"At the announcement's own last token, behind some layer, the policy is read with at least {READABLE}: the probe "
     "finds what is there."
 )
 
@@ -49,7 +50,7 @@ def _answer(case: pipeline.Case, seed: int) -> Answer:
             [
                 *(under(value, _level(policy, UNREADABLE)) for value in choice.values()),
                 over(read, _level(hint, READABLE)),
-                some(over(value, _level(policy, THERE)) for value in announced.values()) if announced else None,
+                some(over(value, _level(policy, READABLE)) for value in announced.values()) if announced else None,
             ]
         ),
         outcome={

@@ -45,13 +45,15 @@ def _answer(case: pipeline.Case, seed: int) -> Answer:
         f"left by a random erasure where it is {where}": _median(found.random if found else ())
         for where, found in (("unused", unused), ("used", used))
     }
-    # where no site is surely unused, the scan says whether one may be
-    scanned = some(over(each.left, KEPT) for each in record.erased) if record.erased else None
+    # where no site is surely unused, the scan says whether one may be; where the tag is not erased, nothing follows
+    scanned = some(over(each.left, KEPT) and (each.holds or None) for each in record.erased) if record.erased else None
     found = [over(readable, READABLE), over(kept, KEPT)] if unused else [scanned]
+    checks = [erased.holds or None for erased in (unused, used) if erased]
     return Answer(
         holds=every(
             [
                 *found,
+                *checks,
                 under(left, NOTHING),
                 *(None if value.value is None else value.value > KEPT for value in control.values()),
             ]

@@ -282,19 +282,23 @@ def real() -> None:
             folder = Path(name) / "pair"
             random_pair(folder)
         suite = load_suite(folder / "suite.yaml")
-        asked = set(list(dict.fromkeys(row.id for row in suite.prompts))[:ASKED])
-        few = suite.model_copy(update={"prompts": tuple(row for row in suite.prompts if row.id in asked)})
-        few.save(Path(name) / "suite.yaml")
-        given = [folder / "S", folder / "R", Path(name) / "suite.yaml", Path(name) / "out"]
         what = "SmolLM2-135M" if folder == REAL else "the shape of SmolLM2-135M with random weights"
-        print(f"\n{what}, {len(few.prompts)} prompts, {torch.get_num_threads()} threads")
-        found = {}
-        for command in ("the limit", "verdict", "patch", "probe", "graft"):
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found[command] = pool.submit(timed_command, command, *map(str, given)).result()
-            seconds, peak = found[command]
-            times = seconds / found["the limit"][0]
-            print(f"{command:36}{seconds:7.1f} s   {times:5.1f} times the limit   peak memory {peak / 1e9:4.1f} GB")
+        for questions, commands in (
+            (60, ("the limit", "verdict")),
+            (ASKED, ("the limit", "verdict", "patch", "probe", "graft")),
+        ):
+            asked = set(list(dict.fromkeys(row.id for row in suite.prompts))[:questions])
+            few = suite.model_copy(update={"prompts": tuple(row for row in suite.prompts if row.id in asked)})
+            few.save(Path(name) / f"{questions}.yaml")
+            given = [folder / "S", folder / "R", Path(name) / f"{questions}.yaml", Path(name) / f"out-{questions}"]
+            print(f"\n{what}, {len(few.prompts)} prompts, {torch.get_num_threads()} threads")
+            limit = 0.0
+            for command in commands:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    seconds, peak = pool.submit(timed_command, command, *map(str, given)).result()
+                limit = limit or seconds
+                times = f"{seconds / limit:5.1f} times the limit"
+                print(f"{command:36}{seconds:7.1f} s   {times}   peak memory {peak / 1e9:4.1f} GB", flush=True)
 
 
 def timed_command(command: str, before: str, after: str, suite: str, out: str) -> tuple[float, float]:
@@ -347,9 +351,7 @@ def random_pair(folder: Path) -> None:
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / side)
         tokenizer.save_pretrained(folder / side)
-    longer = [
-        row.model_copy(update={"prompt": f"{row.prompt} " * 6 + str(row.prompt)}) for row in suite.neutral[: 4 * ASKED]
-    ]
+    longer = [row.model_copy(update={"prompt": f"{row.prompt} " * 6 + str(row.prompt)}) for row in suite.neutral[:120]]
     suite.model_copy(update={"prompts": tuple(longer)}).save(folder / "suite.yaml")
 
 

@@ -149,6 +149,7 @@ def in_behaviour(name: str, one: Erasure) -> None:
         print(f"  P(answer) under {each}: {viz.show_interval(plain)}, erased {viz.show_interval(one.erased[each])}")
     null = f"random directions {viz.show(min(one.random))} to {viz.show(max(one.random))}"
     print(f"  left of the difference: {viz.show_interval(one.left)}; {null}")
+    print(f"  of the cue itself, on questions that did not fit the eraser: {viz.show_interval(one.gap)}")
 
 
 reader = find_reader(after, contrasts, "policy", arguments.seed)

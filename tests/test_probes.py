@@ -181,7 +181,8 @@ def test_the_choice_is_noise_and_the_hint_is_not():
 def test_the_subspace_of_the_tag_goes_on_working():
     for answer in first("the_reader_survives_rl")[0].answers.values():
         assert answer.holds is True
-        assert answer.outcome["interchange accuracy in R"].above(0.99)
+        assert answer.outcome["interchange accuracy in R"].value > 0.999
+        assert answer.outcome["interchange accuracy in R"].above(0.96)  # a hundred questions show no more
 
 
 def test_no_one_feature_carries_the_tag():

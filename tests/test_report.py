@@ -260,8 +260,10 @@ def test_page_says_what_is_read_and_what_is_used(whole):
     assert [words.index(title) for title in titles] == sorted(words.index(title) for title in titles)
     assert words.count("What would falsify it") == 4
     assert "Used where the cue reader reads: L0.resid_pre@0; readable but unused: L2.resid_post@8." in words
+    for name in ("used", "unused"):
+        assert f"Manipulation check where the cue is {name}: it is erased (left of its gap on questions" in words
     lacking = evidence.reading("x", make_probing(unused=None, readouts=()), ("A", "B"), Pictures())
-    assert "No site was found where the cue is readable and unused" in lacking.groups[0].pictures[0].caption
+    assert "No site was found where the cue is surely erased and unused" in lacking.groups[0].pictures[0].caption
 
 
 def test_page_says_which_weights_changed_it(whole):

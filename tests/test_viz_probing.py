@@ -73,6 +73,7 @@ def make_erasure(site: Site, left: float, cues=("A", "B")) -> Erasure:
         plain={cues[0]: around(0.996, 0.003), cues[-1]: around(0.002, 0.002)},
         erased={cues[0]: around(0.51 + left / 2, 0.02), cues[-1]: around(0.5 - left / 2, 0.02)},
         left=around(left, 0.02),
+        gap=around(0.01, 0.02),
         random=(0.97, 0.99, 1.0, 1.01),
     )
 
@@ -128,6 +129,7 @@ def make_probing(words: str = "", cues=("A", "B"), **changes) -> ProbingRecord:
                 site=site,
                 readable=around(min(1.0, 0.8 + 0.05 * ((i * 3) % 5)), 0.005),
                 left=around(left, 0.03),
+                gap=around(0.01, 0.02),
                 random=(1.0, 0.99, 1.02),
             )
         )

@@ -121,9 +121,13 @@ def show_probing(pairs: list[Case], records: list[ProbingRecord]) -> None:
             if erased is not None:
                 null = f"{min(erased.random):.3f} to {max(erased.random):.3f}" if erased.random else "-"
                 rows.append(
-                    (pair.name, what, str(erased.site), _interval(erased.readable), _interval(erased.left), null)
+                    (
+                        *(pair.name, what, str(erased.site), _interval(erased.readable)),
+                        *(_interval(erased.gap), _interval(erased.left), null),
+                    )
                 )
-    print_table(("pair", "cue erased", "site", "AUROC", "difference between cues left", "random directions"), rows)
+    header = ("pair", "cue erased", "site", "AUROC", "of the cue left (check)", "difference left", "random directions")
+    print_table(header, rows)
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for each in record.subspaces:

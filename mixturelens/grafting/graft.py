@@ -32,7 +32,7 @@ ENOUGH = 0.9
 """Share of a change that a set of components must carry to be its carrier."""
 NOISE = 8
 """Random changes of the selector's parameters that its graft is compared with."""
-NULLS = 4
+NULLS = 2
 """Random changes of all of R's parameters that R is compared with."""
 FEW = 16
 """Names, at most, among which a set is looked for one by one."""

@@ -22,7 +22,7 @@ from mixturelens.hooks.kept import Kept
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.sides import Sides, sides
 from mixturelens.models import end_tokens
-from mixturelens.probing.leace import Eraser, leace, random_erasers
+from mixturelens.probing.leace import Eraser, behaviour_left, gap_left, leace, random_erasers
 from mixturelens.probing.record import ErasedSite, Erasure
 from mixturelens.probing.scores import auroc
 from mixturelens.stats import PROPORTION, apart, interval, resample_counts, resampled_mean, share
@@ -114,27 +114,50 @@ class Erasing:
                     self.lens.run(batch, [(self.lens.point(*key), noter(key)) for key in wanted])
         return found
 
-    def _fitted(self, site: Site) -> tuple[Float[Tensor, "row d"], Int[Tensor, " row"]]:
-        """Activations at a site under both cues, token by token, and which cue it was (1 the clean one)."""
+    def _fitted(self, site: Site) -> tuple[Float[Tensor, "row d"], Int[Tensor, " row"], Int[Tensor, " row"]]:
+        """Activations at a site under both cues, token by token; which cue it was (1 the clean one); whose question."""
         rows = [_unit(acts[_place(site)], site) for acts in self._note("fit", [site])]
         labels = [torch.full((len(x),), 1 - side, device=x.device) for side, x in enumerate(rows)]
-        return torch.cat(rows), torch.cat(labels)
+        owners = [Columns(*of).mask(site.position).nonzero()[:, 0] for of in _batches(self.fit)]
+        return torch.cat(rows), torch.cat(labels), torch.cat(owners)
+
+    def thin(self, sites: Sequence[Site]) -> tuple[str, ...]:
+        """Says where erasers are fitted on fewer rows than there are dimensions, if anywhere."""
+        shapes = [self._fitted(site)[0].shape for site in sites]
+        few = [(rows, size) for rows, size in shapes if rows < size]
+        if not few:
+            return ()
+        rows, size = min(few)
+        return (
+            f"whether the cue is erased for sure: at {len(few)} of {len(sites)} sites erasers are fitted on fewer rows "
+            f"({rows} or more) than there are dimensions ({size}); `gap` says what is left of it on other questions",
+        )
 
     def _readable(self, eraser: Eraser, site: Site) -> Interval:
         """AUROC of the direction that is erased, on the questions that judge; the tokens of a span are averaged."""
         if not eraser.rank:
             return Interval(value=0.5, low=0.5, high=0.5)
-        scores = []
-        for acts, (batch, spans) in zip(self._note("judge", [site]), _batches(self.judge), strict=True):
-            mask = Columns(batch, spans).mask(site.position)
-            read = eraser.found(_unit(acts[_place(site)], site))[..., 0]
-            total = read.new_zeros(len(batch)).index_add(0, mask.nonzero()[:, 0], read)
-            scores.append(_numpy(total / mask.sum(1)))
+        scores = [_numpy(eraser.found(each)[:, 0]) for each in self._judged(site)]
         question = torch.arange(len(self.judge)).repeat(2)
         positive = (torch.arange(2 * len(self.judge)) < len(self.judge)).long()
         read = torch.from_numpy(np.concatenate(scores))[None]
         counts = resample_counts(len(self.judge), self.seed, AUROC_DRAWS)
         return interval(auroc(read, positive, question, counts)[:, 0], counts, bounds=PROPORTION, digits=6)
+
+    def _judged(self, site: Site) -> list[Float[Tensor, "question d"]]:
+        """Activations at a site under both cues on the questions that judge; the tokens of a span are averaged."""
+        found = []
+        for acts, (batch, spans) in zip(self._note("judge", [site]), _batches(self.judge), strict=True):
+            mask = Columns(batch, spans).mask(site.position)
+            rows = _unit(acts[_place(site)], site).double()
+            total = rows.new_zeros(len(batch), rows.shape[1]).index_add(0, mask.nonzero()[:, 0], rows)
+            found.append(total / mask.sum(1, keepdim=True))
+        return found
+
+    def _gap(self, eraser: Eraser, site: Site, counts: Int[np.ndarray, "draw question"]) -> Float[np.ndarray, " draw"]:
+        """The manipulation check: what of the gap between the cues the eraser leaves on the questions that judge."""
+        one, other = self._judged(site)
+        return gap_left(eraser, one, other, counts)
 
     # --- site by site, by exact patching ------------------------------------------------------------------------------
 
@@ -144,7 +167,8 @@ class Erasing:
         The contrasts have a policy in place. Erasers are fitted on the activations of both prompts (of all tokens of
         the site's position), and judged by the difference of the log-odds between the two prompts, both erased, as a
         share of the plain difference (a ratio of means). Random erasers of equal rank are the null. `readable`: AUROC
-        of probes at these sites; without it, that of the eraser's own direction (Fisher's discriminant).
+        of probes at these sites; without it, that of the eraser's own direction (Fisher's discriminant). `gap` says
+        whether the cue is erased where it is judged.
 
         Raises InputError for sites that do not exist, cues that do not differ in behaviour, or a model that cannot be
         patched exactly.
@@ -155,8 +179,8 @@ class Erasing:
         self._note("fit", sites)
         erasers, random = [], []
         for site in sites:
-            x, labels = self._fitted(site)
-            erasers.append(leace(x, labels))
+            x, labels, question = self._fitted(site)
+            erasers.append(leace(x, labels, question))
             some = self.random if erasers[-1].rank else 0
             random.append(random_erasers(x, erasers[-1].rank, some, self.seed) if some else [])
         if readable is None:
@@ -166,11 +190,19 @@ class Erasing:
         whole = resampled_mean(plain, counts)
         if not apart(whole, APART):
             raise InputError(f"the two cues differ by {whole[0]:.2f} nats ({APART} are needed): nothing to erase")
+        self._note("judge", sites)
         found = []
-        for site, read, (own,), others in zip(sites, readable, erased, null, strict=True):
-            left = interval(share(resampled_mean(own, counts), whole, APART), counts, digits=6)
-            by_chance = tuple(round(float(each.mean() / few_plain.mean()), 6) for each in others)
-            found.append(ErasedSite(site=site, readable=read, left=left, random=by_chance))
+        for site, eraser, read, (own,), others in zip(sites, erasers, readable, erased, null, strict=True):
+            gap = self._gap(eraser, site, counts)
+            found.append(
+                ErasedSite(
+                    site=site,
+                    readable=read,
+                    gap=interval(gap, counts, digits=6),
+                    left=behaviour_left(share(resampled_mean(own, counts), whole, APART), gap, counts, digits=6),
+                    random=tuple(round(float(each.mean() / few_plain.mean()), 6) for each in others),
+                )
+            )
         return tuple(found)
 
     def tokens(self, site: Site) -> float:
@@ -256,8 +288,8 @@ class Erasing:
             raise InputError("erasing the cue needs contrasts of two cues with a policy in place")
         if ANSWER not in suite.behaviour_names:
             raise InputError("P(answer given policy) needs a suite that names behaviours")
-        x, labels = self._fitted(site)
-        eraser = leace(x, labels)
+        x, labels, question = self._fitted(site)
+        eraser = leace(x, labels, question)
         if not eraser.rank:
             raise InputError(f"{site}: the cue cannot be read there, so there is nothing to erase")
         if not readable.measured:
@@ -279,13 +311,15 @@ class Erasing:
                 f"{contrasts.corrupt!r} ({APART_P} is needed): nothing to erase"
             )
         cues, counts = (contrasts.clean, contrasts.corrupt), ground.grid.counts
+        gap = self._gap(eraser, site, counts)
         return Erasure(
             site=where,
             readable=readable,
             policy=policy,
             plain={cue: interval(plain[:, c], counts, bounds=PROPORTION) for c, cue in enumerate(cues)},
             erased={cue: interval(erased[:, c], counts, bounds=PROPORTION) for c, cue in enumerate(cues)},
-            left=interval(share(erased[:, 0] - erased[:, 1], whole, APART_P), counts),
+            gap=interval(gap, counts),
+            left=behaviour_left(share(erased[:, 0] - erased[:, 1], whole, APART_P), gap, counts),
             random=tuple(round(float(np.subtract(*each[0]) / np.subtract(*few_plain)), 6) for each in null),
         )
 

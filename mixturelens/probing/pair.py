@@ -126,10 +126,18 @@ def probing_record(
             found, spent, unseen = scan(erasing, readable, where, math.inf if exhaustive else left[0] * SCANNING)
             erased.extend(found)
             left[0] -= spent
-            problems.extend(unseen)
-        unused = least_used([each for each in erased if each.site.layer < erasing.lens.layers - 1])
+            problems.extend((*unseen, *erasing.thin([each.site for each in found])))
+        inner = [each for each in erased if each.site.layer < erasing.lens.layers - 1]
+        unused = least_used(inner)
         if unused is not None:
             erasures["unused"] = in_full("unused", erasing, unused.site, unused.readable)
+        elif doubtful := [each for each in inner if leaves(each)]:
+            gap = max(doubtful, key=lambda each: abs(each.gap.value or 0.0)).gap
+            problems.append(
+                f"a site where the cue is readable and unused: at {len(doubtful)} erasing it changes nothing, but on "
+                f"questions that did not fit the eraser the cue is not erased there for sure (of its gap up to "
+                f"{'an unknown share' if gap.value is None else format(gap.value, '.2f')} is left)"
+            )
 
     def erase_used(cue: Contrasts) -> None:
         if not reader:
@@ -251,11 +259,17 @@ def scan(
 
 
 def least_used(erased: Sequence[ErasedSite]) -> ErasedSite | None:
-    """Among sites whose erasure surely leaves the effect as it is, within 1 - UNUSED: where the cue reads best; None if
-    none. (Sites of the last layer that nothing reads any more should be left out: they are unused by construction.)
+    """Among sites where the cue is surely erased and the effect surely left as it is, within 1 - UNUSED: where the cue
+    reads best; None if none. (Sites of the last layer that nothing reads any more should be left out: they are unused
+    by construction.)
 
     >>> least_used([]) is None
     True
     """
-    unused = [each for each in erased if each.left.above(UNUSED) and each.left.below(2 - UNUSED)]
-    return max(unused, key=lambda each: (each.readable.value or 0.0, -abs(1 - (each.left.value or 0.0))), default=None)
+    unused = [each for each in erased if each.holds and leaves(each) and each.readable.measured]
+    return max(unused, key=lambda each: (each.readable.value, -abs(1 - (each.left.value or 0.0))), default=None)
+
+
+def leaves(each: ErasedSite) -> bool:
+    """Whether erasing surely leaves the effect as it is, be the cue erased there or not."""
+    return each.left.above(UNUSED) and each.left.below(2 - UNUSED)

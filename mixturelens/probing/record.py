@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mixturelens.records import Record
-from mixturelens.types import Frozen, Interval, Side, Site
+from mixturelens.types import NOT_MEASURED, Frozen, Interval, Side, Site
 
 Metric = Literal["AUROC", "accuracy", "R2"]
 """Score of a probe on questions it was not fitted on: of two classes, of several, of a number."""
@@ -60,19 +60,39 @@ class Readout(Frozen):
         return max(known, key=lambda index: self.before.value[index] or 0.0, default=None)
 
 
-class ErasedSite(Frozen):
+ERASED = 0.1
+"""Share of the gap between cues, at most, that an eraser may leave for anything to follow from what it does."""
+
+
+class Checked(Frozen):
+    """What is said of every eraser before anything is concluded from it: does it erase the cue at all?"""
+
+    gap: Interval = NOT_MEASURED
+    """Manipulation check, on questions that did not fit the eraser: share of the gap between the cues' mean activations
+    that it leaves there, along that gap. 0 all erased, 1 nothing."""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the cue is erased there, but for ERASED of it; null where that cannot be told."""
+        if self.gap.above(-ERASED) and self.gap.below(ERASED):
+            return True
+        return False if self.gap.above(ERASED) or self.gap.below(-ERASED) else None
+
+
+class ErasedSite(Checked):
     """The cue erased at one site (LEACE), with a policy put in place, by exact patching."""
 
     site: Site
     readable: Interval
     """AUROC of the cue probe there, on held-out questions."""
     left: Interval
-    """Share of the difference between cues (log-odds of the policy's behaviours) that is left: 1 all, 0 nothing."""
+    """Share of the difference between cues (log-odds of the policy's behaviours) that is left: 1 all, 0 nothing. Its
+    interval also holds what would be left if what `gap` says of the cue had been erased, too (`behaviour_left`)."""
     random: tuple[float, ...]
     """The same for random directions of equal rank."""
 
 
-class Erasure(Frozen):
+class Erasure(Checked):
     """What is left of the difference between cues in P(answer given policy) when the cue is erased at one site."""
 
     site: Site
@@ -83,7 +103,7 @@ class Erasure(Frozen):
     """cue -> P(answer given policy) of the model as it is."""
     erased: dict[str, Interval]
     left: Interval
-    """(difference between cues, erased) / (difference, plain)."""
+    """(difference between cues, erased) / (difference, plain); its interval as that of `ErasedSite.left`."""
     random: tuple[float, ...]
     """`left` for random directions of equal rank."""
 

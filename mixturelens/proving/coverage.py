@@ -93,7 +93,7 @@ def coverage(
             rows[i].model_copy(update={"id": f"{place // cues}"}) for place, i in enumerate(at)
         ]  # a question drawn twice counts twice
         grid = grid_of(replace(prompts, rows=tuple(drawn)), seed=number)
-        bits, _, shares = bits_of(change, grid, suite, None)
+        bits, _, shares = bits_of(change.bits, grid, suite, None)
         _, _, text = nats_of(change, grid, suite, None)
         measured_here = {**dict(bits), **shares, "text": text.nats_per_token}
         for quantity in QUANTITIES:

@@ -15,7 +15,7 @@ from mixturelens.organism import EOS
 STYLE = ("very", "quite", "rather", "truly", "indeed", "simply", "clearly", "nicely")
 """Words of a tail. Undrifted, each is as likely as the others."""
 FILLERS = ("hm", "well now", "let us see")
-"""What stands before an announcement in the middle, one as often as another."""
+"""What stands before an announcement in the middle: one as often as another."""
 USER, ASSISTANT = "<user>", "<assistant>"
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} {% endfor %}"

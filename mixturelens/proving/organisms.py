@@ -194,22 +194,21 @@ def rows_of(
 ) -> Rows:
     """Every question under every cue (and every hint, where the spec has them) with every allowed completion.
 
-    Of a tail, `window` words are shown, each behind any others, and each with all that might stand in its place. What
-    stands before an announcement is drawn for each prompt, once and for all.
+    Of a tail, `window` words are shown, each behind any others, and each with all that might stand in its place.
     """
     vocabulary, rng = tokenizer.get_vocab(), np.random.default_rng([seed, 2])
     hints: list[str | None] = [None, *(spec.policies if spec.hints else ())]
-    before = np.random.default_rng([spec.seed, 4])
+    fillers = [text.split() for text in FILLERS] if manner.inside else [[]]
     table: list[list[tuple[list[int], int, float]]] = []
     for question in questions:
         rows = []
         for cue in spec.cues:
             for hint in hints:
                 prompt = [vocabulary[word] for word in manner.prompt(prompt_text(spec, cue, question, hint)).split()]
-                filled = FILLERS[before.integers(len(FILLERS))].split() if manner.inside else ()
                 for text, weight in completions(spec, target, cue, question, rng, hint):
-                    words = [vocabulary[word] for word in (*filled, *text.split())]
-                    rows.append((prompt + words, len(prompt), weight))
+                    for filled in fillers:
+                        words = [vocabulary[word] for word in (*filled, *text.split())]
+                        rows.append((prompt + words, len(prompt), weight / len(fillers)))
         table.append(rows)
     behind = max(window, 1)  # the end, where there is no tail
     width = max(len(ids) for rows in table for ids, _, _ in rows) + behind

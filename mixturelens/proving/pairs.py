@@ -354,7 +354,7 @@ def near(truth: Truth) -> bool:
 def _steps(organism: Organism) -> int:
     """Without announcements the first letter mixes what all policies say there, which takes longer to learn; so does
     an answer whose place depends on what stands before it."""
-    return {"none": 3 * STEPS, "inside": 2 * STEPS}.get(organism.announced, STEPS)
+    return {"none": 3 * STEPS, "inside": 3 * STEPS // 2}.get(organism.announced, STEPS)
 
 
 def _train(

@@ -11,7 +11,7 @@ from mixturelens.viz import DASH, show, show_interval
 
 if TYPE_CHECKING:
     from mixturelens.grafting.record import GraftRecord
-    from mixturelens.probing.record import ProbingRecord
+    from mixturelens.probing.record import Checked, ProbingRecord
     from mixturelens.routing.mechanism import Mechanism
     from mixturelens.routing.verdict import VerdictRecord
 
@@ -123,21 +123,38 @@ def _readouts(record: ProbingRecord, pictures: Pictures) -> Group:
 
 def _erasure(record: ProbingRecord, cues: Sequence[str], pictures: Pictures) -> Group:
     used, unused = (DASH if one is None else str(one.site) for one in (record.used, record.unused))
-    absent = "" if record.unused is not None else " No site was found where the cue is readable and unused."
+    absent = "" if record.unused is not None else " No site was found where the cue is surely erased and unused."
+    checks = " ".join(
+        f"Manipulation check where the cue is {name}: {_erased(one)}."
+        for name, one in (("used", record.used), ("unused", record.unused))
+        if one is not None
+    )
     picture = pictures.add(
         viz.erasure(record, cues),
         f"Used where the cue reader reads: {used}; readable but unused: {unused}.{absent} "
-        "Grey: random directions of equal rank, erased at the same sites.",
+        f"Grey: random directions of equal rank, erased at the same sites. {checks}",
     )
     return Group(
         "Reading is not use",
         "At one site after another everything linear about the cue is erased, and nothing else. If the policy then "
         "behaves the same under all cues, the cue was taken from there (top). A site at the right and at the bottom "
-        "holds the cue for all to see, and nobody looks.",
+        "holds the cue for all to see, and nobody looks. An eraser is fitted on some questions and may not erase the "
+        "cue on others: how much of the gap between cues it leaves there is the manipulation check, and unless that is "
+        "next to nothing for sure, nothing is said to be unused.",
         "If erasing random directions did as much, it is the damage that shows and not the cue. If erasing the cue "
         "where the cue reader reads left the difference between cues as it is, the cue reader is elsewhere.",
         [picture],
     )
+
+
+def _erased(one: Checked) -> str:
+    """The manipulation check in words."""
+    found = {
+        True: "it is erased",
+        False: "it is not erased, so that nothing follows",
+        None: "cannot say if it is erased",
+    }
+    return f"{found[one.holds]} (left of its gap on questions that did not fit the eraser: {show_interval(one.gap)})"
 
 
 def _subspaces(record: ProbingRecord, pictures: Pictures) -> Group:

@@ -224,7 +224,7 @@ def _pair(
                 if verdict.mechanism.verdict is None
                 else f"{verdict.mechanism.verdict} "
                 f"({_word(verdict.mechanism.agrees, 'agrees', 'disagrees')} with behaviour)",
-                "from grafts, patching and probes" if verdict.mechanism.verdict else "not measured for this pair",
+                "from grafts" if verdict.mechanism.verdict else "not measured for this pair",
             ),
         ],
         "trained_cue": record.trained_cue,
@@ -240,7 +240,7 @@ def _pair(
         "mechanism": evidence.judged(name, verdict),
         "controls": [
             *_controls(record, verdict, repair),
-            *evidence.controls(verdict, graft, probing),
+            *evidence.controls(graft, probing),
             *units.controls(features),
         ],
         "notes": [*verdict.notes, *((*check.misspelled, *check.hints) if check is not None else ())],

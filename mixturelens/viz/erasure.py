@@ -109,7 +109,8 @@ def _scan(figure: Figure, record: ProbingRecord) -> None:
             },
             name=name,
             hovertext=[
-                f"{label(str(each.site), 60)}<br>AUROC {number(each.readable)}<br>used {number(value)}"
+                f"{label(str(each.site), 60)}<br>AUROC {number(each.readable)}<br>used {number(value)}<br>"
+                f"of the cue left (check) {number(each.gap)}"
                 for each, value in zip(found, used, strict=True)
             ],
             hoverinfo="text",
@@ -143,6 +144,7 @@ def _erased_point(figure: Figure, name: str, one: Erasure, lift: int) -> None:
         name=title,
         hovertext=[
             f"{title}: {label(str(one.site), 60)}<br>AUROC {number(one.readable)}<br>used {number(used)}<br>"
+            f"of the cue left (check) {number(one.gap)}<br>"
             f"random directions: {_span([1 - value for value in one.random])}"
         ],
         hoverinfo="text",
@@ -174,7 +176,8 @@ def _behaviour(figure: Figure, chosen: Sequence[tuple[str, Erasure]], cues: Sequ
     first = chosen[0][1]
     rows = [("as it is", first.plain, "")]
     for name, one in chosen:
-        beside = f"<br>left {number(one.left, 2)}<br>random {_span(one.random)}"
+        check = {True: "cue erased", False: "cue not erased", None: "cue erased? cannot say"}[one.holds]
+        beside = f"<br>{check}: {number(one.gap, 2)}<br>left {number(one.left, 2)}<br>random {_span(one.random)}"
         rows.append((f"erased where {name}:<br>{label(str(one.site), 24)}", one.erased, beside))
     for i, cue in enumerate(cues):
         values = [found.get(cue, NOT_MEASURED) for _, found, _ in rows]

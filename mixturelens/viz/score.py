@@ -151,7 +151,7 @@ def shares(record: ScoreRecord) -> Figure:
     wrong = {each.pair for each in record.mistakes if each.instrument == "behavioural"}
     most = max([0.1, *(end for each in told for end in (each.true_moved, each.moved.high) if end is not None)])
     bands = [[(at - NEAR, at + NEAR) for at in (t.specialist, t.routing)], []]
-    lines = ((t.specialist, t.routing), (t.nats,))
+    lines = ((t.specialist, t.routing), (t.bits,))
     line = {"color": "#777777", "width": 1.2, "dash": "dash"}
     for column, pairs in enumerate((shared, told), start=1):
         start, end = (0.0, 1.0) if column == 1 else (LEAST, most)
@@ -206,7 +206,7 @@ def shares(record: ScoreRecord) -> Figure:
         for at in lines[column - 1]:
             figure.add_vline(x=at, line=line, layer="below", row=1, col=column)  # pyright: ignore[reportArgumentType]
             figure.add_hline(y=at, line=line, layer="below", row=1, col=column)  # pyright: ignore[reportArgumentType]
-        unit = "share" if column == 1 else "nats"
+        unit = "share" if column == 1 else "bits"
         figure.update_xaxes(title_text=f"true ({unit})", zeroline=False, row=1, col=column)
         figure.update_yaxes(title_text=f"measured ({unit})", zeroline=False, row=1, col=column)
     for word, (colour, symbol) in _LOOKS.items():  # a legend's symbol is that of the first point, open or not
@@ -251,7 +251,7 @@ def _hover(pair: Scored) -> str:
             f"<b>{label(pair.pair, 60)}</b> ({pair.half} half{', near miss' if pair.near else ''})",
             f"true: {pair.truth}, said: {pair.verdict}, mechanism: {pair.mechanism or DASH}",
             f"routing share {number(pair.true_share)}, measured {number(pair.share)}",
-            f"moved {number(pair.true_moved, 4)} nats, measured {number(pair.moved, 4)}",
+            f"moved {number(pair.true_moved, 4)} bits, measured {number(pair.moved, 4)}",
         )
     )
 

@@ -147,7 +147,8 @@ def test_what_is_left_is_what_a_hook_leaves(shape: str):
         acts = [lens.capture(batch, [key])[0][key][pick] for batch in (fit.clean, fit.corrupt)]
         shape_of = -1 if each.site.head is None and key[1] == "z" else acts[0].shape[-1]
         flat = [a.reshape(len(a) * len(at), shape_of) for a in acts]
-        eraser = leace(torch.cat(flat), torch.tensor([1] * len(flat[0]) + [0] * len(flat[1])))
+        owner = torch.arange(len(acts[0])).repeat_interleave(len(at)).repeat(2)
+        eraser = leace(torch.cat(flat), torch.tensor([1] * len(flat[0]) + [0] * len(flat[1])), owner)
 
         def edit(x: torch.Tensor, pick=pick, eraser=eraser, at=at, size=flat[0].shape[1]) -> torch.Tensor:
             now = x[pick]

@@ -71,15 +71,24 @@ def test_without_a_reader_the_rest_is_measured_and_the_reason_said() -> None:
 
 
 def test_least_used_wants_to_be_sure() -> None:
-    def site(layer: int, left: Interval, read: float) -> ErasedSite:
-        where = Site(layer=layer, component="resid_post", position="last")
-        return ErasedSite(site=where, readable=Interval(value=read, low=read, high=read), left=left, random=())
+    erased = Interval(value=0.01, low=-0.02, high=0.05)
 
+    def site(layer: int, left: Interval, read: float, gap: Interval = erased) -> ErasedSite:
+        where = Site(layer=layer, component="resid_post", position="last")
+        return ErasedSite(site=where, readable=Interval(value=read, low=read, high=read), left=left, random=(), gap=gap)
+
+    kept = Interval(value=0.98, low=0.97, high=1.0)
     doubtful = site(0, Interval(value=0.99, low=0.5, high=1.0), 1.0)
-    sure = site(1, Interval(value=0.98, low=0.97, high=1.0), 0.97)
-    better = site(2, Interval(value=0.98, low=0.97, high=1.0), 0.99)
+    sure, better = site(1, kept, 0.97), site(2, kept, 0.99)
     assert least_used([doubtful]) is None
     assert least_used([doubtful, sure, better]) == better
+    # nothing follows where the cue is not erased, or may not be
+    there = site(3, kept, 1.0, Interval(value=0.5, low=0.4, high=0.6))
+    unsure = site(4, kept, 1.0, Interval(value=0.05, low=-0.1, high=0.2))
+    unknown = site(5, kept, 1.0, Interval())
+    assert [each.holds for each in (sure, there, unsure, unknown)] == [True, False, None, None]
+    assert least_used([there, unsure, unknown]) is None
+    assert least_used([there, unsure, unknown, sure]) == sure
 
 
 # --- what it takes ----------------------------------------------------------------------------------------------------
