@@ -96,7 +96,7 @@ for sae in record.saes:
 
 # %% [markdown]
 # ## Which features RL moved, and which term their change moves
-# R's change of these features put into S, at all tokens; nats from S. `random`: the most that any set of as many other
+# R's change of these features put into S, at all tokens; bits from S. `random`: the most that any set of as many other
 # features does that write as much. If RL changed the router alone, conditioning and skill stay at nothing.
 
 

@@ -94,7 +94,7 @@ for names in ([], changed[:1], changed):
 # ## All of them
 # Grafts are judged by what they do to the policies' log-odds and weights (routing) and to what each policy usually does
 # (specialists), with exact probabilities instead of samples. `weight` and `routing` are shares of R's change: 0 is S, 1
-# is R. `chosen` and `done` say how far the graft is from S at all, in nats.
+# is R. `chosen` and `done` say how far the graft is from S at all, in bits (0 to 1).
 
 # %%
 record = graft_record(
@@ -188,11 +188,11 @@ if record.rollback is not None:
 
 # %% [markdown]
 # ## What would have falsified it
-# Policies labelled at random, question by question: then there is nothing to route, and distances stay below these.
+# Noise of the norm of R's change, tensor by tensor, that moves S as far as R's change does.
 
 # %%
-print(f"R itself: chosen {viz.show_interval(record.after.chosen)}, done {viz.show_interval(record.after.done)} nats")
-print(f"random labels, 95%: chosen {viz.show(record.null.chosen)}, done {viz.show(record.null.done)} nats")
+print(f"R itself: chosen {viz.show_interval(record.after.chosen)}, done {viz.show_interval(record.after.done)} bits")
+print(f"noise of the same size: chosen {viz.show(record.null.chosen, 6)}, done {viz.show(record.null.done, 6)} bits")
 for reason in record.missing:
     print("not measured:", reason)
 

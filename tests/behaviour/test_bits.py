@@ -342,8 +342,10 @@ def wordy_pair(answers: float, style: float, tokens: int) -> BehaviourRecord:
     return measure_record(Scorer([tokenizer.eos_token_id], len(tokenizer)), models, found, tokenizer)
 
 
-@pytest.mark.parametrize("tokens", [8, 32])
-@pytest.mark.parametrize(("nats", "drifts"), [(0.0, False), (0.01, None), (0.06, True), (0.3, True)])
+@pytest.mark.parametrize(
+    ("nats", "drifts", "tokens"),
+    [(0.0, False, 8), (0.01, None, 24), (0.06, True, 8), (0.06, True, 24), (0.3, True, 24)],
+)
 def test_a_drift_of_style_is_heard_as_text_and_moves_no_bit(nats: float, drifts: bool | None, tokens: int):
     """Completions of which all but two tokens are style, with and without a change of routing."""
     for answers, word in ((0.97, "routing"), (0.5, "neither")):
