@@ -10,14 +10,14 @@ from mixturelens import pipeline
 from mixturelens.types import NOT_MEASURED, Interval
 from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, over, show, under
 
-SHARE, NOTHING = 0.5, 0.01
-"""Share of the routing of the whole site that the features must bring along, and nats under which nothing changed."""
+SHARE, NOTHING = 0.5, 0.005
+"""Share of the routing of the whole site that the features must bring along, and bits under which nothing changed."""
 
 NAME = "rl_moves_features_of_the_selector"
 HYPOTHESIS = "The few features of S that RL moves most are those by which S chooses among its policies, and no others."
 PREDICTION = (
     "Where R's activations carry what RL did, R's values of the features that moved most, put into S, bring at least "
-    f"{SHARE} of the routing (nats) that all of R's activations there bring, and under {NOTHING} nats of what policies "
+    f"{SHARE} of the routing (bits) that all of R's activations there bring, and under {NOTHING} bits of what policies "
     "do once in place."
 )
 CONTROL = "None of the random sets of as many other features of like strength brings as much routing."
@@ -39,15 +39,15 @@ def _answer(case: pipeline.Case, seed: int) -> Answer:
         holds=every(
             [
                 over(moved.routing, SHARE * (whole.routing.value or 0.0)),
-                under(moved.specialists, NOTHING),
+                under(moved.specialist, NOTHING),
                 over(moved.routing, most),
             ]
         ),
         outcome={
             "routing by the features": moved.routing,
-            "specialists by the features": moved.specialists,
+            "specialists by the features": moved.specialist,
             "routing by all activations": whole.routing,
-            "specialists by all activations": whole.specialists,
+            "specialists by all activations": whole.specialist,
         },
         control={"routing by the best random set": Interval(value=most)},
         sites=(str(change.site), *(f"feature {each.index}" for each in change.features)),
@@ -58,7 +58,7 @@ def _clause(pair: str, answer: Answer) -> str:
     routing, specialists, *rest = answer.outcome.values()
     whole = rest[0] if rest else NOT_MEASURED
     return (
-        f"in {pair} the features that moved most bring {show(routing)} nats of routing of {show(whole)}, and "
+        f"in {pair} the features that moved most bring {show(routing)} bits of routing of {show(whole)}, and "
         f"{show(specialists)} of what policies do"
     )
 

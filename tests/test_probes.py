@@ -404,7 +404,7 @@ def test_a_feature_carries_the_tag_where_no_neuron_and_no_random_one_does(
 
 
 def moves(routing: float, specialists: float, random: float) -> SiteChange:
-    """Of 0.4 nats of routing and as much of what policies do that all of R's activations bring."""
+    """Of 0.4 bits of routing and as much of what policies do that all of R's activations bring."""
     nothing = make_terms(random, 0.0, 0.0)
     return make_change(
         together=make_terms(routing, specialists, 0.0), whole=make_terms(0.4, 0.4, 0.0), random=(nothing,) * 3
@@ -419,7 +419,7 @@ def moves(routing: float, specialists: float, random: float) -> SiteChange:
         (0.35, 0.1, 0.05, False),  # what policies do changes as well
         (0.35, 0.001, 0.38, False),  # and random ones bring as much
         (0.202, 0.001, 0.05, None),
-        (0.35, 0.009, 0.05, None),
+        (0.35, 0.006, 0.05, None),
     ],
 )
 def test_features_of_the_selector_bring_routing_alone(

@@ -91,5 +91,5 @@ def _told_apart(seen: Counter[tuple[int, Ids]], prompts: Prompts) -> list[tuple[
         enough = MOST * sum(count for (n, _), count in seen.items() if n == m)
         often = [ids for ids, before in zip(mine, heard[:-1], strict=True) if before < enough][:TEXTS]
         chosen = [ids for ids in mine if ids in often or (m, ids) in forced]
-        found.append(tuple(dict.fromkeys(prompts.tokenizer.decode(list(ids)).strip() for ids in chosen)))
+        found.append(tuple(dict.fromkeys(str(prompts.tokenizer.decode(list(ids))).strip() for ids in chosen)))
     return found

@@ -462,8 +462,9 @@ def read(
     """
     if rows is not None:
         cells = cells.part(rows)
-    tables = (each.view(len(cells.prompts.rows), -1) for each in _scores(model, cells, cells.batches, told))
-    return Readings(*tables, cells.owner)
+    announced, completed = _scores(model, cells, cells.batches, told)
+    shape = (len(cells.prompts.rows), len(cells.announcements))
+    return Readings(announced.view(shape), completed.view(shape), cells.owner)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: str) -> Int[Tensor, "row pos"]:
@@ -476,7 +477,7 @@ def _padded(rows: Sequence[Sequence[int]], device: str) -> Int[Tensor, "row pos"
 def read_weights(model: Model, cells: Cells) -> Float[Tensor, "prompt policy"]:
     """`log_c` alone, at a fraction of the cost: completions are not fed."""
     announced, _ = _scores(model, cells, cells.announcement_batches)
-    return log_weights(announced.view(len(cells.prompts.rows), -1), cells.owner)
+    return log_weights(announced.view(len(cells.prompts.rows), len(cells.announcements)), cells.owner)
 
 
 def _scores(
