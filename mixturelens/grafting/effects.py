@@ -72,15 +72,15 @@ class Judge:
     def bits(self, readings: Readings) -> Bits:
         """How far from S readings are, question by question: what turns one way on half of them does not cancel.
 
-        All grafts weigh a policy alike, by how much S and R use it: (c_S + c_R) / 2.
+        All grafts weigh a policy, and each of its wordings, alike: by how much S and R use it.
         """
         chosen = js(with_other(_numpy(readings.log_c)), with_other(_numpy(self.before.log_c)))
-        done = js(*(_usual_or_else(_numpy(each.log_p)) for each in (readings, self.before)))
+        done = js(*(_usual_or_else(_numpy(each.completed)) for each in (readings, self.before)))
         return Bits(*(_over_cues(self.grid.draws(each)) for each in (chosen, (self._used * done).sum(-1))))
 
     @cached_property
-    def _used(self) -> Float[np.ndarray, "prompt policy"]:
-        return (np.exp(_numpy(self.before.log_c)) + np.exp(_numpy(self.after.log_c))) / 2
+    def _used(self) -> Float[np.ndarray, "prompt announcement"]:
+        return (np.exp(_numpy(self.before.announced)) + np.exp(_numpy(self.after.announced))) / 2
 
     def odds(self, log_c: Float[np.ndarray, "prompt policy"]) -> Float[np.ndarray, " prompt"]:
         p, o = (self.cells.policies.index(name) for name in self.policies)
@@ -94,14 +94,20 @@ class Judge:
     @cached_property
     def usual(self) -> float:
         """Probability of S's usual completion, where it is least: of some policy, under some cue."""
-        return float(np.nanmin(self.mean(np.exp(_numpy(self.before.log_p)))))
+        return self._least(np.exp(_numpy(self.before.completed)))
 
     @cached_property
     def shown(self) -> float:
         """Share of prompts on which it shows a behaviour or the right answer, where it is least, as `usual`."""
-        rows = np.array(self.cells.shown, dtype=float).reshape(len(self.cells.prompts.rows), -1)
-        owner = np.array([a.policy for a in self.cells.announcements])
-        per_policy = [rows[:, owner == m].mean(-1) for m in range(len(self.cells.policies))]
+        return self._least(np.array(self.cells.shown, dtype=float).reshape(self._used.shape))
+
+    def _least(self, values: Float[np.ndarray, "prompt announcement"]) -> float:
+        """Of the means of a policy under a cue, each wording as often as it is used."""
+        owner = np.array(self.cells.owner)
+        per_policy = []
+        for policy in range(len(self.cells.policies)):
+            used = self._used[:, owner == policy]
+            per_policy.append((values[:, owner == policy] * used).sum(-1) / np.maximum(used.sum(-1), 1e-300))
         return float(np.nanmin(self.mean(np.stack(per_policy, -1))))
 
     @cached_property

@@ -15,6 +15,7 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare, without_behaviours
 from mixturelens.behaviour.record import BehaviourRecord, grid_of
+from mixturelens.grafting.announced import as_announced
 from mixturelens.grafting.components import State, parts, weights_of
 from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.graft import (
@@ -44,7 +45,7 @@ from mixturelens.hooks.lens import components_of
 from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory, size_of
 from mixturelens.stats import PROPORTION, half_of, interval, mean_interval, resample_counts, resampled_mean, too_few
-from mixturelens.suite import PromptRow, Suite
+from mixturelens.suite import PromptRow, Suite, wordings
 from mixturelens.types import NOT_MEASURED, InputError, Interval
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def graft_record(
     check_memory(pair, needed_here, "grafts")
     s, r = (pair.model(side) for side in pair.sides)
     scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
-    cells = make_cells(suite, rows, tokenizer, s, scorer, seed)
+    told = as_announced(suite, rows, tokenizer, (s, r), scorer, seed)
+    cells = make_cells(told, rows, tokenizer, s, scorer, seed)
     say("components")
     components = components_of(s, tokenizer)
     state_s, state_r = weights_of(s), weights_of(r)
@@ -178,6 +180,7 @@ def graft_record(
         provenance=pair.provenance(seed, suite_name),
         policies=policies,
         method=method_of(suite),
+        texts={} if told is suite else {name: wordings(shown) for name, shown in told.policies.items()},
         cues=suite.cues,
         questions=len(cells.grid.index),
         coverage=round(judge.coverage, 6),

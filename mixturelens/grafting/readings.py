@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mixturelens.behaviour.forced import label_completions
+from mixturelens.behaviour.forced import Labelled, label_completions
 from mixturelens.behaviour.likelihood import BATCH_BYTES, Completions, Model, Scorer
 from mixturelens.behaviour.prompts import Announcement, Prompts, behind_announcements, prepare, room_behind
 from mixturelens.behaviour.record import Grid, grid_of
@@ -90,6 +90,11 @@ class Cells:
     @property
     def announcements(self) -> tuple[Announcement, ...]:
         return self.prompts.announcements
+
+    @property
+    def owner(self) -> tuple[int, ...]:
+        """The policy of each announcement."""
+        return tuple(a.policy for a in self.announcements)
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -255,14 +260,40 @@ class Cells:
 class Readings:
     """What one model gives to announcements and completions; float64, differentiable in its weights."""
 
-    log_c: Float[Tensor, "prompt policy"]
-    """Log-probability of announcing a policy, in any of its wordings."""
-    log_p: Float[Tensor, "prompt policy"]
-    """Log-probability of the usual completion once the policy is in place, mean over its wordings."""
+    announced: Float[Tensor, "prompt announcement"]
+    """Log-probability of each announcement."""
+    completed: Float[Tensor, "prompt announcement"]
+    """Log-probability of the usual completion once it is in place."""
+    owner: tuple[int, ...] | None = None
+    """The policy of each announcement; None: each policy has one."""
 
     def part(self, prompts: Sequence[int]) -> Readings:
         """Of some of the prompts."""
-        return Readings(self.log_c[list(prompts)], self.log_p[list(prompts)])
+        return Readings(self.announced[list(prompts)], self.completed[list(prompts)], self.owner)
+
+    @property
+    def log_c(self) -> Float[Tensor, "prompt policy"]:
+        """Log-probability of announcing a policy, in any of its wordings."""
+        return log_weights(self.announced, self.owner)
+
+    @property
+    def log_p(self) -> Float[Tensor, "prompt policy"]:
+        """Log-probability of the usual completion once the policy is in place, mean over its wordings."""
+        return torch.stack(
+            [self.completed[:, columns].mean(1) for columns in wordings_of(self.owner, self.completed)], 1
+        )
+
+
+def wordings_of(owner: tuple[int, ...] | None, table: Float[Tensor, "prompt announcement"]) -> list[list[int]]:
+    """Columns of the announcements of each policy."""
+    known = range(table.shape[1]) if owner is None else owner
+    return [[k for k, m in enumerate(known) if m == policy] for policy in range(max(known) + 1)]
+
+
+def log_weights(
+    announced: Float[Tensor, "prompt announcement"], owner: tuple[int, ...] | None
+) -> Float[Tensor, "prompt policy"]:
+    return torch.stack([announced[:, columns].logsumexp(1) for columns in wordings_of(owner, announced)], 1)
 
 
 def make_cells(
@@ -299,6 +330,35 @@ def make_cells(
     return shared if cells.long and len(cells.announcements) > 1 and _alike(before_model, cells, shared) else cells
 
 
+def beginnings(
+    prompts: Prompts,
+    bodies: Sequence[tuple[int, ...]],
+    owner: Int[np.ndarray, " body"],
+    scorer: Scorer,
+    announced: Sequence[str] | None = None,
+) -> list[Labelled]:
+    """Labels of the first 0, 1, ... tokens of each body, up to all of them.
+
+    `owner`: its prompt; `announced`: what stands before it, where that is not part of it.
+    """
+    lengths = [len(body) + 1 for body in bodies]
+    parts = [list(body[:n]) for body in bodies for n in range(len(body) + 1)]
+    before = None if announced is None else [text for text, n in zip(announced, lengths, strict=True) for _ in range(n)]
+    labels = label_completions(scorer, prompts, Completions(np.repeat(owner, lengths), parts), before)
+    ends = np.cumsum(lengths)
+    return [labels.part(np.arange(end - n, end)) for end, n in zip(ends, lengths, strict=True)]
+
+
+def enough_of(labels: np.ndarray) -> int:
+    """Tokens from which on the label of a beginning is that of the whole.
+
+    >>> enough_of(np.array([2, 2, 0, 1, 1, 1]))
+    3
+    """
+    differ = np.flatnonzero(labels != labels[-1])
+    return int(differ[-1]) + 1 if len(differ) else 0
+
+
 def _as_far_as_they_show(
     prompts: Prompts, completions: Sequence[tuple[int, ...]], scorer: Scorer
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
@@ -308,22 +368,18 @@ def _as_far_as_they_show(
     """
     suite, count = prompts.suite, len(prompts.announcements)
     bodies = [tokens[:-1] if tokens and tokens[-1] in scorer.ends else tokens for tokens in completions]
-    owner = np.repeat(np.arange(len(bodies)), [len(body) + 1 for body in bodies])
-    parts = [body[:n] for body in bodies for n in range(len(body) + 1)]
     texts = [wordings(shown) for shown in suite.policies.values()]
-    announced = [texts[a.policy][a.wording] for a in prompts.announcements]
-    drawn = Completions(owner // count, [list(part) for part in parts])
-    labels = label_completions(scorer, prompts, drawn, [announced[row % count] for row in owner])
-    named = labels.behaviour < len(suite.behaviours or {})
-    found, shown, start = [], [], 0
-    for row, tokens in enumerate(completions):
-        at = slice(start, start := start + len(bodies[row]) + 1)
-        behaviour, right = labels.behaviour[at], labels.correct[at]
-        differ = np.flatnonzero((behaviour != behaviour[-1]) | (right != right[-1]))
-        enough = differ[-1] + 1 if len(differ) else 0
-        exact = bool(right[-1]) and suite.answer_match == "exact"
-        tells = bool((named[at][-1] or right[-1]) and enough > 0)
-        found.append(bodies[row][:enough] if tells and not exact else tokens)
+    announced = [texts[a.policy][a.wording] for a in prompts.announcements] * len(prompts.rows)
+    owner = np.repeat(np.arange(len(prompts.rows)), count)
+    found, shown = [], []
+    for tokens, body, labels in zip(
+        completions, bodies, beginnings(prompts, bodies, owner, scorer, announced), strict=True
+    ):
+        right, named = bool(labels.correct[-1]), bool(labels.behaviour[-1] < len(suite.behaviours or {}))
+        enough = max(enough_of(labels.behaviour), enough_of(labels.correct))
+        tells = (named or right) and enough > 0
+        exact = right and suite.answer_match == "exact"
+        found.append(body[:enough] if tells and not exact else tokens)
         shown.append(tells or suite.literal)
     return tuple(found), tuple(shown)
 
@@ -407,10 +463,8 @@ def read(
     if rows is not None:
         cells = cells.part(rows)
     announced, completed = _scores(model, cells, cells.batches, told)
-    policy = [a.policy for a in cells.announcements]
-    shape = (len(cells.prompts.rows), len(policy))
-    log_p = [completed.view(shape)[:, _columns(policy, m)].mean(1) for m in range(len(cells.policies))]
-    return Readings(_log_weights(announced, cells), torch.stack(log_p, 1))
+    shape = (len(cells.prompts.rows), len(cells.announcements))
+    return Readings(announced.view(shape), completed.view(shape), cells.owner)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: str) -> Int[Tensor, "row pos"]:
@@ -422,17 +476,8 @@ def _padded(rows: Sequence[Sequence[int]], device: str) -> Int[Tensor, "row pos"
 
 def read_weights(model: Model, cells: Cells) -> Float[Tensor, "prompt policy"]:
     """`log_c` alone, at a fraction of the cost: completions are not fed."""
-    return _log_weights(_scores(model, cells, cells.announcement_batches)[0], cells)
-
-
-def _log_weights(announced: Float[Tensor, " row"], cells: Cells) -> Float[Tensor, "prompt policy"]:
-    policy = [a.policy for a in cells.announcements]
-    table = announced.view(len(cells.prompts.rows), len(policy))
-    return torch.stack([table[:, _columns(policy, m)].logsumexp(1) for m in range(len(cells.policies))], 1)
-
-
-def _columns(policy: Sequence[int], m: int) -> list[int]:
-    return [k for k, owner in enumerate(policy) if owner == m]
+    announced, _ = _scores(model, cells, cells.announcement_batches)
+    return log_weights(announced.view(len(cells.prompts.rows), len(cells.announcements)), cells.owner)
 
 
 def _scores(

@@ -35,7 +35,7 @@ class Effects(Frozen):
     """Bits from S of the choice of policy, 0 to 1: JS of policy weights, prompt by prompt."""
     done: Interval
     """Bits from S of what policies do once in place, 0 to 1: JS of [what S usually completes, anything else], prompt by
-    prompt, each policy weighed as S and R use it, (c_S + c_R) / 2."""
+    prompt, each policy in each wording weighed as S and R use it, (c_S + c_R) / 2."""
     moved: Interval
     """chosen + done."""
     share: Interval
@@ -173,11 +173,14 @@ class GraftRecord(Record):
     policies: tuple[str, str]
     """(p, o) of log(c_p / c_o): the policy that gained most weight, and the one that lost most."""
     method: Literal["literal", "forced texts"]
-    """`forced texts`: policies are rules, and the log-odds are those of the texts that put them in place."""
+    """`forced texts`: policies are rules, and weighed by texts."""
+    texts: dict[str, tuple[str, ...]] = {}
+    """Of each policy: those by which S and R announce it, and which put it in place. Empty where they are the
+    suite's."""
     cues: tuple[str, ...]
     questions: int
     coverage: float = 1.0
-    """Weight of the announcements as written, where it is least: what `chosen` does not see is the rest."""
+    """Weight of the announcements as these texts, where it is least: what `chosen` does not see is the rest."""
     usual: float = 1.0
     """Probability of what S usually completes, where it is least: `done` sees little of a cell that has no usual."""
     shown: float = 1.0
