@@ -15,7 +15,7 @@ from mixturelens.contrasts import span_positions
 from mixturelens.features.activations import At, batches, up_to
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import share_of
-from mixturelens.features.record import Card, Concept, Example, Part, SiteChange, Table, Unit
+from mixturelens.features.record import Card, Concept, Example, Part, SiteChange, Table, Terms, Unit
 from mixturelens.hooks.lens import Lens, Tokens, tokens
 from mixturelens.probing.prompts import Group, Row, read_prompts
 from mixturelens.probing.scores import auroc
@@ -65,12 +65,17 @@ def interesting(tables: Sequence[Table], changes: Sequence[SiteChange]) -> list[
         (round(sum(nats.values()), 2), each.moved, Unit(kind="feature", site=change.site, index=each.index), nats)
         for change in changes
         for each in change.features
-        if (nats := {name: each.terms.of(part).value or 0.0 for part, name in TERMS.items()})
+        for nats in [_nats(each.terms)]
     ]
     for total, _, unit, nats in sorted(moved, key=lambda row: (-row[0], -row[1]))[:MOVED]:
-        most = max(nats, key=lambda name: nats[name])
-        add(unit, f"RL moved it: {nats[most]:.2f} nats of {most} alone" if total else "RL moved it")
+        most = max(nats, key=lambda name: nats[name], default=None)
+        add(unit, f"RL moved it: {nats[most]:.2f} nats of {most} alone" if most and total else "RL moved it")
     return [(unit, "; ".join(dict.fromkeys(why))) for unit, why in found.values()]
+
+
+def _nats(terms: Terms) -> dict[str, float]:
+    """Those terms that were measured."""
+    return {name: nats for part, name in TERMS.items() if (nats := terms.of(part).value) is not None}
 
 
 @dataclass

@@ -159,8 +159,17 @@ class Terms(Frozen):
         known = [each for each in both if each.value is not None]
         if not known:
             return NOT_MEASURED
-        value, low, high = (sum(getattr(each, end) for each in known) for end in ("value", "low", "high"))
+        value = sum(each.value for each in known if each.value is not None)
+        if any(each.low is None or each.high is None for each in known):
+            return Interval(value=value)
+        low, high = (sum(getattr(each, end) for each in known) for end in ("low", "high"))
         return Interval(value=value, low=low, high=high)
+
+    @property
+    def moved(self) -> float | None:
+        """Routing and specialists together, as far as they were measured; null where neither was."""
+        known = [each.value for each in (self.routing, self.specialists) if each.value is not None]
+        return sum(known) if known else None
 
     def of(self, part: Part) -> Interval:
         return {"selector": self.routing, "cue_reader": self.conditioning, "skill": self.skill}[part]
@@ -270,8 +279,5 @@ class FeatureRecord(Record):
     @property
     def arrived(self) -> SiteChange | None:
         """What RL changed where R's activations bring most of it along."""
-        return max(
-            self.changes,
-            key=lambda change: (change.whole.routing.value or 0.0) + (change.whole.specialists.value or 0.0),
-            default=None,
-        )
+        known = [(moved, -i) for i, change in enumerate(self.changes) if (moved := change.whole.moved) is not None]
+        return self.changes[-max(known)[1]] if known else None

@@ -13,12 +13,13 @@ and the other way on the rest cancels. The split of behaviour, which is not used
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 from mixturelens.features.record import FeatureRecord, Terms
 from mixturelens.grafting.record import Effects, GraftRecord
-from mixturelens.patching.record import PatchingRecord, Sweep
+from mixturelens.patching.record import Effect, PatchingRecord, Sweep
 from mixturelens.patching.sweep import APART
 from mixturelens.probing.record import ProbingRecord
 from mixturelens.stats import FEWEST, TOO_FEW
@@ -117,13 +118,15 @@ def share_of(chosen: Interval, done: Interval) -> Interval:
     """chosen / (chosen + done), as wide as both intervals at their ends make it.
 
     >>> share_of(Interval(value=0.3, low=0.2, high=0.4), Interval(value=0.0, low=0.0, high=0.1)).low
-    0.6666666666666667
+    0.6666666666666666
     """
     if chosen.value is None or done.value is None or chosen.value + done.value <= 0:
         return NOT_MEASURED
-    ends = [(chosen.low or 0.0, done.high or 0.0), (chosen.high or 0.0, done.low or 0.0)]
-    low, high = (c / (c + d) if c + d > 0 else 0.5 for c, d in ends)
-    return Interval(value=chosen.value / (chosen.value + done.value), low=low, high=high)
+    value = chosen.value / (chosen.value + done.value)
+    if chosen.low is None or chosen.high is None or done.low is None or done.high is None:
+        return Interval(value=value)
+    low, high = (c / (c + d) if c + d > 0 else 0.5 for c, d in ((chosen.low, done.high), (chosen.high, done.low)))
+    return Interval(value=value, low=low, high=high)
 
 
 def _verdict(graft: GraftRecord, selector: Line, specialists: Line, share: Interval) -> tuple[VerdictWord, str]:
@@ -247,15 +250,15 @@ def _patched_selector(patching: PatchingRecord) -> Line | None:
     ]
     if not inner:
         return None
-    best = max(inner, key=lambda e: e.effect.value or 0.0)
-    rest = sorted(abs(e.effect.value or 0.0) for e in inner if e.site.position != best.site.position)
+    best = max(inner, key=_value)
+    rest = sorted(abs(_value(e)) for e in inner if e.site.position != best.site.position)
     null = rest[int(0.95 * (len(rest) - 1))] if rest else None
     return Line(
         source="patching",
         about="selector",
         effect=best.effect,
         null=null,
-        changed=True if best.effect.above(max(UNDONE, null or 0.0)) else None,
+        changed=True if best.effect.above(UNDONE if null is None else max(UNDONE, null)) else None,
         what=f"Share of the new choice under {patching.harmed_cue} that S's {best.site} undoes in R (best of "
         f"{len(inner)} sites; null: 95% of those at other tokens)",
     )
@@ -271,15 +274,14 @@ def _patched_specialists(patching: PatchingRecord) -> Line | None:
     before, after = contrast("before"), contrast("after")
     if before is None or after is None:
         return None
-    keeps = [
-        s.base.high is not None and s.goal.low is not None and s.base.high < 0 < s.goal.low for s in (before, after)
-    ]
-    gaps = [(s.goal.value or 0.0) - (s.base.value or 0.0) for s in (before, after)]
+    ends = [found for s in (before, after) if (found := _ends(s))]
+    if len(ends) < 2:
+        return None
+    keeps = [base_high < 0 < goal_low for _, _, base_high, _, goal_low, _ in ends]
+    gaps = [goal - base for base, _, _, goal, _, _ in ends]
     if not keeps[0] or gaps[0] < APART:
         return None  # S's policy does not read the cue for sure: nothing that R could have lost
-    spread = [
-        ((s.goal.high or 0) - (s.goal.low or 0) + (s.base.high or 0) - (s.base.low or 0)) / 2 for s in (before, after)
-    ]
+    spread = [(b_high - b_low + g_high - g_low) / 2 for _, b_low, b_high, _, g_low, g_high in ends]
     lost = 1 - gaps[1] / gaps[0]
     margin = (spread[1] + spread[0] * abs(gaps[1] / gaps[0])) / gaps[0]
     return Line(
@@ -293,6 +295,17 @@ def _patched_specialists(patching: PatchingRecord) -> Line | None:
     )
 
 
+def _value(of: Effect) -> float:
+    return math.nan if of.effect.value is None else of.effect.value
+
+
+def _ends(sweep: Sweep) -> list[float]:
+    """Base and goal with their intervals; empty where one of these was not measured."""
+    found = [end for each in (sweep.base, sweep.goal) for end in (each.value, each.low, each.high)]
+    known = [end for end in found if end is not None]
+    return known if len(known) == len(found) else []
+
+
 def _read_selector(probing: ProbingRecord) -> Line | None:
     """Do neutral prompts look in R like hinted ones?"""
     last = max((shift.site.layer for shift in probing.shifts), default=0)
@@ -301,7 +314,7 @@ def _read_selector(probing: ProbingRecord) -> Line | None:
     some = [s for s in probing.shifts if s.site.position == end and s.site.layer < last and s.cosine.value is not None]
     if not some:
         return None
-    best = max(some, key=lambda s: s.cosine.value or 0.0)
+    best = max(some, key=lambda s: -1.0 if s.cosine.value is None else s.cosine.value)
     return Line(
         source="probes",
         about="selector",
@@ -323,10 +336,11 @@ def _read_specialists(probing: ProbingRecord) -> Line | None:
         for index, site in enumerate(probing.sites)
         if site.component == "resid_post" and site.position == end and readout.before.value[index] is not None
     ]
-    there = [i for i in there if readout.carried.value[i] is not None]
-    if not there:
+    known = {i: readout.before.at(i).value for i in there if readout.carried.value[i] is not None}
+    scores = {i: value for i, value in known.items() if value is not None}
+    if not scores:
         return None
-    best = max(there, key=lambda index: readout.before.value[index] or 0.0)
+    best = max(scores, key=lambda index: scores[index])
     here, carried = readout.before.at(best), readout.carried.at(best)
     assert here.value is not None
     assert carried.value is not None
@@ -338,7 +352,7 @@ def _read_specialists(probing: ProbingRecord) -> Line | None:
         about="specialists",
         effect=lost,
         null=0.0,
-        changed=None if not lost.excludes(LOST) else (lost.value or 0.0) > LOST,
+        changed=True if lost.above(LOST) else False if lost.below(LOST) else None,
         what=f"Loss of {readout.metric} of S's behaviour probe at {probing.sites[best]} when it reads R",
     )
 
@@ -353,13 +367,13 @@ def _changed_features(features: FeatureRecord, part: Part) -> Line | None:
     if change is None or not change.features:
         return None
     effect, whole = nats(change.together), nats(change.whole)
-    null = max((nats(each).value or 0.0 for each in change.random), default=None)
-    changed = told(effect, null or 0.0)
+    null = max((value for each in change.random if (value := nats(each).value) is not None), default=None)
+    changed = told(effect, 0.0 if null is None else null)
     # what the dictionary does not see may have changed all the same, and so may what lies behind this place
-    all_of_it = (change.whole.routing.value or 0.0) + (change.whole.specialists.value or 0.0)
-    unseen = changed is False and (told(whole, 0.0) is not False or all_of_it < FLOOR)
-    # a part of the features may move what all of R's activations leave alone: that is no change of R
-    made_up = changed is True and told(whole, 0.0) is not True
+    all_of_it = change.whole.moved
+    unseen = changed is False and (told(whole, 0.0) is not False or all_of_it is None or all_of_it < FLOOR)
+    # a part of the features may move what all of R's activations leave alone, or any features may: no change of R
+    made_up = changed is True and (told(whole, 0.0) is not True or null is None)
     what = "the choice of policy" if part == "selector" else "what policies do, once in place"
     return Line(
         source="features",
