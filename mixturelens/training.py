@@ -79,7 +79,9 @@ class Trajectory(Record):
         """
         before: tuple[int, float] | None = None
         for point in self.points:
-            now = point.cues[cue].accuracy.value or 0.0
+            now = point.cues[cue].accuracy.value
+            if now is None:
+                continue
             if now >= accuracy:
                 if before is None:
                     return float(point.step)
@@ -357,7 +359,8 @@ class Stage:
         return self.stop_reward is not None and full and sum(recent) / len(recent) >= self.stop_reward
 
     def numbers(self) -> dict[str, float]:
-        shown = {cue: state.accuracy.value or 0.0 for cue, state in self.points[-1].cues.items()} if self.points else {}
+        last = self.points[-1].cues if self.points else {}
+        shown = {cue: value for cue, state in last.items() if (value := state.accuracy.value) is not None}
         return {**({"reward": self.reward[-1]} if self.reward else {}), **shown}
 
     def save_progress(self, checkpoint: Path) -> None:

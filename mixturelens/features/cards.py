@@ -15,7 +15,7 @@ from mixturelens.contrasts import span_positions
 from mixturelens.features.activations import At, batches, up_to
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import share_of
-from mixturelens.features.record import Card, Concept, Example, Part, SiteChange, Table, Unit
+from mixturelens.features.record import Card, Concept, Example, Part, SiteChange, Table, Terms, Unit
 from mixturelens.hooks.lens import Lens, Tokens, tokens
 from mixturelens.probing.prompts import Group, Row, read_prompts
 from mixturelens.probing.scores import auroc
@@ -65,12 +65,17 @@ def interesting(tables: Sequence[Table], changes: Sequence[SiteChange]) -> list[
         (round(sum(bits.values()), 2), each.moved, Unit(kind="feature", site=change.site, index=each.index), bits)
         for change in changes
         for each in change.features
-        if (bits := {name: each.terms.of(part).value or 0.0 for part, name in TERMS.items()})
+        for bits in [_bits(each.terms)]
     ]
     for total, _, unit, bits in sorted(moved, key=lambda row: (-row[0], -row[1]))[:MOVED]:
-        most = max(bits, key=lambda name: bits[name])
-        add(unit, f"RL moved it: {bits[most]:.3f} bits of {most} alone" if total else "RL moved it")
+        most = max(bits, key=lambda name: bits[name], default=None)
+        add(unit, f"RL moved it: {bits[most]:.3f} bits of {most} alone" if most and total else "RL moved it")
     return [(unit, "; ".join(dict.fromkeys(why))) for unit, why in found.values()]
+
+
+def _bits(terms: Terms) -> dict[str, float]:
+    """Those terms that were measured."""
+    return {name: nats for part, name in TERMS.items() if (nats := terms.of(part).value) is not None}
 
 
 @dataclass

@@ -100,9 +100,9 @@ def causes(alone: Terms, null: Sequence[Terms]) -> Part | None:
     """The term that a latent moves most, of those that it surely moves by more than the null; None if there is none."""
     moved: dict[Part, float] = {}
     for part in get_args(Part):
-        chance = [each.of(part).value or 0.0 for each in null]
+        chance = [value for each in null if (value := each.of(part).value) is not None]
         least = max(FLOOR, float(np.percentile(chance, 95)) if chance else 0.0)
         effect = alone.of(part)
-        if effect.low is not None and effect.low > least:
-            moved[part] = effect.value or 0.0
+        if effect.value is not None and effect.low is not None and effect.low > least:
+            moved[part] = effect.value
     return max(moved, key=lambda part: moved[part]) if moved else None

@@ -202,7 +202,8 @@ def _layers(patching: PatchingRecord | None, concept: Concept, site: Site) -> li
     for sweep in patching.sweeps if patching else ():
         if (sweep.kind, sweep.checkpoint) == (kind, side):
             for each in sweep.effects:
-                if each.site.component in ("mlp_out", "attn_out", "z") and abs(each.effect.value or 0.0) >= MOVED:
+                moved = each.effect.value
+                if each.site.component in ("mlp_out", "attn_out", "z") and moved is not None and abs(moved) >= MOVED:
                     found.add(each.site.layer)
     return sorted(found) if patching else None
 

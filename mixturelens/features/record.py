@@ -153,6 +153,12 @@ class Terms(Frozen):
     skill: Interval
     specialist: Interval
 
+    @property
+    def moved(self) -> float | None:
+        """Routing and specialist together, as far as they were measured; null where neither was."""
+        known = [each.value for each in (self.routing, self.specialist) if each.value is not None]
+        return sum(known) if known else None
+
     def of(self, part: Part) -> Interval:
         return {"selector": self.routing, "cue_reader": self.conditioning, "skill": self.skill}[part]
 
@@ -262,8 +268,5 @@ class FeatureRecord(Record):
     @property
     def arrived(self) -> SiteChange | None:
         """What RL changed where R's activations bring most of it along."""
-        return max(
-            self.changes,
-            key=lambda change: (change.whole.routing.value or 0.0) + (change.whole.specialist.value or 0.0),
-            default=None,
-        )
+        known = [(moved, -i) for i, change in enumerate(self.changes) if (moved := change.whole.moved) is not None]
+        return self.changes[-max(known)[1]] if known else None

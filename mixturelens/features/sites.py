@@ -81,7 +81,9 @@ def arrived_at(before: Lens, after: Lens, suite: Suite, seed: int = 0, share: fl
 
     def bits(place: tuple[int, Component]) -> float:
         (found,) = Splices(before, after, place, prompts, seed, base).terms([whole])
-        return (found.routing.value or 0.0) + (found.specialist.value or 0.0)
+        if found.moved is None:
+            raise InputError("what S does with R's activations could not be measured")
+        return found.moved
 
     full = bits(last)
     if full < FLOOR:

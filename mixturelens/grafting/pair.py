@@ -243,11 +243,12 @@ def _unseen(found: Search) -> list[str]:
     said = []
     if closed:
         hidden = sum(len(each.components) for each in closed)
-        most = max(each.bound or 0.0 for each in closed)
+        bounds = [each.bound for each in closed if each.bound is not None]
+        most = f"at most {max(bounds):.2f}" if bounds else "an unknown share"
         said.append(
-            f"grafts of {hidden} components one by one: they are parts of {len(closed)} groups of layers that move at "
-            f"most {most:.2f} of R's change each, which bounds them if the parts of a group do not cancel; "
-            "--exhaustive grafts them all"
+            f"grafts of {hidden} components one by one: they are parts of {len(closed)} groups of layers that move "
+            f"{most} of R's change each, which bounds them if the parts of a group do not cancel; --exhaustive grafts "
+            "them all"
         )
     for name in unsound(found):
         said.append(f"grafts of the parts of {name}: path attribution says that they cancel; --exhaustive grafts them")

@@ -75,7 +75,8 @@ def search(trial: Trial, most: int, path: Attribution | None = None, everything:
         for group in groups:
             block = _look(trial, group)
             found[group.name] = block
-            heapq.heappush(waiting, (-(block.bound or 0.0), len(found), group))
+            # where R changed nothing there is no bound, and nothing to open the group for
+            heapq.heappush(waiting, (0.0 if block.bound is None else -block.bound, len(found), group))
 
     look(_all_of(trial.bench.names))
     short = []
@@ -150,5 +151,5 @@ def unsound(found: Search) -> tuple[str, ...]:
         if not block.opened
         and len(block.components) > 1
         and block.attributed is not None
-        and block.attributed > max(MATTERS, block.bound or 0.0)
+        and block.attributed > (MATTERS if block.bound is None else max(MATTERS, block.bound))
     )

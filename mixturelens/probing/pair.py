@@ -121,7 +121,9 @@ def probing_record(
             readable = {
                 site: readout.after.at(i)
                 for i, (site, value) in enumerate(zip(scores.sites, values, strict=True))
-                if (isinstance(site.position, int) or site.position in shared) and (value or 0.0) >= READABLE
+                if (isinstance(site.position, int) or site.position in shared)
+                and value is not None
+                and value >= READABLE
             }
             found, spent, unseen = scan(erasing, readable, where, math.inf if exhaustive else left[0] * SCANNING)
             erased.extend(found)
@@ -132,11 +134,11 @@ def probing_record(
         if unused is not None:
             erasures["unused"] = in_full("unused", erasing, unused.site, unused.readable)
         elif doubtful := [each for each in inner if leaves(each)]:
-            gap = max(doubtful, key=lambda each: abs(each.gap.value or 0.0)).gap
+            gaps = [abs(each.gap.value) for each in doubtful if each.gap.value is not None]
             problems.append(
                 f"a site where the cue is readable and unused: at {len(doubtful)} erasing it changes nothing, but on "
-                f"questions that did not fit the eraser the cue is not erased there for sure (of its gap up to "
-                f"{'an unknown share' if gap.value is None else format(gap.value, '.2f')} is left)"
+                "questions that did not fit the eraser the cue is not erased there for sure (of its gap "
+                f"{f'up to {max(gaps):.2f}' if gaps else 'nobody knows how much'} is left)"
             )
 
     def erase_used(cue: Contrasts) -> None:
@@ -241,7 +243,10 @@ def scan(
         for position in ladders:
             known = sorted(i for p, i in found if p == position)
             for low, high in itertools.pairwise(known):
-                differ = abs((found[position, low].left.value or 0.0) - (found[position, high].left.value or 0.0))
+                ends = (found[position, low].left.value, found[position, high].left.value)
+                if ends[0] is None or ends[1] is None:
+                    continue
+                differ = abs(ends[0] - ends[1])
                 if high - low > 1 and differ >= DIFFERS:
                     gaps.append((differ, (position, (low + high) // 2)))
         rungs = []
@@ -266,8 +271,9 @@ def least_used(erased: Sequence[ErasedSite]) -> ErasedSite | None:
     >>> least_used([]) is None
     True
     """
-    unused = [each for each in erased if each.holds and leaves(each) and each.readable.measured]
-    return max(unused, key=lambda each: (each.readable.value, -abs(1 - (each.left.value or 0.0))), default=None)
+    known = [(each, each.readable.value, each.left.value) for each in erased if each.holds and leaves(each)]
+    unused = [(read, -abs(1 - left), each) for each, read, left in known if read is not None and left is not None]
+    return max(unused, key=lambda row: row[:2], default=(0, 0, None))[2]
 
 
 def leaves(each: ErasedSite) -> bool:

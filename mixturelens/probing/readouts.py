@@ -206,11 +206,15 @@ def turning(sites: Sequence[Site], stream: Set[Site], found: Sequence[Readout]) 
     for readout, position in itertools.product(found, positions):
         levels = [s for s in sites if s in stream and s.position == position]
         rows = [(readout.before.at(number[s]), readout.after.at(number[s])) for s in levels]
-        floor = max(readout.chance, readout.shuffled_high or 0.0)
+        floor = readout.chance if readout.shuffled_high is None else max(readout.chance, readout.shuffled_high)
+
+        def shows(score: Interval, floor: float = floor) -> bool:
+            return score.low is not None and score.low > floor
+
         for site, was, now in zip(levels[1:], rows, rows[1:], strict=False):
             changed = any(_apart(x, y) for x, y in zip(was, now, strict=True))
             parted = _apart(*was) != _apart(*now)
-            read = any((y.low or 0.0) > floor >= (x.low or 0.0) for x, y in zip(was, now, strict=True))
+            read = any(shows(y) and not shows(x) for x, y in zip(was, now, strict=True))
             if changed or parted or read:
                 places.add((site.layer, position))
     return places
@@ -220,8 +224,9 @@ def _apart(one: Interval, other: Interval) -> bool:
     """Whether two scores surely differ, by more than STEP."""
     if one.value is None or other.value is None:
         return one.value is not other.value
-    low, high = sorted((one, other), key=lambda each: each.value or 0.0)
-    return (low.high or 0.0) < (high.low or 0.0) and (high.value or 0.0) - (low.value or 0.0) >= STEP
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return False
+    return (one.high < other.low or other.high < one.low) and abs(one.value - other.value) >= STEP
 
 
 def _chunks(sites: Sequence[Site], each: int) -> Iterator[list[Site]]:
@@ -352,12 +357,16 @@ def _ask(
     return silent
 
 
+NOTHING: dict[Metric, float] = {"AUROC": 0.5, "accuracy": 0.0, "R2": 0.0}
+"""Score of a probe that reads nothing; of accuracy the least, where no class is known that it could always say."""
+
+
 def _chance(metric: Metric, fit: _Half, test: _Half) -> float:
     """Score of always saying the most frequent class of the rows that were fitted."""
-    if metric != "accuracy":
-        return 0.5 if metric == "AUROC" else 0.0
+    if metric != "accuracy" or not len(test.labels):
+        return NOTHING[metric]
     classes, sizes = np.unique(fit.labels, return_counts=True)
-    return float((test.labels == classes[sizes.argmax()]).mean()) if len(test.labels) else 0.0
+    return float((test.labels == classes[sizes.argmax()]).mean())
 
 
 @dataclass(frozen=True)
@@ -436,7 +445,7 @@ def _readout(target: Target, table: _Table, counts: Int[np.ndarray, "draw questi
         classes=target.classes,
         rows=target.said,
         questions=counts.shape[1],
-        chance=table.chance or 0.0,
+        chance=NOTHING[target.metric] if table.chance is None else table.chance,
         before=_column(table.draws["before"], counts, target.metric),
         after=_column(table.draws["after"], counts, target.metric),
         carried=_column(table.draws["carried"], counts, target.metric),

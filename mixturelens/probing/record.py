@@ -38,7 +38,7 @@ class Readout(Frozen):
     questions: int
     """Questions that the scores are about."""
     chance: float
-    """Score of a probe that reads nothing."""
+    """Score of a probe that reads nothing; of accuracy 0 where nothing was asked, and there is no score either."""
     before: Column
     """S's probes on S."""
     after: Column
@@ -56,8 +56,8 @@ class Readout(Frozen):
     @property
     def best(self) -> int | None:
         """The site where S's probe reads best."""
-        known = [index for index, value in enumerate(self.before.value) if value is not None]
-        return max(known, key=lambda index: self.before.value[index] or 0.0, default=None)
+        known = {index: value for index, value in enumerate(self.before.value) if value is not None}
+        return max(known, key=lambda index: known[index], default=None)
 
 
 ERASED = 0.1

@@ -239,10 +239,10 @@ def _circuit(case: Case) -> dict[str, float]:
     """The nodes of the routing circuit, nominated by slopes and judged by exact patching: what a node moves, into the
     corrupt run or into the clean one, whichever is more; 0 where it is not surely used."""
     nodes = {node.name: node for node in routing_circuit(case.lens, case.contrasts, "before").nodes}
-    moved = {
-        name: max((node.patched.value or 0.0, node.needed.value or 0.0), key=abs) if node.used else 0.0
-        for name, node in nodes.items()
-    }
+    moved = dict.fromkeys(nodes, 0.0)
+    for name, node in nodes.items():
+        if node.used:
+            moved[name] = max((x.value for x in (node.patched, node.needed) if x.value is not None), key=abs)
     return {name: moved[name] for name in case.sites}
 
 

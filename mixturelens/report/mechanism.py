@@ -233,7 +233,8 @@ def _verified(circuits: Sequence[RoutingCircuit]) -> str:
         known = [node for node in of.nodes if node.patched.measured]
         if not known:
             continue
-        refuted = [node for node in known if node.used is False and (node.score.value or 0.0) >= CARRIES]
+        scored = [(node, node.score.value) for node in known if node.used is False]
+        refuted = [node for node, score in scored if score is not None and score >= CARRIES]
         named = [
             f"{node.name} (slopes {show(node.score.value)}, patched {show(node.patched.value)}, "
             f"needed {show(node.needed.value)})"

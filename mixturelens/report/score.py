@@ -148,11 +148,11 @@ def _best(record: ScoreRecord, kind: str) -> str:
     from mixturelens.proving.localise import BROKEN, RANDOM
 
     of_kind = [each for each in record.methods if each.contrast == kind]
-    real = [each for each in of_kind if each.method not in (*BROKEN, RANDOM) and each.iou.value is not None]
+    real = [(x, each) for each in of_kind if each.method not in (*BROKEN, RANDOM) and (x := each.iou.value) is not None]
     if not real:
         return f"{kind}: nothing was measured"
-    top = max(real, key=lambda each: each.iou.value or 0.0)
-    equal = ", ".join(each.method for each in real if each.iou.value == top.iou.value)
+    most, top = max(real, key=lambda row: row[0])
+    equal = ", ".join(each.method for value, each in real if value == most)
     by_chance = "".join(f", chance {show(each.iou.value, 2)}" for each in of_kind if each.method == RANDOM)
     return f"{kind}: {equal} ({show_interval(top.iou, 2)}{by_chance})"
 

@@ -215,7 +215,10 @@ def repair_record(
 
     def rerouted() -> Repair:
         able = behaviour.per_cue[harm.harmed_cue].before.accuracy
-        best = max((name for name in able if name != harm.policy), key=lambda name: able[name] or 0.0)
+        known = {name: value for name, value in able.items() if name != harm.policy and value is not None}
+        if not known:
+            raise InputError(f"no policy but {harm.policy} could be put in place in S, so that none is known to answer")
+        best = max(known, key=lambda name: known[name])
         read, offset, towards = _cue_and_choice(ground, best)
 
         def by(vector: np.ndarray, nats: float) -> Intervention:
@@ -245,7 +248,9 @@ def repair_record(
             repairs.append(way())
         except InputError as error:  # one way that this suite does not allow must not cost the others
             missing.append(f"{kind}: {error}")
-    works = [each for each in repairs if each.kind == "edit" and (each.gap_closed.low or 0.0) > 0]
+    works = [
+        each for each in repairs if each.kind == "edit" and each.gap_closed.low is not None and each.gap_closed.low > 0
+    ]
     if save_to is not None and works:
         weights = edited(lens, fit_edit(ground, heads))
         save_with(pair.model("after"), weights, lens.tokenizer, save_to)

@@ -145,10 +145,16 @@ def circuit(circuits: Sequence[RoutingCircuit]) -> Figure:
 
 def _shown(circuits: Sequence[RoutingCircuit]) -> list[dict[_Key, CircuitEdge]]:
     """The strongest edges of each side, and of each side those that the other shows."""
-    every = [{_key(edge): edge for edge in of.edges} for of in circuits]
-    strongest = [sorted(edges, key=lambda key: -abs(edges[key].score.value or 0.0))[:EDGES] for edges in every]
+    every = [{_key(edge): edge for edge in of.edges if edge.score.measured} for of in circuits]
+    strongest = [sorted(edges, key=lambda key: -abs(_score(edges[key])))[:EDGES] for edges in every]
     wanted = dict.fromkeys(key for keys in strongest for key in keys)
     return [{key: edges[key] for key in wanted if key in edges} for edges in every]
+
+
+def _score(edge: CircuitEdge) -> float:
+    """Of an edge that was measured: others are not drawn."""
+    assert edge.score.value is not None
+    return edge.score.value
 
 
 def _words(of: RoutingCircuit) -> tuple[str, ...]:
@@ -245,7 +251,7 @@ def _edges(
     drawn: dict[tuple[bool, int, str], list[tuple[list[_Place], str]]] = {}
     halos: list[tuple[list[_Place], float]] = []
     for key, edge in edges.items():
-        score = edge.score.value or 0.0
+        score = _score(edge)
         level = next(i for i, (least, _) in enumerate(LEVELS) if abs(score) >= least)
         path = _edge_path(layout, edge)
         text = f"{edge.sender} → {edge.receiver} at position {edge.position}<br>score {number(edge.score)}"

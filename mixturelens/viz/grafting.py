@@ -312,8 +312,9 @@ def _points(
         row=row,
         col=column,
     )
-    away = [(each.name, x.value or 0.0, y.value or 0.0) for each, x, y in values]
-    away = [point for point in away if max(abs(point[1]), abs(point[2])) > 0.06 * across]
+    known = [(each.name, x.value, y.value) for each, x, y in values]
+    points = [(name, x, y) for name, x, y in known if x is not None and y is not None]
+    away = [point for point in points if max(abs(point[1]), abs(point[2])) > 0.06 * across]
     for (name, x, y), lift in _named(away, PANEL / columns / across, TALL / tall):
         figure.add_annotation(
             text=label(name, 14), x=x, y=y, showarrow=False, yshift=lift, font={"size": 12}, row=row, col=column

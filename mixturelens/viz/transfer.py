@@ -99,9 +99,14 @@ def _overall(verdict: VerdictRecord, cue: str) -> Interval:
 
 def _silent(verdict: VerdictRecord, cue: str) -> Interval:
     """Forced accuracy in R of the policy that was best under this cue in S."""
-    side, known = _after(verdict, cue), verdict.per_cue[cue].before.accuracy
-    best = max(known, key=lambda name: known[name] or 0.0)
-    return NOT_MEASURED if side is None else side.intervals.get(f"accuracy.{best}", Interval(value=side.accuracy[best]))
+    side, accuracy = _after(verdict, cue), verdict.per_cue[cue].before.accuracy
+    known = {name: value for name, value in accuracy.items() if value is not None}
+    best = max(known, key=lambda name: known[name], default=None)
+    return (
+        NOT_MEASURED
+        if side is None or best is None
+        else side.intervals.get(f"accuracy.{best}", Interval(value=side.accuracy[best]))
+    )
 
 
 def _repaired(repair: RepairRecord, kind: str) -> Interval:
