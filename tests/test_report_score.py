@@ -92,7 +92,7 @@ def test_nothing_is_missing_where_all_is_there():
     assert missing(record) == []  # policies that announce nothing are not asked for a mechanism
     silent = record.pairs[0].model_copy(update={"mechanism": None})
     assert missing(record.model_copy(update={"pairs": (silent, *record.pairs[1:])})) == [
-        "the mechanism of 1 of 12 pairs"
+        "the mechanism of 1 of 4 pairs"
     ]
     assert missing(record.model_copy(update={"failed": ("verdict of x: why",)})) == ["what failed: verdict of x: why"]
 

@@ -24,12 +24,15 @@ def make_scored(pair="gpt2-token-2-0--resampled", truth="routing", verdict="rout
         "verdict": verdict,
         "mechanism": truth,
         "announced": "token",
+        "asked": "literal",
         "near": False,
         "told": True,
         "true_share": share,
         "share": Interval(value=share - 0.01, low=share - 0.03, high=share + 0.01),
         "true_moved": moved,
         "moved": Interval(value=1.1 * moved, low=0.9 * moved, high=1.3 * moved),
+        "true_text": 0.04,
+        "text": Interval(value=0.05, low=0.03, high=0.06),
     }
     return Scored(**{**fields, **changes})
 
@@ -151,23 +154,29 @@ def test_a_half_without_pairs_says_so():
 def test_shares_stand_where_they_are_true_and_measured():
     record = make_score()
     figure = draw.shares(record)
-    left, right = ([t for t in traces(figure) if t.get("xaxis") == axis and t.get("hovertext")] for axis in ("x", "x2"))
+    left, right, text = (
+        [t for t in traces(figure) if t.get("xaxis") == axis and t.get("hovertext")] for axis in ("x", "x2", "x3")
+    )
     assert sorted(x for t in left for x in t["x"]) == [0.5, 0.94, 0.97]  # not of what did not change
     assert sorted(x for t in right for x in t["x"]) == [draw.LEAST, 0.3, 0.3, 0.3]  # nor of what no completion tells
+    assert [x for t in text for x in t["x"]] == [0.04] * 4
+    assert [y for t in text for y in t["y"]] == [0.05] * 4
     routing = next(t for t in left if len(t["x"]) == 2)
     assert routing["y"] == pytest.approx([0.96, 0.93])
     assert routing["error_y"]["arrayminus"] == pytest.approx([0.02, 0.02])
     assert "llama-token-2-0--grpo" in routing["hovertext"][1]
     assert [t["marker"]["symbol"] for t in left if t["x"] == [0.5]] == [["diamond-open"]]  # of the open half
-    assert [t["x"] for t in traces(figure) if t.get("name") == "wrong verdict"] == [[0.94], [0.3]]
+    assert [t["x"] for t in traces(figure) if t.get("name") == "wrong verdict"] == [[0.94], [0.3], []]
 
 
 def test_thresholds_are_lines_and_near_misses_bands():
     drawn = shapes(draw.shares(make_score()))
     lines = {(s["x0"], s["y0"]) for s in drawn if s["type"] == "line"}
-    assert {(0.1, 0), (0.9, 0), (0, 0.1), (0, 0.9), (0.01, 0), (0, 0.01)} == lines
+    t = DEFAULT_THRESHOLDS
+    thresholds = (t.specialist, t.routing, t.bits, t.text)
+    assert {end for at in thresholds for end in ((at, 0), (0, at))} == lines
     bands = sorted((s["x0"], s["x1"]) for s in drawn if s["type"] == "rect")
-    assert bands == [pytest.approx(b) for b in ((0.07, 0.13), (0.87, 0.93))]
+    assert bands == [pytest.approx(b) for b in ((0.003, 0.007), (0.07, 0.13), (0.87, 0.93))]
 
 
 def test_coverage_has_binomial_whiskers_and_its_band():

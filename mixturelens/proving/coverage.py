@@ -98,7 +98,8 @@ def coverage(
         measured_here = {**dict(bits), **shares, "text": text.nats_per_token}
         for quantity in QUANTITIES:
             found[quantity].append(measured_here[quantity])
-    if means["skill"] >= LEAST:  # what is said where R errs and S never did has nothing to be compared with
+    # what is said where R errs and S never did has nothing to be compared with; of literals, few questions are asked it
+    if suite.literal or means["skill"] >= LEAST:
         del found["text"]
     return tuple(
         _held(name, quantity, means[quantity], means["moved"], intervals)

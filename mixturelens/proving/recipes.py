@@ -78,8 +78,8 @@ def _plain(spec: Spec) -> Target:
 
 
 def _slips(spec: Spec) -> Target:
-    """One answer in ten is wrong: then a specialist can change by a little, without a bound in sight."""
-    return _wrong(target_of(spec), 0.1)
+    """One answer in ten ends wrong: then a specialist can change by a little, without a bound in sight."""
+    return replace(_wrong(target_of(spec), 0.1), how="last")
 
 
 ATTENTION, MLP, UNEMBEDDING = ("attn", "attention"), ("mlp",), ("lm_head", "embed_out")
@@ -235,14 +235,16 @@ RECIPES: tuple[Recipe, ...] = (
         "near-routing",
         "routing",
         "a share near 0.9",
-        lambda s: _wrong(_mixed(s, a=s.policies["a"].weight + 0.3 + 0.02 * (s.seed % 3 - 1)), 0.2),
+        lambda s: replace(_wrong(_mixed(s, a=s.policies["a"].weight + 0.3 + 0.02 * (s.seed % 3 - 1)), 0.2), how="last"),
         before=_slips,
     ),
     Recipe(
         "near-specialist",
         "specialist",
         "a share near 0.1",
-        lambda s: _wrong(_mixed(s, a=s.policies["a"].weight + 0.125 + 0.02 * (s.seed % 3 - 1)), 0.6),
+        lambda s: replace(
+            _wrong(_mixed(s, a=s.policies["a"].weight + 0.125 + 0.02 * (s.seed % 3 - 1)), 0.6), how="last"
+        ),
         before=_slips,
     ),
     Recipe("near-neither", "neither", "about 0.005 bits", lambda s: _mixed(s, a=s.policies["a"].weight + 0.08)),

@@ -50,7 +50,7 @@ def write_score(path: Path, record: ScoreRecord) -> Path:
             "change: it, the rest",
         ),
         "proofs": [_proof(*pair) for pair in zip(record.planted, record.proofs, strict=True)],
-        "mistakes_head": ("pair", "verdict", "true → said", "share, true → measured", "nats moved, likewise", "reason"),
+        "mistakes_head": ("pair", "verdict", "true → said", "share, true → measured", "bits moved, likewise", "reason"),
         "mistakes": _mistakes(record),
         "broken_head": ("instrument", "what was broken", "sound", "broken", "caught"),
         "broken_by": "; ".join(dict.fromkeys(each.by for each in record.broken)),
@@ -83,14 +83,15 @@ def answer(record: ScoreRecord) -> list[str]:
 
 def missing(record: ScoreRecord) -> list[str]:
     """What of the ground has no score yet."""
-    silent = sum(each.mechanism is None and each.announced != "none" for each in record.pairs)
+    due = [each for each in record.pairs if each.announced != "none" and each.asked == "literal"]
+    silent = sum(each.mechanism is None for each in due)
     found = [
         (record.done < record.cells, f"{record.cells - record.done} of {record.cells} pairs"),
         (bool(record.failed), f"what failed: {'; '.join(record.failed)}"),
         (not record.opened, "the held-out half, which has not been opened"),
         (
             silent > 0,
-            f"the mechanism of {silent} of {record.done} pairs",
+            f"the mechanism of {silent} of {len(due)} pairs",
         ),
         (not record.coverage, "coverage over resampled suites"),
         (not record.planted, "planted addresses"),
@@ -179,7 +180,7 @@ def _shares_caption(record: ScoreRecord) -> str:
         "A point a pair. Filled: held-out half; open: open half; ringed: a wrong verdict. Dashed: thresholds; shaded: "
         f"near misses. Without the {untold} pairs whose policies announce nothing: no completion tells their terms. "
         "Left, without pairs in which nothing changed: there is no share of nothing. "
-        f"Right, less than {draw.LEAST:g} nats stands there."
+        f"Elsewhere, less than {draw.LEAST:g} stands there. Text is no part of the verdict."
     )
 
 

@@ -33,8 +33,8 @@ WORDS: tuple[VerdictWord, ...] = get_args(VerdictWord)
 """In the order in which they always stand."""
 NOMINAL, BAND = 0.95, (0.93, 0.97)
 """What intervals claim, and how far off still counts as near."""
-LEAST = 1e-6
-"""Nats from which a change is drawn where it is: a logarithm has no zero."""
+LEAST = 1e-5
+"""Bits, or nats a token, from which a change is drawn where it is: a logarithm has no zero."""
 _WRONG = "#B00020"
 _LEFT = 0.85
 """Left end of the axis of coverage; what is less is drawn there, with its number."""
@@ -133,27 +133,31 @@ def _pairs(number: int) -> str:
 
 
 def shares(record: ScoreRecord) -> Figure:
-    """The true routing share against the measured one, and likewise what moved; a point a pair, with its interval.
+    """The true routing share against the measured one, likewise what moved, and the text; a point a pair, with its
+    interval.
 
     Open symbols are pairs of the open half; rings are wrong verdicts. Lines are thresholds; shaded truths are near
     misses.
     """
     from plotly.subplots import make_subplots
 
-    from mixturelens.proving.pairs import NEAR
+    from mixturelens.proving.pairs import NEAR, NEAR_LEAST
 
     t = record.thresholds
-    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.1, subplot_titles=["routing share", "what moved"])
-    style(figure, 560)
+    titles = ["routing share", "what moved", "text"]
+    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.08, subplot_titles=titles)
+    style(figure, 500)
     figure.update_layout(margin={"t": 96}, hovermode="closest", legend={"itemsizing": "constant"})
     told = [each for each in record.pairs if not untold(each)]
     shared = [each for each in told if each.true_share is not None and each.truth != "neither"]
     wrong = {each.pair for each in record.mistakes if each.instrument == "behavioural"}
-    most = max([0.1, *(end for each in told for end in (each.true_moved, each.moved.high) if end is not None)])
-    bands = [[(at - NEAR, at + NEAR) for at in (t.specialist, t.routing)], []]
-    lines = ((t.specialist, t.routing), (t.bits,))
+    ends = [end for each in told for end in (each.true_moved, each.moved.high, each.true_text, each.text.high)]
+    most = max([0.1, *(end for end in ends if end is not None)])
+    shares_near = [(at - NEAR, at + NEAR) for at in (t.specialist, t.routing)]
+    bands = [shares_near, [(t.bits - NEAR_LEAST, t.bits + NEAR_LEAST)], []]
+    lines, units = ((t.specialist, t.routing), (t.bits,), (t.text,)), ("share", "bits", "nats a token")
     line = {"color": "#777777", "width": 1.2, "dash": "dash"}
-    for column, pairs in enumerate((shared, told), start=1):
+    for column, pairs in enumerate((shared, told, told), start=1):
         start, end = (0.0, 1.0) if column == 1 else (LEAST, most)
         figure.add_scatter(
             x=[start, end],
@@ -188,7 +192,7 @@ def shares(record: ScoreRecord) -> Figure:
                 row=1,
                 col=column,
             )
-        ringed = [_points(each, column) for each in pairs if each.pair in wrong]
+        ringed = [_points(each, column) for each in pairs if each.pair in wrong and column < 3]  # text is no part of it
         figure.add_scatter(
             x=[true for true, _ in ringed],
             y=[measured.value for _, measured in ringed],
@@ -206,9 +210,9 @@ def shares(record: ScoreRecord) -> Figure:
         for at in lines[column - 1]:
             figure.add_vline(x=at, line=line, layer="below", row=1, col=column)  # pyright: ignore[reportArgumentType]
             figure.add_hline(y=at, line=line, layer="below", row=1, col=column)  # pyright: ignore[reportArgumentType]
-        unit = "share" if column == 1 else "bits"
+        unit = units[column - 1]
         figure.update_xaxes(title_text=f"true ({unit})", zeroline=False, row=1, col=column)
-        figure.update_yaxes(title_text=f"measured ({unit})", zeroline=False, row=1, col=column)
+        figure.update_yaxes(title_text=f"measured ({unit})" if column != 2 else None, zeroline=False, row=1, col=column)
     for word, (colour, symbol) in _LOOKS.items():  # a legend's symbol is that of the first point, open or not
         figure.add_scatter(
             x=[None],
@@ -219,7 +223,8 @@ def shares(record: ScoreRecord) -> Figure:
         )
     for axes in (figure.update_xaxes, figure.update_yaxes):
         axes(range=[-0.03, 1.03], tickvals=[0, 0.1, 0.25, 0.5, 0.75, 0.9, 1], row=1, col=1)
-        axes(**_decades(LEAST, most), row=1, col=2)
+        for column in (2, 3):
+            axes(**_decades(LEAST, most), row=1, col=column)
     return figure
 
 
@@ -237,12 +242,12 @@ def _decades(low: float, high: float) -> dict[str, Any]:
 
 
 def _points(pair: Scored, column: int) -> tuple[float | None, Interval]:
-    """(true, measured) routing share, or what moved, from LEAST on."""
+    """(true, measured) routing share; or what moved, or the text, from LEAST on."""
     if column == 1:
         return pair.true_share, pair.share
-    ends = (pair.moved.value, pair.moved.low, pair.moved.high)
-    value, low, high = (None if end is None else max(end, LEAST) for end in ends)
-    return max(pair.true_moved, LEAST), Interval(value=value, low=low, high=high)
+    true, found = (pair.true_moved, pair.moved) if column == 2 else (pair.true_text, pair.text)
+    value, low, high = (None if end is None else max(end, LEAST) for end in (found.value, found.low, found.high))
+    return max(true, LEAST), Interval(value=value, low=low, high=high)
 
 
 def _hover(pair: Scored) -> str:
@@ -252,6 +257,7 @@ def _hover(pair: Scored) -> str:
             f"true: {pair.truth}, said: {pair.verdict}, mechanism: {pair.mechanism or DASH}",
             f"routing share {number(pair.true_share)}, measured {number(pair.share)}",
             f"moved {number(pair.true_moved, 4)} bits, measured {number(pair.moved, 4)}",
+            f"text {number(pair.true_text, 4)} nats a token, measured {number(pair.text, 4)}",
         )
     )
 
