@@ -75,7 +75,7 @@ def interesting(tables: Sequence[Table], changes: Sequence[SiteChange]) -> list[
 
 def _bits(terms: Terms) -> dict[str, float]:
     """Those terms that were measured."""
-    return {name: nats for part, name in TERMS.items() if (nats := terms.of(part).value) is not None}
+    return {name: bits for part, name in TERMS.items() if (bits := terms.of(part).value) is not None}
 
 
 @dataclass
