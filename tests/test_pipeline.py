@@ -72,14 +72,14 @@ def test_the_verdict_follows_from_the_records(verdict: tuple[str, str, VerdictRe
     records = REFERENCE / "records" / f"sft--rl-{trained}"
     evidence = {
         "graft": GraftRecord.load(records / "graft.json"),
-        "patching": PatchingRecord.load(records / "patching.json"),
-        "probing": ProbingRecord.load(records / "probing.json"),
         "features": FeatureRecord.load(records / "features.json"),
     }
     assert judge(BehaviourRecord.load(records / "behaviour.json"), **evidence) == record
     assert record.mechanism.verdict == "routing"
     assert record.mechanism.agrees
-    assert record.controls.shuffled_mechanism == "neither"
+    noise, moved = record.controls.pair.noise, record.bits.routing
+    assert noise is not None
+    assert moved.low > 20 * noise.routing.high
 
 
 def test_the_records_are_about_these_weights(verdict: tuple[str, str, VerdictRecord]) -> None:
@@ -209,7 +209,7 @@ def test_what_features_found(trained: str, other: str) -> None:
     arrived = found.arrived
     assert arrived is not None
     assert arrived.together.routing.above(0.5 * (arrived.whole.routing.value or 0.0))
-    assert arrived.together.specialists.below(0.01)
+    assert arrived.together.specialist.below(0.01)
     # and it made no feature that S did not have
     assert [fit.seed for fit in found.crosscoders] == [0, 1, 2]
     assert all(fit.exclusive == {"before": 0, "after": 0} for fit in found.crosscoders)

@@ -100,7 +100,7 @@ def _jackknifed(p: np.ndarray, q: np.ndarray, samples: int) -> np.ndarray:
             total = total + np.where(side[..., outcome] > 0, side[..., outcome] * one, 0.0)
         return np.asarray(total)
 
-    return plain + (samples - 1) * (2 * plain - without(p, q) - without(q, p))
+    return np.asarray(plain + (samples - 1) * (2 * plain - without(p, q) - without(q, p)))
 
 
 def bit_terms(before: Behaviour, after: Behaviour, samples: int | None = None) -> BitTerms:

@@ -200,6 +200,8 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
     contradiction = _contradiction(record)
     if contradiction is not None:
         return "inconclusive", f"its texts are not what the checkpoints write: {contradiction}"
+    if record.questions < t.questions:
+        return "inconclusive", f"{record.questions} questions are too few for an interval ({t.questions} are needed)"
     for when, coverage in record.coverage.items():
         if not coverage.above(t.coverage):
             hints = record.check.hints if record.check is not None else ()
@@ -207,8 +209,6 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
                 f"the known policies cover only {_show(coverage)} of the completions {when}, and {t.coverage} is needed"
                 f"{''.join(f'; {hint}' for hint in hints[:2])}"
             )
-    if record.questions < t.questions:
-        return "inconclusive", f"{record.questions} questions are too few for an interval ({t.questions} are needed)"
     if record.samples is not None and record.samples < t.samples:
         return "inconclusive", (
             f"{record.samples} completion(s) a prompt cannot tell a prompt's weights; raise `samples` to {t.samples} "
@@ -267,6 +267,8 @@ def _cell_moved(cell: Cell, threshold: float) -> bool | None:
 def _show(value: Interval) -> str:
     if value.value is None:
         return "an unmeasured share"
+    if value.low is None or value.high is None:
+        return f"{value.value:.3f}"
     return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 

@@ -20,7 +20,7 @@ from mixturelens.features.sae import load_sae, train_sae
 from mixturelens.models import open_pair
 from mixturelens.patching.record import Effect, PatchingRecord, Sweep
 from mixturelens.probing.record import ProbingRecord
-from mixturelens.stats import half_of
+from mixturelens.stats import half_of, too_few
 from mixturelens.suite import Suite, load_suite
 from mixturelens.types import InputError, Interval, Site
 
@@ -78,7 +78,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureRecord, Path
 
 def test_every_field_is_filled(whole: tuple[FeatureRecord, Path, list[str]]):
     found, _, said = whole
-    assert found.missing == ()
+    assert found.missing == too_few("features", QUESTIONS // 2)
     assert (found.trained_cue, found.harmed_cue) == ("A", "B")
     assert [(table.concept, table.checkpoint) for table in found.tables] == [
         ("cue", "after"),
@@ -165,6 +165,7 @@ def test_a_site_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tm
     assert found.missing == (
         "site of the selector: patching measured no checkpoint contrast here",
         "units that carry the cue: no cue today",
+        *too_few("features", 2),
     )
     assert (found.tables, found.crosscoders) == ((), ())
     assert len(found.changes) == 1  # where it has arrived

@@ -153,6 +153,7 @@ def test_thresholds_stay_as_they_were_when_the_other_half_was_opened(tmp_path: P
         score._freeze(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_quick_ground_from_end_to_end(tmp_path: Path, monkeypatch):
     """Four pairs made, evaluated and judged; broken instruments caught; and a second run that measures nothing."""
     steps: list[tuple[str, int, int]] = []
