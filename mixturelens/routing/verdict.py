@@ -200,15 +200,15 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
     contradiction = _contradiction(record)
     if contradiction is not None:
         return "inconclusive", f"its texts are not what the checkpoints write: {contradiction}"
-    if record.questions < t.questions:
-        return "inconclusive", f"{record.questions} questions are too few for an interval ({t.questions} are needed)"
     for when, coverage in record.coverage.items():
-        if not coverage.above(t.coverage):
+        if coverage.low is not None and not coverage.above(t.coverage):  # one question has no interval
             hints = record.check.hints if record.check is not None else ()
             return "inconclusive", (
                 f"the known policies cover only {_show(coverage)} of the completions {when}, and {t.coverage} is needed"
                 f"{''.join(f'; {hint}' for hint in hints[:2])}"
             )
+    if record.questions < t.questions:
+        return "inconclusive", f"{record.questions} questions are too few for an interval ({t.questions} are needed)"
     if record.samples is not None and record.samples < t.samples:
         return "inconclusive", (
             f"{record.samples} completion(s) a prompt cannot tell a prompt's weights; raise `samples` to {t.samples} "
