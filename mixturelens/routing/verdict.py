@@ -201,7 +201,9 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
     if contradiction is not None:
         return "inconclusive", f"its texts are not what the checkpoints write: {contradiction}"
     for when, coverage in record.coverage.items():
-        if coverage.low is not None and not coverage.above(t.coverage):  # one question has no interval
+        if coverage.low is None and record.questions < t.questions:
+            continue  # one question has no interval: there are too few
+        if not coverage.above(t.coverage):
             hints = record.check.hints if record.check is not None else ()
             return "inconclusive", (
                 f"the known policies cover only {_show(coverage)} of the completions {when}, and {t.coverage} is needed"
