@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", BitTerms, NatTerms)
 
-POPULATION, ASKED, SUITES = 250, 80, 2000
+POPULATION, ASKED, SUITES = 250, 80, 1000
 """Questions whose truth is known, those of one suite, and suites. Suites are drawn with replacement."""
 REPEATS = 8
 """Independent measurements of the population; a suite takes each question's numbers from any of them, so that the noise

@@ -13,7 +13,16 @@ from mixturelens.proving.manner import Manner
 from mixturelens.proving.organisms import small_spec, target_of
 from mixturelens.proving.pairs import QUICK, Cell, Organism, grid, make_pair, near, told_by_making
 from mixturelens.proving.recipes import RECIPES, made_of, seen_of
-from mixturelens.proving.score import COVERED, COVERED_BY_RULES, HALVES, PLANTED, covered, has_mechanism, opened
+from mixturelens.proving.score import (
+    ASKED_OF,
+    COVERED,
+    COVERED_BY_RULES,
+    HALVES,
+    PLANTED,
+    covered,
+    has_mechanism,
+    opened,
+)
 from mixturelens.proving.truth import Truth, word
 from mixturelens.types import InputError, RunError
 
@@ -89,6 +98,9 @@ def test_planted_organisms_are_halved_within_each_architecture():
         mine = [each.name in known for each in PLANTED if each.architecture == architecture]
         assert True in mine
         assert False in mine
+    assert min(each.number for each in PLANTED) >= 6  # those below served to build the methods
+    slow = [each.name in known for each in PLANTED if each.architecture in ASKED_OF]
+    assert slow.count(True) == slow.count(False) == 3
 
 
 @pytest.mark.parametrize(
