@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.lens import Lens, Tokens, tokens
 from mixturelens.hooks.metrics import LogOdds, log_odds
@@ -32,9 +34,16 @@ class Sides:
     def __len__(self) -> int:
         return len(self.clean)
 
-    def part(self, rows: slice) -> Sides:
-        metric = LogOdds(self.metric.target[rows], self.metric.foil[rows])
-        return Sides(self.clean.part(rows), self.corrupt.part(rows), metric, self.spans[rows], self.shifts[rows])
+    def part(self, rows: slice | Sequence[int]) -> Sides:
+        at = list(range(len(self))[rows]) if isinstance(rows, slice) else list(rows)
+        index = torch.tensor(at, device=self.clean.ids.device, dtype=torch.long)
+        return Sides(
+            self.clean.part(index),
+            self.corrupt.part(index),
+            LogOdds(self.metric.target[index], self.metric.foil[index]),
+            tuple(self.spans[i] for i in at) if self.spans else (),
+            tuple(self.shifts[i] for i in at) if self.shifts else (),
+        )
 
 
 def sides(lens: Lens, contrasts: Contrasts) -> Sides:

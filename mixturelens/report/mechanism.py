@@ -202,7 +202,8 @@ def _circuits(circuits: Sequence[RoutingCircuit], pictures: Pictures) -> Group:
             viz.circuit([of for of in circuits if of.kind == kind]),
             f"The {kind} contrast: each line runs from who writes (below) to who reads (above), at one token. "
             "Width: share of the contrast; dashed: a head carries it from one token to another; yellow: S and R "
-            f"differ. Hover for numbers.{_verified([of for of in circuits if of.kind == kind])}",
+            f"differ. Hover for numbers.{_complete([of for of in circuits if of.kind == kind])}"
+            f"{_verified([of for of in circuits if of.kind == kind])}",
             whiskers=False,
         )
         for kind in kinds
@@ -223,6 +224,16 @@ def _circuits(circuits: Sequence[RoutingCircuit], pictures: Pictures) -> Group:
         "lines from or to one that moves next to nothing, so that its slopes mislead.",
         "A circuit that keeps no more of the contrast than random edges of equal number is a picture and no finding.",
         found,
+    )
+
+
+def _complete(circuits: Sequence[RoutingCircuit]) -> str:
+    """Whether slopes add up, in single questions, too."""
+    return "".join(
+        f" {viz.SIDES[of.checkpoint]}: slopes miss {of.missed.mean:.1%} of the mean change, and of a question's own "
+        f"{of.missed.median:.1%} (median) and at worst {of.missed.worst:.1%}."
+        for of in circuits
+        if of.missed is not None
     )
 
 

@@ -23,7 +23,7 @@ from mixturelens.hooks.sides import Sides, sides
 from mixturelens.models import Pair
 from mixturelens.models.cost import Work, estimate, said_time, size_of
 from mixturelens.models.source import fingerprint
-from mixturelens.patching.attribution import FRACTIONS, STEPS, EdgeScores, eap_ig, eap_ig_of, faithfulness
+from mixturelens.patching.attribution import FRACTIONS, LEAST, STEPS, EdgeScores, eap_ig, eap_ig_of, faithfulness
 from mixturelens.patching.graph import Graph, edge_graph, masked
 from mixturelens.patching.sweep import APART, Direction, patch
 from mixturelens.records import Record
@@ -129,6 +129,16 @@ class Faithfulness(Frozen):
     random_cmd: Interval
 
 
+class Missed(Frozen):
+    """What the scores of the input's edges, which should add up to a question's change of the metric, miss of it."""
+
+    mean: float
+    """Of the mean change over questions: errors of single questions cancel in it."""
+    median: float
+    """Of a question's own change."""
+    worst: float
+
+
 class RoutingCircuit(Frozen):
     """The strongest edges of one checkpoint on one kind of contrast."""
 
@@ -142,6 +152,7 @@ class RoutingCircuit(Frozen):
     """Token (or span) at each position."""
     edges_total: int
     """Edges of the whole graph, of which `edges` are the strongest."""
+    missed: Missed | None = None
     nodes: tuple[CircuitNode, ...]
     edges: tuple[CircuitEdge, ...]
     faithfulness: Faithfulness
@@ -308,6 +319,7 @@ def _circuit(
         method=f"EAP-IG, {effort.steps} steps",
         labels=position_labels(contrasts, graph.lens.tokenizer),
         edges_total=total,
+        missed=_missed(scores, (ends[0] - ends[1]).double()),
         nodes=_nodes(graph, scores, contrasts, counts, whole, effort.verified),
         edges=tuple(
             CircuitEdge(
@@ -328,6 +340,15 @@ def _circuit(
             random_cpr=_envelope([one.cpr for one in curve.random]),
             random_cmd=_envelope([one.cmd for one in curve.random]),
         ),
+    )
+
+
+def _missed(scores: EdgeScores, change: Float[Tensor, " row"]) -> Missed:
+    found = scores.per_question[:, 0].sum(-1).double()
+    return Missed(
+        mean=round(float((found.mean() - change.mean()).abs() / change.mean().abs().clamp(min=LEAST)), 6),
+        median=round(float(scores.missed.median()), 6),
+        worst=round(float(scores.missed.max()), 6),
     )
 
 

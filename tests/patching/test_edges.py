@@ -16,8 +16,9 @@ from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.hooks.metrics import log_odds
 from mixturelens.hooks.sides import Sides, sides
 from mixturelens.models import load_tokenizer
+from mixturelens.patching import attribution
 from mixturelens.patching import graph as graphs
-from mixturelens.patching.attribution import eap, eap_ig, eap_ig_of, exact, faithfulness, patch_paths
+from mixturelens.patching.attribution import EdgeScores, eap, eap_ig, eap_ig_of, exact, faithfulness, patch_paths
 from mixturelens.patching.graph import Graph, edge_graph, masked, masked_logits, written
 from mixturelens.stats import resample_counts
 from mixturelens.suite import load_suite
@@ -285,6 +286,35 @@ def test_integrated_gradients_converge_and_add_up(shape: str):
     assert changes[2] < 0.06
     # complete: the input's edges carry everything, question by question
     torch.testing.assert_close(scores[-1].per_question[:, 0].sum(-1), clean - corrupt, atol=0.02, rtol=0)
+
+
+def test_questions_that_do_not_close_are_given_more_steps(monkeypatch: pytest.MonkeyPatch):
+    graph, on = organism("checkpoints/rl-A")
+    clean, corrupt = metrics(graph, on)
+    change = clean - corrupt
+
+    def missed(scores: EdgeScores) -> torch.Tensor:
+        found = (scores.per_question[:, 0].sum(-1) - change).abs() / change.abs()
+        torch.testing.assert_close(scores.missed, found, atol=1e-4, rtol=1e-3)
+        return found
+
+    refined = eap_ig(graph, on)
+    assert missed(refined).max() < 0.02
+    points = []
+    slopes = attribution._gradients
+    monkeypatch.setattr(attribution, "_gradients", lambda graph, on, x: points.append(len(on)) or slopes(graph, on, x))
+    again = eap_ig(graph, on)
+    assert points[:32] == [len(on)] * 32  # those that close already are left alone
+    assert 0 < max(points[32:]) < len(on)
+    torch.testing.assert_close(again.per_question, refined.per_question)
+    monkeypatch.setattr(attribution, "MOST", 32)
+    plain = eap_ig(graph, on)
+    assert missed(plain).max() > 0.1
+    closed = missed(plain) <= 0.02
+    torch.testing.assert_close(plain.per_question[closed], refined.per_question[closed])
+    # where fewer steps are asked for, all questions have as many
+    assert missed(eap_ig(graph, on, 8)).median() > 0.02
+    assert missed(eap(graph, on)).max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["llama", "checkpoints/sft"])
