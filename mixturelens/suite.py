@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,6 +185,7 @@ class Suite(Frozen):
     behaviours: dict[str, Shown] | None = None
     trained_cue: str | None = None
     answer_match: Literal["exact", "contains", "regex"] = "exact"
+    """`contains`: as words of their own, so that `4` is not in `14`."""
     max_new_tokens: int = Field(default=16, ge=1, strict=True)
     samples: int = Field(default=8, ge=1, strict=True)
     chat: Chat | None = None
@@ -328,7 +330,7 @@ class Suite(Frozen):
         if self.answer_match == "exact":
             return rest.strip() == row.answer.strip()
         if self.answer_match == "contains":
-            return row.answer.strip() in rest
+            return _stands_in(row.answer.strip(), rest)
         return re.search(row.answer, rest) is not None
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -344,6 +346,30 @@ class Suite(Frozen):
         rest = {key: value for key, value in rest.items() if key not in _DERIVED or value != _default(key)}
         text = yaml.dump({"prompts": prompts_name, **rest}, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
         write_text(path, text)
+
+
+def _stands_in(answer: str, text: str) -> bool:
+    """Whether the answer stands in the text as words of its own: `4` not in `14` or `4.5`, `imp` not in `simply`."""
+    start = text.find(answer)
+    while start >= 0:
+        end = start + len(answer)
+        if not _goes_on(text[:start][::-1], answer[:1]) and not _goes_on(text[end:], answer[-1:]):
+            return True
+        start = text.find(answer, start + 1)
+    return False
+
+
+def _goes_on(beside: str, edge: str) -> bool:
+    """Whether what stands beside the edge of an answer, nearest first, is of the same word or number."""
+    if edge.isdigit() and beside[:1] in (".", ",") and beside[1:2].isdigit():
+        return True
+    return bool(beside) and all(map(_spells_words, (beside[0], edge)))
+
+
+def _spells_words(char: str) -> bool:
+    """Letters, marks and digits; but not those without case (Chinese, Thai, Arabic), as words need no space there."""
+    category = unicodedata.category(char)
+    return category[0] in "LMN" and category != "Lo"
 
 
 class _Dumper(yaml.SafeDumper):

@@ -20,8 +20,9 @@ from jaxtyping import Float
 
 from mixturelens.behaviour.arrays import Behaviour, BitTerms
 
-TABLED = 20
-"""Samples a side up to which a table corrects the bias of JS; from then on the jackknife does, whose error is small."""
+TABLED = 64
+"""Samples a side up to which a table corrects the bias of JS, fitted in seconds; from then on the jackknife does, whose
+error is small: at most 0.002 bits, of what happens once in a hundred times."""
 GRID = 41
 """Probabilities, a side, at which a table is fitted."""
 ALIKE = 100.0

@@ -10,8 +10,9 @@ from mixturelens.suite import Chat, Rule, Suite
 from mixturelens.types import REFUSE
 
 TRAINED_CUE = "A"
-SAMPLES = 16
-"""Completions a prompt behind what rules say."""
+SAMPLES = 32
+"""Completions a prompt behind what rules say: of the 80 questions of an organism, as many as can tell no change from
+the least that counts."""
 
 
 def suite_of(spec: Spec, manner: Manner, tokens: int = 0) -> Suite:

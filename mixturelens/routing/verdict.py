@@ -220,19 +220,22 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
         return "inconclusive", record.identified.doubt
     if not record.moved.measured:
         return "inconclusive", "the change could not be measured"
+    more = "ask more questions"
+    if record.samples is not None:
+        more = f"draw more completions a prompt (`samples`, now {record.samples}) or {more}"
     if record.moved.below(t.bits):
         return "neither", ""
     if not record.moved.excludes(t.bits):
         return (
             "inconclusive",
-            f"the change of {_show(record.moved)} bits crosses the threshold {t.bits}; ask more questions",
+            f"the change of {_show(record.moved)} bits crosses the threshold {t.bits}; {more}",
         )
     share = record.routing_share
     for threshold in (t.routing, t.specialist):
         if not share.excludes(threshold):
             return (
                 "inconclusive",
-                f"the routing share {_show(share)} crosses the threshold {threshold}; ask more questions",
+                f"the routing share {_show(share)} crosses the threshold {threshold}; {more}",
             )
     assert share.value is not None
     return ("routing" if share.value >= t.routing else "specialist" if share.value <= t.specialist else "both"), ""

@@ -24,6 +24,8 @@ from mixturelens.types import Interval
 MANNER = Manner(chat=True, tail=8)
 LENGTHS = (8, 16, 32)
 DRIFTS = (0.01, 0.06, 0.3)
+SAMPLES = 64
+"""Completions a prompt of 46: as many as can tell no change from the least that counts."""
 BITS = ("routing", "specialist", "conditioning", "skill", "dormant")
 pytestmark = pytest.mark.slow
 
@@ -56,7 +58,7 @@ class Ground:
 
     def suite(self, tokens: int = 0) -> Suite:
         rows = tuple(prompt_row(self.spec, cue, question) for question in self.asked for cue in self.spec.cues)
-        return suite_of(self.spec, MANNER, tokens).model_copy(update={"prompts": rows})
+        return suite_of(self.spec, MANNER, tokens).model_copy(update={"prompts": rows, "samples": SAMPLES})
 
     def measured(self, suite: Suite, weight: float, drift: float) -> BehaviourRecord:
         scorer = Scorer(end_tokens(self.before, self.tokenizer), len(self.tokenizer))
