@@ -86,6 +86,11 @@ class Interval(Frozen):
     def below(self, threshold: float) -> bool:
         return self.high is not None and self.high < threshold
 
+    def within(self, least: float, most: float) -> Interval:
+        """The same, cut where the quantity can be no less and no more."""
+        cut = {name: None if x is None else min(most, max(least, x)) for name, x in self}
+        return Interval(**cut)
+
 
 NOT_MEASURED = Interval()
 

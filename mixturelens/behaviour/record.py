@@ -429,18 +429,20 @@ def bits_of(
         for each in (drawn, {name: values.mean(-1) for name, values in drawn.items()})
     )
     routing, specialist, conditioning = means["routing"], means["specialist"], means["conditioning"]
+    moved = interval(routing + specialist, grid.counts)
     shares = {
-        "moved": interval(routing + specialist, grid.counts),
         "routing_share": map_draws(lambda r, s: r / (r + s), routing, specialist, counts=grid.counts),
         "router_share": map_draws(
             lambda r, s, c: (r + c) / (r + s), routing, specialist, conditioning, counts=grid.counts
         ),
     }
-    per_cue = [
-        Bits(**{name: interval(values[:, c], grid.counts) for name, values in terms.items()})
-        for c in range(grid.index.shape[1])
-    ]
-    return Bits(**{name: interval(values, grid.counts) for name, values in means.items()}), per_cue, shares
+    shares = {"moved": moved.within(0.0, 2.0), **{name: share.within(0.0, 1.0) for name, share in shares.items()}}
+
+    def bits(values: Mapping[str, np.ndarray]) -> Bits:
+        return Bits(**{name: interval(each, grid.counts).within(0.0, 1.0) for name, each in values.items()})
+
+    per_cue = [bits({name: values[:, c] for name, values in terms.items()}) for c in range(grid.index.shape[1])]
+    return bits(means), per_cue, shares
 
 
 def _bounded(found: Mapping[str, np.ndarray], told: bool) -> dict[str, np.ndarray]:

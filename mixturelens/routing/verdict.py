@@ -311,7 +311,7 @@ def _reason(
     lead = _LEAD[verdict]
     if verdict == "specialist" and changed.selector:
         lead = "The specialists changed, far more than the routing"
-    share, whole = _show(_within(record.routing_share)), record.moved.value
+    share, whole = _show(record.routing_share), record.moved.value
     clauses = [f"{lead}: {share} of the {whole:.3g} bits that tell after from before are routing"]
     if parts:
         clauses.append(f"what changed is {' and '.join(parts)}")
@@ -355,14 +355,6 @@ def _put_in_place(record: BehaviourRecord, moved: tuple[Cell, ...], t: Threshold
         return "whether every policy put in place still does what it did cannot be told"
     cell = max(sure, key=lambda c: max(abs(c.behaviour_change.value or 0), abs(c.accuracy_change.value or 0)))
     return f"policy {cell.policy} put in place under {cell.cue} {_cell_words(cell)}"
-
-
-def _within(share: Interval) -> Interval:
-    """A share as a share: sampling error can take the estimate a little out of 0 to 1."""
-    if share.value is None or share.low is None or share.high is None:
-        return share
-    value, low, high = (min(1.0, max(0.0, x)) for x in (share.value, share.low, share.high))
-    return Interval(value=value, low=low, high=high)
 
 
 def _size(state: CueBehaviour) -> float:

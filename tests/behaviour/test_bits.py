@@ -197,7 +197,7 @@ def exact(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("samples", "anywhere", "alike"), [(4, 0.035, 0.004), (8, 0.014, 0.002), (16, 0.006, 0.001), (24, 0.01, 0.008)]
+    ("samples", "anywhere", "alike"), [(4, 0.035, 0.004), (8, 0.014, 0.002), (16, 0.006, 0.001), (64, 0.002, 0.0002), (96, 0.002, 0.0002)]
 )
 def test_estimates_from_samples_are_hardly_off(samples: int, anywhere: float, alike: float):
     """Bias by summation over binomials, at the worst pair of probabilities, and where nothing changed."""
@@ -206,7 +206,7 @@ def test_estimates_from_samples_are_hardly_off(samples: int, anywhere: float, al
     assert np.abs(np.diag(bias)).max() < alike
 
 
-@pytest.mark.parametrize("samples", [4, 8, 16, 24])
+@pytest.mark.parametrize("samples", [4, 8, 16, 96])
 @pytest.mark.parametrize(
     ("before", "after"), [((5, 5), (50, 1)), ((5, 5), (5, 5)), ((1, 1), (1, 1)), ((50, 1), (50, 1)), ((20, 2), (2, 20))]
 )
@@ -233,7 +233,7 @@ def test_a_checkpoint_against_itself_is_nothing_on_average(samples: int, least: 
 
 def test_what_is_sure_is_sure_from_samples():
     """Nothing seen on one side that is seen on the other, and the same seen on both."""
-    for samples in (4, 8, 16, 24):
+    for samples in (4, 8, 16, 96):
         assert js_of_samples(np.array([1.0, 0.0]), np.array([1.0, 0.0]), samples) == 0
         assert js_of_samples(np.array([1.0, 0.0]), np.array([0.0, 1.0]), samples) == pytest.approx(1, abs=0.035)
 

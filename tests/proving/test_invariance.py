@@ -24,7 +24,7 @@ from mixturelens.types import Interval
 MANNER = Manner(chat=True, tail=8)
 LENGTHS = (8, 16, 32)
 DRIFTS = (0.01, 0.06, 0.3)
-SAMPLES = 64
+SAMPLES = 96
 """Completions a prompt of 46: as many as can tell no change from the least that counts."""
 BITS = ("routing", "specialist", "conditioning", "skill", "dormant")
 pytestmark = pytest.mark.slow
