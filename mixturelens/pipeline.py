@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixturelens.behaviour.forecast import ForecastRecord, Point, compare, forecast_records
-from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
+from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.features.pair import feature_record, pretrained
 from mixturelens.features.record import FeatureRecord
 from mixturelens.grafting.pair import graft_record

@@ -74,6 +74,13 @@ class Interval(Frozen):
     def measured(self) -> bool:
         return self.value is not None
 
+    @property
+    def known(self) -> float:
+        """The value. Raises ValueError where nothing was measured: that is no 0."""
+        if self.value is None:
+            raise ValueError("nothing was measured here")
+        return self.value
+
     def excludes(self, threshold: float) -> bool:
         """True if the whole interval lies on one side of `threshold`; False when not measured."""
         if self.low is None or self.high is None:

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mixturelens import viz
+from mixturelens.behaviour.grid import grid_of
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.behaviour.record import behaviour_record, grid_of
 from mixturelens.grafting.components import parts, weights_of
 from mixturelens.grafting.graft import written
 from mixturelens.grafting.pair import graft_record

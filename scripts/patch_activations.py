@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mixturelens import viz
 from mixturelens.behaviour.harm import find_harm
-from mixturelens.behaviour.record import behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import lens_of
 from mixturelens.models import open_pair, quiet_libraries

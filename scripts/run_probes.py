@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mixturelens import viz
 from mixturelens.behaviour.harm import find_harm, gained_and_lost
-from mixturelens.behaviour.record import behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import open_pair, quiet_libraries

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from mixturelens import viz
-from mixturelens.behaviour.record import behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.models import open_pair
 from mixturelens.routing.verdict import judge
 from mixturelens.suite import load_suite

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from mixturelens.behaviour.record import behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.models import open_pair
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import load_suite

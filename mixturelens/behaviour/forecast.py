@@ -443,7 +443,7 @@ def compare(record: ForecastRecord, points: Sequence[Point]) -> ForecastRecord:
 
 
 def _values(values: Sequence[Interval | float]) -> list[float]:
-    return [float(v.value or 0.0) if isinstance(v, Interval) else v for v in values]
+    return [v.known if isinstance(v, Interval) else v for v in values]
 
 
 def _score(

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Float
 
 from mixturelens.behaviour.arrays import Behaviour
+from mixturelens.behaviour.grid import Grid, grid_of
 from mixturelens.behaviour.harm import Harm
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare
-from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.intervened import Intervened, Prompt, Rewrite, known_prompts
 from mixturelens.hooks.kept import Kept
@@ -57,7 +57,7 @@ class Ground:
     def both(self, behaviour: Behaviour, prompts: Prompts) -> tuple[float, float]:
         """Accuracy under the harmed and under the trained cue."""
         found = self.accuracies(behaviour, prompts)
-        return found[self.harm.harmed_cue].value or 0.0, found[self.harm.trained_cue].value or 0.0
+        return found[self.harm.harmed_cue].known, found[self.harm.trained_cue].known
 
 
 def make_ground(lens: Lens, suite: Suite, harm: Harm, seed: int) -> Ground:

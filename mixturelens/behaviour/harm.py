@@ -43,16 +43,20 @@ def find_harm(record: BehaviourRecord) -> Harm:
     changes = {cue: state.accuracy_change.total for cue, state in record.per_cue.items() if state.accuracy_change}
     if not after or not changes:
         raise InputError("patching and repair need a checkpoint after: give --after")
-    harmed = min(rest, key=lambda cue: changes[cue].value or 0.0)
-
-    def right(name: str, cue: str) -> float | None:
-        return after[cue].accuracy[name]
-
-    known = [name for name in record.policies if right(name, trained) is not None and right(name, harmed) is not None]
-    candidates = [n for n in known if (right(n, trained) or 0.0) >= HALF > (right(n, harmed) or 0.0)]
+    measured = [cue for cue in rest if cue in changes and changes[cue].measured]
+    if not measured:
+        raise InputError("patching and repair need to know under which cue accuracy was lost, and none was measured")
+    harmed = min(measured, key=lambda cue: changes[cue].known)
+    right = {
+        name: (on, off)
+        for name in record.policies
+        if (on := after[trained].accuracy[name]) is not None and (off := after[harmed].accuracy[name]) is not None
+    }
+    candidates = [name for name, (on, off) in right.items() if on >= HALF > off]
     if not candidates:
-        both = [(name, right(name, trained) or 0.0, right(name, harmed) or 0.0) for name in known]
-        seen = "; ".join(f"{name}: {on:.2f} under {trained}, {off:.2f} under {harmed}" for name, on, off in both)
+        seen = "; ".join(
+            f"{name}: {on:.2f} under {trained}, {off:.2f} under {harmed}" for name, (on, off) in right.items()
+        )
         raise InputError(
             f"no policy, put in place, answers under {trained!r} and not under {harmed!r} (forced accuracy: "
             f"{seen or 'no policy can be put in place'}); there is no cue reader to find"

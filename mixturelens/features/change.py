@@ -19,10 +19,10 @@ from torch import Tensor
 
 from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.bits import bit_terms
+from mixturelens.behaviour.grid import Grid, grid_of
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import Prompts, prepare
-from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.features.activations import up_to
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import share_of

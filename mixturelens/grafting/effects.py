@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mixturelens.behaviour.bits import js
-from mixturelens.behaviour.record import Grid
+from mixturelens.behaviour.grid import Grid
 from mixturelens.grafting.readings import Cells, Readings
 from mixturelens.grafting.record import Effects
 from mixturelens.stats import half_of, interval, map_draws, resample_counts

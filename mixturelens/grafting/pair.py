@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from jaxtyping import Int
 
+from mixturelens.behaviour.grid import grid_of
 from mixturelens.behaviour.harm import gained_and_lost
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare, without_behaviours
-from mixturelens.behaviour.record import BehaviourRecord, grid_of
+from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.grafting.announced import as_announced
 from mixturelens.grafting.components import State, parts, weights_of
 from mixturelens.grafting.effects import Judge

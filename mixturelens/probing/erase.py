@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mixturelens.behaviour.grid import Grid, grid_of
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare, without_answers
-from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.engine import Columns, Engine, Spans
 from mixturelens.hooks.intervened import Intervened, known_prompts

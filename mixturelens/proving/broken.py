@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from mixturelens.behaviour import record
+from mixturelens.behaviour import pair
 from mixturelens.behaviour.arrays import Change
 from mixturelens.behaviour.bits import bit_terms
 from mixturelens.behaviour.split import class_terms
@@ -84,9 +84,9 @@ def broken_methods(methods: Sequence[Score]) -> Iterator[Broken]:
 
 def broken_verdicts(cells: Sequence[Cell], ground: Path) -> Iterator[Broken]:
     """Score each broken behaviour instrument on these pairs beside the sound one: are its words and numbers right?"""
-    sound = _right(cells, ground, record.measure_change)
+    sound = _right(cells, ground, pair.measure_change)
     for name, (breaks, what) in BROKEN.items():
-        found = _right(cells, ground, breaks(record.measure_change))
+        found = _right(cells, ground, breaks(pair.measure_change))
         yield Broken(
             name=name,
             what=what,
@@ -101,8 +101,8 @@ def _right(cells: Sequence[Cell], ground: Path, measure: Measure) -> float:
     right = []
     for cell in cells:
         made = make_pair(cell, ground)
-        with patch.object(record, "measure_change", measure):
-            found = record.behaviour_record(made.open())
+        with patch.object(pair, "measure_change", measure):
+            found = pair.behaviour_record(made.open())
         terms = [(getattr(found.bits, name), made.truth.bits[name]) for name in BITS]
         terms += [(getattr(found.nats, name), made.truth.nats[name]) for name in NATS]
         held = [

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from mixturelens.behaviour.arrays import BitTerms, Change, NatTerms
+from mixturelens.behaviour.grid import grid_of
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure_change
+from mixturelens.behaviour.pair import bits_of, nats_of
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.behaviour.record import bits_of, grid_of, nats_of
 from mixturelens.models import end_tokens
 from mixturelens.organism import Spec, prompt_row
 from mixturelens.proving.pairs import NEAR

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mixturelens.behaviour import unannounced
-from mixturelens.behaviour.record import behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.grafting.pair import graft_record
 from mixturelens.models import load_tokenizer, quiet_libraries
 from mixturelens.models.source import fingerprint

@@ -343,7 +343,7 @@ def _against_noise(record: BehaviourRecord, verdict: VerdictRecord) -> Control:
 def _controls(record: BehaviourRecord, verdict: VerdictRecord, repair: RepairRecord | None) -> list[Control]:
     pair, t, exact = verdict.controls.pair, verdict.thresholds, record.samples is None
     terms = {name: value for name, value in pair.same_checkpoint if value.measured}
-    worst = max(terms, key=lambda name: terms[name].value or 0.0, default=None)
+    worst = max(terms, key=lambda name: terms[name].known, default=None)
     shuffled = pair.shuffled_routing_share
     return [
         Control(
@@ -384,7 +384,7 @@ def _controls(record: BehaviourRecord, verdict: VerdictRecord, repair: RepairRec
 
 
 def _nothing(value: Interval, exact: bool, threshold: float) -> bool:
-    return (value.value or 0.0) < _ROUNDING if exact else not value.above(threshold)
+    return value.known < _ROUNDING if exact else not value.above(threshold)
 
 
 def _by_samples(check: SampleCheck) -> Control:

@@ -137,13 +137,13 @@ def _beside(value: Interval, null: float | None) -> str:
     return f"{_show(value)} bits ({times:,.{0 if times >= 10 else 1}f} times noise of the same size)"
 
 
-def told(effect: Interval, null: float = 0.0) -> bool | None:
-    """Whether bits are a change, and more than a null; None where it cannot be told.
+def told(effect: Interval, null: float | None = None) -> bool | None:
+    """Whether bits are a change, and more than a null, if there is one; None where it cannot be told.
 
     >>> told(Interval(value=0.2, low=0.1, high=0.3)), told(Interval(value=0.0, low=0.0, high=0.0))
     (True, False)
     """
-    if effect.above(max(FLOOR, null)):
+    if effect.above(FLOOR if null is None else max(FLOOR, null)):
         return True
     return False if effect.below(FLOOR) else None
 
@@ -169,7 +169,7 @@ def _selector(of: Factorial | None) -> Line | None:
         return None
     alone, null = of.selector_only, _most(each.chosen.value for each in of.noise)
     what = f"R's {_list(of.selector)} in S alone; what policies do moves by {_show(alone.done)}"
-    return _line("one part", "selector", alone.chosen, null, told(alone.chosen, null or 0.0), what)
+    return _line("one part", "selector", alone.chosen, null, told(alone.chosen, null), what)
 
 
 def _specialists(of: Graft | None) -> Line | None:
@@ -193,7 +193,7 @@ def _features(features: FeatureRecord, after: Effects, part: Part) -> Line | Non
         f"R's values of the {len(change.features)} features of {change.site} that RL moved most, in S (all of R's "
         f"activations there: {_show(bits(change.whole))}; null: most of random sets of other features)"
     )
-    return _line("features", part, bits(change.together), null, told(bits(change.together), null or 0.0), what)
+    return _line("features", part, bits(change.together), null, told(bits(change.together), null), what)
 
 
 def _faithful(change: SiteChange, after: Effects) -> bool:

@@ -14,8 +14,9 @@ import torch
 from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.ground import WORTH, Ground, make_ground, scale_of
 from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.pair import policy_table
 from mixturelens.behaviour.prompts import Prompts
-from mixturelens.behaviour.record import BehaviourRecord, Cell, policy_table
+from mixturelens.behaviour.record import BehaviourRecord, Cell
 from mixturelens.contrasts import cue_contrasts, policy_tokens
 from mixturelens.grafting.graft import save_with
 from mixturelens.hooks.engine import Columns, no_gradient_for

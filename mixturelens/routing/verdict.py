@@ -321,14 +321,15 @@ def _reason(
 
 def _accuracy(record: BehaviourRecord) -> str:
     """What became of accuracy under the cue where most did, in points: of 100 completions, so many more are right."""
-    cue, state = max(record.per_cue.items(), key=lambda item: _size(item[1]))
-    change = state.accuracy_change
-    if change is None or change.total.value is None:
+    changes = {cue: state.accuracy_change for cue, state in record.per_cue.items() if state.accuracy_change is not None}
+    measured = {cue: change for cue, change in changes.items() if change.total.measured}
+    if not measured:
         return "What became of accuracy was not measured"
-    total = _points(change.total.value)
+    cue, change = max(measured.items(), key=lambda item: abs(item[1].total.known))
+    total = _points(change.total.known)
     if not total:
         return "Accuracy changed under no cue by a point"
-    lost = change.total.value < 0
+    lost = change.total.known < 0
     said = f"Under {cue} {abs(total)} points of accuracy were {'lost' if lost else 'gained'}"
     by = {"routing": change.selector.value, "specialists": change.specialists.value}
     known = {name: _points(-value if lost else value) for name, value in by.items() if value is not None}
@@ -353,17 +354,14 @@ def _put_in_place(record: BehaviourRecord, moved: tuple[Cell, ...], t: Threshold
     sure = [cell for cell in moved if _cell_moved(cell, t.cell)]
     if not sure:
         return "whether every policy put in place still does what it did cannot be told"
-    cell = max(sure, key=lambda c: max(abs(c.behaviour_change.value or 0), abs(c.accuracy_change.value or 0)))
+    cell = max(sure, key=lambda c: max(abs(x.known) for x in (c.behaviour_change, c.accuracy_change) if x.measured))
     return f"policy {cell.policy} put in place under {cell.cue} {_cell_words(cell)}"
 
 
-def _size(state: CueBehaviour) -> float:
-    return abs(state.accuracy_change.total.value or 0.0) if state.accuracy_change else 0.0
-
-
 def _cell_words(cell: Cell) -> str:
-    before = cell.shown_before.get(cell.behaviour or "", cell.accuracy_before)
-    after = (cell.shown_after or {}).get(cell.behaviour or "", cell.accuracy_after or 0.0)
-    if cell.behaviour and abs(after - before) >= abs((cell.accuracy_after or 0) - cell.accuracy_before):
-        return f"shows `{cell.behaviour}` with probability {after:.2f}, where it was {before:.2f}"
-    return f"is right with probability {cell.accuracy_after or 0:.2f}, where it was {cell.accuracy_before:.2f}"
+    assert cell.accuracy_after is not None, "a cell that moved has two sides"
+    if cell.behaviour is not None and cell.shown_after is not None:
+        before, after = cell.shown_before[cell.behaviour], cell.shown_after[cell.behaviour]
+        if abs(after - before) >= abs(cell.accuracy_after - cell.accuracy_before):
+            return f"shows `{cell.behaviour}` with probability {after:.2f}, where it was {before:.2f}"
+    return f"is right with probability {cell.accuracy_after:.2f}, where it was {cell.accuracy_before:.2f}"

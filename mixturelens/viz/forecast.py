@@ -132,7 +132,7 @@ def _one(
         _answer(figure, record.on, (np.array(_values(curves, name)) - base).tolist(), name, at, legend, thin=True)
     points = record.happened.points if record.happened else ()
     on = [point.accuracy[record.trained_cue] for point in points]
-    here = np.interp([value.value or 0.0 for value in on], record.on, base)
+    here = np.interp([value.known for value in on], record.on, base)
     _measured(
         figure,
         on,

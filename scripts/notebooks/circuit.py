@@ -41,11 +41,11 @@ from IPython.display import Markdown, display
 
 from mixturelens import pipeline, viz
 from mixturelens.behaviour.arrays import Behaviour
+from mixturelens.behaviour.grid import grid_of
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.behaviour.record import grid_of
 from mixturelens.contrasts import cue_contrasts, hint_contrasts
 from mixturelens.hooks.intervened import Intervened, known_prompts
 from mixturelens.hooks.lens import lens_of

@@ -15,8 +15,10 @@ from test_settle import Bigrams, suite, with_and_without_space
 
 from mixturelens.behaviour.arrays import Behaviour, BitTerms
 from mixturelens.behaviour.bits import bit_terms, js, js_of_samples
+from mixturelens.behaviour.grid import Grid
 from mixturelens.behaviour.likelihood import Scorer
-from mixturelens.behaviour.record import BehaviourRecord, Grid, bits_of, measure_record
+from mixturelens.behaviour.pair import bits_of, measure_record
+from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.routing.verdict import judge
 from mixturelens.stats import resample_counts
 from mixturelens.suite import Suite
@@ -197,7 +199,8 @@ def exact(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("samples", "anywhere", "alike"), [(4, 0.035, 0.004), (8, 0.014, 0.002), (16, 0.006, 0.001), (64, 0.002, 0.0002), (96, 0.002, 0.0002)]
+    ("samples", "anywhere", "alike"),
+    [(4, 0.035, 0.004), (8, 0.014, 0.002), (16, 0.006, 0.001), (64, 0.002, 0.0002), (96, 0.002, 0.0002)],
 )
 def test_estimates_from_samples_are_hardly_off(samples: int, anywhere: float, alike: float):
     """Bias by summation over binomials, at the worst pair of probabilities, and where nothing changed."""

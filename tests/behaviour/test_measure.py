@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixturelens.behaviour import record
+from mixturelens.behaviour import pair as instrument
 from mixturelens.behaviour.likelihood import Ids, Model, Scorer
 from mixturelens.behaviour.measure import measure, measure_change
+from mixturelens.behaviour.pair import measure_record
 from mixturelens.behaviour.prompts import ASIDE, prepare
-from mixturelens.behaviour.record import Controls, measure_record
+from mixturelens.behaviour.record import BehaviourRecord, Bits, Controls
 from mixturelens.behaviour.sampled import nulls
 from mixturelens.routing.verdict import judge
 from mixturelens.suite import Suite
@@ -35,13 +36,13 @@ NATS = ("routing", "wording", "conditioning", "skill", "text", "other")
 
 @pytest.fixture
 def no_controls(monkeypatch):
-    """Controls measure everything twice again; test_record.py has them."""
-    nothing = record.Bits(**dict.fromkeys(record.Bits.model_fields, Interval()))
+    """Controls measure everything twice again; test_behaviour_pair.py has them."""
+    nothing = Bits(**dict.fromkeys(Bits.model_fields, Interval()))
     empty = Controls(
         same_checkpoint=nothing, shuffled_routing_share=Interval(), independent_total=Interval(), sum_agrees=None
     )
-    monkeypatch.setattr(record, "_nulls_of_bits", lambda *_: (nothing, None))
-    monkeypatch.setattr(record, "_controls", lambda *_, **__: empty)
+    monkeypatch.setattr(instrument, "_nulls_of_bits", lambda *_: (nothing, None))
+    monkeypatch.setattr(instrument, "_controls", lambda *_, **__: empty)
 
 
 @functools.cache
@@ -81,7 +82,7 @@ def near(found: Interval, truth: float, wider: float, slack: float) -> bool:
     return low - slack <= truth <= high + slack
 
 
-def check_verdict(found: record.BehaviourRecord, name: str, truth: str) -> None:
+def check_verdict(found: BehaviourRecord, name: str, truth: str) -> None:
     verdict = judge(found)
     if name in UNTOLD:
         assert verdict.verdict == "inconclusive"
@@ -121,7 +122,7 @@ def test_enumeration_is_the_truth(load_pair, no_controls, shape: str, name: str)
 def test_the_literal_way_agrees(load_pair, no_controls, monkeypatch, shape: str, name: str):
     pair, truth = load_pair(shape, name), TRUTH[shape, name]
     literal = lambda *args, **kwargs: measure_change(*args, **kwargs, enumerate_all=False)  # noqa: E731
-    monkeypatch.setattr(record, "measure_change", literal)
+    monkeypatch.setattr(instrument, "measure_change", literal)
     found = measure_record(pair.scorer, [pair.before, pair.after], pair.suite, pair.tokenizer)
     assert found.method == "literal"
     for term, value in truth["bits"].items():  # exact
@@ -148,7 +149,7 @@ def test_the_literal_way_agrees(load_pair, no_controls, monkeypatch, shape: str,
 def test_the_sampled_way_agrees(load_pair, no_controls, monkeypatch, shape: str, name: str):
     pair, truth = load_pair(shape, name), TRUTH[shape, name]
     sampled = lambda *args, **kwargs: measure_change(*args, **kwargs, enumerate_all=False)  # noqa: E731
-    monkeypatch.setattr(record, "measure_change", sampled)
+    monkeypatch.setattr(instrument, "measure_change", sampled)
     found = measure_record(pair.scorer, [pair.before, pair.after], as_rules(pair.suite, samples=16), pair.tokenizer)
     assert found.method == "sampled"
     assert found.samples == 16

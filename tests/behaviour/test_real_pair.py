@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixturelens.behaviour.record import behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.models import open_pair, quiet_libraries
 from mixturelens.routing.verdict import judge
 from mixturelens.suite import load_suite

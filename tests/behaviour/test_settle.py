@@ -20,13 +20,13 @@ from test_plain_torch import SPECIAL, by_bytes, by_words, make_tokenizer, put, w
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mixturelens.behaviour import record as record_module
+from mixturelens.behaviour import pair as instrument
 from mixturelens.behaviour.arrays import Behaviour, Change
 from mixturelens.behaviour.forced import Labelled
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
+from mixturelens.behaviour.pair import measure_record
 from mixturelens.behaviour.prompts import Prompts, prepare
-from mixturelens.behaviour.record import measure_record
 from mixturelens.behaviour.settle import check_by_samples, settle
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import Chat, Spelling, Suite
@@ -514,14 +514,14 @@ def test_a_wrong_probability_is_contradicted_and_named(monkeypatch: pytest.Monke
     plain = measure_record(scorer, models, found, tokenizer)
     assert plain.check is not None
     assert plain.check.agrees
-    right = record_module.measure_change
+    right = instrument.measure_change
 
     def wrong(*given: Any) -> Change:
         change = right(*given)
         rows = np.array([row.cue == cue for row in found.neutral])
         return replace(change, **{side: swapped(getattr(change, side), rows)})
 
-    monkeypatch.setattr(record_module, "measure_change", wrong)
+    monkeypatch.setattr(instrument, "measure_change", wrong)
     record = measure_record(scorer, models, found, tokenizer)
     assert record.check is not None
     assert not record.check.agrees
@@ -549,14 +549,14 @@ def test_a_wrong_probability_is_contradicted_and_named(monkeypatch: pytest.Monke
 
 def test_a_wrong_probability_of_one_checkpoint_alone_is_contradicted(monkeypatch: pytest.MonkeyPatch):
     scorer, models, tokenizer, found = a_pair()
-    right = record_module.measure
+    right = instrument.measure
     plain = measure_record(scorer, models[:1], found, tokenizer).check
     assert plain is not None
     assert plain.agrees
     assert plain.completions == 2 * 16
     assert set(plain.examples) == {"before"}
     everywhere = np.full(len(found.neutral), True)
-    monkeypatch.setattr(record_module, "measure", lambda *given: swapped(right(*given), everywhere))
+    monkeypatch.setattr(instrument, "measure", lambda *given: swapped(right(*given), everywhere))
     check = measure_record(scorer, models[:1], found, tokenizer).check
     assert check is not None
     assert not check.agrees

@@ -15,8 +15,9 @@ from scipy.special import rel_entr
 from mixturelens.behaviour.harm import find_harm, gained_and_lost
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
+from mixturelens.behaviour.pair import measure_record
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.behaviour.record import BehaviourRecord, measure_record
+from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.behaviour.unannounced import SLIP, explain, fit_cell, fit_weights, identify, table_of
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.stats import interval, resample_counts, resampled_mean

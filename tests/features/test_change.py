@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from mixturelens.behaviour.arrays import Behaviour
+from mixturelens.behaviour.grid import Grid, grid_of
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.measure import measure_change
 from mixturelens.behaviour.prompts import Prompts, behind_announcements, prepare
-from mixturelens.behaviour.record import Grid, grid_of
 from mixturelens.features.change import (
     NEAREST,
     Splices,

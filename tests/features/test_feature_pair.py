@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
+from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.features import change, exclusive, pair, several, units
 from mixturelens.features.crosscoder import train_crosscoder
 from mixturelens.features.pair import feature_record

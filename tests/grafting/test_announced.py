@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.behaviour.record import behaviour_record
 from mixturelens.grafting.announced import TEXTS, _told_apart, as_announced
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import GraftRecord

@@ -14,7 +14,7 @@ import torch
 from mixturelens.behaviour.bits import js
 from mixturelens.behaviour.harm import gained_and_lost
 from mixturelens.behaviour.likelihood import Scorer
-from mixturelens.behaviour.record import behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.grafting import pair as graft_pair
 from mixturelens.grafting.components import weights_of
 from mixturelens.grafting.effects import Judge

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.behaviour.record import behaviour_record
 from mixturelens.grafting import plan as plans
 from mixturelens.grafting import search as searching
 from mixturelens.grafting.components import weights_of

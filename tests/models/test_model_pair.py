@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
+from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.grafting.pair import graft_record
 from mixturelens.models import Pair, load_tokenizer, open_pair
 from mixturelens.models.source import content_of

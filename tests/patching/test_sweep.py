@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformer_lens import patching
 
-from mixturelens.behaviour.record import behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import NAMES, Lens, lens_of, load_lens, tokens

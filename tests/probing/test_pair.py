@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mixturelens.behaviour.record import behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import load_lens
 from mixturelens.models import Budget, open_pair

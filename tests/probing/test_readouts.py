@@ -12,7 +12,8 @@ import torch
 from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
 
 from mixturelens.behaviour.likelihood import Scorer
-from mixturelens.behaviour.record import BehaviourRecord, measure_record
+from mixturelens.behaviour.pair import measure_record
+from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.models import end_tokens, load_model, load_tokenizer, open_pair

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mixturelens.behaviour.likelihood import Scorer
-from mixturelens.behaviour.record import BehaviourRecord, measure_record
+from mixturelens.behaviour.pair import measure_record
+from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.models import end_tokens
 from mixturelens.organism import SplitSpec, build_model, build_tokenizer, prompt_row, questions
 from mixturelens.proving.asked import suite_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixturelens.behaviour.record import behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import Contrast, Contrasts, cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.hooks.sides import sides

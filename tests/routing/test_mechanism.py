@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mixturelens.behaviour.record import behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.features.record import Changed, FeatureRecord, SiteChange, Terms
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import Effects, Factorial, Graft, GraftRecord, Null

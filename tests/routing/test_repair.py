@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from mixturelens.behaviour.ground import make_ground
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.measure import measure
-from mixturelens.behaviour.record import BehaviourRecord, behaviour_record
+from mixturelens.behaviour.pair import behaviour_record
+from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.grafting.graft import written
 from mixturelens.hooks.lens import load_lens
 from mixturelens.models import load_model, load_tokenizer, open_pair

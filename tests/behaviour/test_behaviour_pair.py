@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mixturelens.behaviour.record import BehaviourRecord, behaviour_record, measure_record
+from mixturelens.behaviour.pair import behaviour_record, measure_record
+from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.models import open_pair
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import Suite, load_suite
