@@ -25,7 +25,7 @@ from mixturelens.behaviour.theory import Drift, curve, exact_path, group_pace, s
 from mixturelens.models import end_tokens, load_model, load_tokenizer
 from mixturelens.organism import Spec, build_suite, frozen_parameters
 from mixturelens.records import Record
-from mixturelens.stats import interval, resample_counts, resampled_mean
+from mixturelens.stats import interval, resample_counts, resampled_mean, too_few
 from mixturelens.types import ANSWER, Frozen, InputError, Interval
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ class ForecastRecord(Record):
     steps: dict[str, tuple[Interval, ...]]
     """The second answer: accuracy under every cue after each step, the first being S."""
     happened: Happened | None = None
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -350,6 +351,7 @@ def _forecast(
         on=tuple(on.tolist()),
         off=off,
         steps={cue: tuple(interval(draws) for draws in along[:, :, c].T) for c, cue in enumerate(cues)},
+        missing=too_few("forecast", len(network.prompts[trained].rows)),
     )
 
 

@@ -264,6 +264,8 @@ def show_forecasts(records: list[ForecastRecord]) -> None:
         header = ("mean error", "cue", "forecast", "softmax", "replicator", "as in S", "renormalised", "covered")
         print_table(header, rows)
     for record in records:
+        for reason in record.missing:
+            print(f"RL on {record.trained_cue}: {reason}")
         if record.happened is None:
             print(f"RL on {record.trained_cue} is not done yet: nothing to compare")
         elif record.happened.clock.covered is None:

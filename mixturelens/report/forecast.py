@@ -45,7 +45,7 @@ def _one(record: ForecastRecord, pictures: Pictures) -> Forecast:
     errors = [(name, [show(score.errors[key]) for score in scores.values()]) for key, name in _NAMES.items() if scores]
     if scores:
         errors.append(("steps in the forecast's interval", [show(score.covered, 2) for score in scores.values()]))
-    picture = pictures.add(
+    picture = pictures.about(record.missing).add(
         viz.forecast(record),
         f"RL on cue {record.trained_cue}, from S and the reward alone; points: what RL did. Bands: 95% of runs that "
         "sample as RL does, from questions drawn anew and other kernels.",

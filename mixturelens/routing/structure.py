@@ -45,6 +45,7 @@ from mixturelens.stats import (
     resample_counts,
     resampled_mean,
     share,
+    too_few,
 )
 from mixturelens.types import NOT_MEASURED, Component, Frozen, InputError, Interval, Intervention, Site
 
@@ -225,7 +226,7 @@ def structure_record(
             )
             for i, name in enumerate(names)
         ),
-        missing=tuple(missing),
+        missing=(*missing, *too_few("structure", course.earned.shape[-1])),
     )
 
 
