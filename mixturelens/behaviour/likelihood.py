@@ -43,6 +43,9 @@ BATCH_BYTES = 256 << 20
 """Bound on the logits of one batch."""
 PART = 4 << 20
 """Logits that are summed at a time, in float64."""
+WIDE = 512
+"""Width of a model from which a batch of samples holds BATCH_TOKENS; narrower ones spend their time between layers, and
+get as many more tokens at once."""
 USUAL_COMPLETION = 64
 """Tokens of a completion that are reckoned with when batches are cut."""
 
@@ -58,8 +61,10 @@ class Completions:
     tokens: list[list[int]]
 
 
-def _batches(lengths: Sequence[int], starts: Sequence[int], vocabulary: int, models: int = 1) -> Iterator[list[int]]:
-    """Rows sorted by length, cut so that the logits of a batch stay within the memory bound."""
+def _batches(
+    lengths: Sequence[int], starts: Sequence[int], vocabulary: int, models: int = 1, most: int = BATCH_TOKENS
+) -> Iterator[list[int]]:
+    """Rows sorted by length, cut so that the logits of a batch stay within the memory bound, and its tokens too."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], starts[i]))
     batch: list[int] = []
     widest, first = 0, 1 << 62
@@ -67,7 +72,7 @@ def _batches(lengths: Sequence[int], starts: Sequence[int], vocabulary: int, mod
         widest_then, first_then = max(widest, lengths[i]), min(first, starts[i])
         rows = len(batch) + 1
         logits = rows * (widest_then - first_then + 1) * vocabulary * 4 * models
-        if batch and (logits > BATCH_BYTES or rows * widest_then > BATCH_TOKENS):
+        if batch and (logits > BATCH_BYTES or rows * widest_then > most):
             yield batch
             batch, widest_then, first_then = [], lengths[i], starts[i]
         batch.append(i)
@@ -435,7 +440,9 @@ class Scorer:
         # a limit that is generous costs nothing before it is used: most completions end long before it
         ahead = min(max(max_new_tokens, default=0), USUAL_COMPLETION)
         lengths = [len(contexts[i]) + ahead for i in owner]
-        for rows in _batches(lengths, lengths, self.vocabulary):
+        width = getattr(getattr(model, "config", None), "hidden_size", WIDE)
+        most = BATCH_TOKENS * max(1, WIDE // width)
+        for rows in _batches(lengths, lengths, self.vocabulary, most=most):
             self._sample_batch(model, contexts, rows, owner, max_new_tokens, tokens, generator)
         return Completions(np.array(owner, dtype=int), tokens)
 
