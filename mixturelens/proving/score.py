@@ -78,6 +78,8 @@ COVERED = (
 """Recipes of which one pair each, the first of the ground, shows how often intervals hold the truth."""
 COVERED_BY_RULES = ("style-and-routing", "style-and-skill", "style-and-both")
 """The same of pairs asked by rules, where completions are samples and have a tail."""
+FEW_SAMPLES = 16
+"""Completions a prompt behind those: as few as people draw."""
 PARTS = ("selector", "cue_reader", "skill", "dormant_intact", "text_drifted")
 QUANTITIES = ("routing", "conditioning", "skill", "specialist", "dormant", "moved", "routing_share", "text")
 
@@ -147,7 +149,9 @@ def score_coverage(cell: Cell, ground: Path) -> _Coverages:
     spec, models, tokenizer = cell.organism.spec, made.models(), load_tokenizer(made.before)
     population = [question for pool in reversed(questions(spec)) for question in pool][:POPULATION]
     exact = exact_of(cell, *models, tokenizer, population)
-    found = coverage(cell.name, spec, made.load_suite(), *models, tokenizer, population, exact)
+    suite = made.load_suite()
+    suite = suite if suite.literal else suite.model_copy(update={"samples": FEW_SAMPLES})
+    found = coverage(cell.name, spec, suite, *models, tokenizer, population, exact)
     return _Coverages(provenance=made.open().provenance(), of=found)
 
 
