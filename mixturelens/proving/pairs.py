@@ -170,6 +170,7 @@ def tailed_organisms() -> list[Organism]:
         Organism("qwen2", "inside", 2, FIRST + 8, 64),
         Organism("gpt_neox", "token", 2, FIRST + 9, 64),
         Organism("llama", "token", 2, FIRST + 10, 128),
+        Organism("gpt_neox", "token", 2, FIRST + 10, 24),
     ]
 
 
