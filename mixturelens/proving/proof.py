@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -132,8 +133,8 @@ def proof(folder: Path) -> Proof:
 
     def accuracy(found: PromptTruth) -> float:
         at = {ANSWER: SHOWN.index("right"), REFUSE: SHOWN.index(REFUSE)}
-        cells = [(c, m, at[shown]) for m, row in enumerate(spec.table.values()) for c, shown in enumerate(row.values())]
-        return min(float(found.shown[0].mean(0)[cell]) for cell in cells)
+        cells = [(c, m, slice(None), at[shown]) for m, row in enumerate(spec.table.values()) for c, shown in enumerate(row.values())]
+        return min(float(np.nanmin(found.shown[0].mean(0)[cell])) for cell in cells)
 
     contrasts = {
         "cue": [(rows(c, m), rows(d, m)) for m in spec.policies for c, d in itertools.permutations(spec.cues)],
