@@ -133,7 +133,11 @@ def proof(folder: Path) -> Proof:
 
     def accuracy(found: PromptTruth) -> float:
         at = {ANSWER: SHOWN.index("right"), REFUSE: SHOWN.index(REFUSE)}
-        cells = [(c, m, slice(None), at[shown]) for m, row in enumerate(spec.table.values()) for c, shown in enumerate(row.values())]
+        cells = [
+            (c, m, slice(None), at[shown])
+            for m, row in enumerate(spec.table.values())
+            for c, shown in enumerate(row.values())
+        ]
         return min(float(np.nanmin(found.shown[0].mean(0)[cell])) for cell in cells)
 
     contrasts = {
