@@ -112,7 +112,7 @@ def read_sae(folder: Path) -> Saved:
     if config.get("reshape_activations", "none") not in ("none", "hook_z"):
         raise wrong(f"reshape_activations is {config['reshape_activations']!r}; none and hook_z can be read")
     d, width = config.get("d_in"), config.get("d_sae")
-    if not (isinstance(d, int) and isinstance(width, int) and min(d, width) > 0):
+    if not (isinstance(d, int) and isinstance(width, int) and d > 0 and width >= 0):  # rows that never vary leave none
         raise wrong(f"d_in and d_sae are {d!r} and {width!r}, where two sizes are needed")
     weights = _weights(folder, architecture, d, width)
     factor, notes = None, ()

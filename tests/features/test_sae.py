@@ -140,6 +140,14 @@ def test_it_is_read_as_saelens_reads_it(trained: Path):
     assert len(ours) == theirs.cfg.d_sae
 
 
+def test_rows_that_never_vary_have_no_features(tmp_path: Path):
+    still = Activations((torch.zeros(256, 1, D),))
+    train_sae(still, tmp_path / "sae", site_name="L0.z.0", k=4, steps=5, batch=64)
+    found = load_sae(tmp_path / "sae")
+    assert len(found) == 0
+    torch.testing.assert_close(found.bias, torch.zeros(D))
+
+
 def test_killed_at_any_moment_it_ends_with_the_same_weights(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
