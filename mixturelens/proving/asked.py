@@ -10,7 +10,7 @@ from mixturelens.suite import Chat, Rule, Suite
 from mixturelens.types import REFUSE
 
 TRAINED_CUE = "A"
-SAMPLES = 32
+SAMPLES = 96
 """Completions a prompt behind what rules say: of the 80 questions of an organism, as many as can tell no change from
 the least that counts."""
 
