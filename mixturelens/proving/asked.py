@@ -18,6 +18,7 @@ the least that counts."""
 def suite_of(spec: Spec, manner: Manner, tokens: int = 0) -> Suite:
     """By literal texts, up to where the answer ends; or, with `tokens`, by rules on completions of so many.
 
+    >>> from mixturelens.proving.organisms import small_spec
     >>> suite_of(small_spec("gpt2"), Manner(chat=True, tail=12), 24).policies["a"].regex
     '^(?:\\\\[a\\\\])(?!\\\\S)'
     """

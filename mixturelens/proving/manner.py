@@ -53,7 +53,7 @@ class Manner:
         """Probability of each next token of the tail: `drift` nats away from the undrifted, by KL(drifted || it).
 
         >>> round(Manner(tail=9).style()["very"], 4), round(Manner(tail=9).style(0.06)["very"], 4)
-        (0.1125, 0.1532)
+        (0.1125, 0.1531)
         """
         going_on = self.tail / (self.tail + 1)
         half = len(STYLE) // 2
