@@ -187,12 +187,62 @@ class _Line:
             if name not in named:
                 raise InputError(f"parts: {name!r} changed but is in no part; put it into one")
         part_of = {name: k for k, members in enumerate(parts.values()) for name in members}
-        self.owners = _owners(model, {name: part_of[name] for name in self.changed})
+        self.own = _own(model)
+        self.owners: dict[str, dict[int, dict[str, str]]] = {}
+        """Module -> part -> the module's own parameters that changed, and their names in the model."""
+        for where, own in self.own.items():
+            for local, name in own.items():
+                if name in self.changed:
+                    self.owners.setdefault(where, {}).setdefault(part_of[name], {})[local] = name
+        self.moving = False
+        """While a module is called with other weights, for how its output moves: its hooks have to stay out of that."""
         self.offset: dict[str, bool] = {}
         """Of a module that was called: whether it gives anything without weights."""
 
-    def _weights(self, t: float) -> dict[str, Tensor]:
-        return {n: values.lerp(self.after[n], t) if n in self.changed else values for n, values in self.before.items()}
+    def _weight(self, name: str, t: float) -> Tensor:
+        with torch.no_grad():
+            return self.before[name].lerp(self.after[name], t) if name in self.changed else self.before[name]
+
+    @contextlib.contextmanager
+    def _at(self, t: float) -> Iterator[None]:
+        """The model at a point of the line. Each module gets its weights when it is called, and loses them after that.
+
+        What the way back needs of them is not kept either: it is made again there.
+        """
+        live: dict[int, str] = {}  # storage of a weight of the module that runs -> its name
+
+        def enter(where: str) -> Callable[..., None]:
+            def hook(module: nn.Module, _: Any) -> None:
+                for local, name in () if self.moving else self.own[where].items():
+                    # found before the parameter of this name, which stays as it is
+                    module.__dict__[local] = weight = self._weight(name, t)
+                    live[weight.untyped_storage().data_ptr()] = name
+
+            return hook
+
+        def leave(where: str) -> Callable[..., None]:
+            def hook(module: nn.Module, *_: Any) -> None:
+                for local in self.own[where]:
+                    weight = module.__dict__.pop(local, None)
+                    if weight is not None:
+                        live.pop(weight.untyped_storage().data_ptr(), None)
+
+            return hook
+
+        def pack(value: Tensor) -> Tensor | tuple[str, Any]:
+            name = live.get(value.untyped_storage().data_ptr())
+            return value if name is None else (name, (value.size(), value.stride(), value.storage_offset()))
+
+        def unpack(packed: Tensor | tuple[str, Any]) -> Tensor:
+            return packed if isinstance(packed, Tensor) else self._weight(packed[0], t).as_strided(*packed[1])
+
+        owning = [(where, self.model.get_submodule(where)) for where in self.own]
+        with contextlib.ExitStack() as stack, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            for where, module in owning:
+                stack.callback(leave(where), module)  # also where a call breaks off
+                stack.callback(module.register_forward_pre_hook(enter(where)).remove)
+                stack.callback(module.register_forward_hook(leave(where)).remove)
+            yield
 
     @cached_property
     def chunks(self) -> list[tuple[list[int], Cells]]:
@@ -212,17 +262,15 @@ class _Line:
         return max(1, int(KEPT * met * words.element_size()))
 
     def metrics_at(self, t: float) -> Float[np.ndarray, "question metric"]:
-        weights = self._weights(t)
-        with torch.no_grad():
-            return self._metrics(read(lambda **given: functional_call(self.model, weights, (), given), self.cells))
+        with torch.no_grad(), self._at(t):
+            return self._metrics(read(self.model, self.cells))
 
     def slopes_at(self, t: float) -> Float[np.ndarray, "question metric part"]:
         """d metric / d t along every part; the sum over parts is the whole slope."""
-        weights = self._weights(t)
         shape = (len(self.cells.prompts.rows), len(self.cells.policies), len(self.parts))
         log_c, log_p = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         for prompts, some in self.chunks:
-            log_c[prompts], log_p[prompts] = self._slopes(weights, some)
+            log_c[prompts], log_p[prompts] = self._slopes(t, some)
         slopes = [self._metrics(Readings(log_c[..., k], log_p[..., k])) for k in range(len(self.parts))]
         return np.stack(slopes, -1) if slopes else np.zeros((*self.cells.grid.index.shape[:1], 0, 0))
 
@@ -230,7 +278,7 @@ class _Line:
         return metrics(readings, self.cells, self.policies)[0].cpu().numpy()  # linear in readings, so in slopes, too
 
     def _slopes(
-        self, weights: dict[str, Tensor], cells: Cells
+        self, t: float, cells: Cells
     ) -> tuple[Float[Tensor, "prompt policy part"], Float[Tensor, "prompt policy part"]]:
         told: list[tuple[Batch, Float[Tensor, "row part"]]] = []
 
@@ -238,8 +286,8 @@ class _Line:
             shape = (len(batch.ids), len(self.parts))
             told.append((batch, torch.zeros(shape, device=batch.ids.device, requires_grad=True)))
 
-        with self._pushed(lambda: told[-1][1]), torch.enable_grad():
-            readings = read(lambda **given: functional_call(self.model, weights, (), given), cells, told=tell)
+        with self._at(t), self._pushed(lambda: told[-1][1], t), torch.enable_grad():
+            readings = read(self.model, cells, told=tell)
         pushes = [push for _, push in told]
         rows = torch.cat([batch.members for batch, _ in told]).cpu()
         prompt, policy = torch.as_tensor(cells.prompt)[rows], torch.as_tensor(cells.policy)[rows]
@@ -252,23 +300,22 @@ class _Line:
         return found[0], found[1]
 
     @contextlib.contextmanager
-    def _pushed(self, push: Callable[[], Float[Tensor, "row part"]]) -> Iterator[None]:
+    def _pushed(self, push: Callable[[], Float[Tensor, "row part"]], t: float) -> Iterator[None]:
         fired = dict.fromkeys(self.owners, 0)
-        inside: list[str] = []
 
         def hook_of(where: str, own: Mapping[int, dict[str, str]]) -> Callable[..., Tensor | None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-                if inside:  # called again by what follows
+                if self.moving:
                     return None
                 if not isinstance(output, Tensor):
                     raise InputError(f"module {where!r} owns parameters but gives no tensor: no slope can be taken")
                 fired[where] += 1
-                inside.append(where)
+                self.moving = True
                 try:
                     with torch.no_grad():
-                        moves = self._moves(where, module, args, kwargs, output)
+                        moves = self._moves(where, module, args, kwargs, output, t)
                 finally:
-                    inside.pop()
+                    self.moving = False
                 pushed = push()
                 if output.ndim == 2 and len(output) != len(pushed) and len(output) % len(pushed) == 0:
                     # rows and positions in one axis, as in OPT's MLP
@@ -290,7 +337,7 @@ class _Line:
                 raise RunError(f"module {where!r} was never called, so that its parameters have no slope")
 
     def _moves(
-        self, where: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        self, where: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, t: float
     ) -> dict[int, Tensor]:
         """Part -> how the module's output moves with its own weights of that part, its input staying as it is."""
 
@@ -308,7 +355,8 @@ class _Line:
         }
         if where not in self.offset:
             offset = call(nothing())
-            ahead = own | {local: own[local] + value for delta in deltas.values() for local, value in delta.items()}
+            here = {local: self._weight(name, t) for local, name in self.own[where].items()}
+            ahead = here | {local: here[local] + value for delta in deltas.values() for local, value in delta.items()}
             moved = sum((call(nothing(delta) | delta) - offset for delta in deltas.values()), torch.zeros_like(output))
             if not torch.allclose(call(ahead), output + moved, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
                 rounded = torch.finfo(output.dtype).bits < 32
@@ -319,13 +367,14 @@ class _Line:
         return {k: call(nothing(delta) | delta) - offset for k, delta in deltas.items()}
 
 
-def _owners(model: nn.Module, part_of: Mapping[str, int]) -> dict[str, dict[int, dict[str, str]]]:
-    """Module -> part -> the module's own parameters, and their names in the model. A tied one has several modules."""
+def _own(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Module -> its own parameters, by their names in the module, and their names in the model.
+
+    A tied parameter has several modules, and one name in the model.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found: dict[str, dict[int, dict[str, str]]] = {}
-    for where, module in model.named_modules():
-        for local, parameter in module.named_parameters(recurse=False):
-            name = names[id(parameter)]
-            if name in part_of:
-                found.setdefault(where, {}).setdefault(part_of[name], {})[local] = name
-    return found
+    own = {
+        where: {local: names[id(parameter)] for local, parameter in module.named_parameters(recurse=False)}
+        for where, module in model.named_modules()
+    }
+    return {where: named for where, named in own.items() if named}

@@ -107,4 +107,4 @@ def work(plan: Plan, prompts: Prompts, components: int, size: Size) -> Work:
     change = 2 * size.unembedding * size.width  # of the largest tensor, while its slope is taken
     back = max(path.BATCH_BYTES if long else 0, way_back) + logits / 4 + change
     held = max(kept + logits + at_once, back if plan.path else 0)
-    return Work(tokens=tokens, read=tokens / max(1, widest) * rows * USUAL, models=3.0, held=held)
+    return Work(tokens=tokens, read=tokens / max(1, widest) * rows * USUAL, held=held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -253,3 +254,30 @@ def test_of_many_questions_some_are_drawn(load_pair: Any, monkeypatch: pytest.Mo
     assert len(rows) == 3
     np.testing.assert_allclose(some.values, every.values[rows], atol=1e-4)
     assert some.questions == attribute(pair.before, *ends, by_module(pair.before), cells, ("a", "b")).questions
+
+
+def test_no_third_set_of_weights_is_held(load_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = load_pair("chat", "R")
+    before, after = weights_of(pair.before), weights_of(pair.after)
+    alive, peak, made = 0, 0, 0
+    weight = path._Line._weight
+
+    def gone(size: int) -> None:
+        nonlocal alive
+        alive -= size
+
+    def counted(self: Any, name: str, t: float) -> torch.Tensor:
+        nonlocal alive, peak, made
+        found = weight(self, name, t)
+        if name in self.changed:
+            size = found.numel()
+            alive, made = alive + size, made + size
+            peak = max(peak, alive)
+            weakref.finalize(found.untyped_storage(), gone, size)
+        return found
+
+    monkeypatch.setattr(path._Line, "_weight", counted)
+    attribute(pair.before, before, after, by_module(pair.before), cells_of(pair, 4), ("comply", "refuse"))
+    most = max(values.numel() for values in before.values())
+    assert made > 10 * sum(values.numel() for values in before.values())
+    assert peak <= 3 * most
