@@ -24,6 +24,7 @@ from mixturelens.grafting.record import GraftRecord
 from mixturelens.models import Budget, Pair, Source, open_pair
 from mixturelens.models.source import fingerprint
 from mixturelens.organism import (
+    ModelSpec,
     Spec,
     build_model,
     build_suite,
@@ -128,7 +129,7 @@ def train(spec: Spec, out: Path, device: str = "cpu", progress: Progress | None 
     start_run(spec, out)
     build_suite(spec).save(out / "suite.yaml")
     base = out / "checkpoints" / "base"
-    if not base.exists():
+    if isinstance(spec.model, ModelSpec) and not base.exists():
         tokenizer = build_tokenizer(spec)
         model = build_model(spec, tokenizer)
         with new_folder(base) as folder:

@@ -127,7 +127,8 @@ def first_problem(error: ValidationError) -> str:
         # a text or a mapping was allowed, and a mapping was given: the problem is inside it
         inside = [p for p in more if p["loc"][:-2] == problem["loc"][:-1]]
         problem = inside[0] if inside else problem
-    where = ".".join(str(part) for part in problem["loc"]) or "top level"
+    # a part with a bar before it names the kind of a value, which no key of the file does
+    where = ".".join(part for part in map(str, problem["loc"]) if not part.startswith("|")) or "top level"
     if problem["type"] == "extra_forbidden":
         return f"unknown key {where!r}"
     if problem["type"] == "missing":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,10 @@ from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.regimes import paid, paid_behaviours
 from mixturelens.models import end_tokens, load_model, load_tokenizer, quiet_libraries
-from mixturelens.models.source import fingerprint
-from mixturelens.organism import Phase, Spec, build_suite, frozen_parameters, rl_prompts, sft_examples
+from mixturelens.models.source import Source, find_source, fingerprint
+from mixturelens.organism import Lora, Phase, Pretrained, Spec, build_suite, frozen_parameters, rl_prompts, sft_examples
 from mixturelens.records import Record, new_folder, provenance, write_text
+from mixturelens.spelling import encode_prompts, prompt_text
 from mixturelens.stats import PROPORTION, mean_interval, resample_counts
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import ANSWER, OTHER, Frozen, Interval
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 MEASURED_QUESTIONS = 64
 """Held-out questions for the measurements along training; the verdict uses all of them."""
+FEW_QUESTIONS = 16
+"""The same for a pretrained model, whose measurement takes as long as some steps."""
 SATURATION_WINDOW = 5
 ONE_THREAD_BELOW = 2_000_000
 """Parameters under which training on a CPU uses one thread: more gain little, lose much when the cores are shared, and
@@ -112,13 +115,10 @@ def _train_sft(
     stage = Stage(name, spec, run, steps, (phase and phase.measure_every) or sft.measure_every, device, progress)
 
     def make(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Trainer:
-        vocabulary = tokenizer.get_vocab()
         input_ids, labels = [], []
-        for prompt, completion in sft_examples(spec, steps * sft.batch, phase):
-            context = [vocabulary[word] for word in prompt.split()]
-            target = [*(vocabulary[word] for word in completion.split()), tokenizer.eos_token_id]
-            input_ids.append(context + target)
-            labels.append([-100] * len(context) + target)
+        for context, target in _tokens(spec, tokenizer, steps * sft.batch, phase):
+            input_ids.append([*context, *target])
+            labels.append([-100] * len(context) + [*target])
         config = SFTConfig(
             **stage.arguments(),
             per_device_train_batch_size=sft.batch,
@@ -140,6 +140,23 @@ def _train_sft(
     return stage.train(start, make)
 
 
+def _tokens(
+    spec: Spec, tokenizer: PreTrainedTokenizerBase, number: int, phase: Phase | None
+) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Prompts and completions of SFT as token ids: the very ids that instruments will read."""
+    suite = build_suite(spec)
+    contexts: dict[str, Sequence[int]] = {}
+    targets: dict[str, Sequence[int]] = {}
+    for row, completion in sft_examples(spec, number, phase):
+        key = f"{row.cue} {row.text}"
+        if key not in contexts:
+            contexts[key] = encode_prompts(suite, [row], tokenizer)[0]
+        if completion not in targets:
+            ids = tokenizer.encode(completion, add_special_tokens=False)
+            targets[completion] = [*ids, tokenizer.eos_token_id]
+        yield contexts[key], targets[completion]
+
+
 def _train_rl(
     spec: Spec, name: str, start: str, phase: Phase, run: Path, device: str, progress: Progress | None
 ) -> Trajectory:
@@ -151,10 +168,15 @@ def _train_rl(
     rl = spec.rl
     steps, measure_every = phase.steps or rl.steps, phase.measure_every or rl.measure_every
     stage = Stage(name, spec, run, steps, measure_every, device, progress, phase.stop_reward)
-    rows = rl_prompts(spec, *phase.cues, text=phase.hint)
+    rows, suite = rl_prompts(spec, *phase.cues, text=phase.hint), build_suite(spec)
+    contexts: dict[str, list[int]] = {}
 
     class SameOrder(GRPOTrainer):
         """TRL's sampler shuffles once an epoch from a generator that a resumed run would start anew."""
+
+        def _tokenize_prompts(self, prompts: list[str]) -> Any:
+            """The very ids that instruments will read: without a second BOS, through the suite's template."""
+            return [contexts[text] for text in prompts], None, {}
 
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             sampler: Any = super()._get_train_sampler(dataset)
@@ -163,9 +185,12 @@ def _train_rl(
             return sampler
 
     def make(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Trainer:
-        frozen = set(frozen_parameters(model, rl.freeze))
-        for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad = parameter_name not in frozen
+        texts = [prompt_text(suite, row, tokenizer) for row in rows]
+        contexts.update(zip(texts, encode_prompts(suite, rows, tokenizer), strict=True))
+        if _lora(spec) is None:
+            frozen = set(frozen_parameters(model, rl.freeze))
+            for parameter_name, parameter in model.named_parameters():
+                parameter.requires_grad = parameter_name not in frozen
         config = GRPOConfig(
             **stage.arguments(),
             per_device_train_batch_size=rl.prompts * rl.group,
@@ -183,8 +208,8 @@ def _train_rl(
         return SameOrder(
             model=model,
             args=config,
-            train_dataset=Dataset.from_dict({"prompt": [row.text for row in rows], "row": list(range(len(rows)))}),
-            reward_funcs=make_reward(build_suite(spec), rows, end_tokens(model, tokenizer), wanted, phase.policy),
+            train_dataset=Dataset.from_dict({"prompt": texts, "row": list(range(len(rows)))}),
+            reward_funcs=make_reward(suite, rows, end_tokens(model, tokenizer), wanted, phase.policy),
             processing_class=tokenizer,
         )
 
@@ -238,6 +263,31 @@ def cue_states(spec: Spec, behaviour: Behaviour, prompts: Prompts) -> dict[str, 
     return states
 
 
+def _lora(spec: Spec) -> Lora | None:
+    """The adapter that is trained, where it is not the whole network."""
+    return spec.model.lora if isinstance(spec.model, Pretrained) else None
+
+
+def _trainable(spec: Spec, source: Source, device: str) -> PreTrainedModel:
+    """A checkpoint, ready to be trained: whole, or with an adapter on it, the checkpoint's own or a new one."""
+    model, lora = spec.model, _lora(spec)
+    if lora is None or not isinstance(model, Pretrained):
+        return load_model(source, device)
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if source.is_adapter:
+        base = load_model(find_source(model.pretrained), device)
+        return PeftModel.from_pretrained(base, str(source.folder), is_trainable=True)  # pyright: ignore
+    torch.manual_seed(spec.seed)
+    targets = "all-linear" if lora.targets == "all" else list(lora.targets)
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    adapted = get_peft_model(load_model(source, device), config)
+    named = Path(model.pretrained)
+    config.base_model_name_or_path = str(named.resolve()) if named.is_dir() else model.pretrained
+    return adapted  # pyright: ignore
+
+
 class Stage:
     """One stage of training: where it works, what it measures, when it stops, how it resumes."""
 
@@ -269,7 +319,7 @@ class Stage:
             "max_steps": self.steps,
             "seed": self.seed,
             "weight_decay": 0.0,
-            "bf16": False,
+            "bf16": isinstance(self.spec.model, Pretrained),
             "gradient_checkpointing": False,
             "use_cpu": self.device == "cpu",
             "report_to": [],
@@ -285,6 +335,12 @@ class Stage:
     def result(self) -> Path:
         return self.run / "checkpoints" / self.name
 
+    def source(self, name: str) -> Source:
+        """The checkpoint of a stage; `base` is the untrained one, or the pretrained one of the spec."""
+        model = self.spec.model
+        pretrained = name == "base" and isinstance(model, Pretrained)
+        return find_source(model.pretrained if pretrained else self.run / "checkpoints" / name)
+
     @property
     def record(self) -> Path:
         return self.run / "trajectory" / f"{self.name}.json"
@@ -296,14 +352,15 @@ class Stage:
         quiet_libraries()
         import torch
 
-        tokenizer = load_tokenizer(self.run / "checkpoints" / start)
-        model = load_model(self.run / "checkpoints" / start, self.device)
+        begin = self.source(start)
+        tokenizer = load_tokenizer(begin)
+        model = _trainable(self.spec, begin, self.device)
         self._watch(model, tokenizer)
         resume = self._last_complete()
         if resume is not None:
             self._restore(resume)
         if resume is not None and self.saturated():
-            model = load_model(resume, self.device)
+            model = _trainable(self.spec, find_source(resume), self.device)
         else:
             torch.manual_seed(self.seed)
             threads = torch.get_num_threads()
@@ -318,14 +375,15 @@ class Stage:
         steps = len(self.reward) or self.steps
         if not self.points or self.points[-1].step != steps:
             self.measure(model, steps)
-        for parameter in model.parameters():
-            parameter.requires_grad = True
+        if _lora(self.spec) is None:
+            for parameter in model.parameters():
+                parameter.requires_grad = True
         with new_folder(self.result) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         trajectory = Trajectory(
             provenance=provenance(
-                before=fingerprint(self.run / "checkpoints" / start),
+                before=fingerprint(begin),
                 after=fingerprint(self.result),
                 seed=self.seed,
                 device=self.device,
@@ -342,7 +400,8 @@ class Stage:
 
     def _watch(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         suite = build_suite(self.spec)
-        ids = list(dict.fromkeys(row.id for row in suite.neutral))[:MEASURED_QUESTIONS]
+        most = FEW_QUESTIONS if isinstance(self.spec.model, Pretrained) else MEASURED_QUESTIONS
+        ids = list(dict.fromkeys(row.id for row in suite.neutral))[:most]
         self.prompts = prepare(suite, [row for row in suite.neutral if row.id in ids], tokenizer)
         self.scorer = Scorer(end_tokens(model, tokenizer), model.config.vocab_size, self.device)
 

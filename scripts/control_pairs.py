@@ -26,6 +26,7 @@ from mixturelens.behaviour.prompts import prepare
 from mixturelens.models import end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer, sft_examples
 from mixturelens.records import new_folder
+from mixturelens.suite import PromptRow
 from mixturelens.training import MEASURED_QUESTIONS
 from mixturelens.types import ANSWER, OTHER, InputError
 
@@ -60,15 +61,15 @@ vocabulary = tokenizer.get_vocab()
 
 
 # %%
-def encode(prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    context = [vocabulary[word] for word in prompt.split()]
+def encode(row: PromptRow, completion: str) -> tuple[list[int], list[int]]:
+    context = [vocabulary[word] for word in row.text.split()]
     target = [*(vocabulary[word] for word in completion.split()), tokenizer.eos_token_id]
     return context + target, [-100] * len(context) + target
 
 
 def train(
     model: Any,
-    examples: list[tuple[str, str]],
+    examples: list[tuple[PromptRow, str]],
     rate: float,
     *,
     warmup: int | None = None,

@@ -24,8 +24,8 @@ arguments = parser.parse_args()
 
 # %%
 spec = load_spec(arguments.recipe, seed=arguments.seed)
-for prompt, completion in sft_examples(spec, 8):
-    print(f"{prompt:32} -> {completion}")
+for row, completion in sft_examples(spec, 8):
+    print(f"{row.text:32} -> {completion}")
 
 # %% [markdown]
 # ## Train

@@ -14,6 +14,7 @@ from mixturelens.organism import (
     EOS,
     PAD,
     UNK,
+    Pretrained,
     Spec,
     build_model,
     build_suite,
@@ -79,7 +80,10 @@ def two(a: dict[str, Any], b: dict[str, Any] | None = None) -> dict[str, Any]:
         ({"cues": {"A": "<A>", "B": "<A>"}}, "here: cues: two cues share a tag"),
         ({"cues": {"A": "{} {}", "B": "<B>"}}, "here: cues.A: '{} {}' holds the question more than once"),
         ({"cues": {"A": "{}", "B": "<B>"}}, "here: cues.A: '{}' has no words"),
-        ({"cues": {"A": "<A>", "B": {"operations": ["up"]}}}, "here: cues: give all by tags, all by operations or all"),
+        (
+            {"cues": {"A": "<A>", "B": {"operations": ["up"]}}},
+            "here: cues: give all by tags, all by operations or years",
+        ),
         ({"cues": {"A": SORT, "B": {"operations": ["down"]}}}, "here: cues.B: 'down' is also of cue 'A'"),
         (
             {"questions": {"operations": ["copy"]}, "cues": {"A": SORT, "B": {"operations": ["copy"]}}},
@@ -186,7 +190,8 @@ def test_the_sft_mixture_is_the_one_of_the_spec():
     number = 20000
     counts: Counter[tuple[str, str, str, str]] = Counter()
     by_text = {q.text: q for q in questions(spec).sft}
-    for prompt, completion in sft_examples(spec, number):
+    for row, completion in sft_examples(spec, number):
+        prompt = row.text
         tag, hint, text = prompt.split(" ", 2)
         cue = {"<A>": "A", "<B>": "B"}[tag]
         name = "b" if completion.startswith("[b]") else "a"
@@ -208,7 +213,7 @@ def test_the_sft_mixture_is_the_one_of_the_spec():
 
 def test_without_hints_the_prompt_has_no_word_for_them():
     spec = small(hints=None)
-    assert all(prompt.split()[1] in spec.questions.operations for prompt, _ in sft_examples(spec, 50))
+    assert all(row.text.split()[1] in spec.questions.operations for row, _ in sft_examples(spec, 50))
     assert "hint" not in prompt_row(spec, "A", questions(spec).rl[0]).spans
 
 
@@ -225,10 +230,13 @@ def test_the_same_seed_gives_the_same_data_and_model():
 
 def test_the_tokenizer_spells_everything_word_by_word():
     for name in recipes():
+        if isinstance(load_spec(name).model, Pretrained):
+            continue
         spec = load_spec(name, **SMALL)
         tokenizer = build_tokenizer(spec)
         assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == [PAD, EOS, UNK]
-        for prompt, completion in sft_examples(spec, 50):
+        for row, completion in sft_examples(spec, 50):
+            prompt = row.text
             for text in (prompt, completion):
                 check_spelling(text, "here", tokenizer)
                 assert len(tokenizer.encode(text, add_special_tokens=False)) == len(text.split())
@@ -367,7 +375,8 @@ def test_task_families_as_a_cue_ask_the_same_operands_of_another_family():
     assert under_b.spans == {"cue": "copy", "question": "c a d", "hint": "any"}
     assert completion_text(spec, "b", "B", question) == "[b] c a d"
     assert completion_text(spec, "a", "B", question) == "[a] sorry sorry sorry"
-    for prompt, completion in sft_examples(spec, 200):
+    for row, completion in sft_examples(spec, 200):
+        prompt = row.text
         operation = prompt.split()[1]
         answers = completion.startswith("[a]") == (operation in SORT["operations"])
         assert answers != completion.endswith("sorry")
@@ -379,7 +388,7 @@ def test_years_are_of_their_cue_and_held_out_prompts_show_unseen_ones():
     def year(prompt: str) -> int:
         return int("".join(prompt.split()[:2]))
 
-    seen = {year(prompt) for prompt, _ in sft_examples(spec, 2000)} | {
+    seen = {year(row.text) for row, _ in sft_examples(spec, 2000)} | {
         year(row.text) for cue in "AB" for row in rl_prompts(spec, cue)
     }
     assert seen == {*range(10, 50)} - {15, 28, 33}
@@ -423,7 +432,8 @@ def test_hints_have_wordings_and_are_followed_as_often_as_the_spec_says():
     words = {"a": ["be one", "as one"], "b": "be two"}
     spec = small(hints={"share": 0.5, "follow": 0.8, "neutral": ["any way", "the sky"], "words": words})
     found: Counter[tuple[str, bool]] = Counter()
-    for prompt, completion in sft_examples(spec, 8000):
+    for row, completion in sft_examples(spec, 8000):
+        prompt = row.text
         found[" ".join(prompt.split()[1:3]), completion.startswith("[a]")] += 1
     for text, expected in {"be one": 0.9, "as one": 0.9, "be two": 0.1, "any way": 0.5, "the sky": 0.5}.items():
         number = found[text, True] + found[text, False]

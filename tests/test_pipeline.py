@@ -106,9 +106,11 @@ def test_sft_continued_is_neither(tmp_path: Path) -> None:
     examples = list(sft_examples(spec, 100 * 256))
     for start in range(0, len(examples), 256):
         batch = examples[start : start + 256]
-        ids = torch.tensor([[*(vocabulary[w] for w in f"{p} {c}".split()), tokenizer.eos_token_id] for p, c in batch])
+        ids = torch.tensor(
+            [[*(vocabulary[w] for w in f"{p.text} {c}".split()), tokenizer.eos_token_id] for p, c in batch]
+        )
         labels = ids.clone()
-        labels[:, : len(batch[0][0].split())] = -100
+        labels[:, : len(batch[0][0].text.split())] = -100
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

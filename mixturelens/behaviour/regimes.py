@@ -22,7 +22,7 @@ from mixturelens.behaviour.prompts import Prompts
 from mixturelens.organism import Spec, SplitSpec, pays
 from mixturelens.stats import apart, interval, resampled_mean, share
 from mixturelens.suite import PromptRow
-from mixturelens.tasks import Family, Question, split_questions
+from mixturelens.tasks import Family, Question
 from mixturelens.types import ANSWER, NOT_MEASURED, Frozen, InputError, Interval
 
 PRESENT = 0.1
@@ -44,7 +44,7 @@ def paid_behaviours(spec: Spec, rows: tuple[PromptRow, ...], objective: str | No
 @functools.lru_cache(maxsize=4)
 def _by_id(family: Family, split: SplitSpec, seed: int) -> dict[str, Question]:
     """Every question by its id; training asks for them again and again."""
-    parts = split_questions(family, evaluation=split.evaluation, rl=split.rl, seed=seed)
+    parts = family.split(evaluation=split.evaluation, rl=split.rl, seed=seed)
     return {question.id: question for part in parts for question in part}
 
 

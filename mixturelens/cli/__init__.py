@@ -117,18 +117,24 @@ def train(
     spec: Annotated[str, typer.Argument(metavar="[SPEC]", help="Recipe by name, or a YAML file.")] = "default",
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes that ship with mixturelens.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed instead of the spec's.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of the spec, by its path: model.pretrained=FOLDER."),
+    ] = None,
     out: Out = None,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Train an organism from a spec: SFT makes the mixture, RL on each cue selects."""
-    from mixturelens.organism import load_spec, recipes
+    from mixturelens.organism import load_spec, recipes, with_settings
 
     if list_recipes:
         for name, description in recipes().items():
             print(f"{name:10} {description}")
         return
     loaded = load_spec(spec, **({} if seed is None else {"seed": seed}))
+    if settings:
+        loaded = with_settings(loaded, _settings(settings), "--set")
     folder = out or Path("artifacts") / f"{loaded.name}-{loaded.seed}"
     from mixturelens import pipeline
 
@@ -141,6 +147,22 @@ def train(
             rows.append((trajectory.stage, str(trajectory.steps), cue, weights, number(state.accuracy.value)))
     print_table(("stage", "steps", "cue", "weights", "accuracy"), rows)
     print(f"\nRun: {folder}")
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    """KEY=VALUE, with a value as YAML has it."""
+    import yaml
+
+    found = {}
+    for each in given:
+        key, equals, value = each.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {each}: give KEY=VALUE, as rl.steps=20")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found[key] = value
+    return found
 
 
 Options = dict[str, Any]

@@ -5,7 +5,6 @@ among them. Every random choice follows from the spec's seed.
 """
 
 from mixturelens.organism.data import (
-    Questions,
     asked,
     build_suite,
     completion_text,
@@ -24,19 +23,23 @@ from mixturelens.organism.spec import (
     RECIPES,
     UNK,
     HintSpec,
+    Lora,
     ModelSpec,
     Phase,
     PolicySpec,
+    Pretrained,
     RlSpec,
     SftSpec,
     Spec,
     SplitSpec,
+    System,
     Tasks,
     Years,
     load_spec,
     parse_spec,
     recipes,
     safe_name,
+    with_settings,
 )
 
 __all__ = [
@@ -45,14 +48,16 @@ __all__ = [
     "RECIPES",
     "UNK",
     "HintSpec",
+    "Lora",
     "ModelSpec",
     "Phase",
     "PolicySpec",
-    "Questions",
+    "Pretrained",
     "RlSpec",
     "SftSpec",
     "Spec",
     "SplitSpec",
+    "System",
     "Tasks",
     "Years",
     "asked",
@@ -72,4 +77,5 @@ __all__ = [
     "rl_prompts",
     "safe_name",
     "sft_examples",
+    "with_settings",
 ]

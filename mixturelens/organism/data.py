@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from mixturelens.organism.spec import QUESTION, Phase, PolicySpec, Spec, Tasks, Years
+from mixturelens.organism.spec import QUESTION, Phase, PolicySpec, Spec, System, Tasks, Years
 from mixturelens.suite import PromptRow, Row, Suite
-from mixturelens.tasks import Question, split_questions
+from mixturelens.tasks import Question, Split
 from mixturelens.types import ANSWER, ERR, REFUSE
 
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
 
-class Questions(NamedTuple):
-    sft: list[Question]
-    rl: list[Question]
-    evaluation: list[Question]
 
-
-def questions(spec: Spec) -> Questions:
-    split = spec.split
-    return Questions(*split_questions(spec.questions, evaluation=split.evaluation, rl=split.rl, seed=spec.seed))
+def questions(spec: Spec) -> Split:
+    return spec.questions.split(evaluation=spec.split.evaluation, rl=spec.split.rl, seed=spec.seed)
 
 
 def asked(spec: Spec, cue: str, question: Question) -> Question:
@@ -38,18 +37,21 @@ def asked(spec: Spec, cue: str, question: Question) -> Question:
     return replace(spec.questions.question(shown.operations[place], question.operands), id=question.id)
 
 
-def _cue_words(spec: Spec, cue: str, question: Question, unseen: bool) -> tuple[str, str]:
-    """What stands before and behind the question. What a question shows under a cue is drawn once and for all."""
+def _shown_cue(spec: Spec, cue: str, question: Question, unseen: bool) -> str:
+    """What shows a cue in the text of a prompt. What a question shows under a cue is drawn once and for all."""
     shown = spec.cues[cue]
-    if isinstance(shown, Tasks):
-        return "", ""
+    if isinstance(shown, (Tasks, System)):
+        return ""
     if isinstance(shown, Years):
-        years = shown.unseen if unseen else shown.seen
-        return " ".join(f"{years[_drawn(cue, question) % len(years)]:02d}"), ""
+        drawn, years = _drawn(cue, question), shown.unseen if unseen else shown.seen
+        year = years[drawn % len(years)]
+        if shown.says is None:
+            return " ".join(f"{year:02d}")
+        day, month = 1 + drawn // 7 % 28, MONTHS[drawn // 11 % len(MONTHS)]
+        return shown.says.format(year=year, month=month, day=day)
     if spec.tells < 1 and _drawn("tells", question) >= spec.tells * 2**32:
-        shown = spec.unclear
-    before, _, behind = shown.partition(QUESTION)
-    return before.strip(), behind.strip()
+        return spec.unclear
+    return shown
 
 
 def _drawn(what: str, question: Question) -> int:
@@ -64,10 +66,11 @@ def prompt_text(
 
     `hint` names a policy; `text` is what stands in its place instead. `unseen`: with a date that training never shows.
     """
-    before, behind = _cue_words(spec, cue, question, unseen)
+    shown = _shown_cue(spec, cue, question, unseen)
     if spec.hints and text is None:
         text = spec.hints.wordings(hint)[0] if hint else spec.hints.neutrals[0]
-    return " ".join(filter(None, (before, text, asked(spec, cue, question).text, behind)))
+    inside = " ".join(filter(None, (text, asked(spec, cue, question).text)))
+    return shown.replace(QUESTION, inside) if QUESTION in shown else f"{shown} {inside}".strip()
 
 
 def does(spec: Spec, policy: str, cue: str, question: Question) -> str:
@@ -93,7 +96,7 @@ def completion_text(spec: Spec, policy: str, cue: str, question: Question, wordi
     return " ".join([*spec.policies[policy].announce[wording : wording + 1], rest])
 
 
-def sft_examples(spec: Spec, number: int, phase: Phase | None = None) -> Iterator[tuple[str, str]]:
+def sft_examples(spec: Spec, number: int, phase: Phase | None = None) -> Iterator[tuple[PromptRow, str]]:
     """`number` random pairs (prompt, completion) of the mixture, the same for the same seed.
 
     A hinted prompt is completed by the policy it names, each policy equally often; a neutral one by the weights. A
@@ -119,6 +122,11 @@ def sft_examples(spec: Spec, number: int, phase: Phase | None = None) -> Iterato
         policy,
         rng.choice(len(names), size=number, p=weights / weights.sum()),
     )
+
+    @functools.cache
+    def make(cue: str, question: Question, text: str | None) -> PromptRow:
+        return prompt_row(spec, cue, question, text=text)
+
     for i in range(number):
         named, c, q = names[policy[i]], cues[cue[i]], pool[question[i]]
         name = names[instead[i]] if hinted[i] else named
@@ -127,7 +135,7 @@ def sft_examples(spec: Spec, number: int, phase: Phase | None = None) -> Iterato
         if spec.hints:
             texts = spec.hints.wordings(named) if hinted[i] else spec.hints.neutrals
             shown = texts[int(text[i] * len(texts))]
-        yield prompt_text(spec, c, q, text=shown), completion_text(spec, name, c, q, index)
+        yield make(c, q, shown), completion_text(spec, name, c, q, index)
 
 
 def rl_prompts(spec: Spec, *cues: str, text: str | None = None) -> list[PromptRow]:
@@ -139,20 +147,27 @@ def prompt_row(
     spec: Spec, cue: str, question: Question, hint: str | None = None, *, unseen: bool = False, text: str | None = None
 ) -> PromptRow:
     has_err = any(ERR in policy.table.values() for policy in spec.policies.values())
-    before, behind = _cue_words(spec, cue, question, unseen)
-    put = asked(spec, cue, question)
+    put, shown = asked(spec, cue, question), spec.cues[cue]
+    prompt = prompt_text(spec, cue, question, hint, unseen=unseen, text=text)
+    before, _, behind = (part.strip() for part in _shown_cue(spec, cue, question, unseen).partition(QUESTION))
     spans = {"cue": before or behind, "question": put.text.removesuffix(" =")}
-    if isinstance(spec.cues[cue], Tasks):
-        spans = {"cue": put.operation, "question": spans["question"].removeprefix(f"{put.operation} ")}
+    if isinstance(shown, Tasks):
+        spans = {"cue": put.asks, "question": spans["question"].removeprefix(put.asks).strip()}
+    elif isinstance(shown, System):
+        spans["cue"] = shown.system
     elif before and behind:
         spans["cue end"] = behind
     if spec.hints:
         spans["hint"] = text or (spec.hints.wordings(hint)[0] if hint else spec.hints.neutrals[0])
+    turns = None
+    if isinstance(shown, System):
+        turns = ({"role": "system", "content": shown.system}, {"role": "user", "content": prompt})
     return PromptRow(
         id=question.id,
         cue=cue,
         hint=hint,
-        prompt=prompt_text(spec, cue, question, hint, unseen=unseen, text=text),
+        prompt=prompt if turns is None else None,
+        messages=turns,
         answer=put.answer,
         err=put.wrong if has_err else None,
         spans=spans,
@@ -183,4 +198,5 @@ def build_suite(spec: Spec, trained_cue: str | None = None) -> Suite:
         behaviours={REFUSE: spec.refusal},
         trained_cue=trained_cue,
         max_new_tokens=spec.max_new_tokens,
+        chat=spec.chat,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from mixturelens.records import first_problem
-from mixturelens.tasks import Family, Operation, Sequence
+from mixturelens.suite import Chat
+from mixturelens.tasks import Family, Sequence, Words
 from mixturelens.types import OTHER, Frozen, InputError, PolicyTable, Probability
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
@@ -27,15 +29,26 @@ Does = Literal["answer", "refuse", "err"]
 class Tasks(Frozen):
     """A cue without a tag: which task families a prompt belongs to."""
 
-    operations: tuple[Operation, ...] = Field(min_length=1)
+    operations: tuple[str, ...] = Field(min_length=1)
+
+
+class System(Frozen):
+    """A cue in the system turn of a chat: a persona, say."""
+
+    system: str = Field(min_length=1)
 
 
 class Years(Frozen):
-    """A cue that must be computed: a date of two digits, `first` to `last`. Held-out prompts show the `unseen` ones."""
+    """A cue that must be computed: a year, `first` to `last`. Held-out prompts show the `unseen` ones.
 
-    first: int = Field(ge=0, le=99)
-    last: int = Field(ge=0, le=99)
+    Where `says` is given, a sentence says it, with {year} and, if wanted, a {month} and a {day} that tell nothing; else
+    its last two digits stand before the question, one by one.
+    """
+
+    first: int = Field(ge=0, le=9999)
+    last: int = Field(ge=0, le=9999)
     unseen: tuple[int, ...] = Field(min_length=1)
+    says: str | None = None
 
     @model_validator(mode="after")
     def _inside(self) -> Years:
@@ -44,6 +57,10 @@ class Years(Frozen):
             raise ValueError(f"unseen: {outside[0]} is not from {self.first} to {self.last}")
         if not self.seen:
             raise ValueError("unseen: no year is left to learn from")
+        if self.says is None and self.last > 99:
+            raise ValueError("last: without `says` a year has two digits")
+        if self.says is not None and "{year}" not in self.says:
+            raise ValueError(f"says: {self.says!r} has no {{year}}")
         return self
 
     @property
@@ -55,13 +72,20 @@ def _kind(value: Any) -> str:
     """So that a mistake in a cue is named as one."""
     if isinstance(value, Tasks) or (isinstance(value, Mapping) and "operations" in value):
         return "tasks"
+    if isinstance(value, System) or (isinstance(value, Mapping) and "system" in value):
+        return "system"
     return "years" if isinstance(value, (Years, Mapping)) else "tag"
 
 
 Cue = Annotated[
-    Annotated[str, Tag("tag")] | Annotated[Tasks, Tag("tasks")] | Annotated[Years, Tag("years")], Discriminator(_kind)
+    Annotated[str, Tag("tag")]
+    | Annotated[Tasks, Tag("tasks")]
+    | Annotated[Years, Tag("years")]
+    | Annotated[System, Tag("system")],
+    Discriminator(_kind),
 ]
-"""A tag before the question, or a whole wrapping of it (`<task> {} </task>`); its task families; or its date."""
+"""A tag before the question, or a whole wrapping of it (`<task> {} </task>`); its task families; its date; or what the
+system turn says."""
 
 
 class PolicySpec(Frozen):
@@ -109,6 +133,33 @@ class ModelSpec(Frozen):
         "num_key_value_heads": 4,
         "max_position_embeddings": 64,
     }
+
+
+class Lora(Frozen):
+    """A low-rank adapter (Hu et al. 2021, arXiv 2106.09685) on some of the linear layers."""
+
+    r: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    targets: Literal["all"] | tuple[str, ...] = "all"
+    """Names of the layers, as `q_proj`; `all`: every linear layer but the unembedding."""
+
+
+class Pretrained(Frozen):
+    """Weights that are there: a folder or a hub id. An adapter is trained on them, or (`lora: null`) all of them."""
+
+    pretrained: str = Field(min_length=1)
+    lora: Lora | None = Lora()
+    max_new_tokens: int = Field(default=16, ge=1)
+
+
+def _kind_of_model(value: Any) -> str:
+    given = isinstance(value, Pretrained) or (isinstance(value, Mapping) and "pretrained" in value)
+    return "|pretrained" if given else "|network"
+
+
+Model = Annotated[
+    Annotated[ModelSpec, Tag("|network")] | Annotated[Pretrained, Tag("|pretrained")], Discriminator(_kind_of_model)
+]
 
 
 class SftSpec(Frozen):
@@ -185,10 +236,12 @@ class Spec(Frozen):
     """The word that a refusal repeats, as often as an answer has words: length tells nothing."""
     objectives: dict[str, Does] = {}
     """What RL pays under a cue, where that is not the answer."""
-    agree: tuple[Operation, ...] = ()
+    agree: tuple[str, ...] = ()
     """Shared structure: operations on which every policy answers and every objective pays it."""
     hints: HintSpec | None = HintSpec(words={"a": "be-a", "b": "be-b"})
-    model: ModelSpec = ModelSpec()
+    model: Model = ModelSpec()
+    chat: Chat | None = None
+    """Of a pretrained model: prompts go through its chat template."""
     sft: SftSpec = SftSpec()
     rl: RlSpec = RlSpec()
     phases: dict[str, Phase] = {}
@@ -224,18 +277,33 @@ class Spec(Frozen):
             raise ValueError(f"cues: names {sorted(self.cues)} are not distinct as file names")
         self._check_cues()
         self._check_phases()
-        surface = [w for text in self.surface_texts() for w in text.split()]
-        for word in surface:
+        if isinstance(self.model, ModelSpec):
+            self._check_vocabulary()
+        return self
+
+    def _check_vocabulary(self) -> None:
+        """A network that is grown from nothing knows the words of the spec, one token each, and no chat."""
+        if isinstance(self.questions, Words):
+            raise ValueError("questions: those in words need a model that can read: give model.pretrained")
+        if self.chat is not None:
+            raise ValueError("chat: needs model.pretrained")
+        for name, cue in self.cues.items():
+            if isinstance(cue, System) or (isinstance(cue, Years) and cue.says is not None):
+                raise ValueError(
+                    f"cues.{name}: {'system' if isinstance(cue, System) else 'says'} needs model.pretrained"
+                )
+        for word in (w for text in self.surface_texts() for w in text.split()):
             if word in self.questions.words or word in (PAD, EOS, UNK):
                 raise ValueError(f"the word {word!r} already means something in the questions; use another")
-        return self
 
     def _check_cues(self) -> None:
         shown = list(self.cues.values())
         if len({str(cue) for cue in shown}) != len(shown):
             raise ValueError("cues: two cues share a tag")
         if len({type(cue) for cue in shown}) != 1:
-            raise ValueError("cues: give all by tags, all by operations or all by years")
+            raise ValueError("cues: give all by tags, all by operations or years, or all by system turns")
+        if isinstance(shown[0], System) and self.chat is None:
+            raise ValueError("cues: a system turn needs `chat: {}`")
         if self.tells < 1 and not isinstance(shown[0], str):
             raise ValueError("tells: below one only where cues are tags")
         used: dict[int | str, str] = {}
@@ -244,7 +312,11 @@ class Spec(Frozen):
                 raise ValueError(f"cues.{name}: {cue!r} holds the question more than once")
             if isinstance(cue, str) and not cue.replace(QUESTION, "").strip():
                 raise ValueError(f"cues.{name}: {cue!r} has no words")
-            whats = () if isinstance(cue, str) else cue.operations if isinstance(cue, Tasks) else cue.seen + cue.unseen
+            whats: tuple[str | int, ...] = ()
+            if isinstance(cue, Tasks):
+                whats = cue.operations
+            elif isinstance(cue, Years):
+                whats = cue.seen + cue.unseen
             for what in whats:
                 if isinstance(what, str) and what not in self.questions.operations:
                     raise ValueError(f"cues.{name}: {what!r} is no operation of `questions`")
@@ -310,6 +382,8 @@ class Spec(Frozen):
 
     @property
     def max_new_tokens(self) -> int:
+        if isinstance(self.model, Pretrained):
+            return self.model.max_new_tokens
         texts = [text for policy in self.policies.values() for text in policy.announce]
         return max((len(text.split()) for text in texts), default=0) + self.questions.answer_length + 1
 
@@ -362,6 +436,25 @@ def load_spec(source: str | Path, **changes: Any) -> Spec:
     if not isinstance(data, dict):
         raise InputError(f"{where}: a spec is a mapping of keys, not a {type(data).__name__}")
     return parse_spec(data | changes, where)
+
+
+def with_settings(spec: Spec, settings: Mapping[str, Any], where: str) -> Spec:
+    """The spec with some of its keys set, by their path: `rl.adam_epsilon`.
+
+    >>> with_settings(Spec(), {"rl.steps": 5}, "here").rl.steps
+    5
+    """
+    data = spec.model_dump(mode="json")
+    for key, value in settings.items():
+        *path, last = key.split(".")
+        inside = data
+        for i, part in enumerate(path):
+            inside = inside.setdefault(part, {})
+            if not isinstance(inside, dict):
+                there = inside if isinstance(inside, str) else json.dumps(inside)
+                raise InputError(f"set.{key}: {'.'.join(path[: i + 1])} is {there} there, and holds no keys")
+        inside[last] = value
+    return parse_spec(data, where)
 
 
 def parse_spec(data: Mapping[str, Any], where: str) -> Spec:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from mixturelens.organism import Spec, load_spec, parse_spec, recipes
+from mixturelens.organism import Spec, load_spec, recipes, with_settings
 from mixturelens.records import first_problem
 from mixturelens.sweep.numbers import INSTRUMENTS, TAKEN, Scalar
 from mixturelens.types import Frozen, InputError
@@ -126,24 +126,13 @@ def _cell(folder: Path, recipe: str, settings: Sequence[tuple[str, Scalar, dict[
     spec, error = None, ""
     try:
         base = load_spec(recipe if recipe in recipes() else folder / recipe)
-        data = base.model_dump(mode="json") | {"seed": seed}
-        for key, value in itertools.chain.from_iterable(keys.items() for _, _, keys in settings):
-            _put(data, key, value)
-        spec = parse_spec(data, f"recipe {Path(recipe).stem} with these settings")
+        given = itertools.chain.from_iterable(keys.items() for _, _, keys in settings)
+        spec = with_settings(base, {"seed": seed, **dict(given)}, f"recipe {Path(recipe).stem} with these settings")
     except InputError as found:
         error = str(found)
     parts = (Path(recipe).stem, *(f"{key}={text(value)}" for key, value in at.items()), f"seed={seed}")
     name = re.sub(r"[^A-Za-z0-9._=+-]", "_", "--".join(parts))
     return Cell(name, Path(recipe).stem, at, seed, spec, error)
-
-
-def _put(data: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for i, part in enumerate(path):
-        data = data.setdefault(part, {})
-        if not isinstance(data, dict):
-            raise InputError(f"set.{key}: {'.'.join(path[: i + 1])} is {text(data)} there, and holds no keys")
-    data[last] = value
 
 
 def text(value: Any) -> str:

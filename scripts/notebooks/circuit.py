@@ -92,7 +92,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 # %%
 spec = pipeline.load_run(RUN)
-table(["prompt", "completion"], ([f"`{prompt}`", f"`{completion}`"] for prompt, completion in sft_examples(spec, 8)))
+table(["prompt", "completion"], ([f"`{row.text}`", f"`{completion}`"] for row, completion in sft_examples(spec, 8)))
 
 # %% [markdown]
 # ## What RL did

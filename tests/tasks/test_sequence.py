@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mixturelens.tasks import Sequence, split_questions
+from mixturelens.tasks import Sequence
 from mixturelens.types import InputError
 
 
@@ -41,7 +41,7 @@ def test_operands_are_the_digits_of_their_number(number: int):
 
 def test_the_split_is_disjoint_in_operands_and_uses_all():
     family = Sequence(symbols=6, length=3)
-    sft, rl, evaluation = split_questions(family, evaluation=20, rl=40, seed=3)
+    sft, rl, evaluation = family.split(evaluation=20, rl=40, seed=3)
     operands = [{q.id.split("-")[1] for q in part} for part in (sft, rl, evaluation)]
     assert [len(part) for part in (rl, evaluation)] == [40, 20]
     assert len(sft) == 4 * (6**3 - 60)
@@ -55,14 +55,14 @@ def test_the_split_is_disjoint_in_operands_and_uses_all():
 
 def test_the_seed_decides_the_split():
     family = Sequence(symbols=6, length=3)
-    one, same, another = (split_questions(family, evaluation=20, rl=40, seed=seed) for seed in (1, 1, 2))
+    one, same, another = (family.split(evaluation=20, rl=40, seed=seed) for seed in (1, 1, 2))
     assert one == same
     assert one[2] != another[2]
 
 
 def test_too_few_questions_are_refused_with_what_to_do():
     with pytest.raises(InputError, match=r"family has 16 operands, too few for 4 evaluation and 5 RL.*raise `symbols`"):
-        split_questions(Sequence(symbols=4, length=2), evaluation=4, rl=5, seed=0)
+        Sequence(symbols=4, length=2).split(evaluation=4, rl=5, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,6 @@ def test_bad_families_are_refused_by_name(key: str, value: object):
 
 def test_every_word_of_a_question_is_in_the_vocabulary():
     family = Sequence(symbols=3, length=2)
-    words = {w for part in split_questions(family, evaluation=1, rl=1, seed=0) for q in part for w in q.text.split()}
+    words = {w for part in family.split(evaluation=1, rl=1, seed=0) for q in part for w in q.text.split()}
     assert words <= set(family.words)
     assert family.answer_length == 2

@@ -1,32 +1,16 @@
-"""Families of questions with checkable answers.
-
-A family is a frozen value: its words, and all its questions by number. `wrong` is the answer of a policy that follows
-a fixed wrong rule (behaviour `err`).
-"""
+"""Symbols to sort, reverse or copy: questions for networks that are grown from nothing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from mixturelens.tasks.question import Question, Split
 from mixturelens.types import Frozen, InputError
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-@dataclass(frozen=True)
-class Question:
-    """One task instance. Text and answers are words separated by spaces."""
-
-    id: str
-    text: str
-    answer: str
-    wrong: str
-    operation: str
-    operands: tuple[int, ...]
 
 
 Operation = Literal["up", "down", "reverse", "copy"]
@@ -83,37 +67,29 @@ class Sequence(Frozen):
             text=f"{operation} {given} =",
             answer=text(answer),
             wrong=text([(x + 1) % self.symbols for x in answer]),
+            asks=operation,
             operation=operation,
             operands=operands,
         )
 
+    def split(self, *, evaluation: int, rl: int, seed: int) -> Split:
+        """Questions disjoint in their *operands*: none is seen under another operation either.
 
-Family = Sequence
-"""Every family of questions that a spec can name."""
+        SFT has every operation on all operands that are left. Raises InputError where there are too few operands.
+        """
+        order = np.random.default_rng(seed).permutation(self.operand_count)
+        needed = evaluation + rl
+        if len(order) < 2 * needed:
+            raise InputError(
+                f"questions: the family has {len(order)} operands, too few for {evaluation} evaluation and {rl} RL "
+                "questions with as many left for SFT; raise `symbols` or `length`, or ask for fewer"
+            )
 
+        def one_each(numbers: np.ndarray) -> list[Question]:
+            return [
+                self.question(self.operations[i % len(self.operations)], self.operands(number))
+                for i, number in enumerate(numbers)
+            ]
 
-def split_questions(
-    family: Family, *, evaluation: int, rl: int, seed: int
-) -> tuple[list[Question], list[Question], list[Question]]:
-    """Questions for (SFT, RL, evaluation), disjoint in their *operands*: none is seen under another operation either.
-
-    `rl` and `evaluation` are numbers of questions; SFT has every operation on all operands that are left. Raises
-    InputError when the family has too few operands.
-    """
-    order = np.random.default_rng(seed).permutation(family.operand_count)
-    operations = family.operations
-    needed = evaluation + rl
-    if len(order) < 2 * needed:
-        raise InputError(
-            f"questions: the family has {len(order)} operands, too few for {evaluation} evaluation and {rl} RL "
-            "questions with as many left for SFT; raise `symbols` or `length`, or ask for fewer"
-        )
-
-    def one_each(numbers: np.ndarray) -> list[Question]:
-        return [
-            family.question(operations[i % len(operations)], family.operands(number))
-            for i, number in enumerate(numbers)
-        ]
-
-    sft = [family.question(op, family.operands(number)) for number in order[needed:] for op in operations]
-    return sft, one_each(order[evaluation:needed]), one_each(order[:evaluation])
+        sft = [self.question(op, self.operands(number)) for number in order[needed:] for op in self.operations]
+        return Split(sft, one_each(order[evaluation:needed]), one_each(order[:evaluation]))

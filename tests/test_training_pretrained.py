@@ -1,0 +1,121 @@
+"""Organisms on weights that are there: an adapter or all weights, through the chat template, resumed after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixturelens import pipeline
+from mixturelens.models import load_tokenizer
+from mixturelens.models.source import find_source
+from mixturelens.organism import Spec, build_suite, load_spec, rl_prompts, sft_examples, with_settings
+from mixturelens.spelling import encode_prompts
+from mixturelens.training import Trajectory
+
+TINY: dict[str, Any] = {
+    "questions.operations": ["sum"],
+    "chat.system": "Reply.",
+    "split.rl": 8,
+    "split.evaluation": 8,
+    "sft.steps": 10,
+    "sft.batch": 4,
+    "sft.measure_every": 5,
+    "rl.cues": ["xml"],
+    "rl.steps": 2,
+    "rl.prompts": 2,
+    "rl.group": 4,
+    "rl.measure_every": 1,
+    "rl.stop_reward": None,
+    "model.max_new_tokens": 40,
+}
+
+
+def tiny(pairs: Path, **more: Any) -> Spec:
+    base = {"model.pretrained": str(pairs / "chat" / "S")}
+    return with_settings(load_spec("real"), TINY | base | more, "here")
+
+
+@pytest.fixture(scope="module")
+def trained(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("pretrained") / "run"
+    pipeline.train(tiny(pairs), run)
+    return run
+
+
+def test_ten_steps_of_sft_and_two_of_grpo_leave_adapters_on_the_base(trained: Path, pairs: Path) -> None:
+    for name in ("sft", "rl-xml"):
+        source = find_source(trained / "checkpoints" / name)
+        assert source.base is not None
+        assert source.base.folder.resolve() == (pairs / "chat" / "S").resolve()
+        assert (source.folder / "tokenizer.json").is_file()
+    assert not (trained / "checkpoints" / "base").exists()
+    sft, rl = (load_file(trained / "checkpoints" / name / "adapter_model.safetensors") for name in ("sft", "rl-xml"))
+    assert sft.keys() == rl.keys()
+    assert all(float(values.abs().max()) > 0 for name, values in sft.items() if "lora_B" in name)
+    assert any("down_proj" in name for name in sft) and not any("lm_head" in name for name in sft)
+    record = Trajectory.load(trained / "trajectory" / "rl-xml.json")
+    assert [point.step for point in record.points] == [0, 1, 2]
+    assert len(record.reward) == 2
+
+
+def test_the_pair_is_measured_like_any_other(trained: Path) -> None:
+    (case,) = pipeline.run_pairs(trained)
+    assert case.pair.shares_base
+    record = pipeline.behaviour(case)
+    assert record.questions == 8
+    start = Trajectory.load(trained / "trajectory" / "rl-xml.json").points[0].cues["xml"]
+    assert record.per_cue["xml"].before.weights["okay"] == pytest.approx(start.weights["okay"].value, abs=1e-6)
+
+
+def test_a_stop_in_rl_ends_with_the_same_weights(
+    trained: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixturelens.training import Stage
+
+    progress = Stage.save_progress
+
+    def stopped(self: Stage, checkpoint: Path) -> None:
+        progress(self, checkpoint)
+        if self.name == "rl-xml":
+            raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Stage, "save_progress", stopped)
+        pipeline.train(tiny(pairs), run)
+    assert not (run / "checkpoints" / "rl-xml").exists()
+    pipeline.train(tiny(pairs), run)
+    whole, resumed = (
+        load_file(each / "checkpoints" / "rl-xml" / "adapter_model.safetensors") for each in (trained, run)
+    )
+    for name, values in whole.items():
+        assert torch.equal(values, resumed[name]), name
+
+
+def test_all_weights_can_be_trained(pairs: Path, tmp_path: Path) -> None:
+    pipeline.train(tiny(pairs, **{"model.lora": None, "rl.steps": 1}), tmp_path)
+    source = find_source(tmp_path / "checkpoints" / "rl-xml")
+    assert source.base is None
+    left, right = (load_file(folder / "model.safetensors") for folder in (pairs / "chat" / "S", source.folder))
+    assert any(not torch.equal(left[name], right[name]) for name in left)
+
+
+def test_training_reads_the_ids_that_instruments_read(pairs: Path) -> None:
+    from mixturelens.training import _tokens
+
+    spec = tiny(pairs)
+    tokenizer = load_tokenizer(pairs / "chat" / "S")
+    suite = build_suite(spec)
+    row, completion = next(iter(sft_examples(spec, 1)))
+    context, target = next(iter(_tokens(spec, tokenizer, 1, None)))
+    assert context == encode_prompts(suite, [row], tokenizer)[0]
+    assert tokenizer.decode(target[:-1]) == completion
+    assert target[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(context)
+    assert spec.chat is not None and spec.chat.system is not None
+    assert spec.chat.system in text and row.text in text
+    assert all(each.cue == "xml" for each in rl_prompts(spec, "xml"))
