@@ -30,6 +30,7 @@ from mixturelens.organism import (
     rl_prompts,
     safe_name,
     sft_examples,
+    with_settings,
 )
 from mixturelens.spelling import check_spelling, encode_prompts
 from mixturelens.training import make_reward
@@ -461,3 +462,71 @@ def test_stages_follow_one_another_or_branch():
     taught = [completion.split()[0] for _, completion in sft_examples(spec, 50, spec.phases["y"])]
     assert {*taught} == {"[b]"}
     assert [row.cue for row in rl_prompts(spec, "A", "B")[:4]] == ["A", "B", "A", "B"]
+
+
+# --- on a pretrained model --------------------------------------------------------------------------------------------
+
+REAL: dict[str, Any] = {
+    "questions": {"family": "words"},
+    "hints": None,
+    "model": {"pretrained": "org/name"},
+    "chat": {},
+    "split": {"rl": 40, "evaluation": 6},
+}
+
+
+def test_dates_in_words_are_unseen_in_held_out_prompts():
+    says = "Today is {day} {month} {year}."
+    cues = {
+        "A": {"first": 1990, "last": 2005, "unseen": [1995], "says": says},
+        "B": {"first": 2006, "last": 2020, "unseen": [2010, 2015], "says": says},
+    }
+    spec = parse_spec(REAL | {"cues": cues}, "here")
+    held_out = [row for row in build_suite(spec).prompts if row.cue == "A"]
+    assert all(row.spans["cue"].endswith(" 1995.") and row.text.startswith(row.spans["cue"]) for row in held_out)
+    assert len({row.spans["cue"] for row in held_out}) > 1
+    assert not any(f" {year}." in row.text for row, _ in sft_examples(spec, 400) for year in (1995, 2010, 2015))
+
+
+def test_a_persona_stands_in_the_system_turn():
+    spec = parse_spec(REAL | {"cues": {"A": {"system": "You are a pirate."}, "B": {"system": "You are a nurse."}}}, "x")
+    row = prompt_row(spec, "B", questions(spec).rl[0])
+    assert row.messages is not None
+    assert [turn["role"] for turn in row.messages] == ["system", "user"]
+    assert row.messages[0]["content"] == row.spans["cue"] == "You are a nurse."
+
+
+def test_families_in_words_as_a_cue():
+    cues = {"A": {"operations": ["capital"]}, "B": {"operations": ["sum", "sums"]}}
+    spec = parse_spec(
+        REAL | {"questions": {"family": "words", "operations": ["capital", "sum", "sums"]}, "cues": cues}, "x"
+    )
+    rows = {cue: [row for row in build_suite(spec).prompts if row.cue == cue] for cue in "AB"}
+    assert all(row.spans["cue"] == "What is the capital of" for row in rows["A"])
+    assert all(" plus " in row.text and row.spans["cue"] == "What is" for row in rows["B"])
+    assert [row.id for row in rows["A"]] == [row.id for row in rows["B"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {}}, "x: questions: those in words need a model that can read"),
+        ({"questions": {"family": "sequence"}, "model": {}}, "x: chat: needs model.pretrained"),
+        ({"cues": {"A": {"system": "a"}, "B": {"system": "b"}}, "chat": None}, "x: cues: a system turn needs `chat"),
+        ({"model": {"pretrained": "org/name", "lora": {"rank": 3}}}, "x: unknown key 'model.lora.rank'"),
+        ({"questions": {"family": "words", "operation": ["sum"]}}, "x: unknown key 'questions.operation'"),
+        ({"cues": {"A": {"first": 1990, "last": 2000, "unseen": [1995]}}}, "without `says` a year has two digits"),
+        ({"cues": {"A": {"first": 1, "last": 5, "unseen": [3], "says": "now"}}}, "'now' has no {year}"),
+    ],
+)
+def test_what_only_a_pretrained_model_can_read(changes: dict[str, Any], message: str):
+    with pytest.raises(InputError) as refused:
+        parse_spec(REAL | changes, "x")
+    assert message in str(refused.value)
+
+
+def test_keys_are_set_by_their_path():
+    spec = with_settings(load_spec("real"), {"model.pretrained": "org/other", "rl.steps": 3}, "--set")
+    assert (spec.model.pretrained, spec.rl.steps) == ("org/other", 3)
+    with pytest.raises(InputError, match=r"--set: unknown key 'rl\.stepps'"):
+        with_settings(spec, {"rl.stepps": 3}, "--set")

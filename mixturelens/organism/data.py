@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from mixturelens.organism.spec import QUESTION, Phase, PolicySpec, Spec, System, Tasks, Years
 from mixturelens.suite import PromptRow, Row, Suite
 from mixturelens.tasks import Question, Split
-from mixturelens.types import ANSWER, ERR, REFUSE
+from mixturelens.types import ANSWER, ERR, REFUSE, InputError
 
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
@@ -192,6 +193,10 @@ def build_suite(spec: Spec, trained_cue: str | None = None) -> Suite:
         for cue in spec.cues
         for hint in hints
     ]
+    asked_twice = [row for row, times in Counter((row.cue, row.hint, row.text) for row in rows).items() if times > 1]
+    if asked_twice:
+        cue, _, text = asked_twice[0]
+        raise InputError(f"split.evaluation: cue {cue!r} asks {text!r} twice; ask for fewer questions")
     return Suite(
         prompts=tuple(rows),
         policies={name: _shown(policy) for name, policy in spec.policies.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -12,7 +13,7 @@ from pydantic import Field, model_validator
 from mixturelens.tasks.question import Question, Split
 from mixturelens.types import Frozen, InputError
 
-Operation = Literal["place", "sort", "sum", "sums", "opposite", "capital"]
+Operation = Literal["place", "reverse", "sort", "sum", "sums", "opposite", "capital"]
 
 _LISTED = """
 apple river stone lamp chair window garden bridge mountain candle pencil basket ladder bottle mirror blanket hammer
@@ -55,12 +56,20 @@ PLACES = {"first": 0, "second": 1, "third": 2, "last": -1}
 OPPOSITES, CAPITALS = _read(_OPPOSITES), _read(_CAPITALS)
 SHARED = 3
 """Uses of questions: SFT, RL, and held out. An item of a table serves one of them alone."""
+HELD_OUT = 2
+LEAST = 2000
+"""Questions of SFT, at least."""
 
 
 def _place(draw: np.random.Generator) -> tuple[str, str, str, str]:
     words, place = _drawn_words(draw, 6), tuple(PLACES)[int(draw.integers(len(PLACES)))]
     at = PLACES[place]
     return f"Which word is the {place} of these:", f" {', '.join(words)}?", words[at], words[(at + 1) % len(words)]
+
+
+def _reverse(draw: np.random.Generator) -> tuple[str, str, str, str]:
+    words = _drawn_words(draw, 3)
+    return "Say these words in reverse order:", f" {', '.join(words)}.", ", ".join(words[::-1]), ", ".join(words)
 
 
 def _sort(draw: np.random.Generator) -> tuple[str, str, str, str]:
@@ -90,13 +99,23 @@ TABLES: Mapping[str, tuple[tuple[str, str, str, str], ...]] = {
     "opposite": _pairs("What is the opposite of", OPPOSITES),
     "capital": _pairs("What is the capital of", CAPITALS),
 }
-DRAWN: Mapping[str, Callable[[np.random.Generator], tuple[str, str, str, str]]] = {"place": _place, "sort": _sort}
+DRAWN: Mapping[str, Callable[[np.random.Generator], tuple[str, str, str, str]]] = {
+    "place": _place,
+    "reverse": _reverse,
+    "sort": _sort,
+}
+
+
+@functools.cache
+def _order(operation: str, seed: int) -> list[int]:
+    """The items of a table, shuffled."""
+    return np.random.default_rng([seed, zlib.crc32(operation.encode())]).permutation(len(TABLES[operation])).tolist()
 
 
 class Words(Frozen):
     """Questions in plain words, with an answer of a few words. Held-out items of a table are in no training.
 
-    The wrong rule answers what stands behind the right word, the other order, one more, or the next item of the table.
+    The wrong rule answers the word behind the right one, another order, one more, or the next item of the table.
 
     >>> Words().question("capital", (0, 0)).text.startswith("What is the capital of")
     True
@@ -131,8 +150,7 @@ class Words(Frozen):
             name = str(number)
         else:
             table = TABLES[operation]
-            order = np.random.default_rng([seed, zlib.crc32(operation.encode())]).permutation(len(table))
-            item = int(order[number % (len(table) // SHARED * SHARED)])
+            item = _order(operation, seed)[number % (len(table) // SHARED * SHARED)]
             asks, rest, answer, wrong = table[item]
             name = str(item)
         return Question(
@@ -146,21 +164,34 @@ class Words(Frozen):
         )
 
     def split(self, *, evaluation: int, rl: int, seed: int) -> Split:
-        """Questions of all operations in turn; SFT has as many as RL, and at least 2,000.
+        """Questions of all operations in turn; SFT has as many as RL, and at least LEAST.
 
         Raises InputError where a table has too few items to hold out.
         """
 
         def numbered(number: int, use: int) -> list[Question]:
-            turns = [divmod(i, len(self.operations)) for i in range(number)]
-            return [self.question(self.operations[at], (seed, SHARED * turn + use)) for turn, at in turns]
+            operations = self.operations
+            return [self.question(operations[i % len(operations)], (seed, SHARED * i + use)) for i in range(number)]
 
-        held_out = numbered(evaluation, 2)
-        for operation in self.operations:
-            asked = [question.id for question in held_out if question.operation == operation]
-            if len(set(asked)) < len(asked):
+        return Split(numbered(max(rl, LEAST), 0), numbered(rl, 1), self._held_out(evaluation, seed))
+
+    def _held_out(self, number: int, seed: int) -> list[Question]:
+        """No item is asked twice; and no two have one number, so that none is the same under another operation."""
+        found: list[Question] = []
+        seen: set[str] = set()
+        free = dict.fromkeys(range(SHARED * number))
+        for i in range(number):
+            operation = self.operations[i % len(self.operations)]
+            for each in free:
+                question = self.question(operation, (seed, SHARED * each + HELD_OUT))
+                if question.id not in seen:
+                    break
+            else:
                 raise InputError(
-                    f"questions: {operation!r} has {len(TABLES[operation]) // SHARED} items to hold out, and "
-                    f"split.evaluation asks for {len(asked)}; ask for fewer, or add operations"
+                    f"questions: {operation!r} has only {len(TABLES[operation]) // SHARED} items to hold out; lower "
+                    "split.evaluation, or add operations"
                 )
-        return Split(numbered(max(rl, 2000), 0), numbered(rl, 1), held_out)
+            del free[each]
+            seen.add(question.id)
+            found.append(question)
+        return found
