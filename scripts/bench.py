@@ -269,7 +269,8 @@ def _objective(weights: np.ndarray, bias: np.ndarray, rows: np.ndarray, labels: 
     return float(log_losses.sum() + np.square(weights.astype(float)).sum() / 2)
 
 
-REAL = Path(os.environ.get("MIXTURELENS_REAL", REFERENCE.parent / "real-smollm2"))
+REAL = Path(os.environ.get("MIXTURELENS_REAL", REFERENCE.parent / "pretrained" / "run"))
+PAIR = REAL / "checkpoints" / "sft", REAL / "checkpoints" / "rl-xml"
 ASKED = 16
 """Questions of the part about a pretrained model."""
 
@@ -277,10 +278,11 @@ ASKED = 16
 def real() -> None:
     """Each command in a process of its own, in turn, on what the ones before it wrote."""
     with tempfile.TemporaryDirectory() as name:
-        folder = REAL
-        if not (REAL / "R").is_dir():
+        folder, pair = REAL, PAIR
+        if not PAIR[1].is_dir():
             folder = Path(name) / "pair"
             random_pair(folder)
+            pair = folder / "S", folder / "R"
         suite = load_suite(folder / "suite.yaml")
         what = "SmolLM2-135M" if folder == REAL else "the shape of SmolLM2-135M with random weights"
         for questions, commands in (
@@ -288,9 +290,10 @@ def real() -> None:
             (ASKED, ("the limit", "verdict", "patch", "probe", "graft")),
         ):
             asked = set(list(dict.fromkeys(row.id for row in suite.prompts))[:questions])
-            few = suite.model_copy(update={"prompts": tuple(row for row in suite.prompts if row.id in asked)})
+            rows = tuple(row for row in suite.prompts if row.id in asked)
+            few = suite.model_copy(update={"prompts": rows, "trained_cue": suite.trained_cue or suite.cues[0]})
             few.save(Path(name) / f"{questions}.yaml")
-            given = [folder / "S", folder / "R", Path(name) / f"{questions}.yaml", Path(name) / f"out-{questions}"]
+            given = [*pair, Path(name) / f"{questions}.yaml", Path(name) / f"out-{questions}"]
             print(f"\n{what}, {len(few.prompts)} prompts, {torch.get_num_threads()} threads")
             limit = 0.0
             for command in commands:

@@ -1,7 +1,7 @@
 """Every command on a pretrained model: `make real`, and `make gpu` for the same on CUDA.
 
-The pair is SmolLM2-135M-Instruct after SFT on two policies (S), and after RL on one format (R), made by
-`scripts/real_pair.py`; MIXTURELENS_REAL names its folder. How long each command takes and how much memory is printed,
+The pair is SmolLM2-135M-Instruct after SFT on two policies (S), and after RL on one format (R), both as adapters: the
+recipe `real`, of which MIXTURELENS_REAL names a run. How long each command takes and how much memory is printed,
 beside what is hoped for: `pytest -s`.
 """
 
@@ -19,14 +19,15 @@ from typing import Any
 import pytest
 import torch
 
-REAL = Path(os.environ.get("MIXTURELENS_REAL", Path(__file__).parents[1] / "artifacts" / "real-smollm2"))
+REAL = Path(os.environ.get("MIXTURELENS_REAL", Path(__file__).parents[1] / "artifacts" / "pretrained" / "run"))
+S, R = (REAL / "checkpoints" / name for name in ("sft", "rl-xml"))
 HOPED = {"verdict": 3, "patch": 8, "probe": 5, "graft": 8, "repair": 5, "features": 10, "report": 1}
 """Minutes on two idle cores, one command after the other."""
 MEMORY = 4e9
 """Bytes, at the peak, of any of them."""
 
 pytestmark = pytest.mark.skipif(
-    not (REAL / "R").is_dir(), reason=f"{REAL} has no pair; `make real` makes it where a package index can be reached"
+    not R.is_dir(), reason=f"{REAL} has no pair; `make real` makes it where a package index can be reached"
 )
 
 
@@ -47,8 +48,8 @@ def records(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     found: dict[str, Any] = {"out": out}
     for command, minutes in HOPED.items():
         given = [
-            *("--before", REAL / "S", "--after", REAL / "R", "--suite", REAL / "suite.yaml", "--out", out),
-            *("--device", request.param, *(() if command == "report" else ("--json",))),
+            *("--before", S, "--after", R, "--suite", REAL / "suite.yaml", "--out", out),
+            *("--trained-cue", "xml", "--device", request.param, *(() if command == "report" else ("--json",))),
         ]
         start = time.perf_counter()
         done = subprocess.run(

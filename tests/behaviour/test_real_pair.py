@@ -1,6 +1,6 @@
 """A pair made from pretrained weights, with its own tokenizer and chat template: `behaviour` is what PyTorch says.
 
-Run with `make real`, which makes the pair; MIXTURELENS_REAL names its folder.
+Run with `make real`, which makes the pair; MIXTURELENS_REAL names the run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from mixturelens.models import open_pair, quiet_libraries
 from mixturelens.routing.verdict import judge
 from mixturelens.suite import load_suite
 
-REAL = Path(os.environ.get("MIXTURELENS_REAL", Path(__file__).parents[2] / "artifacts" / "real-smollm2"))
+REAL = Path(os.environ.get("MIXTURELENS_REAL", Path(__file__).parents[2] / "artifacts" / "pretrained" / "run"))
+CHECKPOINTS = {"before": REAL / "checkpoints" / "sft", "after": REAL / "checkpoints" / "rl-xml"}
 QUESTIONS = 8  # fewer give no verdict
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(not (REAL / "R").is_dir(), reason=f"{REAL} has no pair; make it with scripts/real_pair.py"),
+    pytest.mark.skipif(not CHECKPOINTS["after"].is_dir(), reason=f"{REAL} has no pair; `make real` makes it"),
 ]
 
 
@@ -62,12 +63,12 @@ def test_behaviour_is_what_plain_pytorch_says() -> None:
     asked = list(dict.fromkeys(row["id"] for row in rows))[:QUESTIONS]
     suite = load_suite(REAL / "suite.yaml")
     suite = suite.model_copy(update={"prompts": tuple(row for row in suite.prompts if row.id in asked), "samples": 2})
-    found = behaviour_record(open_pair(REAL / "S", REAL / "R", suite))
+    found = behaviour_record(open_pair(*CHECKPOINTS.values(), suite))
     assert found.check is not None
     assert found.check.agrees
     cells = {(cell.cue, cell.policy): cell for cell in found.table}
-    for when, name in (("before", "S"), ("after", "R")):
-        plain = Plain(REAL / name, raw)
+    for when, folder in CHECKPOINTS.items():
+        plain = Plain(folder, raw)
         for cue, state in found.per_cue.items():
             side = getattr(state, when)
             prompts = [(plain.prompt(row["prompt"]), row) for row in rows if row["cue"] == cue and row["id"] in asked]
@@ -85,8 +86,8 @@ def test_behaviour_is_what_plain_pytorch_says() -> None:
                     ]
                 )
                 assert side.accuracy[policy] == pytest.approx(right, abs=1e-3)
-                decline = raw["behaviours"]["decline"]
+                decline = raw["behaviours"]["refuse"]
                 said = mean([plain.probability(text + announced, [f" {decline}", decline]) for text, _ in prompts])
-                shown = getattr(cells[cue, policy], f"shown_{when}")["decline"]
+                shown = getattr(cells[cue, policy], f"shown_{when}")["refuse"]
                 assert shown == pytest.approx(said, abs=1e-3)
     assert judge(found).verdict == "routing"
