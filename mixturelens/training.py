@@ -170,6 +170,7 @@ def _train_rl(
     stage = Stage(name, spec, run, steps, measure_every, device, progress, phase.stop_reward)
     rows, suite = rl_prompts(spec, *phase.cues, text=phase.hint), build_suite(spec)
     contexts: dict[str, list[int]] = {}
+    large = isinstance(spec.model, Pretrained)
 
     class SameOrder(GRPOTrainer):
         """TRL's sampler shuffles once an epoch from a generator that a resumed run would start anew."""
@@ -177,6 +178,22 @@ def _train_rl(
         def _tokenize_prompts(self, prompts: list[str]) -> Any:
             """The very ids that instruments will read: without a second BOS, through the suite's template."""
             return [contexts[text] for text in prompts], None, {}
+
+        def _get_per_token_logps_and_entropies(
+            self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *given: Any, **more: Any
+        ) -> Any:
+            """Without a GPU, TRL takes logits at every position of the prompt, too: a third of a step's time."""
+            known = {"batch_size", "compute_entropy", "num_images"}
+            if stage.device != "cpu" or not large or given or any(more[name] for name in more.keys() - known):
+                found = super()._get_per_token_logps_and_entropies
+                return found(model, input_ids, attention_mask, logits_to_keep, *given, **more)
+            with self.accelerator.autocast():
+                read = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep + 1)
+            logs = read.logits[:, :-1].float().log_softmax(-1)
+            chosen = logs.gather(-1, input_ids[:, -logits_to_keep:, None])[..., 0]
+            with torch.no_grad():
+                entropy = -(logs.exp() * logs).sum(-1) if more.get("compute_entropy") else None
+            return chosen, entropy, None
 
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             sampler: Any = super()._get_train_sampler(dataset)
@@ -288,6 +305,13 @@ def _trainable(spec: Spec, source: Source, device: str) -> PreTrainedModel:
     return adapted  # pyright: ignore
 
 
+def _kept(spec: Spec, model: PreTrainedModel) -> dict[str, Any]:
+    """What of a model is saved: an adapter takes half the room in float16, whose rounding is far below a step of RL."""
+    if _lora(spec) is None:
+        return {}
+    return {"state_dict": {name: values.half() for name, values in model.state_dict().items() if "lora_" in name}}
+
+
 class Stage:
     """One stage of training: where it works, what it measures, when it stops, how it resumes."""
 
@@ -379,7 +403,7 @@ class Stage:
             for parameter in model.parameters():
                 parameter.requires_grad = True
         with new_folder(self.result) as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, **_kept(self.spec, model))
             tokenizer.save_pretrained(folder)
         trajectory = Trajectory(
             provenance=provenance(

@@ -122,3 +122,28 @@ def test_training_reads_the_ids_that_instruments_read(pairs: Path) -> None:
     assert "<|im_start|>system\nReply." in text
     assert row.text in text
     assert all(each.cue == "xml" for each in rl_prompts(spec, "xml"))
+
+
+def test_log_probabilities_of_completions_are_those_of_trl(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl import GRPOTrainer
+
+    theirs, loss = GRPOTrainer._get_per_token_logps_and_entropies, GRPOTrainer._compute_loss
+    compared = []
+
+    def compute_loss(self: Any, model: Any, inputs: Any) -> Any:
+        ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+        there = inputs["completion_mask"].bool()
+        given = (model, ids, mask, there.shape[1])
+        with torch.no_grad():
+            ours = self._get_per_token_logps_and_entropies(*given, compute_entropy=True)
+            other = theirs(self, *given, compute_entropy=True)
+        for left, right in zip(ours[:2], other[:2], strict=True):
+            torch.testing.assert_close(left[there], right[there].float(), atol=2e-2, rtol=2e-2)  # in bfloat16
+        compared.append(there.sum())
+        return loss(self, model, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", compute_loss)
+    pipeline.train(tiny(pairs, **{"sft.steps": 2, "rl.steps": 1}), tmp_path / "run")
+    assert compared

@@ -103,8 +103,9 @@ def work(plan: Plan, prompts: Prompts, components: int, size: Size) -> Work:
     logits = min(BATCH_BYTES, len(lengths) * widest * size.vocabulary * 8) * 2.5
     at_once = min(BATCH_TOKENS, whole) * size.body / size.layers / size.d_model * 2 * size.width
     kept = 2 * some * size.layers * size.d_model * size.width if plan.searched is not None else 0.0
-    way_back = path.KEPT * size.body / size.d_model * size.width * rows * max(lengths, default=0)
-    change = 2 * size.unembedding * size.width  # of the largest tensor, while its slope is taken
+    way_back = path.KEPT * size.body / size.d_model * size.width * rows * (max(lengths, default=0) + 2 * USUAL)
+    # of the largest tensor, while its slope is taken: as it is between S and R, its change, and both on the way back
+    change = 4 * size.unembedding * size.width
     back = max(path.BATCH_BYTES if long else 0, way_back) + logits / 4 + change
     held = max(kept + logits + at_once, back if plan.path else 0)
     return Work(tokens=tokens, read=tokens / max(1, widest) * rows * USUAL, held=held)
