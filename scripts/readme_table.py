@@ -223,9 +223,8 @@ def signed(value: Interval) -> str:
     return f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 
-def put(name: str, made: str, script: str) -> None:
-    """Write a block of the README that a script makes, in the place of what it made before."""
-    readme = ROOT / "README.md"
+def put(name: str, made: str, script: str, readme: Path = ROOT / "README.md") -> None:
+    """Write a block of a README that a script makes, in the place of what it made before."""
     head, begin, rest = readme.read_text(encoding="utf-8").partition(f"<!-- {name}: written by scripts/{script}.py -->")
     _, end, tail = rest.partition(f"<!-- /{name} -->")
     readme.write_text(f"{head}{begin}\n{made}\n{end}{tail}", encoding="utf-8")

@@ -10,6 +10,7 @@ from mixturelens import viz
 from mixturelens.routing.repair import RepairRecord
 from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.stats import over_seeds
+from mixturelens.training import Trajectory
 
 REFERENCE = Path(__file__).parents[1] / "artifacts" / "reference" / "records"
 
@@ -50,3 +51,13 @@ def test_the_table_of_transfer_has_a_line_for_every_pair() -> None:
     assert len(head) == len(rule) == len(line) == 9
     assert line[0] == "| seed 0, A"
     assert line[4].startswith(f"{pair[1].verdict}, {pair[1].routing_share.value:.3f}")
+
+
+def test_accuracy_along_rl_ends_in_the_best_repair() -> None:
+    record = RepairRecord.load(REFERENCE / "sft--rl-A" / "repair.json")
+    run = Trajectory.load(REFERENCE.parent / "trajectory" / "rl-A.json")
+    figure = viz.accuracy_along_rl(run, "A", record)
+    best = max(record.repairs, key=lambda each: each.gap_closed.value or 0.0)
+    drawn = {trace.name: trace.y for trace in figure.data if "repaired" in trace.name}
+    assert drawn == {f"cue {cue}, repaired ({best.kind})": (best.accuracy[cue].value,) for cue in "AB"}
+    assert all(trace.x[0] > run.steps for trace in figure.data if "repaired" in trace.name)

@@ -96,7 +96,7 @@ def write_report(
         ],
         "headline": [
             pictures.add(
-                viz.accuracy_along_rl(run, cue),
+                viz.accuracy_along_rl(run, cue, _repair_of(run, pairs, repair)),
                 f"{run.stage}: expected accuracy under every cue"
                 + (f" while RL trains on cue {cue} alone." if cue is not None else " along RL."),
             )
@@ -165,6 +165,14 @@ def _trajectory_caption(run: Trajectory) -> str:
     return caption + (
         " Without signal: groups whose rewards are all equal, which give no gradient." if run.reward else ""
     )
+
+
+def _repair_of(
+    run: Trajectory, pairs: Sequence[tuple[str, BehaviourRecord, VerdictRecord]], repair: Mapping[str, RepairRecord]
+) -> RepairRecord | None:
+    """The repair of what this stage left."""
+    made = (name for name, record, _ in pairs if record.provenance.after == run.provenance.after)
+    return next((repair[name] for name in made if name in repair), None)
 
 
 def _trained_cue(run: Trajectory, pairs: Iterable[tuple[str, BehaviourRecord, VerdictRecord]]) -> str | None:

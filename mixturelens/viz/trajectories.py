@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from mixturelens.behaviour.record import BehaviourRecord, CueSide
+    from mixturelens.routing.repair import RepairRecord
     from mixturelens.training import Trajectory
 
 
@@ -85,8 +86,11 @@ def before_after(record: BehaviourRecord) -> Figure:
     return figure
 
 
-def accuracy_along_rl(record: Trajectory, trained_cue: str | None) -> Figure:
-    """Expected accuracy of all cues while RL trains on one; dotted, what the other cues' best policy could still do."""
+def accuracy_along_rl(record: Trajectory, trained_cue: str | None, repair: RepairRecord | None = None) -> Figure:
+    """Expected accuracy of all cues while RL trains on one; dotted, what the other cues' best policy could still do.
+
+    With a `repair`, the best of them stands behind the last step.
+    """
     cues = _cues_of(record)
     steps = [point.step for point in record.points]
     figure = new_figure(380)
@@ -117,9 +121,34 @@ def accuracy_along_rl(record: Trajectory, trained_cue: str | None) -> Figure:
             {**line, "width": 1.5, "dash": "dot"},
             None,
         )
-    figure.update_xaxes(title_text="GRPO step", range=[-0.03 * max(record.steps, 1), 1.03 * max(record.steps, 1)])
+    end = max(record.steps, 1)
+    figure.update_xaxes(title_text="GRPO step", range=[-0.03 * end, 1.03 * end])
     figure.update_yaxes(title_text="accuracy (probability)", range=[-0.04, 1.04])
+    if repair is not None and repair.repairs:
+        _behind(figure, repair, cues, end)
     return figure
+
+
+def _behind(figure: Figure, repair: RepairRecord, cues: Sequence[str], end: float) -> None:
+    """The repair that closes most of the gap, for every cue that it was judged on, and where it stands on the axis."""
+    best = max(repair.repairs, key=lambda each: each.gap_closed.value or 0.0)
+    at = 1.12 * end
+    for cue, accuracy in best.accuracy.items():
+        colour = cue_colour(cue, cues)
+        up, down = whiskers([accuracy])
+        figure.add_scatter(
+            x=[at],
+            y=[accuracy.value],
+            error_y={"array": up, "arrayminus": down, "color": colour, "thickness": 1.5, "width": 3},
+            mode="markers",
+            marker={"symbol": "diamond", "size": 12, "color": colour, "line": {"color": "white", "width": 1}},
+            name=f"cue {label(cue)}, repaired ({label(best.kind)})",
+            hovertext=[f"cue {label(cue)}, repaired by {label(best.kind)}<br>{number(accuracy)}"],
+            hoverinfo="text",
+        )
+    ticks = sorted({0, *(round(end * part / 4) for part in range(1, 5))})
+    figure.update_xaxes(range=[-0.03 * end, 1.2 * end], tickvals=[*ticks, at], ticktext=[*map(str, ticks), "repaired"])
+    figure.add_vline(x=1.06 * end, line={"dash": "dot", "width": 1, "color": GREY})
 
 
 def _cues_of(record: Trajectory) -> list[str]:

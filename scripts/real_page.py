@@ -1,0 +1,174 @@
+"""Write what runs on pretrained models say: `python scripts/real_page.py`.
+
+The records lie in artifacts/real/<recipe>-<seed>/, as a run has them. `--collect RUN ...` takes those of finished runs
+first; `--adapters RUN ...` takes their adapters, too, so that every number can be measured again. Written are the
+blocks of artifacts/real/README.md and the figures beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mixturelens import pipeline, viz
+from mixturelens.behaviour.record import BehaviourRecord
+from mixturelens.records import write_text
+from mixturelens.routing.repair import RepairRecord
+from mixturelens.routing.verdict import VerdictRecord
+from mixturelens.training import Trajectory
+from mixturelens.types import NOT_MEASURED, Interval
+from mixturelens.viz import show, show_interval
+from scripts.readme_table import ROOT, put
+
+REAL = ROOT / "artifacts" / "real"
+PAGE = REAL / "README.md"
+HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3": "google/gemma-3-270m"}
+"""What a local folder of these weights is on the hub."""
+
+
+def collect(run: Path, adapters: bool) -> None:
+    spec = pipeline.load_run(run)
+    target = REAL / f"{spec.name}-{spec.seed}"
+    for name in ("suite.yaml", "prompts.jsonl"):
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run / name, target)
+    data = json.loads((run / "spec.json").read_text(encoding="utf-8"))
+    local = data["model"]["pretrained"]
+    data["model"]["pretrained"] = HUB.get(Path(local).name, local)
+    write_text(target / "spec.json", json.dumps(data, indent=1) + "\n")
+    for folder in ("trajectory", "records"):
+        shutil.copytree(run / folder, target / folder, dirs_exist_ok=True)
+    for checkpoint in sorted((run / "checkpoints").iterdir()) if adapters else ():
+        if not (checkpoint / "adapter_model.safetensors").is_file():
+            continue
+        there = target / "checkpoints" / checkpoint.name
+        there.mkdir(parents=True, exist_ok=True)
+        shutil.copy(checkpoint / "adapter_model.safetensors", there)
+        config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = data["model"]["pretrained"]
+        write_text(there / "adapter_config.json", json.dumps(config, indent=1) + "\n")
+
+
+class Pair:
+    """The records of one pair of a run."""
+
+    def __init__(self, run: Path, name: str) -> None:
+        self.run, self.stage = run, name.split("--")[-1]
+        folder = run / "records" / name
+        self.behaviour = BehaviourRecord.load(folder / "behaviour.json")
+        self.verdict = VerdictRecord.load(folder / "verdict.json")
+        repair = folder / "repair.json"
+        self.repair = RepairRecord.load(repair) if repair.is_file() else None
+        self.trajectory = Trajectory.load(run / "trajectory" / f"{self.stage}.json")
+
+    @property
+    def label(self) -> str:
+        return f"{self.run.name}, {self.stage}"
+
+    def overall(self, cue: str, when: str) -> Interval:
+        side: Any = getattr(self.behaviour.per_cue[cue], when)
+        return side.intervals.get("overall", Interval(value=side.overall))
+
+    def silent(self, cue: str) -> Interval:
+        """Forced accuracy in R of the policy that was best under this cue in S."""
+        state = self.behaviour.per_cue[cue]
+        known = {name: value for name, value in state.before.accuracy.items() if value is not None}
+        best = max(known, key=lambda name: known[name], default=None)
+        return NOT_MEASURED if best is None or state.after is None else state.after.intervals[f"accuracy.{best}"]
+
+
+def found() -> list[Pair]:
+    return [
+        Pair(run, folder.name)
+        for run in sorted(REAL.iterdir())
+        if (run / "spec.json").is_file()
+        for folder in sorted((run / "records").iterdir())
+        if (folder / "verdict.json").is_file()
+    ]
+
+
+HEAD = (
+    "run, stage",
+    "RL steps",
+    "trained cue",
+    "other cue",
+    "silent policy, put in place",
+    "verdict",
+    "share",
+    "repair",
+)
+
+
+def table(pairs: list[Pair]) -> str:
+    """A line a pair: expected accuracy before -> after, and whose doing it was."""
+    lines = [HEAD, ("---",) * len(HEAD)]
+    for pair in pairs:
+        trained = pair.behaviour.trained_cue
+        others = [cue for cue in pair.behaviour.cues if cue != trained]
+
+        def moved(cue: str, pair: Pair = pair) -> str:
+            return f"{cue}: {show(pair.overall(cue, 'before').value)} -> {show_interval(pair.overall(cue, 'after'), 4)}"
+
+        best = None
+        if pair.repair is not None:
+            best = max(pair.repair.repairs, key=lambda each: each.gap_closed.value or 0.0, default=None)
+        lines.append(
+            (
+                pair.label,
+                str(pair.trajectory.steps),
+                moved(trained) if trained else "none",
+                "; ".join(map(moved, others)),
+                "; ".join(show_interval(pair.silent(cue), 4) for cue in others),
+                pair.verdict.verdict,
+                show_interval(pair.verdict.routing_share),
+                "not run" if best is None else f"{best.kind}: {show_interval(best.accuracy[others[0]])}",
+            )
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+CELLS = ("run, stage", "cue", "policy put in place", "accuracy before", "after", "change", "usual behaviour, change")
+
+
+def cells(pairs: list[Pair]) -> str:
+    """Every cell of every policy table."""
+    lines = [CELLS, ("---",) * len(CELLS)]
+    for pair in pairs:
+        for cell in pair.behaviour.table:
+            lines.append(
+                (
+                    pair.label,
+                    cell.cue,
+                    f"{cell.policy} (`{cell.announcement}`)" if cell.announcement else cell.policy,
+                    show(cell.accuracy_before, 4),
+                    show(cell.accuracy_after, 4),
+                    show_interval(cell.accuracy_change, 4),
+                    f"{cell.behaviour}: {show_interval(cell.behaviour_change, 4)}",
+                )
+            )
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write what runs on pretrained models say.")
+    parser.add_argument("--collect", nargs="*", type=Path, default=[], metavar="RUN")
+    parser.add_argument("--adapters", nargs="*", type=Path, default=[], metavar="RUN")
+    arguments = parser.parse_args()
+    for run in arguments.collect:
+        collect(run, adapters=False)
+    for run in arguments.adapters:
+        collect(run, adapters=True)
+    pairs = found()
+    put("pairs", table(pairs), "real_page", PAGE)
+    put("cells", cells(pairs), "real_page", PAGE)
+    for pair in pairs:
+        if pair.trajectory.reward:
+            figure = viz.accuracy_along_rl(pair.trajectory, pair.behaviour.trained_cue, pair.repair)
+            figure.write_image(REAL / f"{pair.run.name}--{pair.stage}.png", width=900, height=460, scale=2)
+
+
+if __name__ == "__main__":
+    main()
