@@ -495,13 +495,25 @@ def _timed(progress: Callable[[str, int, int, dict[str, float]], None]) -> Calla
     return cells
 
 
+LONG = 60.0
+"""Seconds from which on it is said how long training will take."""
+
+
 @contextlib.contextmanager
 def _working(quiet: bool) -> Iterator[tuple[Callable[[str, int, int, dict[str, float]], None], Callable[[str], None]]]:
     """Progress on standard error, and nothing that a library prints on standard output."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from mixturelens.models import quiet_libraries
+    from mixturelens.models.cost import said_time
 
     quiet_libraries()
     console = Console(stderr=True, quiet=quiet)
@@ -510,18 +522,25 @@ def _working(quiet: bool) -> Iterator[tuple[Callable[[str, int, int, dict[str, f
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[numbers]}"),
     )
     live = console.is_terminal and not quiet
     with contextlib.redirect_stdout(sys.stderr), Progress(*columns, console=console, disable=not live) as bar:
         tasks: dict[str, Any] = {}
+        began: dict[str, tuple[float, int]] = {}
 
         def progress(stage: str, step: int, steps: int, numbers: dict[str, float]) -> None:
             shown = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
             if not live:
-                # a log gets a line now and then instead of a bar
-                if step % max(1, steps // 8) == 0:
-                    console.print(f"{stage} {step}/{steps}  {shown}", highlight=False)
+                # a log gets a line now and then instead of a bar, and an early one where it will take long
+                now = time.monotonic()
+                start, first = began.setdefault(stage, (now, step))
+                left = (now - start) / max(1, step - first) * (steps - step)
+                if step % max(1, steps // 8) == 0 or (step == first + 1 and left > LONG):
+                    also = f"  {said_time(left)} left" if left > LONG else ""
+                    console.print(f"{stage} {step}/{steps}  {shown}{also}", highlight=False)
                 return
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=steps, numbers="")
