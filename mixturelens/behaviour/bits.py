@@ -29,6 +29,20 @@ ALIKE = 100.0
 CALM = 1e-3
 """Weight of a table's variance against its squared bias."""
 
+SELDOM = 0.025
+"""Chance that a bound for what was never drawn is too low."""
+
+
+def never_drawn(draws: int) -> float:
+    """Bits that an outcome may add of which not one of `draws` completions of either side was.
+
+    Its probability p is at most -ln(SELDOM) / draws then; if it is that on one side and 0 on the other, JS is p / 2.
+
+    >>> round(never_drawn(60 * 16), 4)
+    0.0019
+    """
+    return min(1.0, -np.log(SELDOM) / draws / 2)
+
 
 def js(p: Float[np.ndarray, "*batch k"], q: Float[np.ndarray, "*batch k"]) -> Float[np.ndarray, "*batch"]:
     """Jensen-Shannon divergence in bits along the last axis (Lin 1991, doi 10.1109/18.61115).

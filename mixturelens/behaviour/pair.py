@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mixturelens.behaviour.arrays import Behaviour, BitTerms, Change
-from mixturelens.behaviour.bits import bit_terms
+from mixturelens.behaviour.bits import bit_terms, never_drawn
 from mixturelens.behaviour.forced import label_completions, texts_of
 from mixturelens.behaviour.grid import Grid, grid_of
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
@@ -276,13 +276,36 @@ def bits_of(
             lambda r, s, c: (r + c) / (r + s), routing, specialist, conditioning, counts=grid.counts
         ),
     }
-    shares = {"moved": moved.within(0.0, 2.0), **{name: share.within(0.0, 1.0) for name, share in shares.items()}}
+    asked = (grid.index >= 0).sum(0)  # prompts under each cue
 
-    def bits(values: Mapping[str, np.ndarray]) -> Bits:
-        return Bits(**{name: interval(each, grid.counts).within(0.0, 1.0) for name, each in values.items()})
+    def unseen(prompts: int) -> float:
+        return 0.0 if suite.literal else never_drawn(suite.samples * max(1, prompts))
 
-    per_cue = [bits({name: values[:, c] for name, values in terms.items()}) for c in range(grid.index.shape[1])]
-    return bits(means), per_cue, shares
+    def bits(values: Mapping[str, np.ndarray], prompts: int) -> Bits:
+        there = {name: interval(each, grid.counts) for name, each in values.items()}
+        return Bits(**{name: _more(each, unseen(prompts)).within(0.0, 1.0) for name, each in there.items()})
+
+    per_cue = [bits({name: values[:, c] for name, values in terms.items()}, int(asked[c])) for c in range(len(asked))]
+    every = unseen(int(asked.sum()))
+    shares = {name: _less_sure(share, every, moved).within(0.0, 1.0) for name, share in shares.items()}
+    return bits(means, int(asked.sum())), per_cue, {"moved": _more(moved, every).within(0.0, 2.0), **shares}
+
+
+def _more(of: Interval, unseen: float) -> Interval:
+    """With room for what was never drawn: without any spread between questions, an interval has none."""
+    if of.value is None or of.high is None:
+        return of
+    return of.model_copy(update={"high": max(of.high, of.value + unseen)})
+
+
+def _less_sure(share: Interval, unseen: float, moved: Interval) -> Interval:
+    """The same for a share of what moved: `unseen` may be missing from either side of it."""
+    if share.value is None or share.low is None or share.high is None or not moved.value or moved.value <= 0:
+        return share
+    part, whole = share.value * moved.value, moved.value + unseen
+    return share.model_copy(
+        update={"low": min(share.low, part / whole), "high": max(share.high, (part + unseen) / whole)}
+    )
 
 
 def _bounded(found: Mapping[str, np.ndarray], told: bool) -> dict[str, np.ndarray]:
