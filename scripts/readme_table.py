@@ -168,10 +168,7 @@ def bounds(value: dict[str, float | None]) -> str:
 
 
 def row(recipe: str, cue: str, records: list[VerdictRecord]) -> str:
-    """Seeds, accuracies (median, worst), verdicts, and how many cells of the policy table moved.
-
-    No shares: most of these records are of version 1, whose shares are those of nats.
-    """
+    """Seeds, accuracies (median, worst), verdicts, routing's share of bits, and how many cells of the table moved."""
     other = next(name for name in records[0].per_cue if name != cue)
 
     def after(name: str) -> list[float]:
@@ -180,9 +177,11 @@ def row(recipe: str, cue: str, records: list[VerdictRecord]) -> str:
     trained, fallen = after(cue), after(other)
     verdicts = sorted({r.verdict for r in records})
     moved = [len(r.moved_cells) for r in records]
+    shares = [r.routing_share.known for r in records]
     return (
         f"| {recipe} | {cue} | {len(records)} | {statistics.median(trained):.3f} ({min(trained):.3f}) "
-        f"| {statistics.median(fallen):.4f} ({max(fallen):.4f}) | {', '.join(verdicts)} | {sum(moved)} |"
+        f"| {statistics.median(fallen):.4f} ({max(fallen):.4f}) | {', '.join(verdicts)} "
+        f"| {statistics.median(shares):.3f} ({min(shares):.3f} to {max(shares):.3f}) | {sum(moved)} |"
     )
 
 
@@ -192,8 +191,9 @@ def table() -> str:
         recipe = file.parts[-3].rpartition("-")[0]
         groups[recipe, file.parts[-2].removeprefix("sft--rl-")].append(VerdictRecord.load(file))
     lines = [
-        "| recipe | RL on | seeds | trained cue: median (worst) | other cue: median (worst) | verdicts | cells moved |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| recipe | RL on | seeds | trained cue: median (worst) | other cue: median (worst) | verdicts "
+        "| share: median (range) | cells moved |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     order = ("default", "full", "phrase", "adam")
     keys = sorted(groups, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), k))
