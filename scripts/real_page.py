@@ -1,8 +1,8 @@
 """Write what runs on pretrained models say: `python scripts/real_page.py`.
 
 The records lie in artifacts/real/<recipe>-<seed>/, as a run has them. `--collect RUN ...` takes those of finished runs
-first; `--adapters RUN ...` takes their adapters, too, so that every number can be measured again. Written are the
-blocks of artifacts/real/README.md and the figures beside it.
+first; `--adapters RUN ...` takes the adapters of S and of the first R, too, so that a pair can be measured again.
+Written are the blocks of artifacts/real/README.md and, where chromium is there to draw them, the figures beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mixturelens.training import Trajectory
 from mixturelens.types import NOT_MEASURED, Interval
 from mixturelens.viz import show, show_interval
 from scripts.readme_table import ROOT, put
+from scripts.run_notebooks import CHROMIUM, picture
 
 REAL = ROOT / "artifacts" / "real"
 PAGE = REAL / "README.md"
@@ -41,10 +43,9 @@ def collect(run: Path, adapters: bool) -> None:
     write_text(target / "spec.json", json.dumps(data, indent=1) + "\n")
     for folder in ("trajectory", "records"):
         shutil.copytree(run / folder, target / folder, dirs_exist_ok=True)
-    for checkpoint in sorted((run / "checkpoints").iterdir()) if adapters else ():
-        if not (checkpoint / "adapter_model.safetensors").is_file():
-            continue
-        there = target / "checkpoints" / checkpoint.name
+    for name in ("sft", next(iter(spec.stages))) if adapters else ():
+        checkpoint = run / "checkpoints" / name
+        there = target / "checkpoints" / name
         there.mkdir(parents=True, exist_ok=True)
         shutil.copy(checkpoint / "adapter_model.safetensors", there)
         config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
@@ -80,7 +81,7 @@ class Pair:
         return NOT_MEASURED if best is None or state.after is None else state.after.intervals[f"accuracy.{best}"]
 
 
-def found() -> list[Pair]:
+def collected() -> list[Pair]:
     return [
         Pair(run, folder.name)
         for run in sorted(REAL.iterdir())
@@ -161,13 +162,17 @@ def main() -> None:
         collect(run, adapters=False)
     for run in arguments.adapters:
         collect(run, adapters=True)
-    pairs = found()
+    pairs = collected()
     put("pairs", table(pairs), "real_page", PAGE)
     put("cells", cells(pairs), "real_page", PAGE)
-    for pair in pairs:
+    chromium = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+    for pair in pairs if chromium is not None else ():
         if pair.trajectory.reward:
             figure = viz.accuracy_along_rl(pair.trajectory, pair.behaviour.trained_cue, pair.repair)
-            figure.write_image(REAL / f"{pair.run.name}--{pair.stage}.png", width=900, height=460, scale=2)
+            with tempfile.TemporaryDirectory() as folder:
+                drawn = picture(json.loads(str(figure.to_json())), chromium, Path(folder) / "figure")
+            if drawn is not None:
+                (REAL / f"{pair.label.replace(', ', '--')}.png").write_bytes(drawn)
 
 
 if __name__ == "__main__":
