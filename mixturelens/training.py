@@ -152,7 +152,7 @@ def _tokens(
         if key not in contexts:
             contexts[key] = encode_prompts(suite, [row], tokenizer)[0]
         if completion not in targets:
-            ids = tokenizer.encode(completion, add_special_tokens=False)
+            ids: Any = tokenizer.encode(completion, add_special_tokens=False)
             targets[completion] = [*ids, tokenizer.eos_token_id]
         yield contexts[key], targets[completion]
 
@@ -361,9 +361,9 @@ class Stage:
 
     def source(self, name: str) -> Source:
         """The checkpoint of a stage; `base` is the untrained one, or the pretrained one of the spec."""
-        model = self.spec.model
-        pretrained = name == "base" and isinstance(model, Pretrained)
-        return find_source(model.pretrained if pretrained else self.run / "checkpoints" / name)
+        if name == "base" and isinstance(self.spec.model, Pretrained):
+            return find_source(self.spec.model.pretrained)
+        return find_source(self.run / "checkpoints" / name)
 
     @property
     def record(self) -> Path:

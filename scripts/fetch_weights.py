@@ -93,7 +93,8 @@ def convert(name: str) -> None:
 
 def check_capital(name: str) -> None:
     """The folder knows the capital of France: Gemma, a base model, only once it has seen how the text goes."""
-    model, tokenizer = load_model(out / name), load_tokenizer(out / name)
+    model: Any = load_model(out / name)
+    tokenizer: Any = load_tokenizer(out / name)
     ids = torch.tensor([tokenizer.encode("The capital of Germany is Berlin. The capital of France is")])
     with torch.inference_mode():
         ids = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=2)

@@ -166,8 +166,8 @@ def main() -> None:
     put("pairs", table(pairs), "real_page", PAGE)
     put("cells", cells(pairs), "real_page", PAGE)
     chromium = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
-    for pair in pairs if chromium is not None else ():
-        if pair.trajectory.reward:
+    for pair in pairs:
+        if chromium is not None and pair.trajectory.reward:
             figure = viz.accuracy_along_rl(pair.trajectory, pair.behaviour.trained_cue, pair.repair)
             with tempfile.TemporaryDirectory() as folder:
                 drawn = picture(json.loads(str(figure.to_json())), chromium, Path(folder) / "figure")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mixturelens.organism.spec import EOS, PAD, UNK, Freezable, Spec
+from mixturelens.organism.spec import EOS, PAD, UNK, Freezable, Pretrained, Spec
 from mixturelens.types import InputError
 
 if TYPE_CHECKING:
@@ -32,17 +32,20 @@ def build_model(spec: Spec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
     import torch
     import transformers
 
-    config_class = getattr(transformers, spec.model.config, None)
+    network = spec.model
+    if isinstance(network, Pretrained):
+        raise InputError(f"model.pretrained: {network.pretrained} is there, and not built")
+    config_class = getattr(transformers, network.config, None)
     if not (isinstance(config_class, type) and issubclass(config_class, transformers.PretrainedConfig)):
-        raise InputError(f"model.config: transformers has no config class {spec.model.config!r}")
+        raise InputError(f"model.config: transformers has no config class {network.config!r}")
     known = config_class()
-    for key in spec.model.sizes:
+    for key in network.sizes:
         if not hasattr(known, key):
-            raise InputError(f"model.sizes: {spec.model.config} has no setting {key!r}")
+            raise InputError(f"model.sizes: {network.config} has no setting {key!r}")
     config = config_class(
         **{
             "tie_word_embeddings": False,
-            **spec.model.sizes,
+            **network.sizes,
             "vocab_size": len(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
@@ -53,7 +56,7 @@ def build_model(spec: Spec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
     try:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except ValueError as error:
-        raise InputError(f"model: {spec.model.config} with these sizes: {error}") from None
+        raise InputError(f"model: {network.config} with these sizes: {error}") from None
 
 
 def frozen_parameters(model: PreTrainedModel, groups: tuple[Freezable, ...]) -> list[str]:

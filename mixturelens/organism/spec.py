@@ -139,7 +139,7 @@ class Lora(Frozen):
     """A low-rank adapter (Hu et al. 2021, arXiv 2106.09685) on some of the linear layers."""
 
     r: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: int = Field(default=16, ge=1)
     targets: Literal["all"] | tuple[str, ...] = "all"
     """Names of the layers, as `q_proj`; `all`: every linear layer but the unembedding."""
 
