@@ -41,7 +41,7 @@ def never_drawn(draws: int) -> float:
     >>> round(never_drawn(60 * 16), 4)
     0.0019
     """
-    return min(1.0, -np.log(SELDOM) / draws / 2)
+    return min(1.0, float(-np.log(SELDOM)) / draws / 2)
 
 
 def js(p: Float[np.ndarray, "*batch k"], q: Float[np.ndarray, "*batch k"]) -> Float[np.ndarray, "*batch"]:
