@@ -142,18 +142,19 @@ def _train_sft(
 
 def _tokens(
     spec: Spec, tokenizer: PreTrainedTokenizerBase, number: int, phase: Phase | None
-) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+) -> Iterator[tuple[list[int], list[int]]]:
     """Prompts and completions of SFT as token ids: the very ids that instruments will read."""
     suite = build_suite(spec)
-    contexts: dict[str, Sequence[int]] = {}
-    targets: dict[str, Sequence[int]] = {}
+    contexts: dict[str, list[int]] = {}
+    targets: dict[str, list[int]] = {}
+    end: Any = tokenizer.eos_token_id
     for row, completion in sft_examples(spec, number, phase):
         key = f"{row.cue} {row.text}"
         if key not in contexts:
             contexts[key] = encode_prompts(suite, [row], tokenizer)[0]
         if completion not in targets:
             ids: Any = tokenizer.encode(completion, add_special_tokens=False)
-            targets[completion] = [*ids, tokenizer.eos_token_id]
+            targets[completion] = [*ids, end]
         yield contexts[key], targets[completion]
 
 
