@@ -294,8 +294,9 @@ def _trainable(spec: Spec, source: Source, device: str) -> PreTrainedModel:
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    if source.is_adapter:
-        base = load_model(find_source(model.pretrained), device)
+    pretrained = find_source(model.pretrained)
+    if source != pretrained:  # a stage's own adapter; one that is pretrained is merged below, and a new one begun
+        base = load_model(pretrained, device)
         return PeftModel.from_pretrained(base, str(source.folder), is_trainable=True)  # pyright: ignore
     torch.manual_seed(spec.seed)
     targets = "all-linear" if lora.targets == "all" else list(lora.targets)

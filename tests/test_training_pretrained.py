@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixturelens import pipeline
-from mixturelens.models import load_tokenizer
+from mixturelens.models import load_model, load_tokenizer
 from mixturelens.models.source import find_source
 from mixturelens.organism import Spec, build_suite, load_spec, rl_prompts, sft_examples, with_settings
 from mixturelens.spelling import encode_prompts
@@ -105,6 +105,18 @@ def test_all_weights_can_be_trained(pairs: Path, tmp_path: Path) -> None:
     assert source.base is None
     left, right = (load_file(folder / "model.safetensors") for folder in (pairs / "chat" / "S", source.folder))
     assert any(not torch.equal(left[name], right[name]) for name in left)
+
+
+def test_an_adapter_that_is_pretrained_is_applied_once(trained: Path, pairs: Path) -> None:
+    from mixturelens.training import _trainable
+
+    adapter = trained / "checkpoints" / "sft"
+    spec = tiny(pairs, **{"model.pretrained": str(adapter)})
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        begun = _trainable(spec, find_source(adapter), "cpu").eval()(input_ids=ids).logits
+        whole = load_model(adapter)(input_ids=ids).logits
+    torch.testing.assert_close(begun, whole)
 
 
 def test_training_reads_the_ids_that_instruments_read(pairs: Path) -> None:
