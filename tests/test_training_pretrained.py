@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixturelens import pipeline
-from mixturelens.models import load_model, load_tokenizer
+from mixturelens.models import load_model, load_tokenizer, quiet_libraries
 from mixturelens.models.source import find_source
 from mixturelens.organism import Spec, build_suite, load_spec, rl_prompts, sft_examples, with_settings
 from mixturelens.spelling import encode_prompts
@@ -110,6 +110,7 @@ def test_all_weights_can_be_trained(pairs: Path, tmp_path: Path) -> None:
 def test_an_adapter_that_is_pretrained_is_applied_once(trained: Path, pairs: Path) -> None:
     from mixturelens.training import _trainable
 
+    quiet_libraries()
     adapter = trained / "checkpoints" / "sft"
     spec = tiny(pairs, **{"model.pretrained": str(adapter)})
     ids = torch.arange(3, 20)[None]
