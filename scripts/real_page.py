@@ -12,7 +12,6 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from mixturelens import pipeline, viz
 from mixturelens.behaviour.record import BehaviourRecord
@@ -20,8 +19,8 @@ from mixturelens.records import write_text
 from mixturelens.routing.repair import RepairRecord
 from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.training import Trajectory
-from mixturelens.types import NOT_MEASURED, Interval
 from mixturelens.viz import show, show_interval
+from mixturelens.viz.transfer import overall, silent
 from scripts.readme_table import ROOT, put
 from scripts.run_notebooks import CHROMIUM, picture
 
@@ -69,17 +68,6 @@ class Pair:
     def label(self) -> str:
         return f"{self.run.name}, {self.stage}"
 
-    def overall(self, cue: str, when: str) -> Interval:
-        side: Any = getattr(self.behaviour.per_cue[cue], when)
-        return side.intervals.get("overall", Interval(value=side.overall))
-
-    def silent(self, cue: str) -> Interval:
-        """Forced accuracy in R of the policy that was best under this cue in S."""
-        state = self.behaviour.per_cue[cue]
-        known = {name: value for name, value in state.before.accuracy.items() if value is not None}
-        best = max(known, key=lambda name: known[name], default=None)
-        return NOT_MEASURED if best is None or state.after is None else state.after.intervals[f"accuracy.{best}"]
-
 
 def collected() -> list[Pair]:
     return [
@@ -111,18 +99,17 @@ def table(pairs: list[Pair]) -> str:
         others = [cue for cue in pair.behaviour.cues if cue != trained]
 
         def moved(cue: str, pair: Pair = pair) -> str:
-            return f"{cue}: {show(pair.overall(cue, 'before').value)} -> {show_interval(pair.overall(cue, 'after'), 4)}"
+            before = pair.verdict.per_cue[cue].before.overall
+            return f"{cue}: {show(before)} -> {show_interval(overall(pair.verdict, cue), 4)}"
 
-        best = None
-        if pair.repair is not None:
-            best = max(pair.repair.repairs, key=lambda each: each.gap_closed.value or 0.0, default=None)
+        best = None if pair.repair is None else pair.repair.best
         lines.append(
             (
                 pair.label,
                 str(pair.trajectory.steps),
                 moved(trained) if trained else "none",
                 "; ".join(map(moved, others)),
-                "; ".join(show_interval(pair.silent(cue), 4) for cue in others),
+                "; ".join(show_interval(silent(pair.verdict, cue), 4) for cue in others),
                 pair.verdict.verdict,
                 show_interval(pair.verdict.routing_share),
                 "not run" if best is None else f"{best.kind}: {show_interval(best.accuracy[others[0]])}",

@@ -57,7 +57,9 @@ def test_accuracy_along_rl_ends_in_the_best_repair() -> None:
     record = RepairRecord.load(REFERENCE / "sft--rl-A" / "repair.json")
     run = Trajectory.load(REFERENCE.parent / "trajectory" / "rl-A.json")
     figure = viz.accuracy_along_rl(run, "A", record)
-    best = max(record.repairs, key=lambda each: each.gap_closed.value or 0.0)
+    best = record.best
+    assert best is not None
+    assert best.gap_closed.known == max(each.gap_closed.known for each in record.repairs if each.gap_closed.measured)
     drawn = {trace.name: trace.y for trace in figure.data if "repaired" in trace.name}
     assert drawn == {f"cue {cue}, repaired ({best.kind})": (best.accuracy[cue].value,) for cue in "AB"}
     assert all(trace.x[0] > run.steps for trace in figure.data if "repaired" in trace.name)

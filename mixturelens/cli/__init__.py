@@ -129,8 +129,9 @@ def train(
     from mixturelens.organism import load_spec, recipes, with_settings
 
     if list_recipes:
+        width = max(map(len, recipes()))
         for name, description in recipes().items():
-            print(f"{name:10} {description}")
+            print(f"{name:{width}} {description}")
         return
     loaded = load_spec(spec, **({} if seed is None else {"seed": seed}))
     if settings:

@@ -98,6 +98,12 @@ class RepairRecord(Record):
     checkpoint: str | None = None
     """Folder of the repaired plain checkpoint; null where the edit closes no gap for sure, and none is kept."""
 
+    @property
+    def best(self) -> Repair | None:
+        """The repair that closes most of the gap, of those whose share is known; None if there is none."""
+        known = [each for each in self.repairs if each.gap_closed.measured]
+        return max(known, key=lambda each: each.gap_closed.known, default=None)
+
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from mixturelens.behaviour.record import BehaviourRecord, CueSide
-    from mixturelens.routing.repair import RepairRecord
+    from mixturelens.routing.repair import Repair, RepairRecord
     from mixturelens.training import Trajectory
 
 
@@ -124,14 +124,13 @@ def accuracy_along_rl(record: Trajectory, trained_cue: str | None, repair: Repai
     end = max(record.steps, 1)
     figure.update_xaxes(title_text="GRPO step", range=[-0.03 * end, 1.03 * end])
     figure.update_yaxes(title_text="accuracy (probability)", range=[-0.04, 1.04])
-    if repair is not None and repair.repairs:
-        _behind(figure, repair, cues, end)
+    if repair is not None and repair.best is not None:
+        _behind(figure, repair.best, cues, end)
     return figure
 
 
-def _behind(figure: Figure, repair: RepairRecord, cues: Sequence[str], end: float) -> None:
-    """The repair that closes most of the gap, for every cue that it was judged on, and where it stands on the axis."""
-    best = max(repair.repairs, key=lambda each: each.gap_closed.value or 0.0)
+def _behind(figure: Figure, best: Repair, cues: Sequence[str], end: float) -> None:
+    """A repair, for every cue that it was judged on, behind the last step."""
     at = 1.12 * end
     for cue, accuracy in best.accuracy.items():
         colour = cue_colour(cue, cues)

@@ -35,9 +35,9 @@ def transfer(pairs: Sequence[tuple[str, VerdictRecord, RepairRecord]]) -> Figure
         shown = [pair for pair in pairs if pair[2].trained_cue == cue]
         for i, (name, verdict, repair) in enumerate(shown):
             values = [
-                _overall(verdict, cue),
-                _overall(verdict, repair.harmed_cue),
-                _silent(verdict, repair.harmed_cue),
+                overall(verdict, cue),
+                overall(verdict, repair.harmed_cue),
+                silent(verdict, repair.harmed_cue),
                 *(_repaired(repair, kind) for kind in KINDS),
             ]
             up, down = whiskers(values)
@@ -76,9 +76,9 @@ def transfer_table(pairs: Sequence[tuple[str, VerdictRecord, RepairRecord]]) -> 
         lines.append(
             (
                 f"{name}, {repair.trained_cue}",
-                show_interval(_overall(verdict, repair.trained_cue)),
-                show_interval(_overall(verdict, harmed), 4),
-                show_interval(_silent(verdict, harmed)),
+                show_interval(overall(verdict, repair.trained_cue)),
+                show_interval(overall(verdict, harmed), 4),
+                show_interval(silent(verdict, harmed)),
                 f"{verdict.verdict}, {show_interval(verdict.routing_share)}",
                 " + ".join(f"L{head.layer}.{head.head}" for head in repair.heads),
                 *(show_interval(_repaired(repair, kind)) for kind in KINDS),
@@ -92,12 +92,13 @@ def _after(verdict: VerdictRecord, cue: str) -> CueSide | None:
     return verdict.per_cue[cue].after
 
 
-def _overall(verdict: VerdictRecord, cue: str) -> Interval:
+def overall(verdict: VerdictRecord, cue: str) -> Interval:
+    """Expected accuracy in R under a cue."""
     side = _after(verdict, cue)
     return NOT_MEASURED if side is None else side.intervals.get("overall", Interval(value=side.overall))
 
 
-def _silent(verdict: VerdictRecord, cue: str) -> Interval:
+def silent(verdict: VerdictRecord, cue: str) -> Interval:
     """Forced accuracy in R of the policy that was best under this cue in S."""
     side, accuracy = _after(verdict, cue), verdict.per_cue[cue].before.accuracy
     known = {name: value for name, value in accuracy.items() if value is not None}
