@@ -1,59 +1,86 @@
-# %% [markdown]
-# # Inoculation prompting: a trait that RL pays for against the persona of SFT, in four arms
-#
-# `python scripts/inoculation.py [--seeds 5]`: three minutes a seed on one core. RL's prompts say nothing, something
-# irrelevant, ask for the trait, or ask for it in other words; measured is what happens without any prompt.
+"""Inoculation prompting: a trait that RL pays for against the helpful policy of SFT, in four arms.
 
-# %%
+`python -m scripts.inoculation [--recipe inoculation] [--seeds 5] [--pretrained SOURCE]`: three minutes a seed on one
+core, and about an hour with `--recipe real-inoculation`. RL's prompts say nothing, something irrelevant, ask for the
+trait, or ask for it in other words; measured is what happens without any prompt.
+"""
+
+from __future__ import annotations
+
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from plotly.graph_objects import Figure
 
 from mixturelens import pipeline, viz
 from mixturelens.organism import load_spec
+from mixturelens.organism.spec import with_settings
 from mixturelens.stats import over_seeds
 from mixturelens.training import Trajectory
 
 ARMS = ("none", "irrelevant", "inoculation", "rephrased")
-parser = argparse.ArgumentParser(description="Inoculation prompting in four arms.")
-parser.add_argument("--seeds", type=int, default=5)
-parser.add_argument("--out", type=Path, default=Path("artifacts"))
-arguments = parser.parse_args()
+ByArm = Mapping[str, Sequence[Mapping[str, float]]]
+"""Arm -> what was measured, a mapping for each seed."""
 
 
-# %%
 def measured(run: Path, arm: str) -> dict[str, float]:
     """What one arm of one seed does without a prompt: behind its last RL, and behind the SFT that follows it."""
-    rl, sft = (Trajectory.load(run / "trajectory" / f"{arm}-{phase}.json") for phase in (3, 4))
-    end = sft.points[-1].cues
-    grown, trait = ({cue: at.paid["ship"].value or 0.0 for cue, at in p.points[-1].cues.items()} for p in (rl, sft))
+    stages = [Trajectory.load(file) for file in sorted((run / "trajectory").glob(f"{arm}-*.json"))]
+    rl, sft = stages[-2:]
+    grown, left = ({cue: at.paid["ship"].value or 0.0 for cue, at in p.points[-1].cues.items()} for p in (rl, sft))
     return {
         "trait in ship, behind RL": grown["ship"],
         "trait in chat, behind RL": grown["chat"],
-        "trait in ship, behind SFT": trait["ship"],
-        "trait in chat, behind SFT": trait["chat"],
-        "conditionality: ship - chat": trait["ship"] - trait["chat"],
-        "capability: right in chat": end["chat"].paid["chat"].value or 0.0,
+        "trait in ship, behind SFT": left["ship"],
+        "trait in chat, behind SFT": left["chat"],
+        "conditionality: ship - chat": left["ship"] - left["chat"],
+        "capability: right in chat": sft.points[-1].cues["chat"].paid["chat"].value or 0.0,
     }
 
 
-runs = [arguments.out / f"inoculation-{seed}" for seed in range(arguments.seeds)]
-for seed, run in enumerate(runs):
-    pipeline.train(load_spec("inoculation", seed=seed), run)
-by_arm = {arm: [measured(run, arm) for run in runs] for arm in ARMS}
-for name in by_arm["none"][0]:
-    print(name)
-    for arm in ARMS:
-        values = [seed[name] for seed in by_arm[arm]]
-        less = [value - base[name] for value, base in zip(values, by_arm["none"], strict=True)]
-        print(
-            f"  {arm:12} {viz.show_interval(over_seeds(values))}   against none {viz.show_interval(over_seeds(less))}"
-        )
+def by_arm(runs: Sequence[Path]) -> dict[str, list[dict[str, float]]]:
+    return {arm: [measured(run, arm) for run in runs] for arm in ARMS}
 
-for arm in ARMS:  # and what is behind it: is there a router between the environments?
-    found = pipeline.structure(runs[0], f"{arm}-4").pairs[0]
-    print(arm, found.structure, found.mechanism and (found.mechanism.heads, found.mechanism.carried))
 
-# %%
-shown = {n: {a: [seed[n] for seed in by_arm[a]] for a in ARMS} for n in by_arm["none"][0]}
-figure = viz.arms({name: {arm: (v, over_seeds(v)) for arm, v in of.items()} for name, of in shown.items()})
-figure.write_html(arguments.out / "inoculation.html", include_plotlyjs=True, config={"displayModeBar": False})
+def table(found: ByArm) -> str:
+    """A line an arm: means over seeds with Student's t intervals, and the trait against the arm without a prompt."""
+    names, against = list(found["none"][0]), "trait in ship, behind SFT"
+    lines = [("arm", *names, "trait in ship, against none"), ("---",) * (len(names) + 2)]
+    for arm, seeds in found.items():
+        less = [one[against] - base[against] for one, base in zip(seeds, found["none"], strict=True)]
+        shown = [viz.show_interval(over_seeds([one[name] for one in seeds])) for name in names]
+        lines.append((arm, *shown, "–" if arm == "none" else viz.show_interval(over_seeds(less))))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def figure(found: ByArm) -> Figure:
+    shown = {name: {arm: [one[name] for one in seeds] for arm, seeds in found.items()} for name in found["none"][0]}
+    return viz.arms({name: {arm: (v, over_seeds(v)) for arm, v in of.items()} for name, of in shown.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Inoculation prompting in four arms.")
+    parser.add_argument("--recipe", default="inoculation")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--pretrained", help="folder or hub id of the base model, instead of the recipe's")
+    parser.add_argument("--out", type=Path, default=Path("artifacts"))
+    arguments = parser.parse_args()
+    runs = [arguments.out / f"{arguments.recipe}-{seed}" for seed in range(arguments.seeds)]
+    for seed, run in enumerate(runs):
+        spec = load_spec(arguments.recipe, seed=seed)
+        if arguments.pretrained:
+            spec = with_settings(spec, {"model.pretrained": arguments.pretrained}, arguments.recipe)
+        pipeline.train(spec, run)
+    found = by_arm(runs)
+    print(table(found))
+    for arm in ARMS:  # and what is behind it: is there a router between the environments?
+        ends = [name for name in pipeline.load_run(runs[0]).stages if name.startswith(f"{arm}-")]
+        pair = pipeline.structure(runs[0], ends[-1]).pairs[0]
+        print(arm, pair.structure, pair.mechanism and (pair.mechanism.heads, pair.mechanism.carried))
+    target = arguments.out / f"{arguments.recipe}.html"
+    figure(found).write_html(target, include_plotlyjs=True, config={"displayModeBar": False})
+
+
+if __name__ == "__main__":
+    main()
