@@ -48,7 +48,8 @@ def _shown_cue(spec: Spec, cue: str, question: Question, unseen: bool) -> str:
         year = years[drawn % len(years)]
         if shown.says is None:
             return " ".join(f"{year:02d}")
-        day, month = 1 + drawn // 7 % 28, MONTHS[drawn // 11 % len(MONTHS)]
+        # not drawn for each cue, so that the prompts of a question differ in the year alone
+        day, month = 1 + _drawn("day", question) % 28, MONTHS[_drawn("month", question) % len(MONTHS)]
         return shown.says.format(year=year, month=month, day=day)
     if spec.tells < 1 and _drawn("tells", question) >= spec.tells * 2**32:
         return spec.unclear
