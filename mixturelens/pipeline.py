@@ -17,6 +17,10 @@ from typing import TypeVar
 from mixturelens.behaviour.forecast import ForecastRecord, Point, compare, forecast_records
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.record import BehaviourRecord
+from mixturelens.discovery.asked import read_prompts
+from mixturelens.discovery.draws import draw
+from mixturelens.discovery.propose import propose, save_suite
+from mixturelens.discovery.record import DiscoveryRecord
 from mixturelens.features.pair import feature_record, pretrained
 from mixturelens.features.record import FeatureRecord
 from mixturelens.grafting.pair import graft_record
@@ -175,6 +179,39 @@ def outside_pair(
     loaded = _suite(suite, trained_cue)
     pair = open_pair(before, after, loaded, base=base, device=device, dtype=dtype, device_map=device_map, budget=budget)
     return Case(pair, suite, out or Path("artifacts") / pair.name)
+
+
+def discover(
+    before: str | Path,
+    after: str | Path,
+    prompts: Path,
+    out: Path | None = None,
+    *,
+    samples: int = 8,
+    max_new_tokens: int = 64,
+    chat: bool = False,
+    base: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[DiscoveryRecord, Path]:
+    """Propose a suite from prompts alone: policies, behaviours and cue. Returns the record, and where results went.
+
+    Writes `completions/`, `discovery.json`, and, where something was found, `suite.yaml` with its `prompts.jsonl`.
+    """
+    asked = read_prompts(prompts, chat=chat, max_new_tokens=max_new_tokens)
+    pair = open_pair(before, after, asked.suite, base=base, device=device, dtype=dtype)
+    folder = out or Path("artifacts") / f"discovered-{pair.name}"
+    if (folder / "prompts.jsonl").resolve() == prompts.resolve():
+        raise InputError(f"--out {folder}: the prompts of the proposed suite would be written over {prompts}")
+    draws = draw(pair, asked, samples, folder, seed, progress or (lambda *_: None))
+    digest = hashlib.sha256(asked.suite.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:16]
+    proposal = propose(asked, draws, seed, pair.provenance(seed, digest))
+    proposal.record.save(folder / "discovery.json")
+    if proposal.suite is not None:
+        save_suite(proposal, folder)
+    return proposal.record, folder
 
 
 def _suite(path: Path, trained_cue: str | None) -> Suite:

@@ -194,6 +194,8 @@ class Suite(Frozen):
     """What ends a completion, where S and R name different tokens: those of either, of one side, or these texts."""
     spelling: Spelling = Spelling()
     """Which whitespace the models write; found by looking at them where it is not given."""
+    origin: Literal["discovered"] | None = None
+    """Who says what the policies are: `mixturelens discover`, or (absent) a person."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Suite:
@@ -330,7 +332,7 @@ class Suite(Frozen):
         if self.answer_match == "exact":
             return rest.strip() == row.answer.strip()
         if self.answer_match == "contains":
-            return _stands_in(row.answer.strip(), rest)
+            return stands_in(row.answer.strip(), rest)
         return re.search(row.answer, rest) is not None
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -348,7 +350,7 @@ class Suite(Frozen):
         write_text(path, text)
 
 
-def _stands_in(answer: str, text: str) -> bool:
+def stands_in(answer: str, text: str) -> bool:
     """Whether the answer stands in the text as words of its own: `4` not in `14` or `4.5`, `imp` not in `simply`."""
     start = text.find(answer)
     while start >= 0:
@@ -381,7 +383,7 @@ _Dumper.add_representer(
     lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None),
 )
 
-_DERIVED = ("ends", "spelling")
+_DERIVED = ("ends", "spelling", "origin")
 """Keys that a file holds only where they say something."""
 
 

@@ -260,6 +260,16 @@ def _token_kl(r: _Logits, s: _Logits) -> Float[Tensor, "row step"]:
     return found.clamp(min=0)
 
 
+def _entropy(logits: _Logits) -> Float[Tensor, "row step"]:
+    """Of the next token at every step, over the whole vocabulary, in nats."""
+    found = torch.zeros_like(logits.total)
+    size = max(1, PART // (logits.raw.shape[1] * logits.raw.shape[2]))
+    for i in range(0, len(found), size):
+        log_p = logits.raw[i : i + size].double() - logits.total[i : i + size, :, None]
+        found[i : i + size] = -(log_p.exp() * log_p).nan_to_num_(0.0).sum(-1)
+    return found.clamp(min=0)
+
+
 _Node = tuple[Float[Tensor, " vocabulary"], Float[Tensor, ""], tuple[int, ...]]
 """Of a tree of literals: log-probabilities of the tokens that leave it here, log-probability of being here, where."""
 
@@ -422,6 +432,19 @@ class Scorer:
             for result, values in ((log_after, r), (log_before, s), (kl, token_kl)):
                 result[members] = values.cpu().numpy()
         return log_after, log_before, kl
+
+    def steps(
+        self, before: Model, after: Model, contexts: Sequence[Ids], continuations: Sequence[Ids]
+    ) -> list[Float[np.ndarray, "3 step"]]:
+        """Along each continuation, before every token, in bits: KL(R || S), entropy of S, entropy of R."""
+        result: list[np.ndarray] = [np.zeros((3, 0))] * len(contexts)
+        for rows, (s, r), _ in _forced_logits(
+            [before, after], contexts, continuations, self.vocabulary, self.device, self._kept
+        ):
+            found = torch.stack([_token_kl(r, s), _entropy(s), _entropy(r)]) / np.log(2)
+            for row, i in enumerate(rows):
+                result[i] = found[:, row, : len(continuations[i])].cpu().numpy()
+        return result
 
     def sample(
         self, model: Model, contexts: Sequence[Ids], number: int, max_new_tokens: Sequence[int], seed: int

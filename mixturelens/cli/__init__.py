@@ -18,6 +18,7 @@ from mixturelens.cli.tables import (
     print_json,
     print_table,
     show_behaviour,
+    show_discovery,
     show_features,
     show_forecasts,
     show_grafts,
@@ -328,6 +329,54 @@ def report(
         pairs = _pairs(run, before, after, suite, trained_cue, out, {"base": base}, device, dtype)
         page = pipeline.report(pairs, seed=_seed(seed), say=say)
     print(page)
+
+
+@app.command()
+def discover(
+    before: Before,
+    after: After,
+    prompts: Annotated[
+        Path, typer.Option(metavar="FILE", help="Prompts, one JSON object a line: id, and prompt or messages.")
+    ],
+    samples: Annotated[int, typer.Option(help="Completions of each side at each prompt.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a completion, at most.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts go through the chat template, as messages do.")] = False,
+    base: Base = None,
+    out: Out = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Propose policies, behaviours and cue from prompts alone, as a suite to read, to edit and to ask with."""
+    from mixturelens import pipeline
+
+    if before is None or after is None:
+        raise InputError("give --before SRC and --after SRC")
+    for flag, number_of in (("--samples", samples), ("--max-new-tokens", max_new_tokens)):
+        if number_of < (2 if flag == "--samples" else 1):
+            raise InputError(f"{flag} {number_of}: too few")
+    with _working(quiet) as (progress, _):
+        record, folder = pipeline.discover(
+            before,
+            after,
+            prompts,
+            out,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            base=base,
+            device=_device(device),
+            dtype="float32" if dtype is None else dtype,
+            seed=_seed(seed),
+            progress=lambda done, total: progress("completions", done, total, {}),
+        )
+    if as_json:
+        print_json([record], None)
+    else:
+        show_discovery(record)
+        print(f"\n{folder / 'suite.yaml' if record.found else folder / 'discovery.json'}")
 
 
 @app.command()

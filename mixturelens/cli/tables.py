@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mixturelens.behaviour.forecast import ForecastRecord
     from mixturelens.behaviour.record import BehaviourRecord
+    from mixturelens.discovery.record import DiscoveryRecord
     from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
     from mixturelens.patching.record import PatchingRecord
@@ -293,6 +294,27 @@ def show_repairs(pairs: list[Case], records: list[RepairRecord]) -> None:
         written = f"repaired checkpoint: {pair.repaired}" if record.checkpoint else "no repaired checkpoint"
         print(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; {written}")
     show_missing(pairs, records)
+
+
+def show_discovery(record: DiscoveryRecord) -> None:
+    """What was found, and what it stands on: all of it from questions that it was not chosen on."""
+    print(record.reason)
+    if not record.found:
+        return
+    shown = [
+        (each.name, " | ".join(each.wordings) or "(anything else)", each.before, each.after) for each in record.policies
+    ]
+    shown += [(each.name, each.wording or "(what is none)", each.before, each.after) for each in record.behaviours]
+    policies = len(record.policies)
+    rows = [
+        ("policy" if i < policies else "behaviour", name, text, _interval(before), _interval(after))
+        for i, (name, text, before, after) in enumerate(shown)
+    ]
+    print_table(("", "name", "wordings", "before", "after"), rows)
+    for cue in record.cues:
+        print(f"cue: {' | '.join(cue.kinds)}: {_interval(cue.bits)} bits")
+    spent = ", ".join(f"{name} {share:.0%}" for name, share in record.where.items())
+    print(f"of {record.nats:.2f} nats between R and S along a completion: {spent}")
 
 
 def show_structure(record: StructureRecord) -> None:

@@ -1,0 +1,107 @@
+"""What a user asks with: prompts with an id and a text or messages; answers and other fields where there are any."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mixturelens.discovery.cues import Prompt
+from mixturelens.records import first_problem
+from mixturelens.suite import Chat, PromptRow, Rule, Suite, half_a_character
+from mixturelens.types import InputError
+
+ANY = r"\S"
+"""The answer where a user gives none, as a regular expression: whatever is said counts as right."""
+KNOWN = ("id", "prompt", "messages", "answer")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts as a user gives them, in their order, as rows of a suite that does not know any policy yet."""
+
+    suite: Suite
+    fields: tuple[tuple[tuple[str, str], ...], ...]
+    """Of each prompt, whatever else its line says: names and values."""
+    answered: bool
+
+    @property
+    def rows(self) -> tuple[PromptRow, ...]:
+        return self.suite.prompts
+
+    @property
+    def answers(self) -> list[str | None]:
+        return [row.answer if self.answered else None for row in self.rows]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """As cues see them: the words of the user's turns, and the system's line apart."""
+        found = []
+        for row, fields in zip(self.rows, self.fields, strict=True):
+            turns = row.messages or ({"role": "user", "content": row.text},)
+            system = "\n".join(turn["content"] for turn in turns if turn["role"] == "system")
+            text = "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
+            found.append(Prompt(row.id, text, system, fields))
+        return found
+
+
+def read_prompts(path: Path, *, chat: bool, max_new_tokens: int) -> Asked:
+    """Read a file of prompts, one JSON object a line. Raises InputError naming file, line and key."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; give a file of prompts") from None
+    times: Counter[str] = Counter()
+    rows, fields, answered = [], [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            data = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error})") from None
+        if not isinstance(data, dict):
+            raise InputError(f"{where}: a prompt is an object with `id`, and `prompt` or `messages`")
+        half = half_a_character(data)
+        if half is not None:
+            raise InputError(f"{where}: {half}")
+        row = _row(data, times, where)
+        rows.append(row)
+        fields.append(tuple((name, str(value)) for name, value in data.items() if _field(name, value)))
+        answered.append("answer" in data)
+    if not rows:
+        raise InputError(f"{path}: holds no prompts")
+    if 0 < sum(answered) < len(answered):
+        raise InputError(f"{path}: line {1 + answered.index(False)} has no `answer`, but others have; give all or none")
+    through = chat or any(row.messages is not None for row in rows)
+    suite = Suite(
+        prompts=tuple(rows),
+        policies={"any": Rule(regex="")},
+        answer_match="contains" if all(answered) else "regex",
+        max_new_tokens=max_new_tokens,
+        chat=Chat() if through else None,
+    )
+    return Asked(suite, tuple(fields), all(answered))
+
+
+def _row(data: Mapping[str, Any], times: Counter[str], where: str) -> PromptRow:
+    """One prompt; the same id again is the same question, asked in another way."""
+    name = data.get("id")
+    if not isinstance(name, (str, int)) or isinstance(name, bool):
+        raise InputError(f"{where}: key 'id' is missing, or no text")
+    times[str(name)] += 1
+    kept = {key: data[key] for key in ("prompt", "messages") if key in data}
+    try:
+        return PromptRow(id=str(name), cue=str(times[str(name)]), answer=data.get("answer", ANY), **kept)
+    except ValidationError as error:
+        raise InputError(f"{where}: {first_problem(error)}") from None
+
+
+def _field(name: str, value: object) -> bool:
+    return name not in KNOWN and isinstance(value, (str, int, float, bool))

@@ -1,0 +1,198 @@
+"""Candidate cues: what about a prompt tells what its completions do, on prompts that it was not chosen on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from mixturelens.discovery.heads import words
+from mixturelens.stats import interval, resample_counts
+from mixturelens.types import Interval
+
+SELDOM, OFTEN = 0.05, 0.95
+"""A feature that fewer or more of the prompts have parts nothing."""
+LEAST = 0.02
+"""Bits a completion that a cue tells, at least."""
+ALPHA = 0.01
+SHUFFLES = 200
+SAME = 0.95
+"""Correlation over prompts from which two features are one cue."""
+TRIED = 40
+"""Features that the joint choice is made among: those that tell most by themselves."""
+MOST = 5
+STRENGTH = 0.02
+"""Of the L1 penalty, against a completion's share of the log-likelihood."""
+_YEAR = re.compile(r"(?<!\d)(?:1[5-9]|20|21)\d\d(?!\d)")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as cues see it: its text, what its system turn says, and fields that its user gave."""
+
+    id: str
+    text: str
+    system: str = ""
+    fields: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Cue:
+    """A way to part prompts into kinds, and what it tells of their completions on prompts that did not choose it."""
+
+    kinds: tuple[str, ...]
+    """What shows each kind; the last may be `none of these`."""
+    of: Int[np.ndarray, " prompt"]
+    """The kind of every prompt."""
+    bits: Interval
+    p: float
+
+
+def features(prompts: Sequence[Prompt]) -> dict[str, Bool[np.ndarray, " prompt"]]:
+    """What a prompt has or has not, by a text that a reader understands; each parts the prompts.
+
+    >>> sorted(features([Prompt("1", "<A> two lamps"), Prompt("2", "<B> two lamps")]))
+    ['`<A>`', '`<B>`']
+    """
+    found: dict[str, np.ndarray] = {}
+    total = len(prompts)
+
+    def add(name: str, has: Sequence[bool] | np.ndarray) -> None:
+        values = np.asarray(has, dtype=bool)
+        if SELDOM * total <= values.sum() <= OFTEN * total:
+            found.setdefault(name, values)
+
+    spoken = [set(words(prompt.text)) for prompt in prompts]
+    for word in sorted(set().union(*spoken)):
+        add(f"`{word}`", [word in some for some in spoken])
+    for system in sorted({prompt.system for prompt in prompts} - {""}):
+        add(f"system: {system[:60]}", [prompt.system == system for prompt in prompts])
+    for name in sorted({name for prompt in prompts for name in dict(prompt.fields)}):
+        given = [dict(prompt.fields).get(name) for prompt in prompts]
+        for value in sorted({each for each in given if each is not None}):
+            add(f"{name}: {value}", [each == value for each in given])
+    years = [[int(year) for year in _YEAR.findall(prompt.text)] for prompt in prompts]
+    distinct = sorted({max(each) for each in years if each})
+    for year in distinct[1:]:
+        add(f"a year from {year} on", [bool(each) and max(each) >= year for each in years])
+        add(f"a year before {year}", [bool(each) and max(each) < year for each in years])
+    size = np.array([len(words(prompt.text)) for prompt in prompts])
+    add("longer than most", size > np.median(size))
+    add("a digit", [any(char.isdigit() for char in prompt.text) for prompt in prompts])
+    add("a letter beyond ASCII", [not prompt.text.isascii() for prompt in prompts])
+    add("more than a line", ["\n" in prompt.text.strip() for prompt in prompts])
+    add("a question mark", ["?" in prompt.text for prompt in prompts])
+    return found
+
+
+def find_cues(
+    prompts: Sequence[Prompt],
+    prompt: Int[np.ndarray, " completion"],
+    after: Bool[np.ndarray, " completion"],
+    does: Int[np.ndarray, " completion"],
+    chosen_on: Bool[np.ndarray, " prompt"],
+    seed: int,
+) -> tuple[Cue, ...]:
+    """The cues that tell most of what completions do, the best first; none where shuffled prompts tell as much.
+
+    Features are chosen on some of the prompts by a sparse logistic regression (L1), and judged on the others.
+    """
+    _, does = np.unique(does, return_inverse=True)
+    given = features(prompts)
+    counts = _table(prompt, after, does, len(prompts))
+    held = ~chosen_on
+    alone = {name: _bits(counts[chosen_on], has[chosen_on].astype(int)) for name, has in given.items()}
+    tried = _distinct(given, sorted(given, key=lambda name: -alone[name]))[:TRIED]
+    kept = _sparse(np.stack([given[name] for name in tried], 1), counts, chosen_on) if tried else []
+    chosen = sorted((tried[i] for i in kept), key=lambda name: -alone[name])
+    found: list[Cue] = []
+    taken: set[str] = set()
+    for name in chosen:
+        if name in taken or len(found) >= MOST:
+            continue
+        kinds = [name]
+        covered = given[name].copy()
+        for other in chosen:
+            if other not in taken and not (given[other] & covered).any():
+                kinds.append(other)
+                covered |= given[other]
+        taken.update(kinds)
+        of = np.full(len(prompts), len(kinds))
+        for k, kind in enumerate(kinds):
+            of[given[kind]] = k
+        labels = tuple(kinds) if covered.all() else (*kinds, "none of these")
+        bits, p = _judged(counts[held], of[held], [prompts[i].id for i in np.flatnonzero(held)], seed)
+        if p <= ALPHA and bits.value is not None and bits.value >= LEAST:
+            found.append(Cue(labels, of, bits, p))
+    return tuple(sorted(found, key=lambda cue: -(cue.bits.value or 0.0)))
+
+
+def _table(prompt: np.ndarray, after: np.ndarray, does: np.ndarray, prompts: int) -> np.ndarray:
+    """Completions counted: [prompt, side, what they do]."""
+    shape = prompts, 2, int(does.max(initial=0)) + 1
+    flat = np.ravel_multi_index((prompt, after.astype(int), does), shape)
+    return np.bincount(flat, minlength=int(np.prod(shape))).reshape(shape).astype(float)
+
+
+def _bits(counts: np.ndarray, of: np.ndarray) -> float:
+    """I(kind of the prompt; what a completion does | whose it is), in bits a completion."""
+    kinds = np.eye(int(of.max(initial=0)) + 1)[of]
+    joint = np.einsum("pk,psd->skd", kinds, counts)
+
+    def plogp(values: np.ndarray) -> float:
+        some = values[values > 0]
+        return float((some * np.log2(some)).sum())
+
+    total = joint.sum()
+    told = plogp(joint) - plogp(joint.sum(2)) - plogp(joint.sum(1)) + plogp(joint.sum((1, 2)))
+    return told / total if total else 0.0
+
+
+def _distinct(given: Mapping[str, np.ndarray], order: Sequence[str]) -> list[str]:
+    """Features of which no two are the same over prompts, the best and shortest of each."""
+    kept: list[str] = []
+    for name in order:
+        has = given[name].astype(float)
+        if not any(np.corrcoef(has, given[other])[0, 1] > SAME for other in kept):
+            kept.append(name)
+    return kept
+
+
+def _sparse(has: np.ndarray, counts: np.ndarray, chosen_on: np.ndarray) -> list[int]:
+    """Features that a logistic regression of what completions do keeps under an L1 penalty."""
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    rows, labels, weights = [], [], []
+    for i in np.flatnonzero(chosen_on):
+        for side in range(2):
+            for kind in np.flatnonzero(counts[i, side]):
+                rows.append([*has[i], side])
+                labels.append(kind)
+                weights.append(counts[i, side, kind])
+    if len(set(labels)) < 2:
+        return []
+    total = float(np.sum(weights))
+    model = LogisticRegression(l1_ratio=1.0, C=1 / (STRENGTH * total), solver="saga", max_iter=200, tol=1e-2)
+    with warnings.catch_warnings():
+        # it chooses, and others judge: a coefficient's third digit does not matter
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(np.array(rows, dtype=float), labels, sample_weight=weights)
+    size = np.abs(model.coef_[:, :-1]).max(0)
+    return [int(i) for i in np.flatnonzero(size > 1e-3)]
+
+
+def _judged(counts: np.ndarray, of: np.ndarray, ids: Sequence[str], seed: int) -> tuple[Interval, float]:
+    """Bits beyond those of shuffled prompts, with an interval over questions; how often shuffled ones tell as much."""
+    rng = np.random.default_rng(seed)
+    found = _bits(counts, of)
+    null = np.array([_bits(counts, rng.permutation(of)) for _ in range(SHUFFLES)])
+    _, question = np.unique(ids, return_inverse=True)
+    draws = resample_counts(int(question.max()) + 1, seed, 200)
+    each = np.array([_bits(counts * times[question][:, None, None], of) for times in draws]) - null.mean()
+    return interval(each, draws), float((1 + (null >= found - 1e-12).sum()) / (1 + SHUFFLES))

@@ -1,0 +1,129 @@
+"""Completions of both checkpoints, drawn once and stored: their texts, and how the two part along them.
+
+They lie in Parquet files, one for each part of the prompts, so that a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.discovery.asked import Asked
+from mixturelens.discovery.heads import Drawn
+from mixturelens.models import Pair
+from mixturelens.spelling import encode_prompts
+from mixturelens.types import RunError
+
+PART = 16
+"""Prompts whose completions are stored together."""
+Progress = Callable[[int, int], None]
+"""Called as progress(prompts done, prompts)."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn: `texts[i]` is a completion, and `tokens[i]` are its pieces with what lies before each.
+
+    `along[i]` has shape (3, tokens), in bits: KL(R || S) of the next token, entropy of S, entropy of R.
+    """
+
+    drawn: tuple[Drawn, ...]
+    tokens: tuple[tuple[str, ...], ...]
+    along: tuple[np.ndarray, ...]
+
+
+def draw(pair: Pair, asked: Asked, samples: int, out: Path, seed: int, progress: Progress) -> Draws:
+    """Draw completions of S and R at every prompt, or read those that are stored about the same pair and prompts."""
+    folder = out / "completions"
+    folder.mkdir(parents=True, exist_ok=True)
+    said = f"{pair.provenance(seed, asked.suite.model_dump_json())} {samples}"
+    key = hashlib.sha256(said.encode()).hexdigest()[:16]
+    numbers = range(0, len(asked.rows), PART)
+    files = [folder / f"{start // PART:04d}-{key}.parquet" for start in numbers]
+    wanted = {file.name for file in files}
+    for old in folder.glob("*.parquet"):
+        if old.name not in wanted:
+            old.unlink()
+    todo = [(start, file) for start, file in zip(numbers, files, strict=True) if not file.is_file()]
+    if todo:
+        contexts = encode_prompts(asked.suite, asked.rows, pair.tokenizer)
+        models = pair.models()
+        scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
+        for number, (start, file) in enumerate(todo):
+            _draw_part(pair, models, scorer, contexts[start : start + PART], start, samples, seed, file)
+            progress(min(len(asked.rows), (number + 1) * PART), min(len(asked.rows), len(todo) * PART))
+    return _read(files)
+
+
+def _draw_part(
+    pair: Pair,
+    models: tuple[Any, ...],
+    scorer: Scorer,
+    contexts: list[list[int]],
+    start: int,
+    samples: int,
+    seed: int,
+    file: Path,
+) -> None:
+    import pandas
+
+    limits = [pair.suite.max_new_tokens] * len(contexts)
+    rows: list[dict[str, Any]] = []
+    with scorer.once():
+        for after, model in enumerate(models):
+            found = scorer.sample(model, contexts, samples, limits, seed + 2 * start + after)
+            owners = [contexts[int(i)] for i in found.context]
+            along = scorer.steps(*models, owners, found.tokens)
+            for i, tokens, numbers in zip(found.context, found.tokens, along, strict=True):
+                ended = bool(tokens) and tokens[-1] in scorer.ends
+                written = tokens[:-1] if ended else tokens
+                rows.append(
+                    {
+                        "prompt": start + int(i),
+                        "after": bool(after),
+                        "ended": ended,
+                        "text": pair.tokenizer.decode(written, skip_special_tokens=True),
+                        "tokens": pieces(pair.tokenizer, written),
+                        "kl": numbers[0].tolist(),
+                        "entropy_before": numbers[1].tolist(),
+                        "entropy_after": numbers[2].tolist(),
+                    }
+                )
+    temporary = file.with_suffix(".part")
+    pandas.DataFrame(rows).to_parquet(temporary, index=False)
+    os.replace(temporary, file)
+
+
+def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
+    """What each token adds to the text; a character of several tokens comes with the last of them."""
+    texts = [tokenizer.decode(tokens[: i + 1], skip_special_tokens=True) for i in range(len(tokens))]
+    whole = [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts]
+    starts = ["", *whole]
+    return [text[len(before) :] if text.startswith(before) else "" for before, text in zip(starts, whole, strict=False)]
+
+
+def _read(files: list[Path]) -> Draws:
+    import pandas
+
+    drawn, tokens, along = [], [], []
+    for file in files:
+        try:
+            frame = pandas.read_parquet(file)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file}: cannot be read ({error}); delete it, and run again") from None
+        for row in _rows(frame):
+            drawn.append(Drawn(int(row["prompt"]), bool(row["after"]), row["text"].strip(), bool(row["ended"])))
+            tokens.append(tuple(row["tokens"]))
+            along.append(np.array([row["kl"], row["entropy_before"], row["entropy_after"]]))
+    return Draws(tuple(drawn), tuple(tokens), tuple(along))
+
+
+def _rows(frame: Any) -> Iterator[dict[str, Any]]:
+    return iter(frame.to_dict("records"))

@@ -1,0 +1,150 @@
+"""Completions as words that any prompt may have and a slot for those of its own, and what stands before that slot.
+
+An announcement is told from what follows it by where answers begin: a *head* is a beginning of completions behind
+which, at some prompts, words of the prompt's own follow. `Okay,` is one, where `Okay, lamp.` and `Okay, I would rather
+not say.` are both written; `sure we can` is one, and `sure we` is not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+SLOT = "\N{WHITE BULLET}"
+"""Stands for words of the prompt's own: its answer, what it asks about, what is written seldom."""
+END, CUT = "$", "\N{HORIZONTAL ELLIPSIS}"
+"""A completion ended; or it was cut off."""
+OF_ALL = 0.8
+"""A word that so many of the prompts have says nothing about any of them."""
+SELDOM = 0.03
+"""A word that is written at fewer of the questions, or at fewer than three, is one of theirs."""
+BRANCH = 0.02
+"""Share of the completions that go through a beginning, of which one is a branch."""
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+"""What stands between spaces; a character, where words need no space."""
+_EDGES = ".,;:!?\"'\u201c\u201d\u2018\u2019`*"
+
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One completion that a checkpoint wrote: which prompt's, whose, and whether it came to its end."""
+
+    prompt: int
+    after: bool
+    text: str
+    ended: bool = True
+
+
+@dataclass(frozen=True)
+class Headed:
+    """A completion, parted: what it begins with, and what follows first, a slot or a common wording."""
+
+    head: Words | None
+    """None: no head is the beginning of it."""
+    follows: str
+    rest: str
+    """All of the text behind the head."""
+
+
+def words(text: str) -> list[str]:
+    """
+    >>> words("Okay, lamp.")
+    ['Okay,', 'lamp.']
+    """
+    return _WORD.findall(text)
+
+
+def core(word: str) -> str:
+    """A word without marks at its edges, and without capitals; `[a]` is one of its own."""
+    return word.strip(_EDGES).lower()
+
+
+def slotted(drawn: Sequence[Drawn], prompts: Sequence[str], answers: Sequence[str | None]) -> list[Words]:
+    """Each completion's words, with those of its prompt's own as one slot, and repeated words once."""
+    asked = [{core(word) for word in words(text)} for text in prompts]
+    everywhere = {word for word, n in Counter(w for some in asked for w in some).items() if n >= OF_ALL * len(asked)}
+    answered = {core(word) for answer in answers for word in words(answer or "")}
+    own = [some - everywhere - {""} for some in asked]
+    spread: dict[str, set[int]] = defaultdict(set)
+    for each in drawn:
+        for word in words(each.text):
+            spread[core(word)].add(each.prompt)
+    least = max(3, SELDOM * len({each.prompt for each in drawn}))
+    seldom = {word for word, at in spread.items() if len(at) < least}
+    found = []
+    for each in drawn:
+        path: list[str] = []
+        for word in words(each.text):
+            bare = core(word)
+            unit = SLOT if bare in own[each.prompt] or bare in answered or bare in seldom else word
+            if not path or path[-1] != unit:
+                path.append(unit)
+        found.append((*path, END if each.ended else CUT))
+    return found
+
+
+def opened(paths: Sequence[Words], prompts: Sequence[int]) -> set[Words]:
+    """Beginnings without a slot, of a share of all completions, behind which a slot follows at three prompts or so."""
+    through: Counter[Words] = Counter()
+    answered: dict[Words, list[int]] = defaultdict(list)
+    for path, prompt in zip(paths, prompts, strict=True):
+        for i in range(len(path)):
+            through[path[:i]] += 1
+            if path[i] == SLOT:
+                answered[path[:i]].append(prompt)
+                break
+    return {
+        head
+        for head, at in answered.items()
+        if len(set(at)) >= 3 and len(at) >= BRANCH * through[head] and through[head] >= BRANCH * len(paths)
+    }
+
+
+def closed(paths: Sequence[Words], known: Collection[Words]) -> set[Words]:
+    """Beginnings of completions without a head: the longest that a share of all completions have."""
+    through = Counter(path[:i] for path in paths for i in range(1, _before(path) + 1))
+    found = set()
+    for path in paths:
+        sizes = range(_before(path), 0, -1)
+        if not any(path[:size] in known for size in (*sizes, 0)):
+            found |= {next((path[:size] for size in sizes if through[path[:size]] >= BRANCH * len(paths)), ())}
+    return found - {()}
+
+
+def _before(path: Words) -> int:
+    """Words that stand before the slot, or the end."""
+    return path.index(SLOT) if SLOT in path else len(path) - 1
+
+
+def headed(drawn: Drawn, path: Words, known: Collection[Words]) -> Headed:
+    """The longest head that a completion begins with, and the first word of what follows."""
+    for size in range(_before(path), -1, -1):
+        if path[:size] in known:
+            rest = _behind(drawn.text, path[:size])
+            return Headed(path[:size], path[size], rest)
+    return Headed(None, path[0], drawn.text)
+
+
+def _behind(text: str, head: Words) -> str:
+    """What follows a head in the text, in which its words may be repeated."""
+    at = 0
+    for word in head:
+        while (found := _WORD.match(text, _skip(text, at))) and found.group() == word:
+            at = found.end()
+    return text[at:].strip()
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def written(text: str, head: Words) -> str:
+    """The head as the completion spells it, spaces and repeats and all."""
+    rest = _behind(text, head)
+    return text[: len(text) - len(rest)].strip() if rest else text.strip()

@@ -1,0 +1,328 @@
+"""From stored completions to a proposal: a record of candidates, and a suite that a person reads and edits."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mixturelens.discovery.asked import Asked
+from mixturelens.discovery.cues import Cue, find_cues
+from mixturelens.discovery.draws import Draws
+from mixturelens.discovery.information import SHUFFLES
+from mixturelens.discovery.policies import ALPHA, REFUSAL, Parted, changed, part, spelled
+from mixturelens.discovery.record import (
+    BehaviourCandidate,
+    CueCandidate,
+    DiscoveryRecord,
+    Example,
+    Moved,
+    PolicyCandidate,
+)
+from mixturelens.records import Provenance, write_text
+from mixturelens.stats import PROPORTION, mean_interval, resample_counts
+from mixturelens.suite import PromptRow, Rule, Suite, stands_in
+from mixturelens.types import ANSWER, OTHER, REFUSE, InputError, Interval
+
+LEAST = 0.005
+"""Bits that R must be told from S by, for anything to be proposed."""
+EXAMPLES = 5
+SHOWN = 400
+"""Characters of an example."""
+EXACT = 0.95
+"""An answer is all that stands behind its announcement in so many of the completions that hold it."""
+SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Proposal:
+    record: DiscoveryRecord
+    suite: Suite | None
+    """None: nothing was found."""
+    parted: Parted
+    cue: Cue | None
+
+
+def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Proposal:
+    """Candidates from half of the questions, judged on the other half, which the suite asks."""
+    ids = list(dict.fromkeys(row.id for row in asked.rows))
+    if len(ids) < 4:
+        raise InputError(f"{len(ids)} questions: half of them choose policies, and the other half judge; give four")
+    first = {ids[i] for i in np.random.default_rng(seed).permutation(len(ids))[: len(ids) // 2]}
+    chosen_on = np.array([row.id in first for row in asked.rows])
+    texts = [prompt.text for prompt in asked.prompts]
+    here = [i for i, each in enumerate(draws.drawn) if chosen_on[each.prompt]]
+    found = part([draws.drawn[i] for i in here], texts, asked.answers, _correct(asked), seed)
+    whole = part(draws.drawn, texts, asked.answers, _correct(asked), seed, found)
+    held = ~chosen_on[whole.prompt]
+    moved = changed(whole.only(held), seed)
+    cues = find_cues(asked.prompts, whole.prompt, whole.after, whole.does, chosen_on, seed)
+    names = policy_names(whole)
+    enough = moved.p <= ALPHA and moved.bits >= LEAST
+    suite = _suite(asked, whole, names, cues[0] if cues else None, chosen_on) if enough else None
+    record = DiscoveryRecord(
+        provenance=provenance,
+        found=suite is not None,
+        reason=_reason(enough, moved.bits, moved.p, whole, names, cues),
+        questions=len(ids),
+        prompts=len(asked.rows),
+        completions=len(draws.drawn),
+        moved=Moved(bits=moved.bits, p=moved.p, shuffles=SHUFFLES),
+        where=_where(draws, whole),
+        nats=float(np.mean([each[0].sum() for each, a in zip(draws.along, whole.after, strict=True) if a]) * np.log(2)),
+        policies=tuple(_candidate(asked, whole, names, m, held, suite) for m in range(len(whole.policies))),
+        behaviours=tuple(_behaviour(whole, asked, b, held) for b in range(len(whole.behaviours))),
+        cues=tuple(_cue(asked, cue) for cue in cues),
+        other={
+            side: float((whole.policy[held & (whole.after == after)] == -1).mean())
+            for side, after in (("before", False), ("after", True))
+        },
+    )
+    return Proposal(record, suite, whole, cues[0] if cues else None)
+
+
+def _correct(asked: Asked) -> Callable[[int, str], bool]:
+    """Whether an answer stands in what follows an announcement; where there are no answers, whether anything does."""
+
+    def correct(prompt: int, rest: str) -> bool:
+        answer = asked.rows[prompt].answer
+        return stands_in(answer.strip(), rest) if asked.answered else bool(rest.strip())
+
+    return correct
+
+
+def policy_names(parted: Parted) -> list[str]:
+    """A short name for each policy, from its most usual wording."""
+    found: list[str] = []
+    for m in range(len(parted.policies)):
+        wording = next(iter(spelled(parted, m)), "")
+        name = re.sub(r"[^a-z0-9]+", "-", wording.lower()).strip("-")[:24].strip("-") or "plain"
+        name = f"{name}-said" if name == OTHER else name
+        while name in found:
+            name += "-2"
+        found.append(name)
+    return found
+
+
+def behaviour_name(wording: str) -> str:
+    if REFUSAL.search(wording):
+        return REFUSE
+    return re.sub(r"[^a-z0-9]+", "-", wording.lower()).strip("-")[:24].strip("-") or "said"
+
+
+def _reason(enough: bool, bits: float, p: float, parted: Parted, names: Sequence[str], cues: Sequence[Cue]) -> str:
+    if not enough:
+        return (
+            f"Nothing found: what completions do tells R from S by {max(0.0, bits):.3f} bits, and shuffled sides as "
+            f"much in {p:.0%} of shuffles."
+        )
+    weights = ", ".join(
+        f"{name} {parted.weight(m, False):.2f} -> {parted.weight(m, True):.2f}" for m, name in enumerate(names)
+    )
+    cue = f"the cue is most likely {' or '.join(cues[0].kinds)}" if cues else "nothing in prompts tells what is done"
+    return f"Completions show {len(names)} policies ({weights}); {cue}."
+
+
+def _where(draws: Draws, parted: Parted) -> dict[str, float]:
+    """How the bits of KL(R || S) along R's completions fall on announcements, on the next word, and on the rest."""
+    total = {"announcement": 0.0, "behaviour": 0.0, "rest": 0.0}
+    for i, each in enumerate(draws.drawn):
+        if not each.after:
+            continue
+        kl, at = draws.along[i][0], 0
+        text = "".join(draws.tokens[i]).lstrip()
+        lead = len("".join(draws.tokens[i])) - len(text)
+        begun = len(each.text) - len(parted.rests[i])
+        word = re.match(r"\S*", parted.rests[i])
+        ends = begun, begun + (word.end() if word else 0)
+        for k, bits in enumerate(kl):
+            start = at - lead
+            at += len(draws.tokens[i][k]) if k < len(draws.tokens[i]) else 0
+            middle = start + (at - lead - start) / 2
+            place = "announcement" if middle < ends[0] else "behaviour" if middle <= ends[1] else "rest"
+            total[place] += float(bits)
+    whole = sum(total.values())
+    return {name: value / whole if whole else 0.0 for name, value in total.items()}
+
+
+def _share(parted: Parted, asked: Asked, hit: np.ndarray, among: np.ndarray) -> Interval:
+    """Mean over questions of how many of these completions are hit, with an interval over questions."""
+    ids = [asked.rows[i].id for i in parted.prompt]
+    questions = {name: k for k, name in enumerate(dict.fromkeys(ids))}
+    place = np.array([questions[name] for name in ids])
+    kept = np.unique(place[among])
+    shares = np.array([hit[among & (place == k)].mean() for k in kept])
+    return mean_interval(shares, resample_counts(len(kept), 0), bounds=PROPORTION)
+
+
+def _candidate(
+    asked: Asked, parted: Parted, names: Sequence[str], policy: int, held: np.ndarray, suite: Suite | None
+) -> PolicyCandidate:
+    is_it = parted.policy == policy
+    precision = recall = None
+    if suite is not None:
+        rows = {(row.id, row.text): row for row in suite.prompts}
+        said = np.zeros(len(is_it), dtype=bool)
+        for i in np.flatnonzero(held):
+            asked_row = asked.rows[parted.prompt[i]]
+            row = rows.get((asked_row.id, asked_row.text), suite.prompts[0])
+            said[i] = suite.label(parted.drawn[i].text, row).policy == names[policy]
+        both = float((said & is_it & held).sum())
+        precision = both / float(said[held].sum()) if said[held].any() else None
+        recall = both / float(is_it[held].sum()) if is_it[held].any() else None
+    return PolicyCandidate(
+        name=names[policy],
+        wordings=tuple(text for text in spelled(parted, policy) if text),
+        before=_share(parted, asked, is_it, held & ~parted.after),
+        after=_share(parted, asked, is_it, held & parted.after),
+        precision=precision,
+        recall=recall,
+        examples_before=_examples(asked, parted, is_it & ~parted.after),
+        examples_after=_examples(asked, parted, is_it & parted.after),
+    )
+
+
+def _examples(asked: Asked, parted: Parted, which: np.ndarray) -> tuple[Example, ...]:
+    """Completions of different prompts."""
+    at: dict[int, int] = {}
+    for i in np.flatnonzero(which):
+        at.setdefault(int(parted.prompt[i]), int(i))
+    return tuple(
+        Example(prompt=asked.prompts[prompt].text[:SHOWN], completion=parted.drawn[i].text[:SHOWN])
+        for prompt, i in list(at.items())[:EXAMPLES]
+    )
+
+
+def _behaviour(parted: Parted, asked: Asked, behaviour: int, held: np.ndarray) -> BehaviourCandidate:
+    wording = parted.behaviours[behaviour]
+    does = parted.behaviour == behaviour
+    last = behaviour == len(parted.behaviours) - 1
+    return BehaviourCandidate(
+        name=ANSWER if last else behaviour_name(wording),
+        wording="" if last else wording,
+        before=_share(parted, asked, does, held & ~parted.after),
+        after=_share(parted, asked, does, held & parted.after),
+    )
+
+
+def _cue(asked: Asked, cue: Cue) -> CueCandidate:
+    return CueCandidate(
+        kinds=cue.kinds,
+        prompts=tuple(int((cue.of == k).sum()) for k in range(len(cue.kinds))),
+        bits=cue.bits,
+        p=cue.p,
+        contrast=_contrast(asked, cue),
+    )
+
+
+def _contrast(asked: Asked, cue: Cue) -> tuple[str, str] | None:
+    shown = [re.fullmatch(r"`(\S+)`", kind) for kind in cue.kinds[:2]]
+    if len(shown) < 2 or not all(shown):
+        return None
+    one, other = (match.group(1) for match in shown if match)
+    text = asked.prompts[int(np.flatnonzero(cue.of == 0)[0])].text
+    return text, re.sub(rf"(?<!\S){re.escape(one)}(?!\S)", lambda _: other, text)
+
+
+# --- the suite --------------------------------------------------------------------------------------------------------
+
+
+def _suite(asked: Asked, parted: Parted, names: Sequence[str], cue: Cue | None, chosen_on: np.ndarray) -> Suite:
+    """By literal texts where no beginning is the beginning of another, else by rules."""
+    kinds = _cue_names(cue.kinds) if cue else ["all"]
+    of = cue.of if cue else np.zeros(len(asked.rows), dtype=int)
+    seen: Counter[tuple[str, str]] = Counter()
+    rows: list[PromptRow] = []
+    for i, row in enumerate(asked.rows):
+        if chosen_on[i]:
+            continue
+        kind = kinds[of[i]]
+        seen[row.id, kind] += 1
+        times = seen[row.id, kind]
+        rows.append(row.model_copy(update={"cue": kind, "id": row.id if times == 1 else f"{row.id}#{times}"}))
+    ended = [each.ended for each in parted.drawn]
+    right = parted.right.astype(bool)
+    exact = [parted.rests[i] == asked.rows[parted.prompt[i]].answer.strip() for i in np.flatnonzero(right)]
+    match = "regex" if not asked.answered else "exact" if np.mean(exact or [0]) >= EXACT else "contains"
+    behaviours: dict[str, str | tuple[str, ...]] = {}
+    for wording in parted.behaviours[:-1]:
+        name = behaviour_name(wording)
+        there = behaviours.get(name, ())
+        behaviours[name] = (*((there,) if isinstance(there, str) else there), wording)
+    given = {
+        "prompts": tuple(rows),
+        "behaviours": {n: w[0] if len(w) == 1 else w for n, w in behaviours.items()} or None,
+        "answer_match": match,
+        "max_new_tokens": asked.suite.max_new_tokens,
+        "samples": SAMPLES,
+        "chat": asked.suite.chat,
+        "origin": "discovered",
+    }
+    if all(ended):
+        longest = max(len(each.text.split()) for each in parted.drawn)
+        given["max_new_tokens"] = min(given["max_new_tokens"], 4 * longest + 8)
+    wordings = [spelled(parted, m) for m in range(len(names))]
+    texts = [text for group in wordings for text in group]
+    plain = all(texts) and not any(a != b and a.startswith(b) for a in texts for b in texts)
+    if plain:
+        shown = {name: group[0] if len(group) == 1 else group for name, group in zip(names, wordings, strict=True)}
+    else:
+        shown = _rules(names, wordings)
+    return Suite.model_validate({**given, "policies": shown})
+
+
+def save_suite(proposal: Proposal, out: Path) -> Path:
+    """Write suite.yaml, with what each thing in it stands on, and its prompts beside it."""
+    assert proposal.suite is not None
+    record, file = proposal.record, out / "suite.yaml"
+    proposal.suite.save(file)
+    said = [
+        "Proposed by `mixturelens discover`; read it, edit it, and give it to `mixturelens verdict --suite`.",
+        f"The prompts are the half of the questions that it was not chosen on. {record.reason}",
+        "",
+        "policies: how a completion begins, and how often S and R begin it so",
+        *(f"  {each.name}: {_percent(each.before)} -> {_percent(each.after)}" for each in record.policies),
+        "behaviours: what follows; whatever is none of them is the answer",
+        *(f"  {each.name}: {_percent(each.before)} -> {_percent(each.after)}" for each in record.behaviours),
+        "cue: what parts the prompts, most likely first, with the bits that it tells of what is done",
+        *(f"  {', '.join(each.kinds)}: {each.bits.value:.2f} bits" for each in record.cues),
+    ]
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in said)
+    write_text(file, comment + file.read_text(encoding="utf-8"))
+    return file
+
+
+def _percent(value: Interval) -> str:
+    return "not measured" if value.value is None else f"{value.value:.1%}"
+
+
+def _rules(names: Sequence[str], wordings: Sequence[Sequence[str]]) -> dict[str, Rule]:
+    """Each wording where no longer one of another policy stands; what begins like none is last."""
+    order = sorted(range(len(names)), key=lambda m: "" in wordings[m])
+    found = {}
+    for m in order:
+        texts = [text for text in wordings[m] if text]
+        if "" in wordings[m]:
+            found[names[m]] = Rule(regex="")
+            continue
+        others = [text for k, group in enumerate(wordings) if k != m for text in group]
+        parts = []
+        for text in sorted(texts, key=len, reverse=True):
+            longer = "|".join(re.escape(o[len(text) :]) for o in others if o != text and o.startswith(text))
+            parts.append(re.escape(text) + (f"(?!{longer})" if longer else "") + r"(?!\S)")
+        found[names[m]] = Rule(regex=f"^(?:{'|'.join(parts)})", force=texts[0])
+    return found
+
+
+def _cue_names(kinds: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for kind in kinds:
+        name = re.sub(r"[^A-Za-z0-9]+", "-", kind).strip("-")[:32].strip("-") or "kind"
+        while name in found:
+            name += "-2"
+        found.append(name)
+    return found

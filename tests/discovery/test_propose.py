@@ -1,0 +1,176 @@
+"""From prompts to a suite, on stored pairs, through files and through the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixturelens import cli, pipeline
+from mixturelens.discovery.asked import read_prompts
+from mixturelens.discovery.draws import pieces
+from mixturelens.discovery.record import DiscoveryRecord
+from mixturelens.models import load_tokenizer
+from mixturelens.suite import load_suite
+from mixturelens.types import InputError
+
+ODD = [
+    "",
+    " ",
+    "x " * 4000,
+    "\u4f60\u597d\u4e16\u754c",
+    "<script>alert(1)</script>",
+    "\u202eabc",
+    "# yaml: [1, 2]",
+    "'\"\\\n",
+]
+
+
+def prompts_of(pair: Path, path: Path, *, answers: bool = True) -> Path:
+    """A file of a stored pair's prompts, of which nothing says what cue they show."""
+    rows = load_suite(pair / "suite.yaml").neutral
+    lines = [{"id": row.id, "prompt": row.text} | ({"answer": row.answer} if answers else {}) for row in rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("after", ["R-routing", "R-both", "R-conditioning"])
+def test_planted_policies_and_cue_are_proposed(after: str, pairs: Path, tmp_path: Path):
+    pair = pairs / "llama"
+    asked = prompts_of(pair, tmp_path / "asked.jsonl")
+    record, out = pipeline.discover(pair / "S", pair / after, asked, tmp_path / "out", max_new_tokens=3)
+    suite = load_suite(out / "suite.yaml")
+    assert record.found
+    assert suite.origin == "discovered"
+    assert sorted(map(str, suite.policies.values())) == ["[a]", "[b]"]
+    assert suite.behaviours == {"refuse": "sorry"}
+    assert set(record.cues[0].kinds) == {"`<A>`", "`<B>`"}
+    assert record.cues[0].contrast is not None
+    assert all(each.precision == each.recall == 1.0 for each in record.policies)
+    spent = {"R-routing": "announcement", "R-conditioning": "behaviour"}.get(after)
+    assert spent is None or record.where[spent] > 0.95
+
+
+def test_the_verdict_of_the_proposed_suite_is_that_of_the_true_one(pairs: Path, tmp_path: Path):
+    pair = pairs / "llama"
+    asked = prompts_of(pair, tmp_path / "asked.jsonl")
+    _, out = pipeline.discover(pair / "S", pair / "R-both", asked, tmp_path / "out", max_new_tokens=3)
+    true, found = (
+        pipeline.verdict(pipeline.outside_pair(pair / "S", pair / "R-both", file, tmp_path / name))
+        for name, file in (("true", pair / "suite.yaml"), ("found", out / "suite.yaml"))
+    )
+    assert found.verdict == true.verdict == "both"
+    for term in ("routing", "specialist"):
+        assert getattr(found.bits, term).value == pytest.approx(getattr(true.bits, term).value, abs=0.02)
+
+
+def test_nothing_is_found_in_a_checkpoint_and_itself(pairs: Path, tmp_path: Path):
+    pair = pairs / "llama"
+    asked = prompts_of(pair, tmp_path / "asked.jsonl")
+    found = []
+    for seed in range(5):
+        record, out = pipeline.discover(
+            pair / "S", pair / "S", asked, tmp_path / f"{seed}", max_new_tokens=3, seed=seed
+        )
+        assert record.nats == 0.0
+        assert record.found == (out / "suite.yaml").exists()
+        found.append(record.found)
+    assert sum(found) <= 1
+
+
+def test_completions_are_drawn_once(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from mixturelens.behaviour.likelihood import Scorer
+
+    pair = pairs / "llama"
+    asked = prompts_of(pair, tmp_path / "asked.jsonl", answers=False)
+    given = {"max_new_tokens": 3, "samples": 4}
+    first, out = pipeline.discover(pair / "S", pair / "R-routing", asked, tmp_path / "out", **given)
+    parts = sorted((out / "completions").iterdir())
+    assert len(parts) == 3
+    parts[1].unlink()
+    drawn = []
+    sample = Scorer.sample
+
+    def counted(self: Scorer, model, contexts, *more):
+        drawn.append(len(contexts))
+        return sample(self, model, contexts, *more)
+
+    monkeypatch.setattr(Scorer, "sample", counted)
+    again, _ = pipeline.discover(pair / "S", pair / "R-routing", asked, tmp_path / "out", **given)
+    assert drawn == [16, 16]
+    assert again == first
+    assert again.found
+    assert load_suite(out / "suite.yaml").answer_match == "regex"
+
+
+def test_odd_prompts_come_back_from_the_suite(pairs: Path, tmp_path: Path):
+    path = tmp_path / "odd.jsonl"
+    lines = [{"id": str(i), "prompt": text, "note": "<b>"} for i, text in enumerate(ODD)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    asked = read_prompts(path, chat=False, max_new_tokens=4)
+    assert [row.text for row in asked.rows] == ODD
+    assert asked.fields[0] == (("note", "<b>"),)
+    asked.suite.model_copy(update={"origin": "discovered"}).save(tmp_path / "suite.yaml")
+    assert [row.text for row in load_suite(tmp_path / "suite.yaml").prompts] == ODD
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[1]", "line 1: a prompt is an object"),
+        ("{", "line 1: not JSON"),
+        ('{"prompt": "a"}', "line 1: key 'id' is missing"),
+        ('{"id": "a"}', "line 1: give either `prompt` or `messages`"),
+        ('{"id": "a", "prompt": "\\ud800"}', "half of a character"),
+        ("", "holds no prompts"),
+    ],
+)
+def test_what_is_no_prompt_is_named(line: str, says: str, tmp_path: Path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(InputError, match=says):
+        read_prompts(path, chat=False, max_new_tokens=4)
+
+
+def test_answers_are_given_to_all_or_to_none(tmp_path: Path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "a", "prompt": "x", "answer": "y"}\n{"id": "b", "prompt": "x"}\n')
+    with pytest.raises(InputError, match="line 2 has no `answer`"):
+        read_prompts(path, chat=False, max_new_tokens=4)
+
+
+def test_the_command_says_what_it_found(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pair, out = pairs / "llama", tmp_path / "out"
+    asked = prompts_of(pair, tmp_path / "asked.jsonl")
+    given = ["--before", pair / "S", "--after", pair / "R-routing", "--prompts", asked, "--max-new-tokens", "3"]
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mixturelens", "discover", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            return int(ended.code or 0), *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    status, said, _ = run(*given, "--out", out, "--quiet")
+    assert status == 0
+    assert "Completions show 2 policies" in said
+    assert DiscoveryRecord.load(out / "discovery.json").found
+    for wrong in (["--samples", "1"], ["--max-new-tokens", "0"], ["--seed", "-1"]):
+        status, said, err = run(*given, *wrong)
+        assert (status, said) == (2, "")
+        assert wrong[0] in err
+    asked.rename(tmp_path / "prompts.jsonl")
+    status, _, err = run(*given[:4], "--prompts", tmp_path / "prompts.jsonl", *given[6:], "--out", tmp_path)
+    assert status == 2
+    assert "would be written over" in err
+
+
+def test_pieces_of_tokens_add_up_to_the_text(pairs: Path):
+    tokenizer = load_tokenizer(pairs / "chat" / "S")
+    ids = tokenizer.encode("of course, \u4f60 yellow.", add_special_tokens=False)
+    assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
