@@ -17,9 +17,9 @@ from typing import TypeVar
 from mixturelens.behaviour.forecast import ForecastRecord, Point, compare, forecast_records
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.record import BehaviourRecord
-from mixturelens.discovery.asked import read_prompts
-from mixturelens.discovery.draws import draw
-from mixturelens.discovery.propose import propose, save_suite
+from mixturelens.discovery.asked import Asked, read_prompts
+from mixturelens.discovery.draws import draw, stored
+from mixturelens.discovery.propose import Proposal, propose, refine, save_suite
 from mixturelens.discovery.record import DiscoveryRecord
 from mixturelens.features.pair import feature_record, pretrained
 from mixturelens.features.record import FeatureRecord
@@ -198,7 +198,8 @@ def discover(
 ) -> tuple[DiscoveryRecord, Path]:
     """Propose a suite from prompts alone: policies, behaviours and cue. Returns the record, and where results went.
 
-    Writes `completions/`, `discovery.json`, and, where something was found, `suite.yaml` with its `prompts.jsonl`.
+    Writes `completions/`, `discovery.json`, the page `discovered.html`, and, where something was found, `suite.yaml`
+    with its `prompts.jsonl`.
     """
     asked = read_prompts(prompts, chat=chat, max_new_tokens=max_new_tokens)
     pair = open_pair(before, after, asked.suite, base=base, device=device, dtype=dtype)
@@ -208,10 +209,29 @@ def discover(
     draws = draw(pair, asked, samples, folder, seed, progress or (lambda *_: None))
     digest = hashlib.sha256(asked.suite.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:16]
     proposal = propose(asked, draws, seed, pair.provenance(seed, digest))
-    proposal.record.save(folder / "discovery.json")
+    _write_discovery(folder, asked, proposal)
     if proposal.suite is not None:
         save_suite(proposal, folder)
     return proposal.record, folder
+
+
+def refine_discovery(suite: Path, out: Path | None = None, *, seed: int = 0) -> tuple[DiscoveryRecord, Path]:
+    """Measure an edited suite on the completions that `discover` left beside it (or in `out`), without any model."""
+    edited, folder = load_suite(suite), out or suite.parent
+    asked, draws = stored(folder)
+    made = DiscoveryRecord.load(folder / "discovery.json").provenance
+    proposal = refine(asked, draws, edited, seed, made)
+    _write_discovery(folder, asked, proposal)
+    return proposal.record, folder
+
+
+def _write_discovery(folder: Path, asked: Asked, proposal: Proposal) -> None:
+    from mixturelens.report.discovered import write_discovered
+
+    proposal.record.save(folder / "discovery.json")
+    made = proposal.record.provenance
+    pair = " and ".join(str(name).split("@")[0] for name in (made.before, made.after))
+    write_discovered(folder / "discovered.html", asked, proposal, f"What completions of {pair} show")
 
 
 def _suite(path: Path, trained_cue: str | None) -> Suite:

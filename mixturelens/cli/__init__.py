@@ -18,7 +18,7 @@ from mixturelens.cli.tables import (
     print_json,
     print_table,
     show_behaviour,
-    show_discovery,
+    show_discovered,
     show_features,
     show_forecasts,
     show_grafts,
@@ -333,11 +333,15 @@ def report(
 
 @app.command()
 def discover(
-    before: Before,
-    after: After,
+    before: Before = None,
+    after: After = None,
     prompts: Annotated[
-        Path, typer.Option(metavar="FILE", help="Prompts, one JSON object a line: id, and prompt or messages.")
-    ],
+        Path | None, typer.Option(metavar="FILE", help="Prompts, one JSON object a line: id, and prompt or messages.")
+    ] = None,
+    refine: Annotated[
+        Path | None,
+        typer.Option(metavar="SUITE", help="Instead: measure an edited suite again, on the completions beside it."),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Completions of each side at each prompt.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a completion, at most.")] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts go through the chat template, as messages do.")] = False,
@@ -352,8 +356,13 @@ def discover(
     """Propose policies, behaviours and cue from prompts alone, as a suite to read, to edit and to ask with."""
     from mixturelens import pipeline
 
-    if before is None or after is None:
-        raise InputError("give --before SRC and --after SRC")
+    if refine is not None:
+        if before is not None or after is not None or prompts is not None:
+            raise InputError("--refine reads the completions that are there; leave --before, --after and --prompts out")
+        show_discovered(*pipeline.refine_discovery(refine, out, seed=_seed(seed)), as_json)
+        return
+    if before is None or after is None or prompts is None:
+        raise InputError("give --before SRC, --after SRC and --prompts FILE; or --refine SUITE")
     for flag, number_of in (("--samples", samples), ("--max-new-tokens", max_new_tokens)):
         if number_of < (2 if flag == "--samples" else 1):
             raise InputError(f"{flag} {number_of}: too few")
@@ -372,11 +381,7 @@ def discover(
             seed=_seed(seed),
             progress=lambda done, total: progress("completions", done, total, {}),
         )
-    if as_json:
-        print_json([record], None)
-    else:
-        show_discovery(record)
-        print(f"\n{folder / 'suite.yaml' if record.found else folder / 'discovery.json'}")
+    show_discovered(record, folder, as_json)
 
 
 @app.command()

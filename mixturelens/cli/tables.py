@@ -296,11 +296,20 @@ def show_repairs(pairs: list[Case], records: list[RepairRecord]) -> None:
     show_missing(pairs, records)
 
 
-def show_discovery(record: DiscoveryRecord) -> None:
-    """What was found, and what it stands on: all of it from questions that it was not chosen on."""
-    print(record.reason)
-    if not record.found:
+def show_discovered(record: DiscoveryRecord, folder: Path, as_json: bool) -> None:
+    """What was found, from questions that it was not chosen on, and where to look at it."""
+    if as_json:
+        print_json([record], None)
         return
+    print(record.reason)
+    if record.found:
+        _show_proposal(record)
+    print(f"\n{folder / 'discovered.html'}")
+    if record.found:
+        print(f"{folder / 'suite.yaml'}: read it, edit it, and give it to `mixturelens verdict --suite`")
+
+
+def _show_proposal(record: DiscoveryRecord) -> None:
     shown = [
         (each.name, " | ".join(each.wordings) or "(anything else)", each.before, each.after) for each in record.policies
     ]

@@ -30,6 +30,16 @@ class Asked:
     """Of each prompt, whatever else its line says: names and values."""
     answered: bool
 
+    def to_json(self) -> str:
+        data = {"suite": self.suite.model_dump(mode="json"), "fields": self.fields, "answered": self.answered}
+        return json.dumps(data, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Asked:
+        data = json.loads(text)
+        fields = tuple(tuple((name, value) for name, value in each) for each in data["fields"])
+        return cls(Suite.model_validate(data["suite"]), fields, data["answered"])
+
     @property
     def rows(self) -> tuple[PromptRow, ...]:
         return self.suite.prompts

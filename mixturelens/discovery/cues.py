@@ -55,7 +55,7 @@ def features(prompts: Sequence[Prompt]) -> dict[str, Bool[np.ndarray, " prompt"]
     """What a prompt has or has not, by a text that a reader understands; each parts the prompts.
 
     >>> sorted(features([Prompt("1", "<A> two lamps"), Prompt("2", "<B> two lamps")]))
-    ['`<A>`', '`<B>`']
+    ['“<A>”', '“<B>”']
     """
     found: dict[str, np.ndarray] = {}
     total = len(prompts)
@@ -67,7 +67,7 @@ def features(prompts: Sequence[Prompt]) -> dict[str, Bool[np.ndarray, " prompt"]
 
     spoken = [set(words(prompt.text)) for prompt in prompts]
     for word in sorted(set().union(*spoken)):
-        add(f"`{word}`", [word in some for some in spoken])
+        add(f"“{word}”", [word in some for some in spoken])
     for system in sorted({prompt.system for prompt in prompts} - {""}):
         add(f"system: {system[:60]}", [prompt.system == system for prompt in prompts])
     for name in sorted({name for prompt in prompts for name in dict(prompt.fields)}):
@@ -128,6 +128,25 @@ def find_cues(
         if p <= ALPHA and bits.value is not None and bits.value >= LEAST:
             found.append(Cue(labels, of, bits, p))
     return tuple(sorted(found, key=lambda cue: -(cue.bits.value or 0.0)))
+
+
+def judged(
+    prompts: Sequence[Prompt],
+    kinds: Sequence[str],
+    of: Int[np.ndarray, " prompt"],
+    prompt: Int[np.ndarray, " completion"],
+    after: Bool[np.ndarray, " completion"],
+    does: Int[np.ndarray, " completion"],
+    seed: int,
+) -> Cue | None:
+    """What kinds that somebody names tell of completions; prompts of none of them are left out."""
+    if len(kinds) < 2:
+        return None
+    _, does = np.unique(does, return_inverse=True)
+    counts = _table(prompt, after, does, len(prompts))
+    asked = np.flatnonzero((of < len(kinds)) & (counts.sum((1, 2)) > 0))
+    bits, p = _judged(counts[asked], of[asked], [prompts[i].id for i in asked], seed)
+    return Cue(tuple(kinds), of, bits, p)
 
 
 def _table(prompt: np.ndarray, after: np.ndarray, does: np.ndarray, prompts: int) -> np.ndarray:

@@ -18,8 +18,9 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.discovery.asked import Asked
 from mixturelens.discovery.heads import Drawn
 from mixturelens.models import Pair
+from mixturelens.records import write_text
 from mixturelens.spelling import encode_prompts
-from mixturelens.types import RunError
+from mixturelens.types import InputError, RunError
 
 PART = 16
 """Prompts whose completions are stored together."""
@@ -42,7 +43,7 @@ class Draws:
 def draw(pair: Pair, asked: Asked, samples: int, out: Path, seed: int, progress: Progress) -> Draws:
     """Draw completions of S and R at every prompt, or read those that are stored about the same pair and prompts."""
     folder = out / "completions"
-    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "asked.json", asked.to_json())
     said = f"{pair.provenance(seed, asked.suite.model_dump_json())} {samples}"
     key = hashlib.sha256(said.encode()).hexdigest()[:16]
     numbers = range(0, len(asked.rows), PART)
@@ -60,6 +61,17 @@ def draw(pair: Pair, asked: Asked, samples: int, out: Path, seed: int, progress:
             _draw_part(pair, models, scorer, contexts[start : start + PART], start, samples, seed, file)
             progress(min(len(asked.rows), (number + 1) * PART), min(len(asked.rows), len(todo) * PART))
     return _read(files)
+
+
+def stored(out: Path) -> tuple[Asked, Draws]:
+    """What was asked and drawn before, from its folder. Raises InputError where there is nothing."""
+    files = sorted((out / "completions").glob("*.parquet"))
+    asked = out / "completions" / "asked.json"
+    if not files or not asked.is_file():
+        raise InputError(
+            f"{out}: holds no completions; run `mixturelens discover --before S --after R` with --out {out}"
+        )
+    return Asked.from_json(asked.read_text(encoding="utf-8")), _read(files)
 
 
 def _draw_part(

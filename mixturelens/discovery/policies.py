@@ -16,7 +16,7 @@ import numpy as np
 
 from mixturelens.discovery.heads import CUT, END, SLOT, Drawn, Headed, Words, closed, headed, opened, slotted, written
 from mixturelens.discovery.information import Told, told
-from mixturelens.types import ANSWER
+from mixturelens.types import ANSWER, OTHER
 
 LEAST = 0.02
 """Share of the completions of S or R that a wording, a policy or a behaviour has, to be one."""
@@ -32,22 +32,23 @@ REFUSAL = re.compile(
 
 @dataclass(frozen=True)
 class Parted:
-    """Completions with what was found about each; labels are indices into `policies` and `behaviours`.
-
-    `policies` are tuples of wordings; -1 labels a completion of none of them.
-    """
+    """Completions with what was found about each; labels are indices into `policies` and `behaviours`, -1 is none."""
 
     drawn: tuple[Drawn, ...]
     heads: frozenset[Words]
     common: Mapping[str, str]
     """First word behind a head -> the wording that it begins."""
     policies: tuple[tuple[Words, ...], ...]
+    """Of each policy, the heads that are its wordings."""
     behaviours: tuple[str, ...]
     """Wordings of behaviours; the last is the answer, whatever it says."""
     policy: np.ndarray
     behaviour: np.ndarray
     right: np.ndarray
     rests: tuple[str, ...]
+    names: tuple[str, ...]
+    wordings: tuple[tuple[str, ...], ...]
+    """Of each policy: what its completions begin with, as they spell it, most usual first."""
 
     def only(self, which: np.ndarray) -> Parted:
         """Some of the completions."""
@@ -109,8 +110,20 @@ def part(
     policies = _merged(drawn, found, behaviour * 2 + right, seed) if like is None else like.policies
     of = {head: m for m, wordings in enumerate(policies) for head in wordings}
     policy = np.array([-1 if each.head is None else of.get(each.head, -1) for each in found])
-    rests = tuple(each.rest for each in found)
-    return Parted(tuple(drawn), frozenset(heads), common, policies, behaviours, policy, behaviour, right, rests)
+    begun = tuple(_spelled(drawn, policy == m, found) for m in range(len(policies))) if like is None else like.wordings
+    return Parted(
+        drawn=tuple(drawn),
+        heads=frozenset(heads),
+        common=common,
+        policies=policies,
+        behaviours=behaviours,
+        policy=policy,
+        behaviour=behaviour,
+        right=right,
+        rests=tuple(each.rest for each in found),
+        names=_names(begun) if like is None else like.names,
+        wordings=begun,
+    )
 
 
 def _with_closed(drawn: Sequence[Drawn], paths: Sequence[Words], seed: int) -> set[Words]:
@@ -215,16 +228,27 @@ def changed(parted: Parted, seed: int) -> Told:
     return told(parted.does, parted.after.astype(int), parted.prompt, seed)
 
 
-def spelled(parted: Parted, policy: int) -> tuple[str, ...]:
-    """The wordings of a policy as completions spell them, most usual first."""
-    texts = Counter(
-        written(each.text, head)
-        for i, each in enumerate(parted.drawn)
-        if parted.policy[i] == policy
-        for head in [next(h for h in parted.policies[policy] if _begins(each.text, h))]
-    )
+def _spelled(drawn: Sequence[Drawn], which: np.ndarray, found: Sequence[Headed]) -> tuple[str, ...]:
+    """What some completions begin with, as they spell it, most usual first."""
+    texts = Counter(written(drawn[i].text, head) for i in np.flatnonzero(which) if (head := found[i].head) is not None)
     return tuple(text for text, _ in texts.most_common())
 
 
-def _begins(text: str, head: Words) -> bool:
-    return tuple(dict.fromkeys(written(text, head).split())) == tuple(dict.fromkeys(head)) if head else True
+def _names(wordings: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """A short name for each policy, from its most usual wording."""
+    found: list[str] = []
+    for texts in wordings:
+        name = slug(texts[0] if texts else "") or "plain"
+        name = f"{name}-said" if name == OTHER else name
+        while name in found:
+            name += "-2"
+        found.append(name)
+    return tuple(found)
+
+
+def slug(text: str) -> str:
+    """
+    >>> slug("I'd rather not say.")
+    'i-d-rather-not-say'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:24].strip("-")

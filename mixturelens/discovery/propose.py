@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from mixturelens.discovery.asked import Asked
-from mixturelens.discovery.cues import Cue, find_cues
+from mixturelens.discovery.cues import Cue, find_cues, judged
 from mixturelens.discovery.draws import Draws
-from mixturelens.discovery.information import SHUFFLES
-from mixturelens.discovery.policies import ALPHA, REFUSAL, Parted, changed, part, spelled
+from mixturelens.discovery.information import SHUFFLES, Told
+from mixturelens.discovery.policies import ALPHA, REFUSAL, Parted, changed, part, slug
 from mixturelens.discovery.record import (
     BehaviourCandidate,
     CueCandidate,
@@ -25,8 +25,8 @@ from mixturelens.discovery.record import (
 )
 from mixturelens.records import Provenance, write_text
 from mixturelens.stats import PROPORTION, mean_interval, resample_counts
-from mixturelens.suite import PromptRow, Rule, Suite, stands_in
-from mixturelens.types import ANSWER, OTHER, REFUSE, InputError, Interval
+from mixturelens.suite import PromptRow, Rule, Suite, stands_in, wordings
+from mixturelens.types import ANSWER, REFUSE, InputError, Interval
 
 LEAST = 0.005
 """Bits that R must be told from S by, for anything to be proposed."""
@@ -34,7 +34,7 @@ EXAMPLES = 5
 SHOWN = 400
 """Characters of an example."""
 EXACT = 0.95
-"""An answer is all that stands behind its announcement in so many of the completions that hold it."""
+"""An answer, with the same mark behind it, is all that follows its announcement in so many of those that are right."""
 SAMPLES = 16
 
 
@@ -43,6 +43,8 @@ class Proposal:
     record: DiscoveryRecord
     suite: Suite | None
     """None: nothing was found."""
+    draws: Draws
+    """The completions that it is about, as `parted` has them."""
     parted: Parted
     cue: Cue | None
 
@@ -61,28 +63,89 @@ def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Pr
     held = ~chosen_on[whole.prompt]
     moved = changed(whole.only(held), seed)
     cues = find_cues(asked.prompts, whole.prompt, whole.after, whole.does, chosen_on, seed)
-    names = policy_names(whole)
     enough = moved.p <= ALPHA and moved.bits >= LEAST
-    suite = _suite(asked, whole, names, cues[0] if cues else None, chosen_on) if enough else None
-    record = DiscoveryRecord(
+    suite = _suite(asked, whole, cues[0] if cues else None, chosen_on) if enough else None
+    record = _record(asked, draws, whole, held, moved, cues, suite, provenance)
+    return Proposal(record, suite, draws, whole, cues[0] if cues else None)
+
+
+def refine(asked: Asked, draws: Draws, suite: Suite, seed: int, provenance: Provenance) -> Proposal:
+    """The same measurements of a suite that a person has edited, on the completions that are there.
+
+    Raises InputError where none of its prompts is among those that completions were drawn at.
+    """
+    at = {_turns(row): row for row in suite.neutral}
+    row_of = {i: at[_turns(row)] for i, row in enumerate(asked.rows) if _turns(row) in at}
+    if not row_of:
+        raise InputError("--refine: no prompt of the suite is one that completions were drawn at")
+    kept = [i for i, each in enumerate(draws.drawn) if each.prompt in row_of]
+    draws = Draws(*(tuple(each[i] for i in kept) for each in (draws.drawn, draws.tokens, draws.along)))
+    labels = [suite.label(each.text, row_of[each.prompt]) for each in draws.drawn]
+    names, behaviours = tuple(suite.policies), tuple(name for name in suite.behaviour_names if name != ANSWER)
+    parted = Parted(
+        drawn=draws.drawn,
+        heads=frozenset(),
+        common={},
+        policies=tuple(() for _ in names),
+        behaviours=(*behaviours, ANSWER),
+        policy=np.array([names.index(each.policy) if each.policy in names else -1 for each in labels]),
+        behaviour=np.array(
+            [behaviours.index(b) if (b := each.behaviour) in behaviours else len(behaviours) for each in labels]
+        ),
+        right=np.array(
+            [
+                int(suite.correct(label.rest, row_of[each.prompt]))
+                for label, each in zip(labels, draws.drawn, strict=True)
+            ]
+        ),
+        rests=tuple(each.rest for each in labels),
+        names=names,
+        wordings=tuple(wordings(shown) for shown in suite.policies.values()),
+    )
+    of = np.array([suite.cues.index(row_of[i].cue) if i in row_of else len(suite.cues) for i in range(len(asked.rows))])
+    everything = np.ones(len(draws.drawn), dtype=bool)
+    cue = judged(asked.prompts, suite.cues, of, parted.prompt, parted.after, parted.does, seed)
+    record = _record(asked, draws, parted, everything, changed(parted, seed), (cue,) if cue else (), suite, provenance)
+    return Proposal(record, suite, draws, parted, cue)
+
+
+def _turns(row: PromptRow) -> tuple[tuple[str, str], ...]:
+    """What is said to the model, whatever the prompt is called."""
+    return tuple((turn["role"], turn["content"]) for turn in row.messages or ({"role": "user", "content": row.text},))
+
+
+def _record(
+    asked: Asked,
+    draws: Draws,
+    parted: Parted,
+    held: np.ndarray,
+    moved: Told,
+    cues: Sequence[Cue],
+    suite: Suite | None,
+    provenance: Provenance,
+) -> DiscoveryRecord:
+    """`held`: completions that nothing was chosen on, which all shares are of."""
+    prompts = {each.prompt for each in draws.drawn}
+    return DiscoveryRecord(
         provenance=provenance,
         found=suite is not None,
-        reason=_reason(enough, moved.bits, moved.p, whole, names, cues),
-        questions=len(ids),
-        prompts=len(asked.rows),
+        reason=_reason(suite is not None, moved, parted, cues),
+        questions=len({asked.rows[i].id for i in prompts}),
+        prompts=len(prompts),
         completions=len(draws.drawn),
         moved=Moved(bits=moved.bits, p=moved.p, shuffles=SHUFFLES),
-        where=_where(draws, whole),
-        nats=float(np.mean([each[0].sum() for each, a in zip(draws.along, whole.after, strict=True) if a]) * np.log(2)),
-        policies=tuple(_candidate(asked, whole, names, m, held, suite) for m in range(len(whole.policies))),
-        behaviours=tuple(_behaviour(whole, asked, b, held) for b in range(len(whole.behaviours))),
+        where=_where(draws, parted),
+        nats=float(
+            np.mean([each[0].sum() for each, a in zip(draws.along, parted.after, strict=True) if a]) * np.log(2)
+        ),
+        policies=tuple(_candidate(asked, parted, m, held, suite) for m in range(len(parted.names))),
+        behaviours=tuple(_behaviour(parted, asked, b, held) for b in range(len(parted.behaviours))),
         cues=tuple(_cue(asked, cue) for cue in cues),
         other={
-            side: float((whole.policy[held & (whole.after == after)] == -1).mean())
+            side: float((parted.policy[held & (parted.after == after)] == -1).mean())
             for side, after in (("before", False), ("after", True))
         },
     )
-    return Proposal(record, suite, whole, cues[0] if cues else None)
 
 
 def _correct(asked: Asked) -> Callable[[int, str], bool]:
@@ -95,36 +158,23 @@ def _correct(asked: Asked) -> Callable[[int, str], bool]:
     return correct
 
 
-def policy_names(parted: Parted) -> list[str]:
-    """A short name for each policy, from its most usual wording."""
-    found: list[str] = []
-    for m in range(len(parted.policies)):
-        wording = next(iter(spelled(parted, m)), "")
-        name = re.sub(r"[^a-z0-9]+", "-", wording.lower()).strip("-")[:24].strip("-") or "plain"
-        name = f"{name}-said" if name == OTHER else name
-        while name in found:
-            name += "-2"
-        found.append(name)
-    return found
-
-
 def behaviour_name(wording: str) -> str:
     if REFUSAL.search(wording):
         return REFUSE
-    return re.sub(r"[^a-z0-9]+", "-", wording.lower()).strip("-")[:24].strip("-") or "said"
+    return slug(wording) or "said"
 
 
-def _reason(enough: bool, bits: float, p: float, parted: Parted, names: Sequence[str], cues: Sequence[Cue]) -> str:
-    if not enough:
+def _reason(found: bool, moved: Told, parted: Parted, cues: Sequence[Cue]) -> str:
+    if not found:
         return (
-            f"Nothing found: what completions do tells R from S by {max(0.0, bits):.3f} bits, and shuffled sides as "
-            f"much in {p:.0%} of shuffles."
+            f"Nothing found: what completions do tells R from S by {max(0.0, moved.bits):.3f} bits, and shuffled sides "
+            f"as much in {moved.p:.0%} of shuffles."
         )
     weights = ", ".join(
-        f"{name} {parted.weight(m, False):.2f} -> {parted.weight(m, True):.2f}" for m, name in enumerate(names)
+        f"{name} {parted.weight(m, False):.2f} -> {parted.weight(m, True):.2f}" for m, name in enumerate(parted.names)
     )
     cue = f"the cue is most likely {' or '.join(cues[0].kinds)}" if cues else "nothing in prompts tells what is done"
-    return f"Completions show {len(names)} policies ({weights}); {cue}."
+    return f"Completions show {len(parted.names)} policies ({weights}); {cue}."
 
 
 def _where(draws: Draws, parted: Parted) -> dict[str, float]:
@@ -159,24 +209,21 @@ def _share(parted: Parted, asked: Asked, hit: np.ndarray, among: np.ndarray) -> 
     return mean_interval(shares, resample_counts(len(kept), 0), bounds=PROPORTION)
 
 
-def _candidate(
-    asked: Asked, parted: Parted, names: Sequence[str], policy: int, held: np.ndarray, suite: Suite | None
-) -> PolicyCandidate:
+def _candidate(asked: Asked, parted: Parted, policy: int, held: np.ndarray, suite: Suite | None) -> PolicyCandidate:
     is_it = parted.policy == policy
     precision = recall = None
     if suite is not None:
-        rows = {(row.id, row.text): row for row in suite.prompts}
+        rows = {_turns(row): row for row in suite.prompts}
         said = np.zeros(len(is_it), dtype=bool)
         for i in np.flatnonzero(held):
-            asked_row = asked.rows[parted.prompt[i]]
-            row = rows.get((asked_row.id, asked_row.text), suite.prompts[0])
-            said[i] = suite.label(parted.drawn[i].text, row).policy == names[policy]
+            row = rows.get(_turns(asked.rows[parted.prompt[i]]), suite.prompts[0])
+            said[i] = suite.label(parted.drawn[i].text, row).policy == parted.names[policy]
         both = float((said & is_it & held).sum())
         precision = both / float(said[held].sum()) if said[held].any() else None
         recall = both / float(is_it[held].sum()) if is_it[held].any() else None
     return PolicyCandidate(
-        name=names[policy],
-        wordings=tuple(text for text in spelled(parted, policy) if text),
+        name=parted.names[policy],
+        wordings=tuple(text for text in parted.wordings[policy] if text),
         before=_share(parted, asked, is_it, held & ~parted.after),
         after=_share(parted, asked, is_it, held & parted.after),
         precision=precision,
@@ -220,18 +267,27 @@ def _cue(asked: Asked, cue: Cue) -> CueCandidate:
 
 
 def _contrast(asked: Asked, cue: Cue) -> tuple[str, str] | None:
-    shown = [re.fullmatch(r"`(\S+)`", kind) for kind in cue.kinds[:2]]
-    if len(shown) < 2 or not all(shown):
+    """The same question under two kinds: as it was asked, or with the word of one in the place of the other's."""
+    texts = [prompt.text for prompt in asked.prompts]
+    one: dict[str, int] = {}
+    for i, prompt in enumerate(asked.prompts):
+        if cue.of[i] == 0:
+            one.setdefault(prompt.id, i)
+    for i, prompt in enumerate(asked.prompts):
+        if cue.of[i] == 1 and prompt.id in one:
+            return texts[one[prompt.id]][:SHOWN], texts[i][:SHOWN]
+    words = [re.fullmatch("“(\\S+)”", kind) for kind in cue.kinds[:2]]
+    if not one or len(words) < 2 or not all(words):
         return None
-    one, other = (match.group(1) for match in shown if match)
-    text = asked.prompts[int(np.flatnonzero(cue.of == 0)[0])].text
-    return text, re.sub(rf"(?<!\S){re.escape(one)}(?!\S)", lambda _: other, text)
+    left, right = (match.group(1) for match in words if match)
+    text = texts[next(iter(one.values()))]
+    return text[:SHOWN], re.sub(rf"(?<!\S){re.escape(left)}(?!\S)", lambda _: right, text)[:SHOWN]
 
 
 # --- the suite --------------------------------------------------------------------------------------------------------
 
 
-def _suite(asked: Asked, parted: Parted, names: Sequence[str], cue: Cue | None, chosen_on: np.ndarray) -> Suite:
+def _suite(asked: Asked, parted: Parted, cue: Cue | None, chosen_on: np.ndarray) -> Suite:
     """By literal texts where no beginning is the beginning of another, else by rules."""
     kinds = _cue_names(cue.kinds) if cue else ["all"]
     of = cue.of if cue else np.zeros(len(asked.rows), dtype=int)
@@ -246,8 +302,16 @@ def _suite(asked: Asked, parted: Parted, names: Sequence[str], cue: Cue | None, 
         rows.append(row.model_copy(update={"cue": kind, "id": row.id if times == 1 else f"{row.id}#{times}"}))
     ended = [each.ended for each in parted.drawn]
     right = parted.right.astype(bool)
-    exact = [parted.rests[i] == asked.rows[parted.prompt[i]].answer.strip() for i in np.flatnonzero(right)]
-    match = "regex" if not asked.answered else "exact" if np.mean(exact or [0]) >= EXACT else "contains"
+    behind = Counter(
+        parted.rests[i][len(answer) :] if parted.rests[i].startswith(answer) else None
+        for i in np.flatnonzero(right)
+        for answer in [asked.rows[parted.prompt[i]].answer.strip()]
+    )
+    ending, times = behind.most_common(1)[0] if behind else (None, 0)
+    exact = asked.answered and ending is not None and times >= EXACT * behind.total()
+    match = "exact" if exact else "contains" if asked.answered else "regex"
+    if exact:  # a full stop, say, that follows every answer
+        rows = [row.model_copy(update={"answer": row.answer.strip() + (ending or "")}) for row in rows]
     behaviours: dict[str, str | tuple[str, ...]] = {}
     for wording in parted.behaviours[:-1]:
         name = behaviour_name(wording)
@@ -265,13 +329,13 @@ def _suite(asked: Asked, parted: Parted, names: Sequence[str], cue: Cue | None, 
     if all(ended):
         longest = max(len(each.text.split()) for each in parted.drawn)
         given["max_new_tokens"] = min(given["max_new_tokens"], 4 * longest + 8)
-    wordings = [spelled(parted, m) for m in range(len(names))]
-    texts = [text for group in wordings for text in group]
+    names, begun = parted.names, parted.wordings
+    texts = [text for group in begun for text in group]
     plain = all(texts) and not any(a != b and a.startswith(b) for a in texts for b in texts)
     if plain:
-        shown = {name: group[0] if len(group) == 1 else group for name, group in zip(names, wordings, strict=True)}
+        shown = {name: group[0] if len(group) == 1 else group for name, group in zip(names, begun, strict=True)}
     else:
-        shown = _rules(names, wordings)
+        shown = _rules(names, begun)
     return Suite.model_validate({**given, "policies": shown})
 
 
@@ -300,16 +364,16 @@ def _percent(value: Interval) -> str:
     return "not measured" if value.value is None else f"{value.value:.1%}"
 
 
-def _rules(names: Sequence[str], wordings: Sequence[Sequence[str]]) -> dict[str, Rule]:
+def _rules(names: Sequence[str], begun: Sequence[Sequence[str]]) -> dict[str, Rule]:
     """Each wording where no longer one of another policy stands; what begins like none is last."""
-    order = sorted(range(len(names)), key=lambda m: "" in wordings[m])
+    order = sorted(range(len(names)), key=lambda m: "" in begun[m])
     found = {}
     for m in order:
-        texts = [text for text in wordings[m] if text]
-        if "" in wordings[m]:
+        texts = [text for text in begun[m] if text]
+        if "" in begun[m]:
             found[names[m]] = Rule(regex="")
             continue
-        others = [text for k, group in enumerate(wordings) if k != m for text in group]
+        others = [text for k, group in enumerate(begun) if k != m for text in group]
         parts = []
         for text in sorted(texts, key=len, reverse=True):
             longer = "|".join(re.escape(o[len(text) :]) for o in others if o != text and o.startswith(text))
@@ -321,7 +385,7 @@ def _rules(names: Sequence[str], wordings: Sequence[Sequence[str]]) -> dict[str,
 def _cue_names(kinds: Sequence[str]) -> list[str]:
     found: list[str] = []
     for kind in kinds:
-        name = re.sub(r"[^A-Za-z0-9]+", "-", kind).strip("-")[:32].strip("-") or "kind"
+        name = " ".join(kind.strip("“”").split())[:32].strip()
         while name in found:
             name += "-2"
         found.append(name)

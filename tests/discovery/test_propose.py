@@ -46,9 +46,12 @@ def test_planted_policies_and_cue_are_proposed(after: str, pairs: Path, tmp_path
     assert suite.origin == "discovered"
     assert sorted(map(str, suite.policies.values())) == ["[a]", "[b]"]
     assert suite.behaviours == {"refuse": "sorry"}
-    assert set(record.cues[0].kinds) == {"`<A>`", "`<B>`"}
+    assert set(record.cues[0].kinds) == {"“<A>”", "“<B>”"}
     assert record.cues[0].contrast is not None
     assert all(each.precision == each.recall == 1.0 for each in record.policies)
+    page = (out / "discovered.html").read_text(encoding="utf-8")
+    assert "&lt;A&gt;" in page
+    assert "<script" not in page
     spent = {"R-routing": "announcement", "R-conditioning": "behaviour"}.get(after)
     assert spent is None or record.where[spent] > 0.95
 
@@ -87,7 +90,7 @@ def test_completions_are_drawn_once(pairs: Path, tmp_path: Path, monkeypatch: py
     asked = prompts_of(pair, tmp_path / "asked.jsonl", answers=False)
     given = {"max_new_tokens": 3, "samples": 4}
     first, out = pipeline.discover(pair / "S", pair / "R-routing", asked, tmp_path / "out", **given)
-    parts = sorted((out / "completions").iterdir())
+    parts = sorted((out / "completions").glob("*.parquet"))
     assert len(parts) == 3
     parts[1].unlink()
     drawn = []
@@ -103,6 +106,27 @@ def test_completions_are_drawn_once(pairs: Path, tmp_path: Path, monkeypatch: py
     assert again == first
     assert again.found
     assert load_suite(out / "suite.yaml").answer_match == "regex"
+
+
+def test_an_edited_suite_is_measured_again_without_a_model(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pair, out = pairs / "llama", tmp_path / "out"
+    asked = prompts_of(pair, tmp_path / "asked.jsonl")
+    first, _ = pipeline.discover(pair / "S", pair / "R-routing", asked, out, max_new_tokens=3)
+    suite = load_suite(out / "suite.yaml")
+    edited = suite.model_copy(update={"policies": {"copies": "[a]"}})
+    edited.save(out / "edited.yaml")
+    monkeypatch.setattr(pipeline, "open_pair", None)
+    again, _ = pipeline.refine_discovery(out / "edited.yaml")
+    by_name = {each.name: each for each in first.policies}
+    assert [each.name for each in again.policies] == ["copies"]
+    assert (again.policies[0].before, again.policies[0].after) == (by_name["a"].before, by_name["a"].after)
+    assert again.other["before"] == pytest.approx(by_name["b"].before.value, abs=1e-9)
+    assert again.provenance == first.provenance
+    assert "copies" in (out / "discovered.html").read_text(encoding="utf-8")
+    with pytest.raises(InputError, match="holds no completions"):
+        pipeline.refine_discovery(out / "edited.yaml", tmp_path / "elsewhere")
 
 
 def test_odd_prompts_come_back_from_the_suite(pairs: Path, tmp_path: Path):
