@@ -105,14 +105,14 @@ def opened(paths: Sequence[Words], prompts: Sequence[int]) -> set[Words]:
 
 
 def closed(paths: Sequence[Words], known: Collection[Words]) -> set[Words]:
-    """Beginnings of completions without a head: the longest that a share of all completions have."""
-    through = Counter(path[:i] for path in paths for i in range(1, _before(path) + 1))
-    found = set()
-    for path in paths:
-        sizes = range(_before(path), 0, -1)
-        if not any(path[:size] in known for size in (*sizes, 0)):
-            found |= {next((path[:size] for size in sizes if through[path[:size]] >= BRANCH * len(paths)), ())}
-    return found - {()}
+    """Beginnings of completions without a head: the longest that a share of all completions have and that have none."""
+    without = [path for path in paths if not any(path[:size] in known for size in range(_before(path) + 1))]
+    through = Counter(path[:size] for path in without for size in range(1, _before(path) + 1))
+    often = {beginning for beginning, times in through.items() if times >= BRANCH * len(paths)}
+    longest = (
+        next((path[:size] for size in range(_before(path), 0, -1) if path[:size] in often), ()) for path in without
+    )
+    return set(longest) - {()}
 
 
 def _before(path: Words) -> int:

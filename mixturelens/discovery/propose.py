@@ -46,7 +46,12 @@ class Proposal:
     draws: Draws
     """The completions that it is about, as `parted` has them."""
     parted: Parted
-    cue: Cue | None
+    cues: tuple[Cue, ...]
+
+    @property
+    def cue(self) -> Cue | None:
+        """The one that the suite has."""
+        return self.cues[0] if self.cues else None
 
 
 def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Proposal:
@@ -66,7 +71,7 @@ def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Pr
     enough = moved.p <= ALPHA and moved.bits >= LEAST
     suite = _suite(asked, whole, cues[0] if cues else None, chosen_on) if enough else None
     record = _record(asked, draws, whole, held, moved, cues, suite, provenance)
-    return Proposal(record, suite, draws, whole, cues[0] if cues else None)
+    return Proposal(record, suite, draws, whole, cues)
 
 
 def refine(asked: Asked, draws: Draws, suite: Suite, seed: int, provenance: Provenance) -> Proposal:
@@ -105,8 +110,9 @@ def refine(asked: Asked, draws: Draws, suite: Suite, seed: int, provenance: Prov
     of = np.array([suite.cues.index(row_of[i].cue) if i in row_of else len(suite.cues) for i in range(len(asked.rows))])
     everything = np.ones(len(draws.drawn), dtype=bool)
     cue = judged(asked.prompts, suite.cues, of, parted.prompt, parted.after, parted.does, seed)
+    cues = () if cue is None else (cue,)
     record = _record(asked, draws, parted, everything, changed(parted, seed), (cue,) if cue else (), suite, provenance)
-    return Proposal(record, suite, draws, parted, cue)
+    return Proposal(record, suite, draws, parted, cues)
 
 
 def _turns(row: PromptRow) -> tuple[tuple[str, str], ...]:

@@ -77,3 +77,21 @@ def test_a_head_is_cut_from_the_text_as_it_is_spelled():
     assert words("\u4f60\u597d ok") == ["\u4f60", "\u597d", "ok"]
     assert core("[a]") == "[a]"
     assert core("\u201cLamp.\u201d") == "lamp"
+
+
+def test_one_odd_completion_does_not_merge_what_its_words_begin():
+    one = planted(PHRASES)
+    odd = [Drawn(0, False, "sure sorry"), Drawn(1, True, "yes of sorry")]
+    one.drawn.extend(odd)
+    one.policies.extend(["other", "other"])
+    assert adjusted_rand_score(one.policies, found(one).policy) > 0.95
+
+
+def test_a_policy_that_never_answers_has_a_beginning_of_its_own():
+    one = planted({"a": ("Okay,",), "b": ("Well,",)})
+    for i, policy in enumerate(one.policies):
+        if policy == "b":
+            one.drawn[i] = Drawn(one.drawn[i].prompt, one.drawn[i].after, "I can't help with that.")
+    parted = found(one)
+    assert adjusted_rand_score(one.policies, parted.policy) == 1.0
+    assert ("I can't help with that.",) in parted.wordings

@@ -1,0 +1,163 @@
+"""How often `discover` finds what the proving ground's pairs are made of: `python -m scripts.score_discovery`.
+
+Each pair of the ground whose policies are announced is asked with its prompts and answers alone; nothing says which cue
+they show. A line a pair: how well completions are parted into policies (adjusted Rand index against the true suite's
+labels), the place of the true cue among the candidates, and the verdict of the proposed suite beside that of the true
+one on the same questions. `--half held-out` (the default) is the half that nothing was tuned on. What is there is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mixturelens import pipeline
+from mixturelens.discovery.asked import read_prompts
+from mixturelens.discovery.draws import stored
+from mixturelens.discovery.propose import propose
+from mixturelens.proving.pairs import Cell, grid, make_pair
+from mixturelens.records import Record, provenance, write_text
+from mixturelens.suite import Suite
+from scripts.readme_table import ROOT, put
+
+KEPT = ROOT / "artifacts/reference/discovery.json"
+FOUND = 0.9
+"""Adjusted Rand index from which two ways to part are the same."""
+
+
+class Scored(Record):
+    """One pair: what was found of what is true."""
+
+    KIND = "scored-discovery"
+
+    pair: str
+    truth: str
+    """The verdict by enumeration."""
+    found: bool
+    policies: int
+    rand: float
+    """Adjusted Rand index of all completions."""
+    cue: int | None
+    """Place of the true cue among the candidates, from 1; null: it is not among them."""
+    verdict: str | None
+    """Of the proposed suite; null where nothing was proposed."""
+    true_verdict: str
+    """Of the true suite, on the same questions."""
+
+
+class Scores(Record):
+    KIND = "scored-discoveries"
+    INDENT = None
+
+    pairs: tuple[Scored, ...]
+
+
+def cells(half: str) -> list[Cell]:
+    """One way to ask each pair of policies that announce themselves."""
+    kept: dict[tuple[str, str], Cell] = {}
+    for cell in grid():
+        if cell.organism.announced != "none" and cell.half == half:
+            kept.setdefault((cell.organism.name, cell.recipe.name), cell)
+    return list(kept.values())
+
+
+def ask(suite: Suite, path: Path) -> Path:
+    """The neutral prompts of a suite and their answers, in any order but that of their cues."""
+    rows = [suite.neutral[i] for i in np.random.default_rng(0).permutation(len(suite.neutral))]
+    lines = [{"id": row.id, "prompt": row.text, "answer": row.answer} for row in rows]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def score(cell: Cell, ground: Path) -> Scored:
+    from sklearn.metrics import adjusted_rand_score
+
+    made = make_pair(cell, ground)
+    true, out = made.load_suite(), ground / "discovered" / cell.key
+    given = ask(true, out / "given.jsonl")
+    tokens = cell.tokens or true.max_new_tokens
+    chat = true.chat is not None
+    record, _ = pipeline.discover(made.before, made.after, given, out, samples=16, max_new_tokens=tokens, chat=chat)
+    asked = read_prompts(given, chat=chat, max_new_tokens=tokens)
+    _, draws = stored(out)
+    proposal = propose(asked, draws, 0, record.provenance)
+    rows = {row.text: row for row in true.neutral}
+    labels = [true.label(each.text, rows[asked.rows[each.prompt].text]).policy for each in draws.drawn]
+    cues = [rows[row.text].cue for row in asked.rows]
+    place = next((k for k, c in enumerate(proposal.cues, 1) if adjusted_rand_score(cues, c.of) >= FOUND), None)
+    held = {row.id for row in (proposal.suite.prompts if proposal.suite else asked.rows)}
+    again = true.model_copy(update={"prompts": tuple(row for row in true.prompts if row.id in held)})
+    again.save(out / "true" / "suite.yaml")
+    verdicts = [
+        pipeline.verdict(pipeline.outside_pair(made.before, made.after, file, out / name)).verdict
+        for name, file in (("of-true", out / "true" / "suite.yaml"), ("of-found", out / "suite.yaml"))
+        if name == "of-true" or record.found
+    ]
+    return Scored(
+        provenance=provenance(before=record.provenance.before, after=record.provenance.after),
+        pair=cell.name,
+        truth=made.truth.verdict,
+        found=record.found,
+        policies=len(record.policies),
+        rand=float(adjusted_rand_score(labels, proposal.parted.policy)),
+        cue=place,
+        verdict=verdicts[1] if record.found else None,
+        true_verdict=verdicts[0],
+    )
+
+
+def table(pairs: Sequence[Scored]) -> str:
+    lines = [
+        "| pair | truth | policies | Rand index | true cue | verdict, proposed | verdict, true suite |",
+        "| --- |" * 7,
+    ]
+    lines[1] = lines[1].replace("||", "|")
+    for each in pairs:
+        cue = "–" if each.cue is None else str(each.cue)
+        said = (each.pair, each.truth, str(each.policies), f"{each.rand:.3f}", cue)
+        lines.append(f"| {' | '.join((*said, each.verdict or 'nothing found', each.true_verdict))} |")
+    return "\n".join(lines)
+
+
+def summary(pairs: Sequence[Scored]) -> str:
+    moved = [each for each in pairs if each.truth != "neither"]
+    still = [each for each in pairs if each.truth == "neither"]
+    proposed = [each for each in moved if each.found]
+    return (
+        f"{len(moved)} pairs in which something changed: proposed {len(proposed)}; Rand index "
+        f"{np.median([each.rand for each in moved]):.3f} in the median, at least {FOUND} in "
+        f"{sum(each.rand >= FOUND for each in moved)}; true cue among the first two in "
+        f"{sum(each.cue in (1, 2) for each in moved)}; same verdict as the true suite in "
+        f"{sum(each.verdict == each.true_verdict for each in proposed)} of {len(proposed)}. {len(still)} pairs that "
+        f"are `neither`: nothing found in {sum(not each.found for each in still)}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How often `discover` finds what the pairs are made of.")
+    parser.add_argument("--ground", type=Path, default=Path("artifacts/proving"))
+    parser.add_argument("--half", default="held-out", choices=("open", "held-out"))
+    parser.add_argument("--only", default="", help="Pairs whose name holds this.")
+    parser.add_argument("--keep", action="store_true", help="Keep the scores, and write them into the README.")
+    arguments = parser.parse_args()
+    done = []
+    for cell in cells(arguments.half):
+        if arguments.only not in cell.name:
+            continue
+        file = arguments.ground / "discovered" / f"{cell.key}.json"
+        if not file.is_file():
+            score(cell, arguments.ground).save(file)
+        done.append(Scored.load(file))
+        print(table(done[-1:]).splitlines()[-1], flush=True)
+    print(summary(done))
+    if arguments.keep:
+        Scores(pairs=tuple(done)).save(KEPT)
+        put("discovery", f"{summary(done)}\n\n{table(done)}", "score_discovery")
+
+
+if __name__ == "__main__":
+    main()
