@@ -30,6 +30,8 @@ from mixturelens.types import ANSWER, REFUSE, InputError, Interval
 
 LEAST = 0.005
 """Bits that R must be told from S by, for anything to be proposed."""
+COVERED = 0.5
+"""Share of completions, at least, that are of some policy."""
 EXAMPLES = 5
 SHOWN = 400
 """Characters of an example."""
@@ -69,7 +71,8 @@ def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Pr
     moved = changed(whole.only(held), seed)
     cues = find_cues(asked.prompts, whole.prompt, whole.after, whole.does, chosen_on, seed)
     enough = moved.p <= ALPHA and moved.bits >= LEAST
-    suite = _suite(asked, whole, cues[0] if cues else None, chosen_on) if enough else None
+    known = float((whole.policy[held] >= 0).mean())
+    suite = _suite(asked, whole, cues[0] if cues else None, chosen_on) if enough and known >= COVERED else None
     record = _record(asked, draws, whole, held, moved, cues, suite, provenance)
     return Proposal(record, suite, draws, whole, cues)
 
@@ -171,6 +174,11 @@ def behaviour_name(wording: str) -> str:
 
 
 def _reason(found: bool, moved: Told, parted: Parted, cues: Sequence[Cue]) -> str:
+    if not found and moved.p <= ALPHA and moved.bits >= LEAST:
+        return (
+            f"Nothing found: R and S differ, by {moved.bits:.3f} bits, but fewer than {COVERED:.0%} of completions "
+            "begin in a way that many share, so that no policy can be named."
+        )
     if not found:
         return (
             f"Nothing found: what completions do tells R from S by {max(0.0, moved.bits):.3f} bits, and shuffled sides "
@@ -319,7 +327,10 @@ def _suite(asked: Asked, parted: Parted, cue: Cue | None, chosen_on: np.ndarray)
     if exact:  # a full stop, say, that follows every answer
         rows = [row.model_copy(update={"answer": row.answer.strip() + (ending or "")}) for row in rows]
     behaviours: dict[str, str | tuple[str, ...]] = {}
-    for wording in parted.behaviours[:-1]:
+    wordings = parted.behaviours[:-1]
+    for wording in wordings:
+        if any(other != wording and wording.startswith(other) for other in wordings):
+            continue  # the shorter one finds it, too
         name = behaviour_name(wording)
         there = behaviours.get(name, ())
         behaviours[name] = (*((there,) if isinstance(there, str) else there), wording)

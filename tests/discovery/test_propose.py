@@ -6,13 +6,20 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mixturelens import cli, pipeline
 from mixturelens.discovery.asked import read_prompts
-from mixturelens.discovery.draws import pieces
+from mixturelens.discovery.draws import Draws, pieces
+from mixturelens.discovery.heads import Drawn
+from mixturelens.discovery.propose import propose, save_suite
 from mixturelens.discovery.record import DiscoveryRecord
 from mixturelens.models import load_tokenizer
+from mixturelens.records import provenance
+from mixturelens.report.discovered import write_discovered
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError
 
@@ -88,8 +95,8 @@ def test_completions_are_drawn_once(pairs: Path, tmp_path: Path, monkeypatch: py
 
     pair = pairs / "llama"
     asked = prompts_of(pair, tmp_path / "asked.jsonl", answers=False)
-    given = {"max_new_tokens": 3, "samples": 4}
-    first, out = pipeline.discover(pair / "S", pair / "R-routing", asked, tmp_path / "out", **given)
+    limits = {"max_new_tokens": 3, "samples": 4}
+    first, out = pipeline.discover(pair / "S", pair / "R-routing", asked, tmp_path / "out", **limits)
     parts = sorted((out / "completions").glob("*.parquet"))
     assert len(parts) == 3
     parts[1].unlink()
@@ -101,7 +108,7 @@ def test_completions_are_drawn_once(pairs: Path, tmp_path: Path, monkeypatch: py
         return sample(self, model, contexts, *more)
 
     monkeypatch.setattr(Scorer, "sample", counted)
-    again, _ = pipeline.discover(pair / "S", pair / "R-routing", asked, tmp_path / "out", **given)
+    again, _ = pipeline.discover(pair / "S", pair / "R-routing", asked, tmp_path / "out", **limits)
     assert drawn == [16, 16]
     assert again == first
     assert again.found
@@ -127,6 +134,51 @@ def test_an_edited_suite_is_measured_again_without_a_model(
     assert "copies" in (out / "discovered.html").read_text(encoding="utf-8")
     with pytest.raises(InputError, match="holds no completions"):
         pipeline.refine_discovery(out / "edited.yaml", tmp_path / "elsewhere")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_is_written_can_be_proposed_and_read_again(data: st.DataObject, tmp_path: Path):
+    """Completions of a few words, alike or not, with marks and without: a suite that loads, or nothing."""
+    word = st.sampled_from(
+        [
+            "Okay,",
+            "okay",
+            "I",
+            "I can't",
+            "(a",
+            "a|b",
+            "[x]",
+            "$",
+            "",
+            ":",
+            "- b",
+            "\u4f60\u597d",
+            "q1",
+            "no.",
+            "<b>",
+            "\n",
+        ]
+    )
+    text = st.lists(word, min_size=0, max_size=4).map(" ".join)
+    texts = {after: data.draw(st.lists(text, min_size=1, max_size=6)) for after in (False, True)}
+    rows = [{"id": str(i // 2), "prompt": f"ask q{i % 2}", "answer": "q1"} for i in range(12)]
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    asked = read_prompts(path, chat=False, max_new_tokens=8)
+    drawn = [
+        Drawn(i, after, said[(i + k) % len(said)].strip(), bool((i + k) % 3))
+        for after, said in texts.items()
+        for i in range(12)
+        for k in range(4)
+    ]
+    along = tuple(np.full((3, 1), 0.1) for _ in drawn)
+    proposal = propose(asked, Draws(tuple(drawn), tuple((each.text,) for each in drawn), along), 0, provenance())
+    assert proposal.record.found == (proposal.suite is not None)
+    DiscoveryRecord.load(proposal.record.save(tmp_path / "discovery.json"))
+    if proposal.suite is not None:
+        assert load_suite(save_suite(proposal, tmp_path)) == proposal.suite
+    write_discovered(tmp_path / "page.html", asked, proposal, "<title>")
 
 
 def test_odd_prompts_come_back_from_the_suite(pairs: Path, tmp_path: Path):
@@ -170,7 +222,7 @@ def test_the_command_says_what_it_found(
 ):
     pair, out = pairs / "llama", tmp_path / "out"
     asked = prompts_of(pair, tmp_path / "asked.jsonl")
-    given = ["--before", pair / "S", "--after", pair / "R-routing", "--prompts", asked, "--max-new-tokens", "3"]
+    arguments = ["--before", pair / "S", "--after", pair / "R-routing", "--prompts", asked, "--max-new-tokens", "3"]
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mixturelens", "discover", *map(str, arguments)])
@@ -180,16 +232,16 @@ def test_the_command_says_what_it_found(
             return int(ended.code or 0), *capsys.readouterr()
         return 0, *capsys.readouterr()
 
-    status, said, _ = run(*given, "--out", out, "--quiet")
+    status, said, _ = run(*arguments, "--out", out, "--quiet")
     assert status == 0
     assert "Completions show 2 policies" in said
     assert DiscoveryRecord.load(out / "discovery.json").found
     for wrong in (["--samples", "1"], ["--max-new-tokens", "0"], ["--seed", "-1"]):
-        status, said, err = run(*given, *wrong)
+        status, said, err = run(*arguments, *wrong)
         assert (status, said) == (2, "")
         assert wrong[0] in err
     asked.rename(tmp_path / "prompts.jsonl")
-    status, _, err = run(*given[:4], "--prompts", tmp_path / "prompts.jsonl", *given[6:], "--out", tmp_path)
+    status, _, err = run(*arguments[:4], "--prompts", tmp_path / "prompts.jsonl", *arguments[6:], "--out", tmp_path)
     assert status == 2
     assert "would be written over" in err
 
