@@ -437,13 +437,23 @@ class Scorer:
         self, before: Model, after: Model, contexts: Sequence[Ids], continuations: Sequence[Ids]
     ) -> list[Float[np.ndarray, "3 step"]]:
         """Along each continuation, before every token, in bits: KL(R || S), entropy of S, entropy of R."""
+        alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        for i, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+            alike.setdefault((tuple(context), tuple(continuation)), []).append(i)
+        once = [same[0] for same in alike.values()]
         result: list[np.ndarray] = [np.zeros((3, 0))] * len(contexts)
         for rows, (s, r), _ in _forced_logits(
-            [before, after], contexts, continuations, self.vocabulary, self.device, self._kept
+            [before, after],
+            [contexts[i] for i in once],
+            [continuations[i] for i in once],
+            self.vocabulary,
+            self.device,
+            self._kept,
         ):
-            found = torch.stack([_token_kl(r, s), _entropy(s), _entropy(r)]) / np.log(2)
-            for row, i in enumerate(rows):
-                result[i] = found[:, row, : len(continuations[i])].cpu().numpy()
+            found = (torch.stack([_token_kl(r, s), _entropy(s), _entropy(r)]) / np.log(2)).cpu().numpy()
+            for row, k in enumerate(rows):
+                for i in alike[tuple(contexts[once[k]]), tuple(continuations[once[k]])]:
+                    result[i] = found[:, row, : len(continuations[i])]
         return result
 
     def sample(

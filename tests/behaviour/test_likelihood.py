@@ -49,6 +49,23 @@ def test_sequences_are_a_naive_forward(load_pair, shape: str):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_steps_are_a_naive_forward_in_bits(load_pair, shape: str):
+    pair = load_pair(shape, "R-both")
+    contexts, continuations = some_sequences(2)
+    continuations = [[token if token != END else 1 for token in row] for row in continuations]
+    found = pair.scorer.steps(pair.before, pair.after, contexts, continuations)
+    for context, row, numbers in zip(contexts, continuations, found, strict=True):
+        ids = torch.tensor([[*context, *row[:-1]]])
+        with torch.no_grad():
+            s, r = (
+                model(input_ids=ids).logits[0, len(context) - 1 :].double().log_softmax(-1)
+                for model in (pair.before, pair.after)
+            )
+        by_hand = [(r.exp() * (r - s)).sum(-1), -(s.exp() * s).sum(-1), -(r.exp() * r).sum(-1)]
+        np.testing.assert_allclose(numbers, torch.stack(by_hand).numpy() / np.log(2), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_padded_and_unpadded_agree(load_pair, shape: str, monkeypatch):
     pair = load_pair(shape, "R-both")
     contexts, continuations = some_sequences(1)
