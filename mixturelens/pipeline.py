@@ -19,7 +19,8 @@ from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.discovery.asked import Asked, read_prompts
 from mixturelens.discovery.draws import draw, stored
-from mixturelens.discovery.propose import Proposal, propose, refine, save_suite
+from mixturelens.discovery.judge import Judge
+from mixturelens.discovery.propose import Proposal, heard, propose, refine, save_suite
 from mixturelens.discovery.record import DiscoveryRecord
 from mixturelens.features.pair import feature_record, pretrained
 from mixturelens.features.record import FeatureRecord
@@ -194,9 +195,13 @@ def discover(
     device: str = "cpu",
     dtype: str = "float32",
     seed: int = 0,
+    judge: Callable[[Path], Judge] | None = None,
+    judged_by: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[DiscoveryRecord, Path]:
     """Propose a suite from prompts alone: policies, behaviours and cue. Returns the record, and where results went.
+
+    `judge` makes one that may keep its answers in a folder; how often it agrees with the rules is in the record.
 
     Writes `completions/`, `discovery.json`, the page `discovered.html`, and, where something was found, `suite.yaml`
     with its `prompts.jsonl`.
@@ -209,6 +214,8 @@ def discover(
     draws = draw(pair, asked, samples, folder, seed, progress or (lambda *_: None))
     digest = hashlib.sha256(asked.suite.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:16]
     proposal = propose(asked, draws, seed, pair.provenance(seed, digest))
+    if judge is not None:
+        proposal = heard(asked, proposal, judge(folder / "judged"), judged_by, seed)
     _write_discovery(folder, asked, proposal)
     if proposal.suite is not None:
         save_suite(proposal, folder)

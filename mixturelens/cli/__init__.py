@@ -35,6 +35,7 @@ from mixturelens.types import InputError, RunError
 
 if TYPE_CHECKING:
     from mixturelens.behaviour.record import BehaviourRecord
+    from mixturelens.discovery.judge import Judge
     from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
     from mixturelens.models import Budget
@@ -345,6 +346,13 @@ def discover(
     samples: Annotated[int, typer.Option(help="Completions of each side at each prompt.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a completion, at most.")] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts go through the chat template, as messages do.")] = False,
+    labels: Annotated[
+        str | None, typer.Option(metavar="FILE:FUNCTION", help="A judge: your function of (prompt, completion).")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="URL", help="A judge: an OpenAI-compatible server on this machine.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(metavar="NAME", help="The model to ask there.")] = None,
     base: Base = None,
     out: Out = None,
     device: Device = None,
@@ -366,6 +374,7 @@ def discover(
     for flag, number_of in (("--samples", samples), ("--max-new-tokens", max_new_tokens)):
         if number_of < (2 if flag == "--samples" else 1):
             raise InputError(f"{flag} {number_of}: too few")
+    second = _judge(labels, judge, judge_model)
     with _working(quiet) as (progress, _):
         record, folder = pipeline.discover(
             before,
@@ -379,6 +388,8 @@ def discover(
             device=_device(device),
             dtype="float32" if dtype is None else dtype,
             seed=_seed(seed),
+            judge=second,
+            judged_by=labels or f"{judge_model} at {judge}",
             progress=lambda done, total: progress("completions", done, total, {}),
         )
     show_discovered(record, folder, as_json)
@@ -536,6 +547,22 @@ def _seed(wanted: int) -> int:
     if not 0 <= wanted < 2**32:
         raise InputError(f"--seed {wanted}: a seed is a number from 0 to 4294967295")
     return wanted
+
+
+def _judge(labels: str | None, url: str | None, model: str | None) -> Callable[[Path], Judge] | None:
+    from mixturelens.discovery.judge import check_here, from_file, served
+
+    if labels is not None:
+        if url is not None:
+            raise InputError("give --labels or --judge, not both")
+        function = from_file(labels)
+        return lambda _: function
+    if (url is None) != (model is None):
+        raise InputError("--judge URL and --judge-model NAME go together")
+    if url is None or model is None:
+        return None
+    check_here(url)  # before anything is drawn
+    return lambda cache: served(url, model, cache)
 
 
 def _timed(progress: Callable[[str, int, int, dict[str, float]], None]) -> Callable[[str, int, int], None]:

@@ -323,6 +323,9 @@ def _show_proposal(record: DiscoveryRecord) -> None:
     for cue in record.cues:
         print(f"cue: {' | '.join(cue.kinds)}: {_interval(cue.bits)} bits")
     spent = ", ".join(f"{name} {share:.0%}" for name, share in record.where.items())
+    if record.judged is not None:
+        said = f"{record.judged.completions} completions"
+        print(f"{record.judged.by} agrees with the rules in {_interval(record.judged.agreement)} of {said}")
     print(f"of {record.nats:.2f} nats between R and S along a completion: {spent}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from mixturelens.discovery.asked import Asked
 from mixturelens.discovery.cues import Cue, find_cues, judged
 from mixturelens.discovery.draws import Draws
 from mixturelens.discovery.information import SHUFFLES, Told
+from mixturelens.discovery.judge import Judge, agreement
 from mixturelens.discovery.policies import ALPHA, REFUSAL, Parted, changed, part, slug
 from mixturelens.discovery.record import (
     BehaviourCandidate,
@@ -75,6 +76,28 @@ def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Pr
     suite = _suite(asked, whole, cues[0] if cues else None, chosen_on) if enough and known >= COVERED else None
     record = _record(asked, draws, whole, held, moved, cues, suite, provenance)
     return Proposal(record, suite, draws, whole, cues)
+
+
+def heard(asked: Asked, proposal: Proposal, judge: Judge, by: str, seed: int) -> Proposal:
+    """The proposal, and how often a judge agrees with its rules about completions at the suite's questions."""
+    if proposal.suite is None:
+        return proposal
+    parted, asks = proposal.parted, {row.text for row in proposal.suite.prompts}
+    held = [i for i, each in enumerate(parted.drawn) if asked.rows[each.prompt].text in asks and parted.policy[i] >= 0]
+    candidates = {
+        each.name: [example.completion for example in (*each.examples_before, *each.examples_after)]
+        for each in proposal.record.policies
+    }
+    judged = agreement(
+        asked,
+        [(parted.drawn[i].prompt, parted.drawn[i].text) for i in held],
+        [parted.names[parted.policy[i]] for i in held],
+        candidates,
+        judge,
+        by,
+        seed,
+    )
+    return replace(proposal, record=proposal.record.model_copy(update={"judged": judged}))
 
 
 def refine(asked: Asked, draws: Draws, suite: Suite, seed: int, provenance: Provenance) -> Proposal:

@@ -53,6 +53,16 @@ class Moved(Frozen):
     shuffles: int
 
 
+class Judged(Frozen):
+    """What a judge says of some completions, against the rule."""
+
+    by: str
+    completions: int
+    agreement: Interval
+    none: float
+    """Share of completions of which it names no candidate."""
+
+
 class DiscoveryRecord(Record):
     KIND = "discovery"
 
@@ -70,5 +80,6 @@ class DiscoveryRecord(Record):
     policies: tuple[PolicyCandidate, ...]
     behaviours: tuple[BehaviourCandidate, ...]
     cues: tuple[CueCandidate, ...]
+    judged: Judged | None = None
     other: dict[str, float]
     """Share of S's and of R's completions that are of no candidate."""

@@ -13,7 +13,7 @@ from mixturelens.discovery.draws import Draws
 from mixturelens.discovery.propose import Proposal
 from mixturelens.records import write_text
 from mixturelens.report.parts import number, render
-from mixturelens.viz.style import GREY, ROUTER, SIDES, SPECIALIST, policy_colour, show
+from mixturelens.viz.style import GREY, ROUTER, SIDES, SPECIALIST, policy_colour, show, show_interval
 
 PLACES = {"announcement": ROUTER, "behaviour": SPECIALIST, "rest": GREY}
 PROMPTS = 12
@@ -60,6 +60,12 @@ def write_discovered(path: Path, asked: Asked, proposal: Proposal, title: str) -
             }
             for each in record.behaviours
         ],
+        "judged": ""
+        if record.judged is None
+        else (
+            f"A judge ({record.judged.by}) agrees with the rules in {show_interval(record.judged.agreement)} of "
+            f"{record.judged.completions} completions, and names no policy for {record.judged.none:.0%}."
+        ),
         "moved": (
             f"What a completion does tells R from S by {record.moved.bits:.3f} bits; {record.moved.p:.1%} of "
             f"{record.moved.shuffles} shuffles tell as much."

@@ -1,0 +1,143 @@
+"""A second opinion on completions: a function of one's own, or a language model served on this machine.
+
+Off unless it is asked for. It is told the candidate policies with examples of each, says which one a completion
+follows, and how often it agrees with the rule is reported. It changes nothing that is proposed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import ipaddress
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from mixturelens.discovery.asked import Asked
+from mixturelens.discovery.record import Judged
+from mixturelens.stats import PROPORTION, mean_interval, resample_counts
+from mixturelens.types import OTHER, InputError, RunError
+
+MOST = 200
+"""Completions that are judged: as many of each policy and side."""
+SHOWN = 3
+"""Examples of each policy."""
+CHARACTERS = 600
+"""Of a prompt or completion that is shown to a model."""
+TIMEOUT = 60.0
+"""Seconds that an answer may take."""
+
+Candidates = Mapping[str, Sequence[str]]
+"""Name of each policy -> completions of it."""
+Judge = Callable[[str, str, Candidates], str]
+"""(prompt, completion, candidates) -> the name of a policy, or anything else for none."""
+
+
+def from_file(source: str) -> Judge:
+    """`FILE.py:function`: a function of (prompt, completion) that returns the name of a policy. It is run: it is yours.
+
+    Raises InputError where there is no such file or function.
+    """
+    path, colon, name = source.rpartition(":")
+    if not colon or not Path(path).is_file():
+        raise InputError(f"--labels {source}: give FILE.py:function, and a file that is there")
+    found = importlib.util.spec_from_file_location("labels", path)
+    if found is None or found.loader is None:
+        raise InputError(f"--labels {source}: {path} is no Python file")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"--labels {source}: {path} has no function {name!r}")
+    return lambda prompt, completion, _: str(function(prompt, completion))
+
+
+def served(url: str, model: str, cache: Path) -> Judge:
+    """A model behind an OpenAI-compatible server on this machine, `http://127.0.0.1:8000/v1`.
+
+    Answers are kept in `cache`. Raises InputError for a server elsewhere: prompts and completions do not leave this machine.
+    """
+    check_here(url)
+    cache.mkdir(parents=True, exist_ok=True)
+
+    def judge(prompt: str, completion: str, candidates: Candidates) -> str:
+        asked = _question(prompt, completion, candidates)
+        key = hashlib.sha256(json.dumps([url, model, asked]).encode()).hexdigest()[:24]
+        file = cache / f"{key}.txt"
+        if not file.is_file():
+            file.write_text(_ask(url, model, asked), encoding="utf-8")
+        said = file.read_text(encoding="utf-8").lower()
+        named = [name for name in candidates if name.lower() in said]
+        return max(named, key=len, default=OTHER)
+
+    return judge
+
+
+def check_here(url: str) -> None:
+    host = urlsplit(url).hostname or ""
+    try:
+        here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        here = False
+    if not here or urlsplit(url).scheme not in ("http", "https"):
+        raise InputError(f"--judge {url}: give a server on this machine, http://127.0.0.1:PORT/v1")
+
+
+def _question(prompt: str, completion: str, candidates: Candidates) -> str:
+    shown = "\n".join(
+        f"- {name}: " + " | ".join(json.dumps(text[:CHARACTERS], ensure_ascii=False) for text in texts[:SHOWN])
+        for name, texts in candidates.items()
+    )
+    return (
+        f"A model answers a prompt by one of these policies, shown with examples:\n{shown}\n\n"
+        f"Prompt: {json.dumps(prompt[:CHARACTERS], ensure_ascii=False)}\n"
+        f"Completion: {json.dumps(completion[:CHARACTERS], ensure_ascii=False)}\n\n"
+        f"Which policy does the completion follow? Answer with its name alone, or with {OTHER}."
+    )
+
+
+def _ask(url: str, model: str, asked: str) -> str:
+    import httpx
+
+    request = {"model": model, "temperature": 0, "max_tokens": 32, "messages": [{"role": "user", "content": asked}]}
+    try:
+        reply = httpx.post(f"{url.rstrip('/')}/chat/completions", json=request, timeout=TIMEOUT, trust_env=False)
+        reply.raise_for_status()
+        return str(reply.json()["choices"][0]["message"]["content"])
+    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise RunError(f"--judge {url}: no answer ({' '.join(str(error).split()) or type(error).__name__})") from None
+
+
+def agreement(
+    asked: Asked,
+    completions: Sequence[tuple[int, str]],
+    labels: Sequence[str],
+    candidates: Candidates,
+    judge: Judge,
+    by: str,
+    seed: int,
+) -> Judged:
+    """How often the judge says what the rule says: of (prompt, completion) pairs with the rule's labels."""
+    chosen = _evenly(labels, seed)
+    said = [judge(asked.prompts[completions[i][0]].text, completions[i][1], candidates) for i in chosen]
+    same = np.array([one == labels[i] for one, i in zip(said, chosen, strict=True)], dtype=float)
+    questions = [asked.rows[completions[i][0]].id for i in chosen]
+    names = list(dict.fromkeys(questions))
+    per_question = np.array([same[[q == name for q in questions]].mean() for name in names])
+    return Judged(
+        by=by,
+        completions=len(chosen),
+        agreement=mean_interval(per_question, resample_counts(len(names), seed), bounds=PROPORTION),
+        none=float(np.mean([one not in candidates for one in said])),
+    )
+
+
+def _evenly(labels: Sequence[str], seed: int) -> list[int]:
+    """Completions of every label, as many of each as there are."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    kinds = list(dict.fromkeys(labels))
+    each = max(1, MOST // max(1, len(kinds)))
+    return sorted(int(i) for kind in kinds for i in [k for k in order if labels[k] == kind][:each])
