@@ -58,7 +58,7 @@ def from_file(source: str) -> Judge:
 def served(url: str, model: str, cache: Path) -> Judge:
     """A model behind an OpenAI-compatible server on this machine, `http://127.0.0.1:8000/v1`.
 
-    Answers are kept in `cache`. Raises InputError for a server elsewhere: prompts and completions do not leave this machine.
+    Answers are kept in `cache`. Raises InputError for a server elsewhere: what is asked does not leave this machine.
     """
     check_here(url)
     cache.mkdir(parents=True, exist_ok=True)
