@@ -124,7 +124,7 @@ def find_cues(
         for k, kind in enumerate(kinds):
             of[given[kind]] = k
         labels = tuple(kinds) if covered.all() else (*kinds, "none of these")
-        bits, p = _judged(counts[held], of[held], [prompts[i].id for i in np.flatnonzero(held)], seed)
+        bits, p = _judged(counts[held], of[held], [prompts[i].id for i in np.flatnonzero(held).tolist()], seed)
         if p <= ALPHA and bits.value is not None and bits.value >= LEAST:
             found.append(Cue(labels, of, bits, p))
     return tuple(sorted(found, key=lambda cue: -(cue.bits.value or 0.0)))
@@ -188,9 +188,9 @@ def _sparse(has: np.ndarray, counts: np.ndarray, chosen_on: np.ndarray) -> list[
     from sklearn.linear_model import LogisticRegression
 
     rows, labels, weights = [], [], []
-    for i in np.flatnonzero(chosen_on):
+    for i in np.flatnonzero(chosen_on).tolist():
         for side in range(2):
-            for kind in np.flatnonzero(counts[i, side]):
+            for kind in np.flatnonzero(counts[i, side]).tolist():
                 rows.append([*has[i], side])
                 labels.append(kind)
                 weights.append(counts[i, side, kind])
@@ -203,7 +203,7 @@ def _sparse(has: np.ndarray, counts: np.ndarray, chosen_on: np.ndarray) -> list[
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(np.array(rows, dtype=float), labels, sample_weight=weights)
     size = np.abs(model.coef_[:, :-1]).max(0)
-    return [int(i) for i in np.flatnonzero(size > 1e-3)]
+    return [int(i) for i in np.flatnonzero(size > 1e-3).tolist()]
 
 
 def _judged(counts: np.ndarray, of: np.ndarray, ids: Sequence[str], seed: int) -> tuple[Interval, float]:

@@ -52,7 +52,7 @@ class Parted:
 
     def only(self, which: np.ndarray) -> Parted:
         """Some of the completions."""
-        kept = np.flatnonzero(which)
+        kept = np.flatnonzero(which).tolist()
         return replace(
             self,
             drawn=tuple(self.drawn[i] for i in kept),
@@ -202,8 +202,8 @@ def _merged(
     at = {head: np.array([each.head == head for each in found]) for head in kept}
 
     def apart(left: tuple[Words, ...], right: tuple[Words, ...]) -> Told:
-        first, second = (np.any([at[head] for head in each], axis=0) for each in (left, right))
-        both = first | second
+        first, second = (np.stack([at[head] for head in each]).any(0) for each in (left, right))
+        both: np.ndarray = np.logical_or(first, second)
         label = first[both].astype(int)
         tests = [told(label, what[both], prompt[both], seed) for what in (follows, side)]
         return max(tests, key=lambda test: test.bits if test.p <= ALPHA else 0.0)
@@ -230,7 +230,9 @@ def changed(parted: Parted, seed: int) -> Told:
 
 def _spelled(drawn: Sequence[Drawn], which: np.ndarray, found: Sequence[Headed]) -> tuple[str, ...]:
     """What some completions begin with, as they spell it, most usual first."""
-    texts = Counter(written(drawn[i].text, head) for i in np.flatnonzero(which) if (head := found[i].head) is not None)
+    texts = Counter(
+        written(drawn[i].text, head) for i in np.flatnonzero(which).tolist() if (head := found[i].head) is not None
+    )
     return tuple(text for text, _ in texts.most_common())
 
 

@@ -110,7 +110,9 @@ def refine(asked: Asked, draws: Draws, suite: Suite, seed: int, provenance: Prov
     if not row_of:
         raise InputError("--refine: no prompt of the suite is one that completions were drawn at")
     kept = [i for i, each in enumerate(draws.drawn) if each.prompt in row_of]
-    draws = Draws(*(tuple(each[i] for i in kept) for each in (draws.drawn, draws.tokens, draws.along)))
+    draws = Draws(
+        tuple(draws.drawn[i] for i in kept), tuple(draws.tokens[i] for i in kept), tuple(draws.along[i] for i in kept)
+    )
     labels = [suite.label(each.text, row_of[each.prompt]) for each in draws.drawn]
     names, behaviours = tuple(suite.policies), tuple(name for name in suite.behaviour_names if name != ANSWER)
     parted = Parted(
@@ -252,7 +254,7 @@ def _candidate(asked: Asked, parted: Parted, policy: int, held: np.ndarray, suit
     if suite is not None:
         rows = {_turns(row): row for row in suite.prompts}
         said = np.zeros(len(is_it), dtype=bool)
-        for i in np.flatnonzero(held):
+        for i in np.flatnonzero(held).tolist():
             row = rows.get(_turns(asked.rows[parted.prompt[i]]), suite.prompts[0])
             said[i] = suite.label(parted.drawn[i].text, row).policy == parted.names[policy]
         both = float((said & is_it & held).sum())
@@ -273,7 +275,7 @@ def _candidate(asked: Asked, parted: Parted, policy: int, held: np.ndarray, suit
 def _examples(asked: Asked, parted: Parted, which: np.ndarray) -> tuple[Example, ...]:
     """Completions of different prompts."""
     at: dict[int, int] = {}
-    for i in np.flatnonzero(which):
+    for i in np.flatnonzero(which).tolist():
         at.setdefault(int(parted.prompt[i]), int(i))
     return tuple(
         Example(prompt=asked.prompts[prompt].text[:SHOWN], completion=parted.drawn[i].text[:SHOWN])
@@ -341,7 +343,7 @@ def _suite(asked: Asked, parted: Parted, cue: Cue | None, chosen_on: np.ndarray)
     right = parted.right.astype(bool)
     behind = Counter(
         parted.rests[i][len(answer) :] if parted.rests[i].startswith(answer) else None
-        for i in np.flatnonzero(right)
+        for i in np.flatnonzero(right).tolist()
         for answer in [asked.rows[parted.prompt[i]].answer.strip()]
     )
     ending, times = behind.most_common(1)[0] if behind else (None, 0)

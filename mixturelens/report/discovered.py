@@ -139,7 +139,7 @@ def _prompt(asked: Asked, proposal: Proposal, prompt: int, colours: Sequence[str
                         "colour": colours[parted.policy[i]] if parted.policy[i] >= 0 else GREY,
                         "tokens": _tokens(proposal.draws, int(i)),
                     }
-                    for i in np.flatnonzero((parted.prompt == prompt) & (parted.after == after))[:COMPLETIONS]
+                    for i in np.flatnonzero((parted.prompt == prompt) & (parted.after == after)).tolist()[:COMPLETIONS]
                 ],
             }
             for after in (False, True)
