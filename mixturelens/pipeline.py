@@ -198,6 +198,7 @@ def discover(
     judge: Callable[[Path], Judge] | None = None,
     judged_by: str = "",
     progress: Callable[[int, int], None] | None = None,
+    say: Say | None = None,
 ) -> tuple[DiscoveryRecord, Path]:
     """Propose a suite from prompts alone: policies, behaviours and cue. Returns the record, and where results went.
 
@@ -211,7 +212,7 @@ def discover(
     folder = out or Path("artifacts") / f"discovered-{pair.name}"
     if (folder / "prompts.jsonl").resolve() == prompts.resolve():
         raise InputError(f"--out {folder}: the prompts of the proposed suite would be written over {prompts}")
-    draws = draw(pair, asked, samples, folder, seed, progress or (lambda *_: None))
+    draws = draw(pair, asked, samples, folder, seed, progress or (lambda *_: None), say or (lambda _: None))
     digest = hashlib.sha256(asked.suite.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:16]
     proposal = propose(asked, draws, seed, pair.provenance(seed, digest))
     if judge is not None:

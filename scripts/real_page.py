@@ -13,6 +13,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from plotly.graph_objects import Figure
+
 from mixturelens import pipeline, viz
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.records import write_text
@@ -21,6 +23,7 @@ from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.training import Trajectory
 from mixturelens.viz import show, show_interval
 from mixturelens.viz.transfer import overall, silent
+from scripts import inoculation
 from scripts.readme_table import ROOT, put
 from scripts.run_notebooks import CHROMIUM, picture
 
@@ -152,14 +155,26 @@ def main() -> None:
     pairs = collected()
     put("pairs", table(pairs), "real_page", PAGE)
     put("cells", cells(pairs), "real_page", PAGE)
-    chromium = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
     for pair in pairs:
-        if chromium is not None and pair.trajectory.reward:
+        if pair.trajectory.reward:
             figure = viz.accuracy_along_rl(pair.trajectory, pair.behaviour.trained_cue, pair.repair)
-            with tempfile.TemporaryDirectory() as folder:
-                drawn = picture(json.loads(str(figure.to_json())), chromium, Path(folder) / "figure")
-            if drawn is not None:
-                (REAL / f"{pair.label.replace(', ', '--')}.png").write_bytes(drawn)
+            draw(figure, pair.label.replace(", ", "--"))
+    arms = sorted(REAL.glob("real-inoculation-*"))
+    if arms:
+        found = inoculation.by_arm(arms)
+        put("arms", inoculation.table(found), "real_page", PAGE)
+        draw(inoculation.figure(found), "real-inoculation")
+
+
+def draw(figure: Figure, name: str) -> None:
+    """The figure as PNG beside the page, where chromium is there to draw it."""
+    chromium = next((there for each in CHROMIUM if (there := shutil.which(each))), None)
+    if chromium is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = picture(json.loads(str(figure.to_json())), chromium, Path(folder) / "figure")
+    if drawn is not None:
+        (REAL / f"{name}.png").write_bytes(drawn)
 
 
 if __name__ == "__main__":

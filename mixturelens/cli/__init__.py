@@ -375,7 +375,7 @@ def discover(
         if number_of < (2 if flag == "--samples" else 1):
             raise InputError(f"{flag} {number_of}: too few")
     second = _judge(labels, judge, judge_model)
-    with _working(quiet) as (progress, _):
+    with _working(quiet) as (progress, say):
         record, folder = pipeline.discover(
             before,
             after,
@@ -391,6 +391,7 @@ def discover(
             judge=second,
             judged_by=labels or f"{judge_model} at {judge}",
             progress=lambda done, total: progress("completions", done, total, {}),
+            say=say,
         )
     show_discovered(record, folder, as_json)
 

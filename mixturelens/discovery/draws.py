@@ -14,16 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.likelihood import BATCH_BYTES, Scorer
+from mixturelens.behaviour.plan import DISTINCT
 from mixturelens.discovery.asked import Asked
 from mixturelens.discovery.heads import Drawn
 from mixturelens.models import Pair
+from mixturelens.models.cost import Estimate, Work, estimate
 from mixturelens.records import write_text
 from mixturelens.spelling import encode_prompts
 from mixturelens.types import InputError, RunError
 
 PART = 16
 """Prompts whose completions are stored together."""
+Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Called as progress(prompts done, prompts)."""
 
@@ -40,7 +43,7 @@ class Draws:
     along: tuple[np.ndarray, ...]
 
 
-def draw(pair: Pair, asked: Asked, samples: int, out: Path, seed: int, progress: Progress) -> Draws:
+def draw(pair: Pair, asked: Asked, samples: int, out: Path, seed: int, progress: Progress, say: Say) -> Draws:
     """Draw completions of S and R at every prompt, or read those that are stored about the same pair and prompts."""
     folder = out / "completions"
     write_text(folder / "asked.json", asked.to_json())
@@ -55,12 +58,22 @@ def draw(pair: Pair, asked: Asked, samples: int, out: Path, seed: int, progress:
     todo = [(start, file) for start, file in zip(numbers, files, strict=True) if not file.is_file()]
     if todo:
         contexts = encode_prompts(asked.suite, asked.rows, pair.tokenizer)
+        share = len(todo) / len(files)
+        say(f"completions: {_takes(pair, contexts, samples, share)}, if none ends before --max-new-tokens")
         models = pair.models()
         scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
         for number, (start, file) in enumerate(todo):
             _draw_part(pair, models, scorer, contexts[start : start + PART], start, samples, seed, file)
             progress(min(len(asked.rows), (number + 1) * PART), min(len(asked.rows), len(todo) * PART))
     return _read(files)
+
+
+def _takes(pair: Pair, contexts: list[list[int]], samples: int, share: float) -> Estimate:
+    """Each prompt goes through both checkpoints, and so does each distinct completion; it is drawn by one of them."""
+    sides, completions = len(pair.sides), len(pair.sides) * samples * len(contexts) * pair.suite.max_new_tokens
+    along = sides * DISTINCT * completions
+    tokens = share * (sides * sum(map(len, contexts)) + completions + along)
+    return estimate(pair, Work(tokens=tokens, read=share * (completions + along), held=BATCH_BYTES))
 
 
 def stored(out: Path) -> tuple[Asked, Draws]:
