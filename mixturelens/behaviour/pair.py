@@ -94,7 +94,7 @@ def behaviour_record(
         update={
             "provenance": pair.provenance(seed, suite_name),
             "spelling": spelling,
-            "notes": (*pair.differences, *plan.missing, *record.notes),
+            "notes": (*_origin(suite), *pair.differences, *plan.missing, *record.notes),
         }
     )
 
@@ -192,6 +192,12 @@ def _shown(behaviour: Behaviour, grid: Grid) -> Float[np.ndarray, "draw cue beha
 
 def _explained(change: Change, grid: Grid, suite: Suite) -> Explained | None:
     return explain(suite, _shown(change.before, grid), _shown(change.after, grid)) if suite.table else None
+
+
+def _origin(suite: Suite) -> tuple[str, ...]:
+    """That policies and cue are a proposal, where they are one."""
+    said = "policies and cue of the suite are a proposal of `discover`, which chose them on other questions"
+    return (said,) if suite.origin == "discovered" else ()
 
 
 def _silent(suite: Suite, behaviours: list[Behaviour]) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ OF_ALL = 0.8
 """A word that so many of the prompts have says nothing about any of them."""
 SELDOM = 0.03
 """A word that is written at fewer of the questions, or at fewer than three, is one of theirs."""
+LONGEST = 16
+"""Words of a head, at most: what makes a difference only later is no announcement."""
 BRANCH = 0.02
 """Share of the completions that go through a beginning, of which one is a branch."""
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
@@ -92,7 +94,7 @@ def opened(paths: Sequence[Words], prompts: Sequence[int]) -> set[Words]:
     through: Counter[Words] = Counter()
     answered: dict[Words, list[int]] = defaultdict(list)
     for path, prompt in zip(paths, prompts, strict=True):
-        for i in range(len(path)):
+        for i in range(min(len(path), LONGEST + 1)):
             through[path[:i]] += 1
             if path[i] == SLOT:
                 answered[path[:i]].append(prompt)
@@ -116,8 +118,8 @@ def closed(paths: Sequence[Words], known: Collection[Words]) -> set[Words]:
 
 
 def _before(path: Words) -> int:
-    """Words that stand before the slot, or the end."""
-    return path.index(SLOT) if SLOT in path else len(path) - 1
+    """Words that stand before the slot, or the end, or as many as a head may have."""
+    return min(LONGEST, path.index(SLOT) if SLOT in path else len(path) - 1)
 
 
 def headed(drawn: Drawn, path: Words, known: Collection[Words]) -> Headed:

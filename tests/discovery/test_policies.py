@@ -95,3 +95,14 @@ def test_a_policy_that_never_answers_has_a_beginning_of_its_own():
     parted = found(one)
     assert adjusted_rand_score(one.policies, parted.policy) == 1.0
     assert ("I can't help with that.",) in parted.wordings
+
+
+def test_long_completions_that_share_nothing_take_no_room():
+    rng = np.random.default_rng(0)
+    vocabulary = [f"w{i}" for i in range(40)]
+    one = planted(questions=20, samples=4)
+    for i, each in enumerate(one.drawn):
+        one.drawn[i] = Drawn(each.prompt, each.after, " ".join(rng.choice(vocabulary, 2000)), False)
+    parted = found(one)
+    assert max((len(head) for wordings in parted.policies for head in wordings), default=0) <= 16
+    assert changed(parted, 0).p > 0.001

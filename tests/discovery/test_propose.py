@@ -72,6 +72,7 @@ def test_the_verdict_of_the_proposed_suite_is_that_of_the_true_one(pairs: Path, 
         for name, file in (("true", pair / "suite.yaml"), ("found", out / "suite.yaml"))
     )
     assert found.verdict == true.verdict == "both"
+    assert any("proposal of `discover`" in note for note in found.notes)
     for term in ("routing", "specialist"):
         assert getattr(found.bits, term).value == pytest.approx(getattr(true.bits, term).value, abs=0.02)
 
