@@ -127,11 +127,21 @@ def _draw_part(
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """What each token adds to the text; a character of several tokens comes with the last of them."""
-    texts = [tokenizer.decode(tokens[: i + 1], skip_special_tokens=True) for i in range(len(tokens))]
-    whole = [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts]
-    starts = ["", *whole]
-    return [text[len(before) :] if text.startswith(before) else "" for before, text in zip(starts, whole, strict=False)]
+    """What each token adds to the text; a character of several tokens comes with the last of them.
+
+    Each is read behind the few before it, since a token's text depends on what it stands behind.
+    """
+    found: list[str] = []
+    begin = read = 0
+    for end in range(1, len(tokens) + 1):
+        before = tokenizer.decode(tokens[begin:read], skip_special_tokens=True)
+        now = tokenizer.decode(tokens[begin:end], skip_special_tokens=True)
+        if now.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens):
+            found.append("")
+            continue
+        found.append(now[len(before) :])
+        begin, read = read, end
+    return found
 
 
 def _read(files: list[Path]) -> Draws:

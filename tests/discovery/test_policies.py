@@ -102,7 +102,7 @@ def test_long_completions_that_share_nothing_take_no_room():
     vocabulary = [f"w{i}" for i in range(40)]
     one = planted(questions=20, samples=4)
     for i, each in enumerate(one.drawn):
-        one.drawn[i] = Drawn(each.prompt, each.after, " ".join(rng.choice(vocabulary, 2000)), False)
+        one.drawn[i] = Drawn(each.prompt, each.after, " ".join(rng.choice(vocabulary, 500)), False)
     parted = found(one)
     assert max((len(head) for wordings in parted.policies for head in wordings), default=0) <= 16
     assert changed(parted, 0).p > 0.001

@@ -247,7 +247,12 @@ def test_the_command_says_what_it_found(
     assert "would be written over" in err
 
 
-def test_pieces_of_tokens_add_up_to_the_text(pairs: Path):
-    tokenizer = load_tokenizer(pairs / "chat" / "S")
-    ids = tokenizer.encode("of course, \u4f60 yellow.", add_special_tokens=False)
-    assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+@pytest.mark.parametrize("shape", ["chat", "llama_spelled", "gemma3_spelled", "qwen2_spelled"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(alphabet="ab of course,.\n\u4f60\u00e9\U0001f600", max_size=20))
+def test_pieces_of_tokens_add_up_to_the_text(shape: str, text: str, pairs: Path):
+    tokenizer = load_tokenizer(pairs / shape / "S")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    found = pieces(tokenizer, ids)
+    assert len(found) == len(ids)
+    assert "".join(found) == tokenizer.decode(ids, skip_special_tokens=True)
