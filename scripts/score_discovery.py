@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from mixturelens import pipeline
 from mixturelens.discovery.asked import read_prompts
-from mixturelens.discovery.draws import stored
+from mixturelens.discovery.draws import Draws, stored
 from mixturelens.discovery.propose import propose
 from mixturelens.proving.pairs import Cell, grid, make_pair
 from mixturelens.records import Record, provenance, write_text
@@ -25,6 +26,7 @@ from mixturelens.suite import Suite
 from scripts.readme_table import ROOT, put
 
 KEPT = ROOT / "artifacts/reference/discovery.json"
+NULLS = 20
 FOUND = 0.9
 """Adjusted Rand index from which two ways to part are the same."""
 
@@ -110,6 +112,32 @@ def score(cell: Cell, ground: Path) -> Scored:
     )
 
 
+def nulls(out: Path, times: int) -> dict[str, int]:
+    """How often something is found in stored completions where nothing is: sides shuffled, and S against S.
+
+    Sides are shuffled at each prompt; S's completions at each prompt are dealt to two sides.
+    """
+    asked, draws = stored(out)
+    prompt = np.array([each.prompt for each in draws.drawn])
+    own = np.array([not each.after for each in draws.drawn])
+    found = {"shuffled": 0, "S and S": 0}
+    for seed in range(times):
+        rng = np.random.default_rng(seed)
+        for name, kept in (("shuffled", np.ones(len(prompt), dtype=bool)), ("S and S", own)):
+            after = np.zeros(len(prompt), dtype=bool)
+            for i in np.unique(prompt):
+                at = rng.permutation(np.flatnonzero(kept & (prompt == i)))
+                after[at[: len(at) // 2]] = True
+            some = np.flatnonzero(kept).tolist()
+            dealt = Draws(
+                tuple(replace(draws.drawn[i], after=bool(after[i])) for i in some),
+                tuple(draws.tokens[i] for i in some),
+                tuple(draws.along[i] for i in some),
+            )
+            found[name] += propose(asked, dealt, seed, provenance()).record.found
+    return found
+
+
 def table(pairs: Sequence[Scored]) -> str:
     lines = [
         "| pair | truth | policies | Rand index | true cue | verdict, proposed | verdict, true suite |",
@@ -143,7 +171,11 @@ def main() -> None:
     parser.add_argument("--half", default="held-out", choices=("open", "held-out"))
     parser.add_argument("--only", default="", help="Pairs whose name holds this.")
     parser.add_argument("--keep", action="store_true", help="Keep the scores, and write them into the README.")
+    parser.add_argument("--null", type=Path, metavar="FOUND", help="Instead: the nulls of what discover left there.")
     arguments = parser.parse_args()
+    if arguments.null is not None:
+        print(", ".join(f"{name}: found in {times} of {NULLS}" for name, times in nulls(arguments.null, NULLS).items()))
+        return
     done = []
     for cell in cells(arguments.half):
         if arguments.only not in cell.name:
