@@ -12,6 +12,7 @@ import ipaddress
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -62,13 +63,16 @@ def served(url: str, model: str, cache: Path) -> Judge:
     """
     check_here(url)
     cache.mkdir(parents=True, exist_ok=True)
+    client: list[Any] = []  # made for the first question, and kept: to make one takes longer than to ask
 
     def judge(prompt: str, completion: str, candidates: Candidates) -> str:
         asked = _question(prompt, completion, candidates)
         key = hashlib.sha256(json.dumps([url, model, asked]).encode()).hexdigest()[:24]
         file = cache / f"{key}.txt"
         if not file.is_file():
-            file.write_text(_ask(url, model, asked), encoding="utf-8")
+            if not client:
+                client.append(_client())
+            file.write_text(_ask(client[0], url, model, asked), encoding="utf-8")
         said = file.read_text(encoding="utf-8").lower()
         named = [name for name in candidates if name.lower() in said]
         return max(named, key=len, default=OTHER)
@@ -99,12 +103,18 @@ def _question(prompt: str, completion: str, candidates: Candidates) -> str:
     )
 
 
-def _ask(url: str, model: str, asked: str) -> str:
+def _client() -> Any:
+    import httpx
+
+    return httpx.Client(timeout=TIMEOUT, trust_env=False)
+
+
+def _ask(client: Any, url: str, model: str, asked: str) -> str:
     import httpx
 
     request = {"model": model, "temperature": 0, "max_tokens": 32, "messages": [{"role": "user", "content": asked}]}
     try:
-        reply = httpx.post(f"{url.rstrip('/')}/chat/completions", json=request, timeout=TIMEOUT, trust_env=False)
+        reply = client.post(f"{url.rstrip('/')}/chat/completions", json=request)
         reply.raise_for_status()
         return str(reply.json()["choices"][0]["message"]["content"])
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:

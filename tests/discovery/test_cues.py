@@ -60,13 +60,13 @@ def test_a_system_turn_and_a_given_field_can_be_the_cue():
 
 def test_where_no_prompt_tells_there_is_no_cue():
     none = 0
-    for seed in range(10):
-        one = planted(seed=seed, questions=30)
+    for seed in range(6):
+        one = planted(seed=seed, questions=16)
         rng = np.random.default_rng(seed)
         prompts = [Prompt(p.id, f"{rng.choice(['hot', 'cold'])} {p.text[4:]}") for p in one.prompts]
         one.prompts[:] = prompts
         none += not cues(one, seed)
-    assert none >= 9
+    assert none >= 5
 
 
 def test_features_part_the_prompts():

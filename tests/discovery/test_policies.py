@@ -16,11 +16,13 @@ def found(one, seed=0):
     return part(one.drawn, [prompt.text for prompt in one.prompts], one.answers, one.correct, seed)
 
 
-@pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("tail", [0, 6])
-@pytest.mark.parametrize("announced", [TOKENS, PHRASES], ids=["token", "phrase"])
+@pytest.mark.parametrize(
+    ("announced", "tail", "inside"),
+    [(TOKENS, 0, False), (TOKENS, 6, True), (PHRASES, 0, False), (PHRASES, 6, False)],
+    ids=["token", "token inside, tail", "phrase", "phrase, tail"],
+)
 def test_planted_policies_are_found(announced: dict, tail: int, inside: bool):
-    one = planted(announced, inside=inside, tail=tail, questions=60)
+    one = planted(announced, inside=inside, tail=tail)
     parted = found(one)
     assert adjusted_rand_score(one.policies, parted.policy) > 0.95
     assert [text for text in parted.behaviours if text != "answer"] == ["sorry"]
@@ -36,7 +38,7 @@ def test_a_sentence_of_refusal_is_one_behaviour(refusal: str):
 
 
 def test_wordings_that_make_no_difference_are_one_policy():
-    one = planted({"a": ("Okay,", "Sure,", "Right,"), "b": ("Well,", "Hm,")}, questions=60)
+    one = planted({"a": ("Okay,", "Sure,", "Right,"), "b": ("Well,", "Hm,")})
     parted = found(one)
     assert sorted(map(sorted, parted.wordings)) == [
         ["Hm,", "Well,"],
@@ -47,7 +49,7 @@ def test_wordings_that_make_no_difference_are_one_policy():
 def test_sides_that_are_shuffled_do_not_differ():
     seldom = 0
     for seed in range(20):
-        one = planted(after=(0.5, 0.5), seed=seed)
+        one = planted(after=(0.5, 0.5), seed=seed, questions=12)
         seldom += changed(found(one, seed), seed).p <= 0.01
     assert seldom <= 1
 
@@ -102,7 +104,7 @@ def test_long_completions_that_share_nothing_take_no_room():
     vocabulary = [f"w{i}" for i in range(40)]
     one = planted(questions=20, samples=4)
     for i, each in enumerate(one.drawn):
-        one.drawn[i] = Drawn(each.prompt, each.after, " ".join(rng.choice(vocabulary, 500)), False)
+        one.drawn[i] = Drawn(each.prompt, each.after, " ".join(rng.choice(vocabulary, 200)), False)
     parted = found(one)
     assert max((len(head) for wordings in parted.policies for head in wordings), default=0) <= 16
     assert changed(parted, 0).p > 0.001

@@ -43,7 +43,7 @@ def prompts_of(pair: Path, path: Path, *, answers: bool = True) -> Path:
     return path
 
 
-@pytest.mark.parametrize("after", ["R-routing", "R-both", "R-conditioning"])
+@pytest.mark.parametrize("after", ["R-routing", "R-conditioning"])
 def test_planted_policies_and_cue_are_proposed(after: str, pairs: Path, tmp_path: Path):
     pair = pairs / "llama"
     asked = prompts_of(pair, tmp_path / "asked.jsonl")
@@ -63,6 +63,7 @@ def test_planted_policies_and_cue_are_proposed(after: str, pairs: Path, tmp_path
     assert spent is None or record.where[spent] > 0.95
 
 
+@pytest.mark.slow
 def test_the_verdict_of_the_proposed_suite_is_that_of_the_true_one(pairs: Path, tmp_path: Path):
     pair = pairs / "llama"
     asked = prompts_of(pair, tmp_path / "asked.jsonl")
@@ -81,7 +82,7 @@ def test_nothing_is_found_in_a_checkpoint_and_itself(pairs: Path, tmp_path: Path
     pair = pairs / "llama"
     asked = prompts_of(pair, tmp_path / "asked.jsonl")
     found = []
-    for seed in range(5):
+    for seed in range(3):
         record, out = pipeline.discover(
             pair / "S", pair / "S", asked, tmp_path / f"{seed}", max_new_tokens=3, seed=seed
         )
@@ -137,7 +138,7 @@ def test_an_edited_suite_is_measured_again_without_a_model(
         pipeline.refine_discovery(out / "edited.yaml", tmp_path / "elsewhere")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_is_written_can_be_proposed_and_read_again(data: st.DataObject, tmp_path: Path):
     """Completions of a few words, alike or not, with marks and without: a suite that loads, or nothing."""
