@@ -144,7 +144,7 @@ def judged(
         return None
     _, does = np.unique(does, return_inverse=True)
     counts = _table(prompt, after, does, len(prompts))
-    asked = np.flatnonzero((of < len(kinds)) & (counts.sum((1, 2)) > 0))
+    asked = np.flatnonzero((of < len(kinds)) & (counts.sum((1, 2)) > 0)).tolist()
     bits, p = _judged(counts[asked], of[asked], [prompts[i].id for i in asked], seed)
     return Cue(tuple(kinds), of, bits, p)
 

@@ -105,7 +105,7 @@ def _draw_part(
         for after, model in enumerate(models):
             found = scorer.sample(model, contexts, samples, limits, seed + 2 * start + after)
             owners = [contexts[int(i)] for i in found.context]
-            along = scorer.steps(*models, owners, found.tokens)
+            along = scorer.steps(models[0], models[1], owners, found.tokens)
             for i, tokens, numbers in zip(found.context, found.tokens, along, strict=True):
                 ended = bool(tokens) and tokens[-1] in scorer.ends
                 written = tokens[:-1] if ended else tokens

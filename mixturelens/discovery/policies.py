@@ -202,9 +202,9 @@ def _merged(
     at = {head: np.array([each.head == head for each in found]) for head in kept}
 
     def apart(left: tuple[Words, ...], right: tuple[Words, ...]) -> Told:
-        first, second = (np.stack([at[head] for head in each]).any(0) for each in (left, right))
-        both: np.ndarray = np.logical_or(first, second)
-        label = first[both].astype(int)
+        first, second = (np.stack([at[head] for head in each]).max(0) for each in (left, right))
+        both = np.maximum(first, second)
+        label = np.asarray(first)[both].astype(int)
         tests = [told(label, what[both], prompt[both], seed) for what in (follows, side)]
         return max(tests, key=lambda test: test.bits if test.p <= ALPHA else 0.0)
 
