@@ -44,7 +44,8 @@ def collect(run: Path, adapters: bool) -> None:
     data["model"]["pretrained"] = HUB.get(Path(local).name, local)
     write_text(target / "spec.json", json.dumps(data, indent=1) + "\n")
     for folder in ("trajectory", "records"):
-        shutil.copytree(run / folder, target / folder, dirs_exist_ok=True)
+        if (run / folder).is_dir():  # of arms, no pair need have been judged
+            shutil.copytree(run / folder, target / folder, dirs_exist_ok=True)
     for name in ("sft", next(iter(spec.stages))) if adapters else ():
         checkpoint = run / "checkpoints" / name
         there = target / "checkpoints" / name
@@ -77,7 +78,7 @@ def collected() -> list[Pair]:
         Pair(run, folder.name)
         for run in sorted(REAL.iterdir())
         if (run / "spec.json").is_file()
-        for folder in sorted((run / "records").iterdir())
+        for folder in sorted((run / "records").glob("*"))
         if (folder / "verdict.json").is_file()
     ]
 
