@@ -21,7 +21,7 @@ def arms(found: Mapping[str, Mapping[str, tuple[Sequence[float], Interval]]], un
     from plotly.subplots import make_subplots
 
     columns = len(found)
-    figure = make_subplots(rows=1, cols=columns, column_titles=[label(name, 60) for name in found])
+    figure = make_subplots(rows=1, cols=columns, column_titles=[_lines(name) for name in found])
     style(figure, 400)
     figure.update_layout(margin={"t": 80})
     figure.update_annotations(font_size=13)
@@ -74,3 +74,8 @@ def arms(found: Mapping[str, Mapping[str, tuple[Sequence[float], Interval]]], un
             figure.update_yaxes(range=[-0.05, 1.05], row=1, col=column)
     figure.update_yaxes(title_text=unit, row=1, col=1)
     return figure
+
+
+def _lines(quantity: str) -> str:
+    """A title in two lines, where it has two parts: panels are narrow."""
+    return label(quantity, 60).replace(", ", ",<br>", 1).replace(": ", ":<br>", 1)

@@ -23,6 +23,7 @@ def server() -> Iterator[tuple[str, list[dict]]]:
 
     class Answer(BaseHTTPRequestHandler):
         wbufsize = -1  # headers and body at once: each by itself waits for the other side
+
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(request)
