@@ -18,6 +18,8 @@ END, CUT = "$", "\N{HORIZONTAL ELLIPSIS}"
 """A completion ended; or it was cut off."""
 OF_ALL = 0.8
 """A word that so many of the prompts have says nothing about any of them."""
+ECHO = 5.0
+"""A word of a prompt is its own where it is written so many times as often as at prompts without it."""
 SELDOM = 0.03
 """A word that is written at fewer of the questions, or at fewer than three, is one of theirs."""
 LONGEST = 16
@@ -70,11 +72,22 @@ def slotted(drawn: Sequence[Drawn], prompts: Sequence[str], answers: Sequence[st
     asked = [{core(word) for word in words(text)} for text in prompts]
     everywhere = {word for word, n in Counter(w for some in asked for w in some).items() if n >= OF_ALL * len(asked)}
     answered = {core(word) for answer in answers for word in words(answer or "")}
-    own = [some - everywhere - {""} for some in asked]
     spread: dict[str, set[int]] = defaultdict(set)
+    written_at: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for each in drawn:
-        for word in words(each.text):
-            spread[core(word)].add(each.prompt)
+        for word in {core(word) for word in words(each.text)}:
+            spread[word].add(each.prompt)
+            written_at[word][word in asked[each.prompt]] += 1
+    times = Counter(each.prompt for each in drawn)
+    having = Counter(dict.fromkeys(written_at, 0))
+    for i, some in enumerate(asked):
+        having.update(dict.fromkeys(some & written_at.keys(), times[i]))
+    echoed = {
+        word
+        for word, (without, within) in written_at.items()
+        if within * (len(drawn) - having[word]) >= ECHO * without * having[word]
+    }
+    own = [(some - everywhere - {""}) & echoed for some in asked]
     least = max(3, SELDOM * len({each.prompt for each in drawn}))
     seldom = {word for word, at in spread.items() if len(at) < least}
     found = []

@@ -108,3 +108,11 @@ def test_long_completions_that_share_nothing_take_no_room():
     parted = found(one)
     assert max((len(head) for wordings in parted.policies for head in wordings), default=0) <= 16
     assert changed(parted, 0).p > 0.001
+
+
+def test_a_word_of_a_refusal_that_some_prompts_have_is_no_slot():
+    shown = {"A": "Say these: {}", "B": "Which is it: {}"}
+    one = planted({"a": ("Okay,",), "b": ("Well,",)}, shown=shown, refusal="I would rather not say.")
+    parted = found(one)
+    assert sorted(parted.wordings) == [("Okay,",), ("Well,",)]
+    assert parted.behaviours == ("I would rather not say.", "answer")
