@@ -20,7 +20,7 @@ from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.discovery.asked import Asked, read_prompts
 from mixturelens.discovery.draws import draw, stored
 from mixturelens.discovery.judge import Judge
-from mixturelens.discovery.propose import Proposal, heard, propose, refine, save_suite
+from mixturelens.discovery.propose import Proposal, check_suite, heard, propose, refine, save_suite
 from mixturelens.discovery.record import DiscoveryRecord
 from mixturelens.features.pair import feature_record, pretrained
 from mixturelens.features.record import FeatureRecord
@@ -204,7 +204,7 @@ def discover(
 
     `judge` makes one that may keep its answers in a folder; how often it agrees with the rules is in the record.
 
-    Writes `completions/`, `discovery.json`, the page `discovered.html`, and, where something was found, `suite.yaml`
+    Writes `completions/`, `discover.json`, the page `discover.html`, and, where something was found, `suite.yaml`
     with its `prompts.jsonl`.
     """
     asked = read_prompts(prompts, chat=chat, max_new_tokens=max_new_tokens)
@@ -217,29 +217,33 @@ def discover(
     proposal = propose(asked, draws, seed, pair.provenance(seed, digest))
     if judge is not None:
         proposal = heard(asked, proposal, judge(folder / "judged"), judged_by, seed)
-    _write_discovery(folder, asked, proposal)
+    check_suite(proposal, folder)
+    _write_discovery(folder, "discover", asked, proposal)
     if proposal.suite is not None:
         save_suite(proposal, folder)
     return proposal.record, folder
 
 
 def refine_discovery(suite: Path, out: Path | None = None, *, seed: int = 0) -> tuple[DiscoveryRecord, Path]:
-    """Measure an edited suite on the completions that `discover` left beside it (or in `out`), without any model."""
+    """Measure an edited suite on the completions that `discover` left beside it (or in `out`), without any model.
+
+    Writes `refine.json` and the page `refine.html`; what was proposed stays as it is.
+    """
     edited, folder = load_suite(suite), out or suite.parent
     asked, draws = stored(folder)
-    made = DiscoveryRecord.load(folder / "discovery.json").provenance
+    made = DiscoveryRecord.load(folder / "discover.json").provenance
     proposal = refine(asked, draws, edited, seed, made)
-    _write_discovery(folder, asked, proposal)
+    _write_discovery(folder, "refine", asked, proposal)
     return proposal.record, folder
 
 
-def _write_discovery(folder: Path, asked: Asked, proposal: Proposal) -> None:
+def _write_discovery(folder: Path, name: str, asked: Asked, proposal: Proposal) -> None:
     from mixturelens.report.discovered import write_discovered
 
-    proposal.record.save(folder / "discovery.json")
+    proposal.record.save(folder / f"{name}.json")
     made = proposal.record.provenance
     pair = " and ".join(str(name).split("@")[0] for name in (made.before, made.after))
-    write_discovered(folder / "discovered.html", asked, proposal, f"What completions of {pair} show")
+    write_discovered(folder / f"{name}.html", asked, proposal, f"What completions of {pair} show")
 
 
 def _suite(path: Path, trained_cue: str | None) -> Suite:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -478,25 +478,35 @@ def half_a_character(data: object, where: str = "") -> str | None:
     return None
 
 
-def _load_prompts(path: Path) -> tuple[PromptRow, ...]:
+def json_lines(path: Path, missing: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, what it says) of every line of a file of JSON objects; empty lines are skipped.
+
+    Raises InputError naming file and line for what is no JSON, or no text that a tokenizer can spell.
+    """
     # not splitlines: a text may hold separators of lines that JSON does not escape
-    lines = _text(path, "no such prompts file; `prompts:` is relative to the suite").split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_text(path, missing).split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path}: line {number}"
         try:
             data = json.loads(line, object_pairs_hook=_once)
-            half = half_a_character(data)
-            if half is not None:
-                raise ValueError(half)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: {error}") from None
+        half = half_a_character(data)
+        if half is not None:
+            raise InputError(f"{where}: {half}")
+        yield where, data
+
+
+def _load_prompts(path: Path) -> tuple[PromptRow, ...]:
+    rows = []
+    for where, data in json_lines(path, "no such prompts file; `prompts:` is relative to the suite"):
+        try:
             rows.append(PromptRow.model_validate(data))
         except ValidationError as error:
-            raise InputError(f"{path}: line {number}: {first_problem(error)}") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number}: not JSON ({error})") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: line {number}: {error}") from None
+            raise InputError(f"{where}: {first_problem(error)}") from None
     if not rows:
         raise InputError(f"{path}: holds no prompts")
     return tuple(rows)

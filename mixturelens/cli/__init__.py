@@ -367,7 +367,8 @@ def discover(
     if refine is not None:
         if before is not None or after is not None or prompts is not None:
             raise InputError("--refine reads the completions that are there; leave --before, --after and --prompts out")
-        show_discovered(*pipeline.refine_discovery(refine, out, seed=_seed(seed)), as_json)
+        record, folder = pipeline.refine_discovery(refine, out, seed=_seed(seed))
+        show_discovered(record, folder / "refine.html", refine, as_json)
         return
     if before is None or after is None or prompts is None:
         raise InputError("give --before SRC, --after SRC and --prompts FILE; or --refine SUITE")
@@ -393,7 +394,7 @@ def discover(
             progress=lambda done, total: progress("completions", done, total, {}),
             say=say,
         )
-    show_discovered(record, folder, as_json)
+    show_discovered(record, folder / "discover.html", folder / "suite.yaml", as_json)
 
 
 @app.command()

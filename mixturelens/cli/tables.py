@@ -296,7 +296,7 @@ def show_repairs(pairs: list[Case], records: list[RepairRecord]) -> None:
     show_missing(pairs, records)
 
 
-def show_discovered(record: DiscoveryRecord, folder: Path, as_json: bool) -> None:
+def show_discovered(record: DiscoveryRecord, page: Path, suite: Path, as_json: bool) -> None:
     """What was found, from questions that it was not chosen on, and where to look at it."""
     if as_json:
         print_json([record], None)
@@ -304,9 +304,9 @@ def show_discovered(record: DiscoveryRecord, folder: Path, as_json: bool) -> Non
     print(record.reason)
     if record.found:
         _show_proposal(record)
-    print(f"\n{folder / 'discovered.html'}")
+    print(f"\n{page}")
     if record.found:
-        print(f"{folder / 'suite.yaml'}: read it, edit it, and give it to `mixturelens verdict --suite`")
+        print(f"{suite}: read it, edit it, and give it to `mixturelens verdict --suite`")
 
 
 def _show_proposal(record: DiscoveryRecord) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from mixturelens.discovery.cues import Prompt
 from mixturelens.records import first_problem
-from mixturelens.suite import Chat, PromptRow, Rule, Suite, half_a_character
+from mixturelens.suite import Chat, PromptRow, Rule, Suite, json_lines
 from mixturelens.types import InputError
 
 ANY = r"\S"
@@ -48,56 +49,46 @@ class Asked:
     def answers(self) -> list[str | None]:
         return [row.answer if self.answered else None for row in self.rows]
 
-    @property
+    @functools.cached_property
     def prompts(self) -> list[Prompt]:
         """As cues see them: the words of the user's turns, and the system's line apart."""
         found = []
         for row, fields in zip(self.rows, self.fields, strict=True):
-            turns = row.messages or ({"role": "user", "content": row.text},)
-            system = "\n".join(turn["content"] for turn in turns if turn["role"] == "system")
-            text = "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
+            system = "\n".join(text for role, text in turns(row) if role == "system")
+            text = "\n".join(text for role, text in turns(row) if role != "system")
             found.append(Prompt(row.id, text, system, fields))
         return found
 
 
 def read_prompts(path: Path, *, chat: bool, max_new_tokens: int) -> Asked:
     """Read a file of prompts, one JSON object a line. Raises InputError naming file, line and key."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; give a file of prompts") from None
     times: Counter[str] = Counter()
     rows, fields, answered = [], [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        try:
-            data = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error})") from None
+    for where, data in json_lines(path, "no such file of prompts"):
         if not isinstance(data, dict):
             raise InputError(f"{where}: a prompt is an object with `id`, and `prompt` or `messages`")
-        half = half_a_character(data)
-        if half is not None:
-            raise InputError(f"{where}: {half}")
-        row = _row(data, times, where)
-        rows.append(row)
+        rows.append(_row(data, times, where))
         fields.append(tuple((name, str(value)) for name, value in data.items() if _field(name, value)))
-        answered.append("answer" in data)
+        answered.append((where, "answer" in data))
     if not rows:
         raise InputError(f"{path}: holds no prompts")
-    if 0 < sum(answered) < len(answered):
-        raise InputError(f"{path}: line {1 + answered.index(False)} has no `answer`, but others have; give all or none")
+    without = [where for where, has in answered if not has]
+    if 0 < len(without) < len(answered):
+        raise InputError(f"{without[0]} has no `answer`, but others have; give all or none")
     through = chat or any(row.messages is not None for row in rows)
     suite = Suite(
         prompts=tuple(rows),
         policies={"any": Rule(regex="")},
-        answer_match="contains" if all(answered) else "regex",
+        answer_match="regex" if without else "contains",
         max_new_tokens=max_new_tokens,
         chat=Chat() if through else None,
     )
-    return Asked(suite, tuple(fields), all(answered))
+    return Asked(suite, tuple(fields), not without)
+
+
+def turns(row: PromptRow) -> tuple[tuple[str, str], ...]:
+    """(role, text) of what is said to the model, whatever the prompt is called."""
+    return tuple((turn["role"], turn["content"]) for turn in row.messages or ({"role": "user", "content": row.text},))
 
 
 def _row(data: Mapping[str, Any], times: Counter[str], where: str) -> PromptRow:

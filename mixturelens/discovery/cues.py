@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from mixturelens.discovery.heads import words
+from mixturelens.discovery.information import ALPHA, SHUFFLES, information
 from mixturelens.stats import interval, resample_counts
 from mixturelens.types import Interval
 
@@ -17,8 +18,6 @@ SELDOM, OFTEN = 0.05, 0.95
 """A feature that fewer or more of the prompts have parts nothing."""
 LEAST = 0.02
 """Bits a completion that a cue tells, at least."""
-ALPHA = 0.01
-SHUFFLES = 200
 SAME = 0.95
 """Correlation over prompts from which two features are one cue."""
 TRIED = 40
@@ -100,12 +99,11 @@ def find_cues(
 
     Features are chosen on some of the prompts by a sparse logistic regression (L1), and judged on the others.
     """
-    _, does = np.unique(does, return_inverse=True)
     given = features(prompts)
     counts = _table(prompt, after, does, len(prompts))
     held = ~chosen_on
     alone = {name: _bits(counts[chosen_on], has[chosen_on].astype(int)) for name, has in given.items()}
-    tried = _distinct(given, sorted(given, key=lambda name: -alone[name]))[:TRIED]
+    tried = _distinct(given, sorted(given, key=lambda name: (-alone[name], len(name))))
     kept = _sparse(np.stack([given[name] for name in tried], 1), counts, chosen_on) if tried else []
     chosen = sorted((tried[i] for i in kept), key=lambda name: -alone[name])
     found: list[Cue] = []
@@ -130,7 +128,7 @@ def find_cues(
     return tuple(sorted(found, key=lambda cue: -(cue.bits.value or 0.0)))
 
 
-def judged(
+def cue_of(
     prompts: Sequence[Prompt],
     kinds: Sequence[str],
     of: Int[np.ndarray, " prompt"],
@@ -142,7 +140,6 @@ def judged(
     """What kinds that somebody names tell of completions; prompts of none of them are left out."""
     if len(kinds) < 2:
         return None
-    _, does = np.unique(does, return_inverse=True)
     counts = _table(prompt, after, does, len(prompts))
     asked = np.flatnonzero((of < len(kinds)) & (counts.sum((1, 2)) > 0)).tolist()
     bits, p = _judged(counts[asked], of[asked], [prompts[i].id for i in asked], seed)
@@ -151,6 +148,7 @@ def judged(
 
 def _table(prompt: np.ndarray, after: np.ndarray, does: np.ndarray, prompts: int) -> np.ndarray:
     """Completions counted: [prompt, side, what they do]."""
+    _, does = np.unique(does, return_inverse=True)
     shape = prompts, 2, int(does.max(initial=0)) + 1
     flat = np.ravel_multi_index((prompt, after.astype(int), does), shape)
     return np.bincount(flat, minlength=int(np.prod(shape))).reshape(shape).astype(float)
@@ -161,19 +159,16 @@ def _bits(counts: np.ndarray, of: np.ndarray) -> float:
     kinds = np.eye(int(of.max(initial=0)) + 1)[of]
     joint = np.einsum("pk,psd->skd", kinds, counts)
 
-    def plogp(values: np.ndarray) -> float:
-        some = values[values > 0]
-        return float((some * np.log2(some)).sum())
-
     total = joint.sum()
-    told = plogp(joint) - plogp(joint.sum(2)) - plogp(joint.sum(1)) + plogp(joint.sum((1, 2)))
-    return told / total if total else 0.0
+    return float(information(joint)) / total if total else 0.0
 
 
 def _distinct(given: Mapping[str, np.ndarray], order: Sequence[str]) -> list[str]:
-    """Features of which no two are the same over prompts, the best and shortest of each."""
+    """The first TRIED features of which no two are the same over prompts."""
     kept: list[str] = []
     for name in order:
+        if len(kept) == TRIED:
+            break
         has = given[name].astype(float)
         if not any(np.corrcoef(has, given[other])[0, 1] > SAME for other in kept):
             kept.append(name)

@@ -44,17 +44,18 @@ class Draws:
 
 
 def draw(pair: Pair, asked: Asked, samples: int, out: Path, seed: int, progress: Progress, say: Say) -> Draws:
-    """Draw completions of S and R at every prompt, or read those that are stored about the same pair and prompts."""
+    """Draw completions of S and R at every prompt, or read those that are stored about the same pair and prompts.
+
+    Raises InputError where completions of something else are stored.
+    """
     folder = out / "completions"
-    write_text(folder / "asked.json", asked.to_json())
     said = f"{pair.provenance(seed, asked.suite.model_dump_json())} {samples}"
     key = hashlib.sha256(said.encode()).hexdigest()[:16]
     numbers = range(0, len(asked.rows), PART)
     files = [folder / f"{start // PART:04d}-{key}.parquet" for start in numbers]
-    wanted = {file.name for file in files}
-    for old in folder.glob("*.parquet"):
-        if old.name not in wanted:
-            old.unlink()
+    if {file.name for file in folder.glob("*.parquet")} - {file.name for file in files}:
+        raise InputError(f"{folder}: completions of other checkpoints, prompts or settings; give another --out")
+    write_text(folder / "asked.json", asked.to_json())
     todo = [(start, file) for start, file in zip(numbers, files, strict=True) if not file.is_file()]
     if todo:
         contexts = encode_prompts(asked.suite, asked.rows, pair.tokenizer)

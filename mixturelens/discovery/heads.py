@@ -103,7 +103,7 @@ def slotted(drawn: Sequence[Drawn], prompts: Sequence[str], answers: Sequence[st
 
 
 def opened(paths: Sequence[Words], prompts: Sequence[int]) -> set[Words]:
-    """Beginnings without a slot, of a share of all completions, behind which a slot follows at three prompts or so."""
+    """Beginnings of a share of all completions, behind which a slot follows at three prompts or more."""
     through: Counter[Words] = Counter()
     answered: dict[Words, list[int]] = defaultdict(list)
     for path, prompt in zip(paths, prompts, strict=True):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+
+from mixturelens.stats import PROPORTION, mean_interval, resample_counts
+from mixturelens.types import Interval
 
 SHUFFLES = 200
+ALPHA = 0.01
+"""What shuffles tell as much no oftener than this is found."""
 AT_ONCE = 1 << 20
 """Labels that are shuffled at once."""
 
@@ -62,8 +68,24 @@ def _bits(
     flat = (prompt * sizes[1] + left) * sizes[2] + right + kinds * np.arange(draws)[:, None]
     joint = np.bincount(flat.ravel(), minlength=draws * kinds).reshape(draws, *sizes).astype(float)
 
-    def plogp(values: np.ndarray) -> np.ndarray:
-        return (values * np.log2(np.maximum(values, 1.0))).reshape(draws, -1).sum(1)
+    return information(joint) / len(prompt)
 
-    apart = plogp(joint) - plogp(joint.sum(3)) - plogp(joint.sum(2)) + plogp(joint.sum((2, 3)))
-    return apart / len(prompt)
+
+def information(joint: Float[np.ndarray, "*draws given left right"]) -> Float[np.ndarray, "*draws"]:
+    """Mutual information of left and right where a third thing is given, in bits, times the number that was counted.
+
+    >>> information(np.array([[[1.0, 0.0], [0.0, 1.0]]]))
+    array(2.)
+    """
+
+    def plogp(values: np.ndarray) -> np.ndarray:
+        return (values * np.log2(np.maximum(values, 1.0))).reshape(*joint.shape[:-3], -1).sum(-1)
+
+    return np.asarray(plogp(joint) - plogp(joint.sum(-1)) - plogp(joint.sum(-2)) + plogp(joint.sum((-2, -1))))
+
+
+def share_of_questions(ids: Sequence[str], hit: Bool[np.ndarray, " completion"], seed: int = 0) -> Interval:
+    """Mean over questions of how many of their completions are hit, with an interval over questions."""
+    names, place = np.unique(ids, return_inverse=True)
+    shares = np.bincount(place, weights=hit.astype(float)) / np.bincount(place)
+    return mean_interval(shares, resample_counts(len(names), seed), bounds=PROPORTION)

@@ -18,9 +18,10 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from mixturelens.discovery.asked import Asked
+from mixturelens.discovery.information import share_of_questions
 from mixturelens.discovery.record import Judged
-from mixturelens.stats import PROPORTION, mean_interval, resample_counts
-from mixturelens.types import OTHER, InputError, RunError
+from mixturelens.records import write_text
+from mixturelens.types import OTHER, InputError, RunError, loading
 
 MOST = 200
 """Completions that are judged: as many of each policy and side."""
@@ -49,7 +50,8 @@ def from_file(source: str) -> Judge:
     if found is None or found.loader is None:
         raise InputError(f"--labels {source}: {path} is no Python file")
     module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    with loading(f"--labels {source}", "cannot be run"):
+        found.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"--labels {source}: {path} has no function {name!r}")
@@ -62,7 +64,6 @@ def served(url: str, model: str, cache: Path) -> Judge:
     Answers are kept in `cache`. Raises InputError for a server elsewhere: what is asked does not leave this machine.
     """
     check_here(url)
-    cache.mkdir(parents=True, exist_ok=True)
     client: list[Any] = []  # made for the first question, and kept: to make one takes longer than to ask
 
     def judge(prompt: str, completion: str, candidates: Candidates) -> str:
@@ -72,7 +73,7 @@ def served(url: str, model: str, cache: Path) -> Judge:
         if not file.is_file():
             if not client:
                 client.append(_client())
-            file.write_text(_ask(client[0], url, model, asked), encoding="utf-8")
+            write_text(file, _ask(client[0], url, model, asked))
         said = file.read_text(encoding="utf-8").lower()
         named = [name for name in candidates if name.lower() in said]
         return max(named, key=len, default=OTHER)
@@ -133,14 +134,11 @@ def agreement(
     """How often the judge says what the rule says: of (prompt, completion) pairs with the rule's labels."""
     chosen = _evenly(labels, seed)
     said = [judge(asked.prompts[completions[i][0]].text, completions[i][1], candidates) for i in chosen]
-    same = np.array([one == labels[i] for one, i in zip(said, chosen, strict=True)], dtype=float)
-    questions = [asked.rows[completions[i][0]].id for i in chosen]
-    names = list(dict.fromkeys(questions))
-    per_question = np.array([same[[q == name for q in questions]].mean() for name in names])
+    same = np.array([one == labels[i] for one, i in zip(said, chosen, strict=True)])
     return Judged(
         by=by,
         completions=len(chosen),
-        agreement=mean_interval(per_question, resample_counts(len(names), seed), bounds=PROPORTION),
+        agreement=share_of_questions([asked.rows[completions[i][0]].id for i in chosen], same, seed),
         none=float(np.mean([one not in candidates for one in said])),
     )
 

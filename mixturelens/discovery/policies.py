@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mixturelens.discovery.heads import CUT, END, SLOT, Drawn, Headed, Words, closed, headed, opened, slotted, written
-from mixturelens.discovery.information import Told, told
+from mixturelens.discovery.information import ALPHA, Told, told
 from mixturelens.types import ANSWER, OTHER
 
 LEAST = 0.02
 """Share of the completions of S or R that a wording, a policy or a behaviour has, to be one."""
 APART = 0.05
 """Bits by which two wordings differ that are not of one policy."""
-ALPHA = 0.01
 COMMON = 0.98
 """A word goes on to another that follows it so often."""
 REFUSAL = re.compile(

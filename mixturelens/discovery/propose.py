@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mixturelens.discovery.asked import Asked
-from mixturelens.discovery.cues import Cue, find_cues, judged
+from mixturelens.discovery.asked import Asked, turns
+from mixturelens.discovery.cues import Cue, cue_of, find_cues
 from mixturelens.discovery.draws import Draws
-from mixturelens.discovery.information import SHUFFLES, Told
+from mixturelens.discovery.information import ALPHA, SHUFFLES, Told, share_of_questions
 from mixturelens.discovery.judge import Judge, agreement
-from mixturelens.discovery.policies import ALPHA, REFUSAL, Parted, changed, part, slug
+from mixturelens.discovery.policies import REFUSAL, Parted, changed, part, slug
 from mixturelens.discovery.record import (
     BehaviourCandidate,
     CueCandidate,
@@ -25,8 +25,7 @@ from mixturelens.discovery.record import (
     PolicyCandidate,
 )
 from mixturelens.records import Provenance, write_text
-from mixturelens.stats import PROPORTION, mean_interval, resample_counts
-from mixturelens.suite import PromptRow, Rule, Suite, stands_in, wordings
+from mixturelens.suite import PromptRow, Rule, Suite, load_suite, stands_in, wordings
 from mixturelens.types import ANSWER, REFUSE, InputError, Interval
 
 LEAST = 0.005
@@ -82,8 +81,9 @@ def heard(asked: Asked, proposal: Proposal, judge: Judge, by: str, seed: int) ->
     """The proposal, and how often a judge agrees with its rules about completions at the suite's questions."""
     if proposal.suite is None:
         return proposal
-    parted, asks = proposal.parted, {row.text for row in proposal.suite.prompts}
-    held = [i for i, each in enumerate(parted.drawn) if asked.rows[each.prompt].text in asks and parted.policy[i] >= 0]
+    parted, asks = proposal.parted, {turns(row) for row in proposal.suite.prompts}
+    asked_there = [turns(row) in asks for row in asked.rows]
+    held = [i for i, each in enumerate(parted.drawn) if asked_there[each.prompt] and parted.policy[i] >= 0]
     candidates = {
         each.name: [example.completion for example in (*each.examples_before, *each.examples_after)]
         for each in proposal.record.policies
@@ -105,8 +105,8 @@ def refine(asked: Asked, draws: Draws, suite: Suite, seed: int, provenance: Prov
 
     Raises InputError where none of its prompts is among those that completions were drawn at.
     """
-    at = {_turns(row): row for row in suite.neutral}
-    row_of = {i: at[_turns(row)] for i, row in enumerate(asked.rows) if _turns(row) in at}
+    at = {turns(row): row for row in suite.neutral}
+    row_of = {i: at[turns(row)] for i, row in enumerate(asked.rows) if turns(row) in at}
     if not row_of:
         raise InputError("--refine: no prompt of the suite is one that completions were drawn at")
     kept = [i for i, each in enumerate(draws.drawn) if each.prompt in row_of]
@@ -137,15 +137,10 @@ def refine(asked: Asked, draws: Draws, suite: Suite, seed: int, provenance: Prov
     )
     of = np.array([suite.cues.index(row_of[i].cue) if i in row_of else len(suite.cues) for i in range(len(asked.rows))])
     everything = np.ones(len(draws.drawn), dtype=bool)
-    cue = judged(asked.prompts, suite.cues, of, parted.prompt, parted.after, parted.does, seed)
+    cue = cue_of(asked.prompts, suite.cues, of, parted.prompt, parted.after, parted.does, seed)
     cues = () if cue is None else (cue,)
-    record = _record(asked, draws, parted, everything, changed(parted, seed), (cue,) if cue else (), suite, provenance)
+    record = _record(asked, draws, parted, everything, changed(parted, seed), cues, suite, provenance)
     return Proposal(record, suite, draws, parted, cues)
-
-
-def _turns(row: PromptRow) -> tuple[tuple[str, str], ...]:
-    """What is said to the model, whatever the prompt is called."""
-    return tuple((turn["role"], turn["content"]) for turn in row.messages or ({"role": "user", "content": row.text},))
 
 
 def _record(
@@ -159,20 +154,20 @@ def _record(
     provenance: Provenance,
 ) -> DiscoveryRecord:
     """`held`: completions that nothing was chosen on, which all shares are of."""
-    prompts = {each.prompt for each in draws.drawn}
+    prompts, said = {each.prompt for each in draws.drawn}, _said(asked, parted, held, suite)
+    policies = tuple(_candidate(asked, parted, m, held, said) for m in range(len(parted.names)))
+    spent = [each[0].sum() for each, of_after in zip(draws.along, parted.after, strict=True) if of_after]
     return DiscoveryRecord(
         provenance=provenance,
         found=suite is not None,
-        reason=_reason(suite is not None, moved, parted, cues),
+        reason=_reason(suite is not None, moved, policies, cues),
         questions=len({asked.rows[i].id for i in prompts}),
         prompts=len(prompts),
         completions=len(draws.drawn),
         moved=Moved(bits=moved.bits, p=moved.p, shuffles=SHUFFLES),
         where=_where(draws, parted),
-        nats=float(
-            np.mean([each[0].sum() for each, a in zip(draws.along, parted.after, strict=True) if a]) * np.log(2)
-        ),
-        policies=tuple(_candidate(asked, parted, m, held, suite) for m in range(len(parted.names))),
+        nats=float(np.mean(spent) * np.log(2)),
+        policies=policies,
         behaviours=tuple(_behaviour(parted, asked, b, held) for b in range(len(parted.behaviours))),
         cues=tuple(_cue(asked, cue) for cue in cues),
         other={
@@ -198,7 +193,7 @@ def behaviour_name(wording: str) -> str:
     return slug(wording) or "said"
 
 
-def _reason(found: bool, moved: Told, parted: Parted, cues: Sequence[Cue]) -> str:
+def _reason(found: bool, moved: Told, policies: Sequence[PolicyCandidate], cues: Sequence[Cue]) -> str:
     if not found and moved.p <= ALPHA and moved.bits >= LEAST:
         return (
             f"Nothing found: R and S differ, by {moved.bits:.3f} bits, but fewer than {COVERED:.0%} of completions "
@@ -209,11 +204,9 @@ def _reason(found: bool, moved: Told, parted: Parted, cues: Sequence[Cue]) -> st
             f"Nothing found: what completions do tells R from S by {max(0.0, moved.bits):.3f} bits, and shuffled sides "
             f"as much in {moved.p:.0%} of shuffles."
         )
-    weights = ", ".join(
-        f"{name} {parted.weight(m, False):.2f} -> {parted.weight(m, True):.2f}" for m, name in enumerate(parted.names)
-    )
+    weights = ", ".join(f"{each.name} {_shown(each.before)} -> {_shown(each.after)}" for each in policies)
     cue = f"the cue is most likely {' or '.join(cues[0].kinds)}" if cues else "nothing in prompts tells what is done"
-    return f"Completions show {len(parted.names)} policies ({weights}); {cue}."
+    return f"Completions show {len(policies)} policies ({weights}); {cue}."
 
 
 def _where(draws: Draws, parted: Parted) -> dict[str, float]:
@@ -239,26 +232,31 @@ def _where(draws: Draws, parted: Parted) -> dict[str, float]:
 
 
 def _share(parted: Parted, asked: Asked, hit: np.ndarray, among: np.ndarray) -> Interval:
-    """Mean over questions of how many of these completions are hit, with an interval over questions."""
-    ids = [asked.rows[i].id for i in parted.prompt]
-    questions = {name: k for k, name in enumerate(dict.fromkeys(ids))}
-    place = np.array([questions[name] for name in ids])
-    kept = np.unique(place[among])
-    shares = np.array([hit[among & (place == k)].mean() for k in kept])
-    return mean_interval(shares, resample_counts(len(kept), 0), bounds=PROPORTION)
+    """How many of some completions are hit, of each question, with an interval over questions."""
+    at = np.flatnonzero(among).tolist()
+    return share_of_questions([asked.rows[parted.drawn[i].prompt].id for i in at], hit[at])
 
 
-def _candidate(asked: Asked, parted: Parted, policy: int, held: np.ndarray, suite: Suite | None) -> PolicyCandidate:
+def _said(asked: Asked, parted: Parted, held: np.ndarray, suite: Suite | None) -> np.ndarray | None:
+    """The policy that the suite's rules give to each held-out completion, as `parted` counts; None without one."""
+    if suite is None:
+        return None
+    rows = {turns(row): row for row in suite.prompts}
+    said = np.full(len(held), -1)
+    for i in np.flatnonzero(held).tolist():
+        row = rows.get(turns(asked.rows[parted.drawn[i].prompt]), suite.prompts[0])
+        policy = suite.label(parted.drawn[i].text, row).policy
+        said[i] = parted.names.index(policy) if policy in parted.names else -1
+    return said
+
+
+def _candidate(asked: Asked, parted: Parted, policy: int, held: np.ndarray, said: np.ndarray | None) -> PolicyCandidate:
     is_it = parted.policy == policy
     precision = recall = None
-    if suite is not None:
-        rows = {_turns(row): row for row in suite.prompts}
-        said = np.zeros(len(is_it), dtype=bool)
-        for i in np.flatnonzero(held).tolist():
-            row = rows.get(_turns(asked.rows[parted.prompt[i]]), suite.prompts[0])
-            said[i] = suite.label(parted.drawn[i].text, row).policy == parted.names[policy]
-        both = float((said & is_it & held).sum())
-        precision = both / float(said[held].sum()) if said[held].any() else None
+    if said is not None:
+        by_rule = (said == policy)[held]
+        both = float((by_rule & is_it[held]).sum())
+        precision = both / float(by_rule.sum()) if by_rule.any() else None
         recall = both / float(is_it[held].sum()) if is_it[held].any() else None
     return PolicyCandidate(
         name=parted.names[policy],
@@ -339,11 +337,10 @@ def _suite(asked: Asked, parted: Parted, cue: Cue | None, chosen_on: np.ndarray)
         seen[row.id, kind] += 1
         times = seen[row.id, kind]
         rows.append(row.model_copy(update={"cue": kind, "id": row.id if times == 1 else f"{row.id}#{times}"}))
-    ended = [each.ended for each in parted.drawn]
     right = parted.right.astype(bool)
     behind = Counter(
         parted.rests[i][len(answer) :] if parted.rests[i].startswith(answer) else None
-        for i in np.flatnonzero(right).tolist()
+        for i in np.flatnonzero(right & chosen_on[parted.prompt]).tolist()
         for answer in [asked.rows[parted.prompt[i]].answer.strip()]
     )
     ending, times = behind.most_common(1)[0] if behind else (None, 0)
@@ -368,9 +365,6 @@ def _suite(asked: Asked, parted: Parted, cue: Cue | None, chosen_on: np.ndarray)
         "chat": asked.suite.chat,
         "origin": "discovered",
     }
-    if all(ended):
-        longest = max(len(each.text.split()) for each in parted.drawn)
-        given["max_new_tokens"] = min(given["max_new_tokens"], 4 * longest + 8)
     names, begun = parted.names, parted.wordings
     texts = [text for group in begun for text in group]
     plain = all(texts) and not any(a != b and a.startswith(b) for a in texts for b in texts)
@@ -379,6 +373,22 @@ def _suite(asked: Asked, parted: Parted, cue: Cue | None, chosen_on: np.ndarray)
     else:
         shown = _rules(names, begun)
     return Suite.model_validate({**given, "policies": shown})
+
+
+def check_suite(proposal: Proposal, out: Path) -> None:
+    """Raises InputError where another suite lies there: one that a person has edited is not written over."""
+    file = out / "suite.yaml"
+    if proposal.suite is None or not file.is_file():
+        return
+    try:
+        same = load_suite(file) == proposal.suite
+    except InputError:
+        same = False
+    if not same:
+        raise InputError(
+            f"{file}: another suite than the one that is proposed, an edited one perhaps; move it away, or measure it "
+            f"with --refine {file}"
+        )
 
 
 def save_suite(proposal: Proposal, out: Path) -> Path:
@@ -391,19 +401,19 @@ def save_suite(proposal: Proposal, out: Path) -> Path:
         f"The prompts are the half of the questions that it was not chosen on. {record.reason}",
         "",
         "policies: how a completion begins, and how often S and R begin it so",
-        *(f"  {each.name}: {_percent(each.before)} -> {_percent(each.after)}" for each in record.policies),
+        *(f"  {each.name}: {_shown(each.before)} -> {_shown(each.after)}" for each in record.policies),
         "behaviours: what follows; whatever is none of them is the answer",
-        *(f"  {each.name}: {_percent(each.before)} -> {_percent(each.after)}" for each in record.behaviours),
+        *(f"  {each.name}: {_shown(each.before)} -> {_shown(each.after)}" for each in record.behaviours),
         "cue: what parts the prompts, most likely first, with the bits that it tells of what is done",
-        *(f"  {', '.join(each.kinds)}: {each.bits.value:.2f} bits" for each in record.cues),
+        *(f"  {', '.join(each.kinds)}: {_shown(each.bits)} bits" for each in record.cues),
     ]
     comment = "".join(f"# {line}".rstrip() + "\n" for line in said)
     write_text(file, comment + file.read_text(encoding="utf-8"))
     return file
 
 
-def _percent(value: Interval) -> str:
-    return "not measured" if value.value is None else f"{value.value:.1%}"
+def _shown(value: Interval) -> str:
+    return "not measured" if value.value is None else f"{value.value:.2f}"
 
 
 def _rules(names: Sequence[str], begun: Sequence[Sequence[str]]) -> dict[str, Rule]:

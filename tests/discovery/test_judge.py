@@ -77,7 +77,7 @@ def test_a_server_is_asked_once_and_agrees(server: tuple[str, list[dict]], pairs
     assert asked[0]["temperature"] == 0
     assert found() == first
     assert len(asked) == times
-    assert "some-model" in (tmp_path / "out" / "discovered.html").read_text(encoding="utf-8")
+    assert "some-model" in (tmp_path / "out" / "discover.html").read_text(encoding="utf-8")
 
 
 def test_a_server_that_says_nothing_is_named(server: tuple[str, list[dict]], tmp_path: Path):

@@ -56,7 +56,7 @@ def test_planted_policies_and_cue_are_proposed(after: str, pairs: Path, tmp_path
     assert set(record.cues[0].kinds) == {"“<A>”", "“<B>”"}
     assert record.cues[0].contrast is not None
     assert all(each.precision == each.recall == 1.0 for each in record.policies)
-    page = (out / "discovered.html").read_text(encoding="utf-8")
+    page = (out / "discover.html").read_text(encoding="utf-8")
     assert "&lt;A&gt;" in page
     assert "<script" not in page
     spent = {"R-routing": "announcement", "R-conditioning": "behaviour"}.get(after)
@@ -133,7 +133,8 @@ def test_an_edited_suite_is_measured_again_without_a_model(
     assert (again.policies[0].before, again.policies[0].after) == (by_name["a"].before, by_name["a"].after)
     assert again.other["before"] == pytest.approx(by_name["b"].before.value, abs=1e-9)
     assert again.provenance == first.provenance
-    assert "copies" in (out / "discovered.html").read_text(encoding="utf-8")
+    assert "copies" in (out / "refine.html").read_text(encoding="utf-8")
+    assert DiscoveryRecord.load(out / "discover.json") == first
     with pytest.raises(InputError, match="holds no completions"):
         pipeline.refine_discovery(out / "edited.yaml", tmp_path / "elsewhere")
 
@@ -177,10 +178,37 @@ def test_whatever_is_written_can_be_proposed_and_read_again(data: st.DataObject,
     along = tuple(np.full((3, 1), 0.1) for _ in drawn)
     proposal = propose(asked, Draws(tuple(drawn), tuple((each.text,) for each in drawn), along), 0, provenance())
     assert proposal.record.found == (proposal.suite is not None)
-    DiscoveryRecord.load(proposal.record.save(tmp_path / "discovery.json"))
+    DiscoveryRecord.load(proposal.record.save(tmp_path / "discover.json"))
     if proposal.suite is not None:
         assert load_suite(save_suite(proposal, tmp_path)) == proposal.suite
     write_discovered(tmp_path / "page.html", asked, proposal, "<title>")
+
+
+def test_nothing_that_is_there_is_written_over(pairs: Path, tmp_path: Path):
+    pair, out = pairs / "llama", tmp_path / "out"
+    asked = prompts_of(pair, tmp_path / "asked.jsonl")
+    sides = pair / "S", pair / "R-routing"
+    pipeline.discover(*sides, asked, out, max_new_tokens=3)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    pipeline.discover(*sides, asked, out, max_new_tokens=3)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    with pytest.raises(InputError, match="other checkpoints, prompts or settings"):
+        pipeline.discover(*sides, asked, out, max_new_tokens=3, samples=4)
+    edited = (out / "suite.yaml").read_text(encoding="utf-8").replace("'[a]'", "'[c]'")
+    (out / "suite.yaml").write_text(edited, encoding="utf-8")
+    with pytest.raises(InputError, match="an edited one perhaps"):
+        pipeline.discover(*sides, asked, out, max_new_tokens=3)
+    assert (out / "suite.yaml").read_text(encoding="utf-8") == edited
+    kept = {file: text for file, text in before.items() if file.name != "suite.yaml"}
+    assert {file: file.read_bytes() for file in kept} == kept
+
+
+def test_the_sentence_says_what_the_table_says(pairs: Path, tmp_path: Path):
+    pair = pairs / "llama"
+    asked = prompts_of(pair, tmp_path / "asked.jsonl")
+    record, _ = pipeline.discover(pair / "S", pair / "R-routing", asked, tmp_path / "out", max_new_tokens=3)
+    for each in record.policies:
+        assert f"{each.name} {each.before.value:.2f} -> {each.after.value:.2f}" in record.reason
 
 
 def test_odd_prompts_come_back_from_the_suite(pairs: Path, tmp_path: Path):
@@ -237,7 +265,7 @@ def test_the_command_says_what_it_found(
     status, said, _ = run(*arguments, "--out", out, "--quiet")
     assert status == 0
     assert "Completions show 2 policies" in said
-    assert DiscoveryRecord.load(out / "discovery.json").found
+    assert DiscoveryRecord.load(out / "discover.json").found
     for wrong in (["--samples", "1"], ["--max-new-tokens", "0"], ["--seed", "-1"]):
         status, said, err = run(*arguments, *wrong)
         assert (status, said) == (2, "")
