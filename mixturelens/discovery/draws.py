@@ -130,7 +130,7 @@ def _draw_part(
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
     """What each token adds to the text; a character of several tokens comes with the last of them.
 
-    Each is read behind the few before it, since a token's text depends on what it stands behind.
+    Each is read behind the few before it that have text, since a token's text depends on what it stands behind.
     """
     found: list[str] = []
     begin = read = 0
@@ -141,7 +141,7 @@ def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
             found.append("")
             continue
         found.append(now[len(before) :])
-        begin, read = read, end
+        begin, read = (read if found[-1] else begin), end
     return found
 
 

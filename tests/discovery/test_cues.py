@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from planted import planted
+from mixtures import planted
 
 from mixturelens.discovery.cues import Cue, Prompt, features, find_cues
 from mixturelens.discovery.policies import part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from planted import PHRASES, TOKENS, planted
+from mixtures import PHRASES, TOKENS, planted
 from sklearn.metrics import adjusted_rand_score
 
 from mixturelens.discovery.heads import Drawn, core, headed, opened, slotted, words, written

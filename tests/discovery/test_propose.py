@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mixturelens import cli, pipeline
@@ -279,6 +279,7 @@ def test_the_command_says_what_it_found(
 @pytest.mark.parametrize("shape", ["chat", "llama_spelled", "gemma3_spelled", "qwen2_spelled"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(alphabet="ab of course,.\n\u4f60\u00e9\U0001f600", max_size=20))
+@example(text="a . a")
 def test_pieces_of_tokens_add_up_to_the_text(shape: str, text: str, pairs: Path):
     tokenizer = load_tokenizer(pairs / shape / "S")
     ids = tokenizer.encode(text, add_special_tokens=False)
