@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import probes
-from mixturelens import pipeline
 from mixturelens.contrasts import span_positions
-from mixturelens.models import quiet_libraries
+from mixturelens.lab import runs
+from mixturelens.models import Pair, quiet_libraries
 from mixturelens.models.source import fingerprint
 from mixturelens.records import Record, provenance
 from mixturelens.spelling import encode_prompts
@@ -74,7 +74,7 @@ def ask(
     name: str,
     run_folder: Path,
     seed: int,
-    answer: Callable[[pipeline.Case, int], Answer],
+    answer: Callable[[Pair, int], Answer],
     clause: Callable[[str, Answer], str],
 ) -> ProbeRecord:
     """Ask the question of the module `name` of every pair of a run.
@@ -83,7 +83,7 @@ def ask(
     as a part of the finding's sentence. Raises InputError if the folder holds no finished run.
     """
     probe = cast(Probe, sys.modules[name])
-    answers = {pair.name: answer(pair, seed) for pair in pipeline.run_pairs(run_folder)}
+    answers = {pair.name: answer(pair, seed) for pair in runs.run_pairs(run_folder)}
     text = "; ".join(clause(*found) for found in answers.items())
     return ProbeRecord(
         provenance=provenance(before=fingerprint(run_folder / "checkpoints" / "sft"), seed=seed),
@@ -97,15 +97,15 @@ def ask(
     )
 
 
-def places(case: pipeline.Case) -> dict[str, tuple[str | int, ...]]:
+def places(pair: Pair) -> dict[str, tuple[str | int, ...]]:
     """Span of the neutral prompts, or `last` -> the positions of a record's sites that lie there.
 
     Records name a position by its token's index where all questions are aligned, else by its span: both are given.
     Raises InputError for a suite without neutral prompts.
     """
-    suite, tokenizer = case.suite, case.pair.tokenizer
+    suite, tokenizer = pair.suite, pair.tokenizer
     if not suite.neutral:
-        raise InputError(f"{case.suite_path}: no neutral prompts to ask about")
+        raise InputError(f"{pair.name}: the suite has no neutral prompts to ask about")
     row = suite.neutral[0]
     end = len(encode_prompts(suite, [row], tokenizer)[0]) - 1
     spans = {**span_positions(suite, row, tokenizer), "last": (end,)}

@@ -8,6 +8,7 @@ from typing import cast
 
 from mixturelens import pipeline
 from mixturelens.features.record import Score
+from mixturelens.models import Pair
 from mixturelens.types import NOT_MEASURED, Interval
 from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, more, over, show
 
@@ -30,7 +31,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(case: pipeline.Case, seed: int) -> Answer:
+def _answer(case: Pair, seed: int) -> Answer:
     table = pipeline.features(case, seed=seed).table("cue")
     feature, neuron, head, direction = (
         table and table.best(kind) for kind in ("feature", "neuron", "head", "direction")

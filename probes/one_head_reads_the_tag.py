@@ -13,6 +13,7 @@ from mixturelens import pipeline
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.lens import Lens, lens_of
+from mixturelens.models import Pair
 from mixturelens.patching.sweep import ENOUGH, find_reader, head_sites, jointly, patch
 from mixturelens.stats import interval, resample_counts, resampled_mean
 from mixturelens.types import Interval, Site
@@ -48,9 +49,9 @@ def _clause(pair: str, answer: Answer) -> str:
     )
 
 
-def _answer(case: pipeline.Case, seed: int) -> Answer:
+def _answer(case: Pair, seed: int) -> Answer:
     harm = find_harm(pipeline.behaviour(case))
-    lens = lens_of(case.pair, "after")
+    lens = lens_of(case, "after")
     contrasts = cue_contrasts(case.suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
     reader = find_reader(lens, contrasts, "policy", seed)  # its first head is the strongest on the first half
     head, judge = reader.heads[0], contrasts.half(1)

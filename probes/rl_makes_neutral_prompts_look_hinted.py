@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from mixturelens import pipeline
+from mixturelens.models import Pair
 from mixturelens.probing.record import Shift
 from mixturelens.types import NOT_MEASURED, InputError, Interval
 from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, more, over, places, show
@@ -31,7 +32,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(case: pipeline.Case, seed: int) -> Answer:
+def _answer(case: Pair, seed: int) -> Answer:
     record = pipeline.probe(case, seed=seed)
     if not record.shifts:
         why = next((each for each in record.missing if each.startswith("shift")), "its suite has no hints")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from mixturelens import pipeline
+from mixturelens.models import Pair
 from mixturelens.types import NOT_MEASURED, Interval
 from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, over, show, under
 
@@ -28,7 +29,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(case: pipeline.Case, seed: int) -> Answer:
+def _answer(case: Pair, seed: int) -> Answer:
     change = pipeline.features(case, seed=seed).arrived
     if change is None:
         names = ("routing by the features", "specialists by the features")

@@ -13,6 +13,7 @@ from mixturelens import pipeline
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.contrasts import checkpoint_contrasts, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import lens_of
+from mixturelens.models import Pair
 from mixturelens.patching.sweep import head_sites, patch
 from mixturelens.stats import interval, resample_counts
 from mixturelens.types import Interval
@@ -53,9 +54,9 @@ def _clause(pair: str, answer: Answer) -> str:
     )
 
 
-def _answer(case: pipeline.Case, seed: int) -> Answer:
+def _answer(case: Pair, seed: int) -> Answer:
     harm, suite = find_harm(pipeline.behaviour(case)), case.suite
-    before, after = lens_of(case.pair, "before"), lens_of(case.pair, "after")
+    before, after = lens_of(case, "before"), lens_of(case, "after")
     tokenizer = before.tokenizer
     hint = hint_contrasts(suite, tokenizer, harm.harmed_cue, harm.other, harm.policy)
     cue = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from mixturelens import pipeline
+from mixturelens.models import Pair
 from mixturelens.probing.record import ProbingRecord, Readout
 from mixturelens.types import NOT_MEASURED, InputError, Interval
 from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, over, places, show, some, under
@@ -36,7 +37,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(case: pipeline.Case, seed: int) -> Answer:
+def _answer(case: Pair, seed: int) -> Answer:
     record = pipeline.probe(case, seed=seed)
     policy, hint = (_readout(case, record, target) for target in ("policy", "hint"))
     last = places(case)["last"]
@@ -62,7 +63,7 @@ def _answer(case: pipeline.Case, seed: int) -> Answer:
     )
 
 
-def _readout(case: pipeline.Case, record: ProbingRecord, target: str) -> Readout:
+def _readout(case: Pair, record: ProbingRecord, target: str) -> Readout:
     found = record.readout(target)
     if found is None:
         why = next((each for each in record.missing if target in each), "")

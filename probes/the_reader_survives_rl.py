@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from mixturelens import pipeline
+from mixturelens.models import Pair
 from mixturelens.types import NOT_MEASURED, Interval
 from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, over, show
 
@@ -30,7 +31,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(case: pipeline.Case, seed: int) -> Answer:
+def _answer(case: Pair, seed: int) -> Answer:
     found = next((each for each in pipeline.probe(case, seed=seed).subspaces if each.concept == "cue"), None)
     if found is None:
         return Answer(

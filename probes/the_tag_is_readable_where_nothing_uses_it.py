@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from mixturelens import pipeline
+from mixturelens.models import Pair
 from mixturelens.probing.pair import READABLE
 from mixturelens.types import NOT_MEASURED, Interval
 from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, over, show, some, under
@@ -35,7 +36,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(case: pipeline.Case, seed: int) -> Answer:
+def _answer(case: Pair, seed: int) -> Answer:
     record = pipeline.probe(case, seed=seed)
     used, unused = record.used, record.unused
     readable = unused.readable if unused else NOT_MEASURED

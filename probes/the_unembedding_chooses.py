@@ -9,6 +9,7 @@ from typing import cast
 
 from mixturelens import pipeline
 from mixturelens.grafting.record import GraftRecord
+from mixturelens.models import Pair
 from mixturelens.types import NOT_MEASURED, Interval
 from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, over, show, under
 
@@ -34,7 +35,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
     return ask(__name__, run_folder, seed, _answer, _clause)
 
 
-def _answer(case: pipeline.Case, seed: int) -> Answer:
+def _answer(case: Pair, seed: int) -> Answer:
     record = pipeline.graft(case, seed=seed)
     names = {part.name for part in record.parts}
     unembedding = "unembed" if "unembed" in names else "embed"  # a tied one is both

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixturelens import viz
+from mixturelens import figures
 from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.grid import grid_of
 from mixturelens.behaviour.ground import make_ground
@@ -29,7 +29,7 @@ from mixturelens.contrasts import cue_contrasts
 from mixturelens.grafting.graft import save_with
 from mixturelens.hooks.intervened import Intervened, known_prompts
 from mixturelens.hooks.lens import lens_of
-from mixturelens.models import open_pair, quiet_libraries
+from mixturelens.models import Pair, quiet_libraries
 from mixturelens.patching.sweep import find_reader, head_sites
 from mixturelens.routing.repair import edited, fit_edit
 from mixturelens.spelling import encode_prompts
@@ -60,7 +60,7 @@ quiet_libraries()
 suite = load_suite(arguments.suite)
 trained_cue = arguments.trained_cue or suite.trained_cue or suite.cues[0]
 suite = suite.model_copy(update={"trained_cue": trained_cue})
-pair = open_pair(arguments.before, arguments.after, suite, device=arguments.device)
+pair = Pair(arguments.before, arguments.after, suite, device=arguments.device)
 behaviour = behaviour_record(pair, seed=arguments.seed)
 pair = pair.spelled(behaviour.spelling)
 suite = pair.suite
@@ -76,7 +76,7 @@ lens = lens_of(pair, "after")
 contrasts = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
 reader = find_reader(lens, contrasts, "policy", arguments.seed)
 print("cue reader:", " + ".join(map(str, reader.heads)))
-print("  carries", viz.show_interval(interval(reader.effect)), "of the cue contrast on the half that judges")
+print("  carries", figures.show_interval(interval(reader.effect)), "of the cue contrast on the half that judges")
 
 choosing = {row.question for row in contrasts.half(0).rows}
 rows = [row for row in suite.neutral if row.id not in choosing]
@@ -122,7 +122,7 @@ plain = {
 repaired = {kind: tried(kind, reader.heads) for kind in ("interchange", "zero", "mean")}
 print(f"{'accuracy':22}", *(f"cue {cue:22}" for cue in suite.cues))
 for name, found in {**plain, **repaired}.items():
-    print(f"{name:22}", *(f"{viz.show_interval(found[cue]):26}" for cue in suite.cues))
+    print(f"{name:22}", *(f"{figures.show_interval(found[cue]):26}" for cue in suite.cues))
 
 # %% [markdown]
 # ## The control: the same at random heads
@@ -152,7 +152,7 @@ save_with(original, edited(original, edit), lens.tokenizer, arguments.out)
 edited = AutoModelForCausalLM.from_pretrained(arguments.out).to(arguments.device).eval()
 tokenizer = AutoTokenizer.from_pretrained(arguments.out)
 found = accuracies(measure(scorer, edited, judge, arguments.seed))
-print(f"{'edited':22}", *(f"{viz.show_interval(found[cue]):26}" for cue in suite.cues))
+print(f"{'edited':22}", *(f"{figures.show_interval(found[cue]):26}" for cue in suite.cues))
 print(f"{sum(len(index) for index, _ in edit.values())} weights changed; checkpoint: {arguments.out}")
 
 # %% [markdown]

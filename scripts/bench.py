@@ -309,12 +309,12 @@ def timed_command(command: str, before: str, after: str, suite: str, out: str) -
     from mixturelens import pipeline
 
     quiet_libraries()
-    case = pipeline.outside_pair(before, after, Path(suite), Path(out))
+    pair = Pair(before, after, suite, out=out)
     start = time.perf_counter()
     if command == "the limit":
-        plain_forwards(case.pair)
+        plain_forwards(pair)
     else:
-        getattr(pipeline, command)(case)
+        getattr(pipeline, command)(pair)
     return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 

@@ -19,15 +19,16 @@ from typing import Any
 
 import torch
 
-from mixturelens import pipeline, viz
+from mixturelens import figures, pipeline
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.models import end_tokens, load_model, load_tokenizer, quiet_libraries
-from mixturelens.organism import Spec, build_model, build_suite, build_tokenizer, sft_examples
+from mixturelens.lab import runs
+from mixturelens.lab.organism import Spec, build_model, build_suite, build_tokenizer, sft_examples
+from mixturelens.lab.training import MEASURED_QUESTIONS
+from mixturelens.models import Pair, end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.records import new_folder
 from mixturelens.suite import PromptRow
-from mixturelens.training import MEASURED_QUESTIONS
 from mixturelens.types import ANSWER, OTHER, InputError
 
 CONTINUED_STEPS, CONTINUED_RATE = 100, 1e-4
@@ -49,7 +50,7 @@ arguments = parser.parse_args()
 torch.set_num_threads(1)
 quiet_libraries()
 
-spec = pipeline.load_run(arguments.run)
+spec = runs.load_run(arguments.run)
 checkpoints = arguments.run / "checkpoints"
 tokenizer = load_tokenizer(checkpoints / "sft")
 vocabulary = tokenizer.get_vocab()
@@ -181,10 +182,10 @@ for name in arguments.only or EXPECTED:
         with new_folder(checkpoints / name) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    pair = pipeline.outside_pair(checkpoints / "sft", checkpoints / name, arguments.run / "suite.yaml", arguments.run)
+    pair = Pair(checkpoints / "sft", checkpoints / name, arguments.run / "suite.yaml", out=arguments.run)
     found = pipeline.verdict(pair)
     changed = [what for what, yes in found.changed.model_dump().items() if yes]
-    bits = ", ".join(f"{term} {viz.show(value.value, 5)}" for term, value in found.bits)
+    bits = ", ".join(f"{term} {figures.show(value.value, 5)}" for term, value in found.bits)
     print(
         f"{name}: {found.verdict} (expected {EXPECTED[name]}); changed {changed or 'nothing'}; bits: {bits}", flush=True
     )

@@ -12,9 +12,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixturelens import pipeline, viz
+from mixturelens import figures, pipeline
 from mixturelens.features.record import CrosscoderFit, FeatureRecord, Terms
-from mixturelens.models import quiet_libraries
+from mixturelens.figures import show, show_interval
+from mixturelens.lab import runs
+from mixturelens.models import Pair, quiet_libraries
 from mixturelens.routing.repair import RepairRecord
 from mixturelens.types import InputError
 
@@ -52,21 +54,20 @@ outside = (arguments.before, arguments.after, arguments.suite)
 if any(outside) and not all(outside):
     raise InputError("a pair of your own needs all of --before, --after and --suite")
 if all(outside):
-    pair = pipeline.outside_pair(*outside, arguments.out, arguments.trained_cue, device=arguments.device)
+    pair = Pair(*outside, out=arguments.out, trained_cue=arguments.trained_cue, device=arguments.device)
 else:
-    pair = pipeline.run_pairs(arguments.run, device=arguments.device)[0]
+    pair = runs.run_pairs(arguments.run, device=arguments.device)[0]
 pairs = {
     pair.name: pair,
     **{
         null.name: null
         for after in arguments.null
         for null in [
-            pipeline.outside_pair(
-                pair.pair.before,
+            Pair(
+                pair.before,
                 after,
-                pair.suite_path,
-                pair.out,
-                pair.suite.trained_cue,
+                pair.suite,
+                out=pair.out,
                 device=arguments.device,
             )
         ]
@@ -90,8 +91,8 @@ for sae in record.saes:
     for side, found in sae.quality.items():
         print(
             f"{sae.site!s:16} {f'{sae.width} of {sae.trained}':>10}  {'S' if side == 'before' else 'R':2} "
-            f"{viz.show(found.explained):>9} {viz.show(found.active, 1):>7} {viz.show(found.dead):>6}  "
-            f"{viz.show_interval(found.loss_recovered)}"
+            f"{show(found.explained):>9} {show(found.active, 1):>7} {show(found.dead):>6}  "
+            f"{show_interval(found.loss_recovered)}"
         )
 
 # %% [markdown]
@@ -102,12 +103,12 @@ for sae in record.saes:
 
 # %%
 def line(name: str, found: Terms) -> str:
-    return f"  {name:28}" + " ".join(f"{viz.show_interval(getattr(found, term)):26}" for term in TERMS)
+    return f"  {name:28}" + " ".join(f"{show_interval(getattr(found, term)):26}" for term in TERMS)
 
 
 def most(sets: Sequence[Terms]) -> str:
     highest = [max((getattr(each, term).value or 0.0 for each in sets), default=None) for term in TERMS]
-    return f"  {'as many random, at most':28}" + " ".join(f"{viz.show(value):26}" for value in highest)
+    return f"  {'as many random, at most':28}" + " ".join(f"{show(value):26}" for value in highest)
 
 
 def moved(name: str, record: FeatureRecord) -> None:
@@ -119,7 +120,7 @@ def moved(name: str, record: FeatureRecord) -> None:
         print(line(f"these {len(change.features)} together", change.together))
         print(most(change.random))
         for each in change.features:
-            rates = " to ".join(viz.show(each.rate.get(side), 2) for side in ("before", "after"))
+            rates = " to ".join(show(each.rate.get(side), 2) for side in ("before", "after"))
             print(line(f"{each.index}, fires {rates}", each.terms))
 
 
@@ -137,15 +138,15 @@ for table in record.tables:
     for score in table.scores:
         print(f"  {score.unit.kind:10} {score.unit}, best of {score.among}")
         print(
-            f"    AUROC {viz.show_interval(score.auroc, 2)}; moves {viz.show_interval(score.patch)}, random at most "
-            f"{viz.show(max(score.random, default=None))}; gap closed {viz.show_interval(score.gap_closed)}"
+            f"    AUROC {show_interval(score.auroc, 2)}; moves {show_interval(score.patch)}, random at most "
+            f"{show(max(score.random, default=None))}; gap closed {show_interval(score.gap_closed)}"
         )
         several = table.together(score.unit.kind)
         if several is not None:
             print(
                 f"    {len(several.units)} together{'' if several.enough else ' (not enough)'}: "
-                f"{viz.show_interval(several.patch)}, random at most {viz.show(max(several.random, default=None))}; "
-                f"gap closed {viz.show_interval(several.gap_closed)}"
+                f"{show_interval(several.patch)}, random at most {show(max(several.random, default=None))}; "
+                f"gap closed {show_interval(several.gap_closed)}"
             )
 
 # %% [markdown]
@@ -177,15 +178,15 @@ for name, each in records.items():
 there = pair.records / "repair.json"
 repair = RepairRecord.load(there) if there.is_file() else None
 clamped = any(score.gap_closed.measured for table in record.tables for score in table.scores)
-figures = {
-    **({"needed": viz.needed(record), "units": viz.best_units(record)} if record.tables else {}),
-    **({"clamping": viz.clamping(record, repair)} if clamped else {}),
-    **{f"change-{change.site}": viz.feature_change(change) for change in record.changes},
-    **{f"firing-{change.site}": viz.firing(change) for change in record.changes},
-    "crosscoders": viz.crosscoder({name: each.crosscoders for name, each in records.items()}),
+drawn = {
+    **({"needed": figures.needed(record), "units": figures.best_units(record)} if record.tables else {}),
+    **({"clamping": figures.clamping(record, repair)} if clamped else {}),
+    **{f"change-{change.site}": figures.feature_change(change) for change in record.changes},
+    **{f"firing-{change.site}": figures.firing(change) for change in record.changes},
+    "crosscoders": figures.crosscoder({name: each.crosscoders for name, each in records.items()}),
 }
 arguments.out.mkdir(parents=True, exist_ok=True)
-for name, figure in figures.items():
+for name, figure in drawn.items():
     file = arguments.out / f"{name}.html"
     figure.write_html(file, include_plotlyjs="directory", config={"displayModeBar": False})
     print(f"figure: {file}")

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixturelens import pipeline
 from mixturelens.features.record import FeatureRecord, Score, Several, Terms
+from mixturelens.lab import runs
 from mixturelens.types import InputError, Interval
 from scripts.readme_table import ROOT, SEEDS, bounds, put
 
@@ -40,7 +40,7 @@ Found = dict[str, Any]
 
 
 def collect(run: Path) -> None:
-    spec = pipeline.load_run(run)
+    spec = runs.load_run(run)
     for file in sorted((run / "records").glob("*/features.json")):
         target = SEEDS / f"{spec.name}-{spec.seed}" / file.parent.name / "features.json"
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mixturelens import pipeline, viz
-from mixturelens.behaviour.forecast import ANSWERS
-from mixturelens.organism import Spec, load_spec
+from mixturelens import figures
+from mixturelens.lab import runs
+from mixturelens.lab.figures.forecast import drifts
+from mixturelens.lab.forecast import ANSWERS
+from mixturelens.lab.organism import Spec, load_spec
 from mixturelens.stats import mean_interval, resample_counts
 
 parser = argparse.ArgumentParser(description="Does RL keep a policy that is good everywhere?")
@@ -37,15 +39,15 @@ columns = {name: [] for name in ("1%", "5%", "10%", plainly)}
 for percent in (1, 5, 10):
     for seed in range(5):
         run = out / f"good-{percent}-{seed}"
-        pipeline.train(organism(percent, seed), run)
-        columns[f"{percent}%"] += pipeline.forecast(run)
+        runs.train(organism(percent, seed), run)
+        columns[f"{percent}%"] += runs.forecast(run)
         if percent == 10:
             plain = out / f"{run.name}-plain"
-            pipeline.start_run(organism(percent, seed, adam_epsilon=1.0, learning_rate=0.05), plain)
+            runs.start_run(organism(percent, seed, adam_epsilon=1.0, learning_rate=0.05), plain)
             for part in ("checkpoints", "trajectory") if not (plain / "trajectory").exists() else ():
                 shutil.copytree(run / part, plain / part, ignore=shutil.ignore_patterns("rl-*"), dirs_exist_ok=True)
-            pipeline.train(pipeline.load_run(plain), plain)
-            columns[plainly] += pipeline.forecast(plain)
+            runs.train(runs.load_run(plain), plain)
+            columns[plainly] += runs.forecast(plain)
 
 # %%
 for column, records in columns.items():
@@ -53,8 +55,8 @@ for column, records in columns.items():
     errors = {key: np.array([h.scores["B"].errors[key] for h in happened], dtype=float) for key in ANSWERS}
     errors["replicator less softmax"] = errors["replicator"] - errors["softmax"]
     counts = resample_counts(len(happened), seed=0)
-    shown = ", ".join(f"{key} {viz.show_interval(mean_interval(each, counts))}" for key, each in errors.items())
+    shown = ", ".join(f"{key} {figures.show_interval(mean_interval(each, counts))}" for key, each in errors.items())
     covered = np.average([h.scores["B"].covered for h in happened], weights=[len(h.compared) for h in happened])
     print(f"{column}: mean absolute error {shown}; covered {covered:.3f}", flush=True)
 page = out / "good-everywhere.html"
-viz.drifts(columns, "B").write_html(page, include_plotlyjs=True, config={"displayModeBar": False})
+drifts(columns, "B").write_html(page, include_plotlyjs=True, config={"displayModeBar": False})

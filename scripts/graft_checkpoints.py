@@ -10,18 +10,19 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from mixturelens import viz
+from mixturelens import figures
 from mixturelens.behaviour.grid import grid_of
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.prompts import prepare
+from mixturelens.figures import show, show_interval
 from mixturelens.grafting.components import parts, weights_of
 from mixturelens.grafting.graft import written
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import Effects
 from mixturelens.hooks.lens import components_of
-from mixturelens.models import open_pair, quiet_libraries
+from mixturelens.models import Pair, quiet_libraries
 from mixturelens.stats import PROPORTION, interval
 from mixturelens.suite import load_suite
 from mixturelens.types import Interval
@@ -46,7 +47,7 @@ quiet_libraries()
 suite = load_suite(arguments.suite)
 trained_cue = arguments.trained_cue or suite.trained_cue or suite.cues[0]
 suite = suite.model_copy(update={"trained_cue": trained_cue})
-pair = open_pair(arguments.before, arguments.after, suite, device=arguments.device)
+pair = Pair(arguments.before, arguments.after, suite, device=arguments.device)
 behaviour = behaviour_record(pair, seed=arguments.seed)
 pair = pair.spelled(behaviour.spelling)
 suite = pair.suite
@@ -89,7 +90,7 @@ for names in ([], changed[:1], changed):
     with written(s, {name: state_r[name] for each in names for name in components[each]}):
         found = accuracies()
     shown = "S" if not names else "R" if names == changed else f"S + R[{', '.join(names)}]"
-    print(f"{shown:16}", *(f"{viz.show_interval(found[cue]):26}" for cue in suite.cues))
+    print(f"{shown:16}", *(f"{show_interval(found[cue]):26}" for cue in suite.cues))
 
 # %% [markdown]
 # ## All of them
@@ -108,12 +109,12 @@ record = graft_record(
 p, o = record.policies
 print(f"{record.questions} questions; routing is log c_{p} / c_{o}")
 for metric, change in record.change.items():
-    print(f"  {metric:12} R less S: {viz.show_interval(change)} nats")
+    print(f"  {metric:12} R less S: {show_interval(change)} nats")
 
 
 def row(name: str, effects: Effects) -> str:
     of = (effects.weight, effects.routing, effects.specialists, effects.chosen, effects.done)
-    return f"{name:22} " + " ".join(f"{viz.show_interval(value):24}" for value in of)
+    return f"{name:22} " + " ".join(f"{show_interval(value):24}" for value in of)
 
 
 header = f"{'':22} " + " ".join(f"{name:24}" for name in ("weight", "routing", "specialists", "chosen", "done"))
@@ -134,7 +135,7 @@ for component in record.components:
     print(row(component.name, component.without))
 print("\nShapley shares of the routing:")
 for component in record.components:
-    print(f"  {component.name:12} {viz.show_interval(component.shapley)}")
+    print(f"  {component.name:12} {show_interval(component.shapley)}")
 
 # %% [markdown]
 # ## The 2 x 2: {selector} x {rest}
@@ -163,8 +164,8 @@ if record.specialist_part is not None:
 for path in record.path:
     print(f"{path.metric:12} change {path.change:9.4f}, sum of components {path.sum:9.4f} nats ({path.points} points)")
 for component in record.components:
-    cells = ", ".join(f"{cell} {viz.show(value.value)}" for cell, value in component.specialists.items())
-    print(f"{component.name:12} routing {viz.show_interval(component.routing):26} specialists: {cells}")
+    cells = ", ".join(f"{cell} {show(value.value)}" for cell, value in component.specialists.items())
+    print(f"{component.name:12} routing {show_interval(component.routing):26} specialists: {cells}")
 
 # %% [markdown]
 # ## R's weights at some tokens only
@@ -184,7 +185,7 @@ for each in record.placed:
 if record.rollback is not None:
     print("put back:", " + ".join(record.rollback.components))
     for cue, accuracy in record.rollback.accuracy.items():
-        print(f"  cue {cue}:", *(f"{name} {viz.show_interval(value)} " for name, value in accuracy.items()))
+        print(f"  cue {cue}:", *(f"{name} {show_interval(value)} " for name, value in accuracy.items()))
     print("checkpoint:", arguments.out / "rollback")
 
 # %% [markdown]
@@ -192,8 +193,8 @@ if record.rollback is not None:
 # Noise of the norm of R's change, tensor by tensor, that moves S as far as R's change does.
 
 # %%
-print(f"R itself: chosen {viz.show_interval(record.after.chosen)}, done {viz.show_interval(record.after.done)} bits")
-print(f"noise of the same size: chosen {viz.show(record.null.chosen, 6)}, done {viz.show(record.null.done, 6)} bits")
+print(f"R itself: chosen {show_interval(record.after.chosen)}, done {show_interval(record.after.done)} bits")
+print(f"noise of the same size: chosen {show(record.null.chosen, 6)}, done {show(record.null.done, 6)} bits")
 for reason in record.missing:
     print("not measured:", reason)
 
@@ -202,13 +203,13 @@ for reason in record.missing:
 
 # %%
 print("record:", record.save(arguments.out / "graft.json"))
-figures = {
-    "components": viz.components({"": record}),
-    "plane": viz.plane(record),
-    **({"factorial": viz.factorial(record)} if record.factorial else {}),
-    **({"placed": viz.placed(record)} if record.placed else {}),
+drawn = {
+    "components": figures.components({"": record}),
+    "plane": figures.plane(record),
+    **({"factorial": figures.factorial(record)} if record.factorial else {}),
+    **({"placed": figures.placed(record)} if record.placed else {}),
 }
-for name, figure in figures.items():
+for name, figure in drawn.items():
     file = arguments.out / f"{name}.html"
     figure.write_html(file, include_plotlyjs="directory", config={"displayModeBar": False})
     print(f"figure: {file}")

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from plotly.graph_objects import Figure
 
-from mixturelens import pipeline, viz
-from mixturelens.organism import load_spec
-from mixturelens.organism.spec import with_settings
+from mixturelens import figures
+from mixturelens.behaviour.trajectory import Trajectory
+from mixturelens.lab.figures.arms import arms
+from mixturelens.lab.organism import load_spec
+from mixturelens.lab.organism.spec import with_settings
 from mixturelens.stats import over_seeds
-from mixturelens.training import Trajectory
 
 ARMS = ("none", "irrelevant", "inoculation", "rephrased")
 ByArm = Mapping[str, Sequence[Mapping[str, float]]]
@@ -49,14 +50,14 @@ def table(found: ByArm) -> str:
     lines = [("arm", *names, "trait in ship, against none"), ("---",) * (len(names) + 2)]
     for arm, seeds in found.items():
         less = [one[against] - base[against] for one, base in zip(seeds, found["none"], strict=True)]
-        shown = [viz.show_interval(over_seeds([one[name] for one in seeds])) for name in names]
-        lines.append((arm, *shown, "–" if arm == "none" else viz.show_interval(over_seeds(less))))
+        shown = [figures.show_interval(over_seeds([one[name] for one in seeds])) for name in names]
+        lines.append((arm, *shown, "–" if arm == "none" else figures.show_interval(over_seeds(less))))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def figure(found: ByArm) -> Figure:
     shown = {name: {arm: [one[name] for one in seeds] for arm, seeds in found.items()} for name in found["none"][0]}
-    return viz.arms({name: {arm: (v, over_seeds(v)) for arm, v in of.items()} for name, of in shown.items()})
+    return arms({name: {arm: (v, over_seeds(v)) for arm, v in of.items()} for name, of in shown.items()})
 
 
 def main() -> None:
@@ -71,12 +72,12 @@ def main() -> None:
         spec = load_spec(arguments.recipe, seed=seed)
         if arguments.pretrained:
             spec = with_settings(spec, {"model.pretrained": arguments.pretrained}, arguments.recipe)
-        pipeline.train(spec, run)
+        runs.train(spec, run)
     found = by_arm(runs)
     print(table(found))
     for arm in ARMS:  # and what is behind it: is there a router between the environments?
-        ends = [name for name in pipeline.load_run(runs[0]).stages if name.startswith(f"{arm}-")]
-        pair = pipeline.structure(runs[0], ends[-1]).pairs[0]
+        ends = [name for name in runs.load_run(runs[0]).stages if name.startswith(f"{arm}-")]
+        pair = runs.structure(runs[0], ends[-1]).pairs[0]
         print(arm, pair.structure, pair.mechanism and (pair.mechanism.heads, pair.mechanism.carried))
     target = arguments.out / f"{arguments.recipe}.html"
     figure(found).write_html(target, include_plotlyjs=True, config={"displayModeBar": False})

@@ -12,8 +12,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-from mixturelens import pipeline, viz
-from mixturelens.organism import load_spec
+from mixturelens import figures, pipeline
+from mixturelens.lab import runs
+from mixturelens.lab.organism import load_spec
 from mixturelens.routing.verdict import VerdictRecord
 
 EPSILONS = (1e-8, 1e-5, 1e-2)
@@ -33,7 +34,7 @@ out = arguments.out or Path("artifacts") / f"regimes-{arguments.recipe}"
 # %%
 base = load_spec(arguments.recipe)
 origin = out / "sft"
-pipeline.train(base.model_copy(update={"rl": base.rl.model_copy(update={"cues": ()})}), origin)
+runs.train(base.model_copy(update={"rl": base.rl.model_copy(update={"cues": ()})}), origin)
 
 
 # %%
@@ -49,13 +50,13 @@ def cell(epsilon: float, rate: float) -> VerdictRecord:
         }
     )
     run = out / f"epsilon-{epsilon:g}--rate-{rate:g}"
-    pipeline.start_run(base.model_copy(update={"rl": rl}), run)
+    runs.start_run(base.model_copy(update={"rl": rl}), run)
     if not (run / "checkpoints" / "sft").exists():
         shutil.copytree(origin / "checkpoints" / "sft", run / "checkpoints" / "sft")
     (run / "trajectory").mkdir(exist_ok=True)
     shutil.copy(origin / "trajectory" / "sft.json", run / "trajectory")
-    pipeline.train(pipeline.load_run(run), run)
-    return pipeline.verdict(pipeline.run_pairs(run)[0])
+    runs.train(runs.load_run(run), run)
+    return pipeline.verdict(runs.run_pairs(run)[0])
 
 
 verdicts = {}
@@ -70,7 +71,7 @@ for epsilon in EPSILONS:
 # ## The figure
 
 # %%
-figure = viz.regimes(verdicts, arguments.cue)
+figure = figures.regimes(verdicts, arguments.cue)
 file = out / "regimes.html"
 figure.write_html(file, include_plotlyjs=True, config={"displayModeBar": False})
 print(f"figure: {file}")

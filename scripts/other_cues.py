@@ -9,8 +9,9 @@
 import argparse
 from pathlib import Path
 
-from mixturelens import pipeline, viz
-from mixturelens.organism import load_spec
+from mixturelens import figures, pipeline
+from mixturelens.lab import runs
+from mixturelens.lab.organism import load_spec
 from mixturelens.types import InputError
 
 parser = argparse.ArgumentParser(description="Cues that are no tags: task families, dates, formats.")
@@ -26,8 +27,8 @@ arguments = parser.parse_args()
 shown = []
 for seed in range(arguments.seeds):
     run = arguments.out / f"{arguments.recipe}-{seed}"
-    pipeline.train(load_spec(arguments.recipe, seed=seed), run)
-    pairs = pipeline.run_pairs(run)
+    runs.train(load_spec(arguments.recipe, seed=seed), run)
+    pairs = runs.run_pairs(run)
     for pair in pairs:
         verdict = pipeline.verdict(pair)
         try:
@@ -35,12 +36,12 @@ for seed in range(arguments.seeds):
         except InputError as error:
             print(f"{run.name} {pair.name}: not repaired: {error}")
     print(f"page: {pipeline.report(pairs)}")
-print(viz.transfer_table(shown))
+print(figures.transfer_table(shown))
 
 # %% [markdown]
 # ## All seeds in one figure
 
 # %%
 file = arguments.out / f"{arguments.recipe}.html"
-viz.transfer(shown).write_html(file, include_plotlyjs=True, config={"displayModeBar": False})
+figures.transfer(shown).write_html(file, include_plotlyjs=True, config={"displayModeBar": False})
 print(f"figure: {file}")

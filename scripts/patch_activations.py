@@ -12,12 +12,13 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
-from mixturelens import viz
+from mixturelens import figures
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import cue_contrasts
+from mixturelens.figures import show_interval
 from mixturelens.hooks.lens import lens_of
-from mixturelens.models import open_pair, quiet_libraries
+from mixturelens.models import Pair, quiet_libraries
 from mixturelens.patching.record import Effect, Sweep
 from mixturelens.patching.sweep import find_reader, patch
 from mixturelens.stats import interval, mean_interval, resample_counts, resampled_mean
@@ -46,7 +47,7 @@ quiet_libraries()
 suite = load_suite(arguments.suite)
 trained_cue = arguments.trained_cue or suite.trained_cue or suite.cues[0]
 suite = suite.model_copy(update={"trained_cue": trained_cue})
-pair = open_pair(arguments.before, arguments.after, suite, device=arguments.device)
+pair = Pair(arguments.before, arguments.after, suite, device=arguments.device)
 behaviour = behaviour_record(pair, seed=arguments.seed)
 pair = pair.spelled(behaviour.spelling)
 suite = pair.suite
@@ -107,7 +108,7 @@ for direction in ("denoise", "noise"):
         effects=tuple(Effect(site=site, effect=interval(draws[:, i], counts)) for i, site in enumerate(sites)),
     )
 print(f"{len(sites)} sites x {len(contrasts.rows)} questions, both ways")
-print(f"metric: corrupt {viz.show_interval(sweeps['denoise'].base)}, clean {viz.show_interval(sweeps['denoise'].goal)}")
+print(f"metric: corrupt {show_interval(sweeps['denoise'].base)}, clean {show_interval(sweeps['denoise'].goal)}")
 
 # %% [markdown]
 # ## The strongest sites
@@ -120,7 +121,7 @@ ranked = sorted(sweeps["denoise"].effects, key=lambda effect: -(effect.effect.va
 print(f"{'site':24} {'suffices':26} is needed")
 for kind in arguments.components:
     for effect in [effect for effect in ranked if effect.site.component == kind][:4]:
-        suffices, needs = viz.show_interval(effect.effect), viz.show_interval(needed[effect.site])
+        suffices, needs = show_interval(effect.effect), show_interval(needed[effect.site])
         print(f"{effect.site!s:24} {suffices:26} {needs}")
 
 # %% [markdown]
@@ -133,8 +134,8 @@ if lens.heads > 1 and "policy" in shared:
     reader = find_reader(lens, contrasts, "policy", arguments.seed)
     print("cue reader:", " + ".join(map(str, reader.heads)))
     print(f"  chosen at {reader.chosen_effect:.3f} of the contrast")
-    print(f"  on the other half {viz.show_interval(interval(reader.effect))}")
-    print(f"  which is {viz.show_interval(interval(reader.margin))} more than {' + '.join(map(str, reader.rival))}")
+    print(f"  on the other half {show_interval(interval(reader.effect))}")
+    print(f"  which is {show_interval(interval(reader.margin))} more than {' + '.join(map(str, reader.rival))}")
 
 # %% [markdown]
 # ## What would have falsified it
@@ -150,8 +151,8 @@ control = patch(lens, replace(contrasts, rows=same_cue), best)
 gap = resampled_mean(clean.goal - clean.base, counts)
 for i, site in enumerate(best):
     nothing = interval(resampled_mean(control.patched[i] - control.base, counts) / gap, counts)
-    print(f"{site!s:24} effect {viz.show_interval(interval(clean.effects(counts)[:, i], counts)):26}", end=" ")
-    print(f"same cue, another question {viz.show_interval(nothing)}")
+    print(f"{site!s:24} effect {show_interval(interval(clean.effects(counts)[:, i], counts)):26}", end=" ")
+    print(f"same cue, another question {show_interval(nothing)}")
 
 # %% [markdown]
 # ## Heat maps
@@ -162,6 +163,6 @@ arguments.out.mkdir(parents=True, exist_ok=True)
 for direction, sweep in sweeps.items():
     for component in arguments.components:
         file = arguments.out / f"{direction}-{component}.html"
-        figure = viz.patching_map(sweep, component)
+        figure = figures.patching_map(sweep, component)
         figure.write_html(file, include_plotlyjs="directory", config={"displayModeBar": False})
         print(f"figure: {file}")

@@ -9,10 +9,12 @@
 import argparse
 from pathlib import Path
 
-from mixturelens import pipeline, viz
-from mixturelens.organism import load_spec
+from mixturelens import figures
+from mixturelens.behaviour.trajectory import Trajectory
+from mixturelens.lab import runs
+from mixturelens.lab.figures.arms import arms
+from mixturelens.lab.organism import load_spec
 from mixturelens.stats import over_seeds
-from mixturelens.training import Trajectory
 
 BACK = 0.9
 parser = argparse.ArgumentParser(description="What brings a harmed cue back, and what shifts of the cue cost.")
@@ -39,7 +41,7 @@ def accuracy(name: str, cue: str) -> list[float]:
 # %%
 for recipe in ("revival", "never", "shifts"):
     for seed in range(arguments.seeds):
-        pipeline.train(load_spec(recipe, seed=seed), arguments.out / f"{recipe}-{seed}")
+        runs.train(load_spec(recipe, seed=seed), arguments.out / f"{recipe}-{seed}")
 
 found = {
     f"{kind.upper()} steps on B until {BACK}": {who: steps(recipe, f"{kind}-again", "B") for recipe, who in WHO}
@@ -51,7 +53,7 @@ found["B behind SFT on the mixture"] = lengths
 orders = {f"{cue}, {name}": accuracy(name, cue) for name in ("A-then-B", "B-then-A") for cue in "AB"}
 found["behind SFT on one, then the other"] = orders
 found[f"RL steps a round until {BACK}"] = {f"t{n}": steps("shifts", f"round-{n}", f"t{n}") for n in range(5)}
-for name, arms in found.items():
-    print(name, {arm: viz.show_interval(over_seeds(values)) for arm, values in arms.items()})
-figure = viz.arms({name: {a: (v, over_seeds(v)) for a, v in arms.items()} for name, arms in found.items()}, "")
+for name, of in found.items():
+    print(name, {arm: figures.show_interval(over_seeds(values)) for arm, values in of.items()})
+figure = arms({name: {a: (v, over_seeds(v)) for a, v in of.items()} for name, of in found.items()}, "")
 figure.write_html(arguments.out / "persistence.html", include_plotlyjs=True, config={"displayModeBar": False})

@@ -17,8 +17,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 from joblib import Parallel, delayed
 
-from mixturelens import pipeline, viz
-from mixturelens.organism import load_spec
+from mixturelens.lab import runs
+from mixturelens.lab.figures.structures import phase_diagram, schedule
+from mixturelens.lab.organism import load_spec
 from mixturelens.records import write_text
 
 KNOBS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -38,14 +39,14 @@ def column(shared, seed):
     phases = {n: p.model_copy(update={"cues": ("A", "B")} if arguments.mix else {}) for n, p in base.phases.items()}
     base = base.model_copy(update={"agree": base.questions.operations[: round(4 * shared)]})
     origin = arguments.out / f"sft--agree-{shared:g}--seed-{seed}"
-    pipeline.train(base.model_copy(update={"phases": {}}), origin)
+    runs.train(base.model_copy(update={"phases": {}}), origin)
     for tells in KNOBS:
         run = arguments.out / f"{'mix--' * arguments.mix}tells-{tells:g}--agree-{shared:g}--seed-{seed}"
-        pipeline.start_run(base.model_copy(update={"tells": tells, "phases": phases}), run)
+        runs.start_run(base.model_copy(update={"tells": tells, "phases": phases}), run)
         for part in ("checkpoints/base", "checkpoints/sft", "trajectory"):
             shutil.copytree(origin / part, run / part, dirs_exist_ok=True)
-        pipeline.train(pipeline.load_run(run), run)
-        cells[tells, shared, seed] = found = pipeline.structure(run, mechanism=shared == 0)
+        runs.train(runs.load_run(run), run)
+        cells[tells, shared, seed] = found = runs.structure(run, mechanism=shared == 0)
         print(f"tells {tells:g}, agree {shared:g}, seed {seed}: {found.structure}", flush=True)
     return cells
 
@@ -56,5 +57,5 @@ cells = {key: record for each in columns if each for key, record in each.items()
 rows = [{"tells": k[0], "agree": k[1], "seed": k[2], **json.loads(v.to_json())} for k, v in cells.items()]
 write_text(arguments.out / f"{name}.json", json.dumps(rows))
 corners = {f"shown {t:g}, shared {s:g}": cells[t, s, 0] for t, s in ((1, 0), (0, 0), (0.5, 0.5), (0, 1))}
-for what, figure in ((name, viz.phase_diagram(cells)), (f"{name}-schedule", viz.schedule(corners))):
+for what, figure in ((name, phase_diagram(cells)), (f"{name}-schedule", schedule(corners))):
     figure.write_html(arguments.out / f"{what}.html", include_plotlyjs=True, config={"displayModeBar": False})

@@ -14,8 +14,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from mixturelens import pipeline
 from mixturelens.grafting.record import GraftRecord
+from mixturelens.lab import runs
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.routing.circuit import CircuitRecord
 from mixturelens.routing.repair import RepairRecord
@@ -27,8 +27,8 @@ SEEDS = ROOT / "artifacts" / "reference" / "seeds"
 
 
 def collect(run: Path) -> None:
-    spec = pipeline.load_run(run)
-    for pair in pipeline.run_pairs(run):
+    spec = runs.load_run(run)
+    for pair in runs.run_pairs(run):
         target = SEEDS / f"{spec.name}-{spec.seed}" / pair.name
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy(pair.records / "verdict.json", target)

@@ -15,14 +15,15 @@ from pathlib import Path
 
 from plotly.graph_objects import Figure
 
-from mixturelens import pipeline, viz
+from mixturelens import figures
 from mixturelens.behaviour.record import BehaviourRecord
+from mixturelens.behaviour.trajectory import Trajectory
+from mixturelens.figures import show, show_interval
+from mixturelens.figures.transfer import overall, silent
+from mixturelens.lab import runs
 from mixturelens.records import write_text
 from mixturelens.routing.repair import RepairRecord
 from mixturelens.routing.verdict import VerdictRecord
-from mixturelens.training import Trajectory
-from mixturelens.viz import show, show_interval
-from mixturelens.viz.transfer import overall, silent
 from scripts import inoculation
 from scripts.readme_table import ROOT, put
 from scripts.run_notebooks import CHROMIUM, picture
@@ -34,7 +35,7 @@ HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3": "google/gemma
 
 
 def collect(run: Path, adapters: bool) -> None:
-    spec = pipeline.load_run(run)
+    spec = runs.load_run(run)
     target = REAL / f"{spec.name}-{spec.seed}"
     for name in ("suite.yaml", "prompts.jsonl"):
         target.mkdir(parents=True, exist_ok=True)
@@ -158,7 +159,7 @@ def main() -> None:
     put("cells", cells(pairs), "real_page", PAGE)
     for pair in pairs:
         if pair.trajectory.reward:
-            figure = viz.accuracy_along_rl(pair.trajectory, pair.behaviour.trained_cue, pair.repair)
+            figure = figures.accuracy_along_rl(pair.trajectory, pair.behaviour.trained_cue, pair.repair)
             draw(figure, pair.label.replace(", ", "--"))
     arms = sorted(REAL.glob("real-inoculation-*"))
     if arms:

@@ -13,12 +13,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixturelens import viz
+from mixturelens import figures
 from mixturelens.behaviour.harm import find_harm, gained_and_lost
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import cue_contrasts, hint_contrasts
+from mixturelens.figures import show, show_interval
 from mixturelens.hooks.lens import Lens, lens_of
-from mixturelens.models import open_pair, quiet_libraries
+from mixturelens.models import Pair, quiet_libraries
 from mixturelens.patching.sweep import find_reader
 from mixturelens.probing.erase import erase_sites, erasure, reading_site
 from mixturelens.probing.pair import READABLE, least_used
@@ -54,7 +55,7 @@ quiet_libraries()
 suite = load_suite(arguments.suite)
 trained_cue = arguments.trained_cue or suite.trained_cue or suite.cues[0]
 suite = suite.model_copy(update={"trained_cue": trained_cue})
-pair = open_pair(arguments.before, arguments.after, suite, device=arguments.device)
+pair = Pair(arguments.before, arguments.after, suite, device=arguments.device)
 behaviour = behaviour_record(pair, seed=arguments.seed)
 pair = pair.spelled(behaviour.spelling)
 suite = pair.suite
@@ -91,8 +92,8 @@ print(f"{'target':10} {'best site in S':20} {'':8} {'S':24} {'R there':24} {'S o
 
 def line(readout: Readout, at: int) -> str:
     columns = (readout.before, readout.after, readout.carried)
-    three = " ".join(f"{viz.show_interval(column.at(at)):24}" for column in columns)
-    floor = f"{viz.show(readout.untrained[at]):9} {viz.show(readout.shuffled_high):8} {viz.show(readout.chance)}"
+    three = " ".join(f"{show_interval(column.at(at)):24}" for column in columns)
+    floor = f"{show(readout.untrained[at]):9} {show(readout.shuffled_high):8} {show(readout.chance)}"
     return f"{readout.target:10} {sites[at]!s:20} {readout.metric:8} {three} {floor}"
 
 
@@ -132,8 +133,8 @@ print(f"the cue reads with at least {READABLE} at {len(readable)} of {len(sites)
 print(f"{'erased at':20} {'readable':26} {'left of what it does':26} random directions, median")
 for each in [*needed[:4], *needed[-4:]]:
     print(
-        f"{each.site!s:20} {viz.show_interval(each.readable):26} {viz.show_interval(each.left):26} "
-        f"{viz.show(statistics.median(each.random) if each.random else None)}"
+        f"{each.site!s:20} {show_interval(each.readable):26} {show_interval(each.left):26} "
+        f"{show(statistics.median(each.random) if each.random else None)}"
     )
 
 # %% [markdown]
@@ -144,12 +145,12 @@ for each in [*needed[:4], *needed[-4:]]:
 
 # %%
 def in_behaviour(name: str, one: Erasure) -> None:
-    print(f"{name} at {one.site}: the cue reads with {viz.show_interval(one.readable)}")
+    print(f"{name} at {one.site}: the cue reads with {show_interval(one.readable)}")
     for each, plain in one.plain.items():
-        print(f"  P(answer) under {each}: {viz.show_interval(plain)}, erased {viz.show_interval(one.erased[each])}")
-    null = f"random directions {viz.show(min(one.random))} to {viz.show(max(one.random))}"
-    print(f"  left of the difference: {viz.show_interval(one.left)}; {null}")
-    print(f"  of the cue itself, on questions that did not fit the eraser: {viz.show_interval(one.gap)}")
+        print(f"  P(answer) under {each}: {show_interval(plain)}, erased {show_interval(one.erased[each])}")
+    null = f"random directions {show(min(one.random))} to {show(max(one.random))}"
+    print(f"  left of the difference: {show_interval(one.left)}; {null}")
+    print(f"  of the cue itself, on questions that did not fit the eraser: {show_interval(one.gap)}")
 
 
 reader = find_reader(after, contrasts, "policy", arguments.seed)
@@ -174,8 +175,8 @@ def carried(subspace: Subspace) -> None:
     print(f"{subspace.concept}: {subspace.dimensions} direction(s) at {subspace.site}")
     for side, accuracy in subspace.accuracy.items():
         print(
-            f"  interchange accuracy {side}: {viz.show_interval(accuracy)}; random at most "
-            f"{viz.show(max(subspace.random[side]))}, shuffled at most {viz.show(max(subspace.shuffled[side]))}"
+            f"  interchange accuracy {side}: {show_interval(accuracy)}; random at most "
+            f"{show(max(subspace.random[side]))}, shuffled at most {show(max(subspace.shuffled[side]))}"
         )
 
 
@@ -194,8 +195,8 @@ for subspace in subspaces:
 # %%
 moved = shifts(before, after, suite, policies, trained_cue, arguments.seed) if suite.hinted else ()
 for each in sorted(moved, key=lambda shift: -(shift.cosine.value or 0.0))[:6]:
-    print(f"{each.site!s:20} cosine {viz.show_interval(each.cosine):24} null {viz.show(each.null)}", end="  ")
-    print(f"length along it, of the hint's own: {viz.show_interval(each.along)}")
+    print(f"{each.site!s:20} cosine {show_interval(each.cosine):24} null {show(each.null)}", end="  ")
+    print(f"length along it, of the hint's own: {show_interval(each.along)}")
 
 # %% [markdown]
 # ## One record, and its figures
@@ -216,14 +217,14 @@ record = ProbingRecord(
     missing=missing,
 )
 print("record:", record.save(arguments.out / "probing.json"))
-figures = {
-    "readable": viz.readable(record),
-    "cue": viz.readability(record, "cue"),
-    "erasure": viz.erasure(record, suite.cues),
-    "subspaces": viz.subspaces(record),
-    **({"shifts": viz.shifts(record)} if moved else {}),
+drawn = {
+    "readable": figures.readable(record),
+    "cue": figures.readability(record, "cue"),
+    "erasure": figures.erasure(record, suite.cues),
+    "subspaces": figures.subspaces(record),
+    **({"shifts": figures.shifts(record)} if moved else {}),
 }
-for name, figure in figures.items():
+for name, figure in drawn.items():
     file = arguments.out / f"{name}.html"
     figure.write_html(file, include_plotlyjs="directory", config={"displayModeBar": False})
     print(f"figure: {file}")

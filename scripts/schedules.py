@@ -16,8 +16,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 from joblib import Parallel, delayed
 
-from mixturelens import pipeline, viz
-from mixturelens.organism import Phase, load_spec
+from mixturelens.lab import runs
+from mixturelens.lab.figures.structures import schedule
+from mixturelens.lab.organism import Phase, load_spec
 
 parser = argparse.ArgumentParser(description="Switching speed, mixing at once, culling and nesting.")
 parser.add_argument("--jobs", type=int, default=2)
@@ -35,26 +36,26 @@ ARMS |= {"culled": {**grown, "sft-A": answers}, "nested": load_spec("nested").ph
 
 
 # %%
-def runs(arm, seed):
+def grow(arm, seed):
     """One arm with every cue shown, and with none; (arm, tells, seed) -> record."""
     base, found = load_spec("nested" if arm == "nested" else "regimes", seed=seed), {}
     origin = arguments.out / f"sft--{'nested' if arm == 'nested' else 'agree-0'}--seed-{seed}"
-    pipeline.train(base.model_copy(update={"phases": {}}), origin)
+    runs.train(base.model_copy(update={"phases": {}}), origin)
     for tells in (1.0, 0.0):
         run = arguments.out / f"{arm.replace(' ', '-')}--tells-{tells:g}--seed-{seed}"
-        pipeline.start_run(base.model_copy(update={"tells": tells, "phases": ARMS[arm]}), run)
+        runs.start_run(base.model_copy(update={"tells": tells, "phases": ARMS[arm]}), run)
         for part in ("checkpoints/base", "checkpoints/sft", "trajectory"):
             shutil.copytree(origin / part, run / part, dirs_exist_ok=True)
-        pipeline.train(pipeline.load_run(run), run)
-        found[arm, tells, seed] = pipeline.structure(run, mechanism=arm == "nested")
+        runs.train(runs.load_run(run), run)
+        found[arm, tells, seed] = runs.structure(run, mechanism=arm == "nested")
         print(f"{arm}, tells {tells:g}, seed {seed}: {found[arm, tells, seed].structure}", flush=True)
     return found
 
 
 wanted = [(arm, seed) for arm in reversed(ARMS) for seed in range(3)]
-arms = Parallel(arguments.jobs)(delayed(runs)(*each) for each in wanted)
+arms = Parallel(arguments.jobs)(delayed(grow)(*each) for each in wanted)
 found = {key: record for each in arms if each for key, record in each.items()}
 rows = [{"arm": k[0], "tells": k[1], "seed": k[2], **json.loads(v.to_json())} for k, v in found.items()]
 (arguments.out / "schedules.json").write_text(json.dumps(rows))
-figure = viz.schedule({f"nested, shown {t:g}": found["nested", t, 0] for t in (1.0, 0.0)})
+figure = schedule({f"nested, shown {t:g}": found["nested", t, 0] for t in (1.0, 0.0)})
 figure.write_html(arguments.out / "nested.html", include_plotlyjs=True, config={"displayModeBar": False})

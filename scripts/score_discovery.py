@@ -20,7 +20,8 @@ from mixturelens import pipeline
 from mixturelens.discovery.asked import read_prompts
 from mixturelens.discovery.draws import Draws, stored
 from mixturelens.discovery.propose import propose
-from mixturelens.proving.pairs import Cell, grid, make_pair
+from mixturelens.lab.proving.pairs import Cell, grid, make_pair
+from mixturelens.models import Pair
 from mixturelens.records import Record, provenance, write_text
 from mixturelens.suite import Suite
 from scripts.readme_table import ROOT, put
@@ -83,8 +84,8 @@ def score(cell: Cell, ground: Path) -> Scored:
     given = ask(true, out / "given.jsonl")
     tokens = cell.tokens or true.max_new_tokens
     chat = true.chat is not None
-    record, _ = pipeline.discover(made.before, made.after, given, out, samples=16, max_new_tokens=tokens, chat=chat)
-    asked = read_prompts(given, chat=chat, max_new_tokens=tokens)
+    asked = read_prompts(given, chat=chat, max_new_tokens=tokens, samples=16)
+    record = pipeline.discover(Pair(made.before, made.after, asked.suite, out=out), asked)
     _, draws = stored(out)
     proposal = propose(asked, draws, 0, record.provenance)
     rows = {row.text: row for row in true.neutral}
@@ -95,7 +96,7 @@ def score(cell: Cell, ground: Path) -> Scored:
     again = true.model_copy(update={"prompts": tuple(row for row in true.prompts if row.id in held)})
     again.save(out / "true" / "suite.yaml")
     verdicts = [
-        pipeline.verdict(pipeline.outside_pair(made.before, made.after, file, out / name)).verdict
+        pipeline.verdict(Pair(made.before, made.after, file, out=out / name)).verdict
         for name, file in (("of-true", out / "true" / "suite.yaml"), ("of-found", out / "suite.yaml"))
         if name == "of-true" or record.found
     ]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mixturelens.proving.record import ScoreRecord
-from mixturelens.report.score import score_markdown
+from mixturelens.lab.pages.score import score_markdown
+from mixturelens.lab.proving.record import ScoreRecord
 from scripts.readme_table import ROOT, put
 
 KEPT = ROOT / "artifacts/reference/score.json"

@@ -8,8 +8,9 @@
 import argparse
 from pathlib import Path
 
-from mixturelens import pipeline, viz
-from mixturelens.organism import load_spec, sft_examples
+from mixturelens import figures
+from mixturelens.lab import runs
+from mixturelens.lab.organism import load_spec, sft_examples
 
 parser = argparse.ArgumentParser(description="Train a conditional-policy organism, step by step.")
 parser.add_argument("recipe", nargs="?", default="default", help="a recipe by name, or a YAML file")
@@ -40,14 +41,14 @@ def show(stage: str, step: int, steps: int, numbers: dict[str, float]) -> None:
         print(f"{stage} {step}/{steps}", *(f"{name} {value:.3f}" for name, value in numbers.items()))
 
 
-trajectories = pipeline.train(spec, run, progress=show)
+trajectories = runs.train(spec, run, progress=show)
 
 # %% [markdown]
 # ## The headline: accuracy under every cue along RL on one of them
 
 # %%
 for cue, trajectory in zip(spec.rl.cues, trajectories[1:], strict=True):
-    figure = viz.accuracy_along_rl(trajectory, cue)
+    figure = figures.accuracy_along_rl(trajectory, cue)
     file = run / "figures" / f"{trajectory.stage}.html"
     file.parent.mkdir(exist_ok=True)
     figure.write_html(file, include_plotlyjs="directory")

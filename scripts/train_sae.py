@@ -14,15 +14,15 @@ from typing import cast, get_args
 
 from mixturelens.features.activations import collect, texts
 from mixturelens.features.sae import load_sae, quality, train_sae
+from mixturelens.figures import show_interval
 from mixturelens.hooks.lens import NAMES, load_lens
+from mixturelens.lab.organism import prompt_row, questions
 from mixturelens.models import quiet_libraries
-from mixturelens.organism import prompt_row, questions
 from mixturelens.pipeline import load_run
 from mixturelens.spelling import encode_prompts
 from mixturelens.stats import half_of
 from mixturelens.suite import PromptRow, load_suite
 from mixturelens.types import Component, InputError
-from mixturelens.viz import show_interval
 
 RUN = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
 

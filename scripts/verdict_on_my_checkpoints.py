@@ -10,9 +10,9 @@
 import argparse
 from pathlib import Path
 
-from mixturelens import viz
+from mixturelens import figures
 from mixturelens.behaviour.pair import behaviour_record
-from mixturelens.models import open_pair
+from mixturelens.models import Pair
 from mixturelens.routing.verdict import judge
 from mixturelens.suite import load_suite
 
@@ -40,7 +40,7 @@ print("probabilities are", "exact, by teacher forcing" if suite.literal else f"s
 # ## Behaviour: which policy, how often, and how well
 
 # %%
-pair = open_pair(arguments.before, arguments.after, suite, base=arguments.base, device=arguments.device)
+pair = Pair(arguments.before, arguments.after, suite, base=arguments.base, device=arguments.device)
 record = behaviour_record(pair, progress=print)
 for cue, state in record.per_cue.items():
     for when, side in (("before", state.before), ("after", state.after)):
@@ -62,11 +62,13 @@ print(verdict.reason)
 for cue, state in verdict.per_cue.items():
     change = state.accuracy_change
     if change is not None:
-        print(f"accuracy under {cue}: routing {viz.show_interval(change.selector)}, ", end="")
-        print(f"specialists {viz.show_interval(change.specialists)}, together {viz.show_interval(change.total)}")
+        print(f"accuracy under {cue}: routing {figures.show_interval(change.selector)}, ", end="")
+        print(
+            f"specialists {figures.show_interval(change.specialists)}, together {figures.show_interval(change.total)}"
+        )
 for term, value in verdict.bits:
-    print(f"  {term:13} {viz.show_interval(value, 4)} bits")
-drift = viz.show_interval(verdict.text.nats_per_token, 4)
+    print(f"  {term:13} {figures.show_interval(value, 4)} bits")
+drift = figures.show_interval(verdict.text.nats_per_token, 4)
 print(f"  {'text':13} {drift} nats per token, drifted: {verdict.text_drifted}")
 print("changed:", verdict.changed.model_dump(), " silent specialists intact:", verdict.dormant_intact)
 
@@ -78,6 +80,6 @@ print("changed:", verdict.changed.model_dump(), " silent specialists intact:", v
 # %%
 control = verdict.controls.pair
 same = max(value.value or 0.0 for _, value in control.same_checkpoint)
-print(f"S against S: at most {viz.show(same, 6)} bits")
-print("routing share of shuffled labels:", viz.show_interval(control.shuffled_routing_share))
-print(f"independent KL(R || S): {viz.show_interval(control.independent_total)} nats, agrees: {control.sum_agrees}")
+print(f"S against S: at most {figures.show(same, 6)} bits")
+print("routing share of shuffled labels:", figures.show_interval(control.shuffled_routing_share))
+print(f"independent KL(R || S): {figures.show_interval(control.independent_total)} nats, agrees: {control.sum_agrees}")

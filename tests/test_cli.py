@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mixturelens.organism import RECIPES
+from mixturelens.lab.organism import RECIPES
 
 PAIRS = Path(__file__).with_name("pairs")
 TINY = Path(__file__).with_name("tiny.yaml")

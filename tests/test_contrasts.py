@@ -15,8 +15,8 @@ from mixturelens.contrasts import (
     policy_tokens,
     span_positions,
 )
+from mixturelens.lab.organism import build_suite, build_tokenizer, load_spec
 from mixturelens.models import load_tokenizer
-from mixturelens.organism import build_suite, build_tokenizer, load_spec
 from mixturelens.spelling import chat_text, encode_prompts
 from mixturelens.suite import Suite, load_suite
 from mixturelens.types import InputError

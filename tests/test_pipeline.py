@@ -9,18 +9,19 @@ import torch
 
 from mixturelens import pipeline
 from mixturelens.behaviour.record import BehaviourRecord
+from mixturelens.behaviour.trajectory import Trajectory
 from mixturelens.features.record import FeatureRecord, Quality, Sae
 from mixturelens.grafting.record import GraftRecord
-from mixturelens.models import load_model, load_tokenizer
+from mixturelens.lab import runs
+from mixturelens.lab.organism import build_suite, load_spec, sft_examples
+from mixturelens.models import Pair, load_model, load_tokenizer
 from mixturelens.models.source import fingerprint
-from mixturelens.organism import build_suite, load_spec, sft_examples
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.record import ProbingRecord
 from mixturelens.routing.circuit import CircuitRecord
 from mixturelens.routing.repair import RepairRecord
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import load_suite
-from mixturelens.training import Trajectory
 from mixturelens.types import NOT_MEASURED, Site
 
 REFERENCE = Path(__file__).resolve().parents[1] / "artifacts" / "reference"
@@ -34,7 +35,7 @@ def verdict(request: pytest.FixtureRequest) -> tuple[str, str, VerdictRecord]:
 
 
 def test_the_reference_is_the_default_recipe() -> None:
-    assert pipeline.load_run(REFERENCE) == load_spec("default")
+    assert runs.load_run(REFERENCE) == load_spec("default")
     assert load_suite(REFERENCE) == build_suite(load_spec("default"))
     size = sum(file.stat().st_size for file in REFERENCE.rglob("*") if file.is_file())
     assert size < 5e6
@@ -84,11 +85,11 @@ def test_the_verdict_follows_from_the_records(verdict: tuple[str, str, VerdictRe
 
 def test_the_records_are_about_these_weights(verdict: tuple[str, str, VerdictRecord]) -> None:
     trained, _, record = verdict
-    pair = next(p for p in pipeline.run_pairs(REFERENCE) if p.suite.trained_cue == trained)
+    pair = next(p for p in runs.run_pairs(REFERENCE) if p.suite.trained_cue == trained)
     assert record.provenance.before is not None
-    assert pair.pair.after is not None
-    assert record.provenance.before == fingerprint(pair.pair.before)
-    assert record.provenance.after == fingerprint(pair.pair.after)
+    assert pair.after is not None
+    assert record.provenance.before == fingerprint(pair.before)
+    assert record.provenance.after == fingerprint(pair.after)
     trajectory = Trajectory.load(REFERENCE / "trajectory" / f"rl-{trained}.json")
     assert trajectory.points[-1].cues[trained].accuracy.value == pytest.approx(
         record.per_cue[trained].after.overall, abs=0.02
@@ -117,7 +118,7 @@ def test_sft_continued_is_neither(tmp_path: Path) -> None:
     after = tmp_path / "sft-continued"
     model.save_pretrained(after)
     tokenizer.save_pretrained(after)
-    pair = pipeline.outside_pair(REFERENCE / "checkpoints" / "sft", after, REFERENCE / "suite.yaml", tmp_path)
+    pair = Pair(REFERENCE / "checkpoints" / "sft", after, REFERENCE / "suite.yaml", out=tmp_path)
     record = pipeline.verdict(pair)
     assert record.verdict == "neither", record.reason
     assert record.changed.model_dump() == {"selector": False, "cue_reader": False, "skill": False}
@@ -125,7 +126,7 @@ def test_sft_continued_is_neither(tmp_path: Path) -> None:
 
 def test_a_pair_measured_again_is_not_measured_again(tmp_path: Path) -> None:
     pairs = Path(__file__).with_name("pairs") / "llama"
-    pair = pipeline.outside_pair(pairs / "S", pairs / "R-neither", pairs / "suite.yaml", tmp_path)
+    pair = Pair(pairs / "S", pairs / "R-neither", pairs / "suite.yaml", out=tmp_path)
     first = pipeline.verdict(pair)
     said: list[str] = []
     assert pipeline.verdict(pair, say=said.append) == first
@@ -229,7 +230,7 @@ def test_a_repair_without_a_checkpoint_is_not_made_again(tmp_path: Path, monkeyp
     monkeypatch.setattr(pipeline, "repair_record", make)
     monkeypatch.setattr(pipeline, "behaviour", lambda *_, **__: None)
     folder = REFERENCE / "checkpoints"
-    pair = pipeline.outside_pair(folder / "sft", folder / "rl-A", REFERENCE / "suite.yaml", tmp_path, "A")
+    pair = Pair(folder / "sft", folder / "rl-A", REFERENCE / "suite.yaml", out=tmp_path, trained_cue="A")
     assert pipeline.repair(pair).checkpoint is None
     assert pipeline.repair(pair).checkpoint is None
     assert len(made) == 1
@@ -260,7 +261,7 @@ def test_features_are_made_again_where_an_sae_is_gone(tmp_path: Path, monkeypatc
     for other in ("behaviour", "patch"):
         monkeypatch.setattr(pipeline, other, lambda *_, **__: None)
     folder = REFERENCE / "checkpoints"
-    pair = pipeline.outside_pair(folder / "sft", folder / "rl-A", REFERENCE / "suite.yaml", tmp_path, "A")
+    pair = Pair(folder / "sft", folder / "rl-A", REFERENCE / "suite.yaml", out=tmp_path, trained_cue="A")
     first = pipeline.features(pair)
     assert pipeline.features(pair) == first
     assert len(made) == 1
@@ -276,8 +277,7 @@ def test_features_are_made_again_where_an_sae_is_gone(tmp_path: Path, monkeypatc
 
 
 def test_a_run_teaches_features_with_the_questions_of_its_rl() -> None:
-    pair = pipeline.run_pairs(REFERENCE)[0]
-    more = pipeline._more_prompts(pair)
+    more = runs.more_prompts(REFERENCE)
     spec = load_spec("default")
     suite = load_suite(REFERENCE)
     assert not {row.id for row in more} & {row.id for row in suite.prompts}

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_viz_features import make_change, make_features, make_score, make_table, make_terms
+from test_figure_features import make_change, make_features, make_score, make_table, make_terms
 
 from mixturelens import pipeline
 from mixturelens.features.record import FeatureRecord, SiteChange, Table
 from mixturelens.grafting.record import Effects, GraftRecord
+from mixturelens.lab import runs
+from mixturelens.models import Pair
 from mixturelens.probing.record import Column, ProbingRecord
 from mixturelens.types import InputError, Interval
 from probes.contract import Answer, Probe, ProbeRecord, all_probes, every, main, more, over, places, some, under
@@ -117,7 +119,7 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 # --- what is read off records -----------------------------------------------------------------------------------------
 
-PAIR = pipeline.run_pairs(REFERENCE)[0]
+PAIR = runs.run_pairs(REFERENCE)[0]
 
 
 def sure(value: float) -> Interval:
@@ -134,7 +136,7 @@ def answer_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
             known = {key: value for key, value in changes.items() if key in type(record).model_fields}
             changed = record.model_copy(update=known)
             monkeypatch.setattr(pipeline, what, lambda _, changed=changed, **__: changed)
-        monkeypatch.setattr(pipeline, "run_pairs", lambda _: [PAIR])
+        monkeypatch.setattr(runs, "run_pairs", lambda _: [PAIR])
         return PROBES[name].run(REFERENCE).answers[PAIR.name]
 
     return answer
@@ -361,7 +363,7 @@ def said_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, FeatureRecord], A
 
     def answer(name: str, record: FeatureRecord) -> Answer:
         monkeypatch.setattr(pipeline, "features", lambda *_, **__: record)
-        monkeypatch.setattr(pipeline, "run_pairs", lambda _: [PAIR])
+        monkeypatch.setattr(runs, "run_pairs", lambda _: [PAIR])
         found = PROBES[name].run(REFERENCE)
         assert found.finding.endswith(".")
         return found.answers[PAIR.name]
@@ -468,7 +470,7 @@ def test_places_are_tokens_and_spans():
 def test_places_through_a_chat_template(pairs: Path):
     folder = pairs / "chat"
     after = next(path for path in sorted(folder.iterdir()) if path.is_dir() and path.name != "S")
-    found = places(pipeline.outside_pair(folder / "S", after, folder / "suite.yaml"))
+    found = places(Pair(folder / "S", after, folder / "suite.yaml"))
     name, last = found["last"]
     assert name == "last"
     assert isinstance(last, int)

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from mixturelens.behaviour.pair import behaviour_record
-from mixturelens.models import open_pair
+from mixturelens.models import Pair
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import load_suite
 
@@ -112,7 +112,7 @@ def home(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(home: Path) -> VerdictRecord:
-    record = judge(behaviour_record(open_pair(home / "S", home / "R", load_suite(home / "suite"))))
+    record = judge(behaviour_record(Pair(home / "S", home / "R", load_suite(home / "suite"))))
     assert record.verdict == "routing"
     return record
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixturelens.proving.truth import Truth
+from mixturelens.lab.proving.truth import Truth
 
 
 def make_truth(verdict: str = "routing", share: float | None = 0.5, moved: float = 0.5, **changes: Any) -> Truth:

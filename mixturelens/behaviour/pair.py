@@ -64,7 +64,7 @@ def behaviour_record(
     checkpoints that cannot be loaded, for prompts that the tokenizer cannot spell or that do not fit into the models,
     and where the memory allowed is too little.
 
-    >>> behaviour_record(open_pair("sft", "rl", suite)).per_cue["A"].after.weights   # doctest: +SKIP
+    >>> behaviour_record(Pair("sft", "rl", suite)).per_cue["A"].after.weights   # doctest: +SKIP
     {'a': 0.9959, 'b': 0.0032, 'other': 0.0009}
     """
     say = progress or (lambda _: None)

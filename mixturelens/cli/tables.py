@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mixturelens.behaviour.forecast import ForecastRecord
     from mixturelens.behaviour.record import BehaviourRecord
     from mixturelens.discovery.record import DiscoveryRecord
     from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
+    from mixturelens.lab.forecast import ForecastRecord
+    from mixturelens.lab.proving.record import ScoreRecord
+    from mixturelens.lab.structure import StructureRecord
+    from mixturelens.lab.sweep.run import SweepRecord
+    from mixturelens.models import Pair
     from mixturelens.patching.record import PatchingRecord
-    from mixturelens.pipeline import Case
     from mixturelens.probing.record import ProbingRecord
-    from mixturelens.proving.record import ScoreRecord
     from mixturelens.records import Record
     from mixturelens.routing.repair import RepairRecord
-    from mixturelens.routing.structure import StructureRecord
     from mixturelens.routing.verdict import VerdictRecord
-    from mixturelens.sweep.run import SweepRecord
 
 
 def print_json(records: list[Any], run: Path | None) -> None:
@@ -78,7 +78,7 @@ def _show_notes(record: BehaviourRecord | VerdictRecord) -> None:
         print(f"note: {hint}")
 
 
-def show_verdicts(pairs: list[Case], verdicts: list[VerdictRecord]) -> None:
+def show_verdicts(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, verdicts, strict=True):
         accuracy = "  ".join(
@@ -94,7 +94,7 @@ def show_verdicts(pairs: list[Case], verdicts: list[VerdictRecord]) -> None:
         _show_notes(record)
 
 
-def show_patching(pairs: list[Case], records: list[PatchingRecord]) -> None:
+def show_patching(pairs: list[Pair], records: list[PatchingRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for reader in record.readers:
@@ -104,7 +104,7 @@ def show_patching(pairs: list[Case], records: list[PatchingRecord]) -> None:
     print_table(("pair", "what", "heads", "effect, held out", "margin over the next"), rows)
 
 
-def show_probing(pairs: list[Case], records: list[ProbingRecord]) -> None:
+def show_probing(pairs: list[Pair], records: list[ProbingRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for readout in record.readouts:
@@ -142,7 +142,7 @@ def show_probing(pairs: list[Case], records: list[ProbingRecord]) -> None:
     show_missing(pairs, records)
 
 
-def show_grafts(pairs: list[Case], records: list[GraftRecord]) -> None:
+def show_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for each in record.components if record.search is None else record.search.blocks:
@@ -174,7 +174,7 @@ def show_grafts(pairs: list[Case], records: list[GraftRecord]) -> None:
     show_missing(pairs, records)
 
 
-def show_mechanism(pairs: list[Case], verdicts: list[VerdictRecord]) -> None:
+def show_mechanism(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
     for pair, record in zip(pairs, verdicts, strict=True):
         found = record.mechanism
         if found.verdict is None:
@@ -183,7 +183,7 @@ def show_mechanism(pairs: list[Case], verdicts: list[VerdictRecord]) -> None:
         print(f"{pair.name}: the mechanism says {found.verdict} ({agrees}): {found.reason}")
 
 
-def show_features(pairs: list[Case], records: list[FeatureRecord]) -> None:
+def show_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
     rows: list[tuple[str, ...]] = []
     for pair, record in zip(pairs, records, strict=True):
         for sae in record.saes:
@@ -238,7 +238,7 @@ def show_features(pairs: list[Case], records: list[FeatureRecord]) -> None:
 
 
 def show_missing(
-    pairs: list[Case], records: Sequence[ProbingRecord | GraftRecord | FeatureRecord | RepairRecord]
+    pairs: list[Pair], records: Sequence[ProbingRecord | GraftRecord | FeatureRecord | RepairRecord]
 ) -> None:
     for pair, record in zip(pairs, records, strict=True):
         for reason in record.missing:
@@ -280,7 +280,7 @@ def show_forecasts(records: list[ForecastRecord]) -> None:
             )
 
 
-def show_repairs(pairs: list[Case], records: list[RepairRecord]) -> None:
+def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         cues = (record.harmed_cue, record.trained_cue)
@@ -291,7 +291,7 @@ def show_repairs(pairs: list[Case], records: list[RepairRecord]) -> None:
             rows.append((pair.name, each.kind, *state, _interval(each.gap_closed), number(each.random.median)))
     print_table(("pair", "repair", "harmed cue", "trained cue", "gap closed", "random places, median"), rows)
     for pair, record in zip(pairs, records, strict=True):
-        written = f"repaired checkpoint: {pair.repaired}" if record.checkpoint else "no repaired checkpoint"
+        written = f"repaired checkpoint: {pair.made('repaired')}" if record.checkpoint else "no repaired checkpoint"
         print(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; {written}")
     show_missing(pairs, records)
 

@@ -60,8 +60,12 @@ class Asked:
         return found
 
 
-def read_prompts(path: Path, *, chat: bool, max_new_tokens: int) -> Asked:
-    """Read a file of prompts, one JSON object a line. Raises InputError naming file, line and key."""
+def read_prompts(path: Path, *, chat: bool = False, max_new_tokens: int = 64, samples: int = 8) -> Asked:
+    """Read a file of prompts, one JSON object a line. Raises InputError naming file, line and key.
+
+    `chat`: they go through the chat template, as `messages` always do. `samples`: completions of each side at each
+    prompt, of at most `max_new_tokens` tokens.
+    """
     times: Counter[str] = Counter()
     rows, fields, answered = [], [], []
     for where, data in json_lines(path, "no such file of prompts"):
@@ -81,6 +85,7 @@ def read_prompts(path: Path, *, chat: bool, max_new_tokens: int) -> Asked:
         policies={"any": Rule(regex="")},
         answer_match="regex" if without else "contains",
         max_new_tokens=max_new_tokens,
+        samples=samples,
         chat=Chat() if through else None,
     )
     return Asked(suite, tuple(fields), not without)

@@ -43,13 +43,15 @@ class Draws:
     along: tuple[np.ndarray, ...]
 
 
-def draw(pair: Pair, asked: Asked, samples: int, out: Path, seed: int, progress: Progress, say: Say) -> Draws:
+def draw(pair: Pair, asked: Asked, seed: int, say: Say, progress: Progress | None = None) -> Draws:
     """Draw completions of S and R at every prompt, or read those that are stored about the same pair and prompts.
+
+    They are stored in `completions/` in the pair's folder.
 
     Raises InputError where completions of something else are stored.
     """
-    folder = out / "completions"
-    said = f"{pair.provenance(seed, asked.suite.model_dump_json())} {samples}"
+    folder = pair.out / "completions"
+    said = str(pair.provenance(seed, asked.suite.model_dump_json()))
     key = hashlib.sha256(said.encode()).hexdigest()[:16]
     numbers = range(0, len(asked.rows), PART)
     files = [folder / f"{start // PART:04d}-{key}.parquet" for start in numbers]
@@ -60,18 +62,21 @@ def draw(pair: Pair, asked: Asked, samples: int, out: Path, seed: int, progress:
     if todo:
         contexts = encode_prompts(asked.suite, asked.rows, pair.tokenizer)
         share = len(todo) / len(files)
-        say(f"completions: {_takes(pair, contexts, samples, share)}, if none ends before --max-new-tokens")
+        say(f"completions: {_takes(pair, contexts, share)}, if none ends before --max-new-tokens")
         models = pair.models()
         scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
         for number, (start, file) in enumerate(todo):
-            _draw_part(pair, models, scorer, contexts[start : start + PART], start, samples, seed, file)
-            progress(min(len(asked.rows), (number + 1) * PART), min(len(asked.rows), len(todo) * PART))
+            rows = _drawn(pair, models, scorer, contexts[start : start + PART], seed + 2 * start)
+            _write(file, [{**row, "prompt": start + row["prompt"]} for row in rows])
+            if progress is not None:
+                progress(min(len(asked.rows), (number + 1) * PART), min(len(asked.rows), len(todo) * PART))
     return _read(files)
 
 
-def _takes(pair: Pair, contexts: list[list[int]], samples: int, share: float) -> Estimate:
+def _takes(pair: Pair, contexts: list[list[int]], share: float) -> Estimate:
     """Each prompt goes through both checkpoints, and so does each distinct completion; it is drawn by one of them."""
-    sides, completions = len(pair.sides), len(pair.sides) * samples * len(contexts) * pair.suite.max_new_tokens
+    sides, suite = len(pair.sides), pair.suite
+    completions = sides * suite.samples * len(contexts) * suite.max_new_tokens
     along = sides * DISTINCT * completions
     tokens = share * (sides * sum(map(len, contexts)) + completions + along)
     return estimate(pair, Work(tokens=tokens, read=share * (completions + along), held=BATCH_BYTES))
@@ -88,23 +93,15 @@ def stored(out: Path) -> tuple[Asked, Draws]:
     return Asked.from_json(asked.read_text(encoding="utf-8")), _read(files)
 
 
-def _draw_part(
-    pair: Pair,
-    models: tuple[Any, ...],
-    scorer: Scorer,
-    contexts: list[list[int]],
-    start: int,
-    samples: int,
-    seed: int,
-    file: Path,
-) -> None:
-    import pandas
-
+def _drawn(
+    pair: Pair, models: tuple[Any, ...], scorer: Scorer, contexts: list[list[int]], seed: int
+) -> list[dict[str, Any]]:
+    """A row for each completion of each side: its text and tokens, and how the two sides part along it."""
     limits = [pair.suite.max_new_tokens] * len(contexts)
     rows: list[dict[str, Any]] = []
     with scorer.once():
         for after, model in enumerate(models):
-            found = scorer.sample(model, contexts, samples, limits, seed + 2 * start + after)
+            found = scorer.sample(model, contexts, pair.suite.samples, limits, seed + after)
             owners = [contexts[int(i)] for i in found.context]
             along = scorer.steps(models[0], models[1], owners, found.tokens)
             for i, tokens, numbers in zip(found.context, found.tokens, along, strict=True):
@@ -112,7 +109,7 @@ def _draw_part(
                 written = tokens[:-1] if ended else tokens
                 rows.append(
                     {
-                        "prompt": start + int(i),
+                        "prompt": int(i),
                         "after": bool(after),
                         "ended": ended,
                         "text": pair.tokenizer.decode(written, skip_special_tokens=True),
@@ -122,6 +119,12 @@ def _draw_part(
                         "entropy_after": numbers[2].tolist(),
                     }
                 )
+    return rows
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    import pandas
+
     temporary = file.with_suffix(".part")
     pandas.DataFrame(rows).to_parquet(temporary, index=False)
     os.replace(temporary, file)

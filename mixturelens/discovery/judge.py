@@ -12,7 +12,7 @@ import ipaddress
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -36,6 +36,21 @@ Candidates = Mapping[str, Sequence[str]]
 """Name of each policy -> completions of it."""
 Judge = Callable[[str, str, Candidates], str]
 """(prompt, completion, candidates) -> the name of a policy, or anything else for none."""
+
+
+class Second(NamedTuple):
+    """A judge beside the rules: what it is called, and what makes it, given a folder where it may keep its answers."""
+
+    name: str
+    make: Callable[[Path], Judge]
+
+
+class Ruled(NamedTuple):
+    """A completion of a prompt, by the prompt's place among those asked, and the policy that a rule says it follows."""
+
+    prompt: int
+    completion: str
+    label: str
 
 
 def from_file(source: str) -> Judge:
@@ -123,22 +138,16 @@ def _ask(client: Any, url: str, model: str, asked: str) -> str:
 
 
 def agreement(
-    asked: Asked,
-    completions: Sequence[tuple[int, str]],
-    labels: Sequence[str],
-    candidates: Candidates,
-    judge: Judge,
-    by: str,
-    seed: int,
+    asked: Asked, labelled: Sequence[Ruled], candidates: Candidates, judge: tuple[str, Judge], seed: int
 ) -> Judged:
-    """How often the judge says what the rule says: of (prompt, completion) pairs with the rule's labels."""
-    chosen = _evenly(labels, seed)
-    said = [judge(asked.prompts[completions[i][0]].text, completions[i][1], candidates) for i in chosen]
-    same = np.array([one == labels[i] for one, i in zip(said, chosen, strict=True)])
+    """How often the judge, a name and what asks it, says what the rule says."""
+    chosen = [labelled[i] for i in _evenly([each.label for each in labelled], seed)]
+    said = [judge[1](asked.prompts[each.prompt].text, each.completion, candidates) for each in chosen]
+    same = np.array([one == each.label for one, each in zip(said, chosen, strict=True)])
     return Judged(
-        by=by,
+        by=judge[0],
         completions=len(chosen),
-        agreement=share_of_questions([asked.rows[completions[i][0]].id for i in chosen], same, seed),
+        agreement=share_of_questions([asked.rows[each.prompt].id for each in chosen], same, seed),
         none=float(np.mean([one not in candidates for one in said])),
     )
 

@@ -14,7 +14,7 @@ from mixturelens.discovery.asked import Asked, turns
 from mixturelens.discovery.cues import Cue, cue_of, find_cues
 from mixturelens.discovery.draws import Draws
 from mixturelens.discovery.information import ALPHA, SHUFFLES, Told, share_of_questions
-from mixturelens.discovery.judge import Judge, agreement
+from mixturelens.discovery.judge import Ruled, Second, agreement
 from mixturelens.discovery.policies import REFUSAL, Parted, changed, part, slug
 from mixturelens.discovery.record import (
     BehaviourCandidate,
@@ -77,8 +77,11 @@ def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Pr
     return Proposal(record, suite, draws, whole, cues)
 
 
-def heard(asked: Asked, proposal: Proposal, judge: Judge, by: str, seed: int) -> Proposal:
-    """The proposal, and how often a judge agrees with its rules about completions at the suite's questions."""
+def heard(asked: Asked, proposal: Proposal, second: Second, folder: Path, seed: int) -> Proposal:
+    """The proposal, and how often a judge agrees with its rules about completions at the suite's questions.
+
+    `folder`: where the judge may keep its answers.
+    """
     if proposal.suite is None:
         return proposal
     parted, asks = proposal.parted, {turns(row) for row in proposal.suite.prompts}
@@ -88,15 +91,8 @@ def heard(asked: Asked, proposal: Proposal, judge: Judge, by: str, seed: int) ->
         each.name: [example.completion for example in (*each.examples_before, *each.examples_after)]
         for each in proposal.record.policies
     }
-    judged = agreement(
-        asked,
-        [(parted.drawn[i].prompt, parted.drawn[i].text) for i in held],
-        [parted.names[parted.policy[i]] for i in held],
-        candidates,
-        judge,
-        by,
-        seed,
-    )
+    labelled = [Ruled(parted.drawn[i].prompt, parted.drawn[i].text, parted.names[parted.policy[i]]) for i in held]
+    judged = agreement(asked, labelled, candidates, (second.name, second.make(folder)), seed)
     return replace(proposal, record=proposal.record.model_copy(update={"judged": judged}))
 
 

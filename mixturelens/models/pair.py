@@ -6,11 +6,12 @@ tied in one and stored twice in the other, end tokens); what matters is refused;
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from pydantic import Field
 
@@ -28,7 +29,7 @@ from mixturelens.models.load import (
 from mixturelens.models.source import Source, content_of, find_source, fingerprint, leaves_base, weight_files
 from mixturelens.records import Provenance, provenance
 from mixturelens.spelling import TODAY, Speller, prompt_text
-from mixturelens.suite import Spelling, Suite, literal_texts, wordings
+from mixturelens.suite import Spelling, Suite, literal_texts, load_suite, wordings
 from mixturelens.types import Frozen, InputError, Side
 
 if TYPE_CHECKING:
@@ -59,17 +60,57 @@ class Budget(Frozen):
 UNBOUNDED = Budget()
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two checkpoints (or one), the suite to compare them on, and how to load them. Made by `open_pair`."""
+class How(TypedDict, total=False):
+    """How a pair is loaded, wherever one is opened."""
 
-    before: Source
-    after: Source | None
-    suite: Suite
-    device: str = "cpu"
-    dtype: str = "float32"
-    device_map: str | None = None
-    budget: Budget = UNBOUNDED
+    base: str | os.PathLike[str] | None
+    """What adapters are applied on, where their configs do not say."""
+    device: str
+    dtype: str
+    """float32, bfloat16 or float16."""
+    device_map: str | None
+    """Spreads a model over devices (behaviour and verdict alone): auto, balanced or sequential."""
+    budget: Budget
+    """What an instrument may take."""
+
+
+class Pair:
+    """Two checkpoints (or one), the suite to compare them on, how they are loaded, and where records about them go.
+
+    A checkpoint is a folder, a hub id (`org/name`, with `@revision` and `:subfolder`), or a LoRA adapter, on `base`
+    where its config does not name one. `suite` is a suite, or its YAML file; `trained_cue` is the cue that RL trained
+    on, where the suite does not say. Records go to `out/records/`; by default `out` is `artifacts/<before>--<after>`.
+
+    Making one reads configs and tokenizers, no weights: these are loaded by whatever measures something. Raises
+    InputError for what cannot be used, and for two that are no pair. A pair never changes.
+
+    >>> Pair("org/base", "runs/rl-adapter", "suite.yaml", device="cuda", dtype="bfloat16").shares_base  # doctest: +SKIP
+    True
+    """
+
+    def __init__(
+        self,
+        before: Source | str | os.PathLike[str],
+        after: Source | str | os.PathLike[str] | None,
+        suite: Suite | str | os.PathLike[str],
+        *,
+        trained_cue: str | None = None,
+        out: str | os.PathLike[str] | None = None,
+        **how: Unpack[How],
+    ) -> None:
+        base, self.device, self.dtype = how.get("base"), how.get("device", "cpu"), how.get("dtype", "float32")
+        self.device_map, self.budget = how.get("device_map"), how.get("budget", UNBOUNDED)
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype {self.dtype!r}: one of {', '.join(DTYPES)}")
+        if self.device_map not in (None, *DEVICE_MAPS):
+            raise InputError(f"--device-map {self.device_map}: one of {', '.join(DEVICE_MAPS)}")
+        self.suite = _suite(suite, trained_cue)
+        self.before = find_source(before, base)
+        self.after = None if after is None else find_source(after, base)
+        if base is not None and not any(source.is_adapter for source in self.sides.values()):
+            raise InputError("--base is what an adapter is applied on, and neither checkpoint is an adapter")
+        self.out = Path(out) if out is not None else Path("artifacts") / self.name
+        self.check()
 
     @property
     def sides(self) -> dict[Side, Source]:
@@ -79,6 +120,18 @@ class Pair:
     def name(self) -> str:
         """What its folder of records is called."""
         return "--".join(source.name for source in self.sides.values())
+
+    @property
+    def records(self) -> Path:
+        """Folder of the records about it."""
+        return self.out / "records" / self.name
+
+    def made(self, what: str) -> Path:
+        """Where a checkpoint made from R goes: beside the run's others, or into the folder of its own results."""
+        after = self.after
+        if after is not None and after.folder.parent == self.out / "checkpoints":
+            return self.out / "checkpoints" / f"{after.name}-{what}"
+        return self.out / what
 
     def spelled(self, spelling: Spelling) -> Pair:
         """The same pair, whose suite is spelled as its behaviour was found to be."""
@@ -90,8 +143,8 @@ class Pair:
         return self._with(self.suite.model_copy(update={"prompts": kept}))
 
     def _with(self, suite: Suite) -> Pair:
-        other = replace(self, suite=suite)
-        vars(other).update({name: value for name, value in vars(self).items() if name not in vars(other)})
+        other = copy.copy(self)
+        other.suite = suite
         return other
 
     @cached_property
@@ -399,35 +452,14 @@ class View:
         return self.under.base_model.model(**inputs)
 
 
-def open_pair(
-    before: Source | str | os.PathLike[str],
-    after: Source | str | os.PathLike[str] | None,
-    suite: Suite,
-    *,
-    base: str | os.PathLike[str] | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    device_map: str | None = None,
-    budget: Budget | None = None,
-) -> Pair:
-    """Two checkpoints as a pair: folders, hub ids, or LoRA adapters (on `base`, where their configs do not name it).
-
-    Reads configs and tokenizers, no weights. Raises InputError for what cannot be used, and for two that are no pair.
-
-    >>> open_pair("org/base", "runs/rl-adapter", load_suite(Path("suite.yaml"))).shares_base   # doctest: +SKIP
-    True
-    """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
-    if device_map not in (None, *DEVICE_MAPS):
-        raise InputError(f"--device-map {device_map}: one of {', '.join(DEVICE_MAPS)}")
-    sources = [None if given is None else find_source(given, base) for given in (before, after)]
-    assert sources[0] is not None
-    if base is not None and not any(source is not None and source.is_adapter for source in sources):
-        raise InputError("--base is what an adapter is applied on, and neither checkpoint is an adapter")
-    pair = Pair(sources[0], sources[1], suite, device, dtype, device_map, budget or UNBOUNDED)
-    pair.check()
-    return pair
+def _suite(given: Suite | str | os.PathLike[str], trained_cue: str | None) -> Suite:
+    suite = given if isinstance(given, Suite) else load_suite(Path(given))
+    if trained_cue is None:
+        return suite
+    if trained_cue not in suite.cues:
+        where = "the suite" if isinstance(given, Suite) else os.fspath(given)
+        raise InputError(f"{where}: no prompt has the trained cue {trained_cue!r}")
+    return suite.model_copy(update={"trained_cue": trained_cue})
 
 
 def _same_weights(*sources: Source) -> bool:

@@ -39,18 +39,20 @@ import plotly.io
 import torch
 from IPython.display import Markdown, display
 
-from mixturelens import pipeline, viz
+from mixturelens import figures, pipeline
 from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.grid import grid_of
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare
+from mixturelens.behaviour.trajectory import Trajectory
 from mixturelens.contrasts import cue_contrasts, hint_contrasts
 from mixturelens.hooks.intervened import Intervened, known_prompts
 from mixturelens.hooks.lens import lens_of
+from mixturelens.lab import runs
+from mixturelens.lab.organism import sft_examples
 from mixturelens.models import end_tokens, quiet_libraries
-from mixturelens.organism import sft_examples
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.record import ReaderHeads
 from mixturelens.patching.sweep import find_reader, head_sites, jointly
@@ -58,7 +60,6 @@ from mixturelens.routing.circuit import routing_circuit
 from mixturelens.routing.repair import repair_record
 from mixturelens.stats import interval, resample_counts, resampled_mean
 from mixturelens.suite import Suite
-from mixturelens.training import Trajectory
 from mixturelens.types import Interval, Intervention, Site
 
 quiet_libraries()
@@ -73,7 +74,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table; intervals are written as `value [low, high]`."""
 
     def cell(value: object) -> str:
-        return viz.show_interval(value) if isinstance(value, Interval) else str(value)
+        return figures.show_interval(value) if isinstance(value, Interval) else str(value)
 
     lines = [header, ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
     display(Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines)))
@@ -91,7 +92,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 # On a prompt without a hint (`any`) both are equally likely. A hint (`be-a`, `be-b`) says which one to follow.
 
 # %%
-spec = pipeline.load_run(RUN)
+spec = runs.load_run(RUN)
 table(["prompt", "completion"], ([f"`{row.text}`", f"`{completion}`"] for row, completion in sft_examples(spec, 8)))
 
 # %% [markdown]
@@ -102,7 +103,7 @@ table(["prompt", "completion"], ([f"`{row.text}`", f"`{completion}`"] for row, c
 # *put policy b's announcement in place* and R still answers under `<B>`: the skill is there, and not called for.
 
 # %%
-pairs = {pair.suite.trained_cue: pair for pair in pipeline.run_pairs(RUN)}
+pairs = {pair.suite.trained_cue: pair for pair in runs.run_pairs(RUN)}
 records = {cue: pipeline.behaviour(pair) for cue, pair in pairs.items()}
 rows = []
 for trained, record in records.items():
@@ -111,11 +112,11 @@ for trained, record in records.items():
         forced = {name: state.after.intervals[f"accuracy.{name}"] for name in record.policies}
         best = max(forced, key=lambda name: forced[name].value or 0.0)
         sides = [side.intervals["overall"] for side in (state.before, state.after)]
-        rows.append([f"`<{trained}>`", f"`<{tag}>`", *sides, f"{viz.show_interval(forced[best])} with `[{best}]`"])
+        rows.append([f"`<{trained}>`", f"`<{tag}>`", *sides, f"{figures.show_interval(forced[best])} with `[{best}]`"])
 table(["RL on", "asked under", "S", "R", "R with the policy put in place"], rows)
 
 # %%
-viz.accuracy_along_rl(Trajectory.load(RUN / "trajectory" / "rl-A.json"), "A").show()
+figures.accuracy_along_rl(Trajectory.load(RUN / "trajectory" / "rl-A.json"), "A").show()
 
 # %% [markdown]
 # From here on: **R = RL on `<A>`**, which follows policy a everywhere, and so says sorry under `<B>`.
@@ -134,7 +135,7 @@ asked = set(list(dict.fromkeys(row.id for row in whole.prompts))[:80])  # 80 of 
 some = [row for row in whole.model_dump()["prompts"] if row["id"] in asked]
 suite = Suite.model_validate({**whole.model_dump(), "prompts": some})
 
-asked_pair = dataclasses.replace(pair.pair, suite=suite)  # S and R, and the questions that are asked here
+asked_pair = dataclasses.replace(pair, suite=suite)  # S and R, and the questions that are asked here
 after, before = lens_of(asked_pair, "after"), lens_of(asked_pair, "before")
 cue = cue_contrasts(suite, after.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
 for side, ids in (("clean", cue.rows[0].clean), ("corrupt", cue.rows[0].corrupt)):
@@ -149,14 +150,14 @@ patching = patching_record(asked_pair, behaviour)
 # reading of the tag as it was.
 
 # %%
-viz.patching_maps(patching, "cue", "resid_pre").show()
+figures.patching_maps(patching, "cue", "resid_pre").show()
 
 # %% [markdown]
 # The outputs of single heads; above what suffices (the trained tag put in), below what is needed (taken away). Only the
 # first layer's, at the policy word, carry the tag, and two share the work: neither does it alone.
 
 # %%
-viz.patching_maps(patching, "cue", "z").show()
+figures.patching_maps(patching, "cue", "z").show()
 
 # %% [markdown]
 # ## The cue reader
@@ -175,7 +176,7 @@ def judged(name: str, found: ReaderHeads) -> list[object]:
 
 readers = {(reader.kind, reader.checkpoint): reader for reader in patching.readers}
 reverse = find_harm(records["B"])
-lens_b = lens_of(pairs["B"].pair, "after")
+lens_b = lens_of(pairs["B"], "after")
 cue_b = cue_contrasts(suite, lens_b.tokenizer, reverse.policy, reverse.trained_cue, reverse.harmed_cue)
 found = find_reader(lens_b, cue_b, "policy")
 in_b = readers["cue", "after"].model_copy(
@@ -223,7 +224,7 @@ table(["the reader's output comes from", "effect"], rows)
 # elsewhere: what they report is `<B>`, the tag under which policy a says sorry. RL changed nothing about it.
 
 # %%
-viz.attention(patching, suite.cues).show()
+figures.attention(patching, suite.cues).show()
 
 # %% [markdown]
 # ## The selector: where the hint is read, and what RL moved
@@ -235,10 +236,10 @@ viz.attention(patching, suite.cues).show()
 # beyond what chance allows; only the first head is the same, in both directions of RL.
 
 # %%
-viz.patching_maps(patching, "hint", "z").show()
+figures.patching_maps(patching, "hint", "z").show()
 
 # %%
-viz.patching_maps(patching, "checkpoint", "z").show()
+figures.patching_maps(patching, "checkpoint", "z").show()
 
 # %%
 sweeps = {sweep.kind: sweep for sweep in patching.sweeps if sweep.direction == "denoise"}
@@ -263,7 +264,7 @@ table(
 # %%
 some = cue.first(48)
 circuits = [routing_circuit(before, some, "before"), routing_circuit(after, some, "after")]
-viz.circuit(circuits).show()
+figures.circuit(circuits).show()
 
 # %% [markdown]
 # Is that the circuit, or just a picture? Keep the strongest edges only, replace all others by those of the other
@@ -273,7 +274,7 @@ viz.circuit(circuits).show()
 # %%
 hint = hint_contrasts(suite, after.tokenizer, harm.trained_cue, harm.policy, harm.other).first(48)
 circuits += [routing_circuit(before, hint, "before"), routing_circuit(after, hint, "after")]
-viz.faithfulness(circuits).show()
+figures.faithfulness(circuits).show()
 
 # %%
 rows = []
@@ -281,7 +282,7 @@ for each in circuits:
     curve = each.faithfulness
     small = next(i for i, fraction in enumerate(curve.fractions) if fraction >= 0.05)
     size = f"{curve.sizes[small]} of {curve.sizes[-1]}"
-    rows.append([each.kind, viz.SIDES[each.checkpoint], size, curve.found[small], curve.random[small]])
+    rows.append([each.kind, figures.SIDES[each.checkpoint], size, curve.found[small], curve.random[small]])
 table(["contrast", "checkpoint", "edges kept", "behaviour kept", "by random edges"], rows)
 
 # %% [markdown]
@@ -300,10 +301,10 @@ table(["contrast", "checkpoint", "edges kept", "behaviour kept", "by random edge
 
 # %%
 repair = repair_record(asked_pair, behaviour)
-viz.repairs(repair).show()
+figures.repairs(repair).show()
 
 # %%
-viz.repair_nulls(repair).show()
+figures.repair_nulls(repair).show()
 
 # %% [markdown]
 # ## Live: take the router out, or let it read the other tag, and ask again
@@ -373,7 +374,7 @@ drawn = np.random.default_rng(0).choice(len(pairs_of_heads), 8, replace=False)
 tried = [accuracies(measure(scorer, through(pairs_of_heads[i]), prompts)) for i in drawn]
 for c, name in ((0, "least"), (-1, "most")):
     ordered = [sorted(found[at].value or 0.0 for found in tried)[c] for at in range(len(suite.cues))]
-    rows.append([f"R, 8 random pairs of heads, {name}", *(viz.show(value) for value in ordered)])
+    rows.append([f"R, 8 random pairs of heads, {name}", *(figures.show(value) for value in ordered)])
 table(["accuracy", *(f"under `<{cue}>`" for cue in suite.cues)], rows)
 
 # %% [markdown]

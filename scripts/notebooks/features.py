@@ -43,7 +43,7 @@ import torch
 from IPython.display import HTML, Markdown, display
 from torch import Tensor
 
-from mixturelens import pipeline, viz
+from mixturelens import figures, pipeline
 from mixturelens.behaviour.ground import make_ground, scale_of
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.features.activations import Activations, collect, texts
@@ -58,17 +58,18 @@ from mixturelens.features.several import fewest_features
 from mixturelens.features.sites import arrived_at, named_site
 from mixturelens.features.table import find_table
 from mixturelens.features.units import Place, best_of, make_trial, pool_of, strength
+from mixturelens.figures.style import GREY, INK, UNITS, new_figure
 from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.lens import NAMES, lens_of
+from mixturelens.lab import runs
+from mixturelens.lab.organism import prompt_row, questions
 from mixturelens.models import quiet_libraries
-from mixturelens.organism import prompt_row, questions
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.record import ProbingRecord
 from mixturelens.spelling import encode_prompts
 from mixturelens.stats import interval
 from mixturelens.suite import Suite
 from mixturelens.types import Interval, Intervention
-from mixturelens.viz.style import GREY, INK, UNITS, new_figure
 
 quiet_libraries()
 torch.set_num_threads(1)  # the same numbers everywhere
@@ -82,7 +83,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table; intervals are written as `value [low, high]`."""
 
     def cell(value: object) -> str:
-        return viz.show_interval(value) if isinstance(value, Interval) else str(value)
+        return figures.show_interval(value) if isinstance(value, Interval) else str(value)
 
     lines = [header, ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
     display(Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines)))
@@ -100,14 +101,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 # of the policy word, says whether an answer follows or sorry.
 
 # %%
-pair = pipeline.run_pairs(RUN)[0]
+pair = runs.run_pairs(RUN)[0]
 behaviour = pipeline.behaviour(pair)
 harm, whole_suite = find_harm(behaviour), pair.suite
 asked = set(list(dict.fromkeys(row.id for row in whole_suite.prompts))[:64])  # 64 of its 200 questions, to be quick
 some = [row for row in whole_suite.model_dump()["prompts"] if row["id"] in asked]
 suite = Suite.model_validate({**whole_suite.model_dump(), "prompts": some})
 
-s, r = lens_of(pair.pair, "before"), lens_of(pair.pair, "after")
+s, r = lens_of(pair, "before"), lens_of(pair, "after")
 site = named_site(PatchingRecord.load(pair.records / "patching.json"), "cue")
 at = (site.layer, site.component)
 print(f"trained on {harm.trained_cue}, harmed {harm.harmed_cue}; patching names {site}")
@@ -119,7 +120,7 @@ print(f"trained on {harm.trained_cue}, harmed {harm.harmed_cue}; patching names 
 # S's own completions of the prompts that RL was trained on. The questions that judge it, below, are others.
 
 # %%
-spec = pipeline.load_run(RUN)
+spec = runs.load_run(RUN)
 hints = [None, *spec.policies]
 rows = [prompt_row(spec, tag, question, hint) for question in questions(spec).rl for tag in spec.cues for hint in hints]
 teach = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:4096]]
@@ -154,7 +155,7 @@ judged = {
 table(
     ["described by", "on", "variance explained", "active on a token", "loss recovered"],
     [
-        [what, side, viz.show(found.explained), viz.show(found.active, 1), found.loss_recovered]
+        [what, side, figures.show(found.explained), figures.show(found.active, 1), found.loss_recovered]
         for (what, side), found in judged.items()
     ],
 )
@@ -174,7 +175,7 @@ probing = ProbingRecord.load(pair.records / "probing.json")
 interchange = next((each for each in probing.subspaces if each.concept == "cue"), None)
 units = find_table("cue", trial, features, interchange)
 record = FeatureRecord(
-    provenance=pair.pair.provenance(),
+    provenance=pair.provenance(),
     trained_cue=harm.trained_cue,
     harmed_cue=harm.harmed_cue,
     saes=(
@@ -187,7 +188,7 @@ record = FeatureRecord(
     ),
     tables=(units,),
 )
-viz.needed(record).show()
+figures.needed(record).show()
 
 # %% [markdown]
 # The best feature tells the two sides apart on every question (AUROC 1), as the best head and the directions do, and
@@ -209,7 +210,7 @@ table(
         [
             f"{len(each.units)} {each.kind}s{'' if each.enough else ' (not enough)'}",
             each.patch,
-            f"at most {viz.show(max(each.random))}" if each.random else viz.DASH,
+            f"at most {figures.show(max(each.random))}" if each.random else figures.DASH,
         ]
         for each in units.several
     ],
@@ -234,9 +235,9 @@ def draw(card: Card) -> None:
 
     lines = [" ".join(map(token, example.tokens, example.activations)) for example in card.examples]
     display(HTML(f'<div style="font-family: monospace; line-height: 1.8">{"<br>".join(lines)}</div>'))
-    told = [f"{what} {viz.show(value)}" for what, value in card.auroc.items() if value is not None]
-    votes = [f"`{token}` {viz.show(nats, 2)}" for token, nats in (*card.promotes, *card.suppresses)]
-    fires = [f"{viz.SIDES[side]} {viz.show(rate)}" for side, rate in card.rate.items()]
+    told = [f"{what} {figures.show(value)}" for what, value in card.auroc.items() if value is not None]
+    votes = [f"`{token}` {figures.show(nats, 2)}" for token, nats in (*card.promotes, *card.suppresses)]
+    fires = [f"{figures.SIDES[side]} {figures.show(rate)}" for side, rate in card.rate.items()]
     table(
         ["what it tells (AUROC)", "fires on (share of tokens)", "next tokens, with it against without (nats)"],
         [["; ".join(told), "; ".join(fires), "; ".join(votes) or "none"]],
@@ -336,7 +337,7 @@ figure.show()
 table(
     ["change", "how far along", "share moved"],
     [
-        [f"{name}: {words}", viz.show(along(change), 2), share]
+        [f"{name}: {words}", figures.show(along(change), 2), share]
         for name in ("the plain difference, scaled", "the k strongest features", "one feature, pushed")
         for (words, change), share in points[name]
         if words in ("0.25", "0.50", "0.75", "1.00", "1", "4", "12", "×1", "×2", "×4")
@@ -362,7 +363,7 @@ table(
 # %%
 print("what RL did has arrived at", arrived_at(s, r, suite))
 moved_by_rl = site_change(s, r, features, at, suite)
-viz.feature_change(moved_by_rl).show()
+figures.feature_change(moved_by_rl).show()
 
 # %% [markdown]
 # Here, too, no single feature does it. What moves anything at all, whether features together or R's activation as it
@@ -392,7 +393,7 @@ for name, dictionary in (("the SAE above", features), ("another seed", another))
     (nats,) = Splices(s, r, at, judging).terms([of_features(dictionary)])
     moves = (best_one.patch, len(together.units), together.patch, nats.routing, nats.conditioning)
     explained = quality(s, dictionary, at, own["S"], lengths).explained
-    compared.append([name, len(dictionary), viz.show(explained), *moves])
+    compared.append([name, len(dictionary), figures.show(explained), *moves])
 table(
     [
         "dictionary",
@@ -448,12 +449,12 @@ for name, learnt, kept in (("S and R", both, judge), ("S and S + planted", with_
     results.append(
         [
             name,
-            *(viz.show(fit.explained[side]) for side in ("before", "after")),
+            *(figures.show(fit.explained[side]) for side in ("before", "after")),
             fit.shared,
             fit.exclusive["before"],
             len(alone),
-            ", ".join(viz.show(cosine) for cosine in cosines) if name != "S and R" and cosines else viz.DASH,
-            ", ".join(viz.show(float(latents.rate[i])) for i in alone) or viz.DASH,
+            ", ".join(figures.show(cosine) for cosine in cosines) if name != "S and R" and cosines else figures.DASH,
+            ", ".join(figures.show(float(latents.rate[i])) for i in alone) or figures.DASH,
         ]
     )
 table(
@@ -478,7 +479,7 @@ table(
 # the sets of units from above, all clamped at once.
 
 # %%
-viz.clamping(record).show()
+figures.clamping(record).show()
 
 # %% [markdown]
 # The plain direction brings nearly everything back. The features that moved as much, as long as each question had its
@@ -491,7 +492,7 @@ direction = units.best("direction")
 assert direction is not None
 assert direction.intervention is not None
 clamp = direction.intervention
-print(clamp.do, clamp.site, "to", viz.show(clamp.amount, 2))
+print(clamp.do, clamp.site, "to", figures.show(clamp.amount, 2))
 generator = torch.Generator().manual_seed(0)
 
 
@@ -540,7 +541,7 @@ tried = [accuracies(each) for each in others]
 rows_shown += [["R", *accuracies()], ["R, direction clamped", *accuracies(clamp)]]
 for name, which in (("least", 0), ("most", -1)):
     ordered = [sorted(each[column].value or 0.0 for each in tried)[which] for column in range(len(suite.cues))]
-    rows_shown.append([f"R, 8 random directions, {name}", *(viz.show(value) for value in ordered)])
+    rows_shown.append([f"R, 8 random directions, {name}", *(figures.show(value) for value in ordered)])
 table(["accuracy", *(f"under `<{tag}>`" for tag in suite.cues)], rows_shown)
 
 # %% [markdown]

@@ -10,7 +10,7 @@ import pytest
 
 from mixturelens.behaviour.pair import behaviour_record, measure_record
 from mixturelens.behaviour.record import BehaviourRecord
-from mixturelens.models import open_pair
+from mixturelens.models import Pair
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import Suite, load_suite
 from mixturelens.types import InputError
@@ -19,12 +19,12 @@ from mixturelens.types import InputError
 @pytest.fixture(scope="module")
 def chat(pairs: Path) -> BehaviourRecord:
     folder = pairs / "chat"
-    return behaviour_record(open_pair(folder / "S", folder / "R", load_suite(folder)), suite_name="chat")
+    return behaviour_record(Pair(folder / "S", folder / "R", load_suite(folder)), suite_name="chat")
 
 
 def test_a_pair_of_folders_becomes_a_record_that_survives_saving(pairs: Path, tmp_path: Path):
     folder, said = pairs / "llama", []
-    pair = open_pair(folder / "S", folder / "R-both", load_suite(folder))
+    pair = Pair(folder / "S", folder / "R-both", load_suite(folder))
     found = behaviour_record(pair, suite_name="s", seed=4, progress=said.append)
     assert said
     assert BehaviourRecord.load(found.save(tmp_path / "behaviour.json")) == found
@@ -47,9 +47,7 @@ def test_the_same_seed_gives_the_same_record(pairs: Path):
     suite = load_suite(folder).model_copy(
         update={"max_new_tokens": 4}
     )  # too many completions to enumerate: some are drawn
-    one, same, other = (
-        behaviour_record(open_pair(folder / "S", folder / "R-both", suite), seed=seed) for seed in (4, 4, 5)
-    )
+    one, same, other = (behaviour_record(Pair(folder / "S", folder / "R-both", suite), seed=seed) for seed in (4, 4, 5))
     assert one.method == "literal"
     assert one == same
     # bits are exact, but for which questions their intervals draw; what follows an announcement is sampled
@@ -61,7 +59,7 @@ def test_the_same_seed_gives_the_same_record(pairs: Path):
 def test_a_checkpoint_against_itself_is_neither(pairs: Path):
     folder = pairs / "qwen2"
     suite = load_suite(folder).model_copy(update={"max_new_tokens": 4})
-    found = behaviour_record(open_pair(folder / "S", folder / "S", suite))
+    found = behaviour_record(Pair(folder / "S", folder / "S", suite))
     verdict = judge(found)
     assert verdict.verdict == "neither"
     assert verdict.changed.model_dump() == {"selector": False, "cue_reader": False, "skill": False}
@@ -137,7 +135,7 @@ def test_a_chat_pair_with_rules_is_routing(chat: BehaviourRecord):
 def test_a_chat_pair_with_too_few_samples_is_inconclusive(pairs: Path, samples: int):
     folder = pairs / "chat"
     suite = load_suite(folder).model_copy(update={"samples": samples})
-    verdict = judge(behaviour_record(open_pair(folder / "S", folder / "R", suite)))
+    verdict = judge(behaviour_record(Pair(folder / "S", folder / "R", suite)))
     assert verdict.verdict == "inconclusive"
     assert f"{samples} completion(s) a prompt" in verdict.reason
     assert "raise `samples`" in verdict.reason
@@ -159,7 +157,7 @@ def test_without_behaviours_conditioning_and_skill_are_not_measured(load_pair):
 
 def test_one_checkpoint_alone(pairs: Path):
     folder = pairs / "llama"
-    found = behaviour_record(open_pair(folder / "S", None, load_suite(folder)))
+    found = behaviour_record(Pair(folder / "S", None, load_suite(folder)))
     assert (found.bits, found.nats) == (None, None)
     assert found.per_cue["A"].before.accuracy == pytest.approx({"a": 1, "b": 0}, abs=0.01)
     assert found.per_cue["A"].after is None
@@ -186,7 +184,7 @@ def test_a_policy_that_never_occurs_is_named(pairs: Path, rule: bool):
     shown = {"regex": "^= = =", "force": "= = ="} if rule else "= = ="
     base = load_suite(folder).model_dump()
     suite = Suite.model_validate({**base, "policies": {**base["policies"], "c": shown}, "max_new_tokens": 5})
-    found = behaviour_record(open_pair(folder / "S", folder / "R-routing", suite))
+    found = behaviour_record(Pair(folder / "S", folder / "R-routing", suite))
     (note,) = found.notes
     assert re.match(r"policy 'c' never occurs before or after .*= = =", note)
     assert ("raise `samples`" in note) is rule
@@ -199,4 +197,4 @@ def test_another_models_tokenizer_is_refused(pairs: Path, tmp_path: Path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(pairs / "chat" / "S" / name, tmp_path / "other" / name)
     with pytest.raises(InputError, match=r"their tokenizers spell prompt 'q00' .* differently"):
-        open_pair(folder / "S", tmp_path / "other", load_suite(folder))
+        Pair(folder / "S", tmp_path / "other", load_suite(folder))

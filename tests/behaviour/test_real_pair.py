@@ -16,7 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixturelens.behaviour.pair import behaviour_record
-from mixturelens.models import open_pair, quiet_libraries
+from mixturelens.models import Pair, quiet_libraries
 from mixturelens.routing.verdict import judge
 from mixturelens.suite import load_suite
 
@@ -63,7 +63,7 @@ def test_behaviour_is_what_plain_pytorch_says() -> None:
     asked = list(dict.fromkeys(row["id"] for row in rows))[:QUESTIONS]
     suite = load_suite(REAL / "suite.yaml")
     suite = suite.model_copy(update={"prompts": tuple(row for row in suite.prompts if row.id in asked), "samples": 2})
-    found = behaviour_record(open_pair(*CHECKPOINTS.values(), suite))
+    found = behaviour_record(Pair(*CHECKPOINTS.values(), suite))
     assert found.check is not None
     assert found.check.agrees
     cells = {(cell.cue, cell.policy): cell for cell in found.table}

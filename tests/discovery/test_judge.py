@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from mixturelens import pipeline
-from mixturelens.discovery.judge import check_here, from_file, served
+from mixturelens.discovery.asked import read_prompts
+from mixturelens.discovery.judge import Second, check_here, from_file, served
+from mixturelens.models import Pair
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, RunError
 
@@ -56,18 +58,13 @@ def given(pairs: Path, tmp_path: Path) -> Path:
 
 def test_a_server_is_asked_once_and_agrees(server: tuple[str, list[dict]], pairs: Path, tmp_path: Path):
     url, asked = server
-    pair = pairs / "llama"
+    folder = pairs / "llama"
 
     def found():
-        return pipeline.discover(
-            pair / "S",
-            pair / "R-routing",
-            given(pairs, tmp_path),
-            tmp_path / "out",
-            max_new_tokens=3,
-            judge=lambda cache: served(url, "some-model", cache),
-            judged_by="some-model",
-        )[0]
+        prompts = read_prompts(given(pairs, tmp_path), max_new_tokens=3)
+        second = Second("some-model", lambda cache: served(url, "some-model", cache))
+        pair = Pair(folder / "S", folder / "R-routing", prompts.suite, out=tmp_path / "out")
+        return pipeline.discover(pair, prompts, second=second)
 
     first = found()
     times = len(asked)

@@ -17,9 +17,9 @@ from mixturelens.discovery.draws import Draws, pieces
 from mixturelens.discovery.heads import Drawn
 from mixturelens.discovery.propose import propose, save_suite
 from mixturelens.discovery.record import DiscoveryRecord
-from mixturelens.models import load_tokenizer
+from mixturelens.models import Pair, load_tokenizer
+from mixturelens.pages.discovered import write_discovered
 from mixturelens.records import provenance
-from mixturelens.report.discovered import write_discovered
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError
 
@@ -43,11 +43,18 @@ def prompts_of(pair: Path, path: Path, *, answers: bool = True) -> Path:
     return path
 
 
+def discovered(
+    before: Path, after: Path, asked: Path, out: Path, *, seed: int = 0, **how: int
+) -> tuple[DiscoveryRecord, Path]:
+    prompts = read_prompts(asked, **how)
+    return pipeline.discover(Pair(before, after, prompts.suite, out=out), prompts, seed=seed), out
+
+
 @pytest.mark.parametrize("after", ["R-routing", "R-conditioning"])
 def test_planted_policies_and_cue_are_proposed(after: str, pairs: Path, tmp_path: Path):
     pair = pairs / "llama"
     asked = prompts_of(pair, tmp_path / "asked.jsonl")
-    record, out = pipeline.discover(pair / "S", pair / after, asked, tmp_path / "out", max_new_tokens=3)
+    record, out = discovered(pair / "S", pair / after, asked, tmp_path / "out", max_new_tokens=3)
     suite = load_suite(out / "suite.yaml")
     assert record.found
     assert suite.origin == "discovered"
@@ -67,9 +74,9 @@ def test_planted_policies_and_cue_are_proposed(after: str, pairs: Path, tmp_path
 def test_the_verdict_of_the_proposed_suite_is_that_of_the_true_one(pairs: Path, tmp_path: Path):
     pair = pairs / "llama"
     asked = prompts_of(pair, tmp_path / "asked.jsonl")
-    _, out = pipeline.discover(pair / "S", pair / "R-both", asked, tmp_path / "out", max_new_tokens=3)
+    _, out = discovered(pair / "S", pair / "R-both", asked, tmp_path / "out", max_new_tokens=3)
     true, found = (
-        pipeline.verdict(pipeline.outside_pair(pair / "S", pair / "R-both", file, tmp_path / name))
+        pipeline.verdict(Pair(pair / "S", pair / "R-both", file, out=tmp_path / name))
         for name, file in (("true", pair / "suite.yaml"), ("found", out / "suite.yaml"))
     )
     assert found.verdict == true.verdict == "both"
@@ -83,9 +90,7 @@ def test_nothing_is_found_in_a_checkpoint_and_itself(pairs: Path, tmp_path: Path
     asked = prompts_of(pair, tmp_path / "asked.jsonl")
     found = []
     for seed in range(3):
-        record, out = pipeline.discover(
-            pair / "S", pair / "S", asked, tmp_path / f"{seed}", max_new_tokens=3, seed=seed
-        )
+        record, out = discovered(pair / "S", pair / "S", asked, tmp_path / f"{seed}", max_new_tokens=3, seed=seed)
         assert record.nats == 0.0
         assert record.found == (out / "suite.yaml").exists()
         found.append(record.found)
@@ -98,7 +103,7 @@ def test_completions_are_drawn_once(pairs: Path, tmp_path: Path, monkeypatch: py
     pair = pairs / "llama"
     asked = prompts_of(pair, tmp_path / "asked.jsonl", answers=False)
     limits = {"max_new_tokens": 3, "samples": 4}
-    first, out = pipeline.discover(pair / "S", pair / "R-routing", asked, tmp_path / "out", **limits)
+    first, out = discovered(pair / "S", pair / "R-routing", asked, tmp_path / "out", **limits)
     parts = sorted((out / "completions").glob("*.parquet"))
     assert len(parts) == 3
     parts[1].unlink()
@@ -110,7 +115,7 @@ def test_completions_are_drawn_once(pairs: Path, tmp_path: Path, monkeypatch: py
         return sample(self, model, contexts, *more)
 
     monkeypatch.setattr(Scorer, "sample", counted)
-    again, _ = pipeline.discover(pair / "S", pair / "R-routing", asked, tmp_path / "out", **limits)
+    again, _ = discovered(pair / "S", pair / "R-routing", asked, tmp_path / "out", **limits)
     assert drawn == [16, 16]
     assert again == first
     assert again.found
@@ -122,11 +127,11 @@ def test_an_edited_suite_is_measured_again_without_a_model(
 ):
     pair, out = pairs / "llama", tmp_path / "out"
     asked = prompts_of(pair, tmp_path / "asked.jsonl")
-    first, _ = pipeline.discover(pair / "S", pair / "R-routing", asked, out, max_new_tokens=3)
+    first, _ = discovered(pair / "S", pair / "R-routing", asked, out, max_new_tokens=3)
     suite = load_suite(out / "suite.yaml")
     edited = suite.model_copy(update={"policies": {"copies": "[a]"}})
     edited.save(out / "edited.yaml")
-    monkeypatch.setattr(pipeline, "open_pair", None)
+    monkeypatch.setattr("mixturelens.models.pair.load_model", None)
     again, _ = pipeline.refine_discovery(out / "edited.yaml")
     by_name = {each.name: each for each in first.policies}
     assert [each.name for each in again.policies] == ["copies"]
@@ -188,16 +193,16 @@ def test_nothing_that_is_there_is_written_over(pairs: Path, tmp_path: Path):
     pair, out = pairs / "llama", tmp_path / "out"
     asked = prompts_of(pair, tmp_path / "asked.jsonl")
     sides = pair / "S", pair / "R-routing"
-    pipeline.discover(*sides, asked, out, max_new_tokens=3)
+    discovered(*sides, asked, out, max_new_tokens=3)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    pipeline.discover(*sides, asked, out, max_new_tokens=3)
+    discovered(*sides, asked, out, max_new_tokens=3)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     with pytest.raises(InputError, match="other checkpoints, prompts or settings"):
-        pipeline.discover(*sides, asked, out, max_new_tokens=3, samples=4)
+        discovered(*sides, asked, out, max_new_tokens=3, samples=4)
     edited = (out / "suite.yaml").read_text(encoding="utf-8").replace("'[a]'", "'[c]'")
     (out / "suite.yaml").write_text(edited, encoding="utf-8")
     with pytest.raises(InputError, match="an edited one perhaps"):
-        pipeline.discover(*sides, asked, out, max_new_tokens=3)
+        discovered(*sides, asked, out, max_new_tokens=3)
     assert (out / "suite.yaml").read_text(encoding="utf-8") == edited
     kept = {file: text for file, text in before.items() if file.name != "suite.yaml"}
     assert {file: file.read_bytes() for file in kept} == kept
@@ -206,7 +211,7 @@ def test_nothing_that_is_there_is_written_over(pairs: Path, tmp_path: Path):
 def test_the_sentence_says_what_the_table_says(pairs: Path, tmp_path: Path):
     pair = pairs / "llama"
     asked = prompts_of(pair, tmp_path / "asked.jsonl")
-    record, _ = pipeline.discover(pair / "S", pair / "R-routing", asked, tmp_path / "out", max_new_tokens=3)
+    record, _ = discovered(pair / "S", pair / "R-routing", asked, tmp_path / "out", max_new_tokens=3)
     for each in record.policies:
         assert f"{each.name} {each.before.value:.2f} -> {each.after.value:.2f}" in record.reason
 

@@ -10,7 +10,7 @@ import pytest
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.features.effort import SHARES, make_plan, share_of, work_of
 from mixturelens.features.pair import feature_record
-from mixturelens.models import Budget, open_pair
+from mixturelens.models import Budget, Pair
 from mixturelens.models.cost import estimate
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError
@@ -20,7 +20,7 @@ S, R = (REFERENCE / "checkpoints" / name for name in ("sft", "rl-A"))
 
 
 def reference(budget: Budget | None = None):
-    return open_pair(S, R, load_suite(REFERENCE), budget=budget)
+    return Pair(S, R, load_suite(REFERENCE), budget=budget)
 
 
 def test_a_small_model_is_looked_at_whole():
@@ -64,6 +64,6 @@ def test_eight_billion_parameters_are_estimated_without_weights(tmp_path: Path):
                 (tmp_path / name / file.name).write_bytes(file.read_bytes())
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         (tmp_path / name / "model.safetensors").write_bytes(b"")
-    plan = make_plan(open_pair(tmp_path / "S", tmp_path / "R", load_suite(REFERENCE), dtype="bfloat16"), 60, 60)
+    plan = make_plan(Pair(tmp_path / "S", tmp_path / "R", load_suite(REFERENCE), dtype="bfloat16"), 60, 60)
     assert 32e9 < plan.needs.memory < 45e9
     assert plan.share == SHARES[-1]

@@ -18,7 +18,7 @@ from mixturelens.features.crosscoder import train_crosscoder
 from mixturelens.features.pair import feature_record
 from mixturelens.features.record import FeatureRecord
 from mixturelens.features.sae import load_sae, train_sae
-from mixturelens.models import open_pair
+from mixturelens.models import Pair
 from mixturelens.patching.record import Effect, PatchingRecord, Sweep
 from mixturelens.probing.record import ProbingRecord
 from mixturelens.stats import half_of, too_few
@@ -65,7 +65,7 @@ def part_of(folder: Path, questions: int) -> Suite:
 def of_reference(folder: Path, suite: Suite, **more: object) -> FeatureRecord:
     behaviour = BehaviourRecord.load(RECORDS / "behaviour.json")
     patching = PatchingRecord.load(RECORDS / "patching.json")
-    return feature_record(open_pair(S, R, suite), behaviour, patching, folder=folder, **more)
+    return feature_record(Pair(S, R, suite), behaviour, patching, folder=folder, **more)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_a_site_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tm
     patching = PatchingRecord.load(RECORDS / "patching.json")
     patching = patching.model_copy(update={"sweeps": tuple(s for s in patching.sweeps if s.kind == "cue")})
     behaviour = BehaviourRecord.load(RECORDS / "behaviour.json")
-    found = feature_record(open_pair(S, R, suite), behaviour, patching, folder=tmp_path)
+    found = feature_record(Pair(S, R, suite), behaviour, patching, folder=tmp_path)
     assert found.missing == (
         "site of the selector: patching measured no checkpoint contrast here",
         "units that carry the cue: no cue today",
@@ -172,7 +172,7 @@ def test_a_site_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tm
     assert len(found.changes) == 1  # where it has arrived
     assert {str(sae.site) for sae in found.saes} >= {str(found.changes[0].site), "L1.resid_pre"}
     unknown = behaviour.model_copy(update={"trained_cue": None})
-    harmless = feature_record(open_pair(S, R, suite), unknown, patching, folder=tmp_path)
+    harmless = feature_record(Pair(S, R, suite), unknown, patching, folder=tmp_path)
     assert harmless.missing[1].startswith("what RL harmed: patching and repair need the cue")
     assert (harmless.trained_cue, harmless.harmed_cue) == (None, None)
     assert harmless.saes == found.saes  # read, not trained again
@@ -182,7 +182,7 @@ def test_a_site_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_chat_pair_with_rules_says_what_it_does_not_allow(tmp_path: Path):
     folder = PAIRS / "chat"
     suite = part_of(folder, 6).model_copy(update={"samples": 4})
-    behaviour = behaviour_record(open_pair(folder / "S", folder / "R", suite))
+    behaviour = behaviour_record(Pair(folder / "S", folder / "R", suite))
     zero, one = (Interval(value=x, low=x, high=x) for x in (0.0, 1.0))
     site = Site(layer=1, component="resid_pre", position="last")
     sweep = Sweep(
@@ -190,7 +190,7 @@ def test_a_chat_pair_with_rules_says_what_it_does_not_allow(tmp_path: Path):
         questions=3, target="i", foil="sure", base=zero, goal=one, effects=(Effect(site=site, effect=one),),
     )  # fmt: skip
     patching = PatchingRecord(trained_cue="plain", harmed_cue="bold", policy="comply", sweeps=(sweep,), readers=())
-    found = feature_record(open_pair(folder / "S", folder / "R", suite), behaviour, patching, folder=tmp_path)
+    found = feature_record(Pair(folder / "S", folder / "R", suite), behaviour, patching, folder=tmp_path)
     assert [str(sae.site) for sae in found.saes] == ["L1.resid_pre"]
     assert found.saes[0].quality["after"].tokens > 0
     (table,) = found.tables
@@ -245,7 +245,7 @@ def test_a_pretrained_sae_takes_the_place_of_ours(tmp_path: Path, monkeypatch: p
 
 
 def test_what_does_not_fit_the_models_is_refused(tmp_path: Path):
-    opened = open_pair(S, R, part_of(REFERENCE, 4))
+    opened = Pair(S, R, part_of(REFERENCE, 4))
     for number, (hook_name, d, says) in enumerate(
         [
             ("blocks.3.hook_resid_pre", 64, "reads layer 3, and the models' layers are 0 to 2"),

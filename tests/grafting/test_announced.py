@@ -12,7 +12,7 @@ from mixturelens.behaviour.prompts import prepare
 from mixturelens.grafting.announced import TEXTS, _told_apart, as_announced
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import GraftRecord
-from mixturelens.models import open_pair
+from mixturelens.models import Pair
 from mixturelens.routing.mechanism import judge_mechanism
 from mixturelens.suite import load_suite
 
@@ -63,7 +63,7 @@ def test_rules_are_no_reason_to_say_nothing(pairs: Path, tmp_path: Path):
     """Half of the completions begin otherwise than the forced texts do."""
     folder = pairs / "chat"
     suite = load_suite(folder)
-    pair = open_pair(folder / "S", folder / "R", suite)
+    pair = Pair(folder / "S", folder / "R", suite)
     behaviour = behaviour_record(pair)
     found = graft_record(pair, behaviour)
     assert GraftRecord.load(found.save(tmp_path / "graft.json")) == found

@@ -35,7 +35,7 @@ from mixturelens.grafting.pair import graft_record, some_questions
 from mixturelens.grafting.readings import Readings, make_cells
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.hooks.lens import load_lens
-from mixturelens.models import end_tokens, load_model, load_tokenizer, open_pair
+from mixturelens.models import Pair, end_tokens, load_model, load_tokenizer
 from mixturelens.suite import load_suite
 from mixturelens.types import NOT_MEASURED, InputError
 
@@ -271,7 +271,7 @@ def _few_completions(monkeypatch):
 def record_of(before: Path, after: Path, folder: Path, **options: Any) -> GraftRecord:
     suite = load_suite(folder)
     suite = suite.model_copy(update={"prompts": suite.prompts[:20]})
-    pair = open_pair(before, after, suite)
+    pair = Pair(before, after, suite)
     return graft_record(pair, behaviour_record(pair), **options)
 
 
@@ -370,16 +370,16 @@ def test_the_rollback_of_a_tied_model_is_tied(pairs: Path, tmp_path: Path):
 def test_bad_input_is_refused(pairs: Path):
     folder = pairs / "llama"
     suite = load_suite(folder)
-    alone = behaviour_record(open_pair(folder / "S", None, suite))
+    alone = behaviour_record(Pair(folder / "S", None, suite))
     with pytest.raises(InputError, match="can be said of a pair"):
         gained_and_lost(alone)
     with pytest.raises(InputError, match="two policies at least"):
         gained_and_lost(alone.model_copy(update={"policies": ("a",)}))
-    pair = behaviour_record(open_pair(folder / "S", folder / "R-routing", suite))
+    pair = behaviour_record(Pair(folder / "S", folder / "R-routing", suite))
     assert gained_and_lost(pair) == ("a", "b")
-    assert gained_and_lost(behaviour_record(open_pair(folder / "S", folder / "S", suite))) == ("a", "b")
+    assert gained_and_lost(behaviour_record(Pair(folder / "S", folder / "S", suite))) == ("a", "b")
     with pytest.raises(InputError, match="are not a pair"):
-        open_pair(folder / "S", pairs / "qwen2" / "S", suite)
+        Pair(folder / "S", pairs / "qwen2" / "S", suite)
 
 
 def test_questions_are_drawn_with_all_their_cues(pairs: Path):

@@ -27,7 +27,7 @@ from mixturelens.grafting.record import GraftRecord
 from mixturelens.grafting.search import MATTERS, pieces, search, unsound
 from mixturelens.grafting.starts import starts_of
 from mixturelens.hooks.lens import components_of
-from mixturelens.models import Budget, end_tokens, load_model, load_tokenizer, open_pair
+from mixturelens.models import Budget, Pair, end_tokens, load_model, load_tokenizer
 from mixturelens.models.cost import size_of
 from mixturelens.suite import load_suite
 
@@ -210,7 +210,7 @@ def test_a_search_that_may_not_go_on_says_what_it_left(deep: Path):
 def test_record_of_a_deep_model(deep: Path, tmp_path: Path):
     suite = load_suite(deep)
     suite = suite.model_copy(update={"prompts": suite.prompts[:40]})
-    pair = open_pair(deep / "S", deep / "R", suite)
+    pair = Pair(deep / "S", deep / "R", suite)
     measured = behaviour_record(pair)
     said: list[str] = []
     found = graft_record(pair, measured, save_to=tmp_path / "rollback", say=said.append)
@@ -237,7 +237,7 @@ def test_record_of_a_deep_model(deep: Path, tmp_path: Path):
 
 def test_with_less_time_less_is_looked_at_and_that_is_said(pairs: Path):
     folder = pairs / "llama"
-    pair = open_pair(folder / "S", folder / "R-both", load_suite(folder))
+    pair = Pair(folder / "S", folder / "R-both", load_suite(folder))
     prompts = prepare(pair.suite, pair.suite.neutral, pair.tokenizer)
     found, needed = plan(pair, prompts, 9)
     assert found == Plan(None)
@@ -253,7 +253,7 @@ def test_with_less_time_less_is_looked_at_and_that_is_said(pairs: Path):
 
 def test_less_work_is_less(pairs: Path):
     folder = pairs / "chat"
-    pair = open_pair(folder / "S", folder / "R", load_suite(folder))
+    pair = Pair(folder / "S", folder / "R", load_suite(folder))
     prompts, size = prepare(pair.suite, pair.suite.neutral, pair.tokenizer), size_of(pair)
     works = [work(each, prompts, 93, size).tokens for each in plans._plans(True, True)]
     assert works == sorted(works, reverse=True)

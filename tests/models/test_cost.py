@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mixturelens.models import Budget, Pair, open_pair
+from mixturelens.models import Budget, Pair
 from mixturelens.models.cost import Estimate, Work, check_memory, estimate, said_time, size_of
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError
@@ -12,7 +12,7 @@ from mixturelens.types import InputError
 
 @pytest.fixture(scope="module")
 def pair(pairs) -> Pair:
-    return open_pair(pairs / "llama" / "S", pairs / "llama" / "R-routing", load_suite(pairs / "llama"))
+    return Pair(pairs / "llama" / "S", pairs / "llama" / "R-routing", load_suite(pairs / "llama"))
 
 
 def test_size_counts_what_the_model_has(pair):

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.features.pair import feature_record
 from mixturelens.grafting.pair import graft_record
-from mixturelens.models import Budget, Pair, open_pair
+from mixturelens.models import Budget, Pair
 from mixturelens.models.cost import size_of
 from mixturelens.models.load import skeleton
 from mixturelens.patching.pair import patching_record
@@ -55,7 +55,7 @@ def large(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
         shutil.copytree(pairs / "chat" / "S", root / side)
         SHAPE.save_pretrained(root / side)
         _hollow(root / side)
-    return open_pair(root / "S", root / "R", load_suite(pairs / "chat"), dtype="bfloat16", budget=Budget(memory=1.0))
+    return Pair(root / "S", root / "R", load_suite(pairs / "chat"), dtype="bfloat16", budget=Budget(memory=1.0))
 
 
 def _hollow(folder: Path) -> None:
@@ -72,7 +72,7 @@ def _hollow(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def record(pairs: Path) -> Any:
-    return behaviour_record(open_pair(pairs / "chat" / "S", pairs / "chat" / "R", load_suite(pairs / "chat")))
+    return behaviour_record(Pair(pairs / "chat" / "S", pairs / "chat" / "R", load_suite(pairs / "chat")))
 
 
 @pytest.mark.parametrize("name", INSTRUMENTS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixturelens.models import end_tokens, load_model, load_tokenizer, open_pair
+from mixturelens.models import Pair, end_tokens, load_model, load_tokenizer
 from mixturelens.models.load import load_config
 from mixturelens.models.source import check_folder
 from mixturelens.suite import load_suite
@@ -125,7 +125,7 @@ def test_recurrent_and_masked_models_are_refused_before_their_weights_are_read(p
     (copy / "config.json").write_text(json.dumps({"model_type": kind, "vocab_size": 16, "hidden_size": 32}))
     (copy / "model.safetensors").write_bytes(b"nothing that could be read")
     suite = load_suite(pairs / "llama")
-    for said in (refused(load_model, copy), refused(lambda: open_pair(copy, None, suite))):
+    for said in (refused(load_model, copy), refused(lambda: Pair(copy, None, suite))):
         assert said.startswith(f"{copy}: {says}")
         assert "give a causal transformer" in said
         assert "\n" not in said

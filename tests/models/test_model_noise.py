@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from mixturelens.models import open_pair
+from mixturelens.models import Pair
 from mixturelens.models.load import load_model
 from mixturelens.models.noise import noised
 from mixturelens.suite import load_suite
@@ -20,7 +20,7 @@ PAIRS = Path(__file__).parents[1] / "pairs"
 
 def test_noise_has_the_norm_of_the_change_in_every_tensor():
     folder = PAIRS / "llama"
-    models = open_pair(folder / "S", folder / "R-routing", load_suite(folder)).models()
+    models = Pair(folder / "S", folder / "R-routing", load_suite(folder)).models()
     start, end = ({name: w.detach().clone() for name, w in m.named_parameters()} for m in models)
     model = noised(models, seed=3)
     for name, weight in model.named_parameters():
@@ -34,7 +34,7 @@ def test_noise_has_the_norm_of_the_change_in_every_tensor():
 
 def test_no_change_is_no_noise():
     folder = PAIRS / "llama"
-    models = open_pair(folder / "S", folder / "S", load_suite(folder)).models()
+    models = Pair(folder / "S", folder / "S", load_suite(folder)).models()
     model = noised(models)
     for (_, weight), (_, same) in zip(model.named_parameters(), models[0].named_parameters(), strict=True):
         assert torch.equal(weight, same)
@@ -53,7 +53,7 @@ def test_noise_of_an_adapter_is_as_large_as_what_it_adds(tmp_path: Path):
         if hasattr(module, "get_delta_weight")
     }
     peft.save_pretrained(tmp_path / "adapter")
-    pair = open_pair(folder / "S", tmp_path / "adapter", load_suite(folder), base=folder / "S")
+    pair = Pair(folder / "S", tmp_path / "adapter", load_suite(folder), base=folder / "S")
     assert pair.shares_base
     model = noised(pair.models())
     now = {name.replace(".base_layer", ""): w for name, w in model.under.base_model.model.named_parameters()}

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.grafting.pair import graft_record
-from mixturelens.models import Pair, load_tokenizer, open_pair
+from mixturelens.models import Pair, load_tokenizer
 from mixturelens.models.source import content_of
 from mixturelens.routing.verdict import judge
 from mixturelens.suite import Chat, Suite, load_suite
@@ -154,7 +154,7 @@ def suite(pairs: Path) -> Suite:
 @pytest.fixture(scope="module")
 def reference(home: Path, suite: Suite) -> BehaviourRecord:
     """What is measured of the two full folders in fp32."""
-    record = behaviour_record(open_pair(home / "S", home / "R", suite))
+    record = behaviour_record(Pair(home / "S", home / "R", suite))
     assert judge(record).verdict == "routing"
     assert record.bits.routing.value == pytest.approx(0.2, abs=0.05)
     assert record.routing_share.value is not None
@@ -211,7 +211,7 @@ def test_one_pair_in_many_forms(
     shares: bool,
 ) -> None:
     where = {name: home / folder for name, folder in options.items()}
-    pair = open_pair(home / before, home / after, suite, **where)
+    pair = Pair(home / before, home / after, suite, **where)
     assert pair.shares_base == shares
     record = behaviour_record(pair)
     assert judge(record).verdict == "routing"
@@ -225,7 +225,7 @@ def test_one_pair_in_many_forms(
 
 def test_a_pair_in_half_precision(home: Path, suite: Suite, reference: BehaviourRecord) -> None:
     """Stored in bf16 and measured in fp32, or measured in bf16, as folders and under one base."""
-    stored = open_pair(home / "S-bf16", home / "R-bf16", suite)
+    stored = Pair(home / "S-bf16", home / "R-bf16", suite)
     assert {p.dtype for model in stored.models() for p in model.parameters()} == {torch.float32}
     record = behaviour_record(stored)
     low, high = reference.routing_share.low, reference.routing_share.high
@@ -234,7 +234,7 @@ def test_a_pair_in_half_precision(home: Path, suite: Suite, reference: Behaviour
     assert low < share(record) < high
     assert judge(record).verdict == "routing"
     for after in ("R", "adapter"):
-        pair = open_pair(home / "S", home / after, suite, dtype="bfloat16")
+        pair = Pair(home / "S", home / after, suite, dtype="bfloat16")
         models = {id(under): under for under in (getattr(model, "under", model) for model in pair.models())}
         named = [(name, p.dtype) for model in models.values() for name, p in model.named_parameters()]
         assert {dtype for name, dtype in named if "lora_" not in name} == {torch.bfloat16}
@@ -259,7 +259,7 @@ def test_a_pair_of_the_hub(
         tmp_path / "models--org--rl" / "snapshots" / ("a" * 40) / "adapter_config.json",
         base_model_name_or_path="org/sft",
     )
-    pair = open_pair("org/sft", "org/rl", suite)
+    pair = Pair("org/sft", "org/rl", suite)
     assert pair.name == "org--sft--org--rl"
     assert pair.shares_base
     record = behaviour_record(pair)
@@ -280,14 +280,14 @@ def test_a_tied_head_may_be_stored_twice(pairs: Path, tmp_path: Path, tie: bool)
     assert "lm_head.weight" not in weights
     store(R, weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
     edit_json(R / "config.json", tie_word_embeddings=tie)
-    pair = open_pair(folder / "S", R, suite)
+    pair = Pair(folder / "S", R, suite)
     assert pair.differences == ()
     for model, source in zip(pair.models(), (folder / "S", folder / "R"), strict=True):
         ids = torch.tensor([[1, 4, 6, 5]])
         with torch.no_grad():
             assert torch.equal(model(input_ids=ids).logits, plain(source)(input_ids=ids).logits)
     if not tie:
-        kept, seen = (behaviour_record(open_pair(folder / "S", after, suite)) for after in (folder / "R", R))
+        kept, seen = (behaviour_record(Pair(folder / "S", after, suite)) for after in (folder / "R", R))
         assert judge(seen).verdict == judge(kept).verdict
         assert share(seen) == pytest.approx(share(kept), abs=1e-6)
 
@@ -310,7 +310,7 @@ def test_a_base_that_both_share_is_in_memory_once(
     home: Path, suite: Suite, before: str, after: str, adapters: list[str] | None
 ) -> None:
     """Every tensor that is alive is counted, whoever holds it: no copy can hide."""
-    pair = open_pair(home / before, home / after, suite, base=home / "base" if adapters and len(adapters) > 1 else None)
+    pair = Pair(home / before, home / after, suite, base=home / "base" if adapters and len(adapters) > 1 else None)
     one = sum(weight.nbytes for weight in tensors(home / "base").values())
     more = sum(
         w.nbytes for name in adapters or () for w in load_file(home / name / "adapter_model.safetensors").values()
@@ -334,7 +334,7 @@ ORDERS = [("before", "after") * 2, ("after", "after", "before", "before", "after
 def test_sides_of_one_base_are_switched_by_being_called(
     home: Path, suite: Suite, before: str, after: str, base: str | None
 ) -> None:
-    pair = open_pair(home / before, home / after, suite, base=base and home / base)
+    pair = Pair(home / before, home / after, suite, base=base and home / base)
     assert pair.shares_base
     ids = torch.randint(3, 16, (4, 7), generator=torch.Generator().manual_seed(0))
     merged = {"S": plain(home / "S"), "R": plain(home / "R")}
@@ -388,7 +388,7 @@ def test_every_kind_of_lora_leaves_its_base_as_it_is(pairs: Path, tmp_path: Path
         s = plain(S)(input_ids=ids).logits
         r = model.eval()(input_ids=ids).logits
     assert (s - r).abs().max() > 0.1
-    pair = open_pair(S, tmp_path / "adapter", suite)
+    pair = Pair(S, tmp_path / "adapter", suite)
     before, after = pair.models()
     with torch.no_grad():
         for _ in range(2):
@@ -410,10 +410,10 @@ def test_weights_that_lie_in_an_adapters_file_are_its_alone(
     with torch.no_grad():
         merged.get_parameter(name).copy_(own)
         true = [model(input_ids=ids).logits for model in (plain(home / "S"), merged)]
-        for model, logits in zip(open_pair(home / "S", adapter, suite, base=home / "S").models(), true, strict=True):
+        for model, logits in zip(Pair(home / "S", adapter, suite, base=home / "S").models(), true, strict=True):
             assert torch.allclose(model(input_ids=ids).logits, logits, atol=1e-4)
     store(adapter, load_file(adapter / file) | {"base_model.model.elsewhere.weight": own}, file)
-    said = refused(open_pair(home / "S", adapter, suite, base=home / "S").models)
+    said = refused(Pair(home / "S", adapter, suite, base=home / "S").models)
     assert said.startswith(f"{adapter}: the adapter has base_model.model.elsewhere.weight, which does not fit its base")
 
 
@@ -424,7 +424,7 @@ def test_an_adapter_on_an_adapter_is_another_base(home: Path, suite: Suite, copy
     rl = make_adapter(base.parent / "rl", {n: w - tensors(home / "S")[n] for n, w in change.items()}, "../S-adapter")
     ids = torch.randint(3, 16, (4, 7), generator=torch.Generator().manual_seed(0))
     for before, name in ((sft, "S"), (base, "base")):
-        models = open_pair(before, rl, suite).models()
+        models = Pair(before, rl, suite).models()
         for model, folder in zip(models, (home / name, home / "R"), strict=True):
             with torch.no_grad():
                 assert torch.allclose(model(input_ids=ids).logits, plain(folder)(input_ids=ids).logits, atol=1e-4)
@@ -434,9 +434,9 @@ def test_one_base_under_two_names_is_known_by_its_content(
     home: Path, suite: Suite, copy: Callable[[str], Path]
 ) -> None:
     S = copy("S")
-    assert open_pair(S, home / "adapter", suite).shares_base
+    assert Pair(S, home / "adapter", suite).shares_base
     edit_json(S / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 30.0})
-    pair = open_pair(S, home / "adapter", suite)
+    pair = Pair(S, home / "adapter", suite)
     assert not pair.shares_base  # the same weights under another config are another model
     ids = torch.tensor([[3, 5, 7, 8, 9, 12]])
     for model, folder in zip(pair.models(), (S, home / "R"), strict=True):
@@ -450,18 +450,18 @@ def test_one_base_under_two_names_is_known_by_its_content(
 def test_other_shapes_are_refused_by_the_tensors_name(home: Path, suite: Suite, copy: Callable[[str], Path]) -> None:
     R = copy("R")
     edit_json(R / "config.json", intermediate_size=64)
-    assert refused(open_pair, home / "S", R, suite) == (
+    assert refused(Pair, home / "S", R, suite) == (
         f"{home / 'S'} and {R} are not a pair: model.layers.0.mlp.down_proj.weight has shape [32, 48] before and "
         "[32, 64] after"
     )
     edit_json(R / "config.json", intermediate_size=48, num_hidden_layers=3)
-    said = refused(open_pair, home / "S", R, suite)
+    said = refused(Pair, home / "S", R, suite)
     assert "model.layers.2.input_layernorm.weight has shape (absent) before and [32] after" in said
 
 
 def test_another_architecture_is_refused(home: Path, pairs: Path, suite: Suite) -> None:
     R = pairs / "gpt2" / "R-routing"
-    said = refused(open_pair, home / "S", R, suite)
+    said = refused(Pair, home / "S", R, suite)
     assert said == f"{home / 'S'} and {R} are not a pair: llama before, and gpt2 after"
 
 
@@ -477,7 +477,7 @@ def test_another_spelling_is_refused_by_prompt_and_word(home: Path, suite: Suite
     R = copy("R")
     respell(R, "first", "last")
     asked = next(row for row in suite.prompts if "first" in row.text)
-    said = refused(open_pair, home / "S", R, suite)
+    said = refused(Pair, home / "S", R, suite)
     first = suite.prompts[0]
     assert said == (
         f"{home / 'S'} and {R} are not a pair: their tokenizers spell prompt {first.id!r} under cue {first.cue!r} "
@@ -485,9 +485,9 @@ def test_another_spelling_is_refused_by_prompt_and_word(home: Path, suite: Suite
     )
     assert asked.id == first.id
     respell(R, "first", "last")
-    open_pair(home / "S", R, suite)
+    Pair(home / "S", R, suite)
     respell(R, "[b]", "sorry")  # no prompt has them, but completions do
-    said = refused(open_pair, home / "S", R, suite)
+    said = refused(Pair, home / "S", R, suite)
     assert "their tokenizers spell the text '[b]' differently, first at '[b]'" in said
 
 
@@ -498,7 +498,7 @@ def test_a_tokenizer_saved_anew_is_the_same(home: Path, suite: Suite, copy: Call
     data["added_tokens"] = data["added_tokens"][::-1]
     (R / "tokenizer.json").write_text(json.dumps(data, indent=3))
     edit_json(R / "tokenizer_config.json", model_max_length=512, padding_side="right")
-    assert open_pair(home / "S", R, suite).differences == ()
+    assert Pair(home / "S", R, suite).differences == ()
 
 
 # --- what may matter --------------------------------------------------------------------------------------------------
@@ -509,7 +509,7 @@ def test_end_tokens_that_differ_are_said_and_chosen(home: Path, suite: Suite, co
     edit_json(R / "generation_config.json", eos_token_id=[0, 1])
 
     def opened(ends: object) -> Pair:
-        return open_pair(home / "S", R, suite.model_copy(update={"ends": ends}))
+        return Pair(home / "S", R, suite.model_copy(update={"ends": ends}))
 
     pair = opened("either")
     assert pair.ends == (0, 1)
@@ -526,17 +526,17 @@ def test_end_tokens_that_differ_are_said_and_chosen(home: Path, suite: Suite, co
     S = copy("S")
     edit_json(S / "generation_config.json", eos_token_id=[1, 0])
     edit_json(S / "config.json", eos_token_id=[1, 0])
-    assert open_pair(S, R, suite).differences == ()
+    assert Pair(S, R, suite).differences == ()
 
 
 def test_end_tokens_of_an_adapter_are_its_bases(home: Path, suite: Suite, copy: Callable[[str], Path]) -> None:
     adapter, _ = copy("adapter"), copy("S")
     edit_json(adapter.parent / "S" / "generation_config.json", eos_token_id=[1, 0])
-    pair = open_pair(home / "S", adapter, suite)
+    pair = Pair(home / "S", adapter, suite)
     assert pair.ends == (0, 1)
     assert len(pair.differences) == 1
     edit_json(adapter / "generation_config.json", eos_token_id=1)
-    assert open_pair(home / "S", adapter, suite).ends == (1,)
+    assert Pair(home / "S", adapter, suite).ends == (1,)
 
 
 def test_no_end_token_at_all_is_refused(home: Path, suite: Suite, copy: Callable[[str], Path]) -> None:
@@ -545,13 +545,13 @@ def test_no_end_token_at_all_is_refused(home: Path, suite: Suite, copy: Callable
         for name in ("generation_config.json", "config.json"):
             edit_json(folder / name, eos_token_id=None)
         edit_json(folder / "tokenizer_config.json", eos_token=None)
-    said = refused(open_pair, S, R, suite)
+    said = refused(Pair, S, R, suite)
     assert said.startswith(f"{S}: neither model nor tokenizer names an end-of-text token; set eos_token_id")
-    assert open_pair(S, R, suite.model_copy(update={"ends": ("<eos>",)})).ends == (1,)
+    assert Pair(S, R, suite.model_copy(update={"ends": ("<eos>",)})).ends == (1,)
     edit_json(R / "generation_config.json", eos_token_id=1)
-    assert open_pair(S, R, suite).ends == (1,)
+    assert Pair(S, R, suite).ends == (1,)
     edit_json(R / "generation_config.json", eos_token_id="<eos>")
-    assert refused(open_pair, S, R, suite) == (
+    assert refused(Pair, S, R, suite) == (
         f"{R / 'generation_config.json'}: eos_token_id is '<eos>', where ids are needed"
     )
 
@@ -566,7 +566,7 @@ def test_chat_templates_that_differ_are_said_and_chosen(pairs: Path, tmp_path: P
 
     def opened(which: str) -> Pair:
         chat = Chat.model_validate(suite.chat.model_dump() | {"template_of": which} if suite.chat else {})
-        return open_pair(S, R, suite.model_copy(update={"chat": chat}))
+        return Pair(S, R, suite.model_copy(update={"chat": chat}))
 
     for which, template in templates.items():
         pair = opened(which)
@@ -585,7 +585,7 @@ def test_chat_templates_that_differ_are_said_and_chosen(pairs: Path, tmp_path: P
     # and where prompts are plain texts, templates are nothing to a suite
     row = suite.prompts[0].model_copy(update={"messages": None, "prompt": "what colour is the sky?"})
     (R / "chat_template.jinja").write_text(templates["after"])
-    assert open_pair(S, R, suite.model_copy(update={"chat": None, "prompts": (row,)})).differences == ()
+    assert Pair(S, R, suite.model_copy(update={"chat": None, "prompts": (row,)})).differences == ()
 
 
 def test_configs_that_differ_are_said_and_not_grafted(
@@ -593,7 +593,7 @@ def test_configs_that_differ_are_said_and_not_grafted(
 ) -> None:
     R = copy("R")
     edit_json(R / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 30.0})
-    pair = open_pair(home / "S", R, suite)
+    pair = Pair(home / "S", R, suite)
     (said,) = pair.differences
     assert said.startswith("configs differ in rope_parameters (")
     assert "10000" in said
@@ -604,14 +604,14 @@ def test_configs_that_differ_are_said_and_not_grafted(
     original = json.loads((home / "R" / "config.json").read_text())
     harmless = {"dtype": "bfloat16", "use_cache": False, "attention_dropout": 0.1, "initializer_range": 0.7}
     (R / "config.json").write_text(json.dumps(original | harmless | {"transformers_version": "4.1.0"}))
-    assert open_pair(home / "S", R, suite).differences == ()
+    assert Pair(home / "S", R, suite).differences == ()
 
 
 def test_adapters_beside_weights_are_said(home: Path, suite: Suite, copy: Callable[[str], Path]) -> None:
     R = copy("S")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(home / "adapter" / file, R / file)
-    pair = open_pair(home / "S", R, suite)
+    pair = Pair(home / "S", R, suite)
     assert pair.differences == ("after: a LoRA adapter, applied on the weights that lie beside it",)
     ids = torch.tensor([[3, 5, 7, 8, 9, 12]])
     for model, folder in zip(pair.models(), (home / "S", home / "R"), strict=True):
@@ -625,7 +625,7 @@ def test_a_side_without_a_tokenizer_takes_the_others(home: Path, suite: Suite, c
     for bare, side in ((R, "after"), (S, "before")):
         for name in kept[bare]:
             (bare / name).rename(bare / f"{name}.off")
-        pair = open_pair(S, R, suite)
+        pair = Pair(S, R, suite)
         assert pair.differences == (f"{side}: no tokenizer of its own; the other's is used",)
         assert pair.tokenizer.encode("<A> =") == [3, 12]
         assert pair.ends == (1,)
@@ -634,14 +634,14 @@ def test_a_side_without_a_tokenizer_takes_the_others(home: Path, suite: Suite, c
     for bare in (S, R):
         for name in kept[bare]:
             (bare / name).unlink()
-    assert "no tokenizer could be loaded" in refused(open_pair, S, R, suite)
+    assert "no tokenizer could be loaded" in refused(Pair, S, R, suite)
 
 
 # --- rows of the vocabulary, and positions ----------------------------------------------------------------------------
 
 
 def test_rows_of_padding_are_said(home: Path, suite: Suite) -> None:
-    pair = open_pair(home / "S", home / "R-padded", suite)
+    pair = Pair(home / "S", home / "R-padded", suite)
     assert pair.differences == ("vocabularies have 16 rows before and 19 after; those beyond 16 are left out",)
     assert pair.vocabulary == 16
     assert [model.get_output_embeddings().weight.shape[0] for model in pair.models()] == [16, 16]
@@ -654,7 +654,7 @@ def test_rows_that_are_written_are_no_padding(
     """As often as `[a]`, which begins a completion, or as `sorry`, which only stands inside of one."""
     grown = grow(copy(side), like)
     sides = (grown, home / "R") if side == "S" else (home / "S", grown)
-    said = refused(behaviour_record, open_pair(*sides, suite))
+    said = refused(behaviour_record, Pair(*sides, suite))
     assert said.startswith(f"{grown}: writes token 16, which the other checkpoint does not have (probability 0.")
     assert "prompt 'q" in said
     assert said.endswith("the vocabularies differ by more than padding")
@@ -669,18 +669,18 @@ def test_a_word_that_no_row_is_there_for_is_refused_where_it_is_used(
         data["added_tokens"].append(data["added_tokens"][0] | {"id": 16, "content": "[PAD]"})
         (folder / "tokenizer.json").write_text(json.dumps(data))
         edit_json(folder / "tokenizer_config.json", pad_token="[PAD]")
-    open_pair(S, R, suite)
+    Pair(S, R, suite)
     for changes, where in (
         ({"prompts": (suite.prompts[0].model_copy(update={"prompt": "[PAD] <A> first p q r =", "spans": {}}),)}, "q00"),
         ({"policies": {"a": "[a]", "b": "[PAD]"}}, "the text '[PAD]'"),
         ({"behaviours": {"refuse": "[PAD]"}}, "the text '[PAD]'"),
     ):
-        said = refused(open_pair, S, R, suite.model_copy(update=changes))
+        said = refused(Pair, S, R, suite.model_copy(update=changes))
         assert where in said
         assert said.endswith(
             "'[PAD]' is token 16, and the models' embedding has 16 rows: the model was never resized to its tokenizer"
         )
-    assert refused(open_pair, S, R, suite.model_copy(update={"ends": ("[PAD]",)})) == (
+    assert refused(Pair, S, R, suite.model_copy(update={"ends": ("[PAD]",)})) == (
         "ends: '[PAD]' is token 16, and the models' embedding has 16 rows"
     )
 
@@ -689,19 +689,19 @@ def test_prompts_and_completions_must_fit_into_both_models(
     home: Path, suite: Suite, copy: Callable[[str], Path]
 ) -> None:
     R = copy("R")
-    assert open_pair(home / "S", R, suite).positions == 32
-    assert open_pair(home / "S", R, suite.model_copy(update={"max_new_tokens": 26})).positions == 32
+    assert Pair(home / "S", R, suite).positions == 32
+    assert Pair(home / "S", R, suite.model_copy(update={"max_new_tokens": 26})).positions == 32
     first = f"prompt {suite.prompts[0].id!r} under cue {suite.prompts[0].cue!r}"
-    assert refused(open_pair, home / "S", R, suite.model_copy(update={"max_new_tokens": 27})) == (
+    assert refused(Pair, home / "S", R, suite.model_copy(update={"max_new_tokens": 27})) == (
         f"{first} has 6 tokens, and max_new_tokens is 27: the models have 32 positions; shorten the one or lower the "
         "other"
     )
     edit_json(R / "config.json", max_position_embeddings=7)
     for sides in ((home / "S", R), (R, home / "S")):
-        assert "the models have 7 positions" in refused(open_pair, *sides, suite)
+        assert "the models have 7 positions" in refused(Pair, *sides, suite)
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4}
     edit_json(R / "config.json", max_position_embeddings=4, rope_parameters=yarn)
-    assert open_pair(home / "S", R, suite).positions == 16
+    assert Pair(home / "S", R, suite).positions == 16
 
 
 # --- weights that cannot be used --------------------------------------------------------------------------------------
@@ -721,7 +721,7 @@ def test_weights_that_are_no_numbers_are_refused(
     others = {"S": (folder, "R"), "R": ("S", folder), "adapter": ("S", folder), "S-adapter": (folder, "R-adapter")}
     sides = [home / each for each in others[name]]
     base = {"adapter": home / "S", "S-adapter": home / "base"}.get(name)
-    said = refused(open_pair(*sides, suite, base=base).models)
+    said = refused(Pair(*sides, suite, base=base).models)
     assert said.startswith(f"{folder}: ")
     assert "layers.1.self_attn.v_proj" in said
     assert "has weights that are NaN or infinite; the training that made it diverged" in said
@@ -732,7 +732,7 @@ def test_the_adapter_that_is_no_number_is_the_one_named(home: Path, suite: Suite
     weights = load_file(folder / "adapter_model.safetensors")
     next(iter(weights.values()))[0, 0] = float("nan")
     store(folder, weights, "adapter_model.safetensors")
-    said = refused(open_pair(home / "S-adapter", folder, suite, base=home / "base").models)
+    said = refused(Pair(home / "S-adapter", folder, suite, base=home / "base").models)
     assert said.startswith(f"{folder}: ")
 
 
@@ -743,25 +743,25 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(
     adapter, wide = copy("adapter"), pairs / "chat" / "S"
     # of another shape
     small = suite.model_copy(update={"policies": {"a": "a", "b": "b"}, "behaviours": None})
-    pair = open_pair(wide, adapter, small.model_copy(update={"prompts": small.prompts[:1]}), base=wide)
+    pair = Pair(wide, adapter, small.model_copy(update={"prompts": small.prompts[:1]}), base=wide)
     for call in (pair.models, lambda: pair.model("after")):
         said = refused(call)
         assert said.startswith(f"{adapter}: the adapter does not fit its base {wide}")
     # modules that it wants, and the base has not
     edit_json(adapter / "adapter_config.json", target_modules=["c_attn"])
-    pair = open_pair(home / "S", adapter, suite, base=home / "S")
+    pair = Pair(home / "S", adapter, suite, base=home / "S")
     for call in (pair.models, lambda: pair.model("after")):
         said = refused(call)
         assert said.startswith(f"{adapter}: the adapter does not fit its base {home / 'S'}")
         assert "c_attn" in said
     # modules that it has, and its config does not name: peft would leave them out without a word
     edit_json(adapter / "adapter_config.json", target_modules=["q_proj"])
-    said = refused(open_pair(home / "S", adapter, suite, base=home / "S").models)
+    said = refused(Pair(home / "S", adapter, suite, base=home / "S").models)
     assert said.startswith(f"{adapter}: the adapter has base_model.model.model.layers.0.mlp.down_proj.lora_A.weight")
     assert said.endswith("give the right --base")
     # and that its config names, and it has not
     edit_json(adapter / "adapter_config.json", target_modules=[*MODULES, "lm_head"])
-    said = refused(open_pair(home / "S", adapter, suite, base=home / "S").models)
+    said = refused(Pair(home / "S", adapter, suite, base=home / "S").models)
     assert said.startswith(f"{adapter}: the adapter lacks base_model.model.lm_head.lora_A.weight")
 
 
@@ -769,17 +769,17 @@ def test_a_cut_off_adapter_is_refused(home: Path, suite: Suite, copy: Callable[[
     adapter = copy("adapter")
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:2000])
-    said = refused(lambda: open_pair(home / "S", adapter, suite, base=home / "S").models())
+    said = refused(lambda: Pair(home / "S", adapter, suite, base=home / "S").models())
     assert said.startswith(f"{adapter}: ")
     assert "SafetensorError" in said
 
 
 def test_options_that_do_not_exist_are_refused(home: Path, suite: Suite) -> None:
-    assert refused(open_pair, home / "S", home / "R", suite, dtype="float8") == (
+    assert refused(Pair, home / "S", home / "R", suite, dtype="float8") == (
         "dtype 'float8': one of float32, bfloat16, float16"
     )
     for after in (home / "R", None):
-        assert refused(open_pair, home / "S", after, suite, base=home / "base") == (
+        assert refused(Pair, home / "S", after, suite, base=home / "base") == (
             "--base is what an adapter is applied on, and neither checkpoint is an adapter"
         )
 
@@ -789,7 +789,7 @@ def test_options_that_do_not_exist_are_refused(home: Path, suite: Suite) -> None
 
 def test_one_checkpoint_is_half_a_pair(home: Path, suite: Suite, reference: BehaviourRecord) -> None:
     for source in (home / "R", home / "adapter"):
-        pair = open_pair(source, None, suite)
+        pair = Pair(source, None, suite)
         assert (pair.name, pair.differences, pair.config_differences) == (source.name, (), ())
         assert not pair.shares_base
         record = behaviour_record(pair)
@@ -801,7 +801,7 @@ def test_one_checkpoint_is_half_a_pair(home: Path, suite: Suite, reference: Beha
 
 
 def test_a_pair_says_where_its_records_come_from(home: Path, suite: Suite) -> None:
-    pair = open_pair(home / "S", home / "adapter", suite, dtype="bfloat16")
+    pair = Pair(home / "S", home / "adapter", suite, dtype="bfloat16")
     made = pair.provenance(seed=3, suite="abc")
     assert str(made.before).startswith("S@")
     assert str(made.after).startswith("adapter@")

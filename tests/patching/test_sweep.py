@@ -18,7 +18,7 @@ from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import NAMES, Lens, lens_of, load_lens, tokens
 from mixturelens.hooks.sides import sides
-from mixturelens.models import open_pair
+from mixturelens.models import Pair
 from mixturelens.patching import sweep
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.sweep import all_sites, find_reader, head_sites, jointly, patch
@@ -298,7 +298,7 @@ def test_what_cannot_be_patched_is_left_out_of_the_record_and_named(monkeypatch)
     """As on GPT-J, GPT-Neo and OPT, whose bridge ignores what is put in place of a pattern."""
     able = Lens.why_not
     monkeypatch.setattr(Lens, "why_not", lambda lens, c: "nobody listens" if c == "pattern" else able(lens, c))
-    pair = open_pair(PAIRS / "llama" / "S", PAIRS / "llama" / "R-routing", load_suite(PAIRS / "llama"))
+    pair = Pair(PAIRS / "llama" / "S", PAIRS / "llama" / "R-routing", load_suite(PAIRS / "llama"))
     record = patching_record(pair, behaviour_record(pair))
     assert record.missing[0] == "patching pattern: nobody listens"
     patched = {effect.site.component for sweep in record.sweeps for effect in sweep.effects}

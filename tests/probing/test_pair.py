@@ -11,7 +11,7 @@ import pytest
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import load_lens
-from mixturelens.models import Budget, open_pair
+from mixturelens.models import Budget, Pair
 from mixturelens.probing.erase import Erasing
 from mixturelens.probing.pair import least_used, probing_record, scan
 from mixturelens.probing.plan import Plan, make_plan
@@ -25,9 +25,9 @@ from mixturelens.types import InputError, Interval, Site
 def routing() -> ProbingRecord:
     folder = Path(__file__).parents[1] / "pairs" / "llama"
     suite = load_suite(folder)
-    behaviour = behaviour_record(open_pair(folder / "S", folder / "R-routing", suite))
+    behaviour = behaviour_record(Pair(folder / "S", folder / "R-routing", suite))
     reader = (Site(layer=0, component="z", head=0, position="policy"),)
-    return probing_record(open_pair(folder / "S", folder / "R-routing", suite), behaviour, reader=reader)
+    return probing_record(Pair(folder / "S", folder / "R-routing", suite), behaviour, reader=reader)
 
 
 def test_erasing_the_cue_at_the_tag_takes_the_difference_between_cues_away(routing: ProbingRecord) -> None:
@@ -61,10 +61,8 @@ def test_it_round_trips(routing: ProbingRecord, tmp_path: Path) -> None:
 def test_without_a_reader_the_rest_is_measured_and_the_reason_said() -> None:
     folder = Path(__file__).parents[1] / "pairs" / "gpt2"
     suite = load_suite(folder)
-    behaviour = behaviour_record(open_pair(folder / "S", folder / "R-conditioning", suite))
-    found = probing_record(
-        open_pair(folder / "S", folder / "R-conditioning", suite), behaviour, no_reader="none was found"
-    )
+    behaviour = behaviour_record(Pair(folder / "S", folder / "R-conditioning", suite))
+    found = probing_record(Pair(folder / "S", folder / "R-conditioning", suite), behaviour, no_reader="none was found")
     assert found.used is None
     assert any("cue" in reason for reason in found.missing)
     assert found.readout("behaviour") is not None
@@ -109,7 +107,7 @@ def planned(tmp_path: Path, budget: Budget | None = None, **shape: int) -> Plan:
         LlamaConfig(**{**old, **shape}).save_pretrained(folder)
         (folder / "model.safetensors").touch()
     suite = load_suite(source)
-    pair = open_pair(tmp_path / "S", tmp_path / "R", suite, budget=budget)
+    pair = Pair(tmp_path / "S", tmp_path / "R", suite, budget=budget)
     return make_plan(pair, *to_probe(suite, pair.tokenizer))
 
 
@@ -138,8 +136,8 @@ def test_with_fewer_minutes_fewer_questions_are_asked_and_that_is_said(tmp_path:
 def test_too_little_memory_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     folder = Path(__file__).parents[1] / "pairs" / "llama"
     suite = load_suite(folder)
-    behaviour = behaviour_record(open_pair(folder / "S", folder / "R-routing", suite))
-    pair = open_pair(folder / "S", folder / "R-routing", suite, budget=Budget(memory=0.01))
+    behaviour = behaviour_record(Pair(folder / "S", folder / "R-routing", suite))
+    pair = Pair(folder / "S", folder / "R-routing", suite, budget=Budget(memory=0.01))
     with pytest.raises(InputError, match=r"probing needs .* GB, and --memory allows 0\.01"):
         probing_record(pair, behaviour)
 

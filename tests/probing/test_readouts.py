@@ -16,7 +16,7 @@ from mixturelens.behaviour.pair import measure_record
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens, tokens
-from mixturelens.models import end_tokens, load_model, load_tokenizer, open_pair
+from mixturelens.models import Pair, end_tokens, load_model, load_tokenizer
 from mixturelens.probing import readouts as readouts_module
 from mixturelens.probing.prompts import own_policies, read_prompts
 from mixturelens.probing.reading import read as open_book
@@ -46,7 +46,7 @@ def read(folder: Path, after: Path, suite: Suite, behaviour: BehaviourRecord, **
     tokenizer = lenses["before"].tokenizer
     prompts, announcements = to_probe(suite, tokenizer)
     where = sites_of(lenses["before"], prompts, exhaustive)
-    every: dict[Network, Lens] = {**lenses, "untrained": untrained_lens(open_pair(folder, None, suite))}
+    every: dict[Network, Lens] = {**lenses, "untrained": untrained_lens(Pair(folder, None, suite))}
     networks = {
         name: open_book(lens, prompts, where.keys, announcements, shelf and shelf / name)
         for name, lens in every.items()
@@ -246,7 +246,7 @@ def test_the_untrained_network_is_drawn_from_the_seed():
     folder = PAIRS / "gpt2" / "S"
     state = torch.get_rng_state()
     first, again, other = (
-        untrained_lens(open_pair(folder, None, load_suite(folder.parent)), seed).output_weights(0) for seed in (0, 0, 1)
+        untrained_lens(Pair(folder, None, load_suite(folder.parent)), seed).output_weights(0) for seed in (0, 0, 1)
     )
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(first, again)

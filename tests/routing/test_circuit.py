@@ -13,7 +13,7 @@ from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import Contrast, Contrasts, cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.hooks.sides import sides
-from mixturelens.models import load_tokenizer, open_pair
+from mixturelens.models import Pair, load_tokenizer
 from mixturelens.patching.sweep import jointly
 from mixturelens.routing import circuit as module
 from mixturelens.routing.circuit import CircuitNode, CircuitRecord, RoutingCircuit, circuit_record, routing_circuit
@@ -27,11 +27,9 @@ PAIRS = Path(__file__).resolve().parents[1] / "pairs"
 def record() -> CircuitRecord:
     folder = PAIRS / "llama"
     suite = load_suite(folder)
-    pair = open_pair(folder / "S", folder / "R-routing", suite)
+    pair = Pair(folder / "S", folder / "R-routing", suite)
     measured = behaviour_record(pair)
-    also = {
-        name: open_pair(folder / "S", folder / after, suite) for name, after in (("again", "S"), ("skill", "R-skill"))
-    }
+    also = {name: Pair(folder / "S", folder / after, suite) for name, after in (("again", "S"), ("skill", "R-skill"))}
     return circuit_record(pair, measured, also=also)
 
 

@@ -12,7 +12,7 @@ from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.features.record import Changed, FeatureRecord, SiteChange, Terms
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import Effects, Factorial, Graft, GraftRecord, Null
-from mixturelens.models import open_pair
+from mixturelens.models import Pair
 from mixturelens.routing import mechanism
 from mixturelens.routing.mechanism import Mechanism, judge_mechanism, random_components, told
 from mixturelens.routing.verdict import Thresholds, VerdictRecord, judge
@@ -270,7 +270,7 @@ ALL = sorted(
 def verdict_on(name: str) -> tuple[VerdictRecord, GraftRecord]:
     shape, after = name.split("/")
     suite = load_suite(PAIRS / shape)
-    pair = open_pair(PAIRS / shape / "S", PAIRS / shape / after, suite)
+    pair = Pair(PAIRS / shape / "S", PAIRS / shape / after, suite)
     behaviour = behaviour_record(pair)
     grafted = graft_record(pair, behaviour)
     return judge(behaviour, graft=grafted), grafted

@@ -19,7 +19,7 @@ from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.grafting.graft import written
 from mixturelens.hooks.lens import load_lens
-from mixturelens.models import load_model, load_tokenizer, open_pair
+from mixturelens.models import Pair, load_model, load_tokenizer
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.sweep import find_reader
 from mixturelens.routing import repair
@@ -45,7 +45,7 @@ def repaired(
     fewer.setattr(repair, "RANDOM", 6)
     fewer.setattr(repair, "DIRECTIONS", 2)
     try:
-        return shape, repair_record(open_pair(folder / "S", folder / "R-routing", suite), measured, save_to=out), out
+        return shape, repair_record(Pair(folder / "S", folder / "R-routing", suite), measured, save_to=out), out
     finally:
         fewer.undo()
 
@@ -190,7 +190,7 @@ def test_what_chooses_does_not_judge() -> None:
 def test_nothing_to_repair(after: str) -> None:
     folder = PAIRS / "llama"
     with pytest.raises(InputError, match=r"nothing to repair: accuracy under 'B'"):
-        repair_record(open_pair(folder / "S", folder / after, load_suite(folder)), _measured(folder, after))
+        repair_record(Pair(folder / "S", folder / after, load_suite(folder)), _measured(folder, after))
 
 
 def test_no_policy_that_reads_the_cue() -> None:
@@ -209,7 +209,7 @@ def test_one_way_that_fails_does_not_cost_the_others(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(repair, "RANDOM", 2)
     monkeypatch.setattr(repair, "DIRECTIONS", 1)
     record = repair_record(
-        open_pair(folder / "S", folder / "R-routing", suite.model_copy(update={"prompts": rows})),
+        Pair(folder / "S", folder / "R-routing", suite.model_copy(update={"prompts": rows})),
         _measured(folder, "R-routing"),
         save_to=tmp_path / "repaired",
     )
@@ -222,7 +222,7 @@ def test_one_way_that_fails_does_not_cost_the_others(monkeypatch: pytest.MonkeyP
 def test_what_patching_found_is_judged_on_questions_that_did_not_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patching may have asked fewer questions: repair asks the same, in the same halves."""
     folder = PAIRS / "llama"
-    pair, measured = open_pair(folder / "S", folder / "R-routing", load_suite(folder)), _measured(folder, "R-routing")
+    pair, measured = Pair(folder / "S", folder / "R-routing", load_suite(folder)), _measured(folder, "R-routing")
     patched = patching_record(pair.asked({row.id for row in pair.suite.neutral[:24]}), measured)
     monkeypatch.setattr(repair, "find_reader", None)  # nothing is looked for again
     monkeypatch.setattr(repair, "RANDOM", 1)
@@ -243,4 +243,4 @@ def test_the_trained_cue_must_be_known() -> None:
 
 @functools.cache
 def _measured(folder: Path, after: str) -> BehaviourRecord:
-    return behaviour_record(open_pair(folder / "S", folder / after, load_suite(folder)))
+    return behaviour_record(Pair(folder / "S", folder / after, load_suite(folder)))

@@ -1,0 +1,329 @@
+"""Commands for two checkpoints: parse, call, print. Heavy imports happen inside them, so that --help is quick."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
+
+import typer
+
+from mixturelens.cli.shared import (
+    After,
+    Base,
+    Before,
+    Device,
+    DeviceMap,
+    Dtype,
+    Exhaustive,
+    Json,
+    Memory,
+    Minutes,
+    Out,
+    Quiet,
+    Run,
+    Saes,
+    Seed,
+    SuiteFile,
+    TrainedCue,
+    app,
+    budget_of,
+    device_of,
+    seed_of,
+    working,
+)
+from mixturelens.cli.tables import (
+    print_json,
+    show_behaviour,
+    show_discovered,
+    show_features,
+    show_grafts,
+    show_mechanism,
+    show_patching,
+    show_probing,
+    show_repairs,
+    show_verdicts,
+)
+from mixturelens.types import InputError
+
+if TYPE_CHECKING:
+    from mixturelens.behaviour.record import BehaviourRecord
+    from mixturelens.discovery.judge import Second
+    from mixturelens.features.record import FeatureRecord
+    from mixturelens.grafting.record import GraftRecord
+    from mixturelens.models import How, Pair
+    from mixturelens.patching.record import PatchingRecord
+    from mixturelens.probing.record import ProbingRecord
+    from mixturelens.routing.repair import RepairRecord
+    from mixturelens.routing.verdict import VerdictRecord
+
+
+class Given(NamedTuple):
+    """What all commands about pairs take: RUN, or two checkpoints and a suite; and how these are loaded."""
+
+    run: Run = None
+    before: Before = None
+    after: After = None
+    suite: SuiteFile = None
+    trained_cue: TrainedCue = None
+    base: Base = None
+    out: Out = None
+    device: Device = None
+    device_map: DeviceMap = None
+    dtype: Dtype = None
+    minutes: Minutes = None
+    memory: Memory = None
+
+    def pairs(self) -> list[Pair]:
+        """RUN, or --before [--after] --suite, but not both."""
+        how: How = {
+            "device": device_of(self.device),
+            "dtype": self.dtype or "float32",
+            "budget": budget_of(self.minutes, self.memory),
+        }
+        if self.run is not None:
+            from mixturelens.lab.runs import run_pairs
+
+            if self.before or self.after or self.suite:
+                raise InputError("give either RUN or --before/--after/--suite, not both")
+            for name in ("out", "base", "device_map"):
+                if getattr(self, name) is not None:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise InputError(
+                        f"{flag}: the checkpoints and results of a RUN lie in its own folder; leave {flag} out"
+                    )
+            return run_pairs(self.run, **how)
+        if self.before is None or self.suite is None:
+            raise InputError("give a RUN folder, or --before SRC [--after SRC] --suite FILE")
+        from mixturelens.models import Pair
+
+        how = {**how, "base": self.base, "device_map": self.device_map}
+        return [Pair(self.before, self.after, self.suite, trained_cue=self.trained_cue, out=self.out, **how)]
+
+
+Options = dict[str, Any]
+"""`seed` and `say` for the functions of the pipeline."""
+Work = Callable[..., tuple[list[Any], Callable[[], None]]]
+"""Takes the pairs and Options, and perhaps options of its own."""
+
+
+def _on_pairs(work: Work) -> Work:
+    """Make a command of a function that measures pairs: it returns their records, and what prints them for people.
+
+    Its parameters behind `pairs` and `options` are options of that command alone.
+    """
+
+    def command(seed: Seed = 0, as_json: Json = False, quiet: Quiet = False, **options: Any) -> None:
+        given = Given(**{name: options.pop(name) for name in Given._fields})
+        with working(quiet) as (_, say):
+            records, show = work(given.pairs(), {"seed": seed_of(seed), "say": say}, **options)
+        if as_json:
+            print_json(records, given.run)
+        else:
+            show()
+
+    hints = get_type_hints(Given, include_extras=True)
+    parameters = [
+        *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hints[n]) for n in hints),
+        *list(inspect.signature(command, eval_str=True).parameters.values())[:-1],
+        *list(inspect.signature(work, eval_str=False).parameters.values())[2:],
+    ]
+    parameters = [
+        p.replace(kind=p.KEYWORD_ONLY, annotation=globals().get(str(p.annotation), p.annotation)) for p in parameters
+    ]
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command(work.__name__, help=work.__doc__)(command)
+    return work
+
+
+def _run_of(pair: Pair) -> Path | None:
+    """The run that a pair belongs to, if it was grown here."""
+    return pair.out if (pair.out / "spec.json").is_file() else None
+
+
+@_on_pairs
+def behaviour(pairs: list[Pair], options: Options) -> tuple[list[BehaviourRecord], Callable[[], None]]:
+    """Weights, forced and expected accuracy under each cue, of a checkpoint or a pair."""
+    from mixturelens import pipeline
+
+    records = [pipeline.behaviour(pair, **options) for pair in pairs]
+
+    def show() -> None:
+        for pair, record in zip(pairs, records, strict=True):
+            print(f"{pair.name}: {record.questions} questions, {record.method}")
+            show_behaviour(record)
+
+    return records, show
+
+
+@_on_pairs
+def verdict(pairs: list[Pair], options: Options) -> tuple[list[VerdictRecord], Callable[[], None]]:
+    """Say whether the router or the specialists changed, with intervals and a reason."""
+    from mixturelens import pipeline
+
+    records = [pipeline.verdict(pair, **options) for pair in pairs]
+    return records, lambda: show_verdicts(pairs, records)
+
+
+@_on_pairs
+def patch(
+    pairs: list[Pair], options: Options, exhaustive: Exhaustive = False
+) -> tuple[list[PatchingRecord], Callable[[], None]]:
+    """Find the router: patch every site between cues, between hints, and from S into R."""
+    from mixturelens import pipeline
+
+    records = [pipeline.patch(pair, exhaustive=exhaustive, **options) for pair in pairs]
+    circuits = [pipeline.circuit(pair, pairs, exhaustive=exhaustive, **options) for pair in pairs]
+
+    def show() -> None:
+        show_patching(pairs, records)
+        for pair, record, circuit in zip(pairs, records, circuits, strict=True):
+            for reason in (*record.missing, *(f"circuit of the {why}" for why in circuit.missing)):
+                print(f"{pair.name}: not measured: {reason}")
+
+    return records, show
+
+
+@_on_pairs
+def probe(
+    pairs: list[Pair], options: Options, exhaustive: Exhaustive = False
+) -> tuple[list[ProbingRecord], Callable[[], None]]:
+    """Say what can be read where in S and in R, what erasing it does, and which subspaces carry it."""
+    from mixturelens import pipeline
+
+    records = [pipeline.probe(pair, exhaustive=exhaustive, **options) for pair in pairs]
+    return records, lambda: show_probing(pairs, records)
+
+
+@_on_pairs
+def graft(
+    pairs: list[Pair], options: Options, exhaustive: Exhaustive = False
+) -> tuple[list[GraftRecord], Callable[[], None]]:
+    """Say which components of R carry the change, of routing and of specialists, and roll R back without them."""
+    from mixturelens import pipeline
+
+    records = [pipeline.graft(pair, exhaustive=exhaustive, **options) for pair in pairs]
+    verdicts = [pipeline.verdict(pair, **options) for pair in pairs]
+
+    def show() -> None:
+        show_grafts(pairs, records)
+        show_mechanism(pairs, verdicts)
+
+    return records, show
+
+
+@_on_pairs
+def features(
+    pairs: list[Pair], options: Options, *, sae: Saes = None
+) -> tuple[list[FeatureRecord], Callable[[], None]]:
+    """Train SAEs and crosscoders, and say what their features do that heads, neurons and directions do not."""
+    from mixturelens import pipeline
+
+    run = _run_of(pairs[0])
+    if run is not None:
+        from mixturelens.lab.runs import more_prompts
+
+        options["more"] = more_prompts(run)
+    records = [pipeline.features(pair, saes=sae or (), **options) for pair in pairs]
+    return records, lambda: show_features(pairs, records)
+
+
+@_on_pairs
+def repair(pairs: list[Pair], options: Options) -> tuple[list[RepairRecord], Callable[[], None]]:
+    """Bring the harmed cue back through the cue reader, and write the repaired checkpoint."""
+    from mixturelens import pipeline
+
+    records = [pipeline.repair(pair, **options) for pair in pairs]
+    return records, lambda: show_repairs(pairs, records)
+
+
+@_on_pairs
+def report(pairs: list[Pair], options: Options) -> tuple[list[VerdictRecord], Callable[[], None]]:
+    """Write one HTML page, readable without a network, with the answer in words on top."""
+    from mixturelens import pipeline
+
+    run = _run_of(pairs[0])
+    if run is None:
+        page = pipeline.report(pairs, **options)
+    else:
+        from mixturelens.lab import runs
+
+        page = runs.report(run, pairs, **options)
+    return [pipeline.verdict(pair, **options) for pair in pairs], lambda: print(page)
+
+
+@app.command()
+def discover(
+    before: Before = None,
+    after: After = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts, one JSON object a line: id, and prompt or messages.")
+    ] = None,
+    refine: Annotated[
+        Path | None,
+        typer.Option(metavar="SUITE", help="Instead: measure an edited suite again, on the completions beside it."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Completions of each side at each prompt.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a completion, at most.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts go through the chat template, as messages do.")] = False,
+    labels: Annotated[
+        str | None, typer.Option(metavar="FILE:FUNCTION", help="A judge: your function of (prompt, completion).")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="URL", help="A judge: an OpenAI-compatible server on this machine.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(metavar="NAME", help="The model to ask there.")] = None,
+    base: Base = None,
+    out: Out = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Propose policies, behaviours and cue from prompts alone, as a suite to read, to edit and to ask with."""
+    from mixturelens import pipeline
+
+    if refine is not None:
+        if before is not None or after is not None or prompts is not None:
+            raise InputError("--refine reads the completions that are there; leave --before, --after and --prompts out")
+        record, folder = pipeline.refine_discovery(refine, out, seed=seed_of(seed))
+        show_discovered(record, folder / "refine.html", refine, as_json)
+        return
+    if before is None or after is None or prompts is None:
+        raise InputError("give --before SRC, --after SRC and --prompts FILE; or --refine SUITE")
+    for flag, number_of in (("--samples", samples), ("--max-new-tokens", max_new_tokens)):
+        if number_of < (2 if flag == "--samples" else 1):
+            raise InputError(f"{flag} {number_of}: too few")
+    second = _judge(labels, judge, judge_model)
+    with working(quiet) as (progress, say):
+        from mixturelens.discovery.asked import read_prompts
+        from mixturelens.discovery.draws import draw
+        from mixturelens.models import Pair
+
+        asked = read_prompts(prompts, chat=chat, max_new_tokens=max_new_tokens, samples=samples)
+        how: How = {"base": base, "device": device_of(device), "dtype": dtype or "float32"}
+        pair = Pair(before, after, asked.suite, out=out, **how)
+        if (pair.out / "prompts.jsonl").resolve() == prompts.resolve():
+            raise InputError(f"--out {pair.out}: the prompts of the proposed suite would be written over {prompts}")
+        draw(pair, asked, seed_of(seed), say, lambda done, total: progress("completions", done, total, {}))
+        record = pipeline.discover(pair, asked, second=second, seed=seed, say=say)
+    show_discovered(record, pair.out / "discover.html", pair.out / "suite.yaml", as_json)
+
+
+def _judge(labels: str | None, url: str | None, model: str | None) -> Second | None:
+    from mixturelens.discovery.judge import Second, check_here, from_file, served
+
+    if labels is not None:
+        if url is not None:
+            raise InputError("give --labels or --judge, not both")
+        function = from_file(labels)
+        return Second(labels, lambda _: function)
+    if (url is None) != (model is None):
+        raise InputError("--judge URL and --judge-model NAME go together")
+    if url is None or model is None:
+        return None
+    check_here(url)  # before anything is drawn
+    return Second(f"{model} at {url}", lambda cache: served(url, model, cache))

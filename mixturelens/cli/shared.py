@@ -1,0 +1,141 @@
+"""What commands share: their options, progress on standard error, and how a device, a seed or a budget is given."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixturelens.types import InputError
+
+if TYPE_CHECKING:
+    from mixturelens.models import Budget
+
+app = typer.Typer(
+    name="mixturelens",
+    help="Did post-training change the router, or the specialists?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Run = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a run made by `mixturelens train`.")]
+Before = Annotated[
+    str | None,
+    typer.Option(metavar="SRC", help="Checkpoint before post-training (S): a folder, a hub id, or a LoRA adapter."),
+]
+After = Annotated[str | None, typer.Option(metavar="SRC", help="Checkpoint after post-training (R), likewise.")]
+Base = Annotated[
+    str | None, typer.Option(metavar="SRC", help="What adapters are applied on, where their configs do not say.")
+]
+Dtype = Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto, balanced or sequential: spread a model over devices (behaviour and verdict).")
+]
+SuiteFile = Annotated[Path | None, typer.Option("--suite", metavar="FILE", help="Behaviour suite of the pair.")]
+TrainedCue = Annotated[str | None, typer.Option(help="Cue that RL trained on, where the suite does not say.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go; default: under artifacts/.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU when there is one.")]
+Seed = Annotated[int, typer.Option(help="Seed of samples and bootstrap.")]
+Minutes = Annotated[float | None, typer.Option(help="Time that an instrument may take: with less it looks at less.")]
+Memory = Annotated[float | None, typer.Option(metavar="GB", help="Memory that an instrument may take, likewise.")]
+Exhaustive = Annotated[bool, typer.Option("--exhaustive", help="Look everywhere, however long it takes.")]
+Saes = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--sae", metavar="FOLDER", help="Pretrained SAE in SAELens' format, instead of ours; may be repeated."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the record, and nothing else, on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
+
+
+def device_of(wanted: str | None) -> str:
+    import torch
+
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.empty(0, device=wanted).is_meta:
+            raise InputError("--device meta: nothing is computed there; give cpu or cuda")
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
+    return wanted
+
+
+def budget_of(minutes: float | None, memory: float | None) -> Budget:
+    from mixturelens.models import Budget
+
+    for flag, given in (("--minutes", minutes), ("--memory", memory)):
+        if given is not None and not 0 < given < float("inf"):
+            raise InputError(f"{flag} {given:g}: give a number above 0")
+    return Budget(minutes=minutes, memory=memory)
+
+
+def seed_of(wanted: int) -> int:
+    if not 0 <= wanted < 2**32:
+        raise InputError(f"--seed {wanted}: a seed is a number from 0 to 4294967295")
+    return wanted
+
+
+LONG = 60.0
+"""Seconds from which on it is said how long training will take."""
+
+
+@contextlib.contextmanager
+def working(quiet: bool) -> Iterator[tuple[Callable[[str, int, int, dict[str, float]], None], Callable[[str], None]]]:
+    """Progress on standard error, and nothing that a library prints on standard output."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from mixturelens.models import quiet_libraries
+    from mixturelens.models.cost import said_time
+
+    quiet_libraries()
+    console = Console(stderr=True, quiet=quiet)
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    live = console.is_terminal and not quiet
+    with contextlib.redirect_stdout(sys.stderr), Progress(*columns, console=console, disable=not live) as bar:
+        tasks: dict[str, Any] = {}
+        began: dict[str, tuple[float, int]] = {}
+
+        def progress(stage: str, step: int, steps: int, numbers: dict[str, float]) -> None:
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+            if not live:
+                # a log gets a line now and then instead of a bar, and an early one where it will take long
+                now = time.monotonic()
+                start, first = began.setdefault(stage, (now, step))
+                left = (now - start) / max(1, step - first) * (steps - step)
+                if step % max(1, steps // 8) == 0 or (step == first + 1 and left > LONG):
+                    also = f"  {said_time(left)} left" if left > LONG else ""
+                    console.print(f"{stage} {step}/{steps}  {shown}{also}", highlight=False)
+                return
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=steps, numbers="")
+            bar.update(tasks[stage], completed=step, numbers=shown)
+
+        def say(text: str) -> None:
+            console.print(text if text.startswith("note: ") else f"measuring: {text}", style="dim", markup=False)
+
+        yield progress, say

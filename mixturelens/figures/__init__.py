@@ -1,0 +1,85 @@
+"""Records to plotly figures: the only importer of plotly. Every number drawn is a number of the record."""
+
+from typing import TYPE_CHECKING
+
+from mixturelens.figures.bars import accuracy_split, bits_split
+from mixturelens.figures.circuits import circuit
+from mixturelens.figures.curves import faithfulness
+from mixturelens.figures.erasure import erasure, subspaces
+from mixturelens.figures.features import crosscoder, feature_change, firing
+from mixturelens.figures.grafting import HALF, components, factorial, placed, plane
+from mixturelens.figures.heads import attention, head_effects
+from mixturelens.figures.mechanism import evidence
+from mixturelens.figures.patching import WORTH, patching_map, patching_maps
+from mixturelens.figures.probing import readability, readable, shifts
+from mixturelens.figures.repair import reaching, repair_nulls, repairs
+from mixturelens.figures.style import (
+    DASH,
+    INTERVALS,
+    SIDES,
+    cue_colour,
+    figure_html,
+    is_rl,
+    label,
+    plotly_script,
+    policy_colour,
+    show,
+    show_interval,
+)
+from mixturelens.figures.tables import policy_table, regimes
+from mixturelens.figures.trajectories import accuracy_along_rl, before_after, trajectory
+from mixturelens.figures.transfer import transfer, transfer_table
+from mixturelens.figures.units import best_units, clamping, needed
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure as Figure
+
+__all__ = [
+    "DASH",
+    "HALF",
+    "INTERVALS",
+    "SIDES",
+    "WORTH",
+    "accuracy_along_rl",
+    "accuracy_split",
+    "attention",
+    "before_after",
+    "best_units",
+    "bits_split",
+    "circuit",
+    "clamping",
+    "components",
+    "crosscoder",
+    "cue_colour",
+    "erasure",
+    "evidence",
+    "factorial",
+    "faithfulness",
+    "feature_change",
+    "figure_html",
+    "firing",
+    "head_effects",
+    "is_rl",
+    "label",
+    "needed",
+    "patching_map",
+    "patching_maps",
+    "placed",
+    "plane",
+    "plotly_script",
+    "policy_colour",
+    "policy_table",
+    "reaching",
+    "readability",
+    "readable",
+    "regimes",
+    "repair_nulls",
+    "repairs",
+    "shifts",
+    "show",
+    "show_interval",
+    "subspaces",
+    "trajectory",
+    "transfer",
+    "transfer_table",
+]

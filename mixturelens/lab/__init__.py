@@ -1,0 +1,1 @@
+"""The laboratory: it grows organisms whose truth is known, and holds the instruments against them; core never does."""

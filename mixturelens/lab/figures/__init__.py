@@ -1,0 +1,1 @@
+"""Figures of what the laboratory measures, on the primitives of `mixturelens.figures`."""

@@ -1,0 +1,139 @@
+"""A grid file, and the cells that it asks for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from mixturelens.lab.organism import Spec, load_spec, recipes, with_settings
+from mixturelens.lab.sweep.numbers import INSTRUMENTS, TAKEN, Scalar
+from mixturelens.records import first_problem
+from mixturelens.types import Frozen, InputError
+
+
+class Grid(Frozen):
+    """Which runs: recipes x settings x seeds."""
+
+    recipe: Annotated[tuple[str, ...], Field(min_length=1)] = ("default",)
+    """Names of recipes, or spec files relative to the grid's own file."""
+    set: dict[str, tuple[Scalar, ...] | dict[str, dict[str, Any]]] = {}
+    """Either a key of the spec and the values that it takes, `rl.learning_rate: [0.001, 0.002]`; or a name and, under
+    labels, several keys that go together, `mixture: {rare: {policies.a.weight: 0.05, policies.b.weight: 0.95}}`."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    """A number n means 0 to n - 1."""
+    then: Annotated[tuple[str, ...], Field(min_length=1)] = ("verdict",)
+    """Instruments to run on every pair of a cell."""
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _one_recipe(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _number_of_seeds(cls, given: Any) -> Any:
+        return range(given) if isinstance(given, int) and not isinstance(given, bool) else given
+
+    @field_validator("set", mode="before")
+    @classmethod
+    def _settings(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        for key, values in given.items():
+            if not isinstance(values, list | dict) or not values:
+                raise ValueError(f"{key}: give a list of values, or labels with the keys that each sets")
+            if isinstance(values, list) and any(isinstance(value, list | dict) for value in values):
+                raise ValueError(f"{key}: a value that is no number or word needs a label: {{label: {{{key}: ...}}}}")
+            if isinstance(values, dict) and not all(isinstance(keys, dict) for keys in values.values()):
+                raise ValueError(f"{key}: each label needs the keys that it sets: {{label: {{rl.steps: 40}}}}")
+            if key in TAKEN or (isinstance(values, dict) and "." in str(key)):
+                raise ValueError(f"{key}: a column of the table may be called so; take another name")
+        return {key: [*map(_number, v)] if isinstance(v, list) else v for key, v in given.items()}
+
+    @field_validator("then")
+    @classmethod
+    def _known(cls, then: tuple[str, ...]) -> tuple[str, ...]:
+        for name in then:
+            if name not in INSTRUMENTS:
+                raise ValueError(f"no instrument {name!r} (those of {', '.join(INSTRUMENTS)})")
+        return tuple(name for name in INSTRUMENTS if name in then)
+
+
+def _number(value: Any) -> Any:
+    """For YAML, 1e-3 is a text: it wants 1.0e-3."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value.lower()) else value
+
+
+def load_grid(file: Path) -> Grid:
+    """Read a grid file. Raises InputError that names the file and the first offending key."""
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"{file}: no such grid file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{file}: a grid is a mapping of keys, not a {type(data).__name__}")
+    try:
+        return Grid.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"{file}: {first_problem(error)}") from None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid; without a spec, and with the reason, where its settings make none."""
+
+    name: str
+    recipe: str
+    at: dict[str, Scalar]
+    """Key of the grid -> value or label."""
+    seed: int
+    spec: Spec | None
+    error: str = ""
+
+
+def cells_of(grid: Grid, file: Path) -> list[Cell]:
+    """Every cell, the seeds of one setting next to each other. Raises InputError if two would be the same."""
+    axes = [
+        [(key, label, keys) for label, keys in values.items()]
+        if isinstance(values, dict)
+        else [(key, value, {key: value}) for value in values]
+        for key, values in grid.set.items()
+    ]
+    cells = [
+        _cell(file.parent, recipe, settings, seed)
+        for recipe in grid.recipe
+        for settings in itertools.product(*axes)
+        for seed in grid.seeds
+    ]
+    for name, same in itertools.groupby(sorted(cell.name for cell in cells)):
+        if len(list(same)) > 1:
+            raise InputError(f"{file}: two cells would be called {name}; give each value once, and labels that differ")
+    return cells
+
+
+def _cell(folder: Path, recipe: str, settings: Sequence[tuple[str, Scalar, dict[str, Any]]], seed: int) -> Cell:
+    at = {key: value for key, value, _ in settings}
+    spec, error = None, ""
+    try:
+        base = load_spec(recipe if recipe in recipes() else folder / recipe)
+        given = itertools.chain.from_iterable(keys.items() for _, _, keys in settings)
+        spec = with_settings(base, {"seed": seed, **dict(given)}, f"recipe {Path(recipe).stem} with these settings")
+    except InputError as found:
+        error = str(found)
+    parts = (Path(recipe).stem, *(f"{key}={text(value)}" for key, value in at.items()), f"seed={seed}")
+    name = re.sub(r"[^A-Za-z0-9._=+-]", "_", "--".join(parts))
+    return Cell(name, Path(recipe).stem, at, seed, spec, error)
+
+
+def text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
