@@ -94,7 +94,7 @@ def _write_discovery(folder: Path, name: str, asked: Asked, proposal: Proposal) 
     write_discovered(folder / f"{name}.html", asked, proposal, f"What completions of {pair} show")
 
 
-def behaviour(pair: Pair, *, seed: int = 0, say: Say | None = None) -> BehaviourRecord:
+def measure(pair: Pair, *, seed: int = 0, say: Say | None = None) -> BehaviourRecord:
     """Measure a pair, or read the record if it is there and about the same weights, suite and seed."""
     expected = provenance_of(pair, seed)
     file = pair.records / "behaviour.json"
@@ -190,7 +190,7 @@ def _patched(pair: Pair, *, seed: int, say: Say | None) -> tuple[PatchingRecord 
         return None, str(error)
 
 
-def features(
+def decompose(
     pair: Pair,
     *,
     saes: Sequence[Path] = (),
@@ -253,7 +253,7 @@ def _instrument(
     there = kept(kind, file, expected)
     if there is not None and current(there):
         return there
-    measured = behaviour(pair, seed=seed, say=say)
+    measured = measure(pair, seed=seed, say=say)
     record = make(pair, measured).model_copy(update={"provenance": expected})
     record.save(file)
     return record
@@ -280,7 +280,7 @@ def verdict(pair: Pair, *, seed: int = 0, say: Say | None = None) -> VerdictReco
     """The verdict on a pair, written beside its behaviour record; with the mechanism's, where grafts have been made."""
     if pair.after is None:
         raise InputError("a verdict needs a checkpoint after: give --after")
-    measured = behaviour(pair, seed=seed, say=say)
+    measured = measure(pair, seed=seed, say=say)
     expected = provenance_of(pair, seed)
     record = judge(
         measured,
@@ -312,7 +312,7 @@ def report(
         found.append(
             Findings(
                 name=pair.name,
-                behaviour=behaviour(pair, seed=seed),
+                behaviour=measure(pair, seed=seed),
                 verdict=judged,
                 patching=kept(PatchingRecord, pair.records / "patching.json", expected),
                 circuit=kept(CircuitRecord, pair.records / "circuit.json", expected),

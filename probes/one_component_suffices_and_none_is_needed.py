@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from mixturelens import pipeline
+import mixturelens as ml
 from mixturelens.grafting.record import Component
 from mixturelens.models import Pair
 from mixturelens.types import NOT_MEASURED, Interval
@@ -37,7 +37,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
 
 
 def _answer(case: Pair, seed: int) -> Answer:
-    record = pipeline.graft(case, seed=seed)
+    record = ml.graft(case, seed=seed)
     alone = _extreme(record.components, max, lambda each: each.suffices.weight)
     missed = _extreme(record.components, min, lambda each: each.without.weight)
     suffices = alone.suffices.weight if alone else NOT_MEASURED

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import cast
 
-from mixturelens import pipeline
+import mixturelens as ml
 from mixturelens.features.record import Score
 from mixturelens.models import Pair
 from mixturelens.types import NOT_MEASURED, Interval
@@ -32,7 +32,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
 
 
 def _answer(case: Pair, seed: int) -> Answer:
-    table = pipeline.features(case, seed=seed).table("cue")
+    table = ml.decompose(case, seed=seed).table("cue")
     feature, neuron, head, direction = (
         table and table.best(kind) for kind in ("feature", "neuron", "head", "direction")
     )

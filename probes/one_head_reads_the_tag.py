@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 
-from mixturelens import pipeline
+import mixturelens as ml
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.lens import Lens, lens_of
@@ -50,7 +50,7 @@ def _clause(pair: str, answer: Answer) -> str:
 
 
 def _answer(case: Pair, seed: int) -> Answer:
-    harm = find_harm(pipeline.behaviour(case))
+    harm = find_harm(ml.measure(case))
     lens = lens_of(case, "after")
     contrasts = cue_contrasts(case.suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
     reader = find_reader(lens, contrasts, "policy", seed)  # its first head is the strongest on the first half

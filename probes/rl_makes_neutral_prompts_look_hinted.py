@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import cast
 
-from mixturelens import pipeline
+import mixturelens as ml
 from mixturelens.models import Pair
 from mixturelens.probing.record import Shift
 from mixturelens.types import NOT_MEASURED, InputError, Interval
@@ -33,7 +33,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
 
 
 def _answer(case: Pair, seed: int) -> Answer:
-    record = pipeline.probe(case, seed=seed)
+    record = ml.probe(case, seed=seed)
     if not record.shifts:
         why = next((each for each in record.missing if each.startswith("shift")), "its suite has no hints")
         raise InputError(f"{case.name}: no shift beside that of a hint ({why})")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import cast
 
-from mixturelens import pipeline
+import mixturelens as ml
 from mixturelens.models import Pair
 from mixturelens.types import NOT_MEASURED, Interval
 from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, over, show, under
@@ -30,7 +30,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
 
 
 def _answer(case: Pair, seed: int) -> Answer:
-    change = pipeline.features(case, seed=seed).arrived
+    change = ml.decompose(case, seed=seed).arrived
     if change is None:
         names = ("routing by the features", "specialists by the features")
         return Answer(holds=None, outcome=dict.fromkeys(names, NOT_MEASURED), control={"random set": NOT_MEASURED})

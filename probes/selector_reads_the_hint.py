@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Float
 
-from mixturelens import pipeline
+import mixturelens as ml
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.contrasts import checkpoint_contrasts, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import lens_of
@@ -55,7 +55,7 @@ def _clause(pair: str, answer: Answer) -> str:
 
 
 def _answer(case: Pair, seed: int) -> Answer:
-    harm, suite = find_harm(pipeline.behaviour(case)), case.suite
+    harm, suite = find_harm(ml.measure(case)), case.suite
     before, after = lens_of(case, "before"), lens_of(case, "after")
     tokenizer = before.tokenizer
     hint = hint_contrasts(suite, tokenizer, harm.harmed_cue, harm.other, harm.policy)

@@ -7,7 +7,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import cast
 
-from mixturelens import pipeline
+import mixturelens as ml
 from mixturelens.models import Pair
 from mixturelens.probing.record import ProbingRecord, Readout
 from mixturelens.types import NOT_MEASURED, InputError, Interval
@@ -38,7 +38,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
 
 
 def _answer(case: Pair, seed: int) -> Answer:
-    record = pipeline.probe(case, seed=seed)
+    record = ml.probe(case, seed=seed)
     policy, hint = (_readout(case, record, target) for target in ("policy", "hint"))
     last = places(case)["last"]
     choice, hinted = _stream(record, policy, last), _stream(record, hint, last)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import cast
 
-from mixturelens import pipeline
+import mixturelens as ml
 from mixturelens.models import Pair
 from mixturelens.types import NOT_MEASURED, Interval
 from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, over, show
@@ -32,7 +32,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
 
 
 def _answer(case: Pair, seed: int) -> Answer:
-    found = next((each for each in pipeline.probe(case, seed=seed).subspaces if each.concept == "cue"), None)
+    found = next((each for each in ml.probe(case, seed=seed).subspaces if each.concept == "cue"), None)
     if found is None:
         return Answer(
             holds=None,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import cast
 
-from mixturelens import pipeline
+import mixturelens as ml
 from mixturelens.models import Pair
 from mixturelens.probing.pair import READABLE
 from mixturelens.types import NOT_MEASURED, Interval
@@ -37,7 +37,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
 
 
 def _answer(case: Pair, seed: int) -> Answer:
-    record = pipeline.probe(case, seed=seed)
+    record = ml.probe(case, seed=seed)
     used, unused = record.used, record.unused
     readable = unused.readable if unused else NOT_MEASURED
     kept = unused.left if unused else NOT_MEASURED

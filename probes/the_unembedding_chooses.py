@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import cast
 
-from mixturelens import pipeline
+import mixturelens as ml
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.models import Pair
 from mixturelens.types import NOT_MEASURED, Interval
@@ -36,7 +36,7 @@ def run(run_folder: Path, seed: int = 0) -> ProbeRecord:
 
 
 def _answer(case: Pair, seed: int) -> Answer:
-    record = pipeline.graft(case, seed=seed)
+    record = ml.graft(case, seed=seed)
     names = {part.name for part in record.parts}
     unembedding = "unembed" if "unembed" in names else "embed"  # a tied one is both
     carried = _carried(record, unembedding)

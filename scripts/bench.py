@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+import mixturelens as ml
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import prepare
@@ -306,7 +307,6 @@ def real() -> None:
 
 def timed_command(command: str, before: str, after: str, suite: str, out: str) -> tuple[float, float]:
     """(seconds without the start of Python and its libraries, peak bytes of this process)."""
-    from mixturelens import pipeline
 
     quiet_libraries()
     pair = Pair(before, after, suite, out=out)
@@ -314,7 +314,7 @@ def timed_command(command: str, before: str, after: str, suite: str, out: str) -
     if command == "the limit":
         plain_forwards(pair)
     else:
-        getattr(pipeline, command)(pair)
+        getattr(ml, command)(pair)
     return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from mixturelens import figures, pipeline
+import mixturelens as ml
+from mixturelens import figures
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import prepare
@@ -183,7 +184,7 @@ for name in arguments.only or EXPECTED:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     pair = Pair(checkpoints / "sft", checkpoints / name, arguments.run / "suite.yaml", out=arguments.run)
-    found = pipeline.verdict(pair)
+    found = ml.verdict(pair)
     changed = [what for what, yes in found.changed.model_dump().items() if yes]
     bits = ", ".join(f"{term} {figures.show(value.value, 5)}" for term, value in found.bits)
     print(

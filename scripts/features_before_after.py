@@ -12,7 +12,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixturelens import figures, pipeline
+import mixturelens as ml
+from mixturelens import figures
 from mixturelens.features.record import CrosscoderFit, FeatureRecord, Terms
 from mixturelens.figures import show, show_interval
 from mixturelens.lab import runs
@@ -73,7 +74,7 @@ pairs = {
         ]
     },
 }
-records = {name: pipeline.features(each, seed=arguments.seed, say=print) for name, each in pairs.items()}
+records = {name: ml.decompose(each, seed=arguments.seed, say=print) for name, each in pairs.items()}
 record = records[pair.name]
 print(f"{pair.name}: trained on {record.trained_cue}, harmed {record.harmed_cue}")
 for name, each in records.items():

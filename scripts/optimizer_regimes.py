@@ -12,7 +12,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from mixturelens import figures, pipeline
+import mixturelens as ml
+from mixturelens import figures
 from mixturelens.lab import runs
 from mixturelens.lab.organism import load_spec
 from mixturelens.routing.verdict import VerdictRecord
@@ -56,7 +57,7 @@ def cell(epsilon: float, rate: float) -> VerdictRecord:
     (run / "trajectory").mkdir(exist_ok=True)
     shutil.copy(origin / "trajectory" / "sft.json", run / "trajectory")
     runs.train(runs.load_run(run), run)
-    return pipeline.verdict(runs.run_pairs(run)[0])
+    return ml.verdict(runs.run_pairs(run)[0])
 
 
 verdicts = {}

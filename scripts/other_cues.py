@@ -9,7 +9,8 @@
 import argparse
 from pathlib import Path
 
-from mixturelens import figures, pipeline
+import mixturelens as ml
+from mixturelens import figures
 from mixturelens.lab import runs
 from mixturelens.lab.organism import load_spec
 from mixturelens.types import InputError
@@ -30,12 +31,12 @@ for seed in range(arguments.seeds):
     runs.train(load_spec(arguments.recipe, seed=seed), run)
     pairs = runs.run_pairs(run)
     for pair in pairs:
-        verdict = pipeline.verdict(pair)
+        verdict = ml.verdict(pair)
         try:
-            shown.append((f"seed {seed}", verdict, pipeline.repair(pair)))
+            shown.append((f"seed {seed}", verdict, ml.repair(pair)))
         except InputError as error:
             print(f"{run.name} {pair.name}: not repaired: {error}")
-    print(f"page: {pipeline.report(pairs)}")
+    print(f"page: {ml.report(pairs)}")
 print(figures.transfer_table(shown))
 
 # %% [markdown]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixturelens import pipeline
+import mixturelens as ml
 from mixturelens.discovery.asked import read_prompts
 from mixturelens.discovery.draws import Draws, stored
 from mixturelens.discovery.propose import propose
@@ -85,7 +85,7 @@ def score(cell: Cell, ground: Path) -> Scored:
     tokens = cell.tokens or true.max_new_tokens
     chat = true.chat is not None
     asked = read_prompts(given, chat=chat, max_new_tokens=tokens, samples=16)
-    record = pipeline.discover(Pair(made.before, made.after, asked.suite, out=out), asked)
+    record = ml.discover(Pair(made.before, made.after, asked.suite, out=out), asked)
     _, draws = stored(out)
     proposal = propose(asked, draws, 0, record.provenance)
     rows = {row.text: row for row in true.neutral}
@@ -96,7 +96,7 @@ def score(cell: Cell, ground: Path) -> Scored:
     again = true.model_copy(update={"prompts": tuple(row for row in true.prompts if row.id in held)})
     again.save(out / "true" / "suite.yaml")
     verdicts = [
-        pipeline.verdict(Pair(made.before, made.after, file, out=out / name)).verdict
+        ml.verdict(Pair(made.before, made.after, file, out=out / name)).verdict
         for name, file in (("of-true", out / "true" / "suite.yaml"), ("of-found", out / "suite.yaml"))
         if name == "of-true" or record.found
     ]

@@ -17,8 +17,8 @@ from mixturelens.features.sae import load_sae, quality, train_sae
 from mixturelens.figures import show_interval
 from mixturelens.hooks.lens import NAMES, load_lens
 from mixturelens.lab.organism import prompt_row, questions
+from mixturelens.lab.runs import load_run
 from mixturelens.models import quiet_libraries
-from mixturelens.pipeline import load_run
 from mixturelens.spelling import encode_prompts
 from mixturelens.stats import half_of
 from mixturelens.suite import PromptRow, load_suite

@@ -228,7 +228,7 @@ def test_a_repair_without_a_checkpoint_is_not_made_again(tmp_path: Path, monkeyp
         return stored.model_copy(update={"checkpoint": "repaired" if len(made) > 1 else None})
 
     monkeypatch.setattr(pipeline, "repair_record", make)
-    monkeypatch.setattr(pipeline, "behaviour", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline, "measure", lambda *_, **__: None)
     folder = REFERENCE / "checkpoints"
     pair = Pair(folder / "sft", folder / "rl-A", REFERENCE / "suite.yaml", out=tmp_path, trained_cue="A")
     assert pipeline.repair(pair).checkpoint is None
@@ -262,17 +262,17 @@ def test_features_are_made_again_where_an_sae_is_gone(tmp_path: Path, monkeypatc
         monkeypatch.setattr(pipeline, other, lambda *_, **__: None)
     folder = REFERENCE / "checkpoints"
     pair = Pair(folder / "sft", folder / "rl-A", REFERENCE / "suite.yaml", out=tmp_path, trained_cue="A")
-    first = pipeline.features(pair)
-    assert pipeline.features(pair) == first
+    first = pipeline.decompose(pair)
+    assert pipeline.decompose(pair) == first
     assert len(made) == 1
     assert made[0]["folder"] == tmp_path / "features"
     assert (made[0]["probing"], made[0]["more"]) == (None, ())  # no probing record, and no run to draw prompts from
     (tmp_path / "features" / "sft" / "L1.resid_pre").rmdir()
-    assert pipeline.features(pair) == first
+    assert pipeline.decompose(pair) == first
     assert len(made) == 2
     # another seed is another measurement, and this one kept no SAE
-    assert pipeline.features(pair, seed=1).saes[0].folder is None
-    pipeline.features(pair, seed=1)
+    assert pipeline.decompose(pair, seed=1).saes[0].folder is None
+    pipeline.decompose(pair, seed=1)
     assert len(made) == 3
 
 

@@ -362,7 +362,7 @@ def said_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, FeatureRecord], A
     """(name of a probe, the record of the one pair) -> its answer."""
 
     def answer(name: str, record: FeatureRecord) -> Answer:
-        monkeypatch.setattr(pipeline, "features", lambda *_, **__: record)
+        monkeypatch.setattr(pipeline, "decompose", lambda *_, **__: record)
         monkeypatch.setattr(runs, "run_pairs", lambda _: [PAIR])
         found = PROBES[name].run(REFERENCE)
         assert found.finding.endswith(".")

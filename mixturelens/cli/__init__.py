@@ -9,6 +9,9 @@ from mixturelens.cli import core, lab  # noqa: F401  (they add their commands)
 from mixturelens.cli.shared import app
 from mixturelens.types import InputError, RunError
 
+_LAB = ("trl", "datasets", "joblib", "dask", "distributed")
+"""What `pip install 'mixturelens[lab]'` brings."""
+
 
 def main() -> None:
     """Entry point: bad input is one line on standard error and status 2, a failed run status 1."""
@@ -22,6 +25,10 @@ def main() -> None:
         _fail("interrupted; the same command goes on where it stopped", 130)
     except OSError as error:
         _fail(*_explain(error))
+    except ModuleNotFoundError as error:
+        if error.name not in _LAB:
+            raise
+        _fail(f"{error.name} is not installed, which only the laboratory needs: pip install 'mixturelens[lab]'", 2)
     except Exception as error:
         # safetensors reports a full disk as an error of its own
         if "No space left on device" in str(error):

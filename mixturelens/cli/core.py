@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
+import mixturelens as ml
 from mixturelens.cli.shared import (
     After,
     Base,
@@ -103,7 +104,7 @@ class Given(NamedTuple):
 
 
 Options = dict[str, Any]
-"""`seed` and `say` for the functions of the pipeline."""
+"""`seed` and `say` for the instruments."""
 Work = Callable[..., tuple[list[Any], Callable[[], None]]]
 """Takes the pairs and Options, and perhaps options of its own."""
 
@@ -146,9 +147,8 @@ def _run_of(pair: Pair) -> Path | None:
 @_on_pairs
 def behaviour(pairs: list[Pair], options: Options) -> tuple[list[BehaviourRecord], Callable[[], None]]:
     """Weights, forced and expected accuracy under each cue, of a checkpoint or a pair."""
-    from mixturelens import pipeline
 
-    records = [pipeline.behaviour(pair, **options) for pair in pairs]
+    records = [ml.measure(pair, **options) for pair in pairs]
 
     def show() -> None:
         for pair, record in zip(pairs, records, strict=True):
@@ -161,9 +161,8 @@ def behaviour(pairs: list[Pair], options: Options) -> tuple[list[BehaviourRecord
 @_on_pairs
 def verdict(pairs: list[Pair], options: Options) -> tuple[list[VerdictRecord], Callable[[], None]]:
     """Say whether the router or the specialists changed, with intervals and a reason."""
-    from mixturelens import pipeline
 
-    records = [pipeline.verdict(pair, **options) for pair in pairs]
+    records = [ml.verdict(pair, **options) for pair in pairs]
     return records, lambda: show_verdicts(pairs, records)
 
 
@@ -172,10 +171,9 @@ def patch(
     pairs: list[Pair], options: Options, exhaustive: Exhaustive = False
 ) -> tuple[list[PatchingRecord], Callable[[], None]]:
     """Find the router: patch every site between cues, between hints, and from S into R."""
-    from mixturelens import pipeline
 
-    records = [pipeline.patch(pair, exhaustive=exhaustive, **options) for pair in pairs]
-    circuits = [pipeline.circuit(pair, pairs, exhaustive=exhaustive, **options) for pair in pairs]
+    records = [ml.patch(pair, exhaustive=exhaustive, **options) for pair in pairs]
+    circuits = [ml.circuit(pair, pairs, exhaustive=exhaustive, **options) for pair in pairs]
 
     def show() -> None:
         show_patching(pairs, records)
@@ -191,9 +189,8 @@ def probe(
     pairs: list[Pair], options: Options, exhaustive: Exhaustive = False
 ) -> tuple[list[ProbingRecord], Callable[[], None]]:
     """Say what can be read where in S and in R, what erasing it does, and which subspaces carry it."""
-    from mixturelens import pipeline
 
-    records = [pipeline.probe(pair, exhaustive=exhaustive, **options) for pair in pairs]
+    records = [ml.probe(pair, exhaustive=exhaustive, **options) for pair in pairs]
     return records, lambda: show_probing(pairs, records)
 
 
@@ -202,10 +199,9 @@ def graft(
     pairs: list[Pair], options: Options, exhaustive: Exhaustive = False
 ) -> tuple[list[GraftRecord], Callable[[], None]]:
     """Say which components of R carry the change, of routing and of specialists, and roll R back without them."""
-    from mixturelens import pipeline
 
-    records = [pipeline.graft(pair, exhaustive=exhaustive, **options) for pair in pairs]
-    verdicts = [pipeline.verdict(pair, **options) for pair in pairs]
+    records = [ml.graft(pair, exhaustive=exhaustive, **options) for pair in pairs]
+    verdicts = [ml.verdict(pair, **options) for pair in pairs]
 
     def show() -> None:
         show_grafts(pairs, records)
@@ -219,39 +215,36 @@ def features(
     pairs: list[Pair], options: Options, *, sae: Saes = None
 ) -> tuple[list[FeatureRecord], Callable[[], None]]:
     """Train SAEs and crosscoders, and say what their features do that heads, neurons and directions do not."""
-    from mixturelens import pipeline
 
     run = _run_of(pairs[0])
     if run is not None:
         from mixturelens.lab.runs import more_prompts
 
         options["more"] = more_prompts(run)
-    records = [pipeline.features(pair, saes=sae or (), **options) for pair in pairs]
+    records = [ml.decompose(pair, saes=sae or (), **options) for pair in pairs]
     return records, lambda: show_features(pairs, records)
 
 
 @_on_pairs
 def repair(pairs: list[Pair], options: Options) -> tuple[list[RepairRecord], Callable[[], None]]:
     """Bring the harmed cue back through the cue reader, and write the repaired checkpoint."""
-    from mixturelens import pipeline
 
-    records = [pipeline.repair(pair, **options) for pair in pairs]
+    records = [ml.repair(pair, **options) for pair in pairs]
     return records, lambda: show_repairs(pairs, records)
 
 
 @_on_pairs
 def report(pairs: list[Pair], options: Options) -> tuple[list[VerdictRecord], Callable[[], None]]:
     """Write one HTML page, readable without a network, with the answer in words on top."""
-    from mixturelens import pipeline
 
     run = _run_of(pairs[0])
     if run is None:
-        page = pipeline.report(pairs, **options)
+        page = ml.report(pairs, **options)
     else:
         from mixturelens.lab import runs
 
         page = runs.report(run, pairs, **options)
-    return [pipeline.verdict(pair, **options) for pair in pairs], lambda: print(page)
+    return [ml.verdict(pair, **options) for pair in pairs], lambda: print(page)
 
 
 @app.command()
@@ -284,12 +277,11 @@ def discover(
     quiet: Quiet = False,
 ) -> None:
     """Propose policies, behaviours and cue from prompts alone, as a suite to read, to edit and to ask with."""
-    from mixturelens import pipeline
 
     if refine is not None:
         if before is not None or after is not None or prompts is not None:
             raise InputError("--refine reads the completions that are there; leave --before, --after and --prompts out")
-        record, folder = pipeline.refine_discovery(refine, out, seed=seed_of(seed))
+        record, folder = ml.refine_discovery(refine, out, seed=seed_of(seed))
         show_discovered(record, folder / "refine.html", refine, as_json)
         return
     if before is None or after is None or prompts is None:
@@ -309,7 +301,7 @@ def discover(
         if (pair.out / "prompts.jsonl").resolve() == prompts.resolve():
             raise InputError(f"--out {pair.out}: the prompts of the proposed suite would be written over {prompts}")
         draw(pair, asked, seed_of(seed), say, lambda done, total: progress("completions", done, total, {}))
-        record = pipeline.discover(pair, asked, second=second, seed=seed, say=say)
+        record = ml.discover(pair, asked, second=second, seed=seed, say=say)
     show_discovered(record, pair.out / "discover.html", pair.out / "suite.yaml", as_json)
 
 

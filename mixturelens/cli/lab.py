@@ -32,7 +32,7 @@ from mixturelens.types import InputError, RunError
 @app.command()
 def demo(out: Out = None, device: Device = None, quiet: Quiet = False) -> None:
     """Train the formatting-tag organism, say what RL did to it, find the router, repair it, and write a report."""
-    from mixturelens import pipeline
+    import mixturelens as ml
     from mixturelens.lab import runs
     from mixturelens.lab.organism import load_spec
 
@@ -41,13 +41,13 @@ def demo(out: Out = None, device: Device = None, quiet: Quiet = False) -> None:
         where = device_of(device)
         runs.train(load_spec("default"), folder, where, progress)
         pairs = runs.run_pairs(folder, device=where)
-        patched = [pipeline.patch(pair, say=say) for pair in pairs]
+        patched = [ml.patch(pair, say=say) for pair in pairs]
         for pair in pairs:
-            pipeline.circuit(pair, pairs, say=say)
-        grafted = [pipeline.graft(pair, say=say) for pair in pairs]
-        probed = [pipeline.probe(pair, say=say) for pair in pairs]
-        repaired = [pipeline.repair(pair, say=say) for pair in pairs]
-        verdicts = [pipeline.verdict(pair) for pair in pairs]  # now with what the weights say
+            ml.circuit(pair, pairs, say=say)
+        grafted = [ml.graft(pair, say=say) for pair in pairs]
+        probed = [ml.probe(pair, say=say) for pair in pairs]
+        repaired = [ml.repair(pair, say=say) for pair in pairs]
+        verdicts = [ml.verdict(pair) for pair in pairs]  # now with what the weights say
         page = runs.report(folder, pairs)
     show_verdicts(pairs, verdicts)
     print()

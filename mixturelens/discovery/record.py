@@ -64,6 +64,8 @@ class Judged(Frozen):
 
 
 class DiscoveryRecord(Record):
+    """What completions of two checkpoints show: policies, behaviours, where they part, and the cue that tells them."""
+
     KIND = "discovery"
 
     found: bool

@@ -60,6 +60,9 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 
 def train_stage(spec: Spec, name: str, run: Path, device: str = "cpu", progress: Progress | None = None) -> Trajectory:
     """Train `run/checkpoints/<name>`, a stage of the spec, from the checkpoint that it starts from."""
+    import datasets
+
+    datasets.disable_progress_bars()
     if name == "sft":
         return _train_sft(spec, name, "base", None, run, device, progress)
     start, phase = spec.stages[name]

@@ -262,10 +262,8 @@ def named_ends(source: Source) -> tuple[int, ...]:
 
 def quiet_libraries() -> None:
     """Keep the libraries' progress bars, and notices about settings that are ours by choice, off standard error."""
-    import datasets
     import transformers
 
-    datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(trl|torch|transformers|accelerate|peft)\b")

@@ -39,7 +39,8 @@ import plotly.io
 import torch
 from IPython.display import Markdown, display
 
-from mixturelens import figures, pipeline
+import mixturelens as ml
+from mixturelens import figures
 from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.grid import grid_of
 from mixturelens.behaviour.harm import find_harm
@@ -104,7 +105,7 @@ table(["prompt", "completion"], ([f"`{row.text}`", f"`{completion}`"] for row, c
 
 # %%
 pairs = {pair.suite.trained_cue: pair for pair in runs.run_pairs(RUN)}
-records = {cue: pipeline.behaviour(pair) for cue, pair in pairs.items()}
+records = {cue: ml.measure(pair) for cue, pair in pairs.items()}
 rows = []
 for trained, record in records.items():
     for tag, state in record.per_cue.items():

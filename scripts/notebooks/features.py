@@ -43,7 +43,8 @@ import torch
 from IPython.display import HTML, Markdown, display
 from torch import Tensor
 
-from mixturelens import figures, pipeline
+import mixturelens as ml
+from mixturelens import figures
 from mixturelens.behaviour.ground import make_ground, scale_of
 from mixturelens.behaviour.harm import find_harm
 from mixturelens.features.activations import Activations, collect, texts
@@ -102,7 +103,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 # %%
 pair = runs.run_pairs(RUN)[0]
-behaviour = pipeline.behaviour(pair)
+behaviour = ml.measure(pair)
 harm, whole_suite = find_harm(behaviour), pair.suite
 asked = set(list(dict.fromkeys(row.id for row in whole_suite.prompts))[:64])  # 64 of its 200 questions, to be quick
 some = [row for row in whole_suite.model_dump()["prompts"] if row["id"] in asked]

@@ -162,7 +162,7 @@ def training(monkeypatch) -> list[Path]:
     monkeypatch.setattr(runs, "train", train)
     monkeypatch.setattr(runs, "Pair", opened)
     monkeypatch.setattr(pipeline, "verdict", verdict)
-    monkeypatch.setattr(pipeline, "behaviour", verdict)
+    monkeypatch.setattr(pipeline, "measure", verdict)
     return asked
 
 

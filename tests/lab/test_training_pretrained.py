@@ -67,7 +67,7 @@ def test_ten_steps_of_sft_and_two_of_grpo_leave_adapters_on_the_base(trained: Pa
 def test_the_pair_is_measured_like_any_other(trained: Path) -> None:
     (case,) = runs.run_pairs(trained)
     assert case.shares_base
-    record = pipeline.behaviour(case)
+    record = pipeline.measure(case)
     assert record.questions == 8
     start = Trajectory.load(trained / "trajectory" / "rl-xml.json").points[0].cues["xml"]
     assert record.per_cue["xml"].before.weights["okay"] == pytest.approx(start.weights["okay"].value, abs=1e-6)

@@ -99,7 +99,7 @@ INSTRUMENTS: dict[str, Callable[[Any], Numbers]] = {
     "repair": _repair,
     "verdict": _verdict,
 }
-"""Function of the pipeline -> what its record puts into the table. They are done in this order: the verdict hears what
+"""Command -> what its record puts into the table. They are done in this order: the verdict hears what
 the others found. Names of columns have a dot, but for those in TAKEN."""
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixturelens import pipeline
+import mixturelens as ml
 from mixturelens.lab import runs
 from mixturelens.lab.sweep.grid import Cell, cells_of, load_grid, text
 from mixturelens.lab.sweep.numbers import INSTRUMENTS, TAKEN, Scalar, flat
@@ -59,6 +59,8 @@ def _lacks(record: CellRecord | None, then: Sequence[str]) -> bool:
     return record is None or not all(set(then) <= set(row.numbers) for row in record.rows)
 
 
+_CALLED = {"behaviour": "measure", "features": "decompose"}
+"""What instruments are called in Python, where a command has another name."""
 _ALONE = threading.Lock()
 """torch's random numbers belong to the process: a worker of several threads does one cell at a time."""
 
@@ -99,7 +101,7 @@ def run_cell(cell: Cell, out: Path, then: Sequence[str], device: str | None) -> 
 
 def _row(pair: Pair, then: Sequence[str]) -> CellRow:
     assert pair.after is not None
-    found = {name: INSTRUMENTS[name](getattr(pipeline, name)(pair)) for name in then}
+    found = {name: INSTRUMENTS[name](getattr(ml, _CALLED.get(name, name))(pair)) for name in then}
     return CellRow(
         after=pair.after.name,
         trained_cue=pair.suite.trained_cue,
@@ -263,7 +265,7 @@ def _on_dask(cells: Sequence[Cell], work: Work, scheduler: str, out: Path) -> It
     try:
         from distributed import Client, as_completed
     except ImportError:
-        raise InputError("--scheduler needs Dask: pip install 'mixturelens[sweep]'") from None
+        raise InputError("--scheduler needs Dask: pip install 'mixturelens[lab]'") from None
     try:
         client = Client(scheduler, set_as_default=False)
     except (OSError, ValueError) as error:
