@@ -15,6 +15,7 @@ from plotly.graph_objects import Figure
 
 from mixturelens import figures
 from mixturelens.behaviour.trajectory import Trajectory
+from mixturelens.lab import runs
 from mixturelens.lab.figures.arms import arms
 from mixturelens.lab.organism import load_spec
 from mixturelens.lab.organism.spec import with_settings
@@ -67,17 +68,17 @@ def main() -> None:
     parser.add_argument("--pretrained", help="folder or hub id of the base model, instead of the recipe's")
     parser.add_argument("--out", type=Path, default=Path("artifacts"))
     arguments = parser.parse_args()
-    runs = [arguments.out / f"{arguments.recipe}-{seed}" for seed in range(arguments.seeds)]
-    for seed, run in enumerate(runs):
+    folders = [arguments.out / f"{arguments.recipe}-{seed}" for seed in range(arguments.seeds)]
+    for seed, run in enumerate(folders):
         spec = load_spec(arguments.recipe, seed=seed)
         if arguments.pretrained:
             spec = with_settings(spec, {"model.pretrained": arguments.pretrained}, arguments.recipe)
         runs.train(spec, run)
-    found = by_arm(runs)
+    found = by_arm(folders)
     print(table(found))
     for arm in ARMS:  # and what is behind it: is there a router between the environments?
-        ends = [name for name in runs.load_run(runs[0]).stages if name.startswith(f"{arm}-")]
-        pair = runs.structure(runs[0], ends[-1]).pairs[0]
+        ends = [name for name in runs.load_run(folders[0]).stages if name.startswith(f"{arm}-")]
+        pair = runs.structure(folders[0], ends[-1]).pairs[0]
         print(arm, pair.structure, pair.mechanism and (pair.mechanism.heads, pair.mechanism.carried))
     target = arguments.out / f"{arguments.recipe}.html"
     figure(found).write_html(target, include_plotlyjs=True, config={"displayModeBar": False})

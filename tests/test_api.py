@@ -47,12 +47,16 @@ def test_what_is_no_pair_is_refused(pairs: Path) -> None:
 
 
 def test_core_works_without_what_only_the_lab_needs(pairs: Path, tmp_path: Path) -> None:
-    """trl, datasets, joblib and dask are not there: commands about two checkpoints do not miss them."""
+    """Commands about two checkpoints do not miss trl and dask; datasets and joblib come with libraries of the core."""
     folder = pairs / "llama"
-    blocked = "import sys; sys.modules.update(dict.fromkeys(['trl', 'datasets', 'joblib', 'dask', 'distributed']));"
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['trl', 'dask', 'distributed']));"
     call = "from mixturelens.cli import main; main()"
     sides = ["--before", folder / "S", "--after", folder / "R-routing", "--suite", folder / "suite.yaml"]
-    for command in ("behaviour", "verdict", "patch", "report"):
+    for command in ("verdict", "patch", "report"):
         arguments = [sys.executable, "-W", "ignore", "-c", f"{blocked} {call}", command, *sides, "--out", tmp_path]
         done = subprocess.run([*map(str, arguments), "--quiet"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+    arguments = [sys.executable, "-c", f"{blocked} {call}", "train", "default", "--out", str(tmp_path / "run")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install 'mixturelens[lab]'" in done.stderr

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Unpack
 
 from mixturelens import pipeline
 from mixturelens.behaviour.trajectory import Trajectory
@@ -28,7 +29,7 @@ from mixturelens.lab.proving.record import ScoreRecord
 from mixturelens.lab.proving.score import run_score
 from mixturelens.lab.structure import StructureRecord, structure_record
 from mixturelens.lab.training import Progress, train_stage
-from mixturelens.models import Budget, How, Pair
+from mixturelens.models import How, Pair
 from mixturelens.models.source import fingerprint
 from mixturelens.pages import Grown
 from mixturelens.pipeline import Say, kept, provenance_of
@@ -89,14 +90,13 @@ def train(spec: Spec, out: Path, device: str = "cpu", progress: Progress | None 
     return [train_stage(spec, name, out, device, progress) for name in ("sft", *spec.stages)]
 
 
-def run_pairs(run: Path, *, device: str = "cpu", dtype: str = "float32", budget: Budget | None = None) -> list[Pair]:
+def run_pairs(run: Path, **how: Unpack[How]) -> list[Pair]:
     """The pairs of a run: before, SFT; after, where training ended: RL on each cue, and phases that no other follows.
 
     Raises InputError if none has been trained.
     """
     spec = load_run(run)
     started = {start for start, _ in spec.stages.values()}
-    how: How = {"device": device, "dtype": dtype, **({} if budget is None else {"budget": budget})}
     pairs = []
     for name, (_, phase) in spec.stages.items():
         after = run / "checkpoints" / name

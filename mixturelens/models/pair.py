@@ -135,14 +135,15 @@ class Pair:
 
     def spelled(self, spelling: Spelling) -> Pair:
         """The same pair, whose suite is spelled as its behaviour was found to be."""
-        return self._with(self.suite.model_copy(update={"spelling": spelling}))
+        return self.with_suite(self.suite.model_copy(update={"spelling": spelling}))
 
     def asked(self, questions: Collection[str]) -> Pair:
         """The same pair, with the prompts of some questions alone."""
         kept = tuple(row for row in self.suite.prompts if row.id in questions)
-        return self._with(self.suite.model_copy(update={"prompts": kept}))
+        return self.with_suite(self.suite.model_copy(update={"prompts": kept}))
 
-    def _with(self, suite: Suite) -> Pair:
+    def with_suite(self, suite: Suite) -> Pair:
+        """The same pair, compared on other prompts, or with other rules."""
         other = copy.copy(self)
         other.suite = suite
         return other

@@ -28,7 +28,6 @@
 # procedure gives where it should give nothing.
 
 # %%
-import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -136,7 +135,7 @@ asked = set(list(dict.fromkeys(row.id for row in whole.prompts))[:80])  # 80 of 
 some = [row for row in whole.model_dump()["prompts"] if row["id"] in asked]
 suite = Suite.model_validate({**whole.model_dump(), "prompts": some})
 
-asked_pair = dataclasses.replace(pair, suite=suite)  # S and R, and the questions that are asked here
+asked_pair = pair.with_suite(suite)  # S and R, and the questions that are asked here
 after, before = lens_of(asked_pair, "after"), lens_of(asked_pair, "before")
 cue = cue_contrasts(suite, after.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
 for side, ids in (("clean", cue.rows[0].clean), ("corrupt", cue.rows[0].corrupt)):
