@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import mixturelens as ml
-from mixturelens.features.record import Score
+from mixturelens.features.record import UnitScore
 from mixturelens.models import Pair
 from mixturelens.types import NOT_MEASURED, Interval
 from probes.contract import Answer, Probe, ProbeRecord, ask, every, main, more, over, show
@@ -59,7 +59,7 @@ def _answer(case: Pair, seed: int) -> Answer:
     )
 
 
-def _patch(score: Score | None) -> Interval:
+def _patch(score: UnitScore | None) -> Interval:
     return NOT_MEASURED if score is None else score.patch
 
 

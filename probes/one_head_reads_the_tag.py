@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 
 import mixturelens as ml
-from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.harmed import find_harm
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair

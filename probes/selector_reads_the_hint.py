@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 import mixturelens as ml
-from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.harmed import find_harm
 from mixturelens.contrasts import checkpoint_contrasts, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import lens_of
 from mixturelens.models import Pair

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mixturelens import figures
 from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.grid import grid_of
-from mixturelens.behaviour.ground import make_ground
-from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.harmed import find_harm
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.prompts import prepare
+from mixturelens.behaviour.repair_questions import make_ground
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.grafting.graft import save_with
 from mixturelens.hooks.intervened import Intervened, known_prompts

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixturelens.features.record import FeatureRecord, Score, Several, Terms
+from mixturelens.features.record import FeatureRecord, Several, Terms, UnitScore
 from mixturelens.lab import runs
 from mixturelens.types import InputError, Interval
 from scripts.readme_table import ROOT, SEEDS, bounds, put
@@ -118,7 +118,7 @@ def most(values: Iterable[float | None]) -> float | None:
     return max((round(value, 4) for value in values if value is not None), default=None)
 
 
-def scored(score: Score) -> Found:
+def scored(score: UnitScore) -> Found:
     return {
         "unit": str(score.unit),
         "among": score.among,

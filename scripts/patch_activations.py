@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mixturelens import figures
-from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.harmed import find_harm
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.figures import show_interval

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixturelens import figures
-from mixturelens.behaviour.harm import find_harm, gained_and_lost
+from mixturelens.behaviour.harmed import find_harm, gained_and_lost
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import cue_contrasts, hint_contrasts
 from mixturelens.figures import show, show_interval

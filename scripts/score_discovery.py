@@ -20,7 +20,7 @@ import mixturelens as ml
 from mixturelens.discovery.asked import read_prompts
 from mixturelens.discovery.draws import Draws, stored
 from mixturelens.discovery.propose import propose
-from mixturelens.lab.proving.pairs import Cell, grid, make_pair
+from mixturelens.lab.proving.pairs import GroundCell, grid, make_pair
 from mixturelens.models import Pair
 from mixturelens.records import Record, provenance, write_text
 from mixturelens.suite import Suite
@@ -59,9 +59,9 @@ class Scores(Record):
     pairs: tuple[Scored, ...]
 
 
-def cells(half: str) -> list[Cell]:
+def cells(half: str) -> list[GroundCell]:
     """One way to ask each pair of policies that announce themselves."""
-    kept: dict[tuple[str, str], Cell] = {}
+    kept: dict[tuple[str, str], GroundCell] = {}
     for cell in grid():
         if cell.organism.announced != "none" and cell.half == half:
             kept.setdefault((cell.organism.name, cell.recipe.name), cell)
@@ -76,7 +76,7 @@ def ask(suite: Suite, path: Path) -> Path:
     return path
 
 
-def score(cell: Cell, ground: Path) -> Scored:
+def score(cell: GroundCell, ground: Path) -> Scored:
     from sklearn.metrics import adjusted_rand_score
 
     made = make_pair(cell, ground)

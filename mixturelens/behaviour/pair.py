@@ -23,11 +23,11 @@ from mixturelens.behaviour.record import (
     AccuracyChange,
     BehaviourRecord,
     Bits,
-    Cell,
     Controls,
     CueBehaviour,
     CueSide,
     Nats,
+    TableCell,
     Text,
 )
 from mixturelens.behaviour.sampled import Nulls, nulls
@@ -382,7 +382,7 @@ def _accuracy_change(change: Change, grid: Grid, *, told: bool) -> list[Accuracy
     ]
 
 
-def policy_table(before: Behaviour, after: Behaviour | None, prompts: Prompts, grid: Grid) -> tuple[Cell, ...]:
+def policy_table(before: Behaviour, after: Behaviour | None, prompts: Prompts, grid: Grid) -> tuple[TableCell, ...]:
     """Every policy put in place under every cue, and what changed there."""
     suite = prompts.suite
     names = suite.behaviour_names
@@ -405,7 +405,7 @@ def policy_table(before: Behaviour, after: Behaviour | None, prompts: Prompts, g
                     b = names.index(usual)
                     changes["behaviour_change"] = mean_interval(shown[1][:, b] - shown[0][:, b], counts)
             cells.append(
-                Cell(
+                TableCell(
                     cue=cue,
                     policy=list(suite.policies)[a.policy],
                     announcement=a.text,

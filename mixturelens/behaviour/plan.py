@@ -22,13 +22,13 @@ LEAST = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class BehaviourPlan:
     questions: int
     takes: Estimate
     missing: tuple[str, ...] = ()
 
 
-def make_plan(pair: Pair, contexts: Sequence[Sequence[int]]) -> Plan:
+def make_plan(pair: Pair, contexts: Sequence[Sequence[int]]) -> BehaviourPlan:
     """What measuring a pair on its neutral prompts takes. `contexts` are their token ids."""
     questions = len({row.id for row in pair.suite.neutral})
     takes = _estimate(pair, contexts, 1.0)
@@ -36,11 +36,11 @@ def make_plan(pair: Pair, contexts: Sequence[Sequence[int]]) -> Plan:
     if pair.budget.minutes is not None and takes.seconds > 60 * pair.budget.minutes:
         some = min(questions, max(LEAST, int(questions * 60 * pair.budget.minutes / takes.seconds)))
     if some == questions:
-        return Plan(questions, takes)
+        return BehaviourPlan(questions, takes)
     why = (
         f"behaviour was measured on {some} of {questions} questions: all that --minutes {pair.budget.minutes:g} allows"
     )
-    return Plan(some, _estimate(pair, contexts, some / questions), (why,))
+    return BehaviourPlan(some, _estimate(pair, contexts, some / questions), (why,))
 
 
 def first_questions(suite: Suite, number: int) -> Suite:

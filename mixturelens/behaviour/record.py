@@ -76,7 +76,7 @@ class CueBehaviour(Frozen):
     accuracy_change: AccuracyChange | None = None
 
 
-class Cell(Frozen):
+class TableCell(Frozen):
     """One cell of the policy table: what happens under a cue once an announcement is put in place."""
 
     cue: str
@@ -135,7 +135,7 @@ class BehaviourRecord(Record):
     router_share: Interval = NOT_MEASURED
     text: Text = Text()
     nats: Nats | None = None
-    table: tuple[Cell, ...] = ()
+    table: tuple[TableCell, ...] = ()
     hinted: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     """cue -> hint -> `before`/`after` -> weights, on prompts with a hint."""
     controls: Controls | None = None

@@ -17,7 +17,7 @@ import numpy as np
 from mixturelens.behaviour.likelihood import BATCH_BYTES, Scorer
 from mixturelens.behaviour.plan import DISTINCT
 from mixturelens.discovery.asked import Asked
-from mixturelens.discovery.heads import Drawn
+from mixturelens.discovery.heads import Completion
 from mixturelens.models import Pair
 from mixturelens.models.cost import Estimate, Work, estimate
 from mixturelens.records import write_text
@@ -38,7 +38,7 @@ class Draws:
     `along[i]` has shape (3, tokens), in bits: KL(R || S) of the next token, entropy of S, entropy of R.
     """
 
-    drawn: tuple[Drawn, ...]
+    drawn: tuple[Completion, ...]
     tokens: tuple[tuple[str, ...], ...]
     along: tuple[np.ndarray, ...]
 
@@ -158,7 +158,7 @@ def _read(files: list[Path]) -> Draws:
         except (OSError, ValueError) as error:
             raise RunError(f"{file}: cannot be read ({error}); delete it, and run again") from None
         for row in _rows(frame):
-            drawn.append(Drawn(int(row["prompt"]), bool(row["after"]), row["text"].strip(), bool(row["ended"])))
+            drawn.append(Completion(int(row["prompt"]), bool(row["after"]), row["text"].strip(), bool(row["ended"])))
             tokens.append(tuple(row["tokens"]))
             along.append(np.array([row["kl"], row["entropy_before"], row["entropy_after"]]))
     return Draws(tuple(drawn), tuple(tokens), tuple(along))

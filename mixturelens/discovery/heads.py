@@ -34,7 +34,7 @@ Words = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Completion:
     """One completion that a checkpoint wrote: which prompt's, whose, and whether it came to its end."""
 
     prompt: int
@@ -67,7 +67,7 @@ def core(word: str) -> str:
     return word.strip(_EDGES).lower()
 
 
-def slotted(drawn: Sequence[Drawn], prompts: Sequence[str], answers: Sequence[str | None]) -> list[Words]:
+def slotted(drawn: Sequence[Completion], prompts: Sequence[str], answers: Sequence[str | None]) -> list[Words]:
     """Each completion's words, with those of its prompt's own as one slot, and repeated words once."""
     asked = [{core(word) for word in words(text)} for text in prompts]
     everywhere = {word for word, n in Counter(w for some in asked for w in some).items() if n >= OF_ALL * len(asked)}
@@ -135,7 +135,7 @@ def _before(path: Words) -> int:
     return min(LONGEST, path.index(SLOT) if SLOT in path else len(path) - 1)
 
 
-def headed(drawn: Drawn, path: Words, known: Collection[Words]) -> Headed:
+def headed(drawn: Completion, path: Words, known: Collection[Words]) -> Headed:
     """The longest head that a completion begins with, and the first word of what follows."""
     for size in range(_before(path), -1, -1):
         if path[:size] in known:

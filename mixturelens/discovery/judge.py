@@ -19,7 +19,7 @@ import numpy as np
 
 from mixturelens.discovery.asked import Asked
 from mixturelens.discovery.information import share_of_questions
-from mixturelens.discovery.record import Judged
+from mixturelens.discovery.record import SecondOpinion
 from mixturelens.records import write_text
 from mixturelens.types import OTHER, InputError, RunError, loading
 
@@ -139,12 +139,12 @@ def _ask(client: Any, url: str, model: str, asked: str) -> str:
 
 def agreement(
     asked: Asked, labelled: Sequence[Ruled], candidates: Candidates, judge: tuple[str, Judge], seed: int
-) -> Judged:
+) -> SecondOpinion:
     """How often the judge, a name and what asks it, says what the rule says."""
     chosen = [labelled[i] for i in _evenly([each.label for each in labelled], seed)]
     said = [judge[1](asked.prompts[each.prompt].text, each.completion, candidates) for each in chosen]
     same = np.array([one == each.label for one, each in zip(said, chosen, strict=True)])
-    return Judged(
+    return SecondOpinion(
         by=judge[0],
         completions=len(chosen),
         agreement=share_of_questions([asked.rows[each.prompt].id for each in chosen], same, seed),

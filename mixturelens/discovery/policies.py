@@ -14,7 +14,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mixturelens.discovery.heads import CUT, END, SLOT, Drawn, Headed, Words, closed, headed, opened, slotted, written
+from mixturelens.discovery.heads import (
+    CUT,
+    END,
+    SLOT,
+    Completion,
+    Headed,
+    Words,
+    closed,
+    headed,
+    opened,
+    slotted,
+    written,
+)
 from mixturelens.discovery.information import ALPHA, Told, told
 from mixturelens.types import ANSWER, OTHER
 
@@ -33,7 +45,7 @@ REFUSAL = re.compile(
 class Parted:
     """Completions with what was found about each; labels are indices into `policies` and `behaviours`, -1 is none."""
 
-    drawn: tuple[Drawn, ...]
+    drawn: tuple[Completion, ...]
     heads: frozenset[Words]
     common: Mapping[str, str]
     """First word behind a head -> the wording that it begins."""
@@ -83,7 +95,7 @@ Correct = Callable[[int, str], bool]
 
 
 def part(
-    drawn: Sequence[Drawn],
+    drawn: Sequence[Completion],
     prompts: Sequence[str],
     answers: Sequence[str | None],
     correct: Correct,
@@ -125,7 +137,7 @@ def part(
     )
 
 
-def _with_closed(drawn: Sequence[Drawn], paths: Sequence[Words], seed: int) -> set[Words]:
+def _with_closed(drawn: Sequence[Completion], paths: Sequence[Words], seed: int) -> set[Words]:
     """Heads, and beginnings behind which no slot ever follows: a policy that never answers has only these.
 
     `I can't say.` and the head `I can't but` are one, `I can't`, if no checkpoint prefers one to the other.
@@ -191,7 +203,7 @@ def _behaviours(found: Sequence[Headed]) -> tuple[str, ...]:
 
 
 def _merged(
-    drawn: Sequence[Drawn], found: Sequence[Headed], follows: np.ndarray, seed: int
+    drawn: Sequence[Completion], found: Sequence[Headed], follows: np.ndarray, seed: int
 ) -> tuple[tuple[Words, ...], ...]:
     """Heads as policies: those of which nothing tells them apart are one, the most alike first."""
     after = [each.after for each in drawn]
@@ -227,7 +239,7 @@ def changed(parted: Parted, seed: int) -> Told:
     return told(parted.does, parted.after.astype(int), parted.prompt, seed)
 
 
-def _spelled(drawn: Sequence[Drawn], which: np.ndarray, found: Sequence[Headed]) -> tuple[str, ...]:
+def _spelled(drawn: Sequence[Completion], which: np.ndarray, found: Sequence[Headed]) -> tuple[str, ...]:
     """What some completions begin with, as they spell it, most usual first."""
     texts = Counter(
         written(drawn[i].text, head) for i in np.flatnonzero(which).tolist() if (head := found[i].head) is not None

@@ -20,9 +20,9 @@ from mixturelens.discovery.record import (
     BehaviourCandidate,
     CueCandidate,
     DiscoveryRecord,
-    Example,
     Moved,
     PolicyCandidate,
+    PolicyExample,
 )
 from mixturelens.records import Provenance, write_text
 from mixturelens.suite import PromptRow, Rule, Suite, load_suite, stands_in, wordings
@@ -266,13 +266,13 @@ def _candidate(asked: Asked, parted: Parted, policy: int, held: np.ndarray, said
     )
 
 
-def _examples(asked: Asked, parted: Parted, which: np.ndarray) -> tuple[Example, ...]:
+def _examples(asked: Asked, parted: Parted, which: np.ndarray) -> tuple[PolicyExample, ...]:
     """Completions of different prompts."""
     at: dict[int, int] = {}
     for i in np.flatnonzero(which).tolist():
         at.setdefault(int(parted.prompt[i]), int(i))
     return tuple(
-        Example(prompt=asked.prompts[prompt].text[:SHOWN], completion=parted.drawn[i].text[:SHOWN])
+        PolicyExample(prompt=asked.prompts[prompt].text[:SHOWN], completion=parted.drawn[i].text[:SHOWN])
         for prompt, i in list(at.items())[:EXAMPLES]
     )
 

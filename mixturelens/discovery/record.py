@@ -6,7 +6,7 @@ from mixturelens.records import Record
 from mixturelens.types import Frozen, Interval
 
 
-class Example(Frozen):
+class PolicyExample(Frozen):
     prompt: str
     completion: str
 
@@ -22,8 +22,8 @@ class PolicyCandidate(Frozen):
     precision: float | None
     """Of the rule in the proposed suite, against what the completion was found to begin with; null: it labels none."""
     recall: float | None
-    examples_before: tuple[Example, ...]
-    examples_after: tuple[Example, ...]
+    examples_before: tuple[PolicyExample, ...]
+    examples_after: tuple[PolicyExample, ...]
 
 
 class BehaviourCandidate(Frozen):
@@ -53,7 +53,7 @@ class Moved(Frozen):
     shuffles: int
 
 
-class Judged(Frozen):
+class SecondOpinion(Frozen):
     """What a judge says of some completions, against the rule."""
 
     by: str
@@ -82,6 +82,6 @@ class DiscoveryRecord(Record):
     policies: tuple[PolicyCandidate, ...]
     behaviours: tuple[BehaviourCandidate, ...]
     cues: tuple[CueCandidate, ...]
-    judged: Judged | None = None
+    judged: SecondOpinion | None = None
     other: dict[str, float]
     """Share of S's and of R's completions that are of no candidate."""

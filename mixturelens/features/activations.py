@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.hooks.intervened import EnoughRead
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.models import end_tokens
 from mixturelens.records import Record
@@ -291,10 +292,6 @@ def _cuts(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return [*cuts, (start, len(sizes))]
 
 
-class _Enough(Exception):
-    """Ends a run once all that is wanted of it has been read."""
-
-
 @torch.no_grad()
 def up_to(lens: Lens, batch: Tokens, places: Sequence[At]) -> dict[At, Tensor]:
     """Activations of places from a forward that ends behind the last of their layers."""
@@ -307,13 +304,13 @@ def up_to(lens: Lens, batch: Tokens, places: Sequence[At]) -> dict[At, Tensor]:
         return store
 
     def stop(_: Tensor) -> None:
-        raise _Enough
+        raise EnoughRead
 
     edits = [(lens.point(*at), keep(at)) for at in places]
     beyond = max(layer for layer, _ in places) + 1
     if beyond < lens.layers:
         edits.append((lens.point(beyond, "resid_pre"), stop))
-    with contextlib.suppress(_Enough):
+    with contextlib.suppress(EnoughRead):
         lens.run(batch, edits)
     return found
 

@@ -43,7 +43,7 @@ def smallest_kept(by: Float[Tensor, "row latent"], k: int) -> float:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptLatents:
     """The few latents that BatchTopK keeps in a batch, row by row: sums over them are sums over bags of rows."""
 
     rows: Int[Tensor, " kept"]
@@ -58,7 +58,7 @@ class Kept:
 
 
 def gradients(
-    kept: Kept,
+    kept: KeptLatents,
     x: Float[Tensor, "row both"],
     error: Float[Tensor, "row both"],
     decoder: Float[Tensor, "latent both"],

@@ -15,9 +15,9 @@ from mixturelens.contrasts import span_positions
 from mixturelens.features.activations import At, batches, up_to
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import share_of
-from mixturelens.features.record import Card, Concept, Example, Part, SiteChange, Table, Terms, Unit
+from mixturelens.features.record import Card, Concept, FiringExample, Part, SiteChange, Table, Terms, Unit
 from mixturelens.hooks.lens import Lens, Tokens, tokens
-from mixturelens.probing.prompts import Group, Row, read_prompts
+from mixturelens.probing.prompts import Group, ProbeRow, read_prompts
 from mixturelens.probing.scores import auroc
 from mixturelens.stats import half_of
 from mixturelens.suite import Suite
@@ -133,7 +133,7 @@ def card(album: Album, unit: Unit, why: str) -> Card:
     if not known:
         raise InputError(f"{unit}: a card shows texts, and there are none")
     one = dictionary.part(torch.tensor([index], device=dictionary.read.device))
-    reader = _Reader(album, one, site)
+    reader = _OneUnit(album, one, site)
     fired = reader.activations(known)
     rate: dict[Side, float] = {}
     strength: dict[Side, float] = {}
@@ -168,15 +168,15 @@ def card(album: Album, unit: Unit, why: str) -> Card:
 
 # --- prompts and their positions --------------------------------------------------------------------------------------
 
-Places = Callable[[Row], tuple[int, ...]]
+Places = Callable[[ProbeRow], tuple[int, ...]]
 
 
-def _spread(rows: Sequence[Row], number: int) -> Sequence[Row]:
+def _spread(rows: Sequence[ProbeRow], number: int) -> Sequence[ProbeRow]:
     """So many rows, drawn: they come in turn by cue and policy."""
     return [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[:number].tolist())]
 
 
-def _rows(suite: Suite, tokenizer: Any, site: Site, number: int) -> tuple[dict[Group, tuple[Row, ...]], Places]:
+def _rows(suite: Suite, tokenizer: Any, site: Site, number: int) -> tuple[dict[Group, tuple[ProbeRow, ...]], Places]:
     """Rows of the questions that judge, in the groups in which this position can be read, and where it lies in each."""
     questions = list(dict.fromkeys(row.id for row in suite.neutral))
     judge = {questions[i] for i in half_of(len(questions), 1)[:number]}
@@ -190,7 +190,7 @@ def _rows(suite: Suite, tokenizer: Any, site: Site, number: int) -> tuple[dict[G
         if isinstance(site.position, str) and site.position in row.spans
     }
 
-    def places(row: Row) -> tuple[int, ...]:
+    def places(row: ProbeRow) -> tuple[int, ...]:
         position = site.position
         if position is None:
             return tuple(range(len(_run(row))))
@@ -204,7 +204,9 @@ def _rows(suite: Suite, tokenizer: Any, site: Site, number: int) -> tuple[dict[G
         at = spans.get((row.question, row.cue, row.hint), {}).get(position, ())
         return at[-1:] if row.policy is None else ()
 
-    kept: dict[Group, tuple[Row, ...]] = {group: tuple(row for row in of if places(row)) for group, of in found.items()}
+    kept: dict[Group, tuple[ProbeRow, ...]] = {
+        group: tuple(row for row in of if places(row)) for group, of in found.items()
+    }
     if not any(kept.values()):
         raise InputError(f"{site}: no prompt has a position {site.position!r}")
     if site.position is None and kept["placed"]:
@@ -212,7 +214,7 @@ def _rows(suite: Suite, tokenizer: Any, site: Site, number: int) -> tuple[dict[G
     return kept, places
 
 
-def _run(row: Row) -> tuple[int, ...]:
+def _run(row: ProbeRow) -> tuple[int, ...]:
     # neutral rows come with an announcement behind them that is not theirs
     return row.ids if row.policy is None else row.run
 
@@ -221,7 +223,7 @@ def _run(row: Row) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _OneUnit:
     """One unit: a dictionary of one."""
 
     album: Album
@@ -247,7 +249,7 @@ class _Reader:
             found.append(self.unit.encode(x.to(self.lens.device))[..., 0].cpu())
         return found
 
-    def auroc(self, rows: Sequence[Row], places: Places, label: Callable[[Row], str | None]) -> float | None:
+    def auroc(self, rows: Sequence[ProbeRow], places: Places, label: Callable[[ProbeRow], str | None]) -> float | None:
         words = [label(row) for row in rows]
         classes = list(dict.fromkeys(words))
         if len(classes) < 2:
@@ -265,7 +267,7 @@ class _Reader:
 
     @torch.no_grad()
     def next_tokens(
-        self, rows: Sequence[Row], places: Places
+        self, rows: Sequence[ProbeRow], places: Places
     ) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]:
         """Tokens that the unit raises and those that it lowers, each with the mean change of its log-probability."""
         point = self.lens.point(self.site.layer, self.site.component)
@@ -320,7 +322,7 @@ def _examples(
     tokenizer: Any,
     texts: Mapping[str, Sequence[Sequence[int]]],
     fired: Mapping[tuple[int, ...], Float[Tensor, " pos"]],
-) -> tuple[Example, ...]:
+) -> tuple[FiringExample, ...]:
     """The distinct texts on which it fires most: an equal number of each cue, as far as it fires there."""
     strongest = {
         cue: sorted(
@@ -335,7 +337,9 @@ def _examples(
     ]
     chosen = [text for _, _, text in sorted(turns)][:EXAMPLES]
     return tuple(
-        Example(tokens=tuple(_words(tokenizer, text)), activations=tuple(round(x, 3) for x in fired[text].tolist()))
+        FiringExample(
+            tokens=tuple(_words(tokenizer, text)), activations=tuple(round(x, 3) for x in fired[text].tolist())
+        )
         for text in sorted(chosen, key=lambda text: -float(fired[text].max()))
     )
 

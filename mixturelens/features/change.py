@@ -26,8 +26,8 @@ from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.features.activations import up_to
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import share_of
-from mixturelens.features.record import Changed, SiteChange, Terms
-from mixturelens.features.splice import At, Ground, Splice, Spliced, own, whole
+from mixturelens.features.record import MovedFeature, SiteChange, Terms
+from mixturelens.features.splice import At, BothModels, Splice, Spliced, own, whole
 from mixturelens.hooks.lens import Lens, tokens
 from mixturelens.models import end_tokens
 from mixturelens.stats import half_of, interval
@@ -122,7 +122,7 @@ class Splices:
         vocabulary = into.model.config.get_text_config().vocab_size
         self.scorer = Scorer(end_tokens(into.model, into.tokenizer), vocabulary, into.device)
         self.prompts, self.grid = prompts, grid_of(prompts, seed)
-        self.ground = Ground(into, other, at, prompts.contexts)
+        self.ground = BothModels(into, other, at, prompts.contexts)
         self.given = base
 
     def behaviour(self, splice: Splice) -> Behaviour:
@@ -268,7 +268,7 @@ def site_change(
     return SiteChange(
         site=Site(layer=at[0], component=at[1]),
         features=tuple(
-            Changed(
+            MovedFeature(
                 index=unit,
                 rate={side: round(float(fired.rate[side][unit]), 6) for side in sides},
                 strength={side: round(float(fired.strength[side][unit]), 6) for side in sides},

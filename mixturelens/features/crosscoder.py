@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixturelens.features.batchtopk import Kept, gradients, smallest_kept
+from mixturelens.features.batchtopk import KeptLatents, gradients, smallest_kept
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.records import new_folder
 from mixturelens.types import InputError, Side
@@ -285,10 +285,10 @@ class _Training:
         f = torch.addmm(self.weights["b_enc"], x, self.weights["encoder"].T)
         return f, f * self.weights["decoder"].unflatten(1, (2, -1)).norm(dim=2).sum(1)
 
-    def kept(self, x: Float[Tensor, "row both"]) -> Kept:
+    def kept(self, x: Float[Tensor, "row both"]) -> KeptLatents:
         f, by = self.products(x)
         rows, latents = (by >= smallest_kept(by, self.k)).nonzero(as_tuple=True)
-        return Kept(rows, latents, f[rows, latents], len(x))
+        return KeptLatents(rows, latents, f[rows, latents], len(x))
 
     def advance(self) -> float:
         """One step of Adam; returns the share of the batch's variance that was not explained."""

@@ -19,10 +19,10 @@ from torch import Tensor
 from mixturelens.contrasts import Contrasts
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.splice import At
+from mixturelens.hooks.batches import sides
 from mixturelens.hooks.engine import Columns, Engine, Spans
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
-from mixturelens.hooks.sides import sides
 from mixturelens.patching.sweep import APART
 from mixturelens.stats import resampled_mean, share
 from mixturelens.types import PER_HEAD, InputError, RunError, Site

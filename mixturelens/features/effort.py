@@ -47,7 +47,7 @@ def training(d: int, tokens: int) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FeaturePlan:
     """How much is looked at, and what that takes."""
 
     share: float
@@ -55,7 +55,7 @@ class Plan:
     missing: tuple[str, ...] = ()
 
 
-def make_plan(pair: Pair, teach: int, held_out: int) -> Plan:
+def make_plan(pair: Pair, teach: int, held_out: int) -> FeaturePlan:
     """As much as the time allows, or the operations that are usual. Reads configs and tokenizer, no weights."""
     plans = [(share, estimate(pair, work_of(pair, teach, held_out, share))) for share in SHARES]
     size = size_of(pair)
@@ -77,7 +77,7 @@ def make_plan(pair: Pair, teach: int, held_out: int) -> Plan:
         )
     if allowed is not None and needs.seconds > allowed:
         missing.append(f"features: the least there is takes {said_time(needs.seconds)}, and --minutes allows less")
-    return Plan(share, needs, tuple(missing))
+    return FeaturePlan(share, needs, tuple(missing))
 
 
 def operations_of(size: Size, work: Work) -> float:

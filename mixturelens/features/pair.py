@@ -15,16 +15,16 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from mixturelens.behaviour.ground import make_ground, scale_of
-from mixturelens.behaviour.harm import Harm, find_harm
+from mixturelens.behaviour.harmed import Harm, find_harm
 from mixturelens.behaviour.record import BehaviourRecord
+from mixturelens.behaviour.repair_questions import make_ground, scale_of
 from mixturelens.contrasts import checkpoint_contrasts, hint_contrasts
 from mixturelens.features import exclusive
 from mixturelens.features.activations import Activations, At, collect_places, texts
 from mixturelens.features.cards import Album, card, interesting
 from mixturelens.features.change import Splices, half_prompts, site_change
 from mixturelens.features.dictionary import Dictionary
-from mixturelens.features.effort import Plan, make_plan, share_of
+from mixturelens.features.effort import FeaturePlan, make_plan, share_of
 from mixturelens.features.exclusive import fit_crosscoder
 from mixturelens.features.record import (
     Card,
@@ -235,7 +235,7 @@ class _Study:
     teach: Sequence[PromptRow]
     held_out: Sequence[PromptRow]
     folder: Path
-    plan: Plan
+    plan: FeaturePlan
     seed: int
     say: Say | None
     dictionaries: dict[At, Dictionary] = field(default_factory=dict)

@@ -68,7 +68,7 @@ class Sae(Frozen):
     """What may matter about it."""
 
 
-class Score(Frozen):
+class UnitScore(Frozen):
     """The best unit of one kind for one concept: chosen on one half of the questions, judged on the other."""
 
     unit: Unit
@@ -132,13 +132,13 @@ class Table(Frozen):
     """Log-odds of the clean side, nats."""
     site: Site
     """The site that patching named, where features and directions were looked for."""
-    scores: tuple[Score, ...]
+    scores: tuple[UnitScore, ...]
     several: tuple[Several, ...] = ()
 
     def together(self, kind: UnitKind) -> Several | None:
         return next((each for each in self.several if each.kind == kind), None)
 
-    def best(self, kind: UnitKind) -> Score | None:
+    def best(self, kind: UnitKind) -> UnitScore | None:
         return next((each for each in self.scores if each.unit.kind == kind), None)
 
 
@@ -163,7 +163,7 @@ class Terms(Frozen):
         return {"selector": self.routing, "cue_reader": self.conditioning, "skill": self.skill}[part]
 
 
-class Changed(Frozen):
+class MovedFeature(Frozen):
     """A feature of S that RL changed, and what its change does alone."""
 
     index: int
@@ -184,7 +184,7 @@ class SiteChange(Frozen):
     """
 
     site: Site
-    features: tuple[Changed, ...]
+    features: tuple[MovedFeature, ...]
     """Most moved first, by one half of the questions; judged on the other."""
     together: Terms
     """Of these features at once."""
@@ -197,7 +197,7 @@ class SiteChange(Frozen):
     questions: int
 
 
-class Example(Frozen):
+class FiringExample(Frozen):
     """A prompt with its completion, and how strongly a feature fires on each token."""
 
     tokens: tuple[str, ...]
@@ -216,7 +216,7 @@ class Card(Frozen):
     promotes: tuple[tuple[str, float], ...]
     """Next tokens whose log-probability it raises most where it fires (measured against without it), nats."""
     suppresses: tuple[tuple[str, float], ...]
-    examples: tuple[Example, ...]
+    examples: tuple[FiringExample, ...]
 
 
 class CrosscoderFit(Frozen):

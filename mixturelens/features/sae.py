@@ -25,7 +25,7 @@ from mixturelens.features.batchtopk import sparse_class
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Quality
 from mixturelens.features.saved import load_sae, read_config
-from mixturelens.features.splice import Ground, Spliced, own
+from mixturelens.features.splice import BothModels, Spliced, own
 from mixturelens.hooks.lens import Lens
 from mixturelens.records import new_folder, write_text
 from mixturelens.stats import interval, resample_counts, resampled_mean, share
@@ -302,7 +302,7 @@ def quality(
         return middle.to(mine.dtype).expand_as(mine)
 
     some, lengths = texts[:most], prompt_lengths[:most]
-    ground = Ground(lens, lens, at, [text[:n] for text, n in zip(some, lengths, strict=True)])
+    ground = BothModels(lens, lens, at, [text[:n] for text, n in zip(some, lengths, strict=True)])
     counts = resample_counts(len(some), seed)
     plain, kept, lost = (
         resampled_mean(completion_losses(Spliced(ground, splice), some, lengths, lens), counts)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mixturelens.features.activations import At
+from mixturelens.hooks.intervened import EnoughRead
 from mixturelens.hooks.lens import Edit, Lens
 from mixturelens.types import InputError
 
@@ -36,10 +37,6 @@ def own(mine: Tensor, other: Tensor) -> Tensor:
 def whole(mine: Tensor, other: Tensor) -> Tensor:
     """The other model's activations in place of its own."""
     return other
-
-
-class _Enough(Exception):
-    """Ends a run once all that is wanted of it has been read."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class _Window:
         return self.owner.cpu().numpy().tobytes(), self.ids.cpu().numpy().tobytes()
 
 
-class Ground:
+class BothModels:
     """Both models up to one place, on known prompts and whatever follows them."""
 
     def __init__(self, into: Lens, other: Lens, at: At, prompts: Sequence[Sequence[int]]) -> None:
@@ -136,7 +133,7 @@ class Ground:
             def store(activation: Tensor) -> None:
                 found[key] = activation.clone()
                 if last:
-                    raise _Enough
+                    raise EnoughRead
 
             return store
 
@@ -148,7 +145,7 @@ class Ground:
         cache = _cache()
         handle = lens.bridge.blocks[0].register_forward_hook(self._see) if number == 0 else None
         try:
-            with contextlib.suppress(_Enough):
+            with contextlib.suppress(EnoughRead):
                 run(lens, self, where, edits, keys, cache, 1)
         finally:
             if handle is not None:
@@ -170,7 +167,7 @@ def _cache() -> Any:
 
 def run(
     lens: Lens,
-    ground: Ground,
+    ground: BothModels,
     where: slice | _Window,
     edits: Sequence[tuple[Any, Edit]],
     keys: Sequence[tuple[Tensor, Tensor]],
@@ -214,10 +211,10 @@ class Spliced:
     It is asked about whole rows, each a prompt that the ground knows with something behind it. Logits before a prompt's
     last token, and at padding, are NaN.
 
-    >>> Spliced(Ground(s, r, (2, "resid_post"), prompts), whole)  # R up to there, S's head on it   # doctest: +SKIP
+    >>> Spliced(BothModels(s, r, (2, "resid_post"), prompts), whole)  # R up to there, S's head on it   # doctest: +SKIP
     """
 
-    def __init__(self, ground: Ground, splice: Splice) -> None:
+    def __init__(self, ground: BothModels, splice: Splice) -> None:
         self.ground, self.splice = ground, splice
 
     @torch.inference_mode()

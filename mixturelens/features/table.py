@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mixturelens.features.dictionary import Dictionary
-from mixturelens.features.record import Concept, Score, Several, Table, Unit
-from mixturelens.features.several import fewest_features, fewest_heads, fewest_neurons
+from mixturelens.features.record import Concept, Several, Table, Unit, UnitScore
+from mixturelens.features.together import fewest_features, fewest_heads, fewest_neurons
 from mixturelens.features.units import (
     Place,
     Trial,
@@ -44,7 +44,7 @@ def find_table(
     What cannot be found of one kind is said in `missing`, if that is given; else InputError is raised.
     """
     lens, site = trial.lens, trial.judge.site
-    scores: list[Score] = []
+    scores: list[UnitScore] = []
     several: list[Several] = []
 
     def attempt(what: str, work: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixturelens.behaviour.ground import Ground, Scale
+from mixturelens.behaviour.repair_questions import Ground, Scale
 from mixturelens.contrasts import Contrasts
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import (
@@ -24,7 +24,7 @@ from mixturelens.features.effects import (
     unit_effects,
 )
 from mixturelens.features.effort import EXACT, share_of
-from mixturelens.features.record import Score, Unit
+from mixturelens.features.record import Unit, UnitScore
 from mixturelens.features.splice import At
 from mixturelens.hooks.intervened import Rewrite
 from mixturelens.hooks.lens import Lens
@@ -223,12 +223,12 @@ class Trial:
         random: Float[np.ndarray, "draw random"],
         do: Clamp,
         random_do: Sequence[Clamp],
-    ) -> Score:
+    ) -> UnitScore:
         gap, trained, gaps = NOT_MEASURED, NOT_MEASURED, ()
         if self.ground is not None:
             gap, trained = clamped(*self.ground, do)
             gaps = random_gaps(*self.ground, random_do, share_of(FEW, self.share, 8))
-        return Score(
+        return UnitScore(
             unit=unit,
             among=among,
             auroc=read,
@@ -346,7 +346,7 @@ def _nominated(guess: np.ndarray, strong: np.ndarray, scene: Scene, layer: int) 
     return [int(i) for i in order[: max(8, min(NOMINATED, number))] if strong[i] > 0]
 
 
-def best_of(pool: Pool) -> Score:
+def best_of(pool: Pool) -> UnitScore:
     """The unit that moves most of the contrast, of all units of a pool that were patched.
 
     Controls: the others that displace the activation about as much as the chosen one does (nearest in the logarithm of
@@ -391,7 +391,7 @@ def along_random(own: Place, number: int) -> Place:
 
 def _judged(
     own: Place, unit: Unit, among: int, random: Float[np.ndarray, "draw random"], random_do: Sequence[Clamp]
-) -> Score:
+) -> UnitScore:
     """The score of a single unit."""
     trial, units = own.trial, own.units
     return trial.score(
@@ -407,7 +407,7 @@ def _judged(
     )
 
 
-def best_direction(place: Place, unit: Callable[[int], Unit]) -> Score:
+def best_direction(place: Place, unit: Callable[[int], Unit]) -> UnitScore:
     """The direction, of those of one place, that moves most of the contrast.
 
     Random ones are displaced as far as it is, row by row, along random unit vectors: they read it, and write elsewhere.
@@ -419,7 +419,7 @@ def best_direction(place: Place, unit: Callable[[int], Unit]) -> Score:
     return _judged(own, unit(best), len(place.units), _shares(others), clamps)
 
 
-def best_head(trial: Trial) -> Score:
+def best_head(trial: Trial) -> UnitScore:
     """The head whose output at the position moves most of the contrast. Random: all other heads.
 
     Its clamp is its mean clean output on the questions that choose, its ablation zero. It is read along the direction

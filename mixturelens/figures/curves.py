@@ -11,7 +11,7 @@ from mixturelens.types import Side
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from mixturelens.routing.circuit import Faithfulness, RoutingCircuit
+    from mixturelens.routing.circuit import FaithfulnessCurve, RoutingCircuit
 
 _COLOURS: dict[Side, tuple[str, str]] = {"before": ("#8A5FBF", "138,95,191"), "after": (INK, "34,34,34")}
 """Of lines, and of the bands behind them."""
@@ -62,7 +62,7 @@ def faithfulness(circuits: Sequence[RoutingCircuit]) -> Figure:
     return figure
 
 
-def _curves(figure: Figure, side: Side, of: Faithfulness, where: dict[str, Any], legend: str) -> None:
+def _curves(figure: Figure, side: Side, of: FaithfulnessCurve, where: dict[str, Any], legend: str) -> None:
     colour, rgb = _COLOURS[side]
     kept = [i for i, fraction in enumerate(of.fractions) if fraction > 0]  # a logarithm has no place for none
     x = [of.fractions[i] for i in kept]

@@ -22,7 +22,7 @@ _TERMS: Mapping[Literal["routing", "conditioning", "skill"], str] = {
 }
 
 
-class _Line(NamedTuple):
+class _TermLine(NamedTuple):
     """A row of terms; with `random`, a strip of grey points instead of a bar."""
 
     name: str
@@ -37,14 +37,14 @@ def feature_change(change: SiteChange) -> Figure:
     """
     number_of = len(change.features)
     lines = [
-        _Line("<b>R's activation</b>, whole", change.whole),
-        _Line("<b>all features</b>", change.every),
-        _Line(f"<b>these {number_of}</b> together", change.together),
+        _TermLine("<b>R's activation</b>, whole", change.whole),
+        _TermLine("<b>all features</b>", change.every),
+        _TermLine(f"<b>these {number_of}</b> together", change.together),
     ]
     if change.random:
-        lines.append(_Line(f"{number_of} random others", random=change.random))
+        lines.append(_TermLine(f"{number_of} random others", random=change.random))
     single = len(lines)
-    lines += [_Line(f"feature {each.index}, moved {number(each.moved, 2)}", each.terms) for each in change.features]
+    lines += [_TermLine(f"feature {each.index}, moved {number(each.moved, 2)}", each.terms) for each in change.features]
     figure = _panels(
         [f"<b>{term}</b>: {words}" for term, words in _TERMS.items()], [1.0] * len(_TERMS), 28 * len(lines) + 118
     )
@@ -202,7 +202,7 @@ def crosscoder(records: Mapping[str, Sequence[CrosscoderFit]]) -> Figure:
             )
     most = max((sum(count.values()) for count in counts), default=0)
     figure.update_xaxes(range=[0, 1.08 * max(most, 4)], nticks=5, title_text="latents", row=1, col=1)
-    lines = [_Line(name, fit.without, fit.random) for name, (_, fit) in zip(names, fits, strict=True)]
+    lines = [_TermLine(name, fit.without, fit.random) for name, (_, fit) in zip(names, fits, strict=True)]
     _terms(figure, lines, 2, {term: TERMS[term] for term in _TERMS}, "diamond", "bits from R")
     rows = [name for name, _ in fits]
     for y in range(1, len(rows)):
@@ -253,7 +253,7 @@ def _panels(titles: Sequence[str], widths: Sequence[float], height: int) -> Figu
 
 def _terms(
     figure: Figure,
-    lines: Sequence[_Line],
+    lines: Sequence[_TermLine],
     first: int,
     colours: Mapping[str, str],
     mark: Literal["bar", "diamond"],

@@ -349,7 +349,7 @@ def _ends(values: Sequence[Interval], least: float) -> tuple[float, float]:
 # effects of grafts, a row each
 
 
-class _Line(NamedTuple):
+class _EvidenceLine(NamedTuple):
     name: str
     effects: Effects
     noise: tuple[Effects, ...] = ()
@@ -362,17 +362,17 @@ def factorial(record: GraftRecord) -> Figure:
     if of is None:
         raise ValueError("no factorial was measured")
     rows = [
-        _Line("R's selector,<br>S's rest", of.selector_only),
-        _Line("S's selector,<br>R's rest", of.rest_only),
-        _Line("R's selector,<br>R's rest", of.both),
-        _Line("random weights<br>for the selector", of.both, of.noise),
+        _EvidenceLine("R's selector,<br>S's rest", of.selector_only),
+        _EvidenceLine("S's selector,<br>R's rest", of.rest_only),
+        _EvidenceLine("R's selector,<br>R's rest", of.both),
+        _EvidenceLine("random weights<br>for the selector", of.both, of.noise),
     ]
     return _effects(rows if of.noise else rows[:-1], record)
 
 
 def placed(record: GraftRecord) -> Figure:
     """R's weights used at some token positions only, and S's at all others."""
-    return _effects([_Line(_joined(each.positions), each.effects) for each in record.placed], record)
+    return _effects([_EvidenceLine(_joined(each.positions), each.effects) for each in record.placed], record)
 
 
 def _joined(positions: Sequence[str]) -> str:
@@ -384,7 +384,7 @@ def _joined(positions: Sequence[str]) -> str:
     return f"{label(' + '.join(positions[:half]) + ' +', 30)}<br>{label(' + '.join(positions[half:]), 30)}"
 
 
-def _effects(rows: Sequence[_Line], record: GraftRecord) -> Figure:
+def _effects(rows: Sequence[_EvidenceLine], record: GraftRecord) -> Figure:
     """A row a graft; panels: shares of R's change of the policy's weight and of specialists, and both in bits."""
     from plotly.subplots import make_subplots
 
@@ -444,7 +444,9 @@ def _effects(rows: Sequence[_Line], record: GraftRecord) -> Figure:
     return figure
 
 
-def _effect_panel(figure: Figure, rows: Sequence[_Line], field: str, title: str, colour: str, column: int) -> None:
+def _effect_panel(
+    figure: Figure, rows: Sequence[_EvidenceLine], field: str, title: str, colour: str, column: int
+) -> None:
     drawn = [(y, row, getattr(row.effects, field)) for y, row in enumerate(rows) if not row.noise]
     up, down = whiskers([value for _, _, value in drawn])
     figure.add_scatter(

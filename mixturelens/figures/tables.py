@@ -10,7 +10,7 @@ from mixturelens.figures.style import DASH, INK, SCALE, cue_title, label, number
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from mixturelens.behaviour.record import BehaviourRecord, Cell
+    from mixturelens.behaviour.record import BehaviourRecord, TableCell
     from mixturelens.routing.verdict import VerdictRecord
 
 
@@ -96,16 +96,16 @@ def policy_table(record: BehaviourRecord, threshold: float = 0.02) -> Figure:
     return figure
 
 
-def _moved(cell: Cell, threshold: float) -> bool:
+def _moved(cell: TableCell, threshold: float) -> bool:
     changes = (cell.behaviour_change.value, cell.accuracy_change.value)
     return any(change is not None and abs(change) > threshold for change in changes)
 
 
-def _accuracy(cell: Cell | None, after: bool) -> float | None:
+def _accuracy(cell: TableCell | None, after: bool) -> float | None:
     return None if cell is None else cell.accuracy_after if after else cell.accuracy_before
 
 
-def _cell_text(cell: Cell | None, after: bool) -> str:
+def _cell_text(cell: TableCell | None, after: bool) -> str:
     accuracy = _accuracy(cell, after)
     if cell is None or accuracy is None:
         return DASH
@@ -117,7 +117,7 @@ def _cell_text(cell: Cell | None, after: bool) -> str:
     return f"<b>{label(usual, 16)}</b> {number(shown[usual])}<br>{right}"
 
 
-def _cell_hover(cell: Cell | None, after: bool) -> str:
+def _cell_hover(cell: TableCell | None, after: bool) -> str:
     if cell is None:
         return "not measured"
     lines = [f"policy {label(cell.policy)} put in place by {label(cell.announcement, 60)}", f"cue {label(cell.cue)}"]

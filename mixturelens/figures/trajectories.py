@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mixturelens.routing.repair import Repair, RepairRecord
 
 
-class _State(NamedTuple):
+class _CueState(NamedTuple):
     """What both a point of a trajectory and a side of a pair say about one cue."""
 
     weights: Mapping[str, Interval]
@@ -76,7 +76,7 @@ def trajectory(record: Trajectory) -> Figure:
 
 def before_after(record: BehaviourRecord) -> Figure:
     """The same panels as `trajectory` for two checkpoints, for pairs whose training was not watched."""
-    sides: dict[str, list[_State]] = {}
+    sides: dict[str, list[_CueState]] = {}
     for cue in record.cues:
         both = (record.per_cue[cue].before, record.per_cue[cue].after)
         sides[cue] = [_state_of(side) for side in both if side is not None]
@@ -154,24 +154,26 @@ def _cues_of(record: Trajectory) -> list[str]:
     return list(dict.fromkeys(cue for point in record.points for cue in point.cues))
 
 
-def _state_at(state: Any) -> _State:
-    return _State({}, {}, NOT_MEASURED) if state is None else _State(state.weights, state.forced, state.accuracy)
+def _state_at(state: Any) -> _CueState:
+    return _CueState({}, {}, NOT_MEASURED) if state is None else _CueState(state.weights, state.forced, state.accuracy)
 
 
-def _state_of(side: CueSide) -> _State:
-    return _State(
+def _state_of(side: CueSide) -> _CueState:
+    return _CueState(
         {name: side.intervals.get(f"weights.{name}", Interval(value=value)) for name, value in side.weights.items()},
         {name: side.intervals.get(f"accuracy.{name}", Interval(value=value)) for name, value in side.accuracy.items()},
         side.intervals.get("overall", Interval(value=side.overall)),
     )
 
 
-def _best_policy(state: _State) -> str | None:
+def _best_policy(state: _CueState) -> str | None:
     known = {name: value.value for name, value in state.forced.items() if value.value is not None}
     return max(known, key=lambda name: known[name], default=None)
 
 
-def _panels(x: Sequence[float], names: Sequence[str], states: Mapping[str, Sequence[_State]], reward: bool) -> Figure:
+def _panels(
+    x: Sequence[float], names: Sequence[str], states: Mapping[str, Sequence[_CueState]], reward: bool
+) -> Figure:
     """A column a cue; rows: weights, forced accuracy, expected accuracy and room for the reward of all."""
     from plotly.subplots import make_subplots
 

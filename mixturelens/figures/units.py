@@ -12,7 +12,7 @@ from mixturelens.types import Interval
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from mixturelens.features.record import Concept, FeatureRecord, Score, Several, Table, Unit
+    from mixturelens.features.record import Concept, FeatureRecord, Several, Table, Unit, UnitScore
     from mixturelens.routing.repair import RepairRecord
 
 _NAME = 44
@@ -230,7 +230,7 @@ def _beside_ring(place: float) -> str:
     return "top right" if place < 0.3 else "top center" if place < 0.72 else "top left"
 
 
-def _one_marks(figure: Figure, ones: Sequence[tuple[float, Score]], column: int) -> None:
+def _one_marks(figure: Figure, ones: Sequence[tuple[float, UnitScore]], column: int) -> None:
     up, down = whiskers([each.patch for _, each in ones])
     figure.add_scatter(
         x=[each.patch.value for _, each in ones],
@@ -255,7 +255,7 @@ def _one_marks(figure: Figure, ones: Sequence[tuple[float, Score]], column: int)
     )
 
 
-def _scores(table: Table) -> list[Score]:
+def _scores(table: Table) -> list[UnitScore]:
     order = list(UNITS)
     return sorted(table.scores, key=lambda each: order.index(each.unit.kind))
 
@@ -282,7 +282,7 @@ def _ends_of(table: Table) -> tuple[str, str]:
     return clean, corrupt
 
 
-def _effects(figure: Figure, scores: Sequence[Score], mark: _Mark, row: int) -> None:
+def _effects(figure: Figure, scores: Sequence[UnitScore], mark: _Mark, row: int) -> None:
     """One effect of every unit, in the colour of its kind."""
     values: list[Interval] = [getattr(each, mark.field) for each in scores]
     colours = [UNITS[each.unit.kind] for each in scores]
@@ -334,7 +334,7 @@ def _legend(figure: Figure) -> None:
 # clamping
 
 
-class _Line(NamedTuple):
+class _ClampLine(NamedTuple):
     """A row of `clamping`."""
 
     kind: str
@@ -357,7 +357,7 @@ def clamping(record: FeatureRecord, repair: RepairRecord | None = None) -> Figur
     from plotly.subplots import make_subplots
 
     lines = [
-        _Line(
+        _ClampLine(
             each.unit.kind,
             each.unit,
             each.gap_closed,
@@ -375,7 +375,7 @@ def clamping(record: FeatureRecord, repair: RepairRecord | None = None) -> Figur
     if repair is not None:
         heads = ", ".join(str(site) for site in repair.heads)
         lines += [
-            _Line(each.kind, heads, each.gap_closed, each.trained_change, words="; ".join(each.what))
+            _ClampLine(each.kind, heads, each.gap_closed, each.trained_change, words="; ".join(each.what))
             for each in repair.repairs
         ]
     harmed, trained = (DASH if cue is None else label(cue, 16) for cue in (record.harmed_cue, record.trained_cue))
@@ -430,7 +430,7 @@ def clamping(record: FeatureRecord, repair: RepairRecord | None = None) -> Figur
     return figure
 
 
-def _clamped_set(table: Table, score: Score) -> Several | None:
+def _clamped_set(table: Table, score: UnitScore) -> Several | None:
     """The set beside a unit, where it was clamped and is more than this unit."""
     several = table.together(score.unit.kind)
     if several is None or not several.gap_closed.measured or several.units == (score.unit,):
@@ -438,17 +438,17 @@ def _clamped_set(table: Table, score: Score) -> Several | None:
     return several
 
 
-def _closed(line: _Line) -> str:
+def _closed(line: _ClampLine) -> str:
     """The gap that the unit closes, and below it that of the set."""
     one = number(line.gap, 2)
     return one if line.several is None else f"{one}<br>{len(line.several.units)}: {number(line.several.gap_closed, 2)}"
 
 
-def _words(line: _Line) -> str:
+def _words(line: _ClampLine) -> str:
     return f"<b>{line.kind}</b> for the {line.concept}" if line.concept else f"<b>repair</b>: {line.kind}"
 
 
-def _clamped(figure: Figure, lines: Sequence[_Line], field: str, column: int) -> None:
+def _clamped(figure: Figure, lines: Sequence[_ClampLine], field: str, column: int) -> None:
     """Units as diamonds in the colour of their kind, repairs of heads as white squares."""
     values: list[Interval] = [getattr(line, field) for line in lines]
     up, down = whiskers(values)

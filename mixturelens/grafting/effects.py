@@ -24,7 +24,7 @@ WORTH_WEIGHT = 0.02
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Resampled:
     """Means over questions in every bootstrap sample."""
 
     odds: Float[np.ndarray, "draw cue"]
@@ -36,7 +36,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Bits:
+class BitSamples:
     """How well one completion tells a graft from S, 0 to 1, in every bootstrap sample: means over prompts."""
 
     chosen: Float[np.ndarray, " draw"]
@@ -61,22 +61,22 @@ class Judge:
         grid = Grid(self.grid.index[rows], resample_counts(len(rows), self.cells.seed))
         return Judge(self.cells, self.policies, self.before, self.after, grid, self)
 
-    def drawn(self, readings: Readings) -> Drawn:
+    def drawn(self, readings: Readings) -> Resampled:
         log_c, log_p = _numpy(readings.log_c), _numpy(readings.log_p)
-        return Drawn(
+        return Resampled(
             odds=self.grid.draws(self.odds(log_c)),
             weights=self.grid.draws(with_other(log_c)),
             done=self.grid.draws(log_p),
         )
 
-    def bits(self, readings: Readings) -> Bits:
+    def bits(self, readings: Readings) -> BitSamples:
         """How far from S readings are, question by question: what turns one way on half of them does not cancel.
 
         All grafts weigh a policy, and each of its wordings, alike: by how much S and R use it.
         """
         chosen = js(with_other(_numpy(readings.log_c)), with_other(_numpy(self.before.log_c)))
         done = js(*(_usual_or_else(_numpy(each.completed)) for each in (readings, self.before)))
-        return Bits(*(_over_cues(self.grid.draws(each)) for each in (chosen, (self._used * done).sum(-1))))
+        return BitSamples(*(_over_cues(self.grid.draws(each)) for each in (chosen, (self._used * done).sum(-1))))
 
     @cached_property
     def _used(self) -> Float[np.ndarray, "prompt announcement"]:
@@ -111,11 +111,11 @@ class Judge:
         return float(np.nanmin(self.mean(np.stack(per_policy, -1))))
 
     @cached_property
-    def s(self) -> Drawn:
+    def s(self) -> Resampled:
         return self.drawn(self.before)
 
     @cached_property
-    def r(self) -> Drawn:
+    def r(self) -> Resampled:
         return self.drawn(self.after)
 
     @cached_property

@@ -74,7 +74,7 @@ def save_with(model: PreTrainedModel, weights: State, tokenizer: PreTrainedToken
 
 
 @dataclass(frozen=True)
-class Bench:
+class WorkingModel:
     """One working model that holds S, R's weights beside it, and what every graft that was tried reads.
 
     No set of components is ever run twice.
@@ -97,7 +97,7 @@ class Bench:
         """Of what is put together: pieces, where there are any; else components."""
         return tuple(self.components if self.pieces is None else self.pieces)
 
-    def on(self, cells: Cells, before: Readings, after: Readings, starts: Starts | None = None) -> Bench:
+    def on(self, cells: Cells, before: Readings, after: Readings, starts: Starts | None = None) -> WorkingModel:
         """The same bench for other prompts, on which S and R are known already."""
         known = {frozenset(): before, self.key(self.names): after}
         return replace(self, cells=cells, starts=starts, _readings=known, _weights={})
@@ -167,10 +167,10 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Trial:
+class GraftTrial:
     """Grafts and the questions that judge them."""
 
-    bench: Bench
+    bench: WorkingModel
     judge: Judge
 
     def effects(self, components: Names) -> Effects:
@@ -183,11 +183,11 @@ class Trial:
         return self.judge.specialist_share(self.bench.log_p(components))
 
 
-def halves(bench: Bench, judge: Judge) -> tuple[Trial, Trial]:
+def halves(bench: WorkingModel, judge: Judge) -> tuple[GraftTrial, GraftTrial]:
     """One half of the questions to choose on, and the other to judge; of one question alone, twice the whole."""
     if len(judge.grid.index) < 2:
-        return Trial(bench, judge), Trial(bench, judge)
-    return Trial(bench, judge.half(0)), Trial(bench, judge.half(1))
+        return GraftTrial(bench, judge), GraftTrial(bench, judge)
+    return GraftTrial(bench, judge.half(0)), GraftTrial(bench, judge.half(1))
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def _best_alone(names: Sequence[str], share: Callable[[Names], float]) -> tuple[
     return tuple(name for name in names if name in order[:number])
 
 
-def two_by_two(choosing: Trial, judging: Trial, seed: int = 0, noise: Trial | None = None) -> Factorial:
+def two_by_two(choosing: GraftTrial, judging: GraftTrial, seed: int = 0, noise: GraftTrial | None = None) -> Factorial:
     """{selector} x {rest}: the selector is chosen on some questions, and all four judged on others.
 
     It is chosen by the weight of the policy and not by log-odds, which go on growing where the choice is made. Random
@@ -313,24 +313,24 @@ def two_by_two(choosing: Trial, judging: Trial, seed: int = 0, noise: Trial | No
     )
 
 
-def specialist_part(choosing: Trial, judging: Trial) -> Graft:
+def specialist_part(choosing: GraftTrial, judging: GraftTrial) -> Graft:
     """S with the fewest components that carry R's change of what policies do, chosen and judged as in `two_by_two`."""
     chosen, *_ = fewest(judging.bench.names, choosing.specialist_share)
     return Graft(components=chosen, effects=judging.effects(chosen))
 
 
-def needed(choosing: Trial, judging: Trial) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], bool]:
+def needed(choosing: GraftTrial, judging: GraftTrial) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], bool]:
     """The fewest components of R without which its choice is S's again, by some questions; other sets of as many that
     do as well; and whether that holds on the others."""
 
-    def lost(some: Names, trial: Trial) -> float:
+    def lost(some: Names, trial: GraftTrial) -> float:
         return 1 - trial.choice_share(trial.bench.rest(some))
 
     chosen, *also = fewest(judging.bench.names, lambda some: lost(some, choosing))
     return chosen, tuple(also), lost(chosen, judging) >= ENOUGH
 
 
-def null(trial: Trial, seed: int = 0) -> Null:
+def null(trial: GraftTrial, seed: int = 0) -> Null:
     """How far S moves with noise of the size of R's change, tensor by tensor: means of NULLS draws."""
     found = [trial.judge.effects(trial.bench.noisy(trial.bench.names, seed + k)) for k in range(NULLS)]
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mixturelens.behaviour.grid import grid_of
-from mixturelens.behaviour.harm import gained_and_lost
+from mixturelens.behaviour.harmed import gained_and_lost
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare, without_behaviours
@@ -21,8 +21,8 @@ from mixturelens.grafting.components import State, parts, weights_of
 from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.graft import (
     PLAYERS,
-    Bench,
-    Trial,
+    GraftTrial,
+    WorkingModel,
     groups,
     halves,
     needed,
@@ -38,8 +38,16 @@ from mixturelens.grafting.path import FEW_NODES, Attribution, attribute
 from mixturelens.grafting.plan import JUDGED, QUESTIONS, plan
 from mixturelens.grafting.positions import placed
 from mixturelens.grafting.readings import Readings, make_cells, method_of, metric_names, metrics
-from mixturelens.grafting.record import UNMEASURED, Component, Graft, GraftRecord, Placed, Rollback, Search
-from mixturelens.grafting.record import Path as PathSum
+from mixturelens.grafting.record import (
+    UNMEASURED,
+    Component,
+    Graft,
+    GraftRecord,
+    PathAttribution,
+    PlacedGraft,
+    Rollback,
+    Search,
+)
 from mixturelens.grafting.search import pieces, search, unsound
 from mixturelens.grafting.starts import starts_of
 from mixturelens.hooks.lens import components_of
@@ -97,7 +105,7 @@ def graft_record(
     state_s, state_r = weights_of(s), weights_of(r)
     found = parts(components, state_s, state_r)
     changed = {part.name: components[part.name] for part in found if part.change > 0}
-    bench = Bench(s, state_s, state_r, changed, cells)
+    bench = WorkingModel(s, state_s, state_r, changed, cells)
     judge = Judge(cells, policies, bench.readings(()), bench.readings(changed), cells.grid)
     missing: list[str] = list(planned.missing)
 
@@ -109,7 +117,7 @@ def graft_record(
             missing.append(f"{what}: {error}")
             return None
 
-    trial, searched = Trial(bench, judge), planned.searched is not None and bool(changed)
+    trial, searched = GraftTrial(bench, judge), planned.searched is not None and bool(changed)
     if searched:
         trial = _few(trial, planned.searched or 0)
         trial.bench.begin()
@@ -126,7 +134,7 @@ def graft_record(
         looked = search(trial, planned.grafts, path, planned.everything)
         missing += _unseen(looked)
         bench = replace(bench, pieces=pieces(looked))
-        trial = Trial(replace(trial.bench, pieces=bench.pieces), trial.judge)
+        trial = GraftTrial(replace(trial.bench, pieces=bench.pieces), trial.judge)
     else:
         say("grafts of every component and group")
     bench_groups = {
@@ -196,7 +204,7 @@ def graft_record(
         path=_sums(path),
         factorial=factorial,
         specialist_part=specialists,
-        placed=tuple(Placed(positions=names, effects=trial.judge.effects(each)) for names, each in at.items()),
+        placed=tuple(PlacedGraft(positions=names, effects=trial.judge.effects(each)) for names, each in at.items()),
         rollback=rollback,
         null=noise,
         missing=(*missing, *too_few("grafts", len(cells.grid.index), *([factorial.questions] if factorial else ()))),
@@ -208,31 +216,31 @@ def components_about(pair: Pair) -> int:
     return 3 * size_of(pair).layers + 3
 
 
-def _few(trial: Trial, questions: int) -> Trial:
+def _few(trial: GraftTrial, questions: int) -> GraftTrial:
     """On some questions of the half that chooses, so that the other half can judge."""
     judge = trial.judge
     index = judge.grid.index[half_of(len(judge.grid.index), 0, questions)]
     some = _on(trial, index)
     starts = starts_of(some.bench.model, some.bench.cells)
-    return Trial(replace(some.bench, starts=starts), some.judge)
+    return GraftTrial(replace(some.bench, starts=starts), some.judge)
 
 
-def _other_half(bench: Bench, judge: Judge) -> Trial | None:
+def _other_half(bench: WorkingModel, judge: Judge) -> GraftTrial | None:
     """Up to JUDGED questions of the half that chooses nothing; None where there is one question alone."""
     rows = half_of(len(judge.grid.index), 1, JUDGED)
-    return _on(Trial(bench, judge), judge.grid.index[rows]) if rows else None
+    return _on(GraftTrial(bench, judge), judge.grid.index[rows]) if rows else None
 
 
-def _on(trial: Trial, index: Int[np.ndarray, "question cue"]) -> Trial:
+def _on(trial: GraftTrial, index: Int[np.ndarray, "question cue"]) -> GraftTrial:
     """The same for the prompts of some questions alone."""
     bench, judge = trial.bench, trial.judge
     prompts = sorted(int(i) for i in index.ravel() if i >= 0)
     cells = bench.cells.part(prompts)
     before, after = judge.before.part(prompts), judge.after.part(prompts)
-    return Trial(bench.on(cells, before, after), Judge(cells, judge.policies, before, after, cells.grid, judge))
+    return GraftTrial(bench.on(cells, before, after), Judge(cells, judge.policies, before, after, cells.grid, judge))
 
 
-def _path(trial: Trial, policies: tuple[str, str], large: bool) -> Attribution:
+def _path(trial: GraftTrial, policies: tuple[str, str], large: bool) -> Attribution:
     bench = trial.bench
     given = (bench.model, bench.before, bench.after, bench.components, bench.cells, policies)
     return attribute(*given, nodes=FEW_NODES, most=3 * FEW_NODES) if large else attribute(*given)
@@ -267,7 +275,7 @@ def some_questions(rows: tuple[PromptRow, ...], number: int = QUESTIONS) -> tupl
     return tuple(row for row in rows if row.id in kept)
 
 
-def _shapley(bench: Bench, judge: Judge, missing: list[str]) -> dict[str, Interval]:
+def _shapley(bench: WorkingModel, judge: Judge, missing: list[str]) -> dict[str, Interval]:
     who = players(bench.names)
     if not judge.moved_cues.any():
         return {}
@@ -278,13 +286,13 @@ def _shapley(bench: Bench, judge: Judge, missing: list[str]) -> dict[str, Interv
     if joined:
         missing.append(f"Shapley shares of norms alone: they are counted together ({', '.join(joined)})")
     few = np.random.default_rng(0).permutation(len(judge.grid.index))[:SHARED]
-    some = _on(Trial(bench, judge), judge.grid.index[few])
+    some = _on(GraftTrial(bench, judge), judge.grid.index[few])
     values = shapley(who, lambda names: some.judge.odds(some.bench.log_c(names)))
     return {name: some.judge.shares(odds) for name, odds in values.items()}
 
 
 def _component(
-    name: str, trial: Trial, shares: dict[str, Interval], path: Attribution | None, grafted: bool
+    name: str, trial: GraftTrial, shares: dict[str, Interval], path: Attribution | None, grafted: bool
 ) -> Component:
     routing, specialists = NOT_MEASURED, {}
     if path is not None:
@@ -311,11 +319,11 @@ def _changes(judge: Judge) -> dict[str, Interval]:
     return {name: mean_interval(change[:, k], judge.grid.counts) for k, name in enumerate(metric_names(judge.cells))}
 
 
-def _sums(path: Attribution | None) -> tuple[PathSum, ...]:
+def _sums(path: Attribution | None) -> tuple[PathAttribution, ...]:
     if path is None:
         return ()
     return tuple(
-        PathSum(
+        PathAttribution(
             metric=name,
             change=round(float(np.nanmean(path.change[:, k])), 10),
             sum=round(float(np.nanmean(path.values[:, k].sum(-1))), 10),
@@ -325,7 +333,7 @@ def _sums(path: Attribution | None) -> tuple[PathSum, ...]:
     )
 
 
-def settled(line: PathSum) -> bool:
+def settled(line: PathAttribution) -> bool:
     return abs(line.sum - line.change) <= SETTLED * max(abs(line.change), 0.05)
 
 

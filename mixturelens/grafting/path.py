@@ -79,7 +79,7 @@ def attribute(
     Example: `attribute(model, weights_of(s), weights_of(r), lens.components(), cells, ("a", "b")).values.mean(0)`.
     """
     cells = _some(cells)
-    line = _Line(model, before_state, after_state, parts, cells, policies)
+    line = _WeightLine(model, before_state, after_state, parts, cells, policies)
     about = (metric_names(cells), tuple(parts), cells.questions)
     if not line.changed:
         nothing = line.metrics_at(0.0) * 0.0  # NaN stays where there is no prompt
@@ -117,7 +117,7 @@ Point = tuple[float, Float[np.ndarray, "question metric"]]
 
 
 @dataclass(frozen=True)
-class _Panel:
+class _Stretch:
     """A piece of the line, and what the parts add along it."""
 
     start: Point
@@ -134,11 +134,11 @@ class _Panel:
         return _mean(self.values.sum(-1) - self.change)
 
 
-def _panel(line: _Line, nodes: int, start: Point, end: Point) -> _Panel:
+def _panel(line: _WeightLine, nodes: int, start: Point, end: Point) -> _Stretch:
     rule = np.polynomial.legendre.leggauss(nodes)
     half = (end[0] - start[0]) / 2
     slopes = (half * w * line.slopes_at(start[0] + half * (1 + x)) for x, w in zip(*rule, strict=True))
-    return _Panel(start, end, sum(slopes, np.zeros(())))
+    return _Stretch(start, end, sum(slopes, np.zeros(())))
 
 
 def _mean(values: Float[np.ndarray, "question metric"]) -> Float[np.ndarray, " metric"]:
@@ -149,7 +149,7 @@ def _mean(values: Float[np.ndarray, "question metric"]) -> Float[np.ndarray, " m
 # --- slopes along the line --------------------------------------------------------------------------------------------
 
 
-class _Line:
+class _WeightLine:
     """The straight line from S to R in the space of weights: metrics at a point, and their slopes along every part.
 
     Every module that owns changed parameters adds `push * (d output / d theta . (theta_R - theta_S))` to its output,

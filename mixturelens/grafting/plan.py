@@ -33,7 +33,7 @@ CHOSEN = 12
 
 
 @dataclass(frozen=True)
-class Plan:
+class GraftingPlan:
     """What is looked at."""
 
     searched: int | None
@@ -48,7 +48,7 @@ class Plan:
     """What the time does not allow."""
 
 
-def plan(pair: Pair, prompts: Prompts, components: int, exhaustive: bool = False) -> tuple[Plan, Estimate]:
+def plan(pair: Pair, prompts: Prompts, components: int, exhaustive: bool = False) -> tuple[GraftingPlan, Estimate]:
     """The first of several plans, from much to little, that takes no longer than the user allows; and what it takes.
 
     Reads no weights. The least of them is done even where it takes longer.
@@ -65,12 +65,12 @@ def plan(pair: Pair, prompts: Prompts, components: int, exhaustive: bool = False
     return replace(least, missing=(*least.missing, f"--minutes: grafts take {needed} at least")), needed
 
 
-def _plans(large: bool, exhaustive: bool) -> Sequence[Plan]:
+def _plans(large: bool, exhaustive: bool) -> Sequence[GraftingPlan]:
     said = "--minutes allows no more"
-    first = Plan(SEARCHED) if large else Plan(None)
+    first = GraftingPlan(SEARCHED) if large else GraftingPlan(None)
     if exhaustive and large:
-        first = Plan(SEARCHED, everything=True)
-    coarse = Plan(SEARCHED, missing=() if large else (f"grafts of every component: {said} than a search",))
+        first = GraftingPlan(SEARCHED, everything=True)
+    coarse = GraftingPlan(SEARCHED, missing=() if large else (f"grafts of every component: {said} than a search",))
     fewer = replace(coarse, grafts=40)
     no_places = replace(fewer, positions=False, missing=(*fewer.missing, f"grafts at some positions: {said}"))
     no_path = replace(no_places, path=False, missing=(*no_places.missing, f"path attribution: {said}"))
@@ -78,7 +78,7 @@ def _plans(large: bool, exhaustive: bool) -> Sequence[Plan]:
     return (first, *(() if first == coarse else (coarse,)), fewer, no_places, no_path, least)
 
 
-def work(plan: Plan, prompts: Prompts, components: int, size: Size) -> Work:
+def work(plan: GraftingPlan, prompts: Prompts, components: int, size: Size) -> Work:
     """Tokens that go through the models, and what is held meanwhile."""
     lengths = [len(context) for context in prompts.contexts]
     behind = [sum(len(each.ids) + USUAL for each in placed) for placed in prompts.placed]

@@ -101,7 +101,7 @@ class Search(Frozen):
     """Blocks that should have been opened, and were not for want of time."""
 
 
-class Path(Frozen):
+class PathAttribution(Frozen):
     """Path attribution of one metric: what the components sum to, beside the change itself, nats."""
 
     metric: str
@@ -112,7 +112,7 @@ class Path(Frozen):
     """Points of the quadrature."""
 
 
-class Placed(Frozen):
+class PlacedGraft(Frozen):
     """R's weights used at some token positions only, S's at all others."""
 
     positions: tuple[str, ...]
@@ -198,11 +198,11 @@ class GraftRecord(Record):
     search: Search | None = None
     """Null where every component was grafted. Else `selector`, `rollback` and the like may name its blocks, and
     `suffices` and `without` of a component that is only part of a block are null."""
-    path: tuple[Path, ...]
+    path: tuple[PathAttribution, ...]
     factorial: Factorial | None
     specialist_part: Graft | None
     """S with the fewest components that carry R's change of what policies do, chosen on the other half."""
-    placed: tuple[Placed, ...] = ()
+    placed: tuple[PlacedGraft, ...] = ()
     rollback: Rollback | None = None
     null: Null
     missing: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixturelens.grafting.effects import Judge, aligned
-from mixturelens.grafting.graft import BEHIND, Trial
+from mixturelens.grafting.graft import BEHIND, GraftTrial
 from mixturelens.grafting.path import Attribution
 from mixturelens.grafting.record import Block, Effects, Search
 
@@ -61,7 +61,7 @@ def _all_of(names: Sequence[str]) -> tuple[_Group, ...]:
     return tuple(_Group(g.members[0], g.members) if len(g.members) == 1 else g for g in found if g.members)
 
 
-def search(trial: Trial, most: int, path: Attribution | None = None, everything: bool = False) -> Search:
+def search(trial: GraftTrial, most: int, path: Attribution | None = None, everything: bool = False) -> Search:
     """Graft groups, and open those that matter, the largest effect first, until all are open or `most` grafts are made.
 
     A group matters if S with it, or R without it, moves MATTERS of a change of R. What is not opened is bounded by the
@@ -110,7 +110,7 @@ def pieces(found: Search) -> dict[str, tuple[str, ...]]:
     return {block.name: block.components for block in found.blocks if not block.opened}
 
 
-def _look(trial: Trial, group: _Group) -> Block:
+def _look(trial: GraftTrial, group: _Group) -> Block:
     alone, without = (trial.effects(names) for names in (group.members, trial.bench.rest(group.members)))
     return Block(
         name=group.name, components=group.members, suffices=alone, without=without, bound=bound(alone, without)

@@ -81,7 +81,7 @@ class _Keys:
         return self._complete(key, value)
 
 
-class _Enough(Exception):
+class _KeysKnown(Exception):
     """Ends a block once its keys and values are known."""
 
 
@@ -276,9 +276,9 @@ class Engine:
 
             def stop(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
                 found.extend((key, value))
-                raise _Enough
+                raise _KeysKnown
 
-            with contextlib.suppress(_Enough):
+            with contextlib.suppress(_KeysKnown):
                 self._block(layer, changed[:, : len(earlier)], rows, earlier, stop)
 
         def keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

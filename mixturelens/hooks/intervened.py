@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.contrasts import span_positions
-from mixturelens.hooks.kept import Kept, Keys, cut, forward, keys_of
+from mixturelens.hooks.kept import KeptBeginnings, Keys, cut, forward, keys_of
 from mixturelens.hooks.lens import Edit, Lens
 from mixturelens.models.beginnings import LONG, keeps
 from mixturelens.spelling import encode_prompts
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PlacedPrompt:
     """A prompt as the interventions need to know it: its named positions, and itself under every cue."""
 
     ids: tuple[int, ...]
@@ -35,14 +35,14 @@ class Prompt:
 
 def known_prompts(
     suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase
-) -> dict[tuple[int, ...], Prompt]:
+) -> dict[tuple[int, ...], PlacedPrompt]:
     """The prompts that an intervened model can be asked about, by their token ids."""
     encoded = [tuple(ids) for ids in encode_prompts(suite, rows, tokenizer)]
     questions: dict[tuple[str, str | None], dict[str, tuple[int, ...]]] = {}
     for row, ids in zip(rows, encoded, strict=True):
         questions.setdefault((row.id, row.hint), {})[row.cue] = ids
     return {
-        ids: Prompt(ids, span_positions(suite, row, tokenizer), questions[row.id, row.hint])
+        ids: PlacedPrompt(ids, span_positions(suite, row, tokenizer), questions[row.id, row.hint])
         for row, ids in zip(rows, encoded, strict=True)
     }
 
@@ -58,7 +58,7 @@ class Rewrite:
     source: None = None
 
 
-class _Enough(Exception):
+class EnoughRead(Exception):
     """Ends a run once all that is wanted of it has been read."""
 
 
@@ -66,7 +66,7 @@ class _Enough(Exception):
 class _Past:
     """The key-value caches of the run itself and of those it reads from."""
 
-    prompts: list[Prompt]
+    prompts: list[PlacedPrompt]
     seen: list[int]
     own: Any
     sources: dict[str, tuple[Any, Tensor]] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class _Past:
 class _Call:
     """What a call asks about: for each row its prompt, and the token index of its first column (negative: padding)."""
 
-    prompts: list[Prompt]
+    prompts: list[PlacedPrompt]
     first: list[int]
     ids: Int[Tensor, "row window"]
 
@@ -107,11 +107,11 @@ class Intervened:
         self,
         lens: Lens,
         interventions: Sequence[Intervention | Rewrite],
-        prompts: Mapping[tuple[int, ...], Prompt],
-        kept: Kept | None = None,
+        prompts: Mapping[tuple[int, ...], PlacedPrompt],
+        kept: KeptBeginnings | None = None,
     ) -> None:
         self.lens, self.interventions, self.prompts = lens, tuple(interventions), prompts
-        self.kept = Kept(lens) if kept is None else kept
+        self.kept = KeptBeginnings(lens) if kept is None else kept
         self._own: dict[tuple[int, ...], Keys] = {}
         self.lengths = sorted({len(ids) for ids in prompts}, reverse=True)
         cues = list(dict.fromkeys(cue for prompt in prompts.values() for cue in prompt.under))
@@ -157,7 +157,7 @@ class Intervened:
                     )
                 self._check_aligned(each, prompt, cue)
 
-    def _check_aligned(self, each: Intervention | Rewrite, prompt: Prompt, cue: str) -> None:
+    def _check_aligned(self, each: Intervention | Rewrite, prompt: PlacedPrompt, cue: str) -> None:
         position = each.site.position
         if position in ("last", "completion"):
             return
@@ -243,7 +243,7 @@ class Intervened:
         assert logits is not None, "no column lies behind a prompt"
         return SimpleNamespace(logits=logits)
 
-    def _touched(self, prompt: Prompt) -> int:
+    def _touched(self, prompt: PlacedPrompt) -> int:
         """The first token of a prompt that is intervened in; its last one, if none before it is."""
         last = len(prompt.ids) - 1
         first = [last]
@@ -255,7 +255,7 @@ class Intervened:
                 first += prompt.spans.get(position, ())
         return min(first)
 
-    def _keys_behind(self, prompts: Sequence[Prompt], start: int, touched: int) -> list[Keys]:
+    def _keys_behind(self, prompts: Sequence[PlacedPrompt], start: int, touched: int) -> list[Keys]:
         """Keys and values of prompts before their last token, under the interventions."""
         if touched == start:
             return self.kept.of([prompt.ids for prompt in prompts])
@@ -283,7 +283,7 @@ class Intervened:
         ]
         behind = [cut(keys, start) for keys in self.kept.of(others)] if start else []
         found: dict[int, Tensor] = {}
-        with contextlib.suppress(_Enough):
+        with contextlib.suppress(EnoughRead):
             forward(self.lens, torch.tensor(rows, device=call.ids.device), behind, self._reads(found, stop=True))
         return [found[index] for index in range(len(self.read))]
 
@@ -294,7 +294,7 @@ class Intervened:
             def store(activation: Tensor) -> None:
                 found[index] = activation.clone()
                 if len(found) == len(self.read) and stop:
-                    raise _Enough
+                    raise EnoughRead
 
             return store
 
@@ -369,7 +369,7 @@ class Intervened:
         positions = (real.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         mask = real if bool((real == 0).any()) else None
         cache = None
-        with contextlib.suppress(_Enough):
+        with contextlib.suppress(EnoughRead):
             cache = self._run(ids, edits, mask, positions, past, use_cache, 1).get("past_key_values")
         return [found[index] for index in range(len(self.read))], cache
 

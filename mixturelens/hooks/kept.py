@@ -56,7 +56,7 @@ def cut(keys: Keys, end: int) -> Keys:
     return tuple((key[:, :end], value[:, :end]) for key, value in keys)
 
 
-class Kept:
+class KeptBeginnings:
     """Keys and values that a lens' model has behind prompts, up to their last token, which is yet to come.
 
     They are those of the weights as they were when a prompt was first asked about: changed weights need another.

@@ -89,7 +89,7 @@ class Point(Frozen):
     forced: dict[str, dict[str, Interval]]
 
 
-class Score(Frozen):
+class ForecastScore(Frozen):
     """Forecasts of another cue against what RL did, over the steps that are compared."""
 
     errors: dict[str, float | None]
@@ -102,8 +102,8 @@ class Happened(Frozen):
     points: tuple[Point, ...]
     compared: tuple[int, ...]
     """Steps away from both ends (UNSATURATED)."""
-    scores: dict[str, Score]
-    clock: Score
+    scores: dict[str, ForecastScore]
+    clock: ForecastScore
     """The trained cue in time: the forecast and, as a null, the accuracy in S; over the same steps."""
     specialists: float
     """Largest change of any forced accuracy along RL; the theory has none."""
@@ -135,7 +135,7 @@ class ForecastRecord(Record):
 
 
 @dataclass(frozen=True)
-class _State:
+class _Bootstrapped:
     """S on bootstrap samples of the questions; the first is the sample itself."""
 
     weights: Float[np.ndarray, "draw cue policy"]
@@ -185,7 +185,9 @@ def forecast_records(
     return records
 
 
-def _measured(scorer: Scorer, model: PreTrainedModel, prompts: Prompts, cues: Sequence[str], seed: int) -> _State:
+def _measured(
+    scorer: Scorer, model: PreTrainedModel, prompts: Prompts, cues: Sequence[str], seed: int
+) -> _Bootstrapped:
     behaviour = literal_behaviour(scorer, model, prompts)
     weights, right, other = [], [], []
     for cue in cues:
@@ -201,7 +203,7 @@ def _measured(scorer: Scorer, model: PreTrainedModel, prompts: Prompts, cues: Se
         weights.append(known / mass)
         right.append(resampled_mean(behaviour.forced_accuracy[at], counts) * mass)
         other.append(1 - mass[:, 0])
-    return _State(*(np.stack(each, 1) for each in (weights, right, other)))
+    return _Bootstrapped(*(np.stack(each, 1) for each in (weights, right, other)))
 
 
 class _Network:
@@ -265,14 +267,14 @@ class _Kernels:
 
     start: Float[np.ndarray, "cue policy policy"]
     ahead: Float[np.ndarray, "cue policy policy"]
-    path: theory.Path
+    path: theory.WeightPath
     """Softmax drift through `start`: `time` is in steps, at the pace of one."""
     rescaled: float
 
 
 def _kernels(
     spec: Spec,
-    state: _State,
+    state: _Bootstrapped,
     network: _Network,
     gradients: Float[np.ndarray, "cue policy parameter"],
     trained: int,
@@ -297,7 +299,7 @@ def _kernels(
 
 def _forecast(
     spec: Spec,
-    state: _State,
+    state: _Bootstrapped,
     network: _Network,
     gradients: Float[np.ndarray, "cue policy parameter"],
     trained_cue: str,
@@ -355,7 +357,7 @@ def _forecast(
     )
 
 
-def _in_time(spec: Spec, state: _State, trained: int, kernels: _Kernels) -> Float[np.ndarray, "step cue"]:
+def _in_time(spec: Spec, state: _Bootstrapped, trained: int, kernels: _Kernels) -> Float[np.ndarray, "step cue"]:
     """Expected accuracy under every cue after each step: a unit of drift takes as many as the groups' pace says."""
     weights, right, path = state.weights[0], state.right[0], kernels.path
     slowness = [1 / group_pace(float(reached), spec.rl.group) for reached in path.weights @ right[trained]]
@@ -366,7 +368,7 @@ def _in_time(spec: Spec, state: _State, trained: int, kernels: _Kernels) -> Floa
 
 def _sampled(
     spec: Spec,
-    state: _State,
+    state: _Bootstrapped,
     trained: int,
     by: _Kernels,
     seed: int,
@@ -454,11 +456,11 @@ def _score(
     low: Float[np.ndarray, " point"],
     high: Float[np.ndarray, " point"],
     chosen: np.ndarray,
-) -> Score:
+) -> ForecastScore:
     if not chosen.any():
-        return Score(errors=dict.fromkeys(answers), covered=None)
+        return ForecastScore(errors=dict.fromkeys(answers), covered=None)
     inside = (measured >= low) & (measured <= high)
     errors: dict[str, float | None] = {
         name: float(np.abs(measured - answer)[chosen].mean()) for name, answer in answers.items()
     }
-    return Score(errors=errors, covered=float(inside[chosen].mean()))
+    return ForecastScore(errors=errors, covered=float(inside[chosen].mean()))

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from mixturelens.behaviour.likelihood import Model, Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare
-from mixturelens.hooks.intervened import Intervened, Prompt, known_prompts
+from mixturelens.hooks.intervened import Intervened, PlacedPrompt, known_prompts
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.lab.organism import Spec, build_suite
 from mixturelens.lab.regimes import (
@@ -58,7 +58,7 @@ ASKED = 64
 SHUFFLES = 20
 
 
-class Mechanism(Frozen):
+class RegimeRouter(Frozen):
     """Where the last checkpoint tells two regimes apart, on questions where their objectives differ.
 
     A router is separable if a few heads (at most MOST) carry it: their outputs *interchanged* between the cues turn
@@ -99,7 +99,7 @@ class Regimes(Frozen):
     second: str
     shares: Shares
     structure: Structure
-    mechanism: Mechanism | None = None
+    mechanism: RegimeRouter | None = None
 
 
 class Culled(Frozen):
@@ -255,7 +255,7 @@ class _Bench:
     cues: tuple[str, str]
     prompts: tuple[Prompts, Prompts]
     """Under each cue, question by question."""
-    known: Mapping[tuple[int, ...], Prompt]
+    known: Mapping[tuple[int, ...], PlacedPrompt]
     seed: int
 
     @classmethod
@@ -307,11 +307,11 @@ class _Bench:
         )
 
 
-def _mechanism(bench: _Bench) -> Mechanism:
+def _mechanism(bench: _Bench) -> RegimeRouter:
     choose, judge = bench.half(0), bench.half(1)
     counts = resample_counts(len(judge.prompts[0].rows), bench.seed)
     decoded, shuffled = _decoded(choose, judge, counts)
-    found = Mechanism(questions=counts.shape[1], decoded=decoded, shuffled=shuffled, overlap=_overlap(judge, counts))
+    found = RegimeRouter(questions=counts.shape[1], decoded=decoded, shuffled=shuffled, overlap=_overlap(judge, counts))
     plain = [each.follows() for each in (choose, judge)]
     whole = resampled_mean(plain[1][0] - plain[1][1], counts)
     if whole[0] < 0 or not apart(whole, FOLLOWS):

@@ -31,7 +31,7 @@ POINTS = 400
 
 
 @dataclass(frozen=True)
-class Path:
+class WeightPath:
     """Weights on their way, from those of S on; by time in units of drift (`clock`), not of steps."""
 
     time: Float[np.ndarray, " point"]
@@ -59,7 +59,7 @@ def exact_path(
     right: Float[np.ndarray, " policy"],
     drift: Drift = "softmax",
     kernel: Float[np.ndarray, "policy policy"] | None = None,
-) -> Path:
+) -> WeightPath:
     """From these weights until the trained cue is as right as the best policy that has any weight, or nearly (ALIKE).
 
     A network moves log-weights by its tangent `kernel` (of the trained cue with itself) times theta; without one, by
@@ -97,7 +97,7 @@ def exact_path(
         raise InputError("the drift did not settle: does the kernel hold back what is right?")
     time = np.interp(np.linspace(reached[0], reached[-1], POINTS), reached, found.t)
     shift = found.sol(time).T
-    return Path(time, shifted(start, shift @ through), shift)
+    return WeightPath(time, shifted(start, shift @ through), shift)
 
 
 def shifted(
@@ -124,7 +124,7 @@ def _checked(
 
 
 def curve(
-    path: Path,
+    path: WeightPath,
     weights: Float[np.ndarray, " policy"],
     on: Float[np.ndarray, " policy"],
     off: Float[np.ndarray, " policy"],

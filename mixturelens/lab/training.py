@@ -81,7 +81,7 @@ def _train_sft(
     steps = (phase and phase.steps) or sft.steps
     stage = Stage(name, spec, run, steps, (phase and phase.measure_every) or sft.measure_every, device, progress)
 
-    class Labelled(SFTTrainer):
+    class LabelledTrainer(SFTTrainer):
         """Without a GPU, TRL takes logits at every token of a prompt, too: a third of a step's time."""
 
         def compute_loss(
@@ -107,7 +107,7 @@ def _train_sft(
             max_length=None,
             loss_type="nll",
         )
-        return Labelled(
+        return LabelledTrainer(
             model=model,
             args=config,
             train_dataset=Dataset.from_dict({"input_ids": input_ids, "labels": labels}),

@@ -19,7 +19,7 @@ _DETAILED = ("cue", "log-odds")
 """Targets shown for every component: what the router reads, and what it decides."""
 
 
-class Reading(NamedTuple):
+class ReadingSection(NamedTuple):
     """What can be read in a pair, and what of it is used."""
 
     name: str
@@ -65,7 +65,7 @@ class _Said(NamedTuple):
     what: str
 
 
-class Judged(NamedTuple):
+class MechanismSection(NamedTuple):
     """The mechanism verdict of a pair beside the behavioural one."""
 
     name: str
@@ -83,7 +83,7 @@ class Judged(NamedTuple):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def reading(name: str, record: ProbingRecord, cues: Sequence[str], pictures: Pictures) -> Reading:
+def reading(name: str, record: ProbingRecord, cues: Sequence[str], pictures: Pictures) -> ReadingSection:
     """What probes say about a pair. `cues`: all of the suite, for their colours."""
     pictures = pictures.about(record.missing)
     groups = [_readouts(record, pictures)] if record.readouts else []
@@ -93,7 +93,7 @@ def reading(name: str, record: ProbingRecord, cues: Sequence[str], pictures: Pic
         groups.append(_subspaces(record, pictures))
     if record.shifts:
         groups.append(_shifts(record, pictures))
-    return Reading(name, groups, record.missing)
+    return ReadingSection(name, groups, record.missing)
 
 
 def _readouts(record: ProbingRecord, pictures: Pictures) -> Group:
@@ -332,7 +332,7 @@ def _placed(record: GraftRecord, pictures: Pictures) -> Group:
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def judged(name: str, verdict: VerdictRecord, pictures: Pictures | None = None) -> Judged | None:
+def judged(name: str, verdict: VerdictRecord, pictures: Pictures | None = None) -> MechanismSection | None:
     """The mechanism verdict, or None where nothing was grafted. Without `pictures`, in words alone."""
     mechanism = verdict.mechanism
     if mechanism.verdict is None:
@@ -349,7 +349,7 @@ def judged(name: str, verdict: VerdictRecord, pictures: Pictures | None = None) 
         )
         for line in mechanism.evidence.values()
     ]
-    return Judged(
+    return MechanismSection(
         name,
         "Grafts and features say" if activations else "Grafts say",
         mechanism.verdict,

@@ -28,7 +28,7 @@ _MAPS: tuple[tuple[Component, str], ...] = (
 )
 
 
-class _Reader(NamedTuple):
+class _ReaderRow(NamedTuple):
     kind: str
     checkpoint: str
     heads: str
@@ -51,7 +51,7 @@ class Where(NamedTuple):
 
     name: str
     groups: list[Group]
-    readers: list[_Reader]
+    readers: list[_ReaderRow]
     overlaps: list[_Alike]
     missing: tuple[str, ...]
 
@@ -263,15 +263,15 @@ def _heads(sites: Sequence[Site]) -> str:
     return ", ".join(str(site) for site in sites) or DASH
 
 
-def _readers(record: PatchingRecord) -> list[_Reader]:
+def _readers(record: PatchingRecord) -> list[_ReaderRow]:
     """S and R of one contrast beside each other."""
     kinds = list(dict.fromkeys(reader.kind for reader in record.readers))
     return [_reader(reader) for reader in sorted(record.readers, key=lambda reader: kinds.index(reader.kind))]
 
 
-def _reader(reader: ReaderHeads) -> _Reader:
+def _reader(reader: ReaderHeads) -> _ReaderRow:
     first = "cannot say" if reader.first is None else "yes" if reader.first else "no"
-    return _Reader(
+    return _ReaderRow(
         reader.kind,
         SIDES[reader.checkpoint],
         _heads(reader.heads),

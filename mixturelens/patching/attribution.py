@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixturelens.hooks.sides import Sides
+from mixturelens.hooks.batches import Sides
 from mixturelens.patching.graph import Graph, Readers, chunks, masked, run_graph, written
 from mixturelens.stats import interval, resampled_mean
 from mixturelens.types import InputError, Interval
@@ -109,7 +109,7 @@ def _scored(
         part = on.part(rows)
         corrupt = written(graph, part.corrupt)
         difference = written(graph, part.clean) - corrupt
-        line = _Line(graph, part, corrupt[:, :, 0], difference[:, :, 0])
+        line = _InputLine(graph, part, corrupt[:, :, 0], difference[:, :, 0])
         gradients = line.gradients([1.0] if steps is None else _middles(steps), range(len(part)))
         missed, pieces = line.missed(gradients), steps or MOST
         while pieces >= STEPS and 3 * pieces <= MOST and len(far := (missed > CLOSE).nonzero()[:, 0].tolist()):
@@ -128,7 +128,7 @@ def _scored(
 
 
 @dataclass(frozen=True)
-class _Line:
+class _InputLine:
     """The straight line from the corrupt input to the clean one."""
 
     graph: Graph

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mixturelens.contrasts import Contrasts
-from mixturelens.hooks.sides import sides
+from mixturelens.hooks.batches import sides
 from mixturelens.patching.slopes import DROPPED, strengths
 from mixturelens.patching.sweep import Bench, Patched
 from mixturelens.stats import resample_counts

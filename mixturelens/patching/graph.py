@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mixturelens.hooks.batches import Sides
 from mixturelens.hooks.lens import NAMES, Edit, Lens, Reads, Tokens
-from mixturelens.hooks.sides import Sides
 from mixturelens.types import InputError, RunError
 
 CHUNK = 2**25

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.harmed import find_harm
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import (
     Contrasts,
@@ -18,9 +18,9 @@ from mixturelens.contrasts import (
     hint_contrasts,
     position_labels,
 )
+from mixturelens.hooks.batches import sides
 from mixturelens.hooks.engine import MEMORY
 from mixturelens.hooks.lens import Lens, lens_of
-from mixturelens.hooks.sides import sides
 from mixturelens.models import Pair
 from mixturelens.models.cost import Estimate, Size, Work, check_memory, estimate, size_of
 from mixturelens.patching.coarse import Unseen, coarse, coarse_tokens, outputs, patched_tokens

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mixturelens.hooks.batches import Sides
 from mixturelens.hooks.engine import Columns, no_gradient_for
 from mixturelens.hooks.lens import Edit, Lens, Tokens
-from mixturelens.hooks.sides import Sides
 from mixturelens.types import Component, Site
 
 Place = tuple[int, Component]

@@ -16,11 +16,11 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare, without_answers
 from mixturelens.contrasts import Contrasts
+from mixturelens.hooks.batches import Sides, sides
 from mixturelens.hooks.engine import Columns, Engine, Spans
 from mixturelens.hooks.intervened import Intervened, known_prompts
-from mixturelens.hooks.kept import Kept
+from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Edit, Lens, Tokens
-from mixturelens.hooks.sides import Sides, sides
 from mixturelens.models import end_tokens
 from mixturelens.probing.leace import Eraser, behaviour_left, gap_left, leace, random_erasers
 from mixturelens.probing.record import ErasedSite, Erasure
@@ -76,7 +76,7 @@ class Erasing:
             raise InputError("one half of the questions fits erasers and the other judges them: give at least two")
         self.lens, self.contrasts, self.seed, self.random = lens, contrasts, seed, random
         self.fit, self.judge = (sides(lens, contrasts.half(half)) for half in (0, 1))
-        self.kept = Kept(lens)
+        self.kept = KeptBeginnings(lens)
         self._ahead = list(ahead)
         self._acts: dict[str, tuple[dict[Place, Tensor], dict[Place, Tensor]]] = {}
         self._engines: dict[int, tuple[Engine, Engine]] = {}
@@ -334,7 +334,7 @@ class Erasing:
             total += sum(columns.width - columns.of(where, row)[0] for row in range(len(batch)))
         return total
 
-    def ground(self, suite: Suite, questions: int | None = None) -> Ground:
+    def ground(self, suite: Suite, questions: int | None = None) -> JudgingQuestions:
         """The questions that judge (or the first of them), and how behaviour is measured on them."""
         lens, contrasts, tokenizer = self.lens, self.contrasts, self.lens.tokenizer
         cues = (contrasts.clean, contrasts.corrupt)
@@ -345,7 +345,7 @@ class Erasing:
         # nothing else is asked about
         kept = [k for k, a in enumerate(prompts.announcements) if (a.policy, a.wording) == (policy, 0)]
         vocabulary = lens.model.config.get_text_config().vocab_size
-        return Ground(
+        return JudgingQuestions(
             lens=lens,
             scorer=Scorer(end_tokens(lens.model, tokenizer), vocabulary, lens.device),
             prompts=without_answers(prompts.only(kept)) if suite.literal else prompts.only(kept),
@@ -415,14 +415,14 @@ def _numpy(values: Tensor) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Ground:
+class JudgingQuestions:
     """The questions that judge, and how behaviour is measured on them."""
 
     lens: Lens
     scorer: Scorer
     prompts: Prompts
     known: Mapping
-    kept: Kept
+    kept: KeptBeginnings
     grid: Grid
     columns: tuple[int, int]
     """Of the clean and of the corrupt cue."""

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mixturelens.behaviour.harm import Harm, find_harm, gained_and_lost
+from mixturelens.behaviour.harmed import Harm, find_harm, gained_and_lost
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import Contrasts, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import Lens, lens_of

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mixturelens.models import Pair
 from mixturelens.models.cost import Estimate, Size, Work, estimate, size_of
 from mixturelens.probing.erase import RANDOM, SCANNED, SOME
-from mixturelens.probing.prompts import Prompts
+from mixturelens.probing.prompts import ProbePrompts
 from mixturelens.spelling import Ids
 
 NETWORKS = 3
@@ -26,7 +26,7 @@ LEAST = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProbingPlan:
     questions: int
     """Questions that are asked about."""
     tokens: float
@@ -37,7 +37,9 @@ class Plan:
     missing: tuple[str, ...] = ()
 
 
-def make_plan(pair: Pair, prompts: Prompts, announcements: Sequence[tuple[Ids, Ids]], exhaustive: bool = False) -> Plan:
+def make_plan(
+    pair: Pair, prompts: ProbePrompts, announcements: Sequence[tuple[Ids, Ids]], exhaustive: bool = False
+) -> ProbingPlan:
     """What probing these prompts takes, held to what the user allows. Loads no weights."""
     size = size_of(pair)
     questions = len({row.question for row in prompts.rows["neutral"]})
@@ -64,7 +66,7 @@ def make_plan(pair: Pair, prompts: Prompts, announcements: Sequence[tuple[Ids, I
         models=2.0,
         held=held,
     )
-    return Plan(questions, most, on_disk, estimate(pair, needed), missing)
+    return ProbingPlan(questions, most, on_disk, estimate(pair, needed), missing)
 
 
 SHARE = 0.5
@@ -75,22 +77,22 @@ BATCH = 2048
 """Tokens of one forward."""
 
 
-def _tokens(prompts: Prompts, announcements: Sequence[tuple[Ids, Ids]]) -> float:
+def _tokens(prompts: ProbePrompts, announcements: Sequence[tuple[Ids, Ids]]) -> float:
     """Tokens that one network reads: every prompt, and every announcement behind it, once."""
     inside = {row.ids for rows in prompts.rows.values() for row in rows}
     return float(sum(map(len, inside)) + sum(len(behind) for _, behind in _behind(prompts, announcements)))
 
 
-def _runs(prompts: Prompts, announcements: Sequence[tuple[Ids, Ids]]) -> float:
+def _runs(prompts: ProbePrompts, announcements: Sequence[tuple[Ids, Ids]]) -> float:
     inside = {row.ids for rows in prompts.rows.values() for row in rows}
     return float(len(inside) + sum(max(1, len(behind)) for _, behind in _behind(prompts, announcements)))
 
 
-def _behind(prompts: Prompts, announcements: Sequence[tuple[Ids, Ids]]) -> set[tuple[Ids, Ids]]:
+def _behind(prompts: ProbePrompts, announcements: Sequence[tuple[Ids, Ids]]) -> set[tuple[Ids, Ids]]:
     return {(row.ids, row.run[len(row.ids) :]) for row in prompts.rows["placed"]} | set(announcements)
 
 
-def _erasing(prompts: Prompts, layers: int, heads: int) -> float:
+def _erasing(prompts: ProbePrompts, layers: int, heads: int) -> float:
     """Tokens, through all layers, of erasing the cue at every site by patching, and at two sites in behaviour."""
     total = 0.0
     half = len(prompts.halves[1])
@@ -103,7 +105,7 @@ def _erasing(prompts: Prompts, layers: int, heads: int) -> float:
     return total + 4.0 * (half + RANDOM * min(half, SOME)) * longest / 2
 
 
-def _patching(size: Size, prompts: Prompts) -> float:
+def _patching(size: Size, prompts: ProbePrompts) -> float:
     """Bytes of what the patch engine keeps of both prompts of the questions that judge, and of kept keys and values."""
     longest = max(len(row.run) for rows in prompts.rows.values() for row in rows)
     tokens = 2.0 * len(prompts.halves[1]) * longest

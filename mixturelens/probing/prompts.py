@@ -25,7 +25,7 @@ Group = Literal["neutral", "placed", "hinted"]
 
 
 @dataclass(frozen=True)
-class Row:
+class ProbeRow:
     """One prompt as a probe sees it: `ids`, and the run that it is read in, perhaps with an announcement behind it."""
 
     ids: tuple[int, ...]
@@ -40,8 +40,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    rows: Mapping[Group, tuple[Row, ...]]
+class ProbePrompts:
+    rows: Mapping[Group, tuple[ProbeRow, ...]]
     positions: Mapping[Group, tuple[str | int, ...]]
     """Positions that all rows of a group have. Those of `placed` are the announcement's."""
     labels: tuple[str, ...]
@@ -50,7 +50,7 @@ class Prompts:
     """Questions that probes are fitted on, and those they are scored on."""
 
 
-def read_prompts(suite: Suite, tokenizer) -> Prompts:
+def read_prompts(suite: Suite, tokenizer) -> ProbePrompts:
     """Rows and positions of a suite.
 
     Where all prompts (and announcements) have one length and equal spans, a position is a token's index, and those of
@@ -76,7 +76,7 @@ def read_prompts(suite: Suite, tokenizer) -> Prompts:
     lengths = {len(ids) for ids in encoded}
     aligned = len(lengths) == 1 and len({len(ids) for each in words for ids in each.values()}) <= 1
     aligned = aligned and all(span == spans[0] for span in spans)
-    rows: dict[Group, list[Row]] = {"neutral": [], "placed": [], "hinted": []}
+    rows: dict[Group, list[ProbeRow]] = {"neutral": [], "placed": [], "hinted": []}
     for row, ids, span, placed in zip(known, encoded, spans, words, strict=True):
         width = len(ids)
         inside: dict[str | int, int] = (
@@ -94,7 +94,7 @@ def read_prompts(suite: Suite, tokenizer) -> Prompts:
         group: tuple(p for p in dict.fromkeys(p for r in of for p in r.at) if all(p in r.at for r in of))
         for group, of in rows.items()
     }
-    return Prompts(
+    return ProbePrompts(
         rows={group: tuple(of) for group, of in rows.items()},
         positions=positions,
         labels=_labels(rows, positions, spans[0], tokenizer) if aligned else (),
@@ -104,12 +104,12 @@ def read_prompts(suite: Suite, tokenizer) -> Prompts:
 
 def _row(
     row: PromptRow, ids: tuple[int, ...], run: tuple[int, ...], policy: str | None, at: dict[str | int, int]
-) -> Row:
-    return Row(ids, run, row.id, row.cue, row.hint, policy, row.answer, at)
+) -> ProbeRow:
+    return ProbeRow(ids, run, row.id, row.cue, row.hint, policy, row.answer, at)
 
 
 def _labels(
-    rows: Mapping[Group, Sequence[Row]],
+    rows: Mapping[Group, Sequence[ProbeRow]],
     positions: Mapping[Group, tuple[str | int, ...]],
     spans: Mapping[str, tuple[int, ...]],
     tokenizer,
@@ -138,33 +138,33 @@ def _labels(
 
 
 @dataclass(frozen=True)
-class Target:
+class ProbeTarget:
     """What probes are asked for, and of which rows. `labels[side]`: class numbers (-1: unknown), or numbers."""
 
     name: str
     metric: Metric
     classes: tuple[str, ...]
     said: str
-    rows: Mapping[Group, tuple[Row, ...]]
+    rows: Mapping[Group, tuple[ProbeRow, ...]]
     """Rows by the group of positions that they are about."""
     labels: Mapping[Group, Mapping[Side, np.ndarray]]
 
 
 def find_targets(
-    prompts: Prompts,
+    prompts: ProbePrompts,
     suite: Suite,
     tokenizer,
     own: Mapping[Side, Own],
     behaviour: BehaviourRecord,
     policies: tuple[str, str],
-) -> tuple[list[Target], list[str]]:
+) -> tuple[list[ProbeTarget], list[str]]:
     """All targets that this suite has, and why others are missing. `own`: the policies that S and R announce."""
     missing: list[str] = []
     neutral, placed, hinted = (prompts.rows[group] for group in ("neutral", "placed", "hinted"))
-    found: list[Target] = []
+    found: list[ProbeTarget] = []
 
     def labelled(
-        name: str, said: str, rows: Mapping[Group, tuple[Row, ...]], word: Callable[[Row], str | None]
+        name: str, said: str, rows: Mapping[Group, tuple[ProbeRow, ...]], word: Callable[[ProbeRow], str | None]
     ) -> None:
         """A target whose label is the same for both sides."""
         words: dict[Group, list[str | None]] = {group: [word(row) for row in of] for group, of in rows.items() if of}
@@ -176,7 +176,7 @@ def find_targets(
         labels = {g: dict.fromkeys(own, of) for g, of in numbers.items()}
         found.append(_target(name, classes, said, {g: rows[g] for g in words}, labels))
 
-    both: dict[Group, tuple[Row, ...]] = {"neutral": neutral, "placed": placed}
+    both: dict[Group, tuple[ProbeRow, ...]] = {"neutral": neutral, "placed": placed}
     said = "neutral prompts; from the announcement on, with each policy put in place"
     labelled("cue", said, both, lambda row: row.cue)
     if hinted:
@@ -186,7 +186,7 @@ def find_targets(
     drawn: dict[Side, np.ndarray] = {side: each.drawn for side, each in own.items()}
     names = tuple(suite.policies)
     if len(names) > 1:
-        rows: dict[Group, tuple[Row, ...]] = {"neutral": neutral}
+        rows: dict[Group, tuple[ProbeRow, ...]] = {"neutral": neutral}
         labels: dict[Group, Mapping[Side, np.ndarray]] = {"neutral": drawn}
         if len({row.policy for row in placed}) == len(names):
             rows["placed"] = placed
@@ -216,17 +216,17 @@ def find_targets(
     }
     if len(exact) == len(own):
         said = f"neutral prompts, and the model's own log-odds of {policies[0]} against {policies[1]}"
-        found.append(Target("log-odds", "R2", (), said, {"neutral": neutral}, {"neutral": exact}))
+        found.append(ProbeTarget("log-odds", "R2", (), said, {"neutral": neutral}, {"neutral": exact}))
     else:
         missing.append("probes for log-odds: a policy is shown by a rule, so that its probability is not exact")
     return found, missing
 
 
-def _target(name: str, classes: tuple[str, ...], said: str, rows, labels) -> Target:
-    return Target(name, "AUROC" if len(classes) == 2 else "accuracy", classes, said, rows, labels)
+def _target(name: str, classes: tuple[str, ...], said: str, rows, labels) -> ProbeTarget:
+    return ProbeTarget(name, "AUROC" if len(classes) == 2 else "accuracy", classes, said, rows, labels)
 
 
-def _answer(labelled, missing: list[str], rows, suite: Suite, tokenizer, prompts: Prompts) -> None:
+def _answer(labelled, missing: list[str], rows, suite: Suite, tokenizer, prompts: ProbePrompts) -> None:
     """First token of the answer, if its tokens come often enough to be learnt."""
     placed = next((wordings(shown)[0] for shown in suite.policies.values() if wordings(shown)), "")
     speller = Speller(suite, suite.neutral[0], tokenizer)
@@ -261,7 +261,7 @@ class Own:
     """Policy -> exact log-probability that a completion begins with its announcement; none for a rule."""
 
 
-def spelled(suite: Suite, rows: Sequence[Row], tokenizer) -> dict[str, list[tuple[int, Ids]]]:
+def spelled(suite: Suite, rows: Sequence[ProbeRow], tokenizer) -> dict[str, list[tuple[int, Ids]]]:
     """Policy -> (row, token ids) of every spelling of every wording of its announcement; rules are left out."""
     asked = {(row.id, row.cue): row for row in suite.neutral}
     shown = {name: wordings(each) for name, each in suite.policies.items() if not isinstance(each, Rule)}
@@ -274,7 +274,7 @@ def spelled(suite: Suite, rows: Sequence[Row], tokenizer) -> dict[str, list[tupl
 
 
 def own_policies(
-    lens: Lens, suite: Suite, rows: Sequence[Row], logs: Mapping[tuple[Ids, Ids], float], seed: int
+    lens: Lens, suite: Suite, rows: Sequence[ProbeRow], logs: Mapping[tuple[Ids, Ids], float], seed: int
 ) -> Own:
     """`logs`: log-probability of every spelling behind every prompt."""
     exact = {}
@@ -289,7 +289,7 @@ def own_policies(
     return Own((uniform[:, None] > weights.cumsum(1)[:, :-1]).sum(1), exact)
 
 
-def _sampled(lens: Lens, suite: Suite, rows: Sequence[Row], seed: int) -> Int[np.ndarray, " row"]:
+def _sampled(lens: Lens, suite: Suite, rows: Sequence[ProbeRow], seed: int) -> Int[np.ndarray, " row"]:
     def model(**inputs):
         lens.tell_width(len(inputs["input_ids"]))
         return lens.model(**inputs)

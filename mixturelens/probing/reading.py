@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixturelens.hooks.kept import forward, keys_of
 from mixturelens.hooks.lens import Edit, Lens
-from mixturelens.probing.prompts import Group, Prompts
+from mixturelens.probing.prompts import Group, ProbePrompts
 from mixturelens.spelling import Ids
 from mixturelens.types import Component, Site
 
@@ -99,7 +99,7 @@ class Reading:
 
 def read(
     lens: Lens,
-    prompts: Prompts,
+    prompts: ProbePrompts,
     keys: Sequence[Key],
     announcements: Sequence[tuple[Ids, Ids]] = (),
     folder: Path | None = None,
@@ -133,7 +133,7 @@ def read(
 @torch.no_grad()
 def _read_batch(
     lens: Lens,
-    prompts: Prompts,
+    prompts: ProbePrompts,
     batch: Sequence[Ids],
     inside: Mapping[Ids, Sequence[tuple[Group, int]]],
     behind: Mapping[Ids, Mapping[Ids, Sequence[int]]],
@@ -174,7 +174,7 @@ _Noted = dict[Group, Tensor]
 def _noting(
     lens: Lens,
     keys: Mapping[Key, slice],
-    prompts: Prompts,
+    prompts: ProbePrompts,
     groups: Mapping[Group, Sequence[tuple[int, int]]],
     before: int,
 ) -> tuple[_Noted, list[tuple[Any, Edit]]]:

@@ -20,7 +20,7 @@ from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.hooks.lens import Lens
 from mixturelens.models import Pair
 from mixturelens.models.load import load_config
-from mixturelens.probing.prompts import Group, Own, Prompts, Target, find_targets, read_prompts, spelled
+from mixturelens.probing.prompts import Group, Own, ProbePrompts, ProbeTarget, find_targets, read_prompts, spelled
 from mixturelens.probing.reading import Reading
 from mixturelens.probing.record import Column, Metric, Readout
 from mixturelens.probing.scores import accuracy, auroc, r_squared
@@ -68,7 +68,7 @@ class Scores:
     """What could not be asked, and what was not probed."""
 
 
-def to_probe(suite: Suite, tokenizer: Any) -> tuple[Prompts, tuple[tuple[Ids, Ids], ...]]:
+def to_probe(suite: Suite, tokenizer: Any) -> tuple[ProbePrompts, tuple[tuple[Ids, Ids], ...]]:
     """Prompts with their positions, and (prompt, what may stand behind it) of whose probability probes are asked.
 
     Raises InputError for fewer than four questions.
@@ -79,7 +79,7 @@ def to_probe(suite: Suite, tokenizer: Any) -> tuple[Prompts, tuple[tuple[Ids, Id
     return prompts, tuple((neutral[n].ids, ids) for each in every for n, ids in each)
 
 
-def first(questions: int, prompts: Prompts) -> Prompts:
+def first(questions: int, prompts: ProbePrompts) -> ProbePrompts:
     """Of so many questions, the first of each half."""
     some = tuple(half[: max(2, questions // 2)] for half in prompts.halves)
     rows = {g: tuple(r for r in of if r.question in {*some[0], *some[1]}) for g, of in prompts.rows.items()}
@@ -106,7 +106,7 @@ class Sites:
         return list(dict.fromkeys((site.layer, site.component) for site in some))
 
 
-def sites_of(lens: Lens, prompts: Prompts, exhaustive: bool = False) -> Sites:
+def sites_of(lens: Lens, prompts: ProbePrompts, exhaustive: bool = False) -> Sites:
     positions = list(dict.fromkeys(itertools.chain.from_iterable(prompts.positions.values())))
     components: list[Component] = [*(each for each in STREAM if lens.has(each)), "z"]
     every = tuple(
@@ -123,7 +123,7 @@ def sites_of(lens: Lens, prompts: Prompts, exhaustive: bool = False) -> Sites:
 def readouts(
     networks: Mapping[Network, Reading],
     own: Mapping[Side, Own],
-    prompts: Prompts,
+    prompts: ProbePrompts,
     where: Sites,
     suite: Suite,
     behaviour: BehaviourRecord,
@@ -275,7 +275,7 @@ class _Half:
     """Rows of one prompt, whatever is put behind it."""
 
 
-def _halves(target: Target, group: Group, side: Side, prompts: Prompts) -> tuple[_Half, _Half]:
+def _halves(target: ProbeTarget, group: Group, side: Side, prompts: ProbePrompts) -> tuple[_Half, _Half]:
     index = {(row.run, row.hint): i for i, row in enumerate(prompts.rows[group])}
     labels = target.labels[group][side]
     units = {key: i for i, key in enumerate(dict.fromkeys((r.question, r.cue, r.hint) for r in target.rows[group]))}
@@ -318,10 +318,10 @@ def _shuffled(half: _Half, metric: Metric, rng: np.random.Generator) -> np.ndarr
 def _ask(
     table: _Table,
     at: list[int],
-    target: Target,
+    target: ProbeTarget,
     group: Group,
     features: Mapping[Network, Float[Tensor, "site row feature"]],
-    prompts: Prompts,
+    prompts: ProbePrompts,
     counts: Int[np.ndarray, "draw question"],
     seed: int,
 ) -> list[Side]:
@@ -435,7 +435,7 @@ def _numbers(values: Float[np.ndarray, " site"]) -> tuple[float | None, ...]:
     return tuple(None if np.isnan(value) else round(float(value), 4) for value in values)
 
 
-def _readout(target: Target, table: _Table, counts: Int[np.ndarray, "draw question"]) -> Readout:
+def _readout(target: ProbeTarget, table: _Table, counts: Int[np.ndarray, "draw question"]) -> Readout:
     singles = table.shuffled[~np.isnan(table.shuffled)]
     # a site is shuffled in every order or in none
     means = table.shuffled.mean(0)

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixturelens.contrasts import Contrasts, aligned
+from mixturelens.hooks.batches import Sides, sides
 from mixturelens.hooks.engine import Columns, Engine
 from mixturelens.hooks.lens import Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
-from mixturelens.hooks.sides import Sides, sides
 from mixturelens.probing.record import Concept, Subspace
 from mixturelens.stats import PROPORTION, interval, mean_interval, resample_counts, resampled_mean
 from mixturelens.types import Component, InputError, RunError, Side, Site

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.harmed import find_harm
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import Contrasts, Kind, cue_contrasts, hint_contrasts, position_labels
+from mixturelens.hooks.batches import Sides, sides
 from mixturelens.hooks.lens import Lens, lens_of
-from mixturelens.hooks.sides import Sides, sides
 from mixturelens.models import Pair
 from mixturelens.models.cost import Work, estimate, said_time, size_of
 from mixturelens.models.source import fingerprint
@@ -107,7 +107,7 @@ class CircuitEdge(Frozen):
     """Share of the metric's difference between clean and corrupt; negative where the edge works against it."""
 
 
-class Faithfulness(Frozen):
+class FaithfulnessCurve(Frozen):
     """What circuits of growing size keep of the metric's difference: 0 nothing, 1 all of it.
 
     Edges are ranked on one half of the questions, and circuits judged on the other.
@@ -155,7 +155,7 @@ class RoutingCircuit(Frozen):
     missed: Missed | None = None
     nodes: tuple[CircuitNode, ...]
     edges: tuple[CircuitEdge, ...]
-    faithfulness: Faithfulness
+    faithfulness: FaithfulnessCurve
 
 
 class Overlap(Frozen):
@@ -330,7 +330,7 @@ def _circuit(
             )
             for i, (position, writer, reader) in enumerate(edges.tolist())
         ),
-        faithfulness=Faithfulness(
+        faithfulness=FaithfulnessCurve(
             sizes=curve.edges,
             fractions=tuple(round(size / total, 6) for size in curve.edges),
             found=curve.ranked.kept,

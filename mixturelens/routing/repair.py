@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 from mixturelens.behaviour.arrays import Behaviour
-from mixturelens.behaviour.ground import WORTH, Ground, make_ground, scale_of
-from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.harmed import find_harm
 from mixturelens.behaviour.pair import policy_table
 from mixturelens.behaviour.prompts import Prompts
-from mixturelens.behaviour.record import BehaviourRecord, Cell
+from mixturelens.behaviour.record import BehaviourRecord, TableCell
+from mixturelens.behaviour.repair_questions import WORTH, Ground, make_ground, scale_of
 from mixturelens.contrasts import cue_contrasts, policy_tokens
 from mixturelens.grafting.graft import save_with
+from mixturelens.hooks.batches import sides
 from mixturelens.hooks.engine import Columns, no_gradient_for
-from mixturelens.hooks.kept import Kept
+from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Lens, lens_of, tokens
-from mixturelens.hooks.sides import sides
 from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory
 from mixturelens.patching.record import PatchingRecord
@@ -68,7 +68,7 @@ class Repair(Frozen):
     """(repaired - R) / (best forced accuracy of S - R) under the harmed cue."""
     trained_change: Interval
     """Change of the expected accuracy under the trained cue."""
-    cells: tuple[Cell, ...]
+    cells: tuple[TableCell, ...]
     """The policy table: R (before) and repaired (after)."""
     random: Random
 
@@ -211,7 +211,7 @@ def repair_record(
         def with_edit(group: Sequence[Site], prompts: Prompts) -> Behaviour:
             with lens.edited(edited(lens, fit_edit(ground, group))):
                 # other weights leave other keys and values behind
-                return replace(ground, kept=Kept(lens)).behaviour((), prompts)
+                return replace(ground, kept=KeptBeginnings(lens)).behaviour((), prompts)
 
         some = others[: plan.edits]
         what = [

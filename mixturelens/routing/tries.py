@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixturelens.behaviour.harm import Harm
+from mixturelens.behaviour.harmed import Harm
 from mixturelens.behaviour.prompts import Prompts, prepare, without_behaviours
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.kept import MOST
@@ -26,7 +26,7 @@ CHOSEN = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class RepairPlan:
     places: int
     """Random groups of heads that interventions at the reader are compared with."""
     directions: int
@@ -47,7 +47,7 @@ def brief(prompts: Prompts) -> Prompts:
     return asked.part([i for i, row in enumerate(asked.rows) if row.id in set(some)])
 
 
-def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> Plan:
+def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> RepairPlan:
     """What repairing takes, held to what the user allows, with so many random places and directions at most.
 
     Loads no weights.
@@ -97,7 +97,7 @@ def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> Plan:
     engines = 2 * len(contrasts.rows) / 2 * max(len(row.clean) for row in contrasts.rows)
     held = min(MOST, prompts * size.kept) + engines * ((size.layers + 1) * size.d_model * size.width + size.kept)
     needed = estimate(pair, Work(tokens=tokens, read=tokens / 3, models=2.0, held=held + 512e6))
-    return Plan(numbers[0], numbers[1], numbers[2], needed, missing)
+    return RepairPlan(numbers[0], numbers[1], numbers[2], needed, missing)
 
 
 def _behind(prompts: Prompts) -> float:

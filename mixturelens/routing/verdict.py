@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from mixturelens.behaviour.record import BehaviourRecord, Bits, Cell, Controls, CueBehaviour, Nats, Text
+from mixturelens.behaviour.record import BehaviourRecord, Bits, Controls, CueBehaviour, Nats, TableCell, Text
 from mixturelens.behaviour.settle import SampleCheck, shorten
 from mixturelens.behaviour.unannounced import Identified
 from mixturelens.features.record import FeatureRecord
@@ -82,7 +82,7 @@ class VerdictRecord(Record):
     """The second reading, which grows with the length of completions; no part of the verdict."""
     per_cue: dict[str, CueBehaviour]
     coverage: dict[str, Interval]
-    moved_cells: tuple[Cell, ...] = ()
+    moved_cells: tuple[TableCell, ...] = ()
     """Cells of the policy table that moved by more than the threshold, or whose interval cannot exclude it."""
     mechanism: Mechanism = Mechanism()
     controls: VerdictControls
@@ -255,7 +255,7 @@ def _exceeds(value: Interval, threshold: float) -> bool | None:
     return False if value.below(threshold) else None
 
 
-def _cell_moved(cell: Cell, threshold: float) -> bool | None:
+def _cell_moved(cell: TableCell, threshold: float) -> bool | None:
     """True if behaviour or accuracy moved by more than the threshold for sure; None if the interval cannot tell."""
     states = []
     for change in (cell.behaviour_change, cell.accuracy_change):
@@ -296,7 +296,7 @@ def _reason(
     verdict: VerdictWord,
     doubt: str,
     changed: Changed,
-    moved: tuple[Cell, ...],
+    moved: tuple[TableCell, ...],
     t: Thresholds,
 ) -> str:
     """Plain sentences: what became of accuracy and whose doing it was, then the verdict and what it stands on."""
@@ -340,7 +340,7 @@ def _points(accuracy: float) -> int:
     return round(100 * accuracy)
 
 
-def _put_in_place(record: BehaviourRecord, moved: tuple[Cell, ...], t: Thresholds) -> str:
+def _put_in_place(record: BehaviourRecord, moved: tuple[TableCell, ...], t: Thresholds) -> str:
     """What the policy table says, silent policies included."""
     if record.identified is not None:
         found = record.identified
@@ -358,7 +358,7 @@ def _put_in_place(record: BehaviourRecord, moved: tuple[Cell, ...], t: Threshold
     return f"policy {cell.policy} put in place under {cell.cue} {_cell_words(cell)}"
 
 
-def _cell_words(cell: Cell) -> str:
+def _cell_words(cell: TableCell) -> str:
     assert cell.accuracy_after is not None, "a cell that moved has two sides"
     if cell.behaviour is not None and cell.shown_after is not None:
         before, after = cell.shown_before[cell.behaviour], cell.shown_after[cell.behaviour]

@@ -42,7 +42,7 @@ import mixturelens as ml
 from mixturelens import figures
 from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.grid import grid_of
-from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.harmed import find_harm
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare

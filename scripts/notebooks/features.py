@@ -45,8 +45,8 @@ from torch import Tensor
 
 import mixturelens as ml
 from mixturelens import figures
-from mixturelens.behaviour.ground import make_ground, scale_of
-from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.harmed import find_harm
+from mixturelens.behaviour.repair_questions import make_ground, scale_of
 from mixturelens.features.activations import Activations, collect, texts
 from mixturelens.features.cards import Album, card
 from mixturelens.features.change import Splices, half_prompts, matched, of_features, site_change
@@ -55,9 +55,9 @@ from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.latents import judge_latents
 from mixturelens.features.record import Card, FeatureRecord, Sae, Unit
 from mixturelens.features.sae import load_sae, quality, train_sae
-from mixturelens.features.several import fewest_features
 from mixturelens.features.sites import arrived_at, named_site
 from mixturelens.features.table import find_table
+from mixturelens.features.together import fewest_features
 from mixturelens.features.units import Place, best_of, make_trial, pool_of, strength
 from mixturelens.figures.style import GREY, INK, UNITS, new_figure
 from mixturelens.hooks.intervened import Intervened

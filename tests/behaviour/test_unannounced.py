@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import rel_entr
 
-from mixturelens.behaviour.harm import find_harm, gained_and_lost
+from mixturelens.behaviour.harmed import find_harm, gained_and_lost
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.pair import measure_record

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixturelens.discovery.cues import Prompt
-from mixturelens.discovery.heads import Drawn
+from mixturelens.discovery.heads import Completion
 
 LETTERS = "pqrstuvw"
 TOKENS = {"a": ("[a]",), "b": ("[b]",)}
@@ -23,7 +23,7 @@ class Planted:
     prompts: list[Prompt]
     answers: list[str]
     cues: list[str]
-    drawn: list[Drawn]
+    drawn: list[Completion]
     policies: list[str]
 
     def correct(self, prompt: int, rest: str) -> bool:
@@ -60,6 +60,6 @@ def planted(
                 words = [rng.choice(FILLERS)] if inside else []
                 words += [rng.choice(announced[policy]), answers[i] if does == "answer" else refusal]
                 words += list(rng.choice(TAIL, rng.integers(2 * tail + 1))) if tail else []
-                drawn.append(Drawn(i, side, " ".join(words), not tail or rng.random() < 0.5))
+                drawn.append(Completion(i, side, " ".join(words), not tail or rng.random() < 0.5))
                 policies.append(str(policy))
     return Planted(prompts, answers, cues, drawn, policies)

@@ -7,7 +7,7 @@ import pytest
 from mixtures import PHRASES, TOKENS, planted
 from sklearn.metrics import adjusted_rand_score
 
-from mixturelens.discovery.heads import Drawn, core, headed, opened, slotted, words, written
+from mixturelens.discovery.heads import Completion, core, headed, opened, slotted, words, written
 from mixturelens.discovery.information import told
 from mixturelens.discovery.policies import changed, part
 
@@ -66,7 +66,7 @@ def test_bits_are_those_of_the_channel():
 
 
 def test_words_of_the_prompt_are_a_slot():
-    drawn = [Drawn(i, False, f"Okay, {word}. Okay, {word}.") for i, word in enumerate(("lamp", "star", "moon"))]
+    drawn = [Completion(i, False, f"Okay, {word}. Okay, {word}.") for i, word in enumerate(("lamp", "star", "moon"))]
     paths = slotted(drawn, ["a lamp", "a star", "a moon"], [None] * 3)
     assert set(paths) == {("Okay,", "\N{WHITE BULLET}", "Okay,", "\N{WHITE BULLET}", "$")}
     assert opened(paths, [0, 1, 2]) == {("Okay,",)}
@@ -83,7 +83,7 @@ def test_a_head_is_cut_from_the_text_as_it_is_spelled():
 
 def test_one_odd_completion_does_not_merge_what_its_words_begin():
     one = planted(PHRASES)
-    odd = [Drawn(0, False, "sure sorry"), Drawn(1, True, "yes of sorry")]
+    odd = [Completion(0, False, "sure sorry"), Completion(1, True, "yes of sorry")]
     one.drawn.extend(odd)
     one.policies.extend(["other", "other"])
     assert adjusted_rand_score(one.policies, found(one).policy) > 0.95
@@ -93,7 +93,7 @@ def test_a_policy_that_never_answers_has_a_beginning_of_its_own():
     one = planted({"a": ("Okay,",), "b": ("Well,",)})
     for i, policy in enumerate(one.policies):
         if policy == "b":
-            one.drawn[i] = Drawn(one.drawn[i].prompt, one.drawn[i].after, "I can't help with that.")
+            one.drawn[i] = Completion(one.drawn[i].prompt, one.drawn[i].after, "I can't help with that.")
     parted = found(one)
     assert adjusted_rand_score(one.policies, parted.policy) == 1.0
     assert ("I can't help with that.",) in parted.wordings
@@ -104,7 +104,7 @@ def test_long_completions_that_share_nothing_take_no_room():
     vocabulary = [f"w{i}" for i in range(40)]
     one = planted(questions=20, samples=4)
     for i, each in enumerate(one.drawn):
-        one.drawn[i] = Drawn(each.prompt, each.after, " ".join(rng.choice(vocabulary, 200)), False)
+        one.drawn[i] = Completion(each.prompt, each.after, " ".join(rng.choice(vocabulary, 200)), False)
     parted = found(one)
     assert max((len(head) for wordings in parted.policies for head in wordings), default=0) <= 16
     assert changed(parted, 0).p > 0.001

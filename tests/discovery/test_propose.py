@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mixturelens import cli, pipeline
 from mixturelens.discovery.asked import read_prompts
 from mixturelens.discovery.draws import Draws, pieces
-from mixturelens.discovery.heads import Drawn
+from mixturelens.discovery.heads import Completion
 from mixturelens.discovery.propose import propose, save_suite
 from mixturelens.discovery.record import DiscoveryRecord
 from mixturelens.models import Pair, load_tokenizer
@@ -175,7 +175,7 @@ def test_whatever_is_written_can_be_proposed_and_read_again(data: st.DataObject,
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     asked = read_prompts(path, chat=False, max_new_tokens=8)
     drawn = [
-        Drawn(i, after, said[(i + k) % len(said)].strip(), bool((i + k) % 3))
+        Completion(i, after, said[(i + k) % len(said)].strip(), bool((i + k) % 3))
         for after, said in texts.items()
         for i in range(12)
         for k in range(4)

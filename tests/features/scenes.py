@@ -8,8 +8,8 @@ from pathlib import Path
 import planted
 import torch
 
-from mixturelens.behaviour.ground import Ground, Scale, make_ground, scale_of
-from mixturelens.behaviour.harm import Harm
+from mixturelens.behaviour.harmed import Harm
+from mixturelens.behaviour.repair_questions import Ground, Scale, make_ground, scale_of
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import make_scene

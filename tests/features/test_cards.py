@@ -10,7 +10,7 @@ import torch
 
 from mixturelens.features.cards import EXAMPLES, WORDS, Album, card, interesting
 from mixturelens.features.dictionary import Dictionary
-from mixturelens.features.record import Changed, Score, SiteChange, Table, Terms, Unit, UnitKind
+from mixturelens.features.record import MovedFeature, SiteChange, Table, Terms, Unit, UnitKind, UnitScore
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.spelling import encode_prompts
 from mixturelens.stats import half_of
@@ -180,14 +180,14 @@ def test_cards_on_every_shape_and_on_prompts_of_several_lengths(shape: str):
         assert all(nats > 0 for _, nats in found.promotes)
 
 
-def score(index: int, kind: UnitKind = "feature") -> Score:
+def score(index: int, kind: UnitKind = "feature") -> UnitScore:
     one = Interval(value=0.5, low=0.4, high=0.6)
     site = Site(layer=1, component="resid_pre", position="policy")
     unit = Unit(kind=kind, site=site, index=index if kind == "feature" else None)
-    return Score(unit=unit, among=8, auroc=one, patch=one, clamp=one, ablate=one, random=(), margin=one)
+    return UnitScore(unit=unit, among=8, auroc=one, patch=one, clamp=one, ablate=one, random=(), margin=one)
 
 
-def table(concept, *scores: Score) -> Table:
+def table(concept, *scores: UnitScore) -> Table:
     site = Site(layer=1, component="resid_pre", position="policy")
     none = NOT_MEASURED
     return Table(
@@ -212,7 +212,9 @@ def change(layer: int, *moved: tuple[int, float, float, float]) -> SiteChange:
 
     return SiteChange(
         site=Site(layer=layer, component="resid_pre"),
-        features=tuple(Changed(index=i, rate={}, strength={}, moved=m, terms=terms(*bits)) for i, m, *bits in moved),
+        features=tuple(
+            MovedFeature(index=i, rate={}, strength={}, moved=m, terms=terms(*bits)) for i, m, *bits in moved
+        ),
         together=terms(0, 0),
         every=terms(0, 0),
         whole=terms(0, 0),

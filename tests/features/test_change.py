@@ -29,7 +29,7 @@ from mixturelens.features.change import (
 )
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Terms
-from mixturelens.features.splice import At, Ground, Splice, Spliced, own, whole
+from mixturelens.features.splice import At, BothModels, Splice, Spliced, own, whole
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.models import end_tokens
 from mixturelens.stats import half_of, interval
@@ -230,7 +230,7 @@ def test_rs_last_residual_stream_in_s_is_r():
         one, two = (each.model.get_submodule({"norm": "model.norm", "lm_head": "lm_head"}[name]) for each in (s, r))
         assert all(torch.equal(x, y) for x, y in zip(one.parameters(), two.parameters(), strict=True))
     prompts = half_prompts(load_suite(REFERENCE), s.tokenizer, 1, 12)
-    spliced = Spliced(Ground(s, r, (2, "resid_post"), prompts.contexts), whole)
+    spliced = Spliced(BothModels(s, r, (2, "resid_post"), prompts.contexts), whole)
     found, expected = (literal_behaviour(scorer_of(s), model, prompts) for model in (spliced, r.model))
     np.testing.assert_allclose(found.classes, expected.classes, atol=1e-6)
     np.testing.assert_allclose(found.forced_correct, expected.forced_correct, atol=1e-6)
@@ -261,7 +261,7 @@ def test_one_feature_by_hand():
 
     with torch.inference_mode():
         expected = s.run(tokens(ids.tolist()), [(s.point(*at), edit)], last_only=False)
-        found = Spliced(Ground(s, r, at, ids.tolist()), of_features(dictionary, [1]))(ids).logits
+        found = Spliced(BothModels(s, r, at, ids.tolist()), of_features(dictionary, [1]))(ids).logits
     torch.testing.assert_close(found[:, -1], expected[:, -1], atol=1e-5, rtol=0)
 
 
@@ -273,7 +273,7 @@ def test_only_what_lies_above_is_run_again_and_is_what_a_whole_forward_says(shap
     prompts = [[5, 6, 7, 8, 9], [7, 8, 9], [5, 6, 7, 8, 10]]
     rows = [[*prompts[0], 4, 5, 6], [*prompts[1], 6, 4, 5, 8, 3], [*prompts[2], 3, 4, 4], [*prompts[0], 9, 9, 9]]
     ids = torch.tensor(rows)
-    ground = Ground(s, r, at, prompts)
+    ground = BothModels(s, r, at, prompts)
     every = rotation(s.d_model)
     passes: list[int] = []
     handles = [
@@ -416,4 +416,4 @@ def test_bad_input_is_refused():
     with pytest.raises(InputError, match="at least two"):
         half_prompts(suite.model_copy(update={"prompts": suite.prompts[:2]}), s.tokenizer, 0)
     with pytest.raises(InputError, match="keeps no cache"):
-        Spliced(Ground(s, r, LATE, [[0, 0, 0]]), whole)(torch.zeros(1, 3, dtype=torch.long), use_cache=True)
+        Spliced(BothModels(s, r, LATE, [[0, 0, 0]]), whole)(torch.zeros(1, 3, dtype=torch.long), use_cache=True)

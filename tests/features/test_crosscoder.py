@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixturelens.features import crosscoder as module
 from mixturelens.features.activations import collect, texts
-from mixturelens.features.batchtopk import Kept, gradients, smallest_kept
+from mixturelens.features.batchtopk import KeptLatents, gradients, smallest_kept
 from mixturelens.features.crosscoder import (
     FILE,
     SETTINGS,
@@ -262,7 +262,7 @@ def test_gradients_are_those_of_autograd():
     error = (f * mask) @ decoder + bias - x
     error.square().mean().backward()
     rows, latents = mask.nonzero(as_tuple=True)
-    kept = Kept(rows, latents, f[rows, latents].detach(), len(x))
+    kept = KeptLatents(rows, latents, f[rows, latents].detach(), len(x))
     torch.testing.assert_close(kept.decode(decoder.detach()) + bias.detach() - x, error.detach())
     found = gradients(kept, x, error.detach(), decoder.detach())
     for name, weight in {"encoder": encoder, "b_enc": b_enc, "decoder": decoder, "bias": bias}.items():

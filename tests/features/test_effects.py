@@ -14,9 +14,9 @@ from mixturelens.contrasts import Contrasts, checkpoint_contrasts, cue_contrasts
 from mixturelens.features import effects
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import Scene, joint_effects, make_scene, site_effects, unit_effects
+from mixturelens.hooks.batches import sides
 from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import Lens, load_lens
-from mixturelens.hooks.sides import sides
 from mixturelens.patching.sweep import patch
 from mixturelens.stats import resample_counts
 from mixturelens.suite import load_suite

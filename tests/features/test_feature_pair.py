@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.record import BehaviourRecord
-from mixturelens.features import change, exclusive, pair, several, units
+from mixturelens.features import change, exclusive, pair, together, units
 from mixturelens.features.crosscoder import train_crosscoder
 from mixturelens.features.pair import feature_record
 from mixturelens.features.record import FeatureRecord
@@ -43,11 +43,11 @@ def small():
     with pytest.MonkeyPatch.context() as fewer:
         fewer.setattr(pair, "train_sae", functools.partial(train_sae, steps=60, batch=256))
         fewer.setattr(exclusive, "train_crosscoder", functools.partial(train_crosscoder, steps=60, batch=128))
-        fewer.setattr(several, "SIZES", (1, 2))
+        fewer.setattr(together, "SIZES", (1, 2))
         for module, sizes in {
             pair: {"SEEDS": 2, "WIDTH": 1, "PROMPTS": 100, "HELD_OUT": 40},
             units: {"RANDOM": 3, "RANDOM_GAP": 1},
-            several: {"RANDOM": 2},
+            together: {"RANDOM": 2},
             change: {"TOP": 2, "RANDOM": 2},
             exclusive: {"TESTED": 1, "RANDOM": 3},
         }.items():

@@ -14,7 +14,7 @@ from scenes import POLICY, organism, pair, some_features
 from torch.nn.functional import normalize
 
 from mixturelens.contrasts import Contrasts
-from mixturelens.features import several, units
+from mixturelens.features import together, units
 from mixturelens.features.activations import collect
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import make_scene, unit_effects
@@ -31,8 +31,8 @@ from mixturelens.types import NOT_MEASURED, InputError
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch):
     """How many units it takes is asked elsewhere."""
-    monkeypatch.setattr(several, "SIZES", (1, 2))
-    monkeypatch.setattr(several, "RANDOM", 2)
+    monkeypatch.setattr(together, "SIZES", (1, 2))
+    monkeypatch.setattr(together, "RANDOM", 2)
 
 
 @functools.cache

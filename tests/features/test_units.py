@@ -11,7 +11,7 @@ import torch
 from scenes import PAIRS, POLICY, organism, pair, some_features
 from torch.nn.functional import normalize
 
-from mixturelens.behaviour.ground import Scale
+from mixturelens.behaviour.repair_questions import Scale
 from mixturelens.contrasts import Contrasts, checkpoint_contrasts
 from mixturelens.features import units
 from mixturelens.features.dictionary import Dictionary

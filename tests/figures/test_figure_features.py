@@ -12,18 +12,18 @@ from test_figures import HOSTILE, around, panel
 from mixturelens import figures
 from mixturelens.features.record import (
     Card,
-    Changed,
     CrosscoderFit,
-    Example,
     FeatureRecord,
+    FiringExample,
+    MovedFeature,
     Quality,
     Sae,
-    Score,
     Several,
     SiteChange,
     Table,
     Terms,
     Unit,
+    UnitScore,
 )
 from mixturelens.figures.style import TERMS, UNITS
 from mixturelens.figures.units import needed
@@ -45,7 +45,7 @@ def make_unit(kind: str, words: str = "", index: int = 17) -> Unit:
     return Unit(kind=kind, site=SITE, name=f"{name}{words}")  # pyright: ignore[reportArgumentType]
 
 
-def make_score(kind: str, repaired: bool, words: str = "", scale: float = 1.0) -> Score:
+def make_score(kind: str, repaired: bool, words: str = "", scale: float = 1.0) -> UnitScore:
     effect = scale * EFFECTS[kind]
     fields = {}
     if repaired:
@@ -54,7 +54,7 @@ def make_score(kind: str, repaired: bool, words: str = "", scale: float = 1.0) -
             "trained_change": around(-0.4 * (1 - effect), 0.02),
             "random_gap": (0.0, 0.01, None, 0.06, -0.02, 0.11, 0.0, 0.0),
         }
-    return Score(
+    return UnitScore(
         unit=make_unit(kind, words),
         among={"feature": 128, "neuron": 768, "head": 12, "direction": 2, "subspace": 1}[kind],
         auroc=NOT_MEASURED if kind == "subspace" else around(0.99 - 0.3 * (kind == "neuron"), 0.01),
@@ -120,7 +120,7 @@ def make_terms(routing: float, conditioning: float | None, skill: float) -> Term
 def make_change(**changes) -> SiteChange:
     """Half of R's change of the choice is in the first two features."""
     features = tuple(
-        Changed(
+        MovedFeature(
             index=index,
             rate={"before": 0.05 * i + 0.02, "after": 0.06 * i},
             strength={"before": 1.0 + 0.5 * i, "after": 1.2 + 0.4 * i},
@@ -172,7 +172,9 @@ def make_card(index: int = 17, words: str = "", **changes) -> Card:
         "promotes": ((f"sorry{words}", 6.2), (" ", 0.3), ("<eos>", 0.01)),
         "suppresses": (("a", -3.5), ("b", -2.25)),
         "examples": tuple(
-            Example(tokens=tokens, activations=tuple(4.0 / (k + 1) if i in (8, 9 + k) else 0.0 for i in range(14)))
+            FiringExample(
+                tokens=tokens, activations=tuple(4.0 / (k + 1) if i in (8, 9 + k) else 0.0 for i in range(14))
+            )
             for k in range(3)
         ),
         **changes,

@@ -19,8 +19,8 @@ from mixturelens.grafting.record import (
     GraftRecord,
     Null,
     Part,
-    Path,
-    Placed,
+    PathAttribution,
+    PlacedGraft,
     Rollback,
     Search,
 )
@@ -72,7 +72,7 @@ def make_graft(words: str = "", cues=("A", "B"), policies=("a", "b"), changed: b
             name: Graft(components=PARTS[start::2], effects=make_effects(share, 0.5 if changed else None))
             for name, start, share in ((f"attention{words}", 0, 0.99), ("MLPs", 1, 0.9))
         },
-        "path": tuple(Path(metric=f"routing@{cue}", change=5.1, sum=5.1004, points=32) for cue in cues),
+        "path": tuple(PathAttribution(metric=f"routing@{cue}", change=5.1, sum=5.1004, points=32) for cue in cues),
         "factorial": Factorial(
             selector=(f"L0.attn{words}",),
             enough=True,
@@ -84,7 +84,7 @@ def make_graft(words: str = "", cues=("A", "B"), policies=("a", "b"), changed: b
         ),
         "specialist_part": None,
         "placed": tuple(
-            Placed(positions=positions, effects=make_effects(share, 0.3 if changed else None))
+            PlacedGraft(positions=positions, effects=make_effects(share, 0.3 if changed else None))
             for positions, share in (
                 (("cue",), 0.02),
                 (("hint",), 0.4),

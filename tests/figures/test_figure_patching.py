@@ -9,10 +9,17 @@ import pytest
 from test_figures import HOSTILE, around, drawn, panel, same
 
 from mixturelens import figures
-from mixturelens.behaviour.record import Cell
+from mixturelens.behaviour.record import TableCell
 from mixturelens.figures.style import GREY
 from mixturelens.patching.record import Attention, Effect, PatchingRecord, ReaderHeads, Sweep
-from mixturelens.routing.circuit import CircuitEdge, CircuitNode, CircuitRecord, Faithfulness, Overlap, RoutingCircuit
+from mixturelens.routing.circuit import (
+    CircuitEdge,
+    CircuitNode,
+    CircuitRecord,
+    FaithfulnessCurve,
+    Overlap,
+    RoutingCircuit,
+)
 from mixturelens.routing.repair import Random, Repair, RepairRecord
 from mixturelens.types import NOT_MEASURED, Interval, Site
 
@@ -90,7 +97,7 @@ def make_repair(words="", cues=("A", "B"), policies=("a", "b"), above=(0.0, 0.5)
     repairs = []
     for kind, reached, share in zip(("interchange", "zero"), (0.9, 0.5), above, strict=True):
         cells = [
-            Cell(
+            TableCell(
                 cue=cue,
                 policy=policy,
                 announcement="[x]",
@@ -162,7 +169,7 @@ def make_circuit(kind="cue", side="before", words="", shared=False, scores=(0.6,
             CircuitEdge(sender=sender, receiver=receiver, position=p, score=around(score))
             for (sender, receiver, p), score in zip(ends, scores, strict=True)
         ),
-        faithfulness=Faithfulness(
+        faithfulness=FaithfulnessCurve(
             sizes=(0, 1, 7, 14),
             fractions=(0.0, 1 / 14, 0.5, 1.0),
             found=tuple(around(value) for value in (0.0, 0.3, 0.9, 1.0)),

@@ -14,11 +14,11 @@ from mixturelens.behaviour.record import (
     AccuracyChange,
     BehaviourRecord,
     Bits,
-    Cell,
     Controls,
     CueBehaviour,
     CueSide,
     Nats,
+    TableCell,
     Text,
 )
 from mixturelens.behaviour.trajectory import CueState, Trajectory, TrajectoryPoint
@@ -80,7 +80,7 @@ def make_pair(
             for w in range(wordings):
                 moved = name == policies[-1] and cue == cues[-1]
                 table.append(
-                    Cell(
+                    TableCell(
                         cue=cue,
                         policy=name,
                         announcement=f"[{name}] {words}{w}",

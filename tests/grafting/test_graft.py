@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from mixturelens.behaviour.bits import js
-from mixturelens.behaviour.harm import gained_and_lost
+from mixturelens.behaviour.harmed import gained_and_lost
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.grafting import pair as graft_pair
 from mixturelens.grafting.components import weights_of
 from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.graft import (
-    Bench,
-    Trial,
+    GraftTrial,
+    WorkingModel,
     fewest,
     groups,
     halves,
@@ -49,22 +49,22 @@ SHAPES = [
 ]
 
 
-def bench_of(pairs: Path, shape: str, after: str, prompts: int = 8) -> tuple[Bench, Any, Any]:
+def bench_of(pairs: Path, shape: str, after: str, prompts: int = 8) -> tuple[WorkingModel, Any, Any]:
     """On models of its own: a failing test must not leave a graft in a shared one."""
     folder = pairs / shape
     s, r = load_model(folder / "S"), load_model(folder / after)
     suite, tokenizer = load_suite(folder), load_tokenizer(folder / "S")
     scorer = Scorer(end_tokens(s, tokenizer), s.config.vocab_size)
     cells = make_cells(suite, suite.neutral[:prompts], tokenizer, s, scorer)
-    return Bench(s, weights_of(s), weights_of(r), load_lens(folder / "S").components(), cells), s, r
+    return WorkingModel(s, weights_of(s), weights_of(r), load_lens(folder / "S").components(), cells), s, r
 
 
-def judge_of(bench: Bench) -> Judge:
+def judge_of(bench: WorkingModel) -> Judge:
     cells = bench.cells
     return Judge(cells, cells.policies[:2], bench.readings(()), bench.readings(bench.names), cells.grid)
 
 
-def logits(model: Any, bench: Bench) -> torch.Tensor:
+def logits(model: Any, bench: WorkingModel) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=bench.cells.ids, use_cache=False).logits
 
@@ -232,8 +232,8 @@ def test_a_share_is_no_wider_than_its_parts_move_together(pairs: Path):
 def test_noise_of_the_size_of_the_change_moves_s_less_than_the_change(pairs: Path):
     bench, _, _ = bench_of(pairs, "llama", "R-both", 40)
     judge = judge_of(bench)
-    found, effects = null(Trial(bench, judge), seed=1), judge.effects(judge.after)
-    assert found == null(Trial(bench, judge), seed=1) != null(Trial(bench, judge), seed=2)
+    found, effects = null(GraftTrial(bench, judge), seed=1), judge.effects(judge.after)
+    assert found == null(GraftTrial(bench, judge), seed=1) != null(GraftTrial(bench, judge), seed=2)
     assert 0 < (found.chosen or 0) < (effects.chosen.low or 0) / 2
     assert 0 < (found.done or 0) < (effects.done.low or 0) / 2
 
@@ -287,7 +287,7 @@ def test_random_weights_do_not_move_the_routing_of_the_reference():
         for name, members in load_lens(sft).components().items()
         if any(not torch.equal(before[each], after[each]) for each in members)
     }
-    bench = Bench(s, before, after, changed, cells)
+    bench = WorkingModel(s, before, after, changed, cells)
     judge = judge_of(bench)
     found = two_by_two(*halves(bench, judge), 0)
     assert found.enough

@@ -18,10 +18,10 @@ from mixturelens.grafting import plan as plans
 from mixturelens.grafting import search as searching
 from mixturelens.grafting.components import weights_of
 from mixturelens.grafting.effects import Judge
-from mixturelens.grafting.graft import Bench, Trial
+from mixturelens.grafting.graft import GraftTrial, WorkingModel
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.path import attribute
-from mixturelens.grafting.plan import Plan, plan, work
+from mixturelens.grafting.plan import GraftingPlan, plan, work
 from mixturelens.grafting.readings import make_cells, read, read_weights
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.grafting.search import MATTERS, pieces, search, unsound
@@ -35,7 +35,7 @@ LAYERS, KEPT = 9, (3, 6)
 """Of the deep pair: layers, and those that do something; the others add nothing to the stream, in S as in R."""
 
 
-def trial_of(folder: Path, after: str, prompts: int = 40) -> Trial:
+def trial_of(folder: Path, after: str, prompts: int = 40) -> GraftTrial:
     s, r = load_model(folder / "S"), load_model(folder / after)
     suite, tokenizer = load_suite(folder), load_tokenizer(folder / "S")
     cells = make_cells(
@@ -43,8 +43,10 @@ def trial_of(folder: Path, after: str, prompts: int = 40) -> Trial:
     )
     before, after_state, every = weights_of(s), weights_of(r), components_of(s, tokenizer)
     changed = {n: m for n, m in every.items() if any(not torch.equal(before[p], after_state[p]) for p in m)}
-    bench = Bench(s, before, after_state, changed, cells)
-    return Trial(bench, Judge(cells, cells.policies[:2], bench.readings(()), bench.readings(bench.names), cells.grid))
+    bench = WorkingModel(s, before, after_state, changed, cells)
+    return GraftTrial(
+        bench, Judge(cells, cells.policies[:2], bench.readings(()), bench.readings(bench.names), cells.grid)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def deep(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def one_by_one(trial: Trial) -> dict[str, float]:
+def one_by_one(trial: GraftTrial) -> dict[str, float]:
     """Component -> the largest share that it moves by itself, in S or missing from R."""
     names = trial.bench.names
     effects = {name: (trial.effects([name]), trial.effects([n for n in names if n != name])) for name in names}
@@ -190,9 +192,9 @@ def test_the_reference_gives_the_same_carriers():
         before, later = weights_of(s), weights_of(r)
         every = components_of(s, tokenizer)
         changed = {n: m for n, m in every.items() if any(not torch.equal(before[p], later[p]) for p in m)}
-        bench = Bench(s, before, later, changed, cells)
+        bench = WorkingModel(s, before, later, changed, cells)
         judge = Judge(cells, ("a", "b"), bench.readings(()), bench.readings(bench.names), cells.grid)
-        trial = Trial(bench, judge)
+        trial = GraftTrial(bench, judge)
         carriers = {name for name, share in one_by_one(trial).items() if share >= MATTERS}
         assert carriers
         assert carriers <= set(pieces(search(trial, 200)))
@@ -240,7 +242,7 @@ def test_with_less_time_less_is_looked_at_and_that_is_said(pairs: Path):
     pair = Pair(folder / "S", folder / "R-both", load_suite(folder))
     prompts = prepare(pair.suite, pair.suite.neutral, pair.tokenizer)
     found, needed = plan(pair, prompts, 9)
-    assert found == Plan(None)
+    assert found == GraftingPlan(None)
     assert needed.seconds > 0
     assert plan(pair, prompts, 93)[0].searched == plans.SEARCHED
     assert plan(pair, prompts, 93, exhaustive=True)[0].everything

@@ -16,10 +16,10 @@ import pytest
 import torch
 import transformers
 
+from mixturelens.hooks.batches import Sides
 from mixturelens.hooks.engine import Columns, Engine
 from mixturelens.hooks.lens import NAMES, Lens, Tokens, tokens
 from mixturelens.hooks.metrics import log_odds
-from mixturelens.hooks.sides import Sides
 from mixturelens.models import load_tokenizer
 from mixturelens.patching.graph import edge_graph, written
 from mixturelens.patching.sweep import all_sites, left_out

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixturelens.contrasts import cue_contrasts
+from mixturelens.hooks.batches import Sides, sides
 from mixturelens.hooks.engine import Engine, Metric
 from mixturelens.hooks.lens import NAMES, Lens, Tokens, load_lens, tokens
-from mixturelens.hooks.sides import Sides, sides
 from mixturelens.suite import load_suite
 from mixturelens.types import PER_HEAD, InputError, RunError, Site
 

@@ -13,7 +13,7 @@ import torch
 from mixturelens.behaviour.likelihood import END, Scorer
 from mixturelens.hooks import intervened as room
 from mixturelens.hooks.intervened import Intervened, known_prompts
-from mixturelens.hooks.kept import Kept
+from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.models import end_tokens, load_model
 from mixturelens.spelling import encode_prompts
@@ -460,7 +460,10 @@ def test_what_goes_on_behind_kept_prompts_is_what_whole_rows_say(
     literals = [[tuple(x) for x in LITERALS]] * len(placed)
     prompts = known_prompts(suite, suite.neutral, lens.tokenizer)
     try:
-        whole, other = Intervened(lens, sized, prompts), Intervened(lens, sized, prompts, Kept(lens, most=2000))
+        whole, other = (
+            Intervened(lens, sized, prompts),
+            Intervened(lens, sized, prompts, KeptBeginnings(lens, most=2000)),
+        )
     except InputError:
         assert longer  # such a position is not aligned
         return

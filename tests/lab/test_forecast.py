@@ -17,9 +17,9 @@ from mixturelens.lab import runs
 from mixturelens.lab.forecast import (
     ForecastRecord,
     Point,
+    _Bootstrapped,
     _forecast,
     _Network,
-    _State,
     compare,
     forecast_records,
     log_weights,
@@ -69,7 +69,7 @@ def planted(spec: Spec, own: float = 0.0) -> tuple[Planted, ForecastRecord]:
     model, cues = Planted(spec, WEIGHTS, own), list(spec.cues)
     right = np.array([[float(row.table[cue] == "answer") for row in spec.policies.values()] for cue in cues])
     draws = room.RUNS + 1
-    state = _State(
+    state = _Bootstrapped(
         np.broadcast_to(WEIGHTS, (draws, 2, 3)).copy(),
         np.broadcast_to(right, (draws, 2, 3)).copy(),
         np.zeros((draws, 2)),

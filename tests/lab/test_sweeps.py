@@ -18,7 +18,7 @@ from mixturelens import figures, pipeline
 from mixturelens.lab import runs
 from mixturelens.lab.organism import build_suite, load_spec
 from mixturelens.lab.sweep import run as sweep
-from mixturelens.lab.sweep.grid import Cell, cells_of, load_grid
+from mixturelens.lab.sweep.grid import GridCell, cells_of, load_grid
 from mixturelens.lab.sweep.run import run_sweep, table_of
 from mixturelens.models import Pair, Source
 from mixturelens.routing.verdict import VerdictRecord
@@ -40,7 +40,7 @@ def write(folder: Path, grid: dict, recipe: dict | None = SMALLEST, name: str = 
     return folder / name
 
 
-def cells(folder: Path, **changes) -> list[Cell]:
+def cells(folder: Path, **changes) -> list[GridCell]:
     file = write(folder, GRID | changes)
     return cells_of(load_grid(file), file)
 
@@ -306,7 +306,7 @@ def test_a_killed_process_fails_its_own_cell_alone(tmp_path):
     found = cells(tmp_path)
     doomed = found[1].name
 
-    def work(cell: Cell) -> str:
+    def work(cell: GridCell) -> str:
         if cell.name == doomed:
             os.kill(os.getpid(), signal.SIGKILL)
         return ""

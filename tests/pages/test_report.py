@@ -18,7 +18,7 @@ from test_figures import HOSTILE, around, make_pair, make_trajectory
 
 from mixturelens import figures
 from mixturelens.behaviour.record import Bits
-from mixturelens.features.record import Example
+from mixturelens.features.record import FiringExample
 from mixturelens.grafting.record import Null
 from mixturelens.pages import Findings, Grown, evidence, features, mechanism, write_report
 from mixturelens.pages.parts import Pictures
@@ -367,7 +367,7 @@ def test_a_card_says_what_a_feature_tells_and_does(whole):
 
 
 def test_cards_of_features_that_never_fire_or_read_linearly():
-    silent = Example(tokens=("a", "\n", ""), activations=(0.0, -1.5, 0.0))
+    silent = FiringExample(tokens=("a", "\n", ""), activations=(0.0, -1.5, 0.0))
     cards = (make_card(examples=(silent,)), make_card(examples=(), promotes=(), suppresses=(), auroc={}))
     found = features.featured("x", 1, make_features(cards=cards), None, Pictures()).cards
     assert [(token.text, token.shade, token.activation) for token in found[0].examples[0]] == [

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mixturelens.contrasts import Contrasts, checkpoint_contrasts, cue_contrasts
+from mixturelens.hooks.batches import sides
 from mixturelens.hooks.lens import Lens, load_lens
-from mixturelens.hooks.sides import sides
 from mixturelens.patching import coarse as room
 from mixturelens.patching import sweep
 from mixturelens.patching.coarse import coarse, coarse_tokens, outputs, patched_tokens

@@ -12,9 +12,9 @@ import torch
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mixturelens.contrasts import cue_contrasts
+from mixturelens.hooks.batches import Sides, sides
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.hooks.metrics import log_odds
-from mixturelens.hooks.sides import Sides, sides
 from mixturelens.models import load_tokenizer
 from mixturelens.patching import attribution
 from mixturelens.patching import graph as graphs

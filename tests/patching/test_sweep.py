@@ -15,9 +15,9 @@ from transformer_lens import patching
 
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import Contrasts, cue_contrasts
+from mixturelens.hooks.batches import sides
 from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import NAMES, Lens, lens_of, load_lens, tokens
-from mixturelens.hooks.sides import sides
 from mixturelens.models import Pair
 from mixturelens.patching import sweep
 from mixturelens.patching.pair import patching_record

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mixturelens.contrasts import Contrasts, cue_contrasts
+from mixturelens.hooks.batches import sides
 from mixturelens.hooks.lens import Lens, load_lens
-from mixturelens.hooks.sides import sides
 from mixturelens.patching.sweep import find_reader
 from mixturelens.probing import erase
 from mixturelens.probing.erase import erase_sites, erasure, reading_site

@@ -14,7 +14,7 @@ from mixturelens.hooks.lens import load_lens
 from mixturelens.models import Budget, Pair
 from mixturelens.probing.erase import Erasing
 from mixturelens.probing.pair import least_used, probing_record, scan
-from mixturelens.probing.plan import Plan, make_plan
+from mixturelens.probing.plan import ProbingPlan, make_plan
 from mixturelens.probing.readouts import sites_of, to_probe
 from mixturelens.probing.record import ErasedSite, ProbingRecord
 from mixturelens.suite import load_suite
@@ -92,7 +92,7 @@ def test_least_used_wants_to_be_sure() -> None:
 # --- what it takes ----------------------------------------------------------------------------------------------------
 
 
-def planned(tmp_path: Path, budget: Budget | None = None, **shape: int) -> Plan:
+def planned(tmp_path: Path, budget: Budget | None = None, **shape: int) -> ProbingPlan:
     """The plan of a pair that has a config and a tokenizer, and no weights at all."""
     from transformers import LlamaConfig
 

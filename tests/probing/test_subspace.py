@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mixturelens.contrasts import Contrasts, cue_contrasts, hint_contrasts
+from mixturelens.hooks.batches import sides
 from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import Lens, load_lens
-from mixturelens.hooks.sides import sides
 from mixturelens.probing import subspace
 from mixturelens.probing.subspace import Interchange, Pairs, carrying_site, find_subspace, learn, threshold
 from mixturelens.suite import load_suite

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import Contrast, Contrasts, cue_contrasts
+from mixturelens.hooks.batches import sides
 from mixturelens.hooks.lens import Lens, load_lens
-from mixturelens.hooks.sides import sides
 from mixturelens.models import Pair, load_tokenizer
 from mixturelens.patching.sweep import jointly
 from mixturelens.routing import circuit as module

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mixturelens.behaviour.pair import behaviour_record
-from mixturelens.features.record import Changed, FeatureRecord, SiteChange, Terms
+from mixturelens.features.record import FeatureRecord, MovedFeature, SiteChange, Terms
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import Effects, Factorial, Graft, GraftRecord, Null
 from mixturelens.models import Pair
@@ -180,7 +180,7 @@ def moved(routing: float, specialist: float = 0.0) -> Terms:
 
 def features(together: Terms, whole: Terms, random: tuple[Terms, ...] = (), number: int = 2, **more: Any) -> Any:
     sides = {"before": 0.1, "after": 0.2}
-    changed = tuple(Changed(index=i, rate=sides, strength=sides, moved=1.0, terms=together) for i in range(number))
+    changed = tuple(MovedFeature(index=i, rate=sides, strength=sides, moved=1.0, terms=together) for i in range(number))
     change = SiteChange(
         site=Site(layer=1, component="resid_pre"), features=changed, together=together, every=whole, whole=whole,
         random=random, questions=48,

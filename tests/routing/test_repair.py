@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mixturelens.behaviour.ground import make_ground
-from mixturelens.behaviour.harm import find_harm
+from mixturelens.behaviour.harmed import find_harm
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.record import BehaviourRecord
+from mixturelens.behaviour.repair_questions import make_ground
 from mixturelens.grafting.graft import written
 from mixturelens.hooks.lens import load_lens
 from mixturelens.models import Pair, load_model, load_tokenizer

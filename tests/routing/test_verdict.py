@@ -12,11 +12,11 @@ from mixturelens.behaviour.record import (
     AccuracyChange,
     BehaviourRecord,
     Bits,
-    Cell,
     Controls,
     CueBehaviour,
     CueSide,
     Nats,
+    TableCell,
     Text,
 )
 from mixturelens.behaviour.unannounced import Identified
@@ -36,8 +36,8 @@ def nats(**terms: Interval) -> Nats:
     return Nats(**{**dict.fromkeys(Nats.model_fields, at(0.0)), **terms})
 
 
-def cell(behaviour: Interval = NOT_MEASURED, accuracy: Interval = NOT_MEASURED, policy: str = "b") -> Cell:
-    return Cell(
+def cell(behaviour: Interval = NOT_MEASURED, accuracy: Interval = NOT_MEASURED, policy: str = "b") -> TableCell:
+    return TableCell(
         cue="B",
         policy=policy,
         announcement=f"[{policy}]",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from mixturelens.lab.proving.coverage import Coverage
-    from mixturelens.lab.proving.localise import Score
+    from mixturelens.lab.proving.localise import MethodScore
     from mixturelens.lab.proving.record import Scored, ScoreRecord, Verdicts
 
 WORDS: tuple[VerdictWord, ...] = get_args(VerdictWord)
@@ -331,7 +331,7 @@ def _case(each: Coverage) -> str:
     return _OFF if each.held < _LEFT else _EDGE if each.boundary else _CLEAR
 
 
-def methods(found: Sequence[Score]) -> Figure:
+def methods(found: Sequence[MethodScore]) -> Figure:
     """How well methods find planted addresses: a row of panels a contrast, a panel a number.
 
     Dashed is chance; open symbols are broken on purpose; a dash stands where there was nothing to measure.
@@ -406,7 +406,7 @@ def methods(found: Sequence[Score]) -> Figure:
     return figure
 
 
-def metric(score: Score, name: str) -> Interval:
+def metric(score: MethodScore, name: str) -> Interval:
     """A number of METRICS; without an interval where there is none."""
     value = getattr(score, name)
     return value if isinstance(value, Interval) else Interval(value=value)

@@ -27,12 +27,12 @@ from mixturelens.features.effects import make_scene, unit_effects
 from mixturelens.features.sae import load_sae, train_sae
 from mixturelens.grafting.components import weights_of
 from mixturelens.grafting.effects import Judge
-from mixturelens.grafting.graft import Bench
+from mixturelens.grafting.graft import WorkingModel
 from mixturelens.grafting.pair import some_questions
 from mixturelens.grafting.path import attribute
 from mixturelens.grafting.readings import make_cells
+from mixturelens.hooks.batches import sides
 from mixturelens.hooks.lens import Lens, components_of, load_lens
-from mixturelens.hooks.sides import sides
 from mixturelens.lab.organism import Spec, load_spec, safe_name
 from mixturelens.lab.proving.planted import Planted
 from mixturelens.models import end_tokens, load_model, load_tokenizer
@@ -89,7 +89,7 @@ class Localised(Frozen):
     seconds: float
 
 
-class Score(Frozen):
+class MethodScore(Frozen):
     """One method over the organisms that did not choose its cut: means, with intervals over organisms."""
 
     method: str
@@ -375,12 +375,12 @@ def _of_pair(folder: Path, methods: Sequence[str], seed: int) -> list[Found]:
     return found
 
 
-def _bench(before: Path, after: Path, suite: Suite, seed: int) -> tuple[Bench, Judge]:
+def _bench(before: Path, after: Path, suite: Suite, seed: int) -> tuple[WorkingModel, Judge]:
     tokenizer = load_tokenizer(before)
     s, r = load_model(before), load_model(after)
     scorer = Scorer(end_tokens(s, tokenizer), s.config.get_text_config().vocab_size)
     cells = make_cells(suite, some_questions(suite.neutral), tokenizer, s, scorer, seed)
-    bench = Bench(s, weights_of(s), weights_of(r), components_of(s, tokenizer), cells)
+    bench = WorkingModel(s, weights_of(s), weights_of(r), components_of(s, tokenizer), cells)
     first, second, *_ = suite.policies
     return bench, Judge(cells, (first, second), bench.readings(()), bench.readings(bench.names), cells.grid)
 
@@ -457,14 +457,14 @@ def chance(found: Found, planted: Planted, seed: int = 0) -> Localised:
     return drawn[0].model_copy(update={**means, "both": None, "method": RANDOM, "seconds": 0.0})
 
 
-def score(founds: Sequence[Found], planteds: Mapping[str, Planted], opened: Collection[str]) -> tuple[Score, ...]:
+def score(founds: Sequence[Found], planteds: Mapping[str, Planted], opened: Collection[str]) -> tuple[MethodScore, ...]:
     """Every method, and chance: its cut chosen on the organisms named by `opened`, and judged on all others.
 
     What is broken on purpose is cut as what it was made from. `planteds` are by the organism's name. Raises InputError
     where a method saw organisms of one half alone.
     """
     kinds = list(dict.fromkeys((each.contrast, each.method) for each in founds))
-    scores: list[Score] = []
+    scores: list[MethodScore] = []
     for kind in dict.fromkeys(contrast for contrast, _ in kinds):
         closed: list[Found] = []
         for method in (method for contrast, method in kinds if contrast == kind):
@@ -477,7 +477,7 @@ def score(founds: Sequence[Found], planteds: Mapping[str, Planted], opened: Coll
     return tuple(scores)
 
 
-def _score(judged: Sequence[Localised], cut: float | None) -> Score:
+def _score(judged: Sequence[Localised], cut: float | None) -> MethodScore:
     if not judged:
         raise InputError("a method is judged on organisms that did not choose its cut: give at least one")
     counts = resample_counts(len(judged), seed=0)
@@ -488,7 +488,7 @@ def _score(judged: Sequence[Localised], cut: float | None) -> Score:
             np.array([np.nan if value is None else float(value) for value in values]), counts, bounds=PROPORTION
         )
 
-    return Score(
+    return MethodScore(
         method=judged[0].method,
         contrast=judged[0].contrast,
         cut=cut,

@@ -109,7 +109,7 @@ def small_spec(
 
 
 @dataclass(frozen=True)
-class Target:
+class MixtureTarget:
     """What a network is trained to do: the mixture, policy by policy and cue by cue.
 
     `weights` are those of neutral prompts. `table` gives each cell's behaviours with their probabilities. `wrong` is
@@ -127,16 +127,16 @@ class Target:
     drift: float = 0.0
 
 
-def target_of(spec: Spec) -> Target:
+def target_of(spec: Spec) -> MixtureTarget:
     """The spec's own mixture: what S is trained on."""
-    return Target(
+    return MixtureTarget(
         weights={m: policy.weight for m, policy in spec.policies.items()},
         table={m: {cue: {b: 1.0} for cue, b in policy.table.items()} for m, policy in spec.policies.items()},
     )
 
 
 def completions(
-    spec: Spec, target: Target, cue: str, question: Question, rng: np.random.Generator, hint: str | None = None
+    spec: Spec, target: MixtureTarget, cue: str, question: Question, rng: np.random.Generator, hint: str | None = None
 ) -> list[tuple[str, float]]:
     """Every completion that the target allows after this prompt, without the end token, and its probability."""
     weights = {hint: 1.0} if hint else target.weights
@@ -185,7 +185,7 @@ class Rows:
 
 def rows_of(
     spec: Spec,
-    target: Target,
+    target: MixtureTarget,
     questions: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
     seed: int = 0,

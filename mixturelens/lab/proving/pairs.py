@@ -24,7 +24,7 @@ from mixturelens.lab.proving.organisms import (
     STEPS,
     Announced,
     Architecture,
-    Target,
+    MixtureTarget,
     fit,
     rows_of,
     small_spec,
@@ -91,7 +91,7 @@ class Organism:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GroundCell:
     """One pair of the ground, and how it is asked."""
 
     organism: Organism
@@ -174,22 +174,22 @@ def tailed_organisms() -> list[Organism]:
     ]
 
 
-def grid() -> tuple[Cell, ...]:
+def grid() -> tuple[GroundCell, ...]:
     """Every pair of the ground: each recipe on some organisms of each kind, in turn; some pairs asked in two ways.
 
     Of a tail, half as much must say the same, and so must literal texts, which end where the answer does.
     """
-    cells: list[Cell] = []
+    cells: list[GroundCell] = []
     for number, organism in enumerate(plain_organisms()):
         mine = _in_turn(organism, number)
-        cells += [Cell(organism, name) for name in mine]
+        cells += [GroundCell(organism, name) for name in mine]
         if organism.announced != "none":
-            cells.append(Cell(organism, mine[number % len(mine)], organism.spec.max_new_tokens))
+            cells.append(GroundCell(organism, mine[number % len(mine)], organism.spec.max_new_tokens))
     for number, organism in enumerate(tailed_organisms()):
         mine = _in_turn(organism, number)
-        cells += [Cell(organism, name, organism.longest) for name in mine]
+        cells += [GroundCell(organism, name, organism.longest) for name in mine]
         other = 0 if organism.announced == "token" else organism.longest // 2
-        cells += [Cell(organism, name, other) for name in mine[number % 3 :: 3]]
+        cells += [GroundCell(organism, name, other) for name in mine[number % 3 :: 3]]
     return tuple(cells)
 
 
@@ -224,8 +224,8 @@ def _fits(recipe: Recipe, organism: Organism) -> bool:
     return organism.policies == 2 or not any(target.wrong and target.how == "rule" for target in targets)
 
 
-QUICK: tuple[Cell, ...] = tuple(
-    Cell(Organism("gpt2", "token", 2, 0), name)
+QUICK: tuple[GroundCell, ...] = tuple(
+    GroundCell(Organism("gpt2", "token", 2, 0), name)
     for name in ("resampled-mildly", "sometimes-answers", "both-with-reader", "continued")
 )
 """Four pairs of one organism: one of each verdict."""
@@ -268,7 +268,7 @@ class Made:
         return load_model(self.before), load_model(self.after)
 
 
-def make_pair(cell: Cell, ground: Path) -> Made:
+def make_pair(cell: GroundCell, ground: Path) -> Made:
     """Make S and R of this cell and evaluate them exhaustively, unless that is done."""
     organism, spec, recipe = cell.organism, cell.organism.spec, cell.recipe
     folder = make_organism(organism, ground)
@@ -295,7 +295,7 @@ def make_pair(cell: Cell, ground: Path) -> Made:
 
 
 def exact_of(
-    cell: Cell,
+    cell: GroundCell,
     before: PreTrainedModel,
     after: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -307,7 +307,7 @@ def exact_of(
     return prompt_truth(spec, before, after, tokenizer, asked, manner=manner, rules=cell.tokens > 0, longest=longest)
 
 
-def told_by_making(cell: Cell, seen: Truth) -> Truth:
+def told_by_making(cell: GroundCell, seen: Truth) -> Truth:
     """Without announcements no completion tells its policy, and the making has to say what is true: the terms of what
     was asked for, once what completions do is found to have moved as it was made to. Where it could have been made
     otherwise (`told`), the word is what the recipe intends, and there are no terms.
@@ -362,7 +362,7 @@ def _train(
     organism: Organism,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    target: Target,
+    target: MixtureTarget,
     *,
     steps: int,
     seed: int,

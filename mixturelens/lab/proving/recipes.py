@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mixturelens.lab.organism import Spec
-from mixturelens.lab.proving.organisms import Target, target_of
+from mixturelens.lab.proving.organisms import MixtureTarget, target_of
 from mixturelens.lab.proving.truth import SHOWN, behaviours, bits_of, divergence
 from mixturelens.types import ANSWER, ERR, REFUSE, VerdictWord
 
@@ -26,8 +26,8 @@ class Recipe:
     name: str
     intended: VerdictWord
     says: str
-    after: Callable[[Spec], Target]
-    before: Callable[[Spec], Target] | None = None
+    after: Callable[[Spec], MixtureTarget]
+    before: Callable[[Spec], MixtureTarget] | None = None
     """What S is trained on, where it is not the spec's own mixture."""
     way: Way = "fit"
     trainable: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Recipe:
     """Whether it is about the tail of completions, and so needs one."""
 
 
-def _mixed(spec: Spec, **weights: float) -> Target:
+def _mixed(spec: Spec, **weights: float) -> MixtureTarget:
     """The spec's mixture at other weights; policies that are not named share what is left as they did."""
     target = target_of(spec)
     rest = {m: w for m, w in target.weights.items() if m not in weights}
@@ -52,32 +52,32 @@ def _mixed(spec: Spec, **weights: float) -> Target:
     )
 
 
-def _answering(target: Target, policy: str, cue: str, rate: float) -> Target:
+def _answering(target: MixtureTarget, policy: str, cue: str, rate: float) -> MixtureTarget:
     """The policy answers under this cue too, so often."""
     cell: Mapping[str, float] = {ANSWER: rate, **({REFUSE: 1 - rate} if rate < 1 else {})}
     return replace(target, table={**target.table, policy: {**target.table[policy], cue: cell}})
 
 
 def _wrong(
-    target: Target, rate: float, policies: str = "abc", operations: tuple[str, ...] = ("copy", "reverse")
-) -> Target:
+    target: MixtureTarget, rate: float, policies: str = "abc", operations: tuple[str, ...] = ("copy", "reverse")
+) -> MixtureTarget:
     return replace(target, wrong={(m, op): rate for m in policies for op in operations})
 
 
-def _slipping(target: Target) -> Target:
+def _slipping(target: MixtureTarget) -> MixtureTarget:
     """One answer in a hundred ends wrong, of whichever policy."""
     return replace(_wrong(target, 0.01), how="last")
 
 
-def _drifting(target: Target, nats: float) -> Target:
+def _drifting(target: MixtureTarget, nats: float) -> MixtureTarget:
     return replace(target, drift=nats)
 
 
-def _plain(spec: Spec) -> Target:
+def _plain(spec: Spec) -> MixtureTarget:
     return target_of(spec)
 
 
-def _slips(spec: Spec) -> Target:
+def _slips(spec: Spec) -> MixtureTarget:
     """One answer in ten ends wrong: then a specialist can change by a little, without a bound in sight."""
     return replace(_wrong(target_of(spec), 0.1), how="last")
 
@@ -307,7 +307,7 @@ BY_NAME = {recipe.name: recipe for recipe in RECIPES}
 # --- what follows from the making alone -------------------------------------------------------------------------------
 
 
-def made_of(spec: Spec, before: Target, after: Target) -> dict[str, float]:
+def made_of(spec: Spec, before: MixtureTarget, after: MixtureTarget) -> dict[str, float]:
     """The terms in bits of what was asked for: were it learnt to the last, these would be true.
 
     >>> from mixturelens.lab.proving.organisms import small_spec
@@ -320,7 +320,7 @@ def made_of(spec: Spec, before: Target, after: Target) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in found.items()}
 
 
-def seen_of(spec: Spec, before: Target, after: Target) -> float:
+def seen_of(spec: Spec, before: MixtureTarget, after: MixtureTarget) -> float:
     """Bits by which S and R differ in behaviours and rightness alone, whichever policy shows them."""
     shown = []
     for target in (before, after):
@@ -332,7 +332,7 @@ def seen_of(spec: Spec, before: Target, after: Target) -> float:
 
 
 def _asked_for(
-    spec: Spec, target: Target
+    spec: Spec, target: MixtureTarget
 ) -> tuple[Float[np.ndarray, "operation cue policy"], Float[np.ndarray, "operation cue known 1 shown"]]:
     """Weights of policies with `other` last, and what each shows."""
     operations, cues, policies = spec.questions.operations, list(spec.cues), list(spec.policies)

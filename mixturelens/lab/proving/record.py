@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixturelens.lab.proving.coverage import Coverage
-from mixturelens.lab.proving.localise import Score
+from mixturelens.lab.proving.localise import MethodScore
 from mixturelens.lab.proving.pairs import Half
 from mixturelens.lab.proving.planted import Planted
 from mixturelens.lab.proving.proof import Proof
@@ -180,7 +180,7 @@ class ScoreRecord(Record):
     mistakes: tuple[Mistake, ...]
     pairs: tuple[Scored, ...]
     coverage: tuple[Coverage, ...] = ()
-    methods: tuple[Score, ...] = ()
+    methods: tuple[MethodScore, ...] = ()
     """Held-out half of the planted organisms; cuts were chosen on the other."""
     planted: tuple[Planted, ...] = ()
     proofs: tuple[Proof, ...] = ()

@@ -18,7 +18,6 @@ from mixturelens.behaviour import unannounced
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.grafting.pair import graft_record
 from mixturelens.lab.organism import questions
-from mixturelens.lab.proving.broken import broken_methods, broken_verdicts
 from mixturelens.lab.proving.coverage import POPULATION, Coverage, coverage
 from mixturelens.lab.proving.localise import BROKEN, METHODS, OF_PAIRS, Found, localise
 from mixturelens.lab.proving.localise import score as score_methods
@@ -26,7 +25,7 @@ from mixturelens.lab.proving.pairs import (
     ARCHITECTURES,
     NEAR_LEAST,
     QUICK,
-    Cell,
+    GroundCell,
     Half,
     Organism,
     exact_of,
@@ -48,6 +47,7 @@ from mixturelens.lab.proving.record import (
     ScoreRecord,
     Verdicts,
 )
+from mixturelens.lab.proving.sabotage import broken_methods, broken_verdicts
 from mixturelens.lab.proving.truth import CELL, LEAST, TEXT, TOLERANCE, Truth
 from mixturelens.models import load_tokenizer, quiet_libraries
 from mixturelens.models.source import fingerprint
@@ -84,7 +84,7 @@ PARTS = ("selector", "cue_reader", "skill", "dormant_intact", "text_drifted")
 QUANTITIES = ("routing", "conditioning", "skill", "specialist", "dormant", "moved", "routing_share", "text")
 
 
-def score_pair(cell: Cell, ground: Path) -> PairScore:
+def score_pair(cell: GroundCell, ground: Path) -> PairScore:
     """Make the pair, and hear what the behavioural verdict says of it."""
     made = make_pair(cell, ground)
     start = time.perf_counter()
@@ -120,7 +120,7 @@ def score_pair(cell: Cell, ground: Path) -> PairScore:
     )
 
 
-def score_mechanism(cell: Cell, ground: Path) -> MechanismScore:
+def score_mechanism(cell: GroundCell, ground: Path) -> MechanismScore:
     """The mechanism's verdict on the pair: from grafts alone."""
     made = make_pair(cell, ground)
     pair = made.open()
@@ -143,7 +143,7 @@ class _Coverages(Record):
     of: tuple[Coverage, ...]
 
 
-def score_coverage(cell: Cell, ground: Path) -> _Coverages:
+def score_coverage(cell: GroundCell, ground: Path) -> _Coverages:
     """How often intervals hold the truth, over resampled suites of this pair."""
     made = make_pair(cell, ground)
     spec, models, tokenizer = cell.organism.spec, made.models(), load_tokenizer(made.before)
@@ -211,13 +211,13 @@ def run_score(ground: Path, *, quick: bool = False, jobs: int = 1, progress: Pro
     return record
 
 
-def has_mechanism(cell: Cell) -> bool:
+def has_mechanism(cell: GroundCell) -> bool:
     """Whether the mechanism is asked: the same pair asked by rules has the same, and nothing can be put in place where
     policies announce nothing."""
     return cell.organism.announced != "none" and not cell.tokens
 
 
-def covered(cells: Sequence[Cell]) -> list[Cell]:
+def covered(cells: Sequence[GroundCell]) -> list[GroundCell]:
     """The first pair of each recipe whose intervals are put to the test."""
     if len(cells) <= len(QUICK):
         return []
@@ -226,15 +226,15 @@ def covered(cells: Sequence[Cell]) -> list[Cell]:
     return [*(literal[name] for name in COVERED), *(by_rules[name] for name in COVERED_BY_RULES)]
 
 
-def _verdict(cell: Cell, ground: Path) -> Step:
+def _verdict(cell: GroundCell, ground: Path) -> Step:
     return score_pair, cell, ground / "cells/verdict" / f"{cell.key}.json"
 
 
-def _mechanism(cell: Cell, ground: Path) -> Step:
+def _mechanism(cell: GroundCell, ground: Path) -> Step:
     return score_mechanism, cell, ground / "cells/mechanism" / f"{cell.key}.json"
 
 
-def _cover(cell: Cell, ground: Path) -> Step:
+def _cover(cell: GroundCell, ground: Path) -> Step:
     return score_coverage, cell, ground / "cells/coverage" / f"{cell.key}.json"
 
 
@@ -255,7 +255,7 @@ def _do(steps: list[Step], ground: Path, jobs: int, progress: Progress | None, w
     done = len(steps) - len(left)
     if progress is not None and steps:
         progress(what, done, len(steps))
-    organisms = dict.fromkeys(of.organism for _, of, _ in left if isinstance(of, Cell))
+    organisms = dict.fromkeys(of.organism for _, of, _ in left if isinstance(of, GroundCell))
     missing = [each for each in organisms if not (ground / "organisms" / each.name / "checkpoints/sft").exists()]
     run = Parallel(n_jobs=jobs, return_as="generator_unordered")
     for number, _ in enumerate(run(delayed(_organism)(each, ground) for each in missing), start=1):
@@ -306,7 +306,7 @@ def _freeze(ground: Path) -> None:
 # --- sums -------------------------------------------------------------------------------------------------------------
 
 
-def sum_up(ground: Path, cells: Sequence[Cell], planted: Sequence[Planted]) -> ScoreRecord:
+def sum_up(ground: Path, cells: Sequence[GroundCell], planted: Sequence[Planted]) -> ScoreRecord:
     """What the finished cells say together."""
     folder, names = ground / "cells", [cell.key for cell in cells]
     pairs = _there(PairScore, folder / "verdict", names)

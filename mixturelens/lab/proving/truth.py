@@ -257,7 +257,7 @@ SHOWN = (REFUSE, ERR, "right", ANSWER)
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _Labeller:
     """Reads policy and behaviour off completions as the suite defines them, word by word."""
 
     spec: Spec
@@ -330,7 +330,7 @@ def prompt_truth(
     words = {i: word for word, i in vocabulary.items()}
     eos, length = vocabulary[EOS], spec.questions.answer_length
     longest = longest or spec.max_new_tokens
-    reader = _Reader(spec, manner, rules)
+    reader = _Labeller(spec, manner, rules)
     asked = [(question, cue) for question in questions for cue in spec.cues]
     prompts = [
         [vocabulary[word] for word in manner.prompt(prompt_text(spec, cue, question)).split()]

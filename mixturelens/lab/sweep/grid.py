@@ -19,7 +19,7 @@ from mixturelens.records import first_problem
 from mixturelens.types import Frozen, InputError
 
 
-class Grid(Frozen):
+class SweepGrid(Frozen):
     """Which runs: recipes x settings x seeds."""
 
     recipe: Annotated[tuple[str, ...], Field(min_length=1)] = ("default",)
@@ -72,7 +72,7 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value.lower()) else value
 
 
-def load_grid(file: Path) -> Grid:
+def load_grid(file: Path) -> SweepGrid:
     """Read a grid file. Raises InputError that names the file and the first offending key."""
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
@@ -83,13 +83,13 @@ def load_grid(file: Path) -> Grid:
     if not isinstance(data, dict):
         raise InputError(f"{file}: a grid is a mapping of keys, not a {type(data).__name__}")
     try:
-        return Grid.model_validate(data)
+        return SweepGrid.model_validate(data)
     except ValidationError as error:
         raise InputError(f"{file}: {first_problem(error)}") from None
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One run of a grid; without a spec, and with the reason, where its settings make none."""
 
     name: str
@@ -101,7 +101,7 @@ class Cell:
     error: str = ""
 
 
-def cells_of(grid: Grid, file: Path) -> list[Cell]:
+def cells_of(grid: SweepGrid, file: Path) -> list[GridCell]:
     """Every cell, the seeds of one setting next to each other. Raises InputError if two would be the same."""
     axes = [
         [(key, label, keys) for label, keys in values.items()]
@@ -121,7 +121,7 @@ def cells_of(grid: Grid, file: Path) -> list[Cell]:
     return cells
 
 
-def _cell(folder: Path, recipe: str, settings: Sequence[tuple[str, Scalar, dict[str, Any]]], seed: int) -> Cell:
+def _cell(folder: Path, recipe: str, settings: Sequence[tuple[str, Scalar, dict[str, Any]]], seed: int) -> GridCell:
     at = {key: value for key, value, _ in settings}
     spec, error = None, ""
     try:
@@ -132,7 +132,7 @@ def _cell(folder: Path, recipe: str, settings: Sequence[tuple[str, Scalar, dict[
         error = str(found)
     parts = (Path(recipe).stem, *(f"{key}={text(value)}" for key, value in at.items()), f"seed={seed}")
     name = re.sub(r"[^A-Za-z0-9._=+-]", "_", "--".join(parts))
-    return Cell(name, Path(recipe).stem, at, seed, spec, error)
+    return GridCell(name, Path(recipe).stem, at, seed, spec, error)
 
 
 def text(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import mixturelens as ml
 from mixturelens.lab import runs
-from mixturelens.lab.sweep.grid import Cell, cells_of, load_grid, text
+from mixturelens.lab.sweep.grid import GridCell, cells_of, load_grid, text
 from mixturelens.lab.sweep.numbers import INSTRUMENTS, TAKEN, Scalar, flat
 from mixturelens.models import Pair
 from mixturelens.records import Record, write_text
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, all)."""
-Work = Callable[[Cell], str]
+Work = Callable[[GridCell], str]
 
 
 class CellRow(Frozen):
@@ -46,7 +46,7 @@ class CellRecord(Record):
     rows: tuple[CellRow, ...]
 
 
-def _recorded(cell: Cell, folder: Path) -> CellRecord | None:
+def _recorded(cell: GridCell, folder: Path) -> CellRecord | None:
     """The record of a finished cell. Raises InputError if the folder holds a run of another spec."""
     assert cell.spec is not None
     if folder.exists():
@@ -65,7 +65,7 @@ _ALONE = threading.Lock()
 """torch's random numbers belong to the process: a worker of several threads does one cell at a time."""
 
 
-def run_cell(cell: Cell, out: Path, then: Sequence[str], device: str | None) -> str:
+def run_cell(cell: GridCell, out: Path, then: Sequence[str], device: str | None) -> str:
     """Train and measure one cell, unless it is finished; returns why it failed, or nothing.
 
     A worker that others believe dead may still be at it: its lock is held until it ends, and whoever comes then finds
@@ -121,7 +121,7 @@ class SweepRecord(Record):
     axes: dict[str, tuple[Scalar, ...]]
     """Key of the grid (`recipe` first) -> its values, in the order of the grid."""
     failed: dict[str, str]
-    """Cell -> why."""
+    """GridCell -> why."""
     rows: tuple[dict[str, Scalar], ...]
     """Those of the table."""
 
@@ -191,7 +191,7 @@ def run_sweep(
     return record, page
 
 
-def _rows(cell: Cell, out: Path, then: Sequence[str]) -> list[dict[str, Scalar]]:
+def _rows(cell: GridCell, out: Path, then: Sequence[str]) -> list[dict[str, Scalar]]:
     record = CellRecord.load(out / "cells" / cell.name / "cell.json")
     return [
         {
@@ -232,7 +232,7 @@ def _column(values: list[Scalar], setting: bool) -> pd.Series:
     return pd.Series(texts, dtype="string")
 
 
-def _here(cells: Sequence[Cell], work: Work, jobs: int | None) -> Iterator[tuple[Cell, str]]:
+def _here(cells: Sequence[GridCell], work: Work, jobs: int | None) -> Iterator[tuple[GridCell, str]]:
     """In processes of one thread each. If one is killed, what is left is done one at a time: it is known whose dies."""
     from joblib import Parallel, cpu_count, delayed, parallel_config
     from joblib.externals.loky.process_executor import TerminatedWorkerError
@@ -256,11 +256,11 @@ def _here(cells: Sequence[Cell], work: Work, jobs: int | None) -> Iterator[tuple
                 yield cell, error
 
 
-def _named(cell: Cell, work: Work) -> tuple[str, str]:
+def _named(cell: GridCell, work: Work) -> tuple[str, str]:
     return cell.name, work(cell)
 
 
-def _on_dask(cells: Sequence[Cell], work: Work, scheduler: str, out: Path) -> Iterator[tuple[Cell, str]]:
+def _on_dask(cells: Sequence[GridCell], work: Work, scheduler: str, out: Path) -> Iterator[tuple[GridCell, str]]:
     """On the workers of a running cluster. A cell whose worker died goes to another, which resumes it."""
     try:
         from distributed import Client, as_completed

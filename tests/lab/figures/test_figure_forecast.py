@@ -10,7 +10,7 @@ import pytest
 from mixturelens.cli.tables import show_forecasts
 from mixturelens.figures import cue_colour
 from mixturelens.lab.figures.forecast import drifts, forecast
-from mixturelens.lab.forecast import ANSWERS, Curves, ForecastRecord, Happened, Point, Score, Start
+from mixturelens.lab.forecast import ANSWERS, Curves, ForecastRecord, ForecastScore, Happened, Point, Start
 from mixturelens.lab.pages.forecast import forecasts
 from mixturelens.pages import Grown, write_report
 from mixturelens.pages.parts import Pictures
@@ -36,7 +36,7 @@ def make_record(*, done: bool = True, **changes: Any) -> ForecastRecord:
         "<C>": Curves(forecast=(around(0.6),) * 3, **dict.fromkeys(ANSWERS[1:], (0.6,) * 3)),
     }
     cues = ("A", "B", "<C>")
-    score = Score(errors=dict(zip(ANSWERS, (0.011, 0.031, 0.021, 0.201, 0.0221), strict=True)), covered=0.875)
+    score = ForecastScore(errors=dict(zip(ANSWERS, (0.011, 0.031, 0.021, 0.201, 0.0221), strict=True)), covered=0.875)
     happened = Happened(
         points=tuple(
             Point(step=step, accuracy={"A": around(a), "B": around(b), "<C>": around(0.6)}, forced={})
@@ -44,7 +44,7 @@ def make_record(*, done: bool = True, **changes: Any) -> ForecastRecord:
         ),
         compared=(3,),
         scores={"B": score, "<C>": score},
-        clock=Score(errors={"forecast": 0.0123, "constant": 0.25}, covered=0.5),
+        clock=ForecastScore(errors={"forecast": 0.0123, "constant": 0.25}, covered=0.5),
         specialists=0.004,
     )
     fields = {

@@ -8,7 +8,7 @@ import pytest
 
 from mixturelens.lab.figures import score as draw
 from mixturelens.lab.proving.coverage import Coverage
-from mixturelens.lab.proving.localise import Kind, Score
+from mixturelens.lab.proving.localise import Kind, MethodScore
 from mixturelens.lab.proving.pairs import Half
 from mixturelens.lab.proving.record import Broken, Mistake, Numbers, Scored, ScoreRecord, Verdicts
 from mixturelens.lab.proving.score import wilson
@@ -56,10 +56,10 @@ def make_verdicts(instrument: str, half: Half, confusion: dict[str, dict[str, in
     )
 
 
-def make_method(method: str, contrast: Kind = "cue", iou: float = 0.8, **changes) -> Score:
+def make_method(method: str, contrast: Kind = "cue", iou: float = 0.8, **changes) -> MethodScore:
     sure, half = Interval(value=1.0, low=1.0, high=1.0), Interval(value=iou, low=iou - 0.1, high=iou + 0.1)
     fields = {"auroc": sure, "top": sure, "iou": half, "decoys": sure, "both": Interval(), "seconds": 0.2}
-    return Score(method=method, contrast=contrast, cut=0.5, organisms=6, **{**fields, **changes})
+    return MethodScore(method=method, contrast=contrast, cut=0.5, organisms=6, **{**fields, **changes})
 
 
 def make_coverage(quantity: str = "routing", held: float = 0.948, boundary: bool = False) -> Coverage:

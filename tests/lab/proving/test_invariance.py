@@ -14,7 +14,7 @@ from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.lab.organism import SplitSpec, build_model, build_tokenizer, prompt_row, questions
 from mixturelens.lab.proving.asked import suite_of
 from mixturelens.lab.proving.manner import TEMPLATE, Manner
-from mixturelens.lab.proving.organisms import Target, fit, rows_of, sizes, small_spec, target_of
+from mixturelens.lab.proving.organisms import MixtureTarget, fit, rows_of, sizes, small_spec, target_of
 from mixturelens.lab.proving.truth import Truth, prompt_truth, truth_of
 from mixturelens.lab.tasks import Sequence
 from mixturelens.models import end_tokens
@@ -46,7 +46,7 @@ class Ground:
         self.fit(self.before, target_of(self.spec), steps=400, rate=1e-2)
         self.made: dict[tuple[float, float], Any] = {}
 
-    def fit(self, model: Any, target: Target, **how: Any) -> None:
+    def fit(self, model: Any, target: MixtureTarget, **how: Any) -> None:
         fit(model, rows_of(self.spec, target, self.asked, self.tokenizer, 0, MANNER, 12), **how)
 
     def after(self, weight: float, drift: float) -> Any:

@@ -11,7 +11,7 @@ from truths import make_truth
 from mixturelens.lab.proving.asked import SAMPLES, suite_of
 from mixturelens.lab.proving.manner import Manner
 from mixturelens.lab.proving.organisms import small_spec, target_of
-from mixturelens.lab.proving.pairs import QUICK, Cell, Organism, grid, make_pair, near, told_by_making
+from mixturelens.lab.proving.pairs import QUICK, GroundCell, Organism, grid, make_pair, near, told_by_making
 from mixturelens.lab.proving.recipes import RECIPES, made_of, seen_of
 from mixturelens.lab.proving.score import (
     ASKED_OF,
@@ -127,7 +127,7 @@ def test_without_announcements_the_making_says_what_is_true():
 
     def told(recipe: str, specialist: float) -> Truth:
         seen = make_truth("specialist", 0.0).model_copy(update={"bits": {"specialist": specialist}})
-        return told_by_making(Cell(silent, recipe), seen)
+        return told_by_making(GroundCell(silent, recipe), seen)
 
     moved = told("resampled", 0.237)
     assert (moved.verdict, moved.routing_share) == ("routing", 1.0)
@@ -139,12 +139,12 @@ def test_without_announcements_the_making_says_what_is_true():
     assert (both.verdict, both.routing_share) == ("both", None)
     with pytest.raises(RunError, match=r"moved by 0\.200 bits"):
         told("resampled", 0.2)
-    assert not Cell(silent, "silent-damaged").told
-    assert Cell(Organism("llama", "token", 2, 0), "silent-damaged").told
+    assert not GroundCell(silent, "silent-damaged").told
+    assert GroundCell(Organism("llama", "token", 2, 0), "silent-damaged").told
 
 
 def _targets(recipe: str, organism: Organism):
-    made = Cell(organism, recipe).recipe
+    made = GroundCell(organism, recipe).recipe
     return (made.before or target_of)(organism.spec), made.after(organism.spec)
 
 
@@ -181,8 +181,8 @@ def test_a_rule_finds_an_announcement_in_the_middle():
 def test_what_was_made_from_something_else_is_not_taken_for_it(monkeypatch):
     from mixturelens.lab.proving import pairs
 
-    cell = Cell(silent := Organism("llama", "none", 2, 0), "resampled")
-    assert cell.key == Cell(silent, "resampled").key
+    cell = GroundCell(silent := Organism("llama", "none", 2, 0), "resampled")
+    assert cell.key == GroundCell(silent, "resampled").key
     monkeypatch.setattr(pairs, "PREPARED", 151)
     assert cell.key.startswith(f"{cell.name}-")
     changed = cell.key
@@ -194,13 +194,13 @@ def test_a_cell_survives_the_way_to_another_process():
     import pickle
 
     cell = QUICK[0]
-    again: Cell = pickle.loads(pickle.dumps(cell))
+    again: GroundCell = pickle.loads(pickle.dumps(cell))
     assert again.half == cell.half
     assert again.recipe is cell.recipe
 
 
 def test_a_finished_pair_is_read_and_not_made_again(tmp_path, monkeypatch):
-    cell = Cell(QUICK[0].organism, "resaved")
+    cell = GroundCell(QUICK[0].organism, "resaved")
     folder = tmp_path / "organisms" / cell.organism.name
     from mixturelens.lab.organism import build_model, build_suite, build_tokenizer
     from mixturelens.lab.proving import pairs

@@ -119,13 +119,13 @@ def test_what_cannot_be_scored_is_said_and_the_rest_goes_on(tmp_path: Path):
 
 
 def test_broken_patching_is_told_by_its_own_number():
-    from mixturelens.lab.proving.broken import broken_methods
-    from mixturelens.lab.proving.localise import INTACT, Score
+    from mixturelens.lab.proving.localise import INTACT, MethodScore
+    from mixturelens.lab.proving.sabotage import broken_methods
 
-    def found(method: str, auroc: float, iou: float) -> Score:
+    def found(method: str, auroc: float, iou: float) -> MethodScore:
         numbers = {"auroc": auroc, "top": auroc, "iou": iou, "decoys": 1.0, "both": 1.0}
         shown = {name: Interval(value=value, low=value, high=value) for name, value in numbers.items()}
-        return Score(method=method, contrast="cue", cut=0.1, organisms=6, seconds=1.0, **shown)  # type: ignore[arg-type]
+        return MethodScore(method=method, contrast="cue", cut=0.1, organisms=6, seconds=1.0, **shown)  # type: ignore[arg-type]
 
     methods = [
         found(INTACT, 1.0, 1.0),

@@ -11,13 +11,13 @@ from jaxtyping import Float
 
 from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.grid import Grid, grid_of
-from mixturelens.behaviour.harm import Harm
+from mixturelens.behaviour.harmed import Harm
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.contrasts import Contrasts, cue_contrasts
-from mixturelens.hooks.intervened import Intervened, Prompt, Rewrite, known_prompts
-from mixturelens.hooks.kept import Kept
+from mixturelens.hooks.intervened import Intervened, PlacedPrompt, Rewrite, known_prompts
+from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Lens
 from mixturelens.models import end_tokens
 from mixturelens.stats import PROPORTION, interval, share
@@ -38,8 +38,8 @@ class Ground:
     scorer: Scorer
     choose: Prompts
     judge: Prompts
-    known: Mapping[tuple[int, ...], Prompt]
-    kept: Kept
+    known: Mapping[tuple[int, ...], PlacedPrompt]
+    kept: KeptBeginnings
     """What R's prompts leave behind, for all interventions that come after it."""
     contrasts: Contrasts
     """Cue contrasts of all questions; their first half chooses."""
@@ -77,7 +77,7 @@ def make_ground(lens: Lens, suite: Suite, harm: Harm, seed: int) -> Ground:
         choose=prepare(suite, choose, tokenizer),
         judge=prepare(suite, judge, tokenizer),
         known=known_prompts(suite, suite.neutral, tokenizer),
-        kept=Kept(lens),
+        kept=KeptBeginnings(lens),
         contrasts=contrasts,
         seed=seed,
     )

@@ -12,11 +12,11 @@ import torch
 from scenes import POLICY, REFERENCE, linear, organism, pair, some_features
 
 from mixturelens.contrasts import Contrasts, cue_contrasts
-from mixturelens.features import several
+from mixturelens.features import together
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import joint_effects
 from mixturelens.features.record import Unit
-from mixturelens.features.several import SIZES, fewest_features, fewest_heads, fewest_neurons
+from mixturelens.features.together import SIZES, fewest_features, fewest_heads, fewest_neurons
 from mixturelens.features.units import Place, Trial, clamped, make_trial, pool_of, pool_of_neurons, set_to
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.sweep import ENOUGH, jointly
@@ -53,13 +53,13 @@ def test_a_concept_split_over_two_units_takes_two(monkeypatch: pytest.MonkeyPatc
     assert found.enough
     assert (found.kind, found.among) == ("feature", planted.D)
     assert found.patch.low > ENOUGH
-    assert len(found.random) == several.RANDOM
+    assert len(found.random) == together.RANDOM
     assert max(found.random) < 0.1
     moved = trial.shares(joint_effects(trial.judge, basis, [[0, 1]]))[:, 0]
     assert found.patch.value == pytest.approx(moved[0], abs=1e-6)
     assert (found.gap_closed, found.trained_change) == (NOT_MEASURED, NOT_MEASURED)
     # where sets of two are not tried, it takes the next size
-    monkeypatch.setattr(several, "SIZES", (1, 3))
+    monkeypatch.setattr(together, "SIZES", (1, 3))
     three = fewest_features(pool_of(place, number))
     assert len(three.units) == 3
     assert {0, 1} < {unit.index for unit in three.units}

@@ -14,8 +14,8 @@ from mixturelens.behaviour import pair
 from mixturelens.behaviour.arrays import Change
 from mixturelens.behaviour.bits import bit_terms
 from mixturelens.behaviour.split import class_terms
-from mixturelens.lab.proving.localise import INTACT, Score
-from mixturelens.lab.proving.pairs import Cell, make_pair
+from mixturelens.lab.proving.localise import INTACT, MethodScore
+from mixturelens.lab.proving.pairs import GroundCell, make_pair
 from mixturelens.lab.proving.record import Broken
 from mixturelens.lab.proving.truth import TOLERANCE
 from mixturelens.routing.verdict import judge
@@ -72,7 +72,7 @@ HOOKS = {
 }
 
 
-def broken_methods(methods: Sequence[Score]) -> Iterator[Broken]:
+def broken_methods(methods: Sequence[MethodScore]) -> Iterator[Broken]:
     """What the score of planted addresses says of broken patching, beside the sound one, on the cue."""
     of = {each.method: each for each in methods if each.contrast == "cue"}
     for name, (what, number) in HOOKS.items():
@@ -82,7 +82,7 @@ def broken_methods(methods: Sequence[Score]) -> Iterator[Broken]:
             yield Broken(name=name, what=what, sound=sound, broken=broken, by=by, caught=sound >= 0.9 and broken <= 0.6)
 
 
-def broken_verdicts(cells: Sequence[Cell], ground: Path) -> Iterator[Broken]:
+def broken_verdicts(cells: Sequence[GroundCell], ground: Path) -> Iterator[Broken]:
     """Score each broken behaviour instrument on these pairs beside the sound one: are its words and numbers right?"""
     sound = _right(cells, ground, pair.measure_change)
     for name, (breaks, what) in BROKEN.items():
@@ -97,7 +97,7 @@ def broken_verdicts(cells: Sequence[Cell], ground: Path) -> Iterator[Broken]:
         )
 
 
-def _right(cells: Sequence[Cell], ground: Path, measure: Measure) -> float:
+def _right(cells: Sequence[GroundCell], ground: Path, measure: Measure) -> float:
     right = []
     for cell in cells:
         made = make_pair(cell, ground)
