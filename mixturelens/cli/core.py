@@ -80,7 +80,7 @@ class Given(NamedTuple):
         """RUN, or --before [--after] --suite, but not both."""
         how: How = {
             "device": device_of(self.device),
-            "dtype": self.dtype or "float32",
+            "dtype": "float32" if self.dtype is None else self.dtype,
             "budget": budget_of(self.minutes, self.memory),
         }
         if self.run is not None:
@@ -296,7 +296,7 @@ def discover(
         from mixturelens.models import Pair
 
         asked = read_prompts(prompts, chat=chat, max_new_tokens=max_new_tokens, samples=samples)
-        how: How = {"base": base, "device": device_of(device), "dtype": dtype or "float32"}
+        how: How = {"base": base, "device": device_of(device), "dtype": "float32" if dtype is None else dtype}
         pair = Pair(before, after, asked.suite, out=out, **how)
         if (pair.out / "prompts.jsonl").resolve() == prompts.resolve():
             raise InputError(f"--out {pair.out}: the prompts of the proposed suite would be written over {prompts}")

@@ -70,7 +70,7 @@ class How(TypedDict, total=False):
     """float32, bfloat16 or float16."""
     device_map: str | None
     """Spreads a model over devices (behaviour and verdict alone): auto, balanced or sequential."""
-    budget: Budget
+    budget: Budget | None
     """What an instrument may take."""
 
 
@@ -99,7 +99,7 @@ class Pair:
         **how: Unpack[How],
     ) -> None:
         base, self.device, self.dtype = how.get("base"), how.get("device", "cpu"), how.get("dtype", "float32")
-        self.device_map, self.budget = how.get("device_map"), how.get("budget", UNBOUNDED)
+        self.device_map, self.budget = how.get("device_map"), how.get("budget") or UNBOUNDED
         if self.dtype not in DTYPES:
             raise InputError(f"dtype {self.dtype!r}: one of {', '.join(DTYPES)}")
         if self.device_map not in (None, *DEVICE_MAPS):

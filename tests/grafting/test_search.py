@@ -246,7 +246,7 @@ def test_with_less_time_less_is_looked_at_and_that_is_said(pairs: Path):
     assert needed.seconds > 0
     assert plan(pair, prompts, 93)[0].searched == plans.SEARCHED
     assert plan(pair, prompts, 93, exhaustive=True)[0].everything
-    hurried, least = plan(replace(pair, budget=Budget(minutes=1e-9)), prompts, 93)
+    hurried, least = plan(Pair(pair.before, pair.after, pair.suite, budget=Budget(minutes=1e-9)), prompts, 93)
     assert not hurried.path
     assert not hurried.positions
     assert least.seconds < needed.seconds or hurried.searched == plans.SEARCHED // 2

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -20,8 +21,9 @@ from mixturelens.lab.organism import build_suite, load_spec
 from mixturelens.lab.sweep import run as sweep
 from mixturelens.lab.sweep.grid import GridCell, cells_of, load_grid
 from mixturelens.lab.sweep.run import run_sweep, table_of
-from mixturelens.models import Pair, Source
+from mixturelens.models import Source
 from mixturelens.routing.verdict import VerdictRecord
+from mixturelens.suite import load_suite
 from mixturelens.types import InputError, Interval
 
 REFERENCE = Path(__file__).resolve().parents[2] / "artifacts" / "reference" / "records"
@@ -151,8 +153,10 @@ def training(monkeypatch) -> list[Path]:
         (out / "checkpoints" / "rl-A").mkdir(parents=True, exist_ok=True)
         return []
 
-    def opened(before, after, suite, **_):
-        return Pair(Source(before, before.name), Source(after, after.name), suite)
+    def opened(before, after, suite, *, trained_cue, out, **_):
+        loaded = load_suite(suite).model_copy(update={"trained_cue": trained_cue})
+        sides = {"before": Source(before, before.name), "after": Source(after, after.name)}
+        return SimpleNamespace(**sides, suite=loaded, out=out, name=f"{before.name}--{after.name}")
 
     def verdict(pair, **options):
         share = Interval(value=runs.load_run(pair.out).seed / 10, low=0.0, high=1.0)
@@ -326,7 +330,7 @@ def test_a_scheduler_that_does_not_answer_is_named(tmp_path):
 
 def test_without_dask_it_is_said_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "distributed", None)
-    with pytest.raises(InputError, match=r"pip install 'mixturelens\[sweep\]'"):
+    with pytest.raises(InputError, match=r"pip install 'mixturelens\[lab\]'"):
         list(sweep._on_dask(cells(tmp_path), lambda _: "", "tcp://x:1", tmp_path))
 
 

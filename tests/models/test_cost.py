@@ -1,7 +1,5 @@
 """What work is said to take, from configs alone."""
 
-from dataclasses import replace
-
 import pytest
 
 from mixturelens.models import Budget, Pair
@@ -49,7 +47,7 @@ def test_work_that_is_little_is_not_said_to_take_seconds():
 
 
 def test_what_does_not_fit_is_refused_before_it_is_loaded(pair):
-    pair = replace(pair, budget=Budget(memory=1))
+    pair = Pair(pair.before, pair.after, pair.suite, budget=Budget(memory=1))
     check_memory(pair, Estimate(1.0, 0.9e9), "patching")
     with pytest.raises(InputError, match=r"patching needs 1.5 GB, and --memory allows 1: allow more"):
         check_memory(pair, Estimate(1.0, 1.5e9), "patching")
