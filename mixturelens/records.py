@@ -31,6 +31,11 @@ class Provenance(Frozen):
     dtype: str = "float32"
     versions: dict[str, str] = {}
 
+    def measures_as(self, other: Provenance) -> bool:
+        """Whether the same would be measured from it; with which trl, if any, is of no account there."""
+        sides = [{**each.versions, "trl": ""} for each in (self, other)]
+        return sides[0] == sides[1] and self.model_copy(update={"versions": other.versions}) == other
+
 
 def provenance(
     *,
@@ -49,8 +54,15 @@ def provenance(
         seed=seed,
         device=device,
         dtype=dtype,
-        versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+        versions={name: found for name in _LIBRARIES if (found := _version(name)) is not None},
     )
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 class Record(Frozen):
@@ -139,11 +151,16 @@ def first_problem(error: ValidationError) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either there whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -1,0 +1,108 @@
+"""What has been measured of a record that is not whole yet: an instrument that was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from mixturelens.records import write_bytes, write_text
+from mixturelens.types import Frozen
+
+EVERY = 5.0
+"""Seconds between two times that arrays are written: what a kill can cost."""
+
+F = TypeVar("F", bound=Frozen)
+Arrays = Mapping[str, np.ndarray]
+
+
+class Unfinished:
+    """Parts of a record, by name, in a folder beside it: whoever asks for one gets it from there, or has it measured.
+
+    `about` says everything that the parts depend on (checkpoints, suite, seed, settings): parts that were measured of
+    something else are thrown away. Without a folder nothing is kept.
+
+    >>> parts = Unfinished(None, "nothing")
+    >>> parts.arrays("one", lambda: {"x": np.ones(2)})["x"]
+    array([1., 1.])
+    """
+
+    def __init__(self, folder: Path | None, about: str) -> None:
+        self._folder = folder
+        self._new: dict[str, Arrays] = {}
+        self._known: dict[str, Arrays] = {}
+        self._written = time.monotonic()
+        if folder is None or not folder.is_dir():
+            self._about = about
+            return
+        self._about = about
+        file = folder / "about.json"
+        if not file.is_file() or file.read_text(encoding="utf-8") != _digest(about):
+            shutil.rmtree(folder)
+            return
+        for each in sorted(folder.glob("*.safetensors")):
+            self._known |= _unpacked(each)
+
+    def value(self, name: str, kind: type[F], measure: Callable[[], F]) -> F:
+        """A part that is a frozen value: read back, or measured and written at once."""
+        if self._folder is None:
+            return measure()
+        file = self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+        if file.is_file():
+            return kind.model_validate_json(file.read_text(encoding="utf-8"))
+        found = measure()
+        self._start()
+        write_text(file, found.model_dump_json())
+        return found
+
+    def arrays(self, name: str, measure: Callable[[], Arrays]) -> Arrays:
+        """A part that is arrays by name: read back, or measured. What is new is written every few seconds."""
+        if name not in self._known:
+            self._known[name] = self._new[name] = measure()
+            if self._folder is not None and time.monotonic() - self._written > EVERY:
+                self.write()
+        return self._known[name]
+
+    def write(self) -> None:
+        """Write the arrays that are new."""
+        if self._folder is None or not self._new:
+            return
+        from safetensors.numpy import save
+
+        self._start()
+        flat = {
+            f"{name}\n{key}": np.ascontiguousarray(value) for name, of in self._new.items() for key, value in of.items()
+        }
+        number = len(list(self._folder.glob("*.safetensors")))
+        write_bytes(self._folder / f"{number:06d}.safetensors", save(flat))
+        self._new, self._written = {}, time.monotonic()
+
+    def done(self) -> None:
+        """The record is whole, and written: its parts are not needed any more."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self) -> None:
+        assert self._folder is not None
+        if not (self._folder / "about.json").is_file():
+            write_text(self._folder / "about.json", _digest(self._about))
+
+
+def _digest(about: str) -> str:
+    return json.dumps(hashlib.sha256(about.encode()).hexdigest())
+
+
+def _unpacked(file: Path) -> dict[str, Arrays]:
+    from safetensors.numpy import load_file
+
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in load_file(file).items():
+        part, _, key = name.rpartition("\n")
+        found.setdefault(part, {})[key] = value
+    return dict(found)
