@@ -125,6 +125,15 @@ def test_what_is_not_there_is_found(tmp_path: Path) -> None:
         test_links_lead_to_files_and_headings(page)
 
 
+@pytest.mark.parametrize("page", [DOCS / "quickstart.md", DOCS / "suites.md"], ids=lambda page: page.name)
+def test_the_suite_that_a_page_shows_can_be_loaded(page: Path, tmp_path: Path) -> None:
+    shown = next(block.text for block in blocks(page) if block.language == "yaml" and "policies:" in block.text)
+    rows = re.findall(r'^ +({"id".*})$', (DOCS / "quickstart.md").read_text(encoding="utf-8"), re.MULTILINE)
+    (tmp_path / "suite.yaml").write_text(shown, encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    assert ml.load_suite(tmp_path / "suite.yaml").cues == ("plain", "odd")
+
+
 def slug(heading: str) -> str:
     """What code forges and MkDocs call the place of a heading."""
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
