@@ -40,7 +40,7 @@ score: $(READY)
 notebooks: $(READY)
 	$(BIN)/python scripts/run_notebooks.py
 
-# into site/, to be read from the disk; without a network
+# into site/, without a network
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
