@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow real gpu lint bench score notebooks clean
+.PHONY: demo test test-slow real gpu lint bench score notebooks docs clean
 
 demo: $(READY)
 	$(BIN)/mixturelens demo
@@ -39,6 +39,10 @@ score: $(READY)
 
 notebooks: $(READY)
 	$(BIN)/python scripts/run_notebooks.py
+
+# into site/, without a network
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mixturelens needs Python 3.11 or later; make PYTHON=python3.12")'

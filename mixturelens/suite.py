@@ -1,6 +1,6 @@
 """Behaviour suites: prompts, answers, and the rules by which completions show policy and behaviour.
 
-The file format is the contract of the project (README, "Your own pair"). A suite knows nothing of models and
+The file format is the contract of the project (docs/suites.md). A suite knows nothing of models and
 tokenizers: `spelling` makes token ids of it.
 """
 
@@ -172,7 +172,7 @@ class Label:
 
 
 class Suite(Frozen):
-    """Prompts and the rules that label completions; see the README for the file.
+    """Prompts and the rules that label completions; see docs/suites.md for the file.
 
     >>> row = PromptRow(id="q", cue="A", prompt="2 + 2 =", answer="4")
     >>> suite = Suite(prompts=(row,), policies={"a": "[a]", "b": "[b]"}, behaviours={"refuse": "sorry"})

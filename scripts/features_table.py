@@ -2,7 +2,7 @@
 
 What it is made of lies in artifacts/reference/seeds/<recipe>-<seed>/<pair>/features.json, the numbers of one pair
 without units, cards and examples; `--collect RUN ...` takes those of finished runs first, with those of the control
-pairs that scripts/control_pairs.py made. It writes a summary into the README and every pair, with intervals, into
+pairs that scripts/control_pairs.py made. It writes a summary into docs/findings.md and every pair, with intervals, into
 artifacts/reference/features.md.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from mixturelens.features.record import FeatureRecord, Several, Terms, UnitScore
 from mixturelens.lab import runs
 from mixturelens.types import InputError, Interval
-from scripts.readme_table import ROOT, SEEDS, bounds, put
+from scripts.seed_tables import ROOT, SEEDS, bounds, put
 
 PAGE = ROOT / "artifacts" / "reference" / "features.md"
 RECIPES = ("default", "full", "adam")

@@ -25,8 +25,8 @@ from mixturelens.records import write_text
 from mixturelens.routing.repair import RepairRecord
 from mixturelens.routing.verdict import VerdictRecord
 from scripts import inoculation
-from scripts.readme_table import ROOT, put
 from scripts.run_notebooks import CHROMIUM, picture
+from scripts.seed_tables import ROOT, put
 
 REAL = ROOT / "artifacts" / "real"
 PAGE = REAL / "README.md"

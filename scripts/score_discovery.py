@@ -24,9 +24,10 @@ from mixturelens.lab.proving.pairs import GroundCell, grid, make_pair
 from mixturelens.models import Pair
 from mixturelens.records import Record, provenance, write_text
 from mixturelens.suite import Suite
-from scripts.readme_table import ROOT, put
+from scripts.seed_tables import ROOT, put
 
 KEPT = ROOT / "artifacts/reference/discovery.json"
+PAGE = ROOT / "docs/discover.md"
 NULLS = 20
 FOUND = 0.9
 """Adjusted Rand index from which two ways to part are the same."""
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--ground", type=Path, default=Path("artifacts/proving"))
     parser.add_argument("--half", default="held-out", choices=("open", "held-out"))
     parser.add_argument("--only", default="", help="Pairs whose name holds this.")
-    parser.add_argument("--keep", action="store_true", help="Keep the scores, and write them into the README.")
+    parser.add_argument("--keep", action="store_true", help="Keep the scores, and write them into docs/discover.md.")
     parser.add_argument("--null", type=Path, metavar="FOUND", help="Instead: the nulls of what discover left there.")
     arguments = parser.parse_args()
     if arguments.null is not None:
@@ -189,7 +190,7 @@ def main() -> None:
     print(summary(done))
     if arguments.keep:
         Scores(pairs=tuple(done)).save(KEPT)
-        put("discovery", f"{summary(done)}\n\n{table(done)}", "score_discovery")
+        put("discovery", f"{summary(done)}\n\n{table(done)}", "score_discovery", PAGE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The steps in order on the reference organism: what is in git is what the README says."""
+"""The steps in order on the reference organism: what is in git is what the docs say."""
 
 from __future__ import annotations
 

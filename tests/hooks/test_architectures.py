@@ -1,6 +1,6 @@
 """Every architecture, tiny and random: the lens is the model, the engine exact, edits arrive, edges sum; or why not.
 
-The table in README.md is made here: `python tests/hooks/test_architectures.py` writes it.
+The table in docs/scaling.md is made here: `python tests/hooks/test_architectures.py` writes it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mixturelens.patching.sweep import all_sites, left_out
 from mixturelens.types import PER_HEAD, Component, InputError, RunError, Site
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "scaling.md"
 LLAMA = ROOT / "tests" / "pairs" / "llama" / "S"
 EXACT = {"atol": 1e-4, "rtol": 1e-4}
 BATCH = tokens([[3, 5, 11, 8, 10, 12, 13, 6], [6, 7, 7, 9, 12, 14, 2]])  # the second one is padded
@@ -206,8 +207,8 @@ def table() -> str:
 START, END = "<!-- architectures: written by tests/hooks/test_architectures.py -->\n", "\n<!-- /architectures -->"
 
 
-def test_the_table_of_the_readme_is_the_one_that_is_made_here():
-    written_down = (ROOT / "README.md").read_text().split(START)[1].split(END)[0]
+def test_the_table_of_the_docs_is_the_one_that_is_made_here():
+    written_down = PAGE.read_text().split(START)[1].split(END)[0]
     assert written_down == table(), "write it anew: python tests/hooks/test_architectures.py"
 
 
@@ -484,6 +485,5 @@ def test_half_precision_is_the_model_up_to_rounding(name: str):
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    around = re.split(f"{re.escape(START)}.*?{re.escape(END)}", readme.read_text(), flags=re.DOTALL)
-    readme.write_text(f"{START}{table()}{END}".join(around))
+    around = re.split(f"{re.escape(START)}.*?{re.escape(END)}", PAGE.read_text(), flags=re.DOTALL)
+    PAGE.write_text(f"{START}{table()}{END}".join(around))

@@ -1,4 +1,4 @@
-"""The page of a score: how often the instruments are right, in words, pictures and tables; and for a README."""
+"""The page of a score: how often the instruments are right, in words, pictures and tables; and for the docs."""
 
 from __future__ import annotations
 
@@ -290,11 +290,11 @@ def _yes(so: bool) -> str:
     return "yes" if so else "NO"
 
 
-# --- for a README -----------------------------------------------------------------------------------------------------
+# --- for the docs -----------------------------------------------------------------------------------------------------
 
 
 def score_markdown(record: ScoreRecord) -> str:
-    """The tables of a README: both confusion matrices on the held-out half, methods, and a line each for the rest."""
+    """Tables of docs/validation.md: both confusion matrices on the held-out half, methods, and a line for the rest."""
     blocks = []
     for sums in (each for each in record.verdicts if each.half == "held-out"):
         blocks.append(_sentence(sums))

@@ -1,4 +1,4 @@
-"""The page of a score says what its record says, and what is missing; and so do the tables for a README."""
+"""The page of a score says what its record says, and what is missing; and so do the tables for the docs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the README's tables of seeds from records: `python scripts/readme_table.py`.
+"""Write the tables over seeds of docs/findings.md from records: `python scripts/seed_tables.py`.
 
 What they are made of lies in artifacts/reference/seeds/<recipe>-<seed>/<pair>/: `verdict.json`; `router.json`, the
 numbers of patching, circuit and repair that the second table shows; and `weights.json`, those of grafts, for the third.
@@ -24,6 +24,7 @@ from mixturelens.types import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = ROOT / "artifacts" / "reference" / "seeds"
+FINDINGS = ROOT / "docs" / "findings.md"
 
 
 def collect(run: Path) -> None:
@@ -223,20 +224,22 @@ def signed(value: Interval) -> str:
     return f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 
-def put(name: str, made: str, script: str, readme: Path = ROOT / "README.md") -> None:
-    """Write a block of a README that a script makes, in the place of what it made before."""
-    head, begin, rest = readme.read_text(encoding="utf-8").partition(f"<!-- {name}: written by scripts/{script}.py -->")
+def put(name: str, made: str, script: str, page: Path = FINDINGS) -> None:
+    """Write a block of a page that a script makes, in the place of what it made before."""
+    head, begin, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name}: written by scripts/{script}.py -->")
     _, end, tail = rest.partition(f"<!-- /{name} -->")
-    readme.write_text(f"{head}{begin}\n{made}\n{end}{tail}", encoding="utf-8")
+    if not end:
+        raise ValueError(f"{page}: no block {name!r} of scripts/{script}.py")
+    page.write_text(f"{head}{begin}\n{made}\n{end}{tail}", encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the README's table of seeds from records.")
+    parser = argparse.ArgumentParser(description="Write the tables over seeds of docs/findings.md from records.")
     parser.add_argument("--collect", nargs="*", type=Path, default=[], metavar="RUN")
     for run in parser.parse_args().collect:
         collect(run)
     for name, made in (("seeds", table()), ("router", router_table()), ("weights", weights_table())):
-        put(name, made, "readme_table")
+        put(name, made, "seed_tables")
 
 
 if __name__ == "__main__":
