@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import typer
 
@@ -46,7 +46,7 @@ from mixturelens.cli.tables import (
     show_repairs,
     show_verdicts,
 )
-from mixturelens.types import InputError
+from mixturelens.types import InputError, RunError, VerdictWord
 
 if TYPE_CHECKING:
     from mixturelens.behaviour.record import BehaviourRecord
@@ -231,6 +231,48 @@ def repair(pairs: list[Pair], options: Options) -> tuple[list[RepairRecord], Cal
 
     records = [ml.repair(pair, **options) for pair in pairs]
     return records, lambda: show_repairs(pairs, records)
+
+
+Allow = Annotated[
+    list[str] | None,
+    typer.Option("--allow", metavar="WORD", help="A verdict that passes, beside `neither`; may be repeated."),
+]
+MaxSpecialist = Annotated[
+    float | None, typer.Option(metavar="BITS", help="What specialists may have moved, with all of its interval.")
+]
+JUnit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the checks as JUnit XML.")]
+
+
+@_on_pairs
+def gate(
+    pairs: list[Pair],
+    options: Options,
+    allow: Allow = None,
+    max_specialist: MaxSpecialist = None,
+    junit: JUnit = None,
+) -> tuple[list[VerdictRecord], Callable[[], None]]:
+    """Pass (exit status 0) or fail (1) on the verdict: for continuous integration."""
+    from mixturelens.records import write_text
+    from mixturelens.routing import gate as gates
+
+    unknown = [word for word in allow or () if word not in get_args(VerdictWord)]
+    if unknown:
+        raise InputError(f"--allow {unknown[0]}: one of {', '.join(get_args(VerdictWord))}")
+    if max_specialist is not None and not max_specialist >= 0:
+        raise InputError(f"--max-specialist {max_specialist:g}: bits, 0 or more")
+    records = [ml.verdict(pair, **options) for pair in pairs]
+    named = zip(pairs, records, strict=True)
+    found = {pair.name: gates.gate(record, allow or (), max_specialist) for pair, record in named}
+    if junit is not None:
+        write_text(junit, gates.junit(found))
+    failed = [
+        f"{name}: {check.name}: {check.said}" for name, checks in found.items() for check in checks if not check.holds
+    ]
+    if failed:
+        raise RunError(f"the gate is closed: {'; '.join(failed)}")
+    return records, lambda: print(
+        "The gate is open: " + ", ".join(f"{p.name} {r.verdict}" for p, r in zip(pairs, records, strict=True))
+    )
 
 
 @_on_pairs
