@@ -134,19 +134,28 @@ class Record(Frozen):
 
 def first_problem(error: ValidationError) -> str:
     """One line for the first problem of a pydantic error: key, what is wrong, the value."""
-    problem, *more = error.errors()
-    if problem["loc"][-1:] == ("str",):
-        # a text or a mapping was allowed, and a mapping was given: the problem is inside it
-        inside = [p for p in more if p["loc"][:-2] == problem["loc"][:-1]]
-        problem = inside[0] if inside else problem
-    # a part with a bar before it names the kind of a value, which no key of the file does
-    where = ".".join(part for part in map(str, problem["loc"]) if not part.startswith("|")) or "top level"
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {where!r}"
-    if problem["type"] == "missing":
-        return f"key {where!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where != "top level" else message
+    return next(problems_of(error))[1]
+
+
+def problems_of(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """(key, one line) for every problem of a pydantic error: the key, what is wrong, the value."""
+    left = list(error.errors())
+    while left:
+        problem, *left = left
+        if problem["loc"][-1:] == ("str",):
+            # a text or a mapping was allowed, and a mapping was given: the problem is inside it
+            beside = [p for p in left if p["loc"][: len(problem["loc"]) - 1] == problem["loc"][:-1]]
+            left = [p for p in left if p not in beside]
+            problem = next((p for p in beside if p["loc"][:-2] == problem["loc"][:-1]), problem)
+        # a part with a bar before it names the kind of a value, which no key of the file does
+        where = ".".join(part for part in map(str, problem["loc"]) if not part.startswith("|")) or "top level"
+        if problem["type"] == "extra_forbidden":
+            yield where, f"unknown key {where!r}"
+        elif problem["type"] == "missing":
+            yield where, f"key {where!r} is missing"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            yield where, f"{where}: {message}" if where != "top level" else message
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator, model_validator
 
 from mixturelens.records import first_problem, write_text
 from mixturelens.types import ANSWER, ERR, OTHER, Frozen, InputError, PolicyTable
@@ -198,70 +198,84 @@ class Suite(Frozen):
     """Who says what the policies are: `mixturelens discover`, or (absent) a person."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Suite:
+    def _consistent(self, info: ValidationInfo) -> Suite:
+        found = self._problems()
+        if isinstance(info.context, list):  # whoever gives a list wants all of them
+            info.context.extend(found)
+        else:
+            for problem in found:
+                raise ValueError(problem)
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        """What is wrong with fields that are each right alone: where, and what to do."""
         if OTHER in self.policies:
-            raise ValueError(f"policies: {OTHER!r} is kept for completions of no known policy; rename it")
+            yield f"policies: {OTHER!r} is kept for completions of no known policy; rename it"
         if self.behaviours and ANSWER in self.behaviours:
-            raise ValueError(f"behaviours: {ANSWER!r} is what matches no other behaviour; leave it out")
-        _refuse_overlap("policies", {name: s for name, s in self.policies.items() if not isinstance(s, Row)})
-        _refuse_overlap("behaviours", self.behaviours or {})
+            yield f"behaviours: {ANSWER!r} is what matches no other behaviour; leave it out"
+        yield from _overlaps("policies", {name: s for name, s in self.policies.items() if not isinstance(s, Row)})
+        yield from _overlaps("behaviours", self.behaviours or {})
         if self.trained_cue is not None and self.trained_cue not in self.cues:
-            raise ValueError(f"trained_cue: no prompt has cue {self.trained_cue!r}")
+            yield f"trained_cue: no prompt has cue {self.trained_cue!r}"
         if not self.neutral:
-            raise ValueError("prompts: every prompt has a hint; behaviour is measured on prompts without one")
-        self._check_rows()
+            yield "prompts: every prompt has a hint; behaviour is measured on prompts without one"
+            return
+        yield from self._problems_of_rows()
         for name, shown in self.policies.items():
             if isinstance(shown, Rule) and shown.force is not None:
                 found = self.label(shown.force, self.neutral[0]).policy
                 if found != name:
-                    raise ValueError(f"policies.{name}.force: {shown.force!r} shows policy {found!r}, not {name!r}")
+                    yield f"policies.{name}.force: {shown.force!r} shows policy {found!r}, not {name!r}"
+        yield from self._problems_of_prompts()
+
+    def _problems_of_prompts(self) -> Iterator[str]:
         for row in self.prompts:
             if row.err is not None and ERR not in (self.behaviours or {}):
                 for name, shown in (self.behaviours or {}).items():
                     for text in () if isinstance(shown, Rule) else wordings(shown):
                         if row.err.startswith(text.strip()) or text.strip().startswith(row.err):
-                            raise ValueError(f"prompts: the `err` of {row.id!r} overlaps with behaviour {name!r}")
+                            yield f"prompts: the `err` of {row.id!r} overlaps with behaviour {name!r}"
             if not row.answer.strip():
-                raise ValueError(f"prompts: the answer of {row.id!r} is empty")
+                yield f"prompts: the answer of {row.id!r} is empty"
         without = [row.id for row in self.prompts if row.err is None]
         if 0 < len(without) < len(self.prompts):
-            raise ValueError(f"prompts: {without[0]!r} has no `err`, but others have; give it to all or to none")
+            yield f"prompts: {without[0]!r} has no `err`, but others have; give it to all or to none"
         seen: set[tuple[str, str, str | None]] = set()
         for row in self.prompts:
             key = (row.id, row.cue, row.hint)
             if key in seen:
-                raise ValueError(f"prompts: question {row.id!r} occurs twice under cue {row.cue!r}, hint {row.hint!r}")
+                yield f"prompts: question {row.id!r} occurs twice under cue {row.cue!r}, hint {row.hint!r}"
             seen.add(key)
             if row.messages is not None and self.chat is None:
-                raise ValueError(f"prompts: {row.id!r} has messages, but the suite has no `chat:`; add `chat: {{}}`")
+                yield f"prompts: {row.id!r} has messages, but the suite has no `chat:`; add `chat: {{}}`"
             if self.answer_match == "regex":
-                _pattern(row.answer, f"answer of {row.id!r}")
-        return self
+                try:
+                    re.compile(row.answer)
+                except re.error as error:
+                    yield f"answer of {row.id!r}: not a regular expression ({error}): {row.answer!r}"
 
-    def _check_rows(self) -> None:
+    def _problems_of_rows(self) -> Iterator[str]:
         rows = {name: shown.table for name, shown in self.policies.items() if isinstance(shown, Row)}
         if not rows:
             return
         for name in self.policies:
             if name not in rows:
-                raise ValueError(
+                yield (
                     f"policies: {name!r} announces itself, and {next(iter(rows))!r} has only its `table`; give all "
                     "policies by their rows of the policy table, or none"
                 )
         if len(self.behaviour_names) < 2:
-            raise ValueError("behaviours: policies given by their `table` show in behaviours alone; name them")
+            yield "behaviours: policies given by their `table` show in behaviours alone; name them"
         for name, table in rows.items():
             for cue in self.cues:
                 if cue not in table:
-                    raise ValueError(f"policies.{name}.table: cue {cue!r} is missing")
+                    yield f"policies.{name}.table: cue {cue!r} is missing"
             for cue, behaviour in table.items():
                 if cue not in self.cues:
-                    raise ValueError(f"policies.{name}.table: no prompt has cue {cue!r}")
+                    yield f"policies.{name}.table: no prompt has cue {cue!r}"
                 if behaviour not in self.behaviour_names:
                     known = ", ".join(self.behaviour_names)
-                    raise ValueError(
-                        f"policies.{name}.table.{cue}: {behaviour!r} is no behaviour of the suite ({known})"
-                    )
+                    yield f"policies.{name}.table.{cue}: {behaviour!r} is no behaviour of the suite ({known})"
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         copy = super().model_copy(update=update, deep=deep)
@@ -394,8 +408,17 @@ def _default(key: str) -> object:
 
 def load_suite(path: Path) -> Suite:
     """Read a suite and its prompts. Raises InputError that names the file, the line or key, and what to do."""
-    if path.is_dir():
-        path = path / "suite.yaml"
+    path = path / "suite.yaml" if path.is_dir() else path
+    data = read_yaml(path)
+    rows = _load_prompts(path.parent / data["prompts"])
+    try:
+        return Suite.model_validate({**data, "prompts": rows})
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_problem(error)}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a suite's file is. Raises InputError that names the file and what is wrong with it."""
     try:
         data = yaml.load(_text(path, "no such suite file"), _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -405,11 +428,7 @@ def load_suite(path: Path) -> Suite:
     half = half_a_character(data)
     if half is not None:
         raise InputError(f"{path}: {half}")
-    rows = _load_prompts(path.parent / data["prompts"])
-    try:
-        return Suite.model_validate({**data, "prompts": rows})
-    except ValidationError as error:
-        raise InputError(f"{path}: {first_problem(error)}") from None
+    return data
 
 
 def _text(path: Path, missing: str) -> str:
@@ -483,21 +502,33 @@ def json_lines(path: Path, missing: str) -> Iterator[tuple[str, Any]]:
 
     Raises InputError naming file and line for what is no JSON, or no text that a tokenizer can spell.
     """
+    for number, data in json_objects(path, missing):
+        where = f"{path}: line {number}"
+        if isinstance(data, InputError):
+            raise InputError(f"{where}: {data}")
+        yield where, data
+
+
+def json_objects(path: Path, missing: str) -> Iterator[tuple[int, Any]]:
+    """(line, what it says) of every line that is not empty; what is wrong with a line is an InputError in its place.
+
+    Raises InputError for a file that cannot be read.
+    """
     # not splitlines: a text may hold separators of lines that JSON does not escape
     for number, line in enumerate(_text(path, missing).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        try:
-            data = json.loads(line, object_pairs_hook=_once)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error})") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: {error}") from None
-        half = half_a_character(data)
-        if half is not None:
-            raise InputError(f"{where}: {half}")
-        yield where, data
+        if line.strip():
+            yield number, _json(line)
+
+
+def _json(line: str) -> Any:
+    try:
+        data = json.loads(line, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        return InputError(f"not JSON ({error})")
+    except (ValueError, RecursionError) as error:
+        return InputError(str(error))
+    half = half_a_character(data)
+    return data if half is None else InputError(half)
 
 
 def _load_prompts(path: Path) -> tuple[PromptRow, ...]:
@@ -532,23 +563,23 @@ def literal_texts(suite: Suite) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
-def _refuse_overlap(where: str, shown: dict[str, Shown]) -> None:
+def _overlaps(where: str, shown: dict[str, Shown]) -> Iterator[str]:
     """Literals of which one begins with another, and rules given twice, make labels ambiguous."""
     texts: list[tuple[str, str]] = []
     rules: dict[str, str] = {}
     for name, value in shown.items():
         if isinstance(value, Rule):
             if value.regex in rules:
-                raise ValueError(f"{where}: {name!r} and {rules[value.regex]!r} overlap: the same rule {value.regex!r}")
+                yield f"{where}: {name!r} and {rules[value.regex]!r} overlap: the same rule {value.regex!r}"
             rules[value.regex] = name
         else:
             texts += [(name, text.strip()) for text in wordings(value)]
     for i, (name, text) in enumerate(texts):
         if not text:
-            raise ValueError(f"{where}: {name!r} has an empty text; every completion begins with it")
-        for other_name, other in texts[:i]:
-            if text.startswith(other) or other.startswith(text):
-                raise ValueError(
+            yield f"{where}: {name!r} has an empty text; every completion begins with it"
+        for other_name, other in texts[:i] if text else ():
+            if other and (text.startswith(other) or other.startswith(text)):
+                yield (
                     f"{where}: {name!r} and {other_name!r} overlap: one of {other!r} and {text!r} begins "
                     "with the other; make them distinct"
                 )
