@@ -16,15 +16,10 @@ from mixturelens.cli.tables import (
     print_json,
     print_table,
     show_forecasts,
-    show_grafts,
-    show_mechanism,
-    show_patching,
-    show_probing,
-    show_repairs,
     show_score,
+    show_story,
     show_structure,
     show_sweep,
-    show_verdicts,
 )
 from mixturelens.types import InputError, RunError
 
@@ -41,22 +36,16 @@ def demo(out: Out = None, device: Device = None, quiet: Quiet = False) -> None:
         where = device_of(device)
         runs.train(load_spec("default"), folder, where, progress)
         pairs = runs.run_pairs(folder, device=where)
-        patched = [ml.patch(pair, say=say) for pair in pairs]
         for pair in pairs:
+            for instrument in (ml.patch, ml.graft, ml.probe):
+                instrument(pair, say=say)
             ml.circuit(pair, pairs, say=say)
-        grafted = [ml.graft(pair, say=say) for pair in pairs]
-        probed = [ml.probe(pair, say=say) for pair in pairs]
         repaired = [ml.repair(pair, say=say) for pair in pairs]
         verdicts = [ml.verdict(pair) for pair in pairs]  # now with what the weights say
         page = runs.report(folder, pairs)
-    show_verdicts(pairs, verdicts)
-    print()
-    show_patching(pairs, patched)
-    show_probing(pairs, probed)
-    show_grafts(pairs, grafted)
-    show_mechanism(pairs, verdicts)
-    show_repairs(pairs, repaired)
-    print(f"\nReport: {page}")
+    print(f"{verdicts[0].reason}\n")
+    show_story(pairs, verdicts, repaired)
+    print(f"Everything else is on the page: {page}")
 
 
 @app.command()

@@ -296,6 +296,18 @@ def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
     show_missing(pairs, records)
 
 
+def show_story(pairs: list[Pair], verdicts: list[VerdictRecord], repaired: list[RepairRecord]) -> None:
+    """What RL did to the cue that it did not train on, and what brings it back: a line a pair."""
+    rows = []
+    for pair, verdict, repair in zip(pairs, verdicts, repaired, strict=True):
+        cues = (repair.trained_cue, repair.harmed_cue)
+        trained, other = (f"{number(repair.before[cue].value)} -> {number(repair.after[cue].value)}" for cue in cues)
+        best = repair.best
+        back = "-" if best is None else f"{number(best.accuracy[cues[1]].value)} ({best.kind})"
+        rows.append((pair.name, verdict.verdict, f"{cues[0]} {trained}", f"{cues[1]} {other}", back))
+    print_table(("pair", "verdict", "trained cue", "other cue", "other cue, repaired"), rows)
+
+
 def show_discovered(record: DiscoveryRecord, page: Path, suite: Path, as_json: bool) -> None:
     """What was found, from questions that it was not chosen on, and where to look at it."""
     if as_json:
