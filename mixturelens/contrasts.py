@@ -36,6 +36,7 @@ class Contrast:
 
     @property
     def shift(self) -> int:
+        """How many tokens longer the corrupt prompt is than the clean one; below 0 where it is shorter."""
         return len(self.corrupt) - len(self.clean)
 
 
@@ -67,6 +68,7 @@ class Contrasts:
         return half_of(len(self.rows), which)
 
     def first(self, number: int) -> Contrasts:
+        """The first so many questions."""
         return Contrasts(self.kind, self.clean, self.corrupt, self.policy, self.rows[:number])
 
 

@@ -149,6 +149,11 @@ class Speller:
         self.appended = len(_appended(self.text, tokenizer)) if self.special else 0
 
     def announced(self, announcement: str, rests: Sequence[str]) -> Announced:
+        """Spell an announcement behind the prompt, and each of `rests` behind the announcement.
+
+        All whitespace that the suite's `spelling` names is tried. Where there are no `rests`, the prompt's answer stands in for
+        them, since what follows may decide how an announcement ends.
+        """
         core = announcement.strip()
         leads = self.spelling.lead.get(self.cue) or (announcement[: len(announcement) - len(announcement.lstrip())],)
         pieces: list[tuple[str, str]] = []
@@ -319,6 +324,7 @@ def normalised_suite(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> Suite:
 
 
 def normalised_row(suite: Suite, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> PromptRow:
+    """The row with answer and err as completions show them; an answer that is a regular expression stays as it is."""
     answer = row.answer if suite.answer_match == "regex" else as_decoded(row.answer, tokenizer)
     err = row.err and as_decoded(row.err, tokenizer)
     return row if (answer, err) == (row.answer, row.err) else row.model_copy(update={"answer": answer, "err": err})

@@ -80,6 +80,7 @@ class Rule(Frozen):
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
+        """The regular expression, compiled."""
         return re.compile(self.regex)
 
 
@@ -264,6 +265,7 @@ class Suite(Frozen):
                     )
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields replaced, as in pydantic, without what had been derived from the old ones."""
         copy = super().model_copy(update=update, deep=deep)
         for name in ("cues", "neutral", "hinted", "behaviour_names"):  # what was derived from the old fields
             vars(copy).pop(name, None)
@@ -271,6 +273,7 @@ class Suite(Frozen):
 
     @cached_property
     def cues(self) -> tuple[str, ...]:
+        """The cues, in the order in which the prompts name them first."""
         return tuple(dict.fromkeys(row.cue for row in self.prompts))
 
     @cached_property
@@ -280,6 +283,7 @@ class Suite(Frozen):
 
     @cached_property
     def hinted(self) -> tuple[PromptRow, ...]:
+        """Prompts with a hint."""
         return tuple(row for row in self.prompts if row.hint is not None)
 
     @cached_property

@@ -72,6 +72,7 @@ class Interval(Frozen):
 
     @property
     def measured(self) -> bool:
+        """Whether there is a value."""
         return self.value is not None
 
     @property
@@ -88,9 +89,11 @@ class Interval(Frozen):
         return self.low > threshold or self.high < threshold
 
     def above(self, threshold: float) -> bool:
+        """Whether all of the interval is at least `threshold`; False where there is none."""
         return self.low is not None and self.low >= threshold
 
     def below(self, threshold: float) -> bool:
+        """Whether all of the interval is at most `threshold`; False where there is none."""
         return self.high is not None and self.high < threshold
 
     def within(self, least: float, most: float) -> Interval:

@@ -30,6 +30,7 @@ class Behaviour:
 
     @property
     def weights(self) -> Float[np.ndarray, "prompt policy"]:
+        """Mixture weights c(m given x): the probability that a completion follows each policy, `other` last."""
         return self.classes.sum((-1, -2))
 
     @property
@@ -39,6 +40,7 @@ class Behaviour:
 
     @property
     def forced_correct(self) -> Float[np.ndarray, "prompt known wording"]:
+        """Probability of being right behind each announcement, whatever the behaviour."""
         return self.forced_right.sum(-1)
 
     @property

@@ -27,6 +27,7 @@ class Labelled:
     correct: np.ndarray
 
     def part(self, at: np.ndarray) -> Labelled:
+        """The labels of some completions: `at` holds their numbers, or a mask over all of them."""
         return Labelled(self.policy[at], self.wording[at], self.behaviour[at], self.correct[at])
 
 

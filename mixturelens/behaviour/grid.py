@@ -19,6 +19,7 @@ class Grid:
     counts: Int[np.ndarray, "draw question"]
 
     def spread(self, values: Float[np.ndarray, " prompt *rest"]) -> Float[np.ndarray, "question cue *rest"]:
+        """Values of the prompts laid out by question and cue; NaN where a question has no prompt under a cue."""
         return np.where(
             (self.index >= 0).reshape(*self.index.shape, *[1] * (values.ndim - 1)), values[self.index], np.nan
         )
@@ -28,6 +29,7 @@ class Grid:
         return self.counts[:, : int((~np.isnan(self.spread(values))).any(1).sum())]
 
     def draws(self, values: Float[np.ndarray, " prompt *rest"]) -> Float[np.ndarray, "draw cue *rest"]:
+        """Means over questions under each cue in every bootstrap sample; row 0 is the sample itself."""
         return resampled_mean(self.spread(values), self.counts)
 
 

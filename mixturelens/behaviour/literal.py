@@ -106,6 +106,11 @@ def _probability(
 
 
 def literal_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Change:
+    """What changed from S (`before`) to R (`after`) on each prompt of a suite whose policies and behaviours are literal texts.
+
+    Classes and bits are exact. Of the nats, text and `other` need completions: these are drawn, seeded by `seed`, on ASIDE
+    questions alone, and are NaN on the others.
+    """
     prompts = _placed(prompts)
     s, r = (_behaviour(scorer, model, prompts) for model in (before, after))
     aside = prompts.of_questions(ASIDE)

@@ -23,6 +23,8 @@ LEAST = 8
 
 @dataclass(frozen=True)
 class BehaviourPlan:
+    """What measuring behaviour takes: how many questions are measured, time and memory, and a sentence for what is left out."""
+
     questions: int
     takes: Estimate
     missing: tuple[str, ...] = ()

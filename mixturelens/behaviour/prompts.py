@@ -54,6 +54,7 @@ class Placed:
 
     @property
     def ids(self) -> Ids:
+        """The spelling that puts the policy in place."""
         return self.spellings[0]
 
 
@@ -207,6 +208,7 @@ def ended(prompts: Prompts, tokens: Sequence[int], used: int) -> list[int]:
 
 
 def behind_announcements(prompts: Prompts) -> list[list[int]]:
+    """Token ids of every prompt with every announcement behind it: all those of the first prompt, then of the next."""
     return [
         [*context, *each.ids]
         for context, placed in zip(prompts.contexts, prompts.placed, strict=True)

@@ -46,10 +46,12 @@ class Ground:
     seed: int
 
     def behaviour(self, interventions: Sequence[Intervention | Rewrite], prompts: Prompts) -> Behaviour:
+        """What R does on these prompts with interventions in place; the seed is that of the ground."""
         model = Intervened(self.lens, interventions, self.known, self.kept)
         return measure(self.scorer, model, prompts, self.seed)
 
     def accuracies(self, behaviour: Behaviour, prompts: Prompts) -> dict[str, Interval]:
+        """Expected accuracy under each cue, from what was measured on these prompts, with intervals over questions."""
         grid = grid_of(prompts, self.seed)
         draws = grid.draws(behaviour.correct.sum(-1))
         return {cue: interval(draws[:, c], grid.counts, bounds=PROPORTION) for c, cue in enumerate(self.suite.cues)}

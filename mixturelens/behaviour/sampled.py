@@ -32,6 +32,10 @@ def _tally(
 
 
 def enumerated_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts) -> Change:
+    """What changed from S (`before`) to R (`after`) on each prompt, from every completion there is: all numbers are exact.
+
+    Only for few tokens and short completions: there are as many as `Scorer.number_of_completions` says.
+    """
     completions, logs = scorer.enumerate((after, before), prompts.contexts, prompts.suite.max_new_tokens)
     number = len(prompts.rows)
     drawn = Completions(np.repeat(np.arange(number), len(completions)), completions * number)

@@ -253,5 +253,6 @@ def _folded(text: str) -> str:
 
 
 def shorten(text: str) -> str:
+    """A text as Python writes it, cut after SHOWN characters."""
     shown = repr(text)
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}...'"

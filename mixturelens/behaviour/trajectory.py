@@ -17,6 +17,8 @@ class CueState(Frozen):
 
 
 class TrajectoryPoint(Frozen):
+    """What a checkpoint does under every cue after so many steps of training."""
+
     step: int
     cues: dict[str, CueState]
 

@@ -32,21 +32,25 @@ class Asked:
     answered: bool
 
     def to_json(self) -> str:
+        """All of it as one JSON object, which `from_json` reads back."""
         data = {"suite": self.suite.model_dump(mode="json"), "fields": self.fields, "answered": self.answered}
         return json.dumps(data, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Asked:
+        """What `to_json` wrote."""
         data = json.loads(text)
         fields = tuple(tuple((name, value) for name, value in each) for each in data["fields"])
         return cls(Suite.model_validate(data["suite"]), fields, data["answered"])
 
     @property
     def rows(self) -> tuple[PromptRow, ...]:
+        """The prompts as rows of a suite, in the order of the file."""
         return self.suite.prompts
 
     @property
     def answers(self) -> list[str | None]:
+        """The answer to each prompt; None for all of them where the user gave none."""
         return [row.answer if self.answered else None for row in self.rows]
 
     @functools.cached_property

@@ -97,6 +97,7 @@ def served(url: str, model: str, cache: Path) -> Judge:
 
 
 def check_here(url: str) -> None:
+    """Raises InputError unless the URL is that of a server on this machine (localhost or a loopback address) over HTTP."""
     host = urlsplit(url).hostname or ""
     try:
         here = host == "localhost" or ipaddress.ip_address(host).is_loopback

@@ -75,10 +75,12 @@ class Parted:
 
     @property
     def prompt(self) -> np.ndarray:
+        """The number of the prompt of each completion."""
         return np.array([each.prompt for each in self.drawn])
 
     @property
     def after(self) -> np.ndarray:
+        """Whether each completion is R's."""
         return np.array([each.after for each in self.drawn])
 
     @property
@@ -87,6 +89,7 @@ class Parted:
         return (self.policy + 1) * 1000 + self.behaviour * 2 + self.right
 
     def weight(self, policy: int, after: bool) -> float:
+        """Share of R's completions (of S's, unless `after`) that follow a policy; -1 asks for those of no known policy."""
         return float((self.policy[self.after == after] == policy).mean())
 
 

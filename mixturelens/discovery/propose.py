@@ -42,6 +42,8 @@ SAMPLES = 16
 
 @dataclass(frozen=True)
 class Proposal:
+    """What is proposed from completions: the record, the suite where there is one, and the labels that both stand on."""
+
     record: DiscoveryRecord
     suite: Suite | None
     """None: nothing was found."""
@@ -184,6 +186,7 @@ def _correct(asked: Asked) -> Callable[[int, str], bool]:
 
 
 def behaviour_name(wording: str) -> str:
+    """The name of a behaviour from its wording: `refuse` where that holds back, else a short form of the wording itself."""
     if REFUSAL.search(wording):
         return REFUSE
     return slug(wording) or "said"

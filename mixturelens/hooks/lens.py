@@ -72,13 +72,16 @@ class Tokens:
 
     @property
     def padded(self) -> bool:
+        """Whether some row has padding."""
         return not bool(self.real.all())
 
     @property
     def position_ids(self) -> Int[Tensor, "row pos"]:
+        """The position of every token in its own prompt, from 0; padding has position 0."""
         return (self.real.long().cumsum(1) - 1).clamp(min=0)
 
     def part(self, rows: Int[Tensor, " part"] | slice) -> Tokens:
+        """Some of the rows."""
         return Tokens(self.ids[rows], self.real[rows])
 
     def __len__(self) -> int:
@@ -258,6 +261,7 @@ class Lens:
         return self.named_point(f"blocks.{layer}.{NAMES[component]}")
 
     def named_point(self, name: str) -> Any:
+        """The hook point that transformer-lens calls `name`. Raises InputError if the bridge does not have it."""
         found = self._hooks.get(name)
         if found is None:
             kind = type(self.model).__name__
@@ -313,6 +317,10 @@ class Lens:
     def forward(
         self, batch: Tokens, edits: Sequence[tuple[Any, Edit]] = (), last_only: bool = True, **options: Any
     ) -> Any:
+        """The model's whole output for a batch, with edits in place: `run` gives its logits alone.
+
+        `options` go to the model as they are. Raises RunError naming a hook that never fired.
+        """
         padded = {"attention_mask": batch.real.long(), "position_ids": batch.position_ids} if batch.padded else {}
         self.tell_width(len(batch))
         with self.hooked(edits):
@@ -321,6 +329,7 @@ class Lens:
             )
 
     def tell_width(self, rows: int) -> None:
+        """Tell the bridge how many rows the next forward has, where the model is called without `forward`."""
         # the bridge's position embedding expands itself to a batch size that its own forward would have set
         embedding = getattr(self.bridge, "pos_embed", None)
         if embedding is not None:

@@ -78,6 +78,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
+    """What work takes, about: seconds, and bytes at the peak."""
+
     seconds: float
     memory: float
     """Bytes at the peak: of the process on a CPU, of the device elsewhere."""

@@ -114,6 +114,7 @@ class Pair:
 
     @property
     def sides(self) -> dict[Side, Source]:
+        """The sources of the checkpoints by their side; without R, that of S alone."""
         return {"before": self.before} if self.after is None else {"before": self.before, "after": self.after}
 
     @property
@@ -438,10 +439,12 @@ class View:
 
     @property
     def config(self) -> Any:
+        """The config of the model under the adapters."""
         return self.under.base_model.model.config
 
     @property
     def generation_config(self) -> Any:
+        """The settings of generation of the model under the adapters."""
         return self.under.base_model.model.generation_config
 
     def __call__(self, **inputs: Any) -> Any:

@@ -52,6 +52,7 @@ class Source:
 
     @property
     def is_adapter(self) -> bool:
+        """Whether the weights are a LoRA adapter, to be applied on a base."""
         return self.base is not None
 
     @property

@@ -42,6 +42,7 @@ class Eraser:
 
     @property
     def rank(self) -> int:
+        """How many directions are erased."""
         return len(self.offsets)
 
     def found(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows rank"]:
@@ -49,6 +50,7 @@ class Eraser:
         return x.double() @ self.reads.T - self.offsets
 
     def apply(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        """Activations without the concept."""
         return (x.double() - self.found(x) @ self.vectors).to(x.dtype)
 
     def interventions(self, site: Site) -> tuple[Intervention, ...]:

@@ -27,6 +27,8 @@ LEAST = 8
 
 @dataclass(frozen=True)
 class ProbingPlan:
+    """What probing takes, and what is left out of it where less is allowed."""
+
     questions: int
     """Questions that are asked about."""
     tokens: float

@@ -41,6 +41,8 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class ProbePrompts:
+    """The prompts that probes are asked about, by group, with the positions at which each group is read."""
+
     rows: Mapping[Group, tuple[ProbeRow, ...]]
     positions: Mapping[Group, tuple[str | int, ...]]
     """Positions that all rows of a group have. Those of `placed` are the announcement's."""

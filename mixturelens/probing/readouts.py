@@ -107,6 +107,7 @@ class Sites:
 
 
 def sites_of(lens: Lens, prompts: ProbePrompts, exhaustive: bool = False) -> Sites:
+    """The sites of a model to probe, at all positions of the prompts; `exhaustive` probes them all at once."""
     positions = list(dict.fromkeys(itertools.chain.from_iterable(prompts.positions.values())))
     components: list[Component] = [*(each for each in STREAM if lens.has(each)), "z"]
     every = tuple(

@@ -82,6 +82,7 @@ class Interchange:
 
     @property
     def clean(self) -> Bool[Tensor, " row"]:
+        """Which of the rows are clean prompts."""
         return torch.arange(2 * self.questions, device=self.values.device) < self.questions
 
     def midpoint(self) -> float:
