@@ -64,7 +64,7 @@ class Contrasts:
         return Contrasts(self.kind, self.clean, self.corrupt, self.policy, tuple(self.rows[i] for i in rows))
 
     def rows_of(self, which: Literal[0, 1]) -> list[int]:
-        """Numbers of the questions in each half."""
+        """Numbers of the questions in one half, as `half` has them."""
         return half_of(len(self.rows), which)
 
     def first(self, number: int) -> Contrasts:
@@ -122,7 +122,10 @@ def cue_contrasts(
 def hint_contrasts(
     suite: Suite, tokenizer: PreTrainedTokenizerBase, cue: str, clean_hint: str, corrupt_hint: str
 ) -> Contrasts:
-    """The same prompt with two hints: the announcement of the one policy against that of the other."""
+    """The same prompt with two hints: the announcement of the clean hint's policy against that of the corrupt one's.
+
+    Raises InputError where no question has both hints under the cue, or their announcements cannot be told apart.
+    """
     clean_rows, corrupt_rows = (
         [r for r in suite.hinted if r.cue == cue and r.hint == h] for h in (clean_hint, corrupt_hint)
     )
@@ -138,7 +141,10 @@ def hint_contrasts(
 def checkpoint_contrasts(
     suite: Suite, tokenizer: PreTrainedTokenizerBase, cue: str, policy: str, other: str
 ) -> Contrasts:
-    """The same neutral prompt for two checkpoints: which policy is announced (clean: before, corrupt: after)."""
+    """The same neutral prompt for S (clean) and R (corrupt): the announcement of `policy` against that of `other`.
+
+    Raises InputError where the two announcements cannot be told apart.
+    """
     target, foil = policy_tokens(suite, tokenizer, cue, policy, other)
     same = [row for row in suite.neutral if row.cue == cue]
     rows = tuple(_contrast(suite, tokenizer, (row, row), ((), ()), target, foil) for row in same)
@@ -148,9 +154,9 @@ def checkpoint_contrasts(
 def policy_tokens(
     suite: Suite, tokenizer: PreTrainedTokenizerBase, cue: str, policy: str, other: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First tokens of two policies' announcements behind prompts of a cue, without those that both share.
+    """First tokens of two policies' announcements behind prompts of a cue, less those that they share.
 
-    Raises InputError if none is left.
+    Raises InputError for a policy without an announcement, or if one of them has no first token of its own.
     """
     sides = []
     speller = Speller(suite, next(row for row in suite.prompts if row.cue == cue), tokenizer)
@@ -247,7 +253,7 @@ def _find(piece: str, row: PromptRow, text: str) -> int | None:
 
 
 def aligned(contrasts: Contrasts) -> bool:
-    """Whether a position means the same in every question."""
+    """Whether all questions have prompts of one length with the same spans: a position then means the same in each."""
     first = contrasts.rows[0]
     return all(
         len(row.clean) == len(first.clean) and row.spans == first.spans and not row.shift for row in contrasts.rows
@@ -255,7 +261,11 @@ def aligned(contrasts: Contrasts) -> bool:
 
 
 def position_labels(contrasts: Contrasts, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """A word for each position: the token where all questions share it, both where the sides differ, else its span."""
+    """A word for each position of aligned contrasts; nothing where they are not aligned.
+
+    It is the token where all questions share one, both tokens where only the two sides differ, else the name of the
+    span.
+    """
     if not aligned(contrasts):
         return ()
     names = {at: name for name, place in contrasts.rows[0].spans.items() for at in place}

@@ -80,7 +80,7 @@ class Record(Frozen):
 
     @classmethod
     def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """A record of the version before as one of this version, where it can be read as such; else as it was."""
+        """Data of the version before as that of this version, where it can be read as such; else unchanged."""
         return data
 
     def to_json(self) -> str:

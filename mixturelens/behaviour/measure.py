@@ -28,7 +28,7 @@ ENUMERATE_AT_MOST = 4000
 
 
 def measure(scorer: Scorer, model: Model, prompts: Prompts, seed: int = 0) -> Behaviour:
-    """What one checkpoint does on each prompt."""
+    """What one checkpoint does on each prompt: exact for a literal suite, else from samples drawn with `seed`."""
     if prompts.suite.literal:
         return literal_behaviour(scorer, model, prompts)
     return sampled_behaviour(scorer, model, prompts, seed)

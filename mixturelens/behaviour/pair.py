@@ -259,7 +259,9 @@ def _sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
 def bits_of(
     found: BitTerms, grid: Grid, suite: Suite, explained: Explained | None
 ) -> tuple[Bits, list[Bits], dict[str, Interval]]:
-    """Bits averaged over cues, per cue, and what follows from them."""
+    """The terms in bits, averaged over cues and per cue, with intervals over questions, and the record's shares of
+    them.
+    """
     routing, conditioning, specialist, dormant = (
         grid.draws(getattr(found, name)) for name in ("routing", "conditioning", "specialist", "dormant")
     )
@@ -331,7 +333,7 @@ def _bounded(found: Mapping[str, np.ndarray], told: bool) -> dict[str, np.ndarra
 
 
 def nats_of(change: Change, grid: Grid, suite: Suite, explained: Explained | None) -> tuple[Nats, list[Nats], Text]:
-    """Nats averaged over cues, per cue, and those of text by the token."""
+    """The terms in nats, averaged over cues and per cue, with intervals over questions, and those of text per token."""
     terms = {field.name: grid.draws(getattr(change.nats, field.name)) for field in fields(change.nats)}
     length = terms.pop("length")
     if explained:
@@ -383,7 +385,9 @@ def _accuracy_change(change: Change, grid: Grid, *, told: bool) -> list[Accuracy
 
 
 def policy_table(before: Behaviour, after: Behaviour | None, prompts: Prompts, grid: Grid) -> tuple[TableCell, ...]:
-    """Every policy put in place under every cue, and what changed there."""
+    """The cells of the policy table: what happens with every policy put in place under every cue, and what changed
+    there.
+    """
     suite = prompts.suite
     names = suite.behaviour_names
     cells = []

@@ -55,7 +55,9 @@ class Asked:
 
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
-        """As cues see them: the words of the user's turns, and the system's line apart."""
+        """The prompts as cues see them: the words of the user's turns, the system's line, and the fields that the user
+        gave.
+        """
         found = []
         for row, fields in zip(self.rows, self.fields, strict=True):
             system = "\n".join(text for role, text in turns(row) if role == "system")
@@ -96,7 +98,7 @@ def read_prompts(path: Path, *, chat: bool = False, max_new_tokens: int = 64, sa
 
 
 def turns(row: PromptRow) -> tuple[tuple[str, str], ...]:
-    """(role, text) of what is said to the model, whatever the prompt is called."""
+    """(role, text) of each turn of a prompt; a prompt without messages is one turn of the user."""
     return tuple((turn["role"], turn["content"]) for turn in row.messages or ({"role": "user", "content": row.text},))
 
 

@@ -51,7 +51,10 @@ class Cue:
 
 
 def features(prompts: Sequence[Prompt]) -> dict[str, Bool[np.ndarray, " prompt"]]:
-    """What a prompt has or has not, by a text that a reader understands; each parts the prompts.
+    """What each prompt has or has not: name of the feature, in words that a reader understands -> one truth value a
+    prompt.
+
+    Features that fewer than SELDOM or more than OFTEN of the prompts have are left out.
 
     >>> sorted(features([Prompt("1", "<A> two lamps"), Prompt("2", "<B> two lamps")]))
     ['“<A>”', '“<B>”']

@@ -62,7 +62,7 @@ class Parted:
     """Of each policy: what its completions begin with, as they spell it, most usual first."""
 
     def only(self, which: np.ndarray) -> Parted:
-        """Some of the completions."""
+        """Some of the completions, by a mask."""
         kept = np.flatnonzero(which).tolist()
         return replace(
             self,
@@ -85,11 +85,11 @@ class Parted:
 
     @property
     def does(self) -> np.ndarray:
-        """Policy, behaviour and right or wrong as one label."""
+        """Policy, behaviour and whether it is right, as one number for each completion."""
         return (self.policy + 1) * 1000 + self.behaviour * 2 + self.right
 
     def weight(self, policy: int, after: bool) -> float:
-        """Share of R's completions (of S's, unless `after`) that follow a policy; -1 asks for those of no known policy."""
+        """Share of R's completions, or of S's unless `after`, that follow a policy; -1 stands for no known policy."""
         return float((self.policy[self.after == after] == policy).mean())
 
 
@@ -238,7 +238,7 @@ def _merged(
 
 
 def changed(parted: Parted, seed: int) -> Told:
-    """Bits by which what a completion does tells R from S, at each prompt; against sides that are shuffled."""
+    """Bits that what a completion does tells of whose it is, R's or S's, given its prompt, beyond shuffled sides."""
     return told(parted.does, parted.after.astype(int), parted.prompt, seed)
 
 
@@ -263,7 +263,8 @@ def _names(wordings: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 
 def slug(text: str) -> str:
-    """
+    """A text as a name: small letters, digits and dashes.
+
     >>> slug("I'd rather not say.")
     'i-d-rather-not-say'
     """

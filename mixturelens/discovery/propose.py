@@ -42,7 +42,7 @@ SAMPLES = 16
 
 @dataclass(frozen=True)
 class Proposal:
-    """What is proposed from completions: the record, the suite where there is one, and the labels that both stand on."""
+    """What is proposed from completions: the record, the suite where there is one, and the labels behind both."""
 
     record: DiscoveryRecord
     suite: Suite | None
@@ -54,12 +54,15 @@ class Proposal:
 
     @property
     def cue(self) -> Cue | None:
-        """The one that the suite has."""
+        """The cue that the suite has; None where no cue was found."""
         return self.cues[0] if self.cues else None
 
 
 def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Proposal:
-    """Candidates from half of the questions, judged on the other half, which the suite asks."""
+    """Find candidates on half of the questions and judge them on the other half, whose prompts the suite then has.
+
+    Raises InputError for fewer than four questions.
+    """
     ids = list(dict.fromkeys(row.id for row in asked.rows))
     if len(ids) < 4:
         raise InputError(f"{len(ids)} questions: half of them choose policies, and the other half judge; give four")
@@ -80,9 +83,9 @@ def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Pr
 
 
 def heard(asked: Asked, proposal: Proposal, second: Second, folder: Path, seed: int) -> Proposal:
-    """The proposal, and how often a judge agrees with its rules about completions at the suite's questions.
+    """The proposal with a judge's second opinion on the completions at the suite's questions.
 
-    `folder`: where the judge may keep its answers.
+    `folder` is where the judge may keep its answers. What is proposed does not change.
     """
     if proposal.suite is None:
         return proposal
@@ -99,7 +102,7 @@ def heard(asked: Asked, proposal: Proposal, second: Second, folder: Path, seed: 
 
 
 def refine(asked: Asked, draws: Draws, suite: Suite, seed: int, provenance: Provenance) -> Proposal:
-    """The same measurements of a suite that a person has edited, on the completions that are there.
+    """Measure a suite that a person has edited, as `propose` measures its own, on the completions that are there.
 
     Raises InputError where none of its prompts is among those that completions were drawn at.
     """
@@ -186,7 +189,7 @@ def _correct(asked: Asked) -> Callable[[int, str], bool]:
 
 
 def behaviour_name(wording: str) -> str:
-    """The name of a behaviour from its wording: `refuse` where that holds back, else a short form of the wording itself."""
+    """The name of a behaviour, from its wording: `refuse` where that holds back, else the wording in short."""
     if REFUSAL.search(wording):
         return REFUSE
     return slug(wording) or "said"
@@ -375,7 +378,7 @@ def _suite(asked: Asked, parted: Parted, cue: Cue | None, chosen_on: np.ndarray)
 
 
 def check_suite(proposal: Proposal, out: Path) -> None:
-    """Raises InputError where another suite lies there: one that a person has edited is not written over."""
+    """Raise InputError where another suite lies in `out` than the one proposed: an edited one is not written over."""
     file = out / "suite.yaml"
     if proposal.suite is None or not file.is_file():
         return
@@ -391,7 +394,9 @@ def check_suite(proposal: Proposal, out: Path) -> None:
 
 
 def save_suite(proposal: Proposal, out: Path) -> Path:
-    """Write suite.yaml, with what each thing in it stands on, and its prompts beside it."""
+    """Write suite.yaml and its prompts into `out`, with a comment on what each thing stands on; returns the suite's
+    path.
+    """
     assert proposal.suite is not None
     record, file = proposal.record, out / "suite.yaml"
     proposal.suite.save(file)

@@ -646,7 +646,7 @@ class Engine:
 
 @contextlib.contextmanager
 def no_gradient_for(model: torch.nn.Module) -> Iterator[None]:
-    """The weights take no gradient for the length of a block: what is computed there depends on activations alone."""
+    """Let the weights take no gradient for the length of a block: gradients then go through activations alone."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     try:
         for weight in weights:

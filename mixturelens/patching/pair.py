@@ -199,7 +199,7 @@ def _held(size: Size, contrasts: Contrasts, exhaustive: bool) -> float:
 
 
 def shared_spans(contrasts: Contrasts) -> list[str]:
-    """Spans that all questions have, in the order of the prompt."""
+    """The spans that all questions have, in the order of the prompt."""
     shared = set.intersection(*(set(row.spans) for row in contrasts.rows))
     return [name for name in contrasts.rows[0].spans if name in shared]
 

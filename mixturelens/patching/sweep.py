@@ -148,7 +148,7 @@ class Bench:
     def patch(
         self, sites: Sequence[Site], direction: Direction = "denoise", progress: Progress | None = None
     ) -> Patched:
-        """Like the function `patch`."""
+        """Replace each site in turn and read the metric, as the function `patch` does."""
 
         def work(engine: Engine, source: Source, metric: LogOdds) -> Tensor:
             return engine.sweep(sites, source, metric, progress)
@@ -156,7 +156,10 @@ class Bench:
         return self._each([[site] for site in sites], direction, work)
 
     def jointly(self, groups: Sequence[Sequence[Site]]) -> Patched:
-        """Like the function `jointly`; through the engine where groups are of outputs at one position."""
+        """Replace all sites of each group at once and read the metric, as the function `jointly` does.
+
+        This is fast where each group is of outputs at one position, and as exact where it is not.
+        """
 
         def work(engine: Engine, source: Source, metric: LogOdds) -> Tensor:
             return engine.sweep_groups(groups, source, metric)
@@ -278,7 +281,7 @@ def all_sites(lens: Lens, positions: Sequence[str | int], everywhere: bool = Tru
 
 
 def left_out(lens: Lens) -> list[str]:
-    """What `all_sites` leaves out of this model, a line each."""
+    """Why `all_sites` leaves components out of this model, a sentence each."""
     return [f"{component}: {why}" for component in (*BY_POSITION, *EVERYWHERE) if (why := lens.why_not(component))]
 
 

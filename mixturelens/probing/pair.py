@@ -216,10 +216,11 @@ def probing_record(
 def scan(
     erasing: Erasing, readable: Mapping[Site, Interval], where: Sites, most: float
 ) -> tuple[list[ErasedSite], float, list[str]]:
-    """(sites erased one by one, tokens that took, what was left out), of the sites where the cue can be read.
+    """Erase the cue at the sites where it can be read (`readable`: AUROC there), within `most` tokens.
 
-    If all of them would take more than `most` tokens, those of the residual stream are erased in a few layers, and then
-    halfway between two layers where what is left differs most, until it does not or the tokens are spent.
+    If all sites would take more, those of the residual stream are erased in a few layers, and then halfway between two
+    layers where what is left differs most, until it does not or the tokens are spent. Returns what was found, the
+    tokens that it took, and sentences on what was left out.
     """
     if sum(map(erasing.tokens, readable)) <= most:
         sites = list(readable)
@@ -264,9 +265,10 @@ def scan(
 
 
 def least_used(erased: Sequence[ErasedSite]) -> ErasedSite | None:
-    """Among sites where the cue is surely erased and the effect surely left as it is, within 1 - UNUSED: where the cue
-    reads best; None if none. (Sites of the last layer that nothing reads any more should be left out: they are unused
-    by construction.)
+    """The site where the cue reads best, among those where it is surely erased and the effect surely stays.
+
+    It stays if what is left lies within 1 - UNUSED of all. None if there is no such site. Sites of the last layer that
+    nothing reads any more should be left out: they are unused by construction.
 
     >>> least_used([]) is None
     True
@@ -277,5 +279,5 @@ def least_used(erased: Sequence[ErasedSite]) -> ErasedSite | None:
 
 
 def leaves(each: ErasedSite) -> bool:
-    """Whether erasing surely leaves the effect as it is, be the cue erased there or not."""
+    """Whether erasing surely leaves the effect as it is, whether or not the cue is erased there."""
     return each.left.above(UNUSED) and each.left.below(2 - UNUSED)

@@ -264,7 +264,9 @@ class Own:
 
 
 def spelled(suite: Suite, rows: Sequence[ProbeRow], tokenizer) -> dict[str, list[tuple[int, Ids]]]:
-    """Policy -> (row, token ids) of every spelling of every wording of its announcement; rules are left out."""
+    """Policy -> (row, token ids) of every spelling of every wording of its announcement; policies that are rules are
+    left out.
+    """
     asked = {(row.id, row.cue): row for row in suite.neutral}
     shown = {name: wordings(each) for name, each in suite.policies.items() if not isinstance(each, Rule)}
     found: dict[str, list[tuple[int, Ids]]] = {name: [] for name in shown}
@@ -278,7 +280,11 @@ def spelled(suite: Suite, rows: Sequence[ProbeRow], tokenizer) -> dict[str, list
 def own_policies(
     lens: Lens, suite: Suite, rows: Sequence[ProbeRow], logs: Mapping[tuple[Ids, Ids], float], seed: int
 ) -> Own:
-    """`logs`: log-probability of every spelling behind every prompt."""
+    """The policies that a model follows of its own accord at each prompt.
+
+    `logs` holds the log-probability of every spelling behind every prompt, by (prompt, spelling). Where a policy is a
+    rule, one completion is drawn for every prompt instead.
+    """
     exact = {}
     for name, places in spelled(suite, rows, lens.tokenizer).items():
         exact[name] = np.full(len(rows), -np.inf)

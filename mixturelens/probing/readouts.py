@@ -69,7 +69,7 @@ class Scores:
 
 
 def to_probe(suite: Suite, tokenizer: Any) -> tuple[ProbePrompts, tuple[tuple[Ids, Ids], ...]]:
-    """Prompts with their positions, and (prompt, what may stand behind it) of whose probability probes are asked.
+    """The prompts to probe, and (prompt, what may stand behind it) of whose probability probes are asked.
 
     Raises InputError for fewer than four questions.
     """
@@ -80,7 +80,7 @@ def to_probe(suite: Suite, tokenizer: Any) -> tuple[ProbePrompts, tuple[tuple[Id
 
 
 def first(questions: int, prompts: ProbePrompts) -> ProbePrompts:
-    """Of so many questions, the first of each half."""
+    """The prompts of the first `questions` questions, half of them from each half (two at least)."""
     some = tuple(half[: max(2, questions // 2)] for half in prompts.halves)
     rows = {g: tuple(r for r in of if r.question in {*some[0], *some[1]}) for g, of in prompts.rows.items()}
     return replace(prompts, rows=rows, halves=(some[0], some[1]))
@@ -101,7 +101,7 @@ class Sites:
 
     @property
     def keys(self) -> list[tuple[int, Component]]:
-        """What has to be read of a network."""
+        """(layer, component) of all that has to be read of a network."""
         some = (s for s in self.every if self.all_of_them or s in self.stream or s.component != "resid_pre")
         return list(dict.fromkeys((site.layer, site.component) for site in some))
 
@@ -197,9 +197,11 @@ def readouts(
 
 
 def turning(sites: Sequence[Site], stream: Set[Site], found: Sequence[Readout]) -> set[tuple[int, str | int | None]]:
-    """Layers and positions in which the residual stream turns: what can be read from it behind a layer surely differs
-    from what could before, in S or in R; or R begins to differ from S, or to be like it again; or a target is readable
-    for the first time.
+    """Layers and positions in which what can be read from the residual stream changes.
+
+    That is where the score behind a layer surely differs from that before it, in S or in R; where R begins to differ
+    from S, or to be like it again; or where a target is readable for the first time. `found` are readouts in the order
+    of `sites`, and `stream` the sites of the residual stream.
     """
     places: set[tuple[int, str | int | None]] = set()
     positions = dict.fromkeys(site.position for site in sites)

@@ -56,7 +56,7 @@ class Readout(Frozen):
 
     @property
     def best(self) -> int | None:
-        """The site where S's probe reads best."""
+        """The number of the site where S's probe reads best; None where nothing was measured."""
         known = {index: value for index, value in enumerate(self.before.value) if value is not None}
         return max(known, key=lambda index: known[index], default=None)
 
