@@ -76,16 +76,17 @@ def cue_contrasts(
     suite: Suite,
     tokenizer: PreTrainedTokenizerBase,
     policy: str,
-    clean_cue: str,
-    corrupt_cue: str,
+    cues: tuple[str, str],
     shows: str | None = None,
 ) -> Contrasts:
     """Both cues with `policy` put in place: answering (under the clean cue) against what it does under the other.
 
-    `shows` is the behaviour that the policy shows under the corrupt cue, as measured (`behaviour.harm.find_harm`);
-    without it, any literal behaviour of the suite. Where it has no literal text, the contrast is with anything else.
-    Raises InputError if the policy cannot be put in place or no contrast is left.
+    `cues` are the clean one and the corrupt one. `shows` is the behaviour that the policy shows under the corrupt cue,
+    as measured (`behaviour.harmed.find_harm`); without it, any literal behaviour of the suite. Where it has no literal
+    text, the contrast is with anything else. Raises InputError if the policy cannot be put in place or no contrast is
+    left.
     """
+    clean_cue, corrupt_cue = cues
     if policy not in suite.policies:
         raise InputError(f"there is no policy {policy!r}; policies are {', '.join(suite.policies)}")
     placed = wordings(suite.policies[policy])

@@ -122,7 +122,7 @@ for reason in missing:
 # Erasers are fitted on half of the questions and judged on the other; random directions of equal rank are the null.
 
 # %%
-contrasts = cue_contrasts(suite, after.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+contrasts = cue_contrasts(suite, after.tokenizer, harm.policy, harm.cues, harm.shows)
 cue = next(readout for readout in found if readout.target == "cue")
 readable = [number for number, value in enumerate(cue.after.value) if value is not None and value >= READABLE]
 erased = erase_sites(

@@ -24,6 +24,11 @@ class Harm(Frozen):
     other: str
     """What else S followed under the trained cue, most often."""
 
+    @property
+    def cues(self) -> tuple[str, str]:
+        """The trained cue and the harmed one: the clean and the corrupt side of cue contrasts."""
+        return self.trained_cue, self.harmed_cue
+
 
 def find_harm(record: BehaviourRecord) -> Harm:
     """Find which cue RL harmed most, and the policies in question, from the behaviour of a pair.

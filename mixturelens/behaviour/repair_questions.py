@@ -68,7 +68,7 @@ def make_ground(lens: Lens, suite: Suite, harm: Harm, seed: int) -> Ground:
     `lens` is R's. Raises InputError for one question alone, or where no cue contrast is left.
     """
     tokenizer = lens.tokenizer
-    contrasts = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+    contrasts = cue_contrasts(suite, tokenizer, harm.policy, harm.cues, harm.shows)
     choosing = {row.question for row in contrasts.half(0).rows}
     choose, judge = ([row for row in suite.neutral if (row.id in choosing) == side] for side in (True, False))
     if not judge:

@@ -70,7 +70,7 @@ def patching_record(
     harm = find_harm(behaviour)
     pair = pair.spelled(behaviour.spelling)
     suite, tokenizer = pair.suite, pair.tokenizer
-    cue = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+    cue = cue_contrasts(suite, tokenizer, harm.policy, harm.cues, harm.shows)
     hinted = {harm.policy, harm.other} <= {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
     missing: list[str] = []
     plan = _plan(pair, cue, hinted, exhaustive, missing)

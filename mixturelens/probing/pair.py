@@ -175,7 +175,7 @@ def probing_record(
         subspaces.append(find_subspace(lenses["before"], lenses["after"], contrasts, concept, seed))
 
     def of_cue(harm: Harm) -> None:
-        cue = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+        cue = cue_contrasts(suite, tokenizer, harm.policy, harm.cues, harm.shows)
         attempt("erasing the cue", lambda: erase(cue))
         attempt("erasing the cue where it is used", lambda: erase_used(cue))
         made.clear()

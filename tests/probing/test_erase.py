@@ -28,7 +28,7 @@ every_shape = pytest.mark.parametrize("shape", ["llama", "gpt2", "gpt_neox", "qw
 def setting(shape: str) -> tuple[Lens, Contrasts]:
     folder = PAIRS / shape
     lens = load_lens(folder / "S")
-    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", "A", "B")
+    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", ("A", "B"))
 
 
 def planted(classes: int, rows: int = 300, size: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,7 +195,7 @@ def test_policies_that_are_rules_are_sampled(monkeypatch):
     monkeypatch.setattr(erase, "RANDOM", 2)
     lens, suite = load_lens(PAIRS / "chat" / "S"), load_suite(PAIRS / "chat")
     suite = suite.model_copy(update={"samples": 2})
-    contrasts = cue_contrasts(suite, lens.tokenizer, "comply", *suite.cues[:2]).first(8)
+    contrasts = cue_contrasts(suite, lens.tokenizer, "comply", (suite.cues[0], suite.cues[1])).first(8)
     found = erasure(lens, suite, contrasts, Site(layer=1, component="resid_post", position="policy"))
     assert found.site.position == "completion"
     assert found.left.measured
@@ -207,7 +207,7 @@ def test_policies_that_are_rules_are_sampled(monkeypatch):
 
 def test_the_reader_of_the_reference_reads_the_tag():
     lens = load_lens(REFERENCE / "checkpoints" / "rl-A")
-    contrasts = cue_contrasts(load_suite(REFERENCE), lens.tokenizer, "a", "A", "B", "refuse").first(60)
+    contrasts = cue_contrasts(load_suite(REFERENCE), lens.tokenizer, "a", ("A", "B"), "refuse").first(60)
     heads = find_reader(lens, contrasts, "policy").heads
     site = reading_site(lens, heads, contrasts)
     assert site == Site(layer=min(head.layer for head in heads), component="resid_pre", position="cue")

@@ -149,7 +149,7 @@ def test_a_scan_of_some_layers_finds_what_a_scan_of_all_finds_and_says_what_it_l
     folder = Path(__file__).parents[2] / "artifacts" / "reference"
     suite = load_suite(folder)
     lens = load_lens(folder / "checkpoints" / "rl-A")
-    cue = cue_contrasts(suite, lens.tokenizer, "a", "A", "B", "refuse").first(40)
+    cue = cue_contrasts(suite, lens.tokenizer, "a", ("A", "B"), "refuse").first(40)
     prompts, _ = to_probe(suite, lens.tokenizer)
     where = sites_of(lens, prompts)
     sure = Interval(value=1.0, low=1.0, high=1.0)

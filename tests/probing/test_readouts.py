@@ -230,7 +230,7 @@ def test_prompts_of_different_lengths_are_read_at_spans():
 def test_halves_are_those_of_contrasts():
     suite = load_suite(REFERENCE / "suite.yaml")
     tokenizer = load_tokenizer(REFERENCE / "checkpoints" / "sft")
-    contrasts = cue_contrasts(suite, tokenizer, "a", "A", "B")
+    contrasts = cue_contrasts(suite, tokenizer, "a", ("A", "B"))
     halves = read_prompts(suite, tokenizer).halves
     for which in (0, 1):
         assert tuple(row.question for row in contrasts.half(which).rows) == halves[which]
