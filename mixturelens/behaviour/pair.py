@@ -81,12 +81,12 @@ def behaviour_record(
     with scorer.once():
         spelling = settle(scorer, models, suite, tokenizer)
         spelled = suite.model_copy(update={"spelling": spelling})
-        record = measure_record(
+        record = _measured(
             scorer,
             models,
             spelled,
             tokenizer,
-            seed=seed,
+            seed,
             noise=functools.partial(noised, models, seed) if len(models) > 1 else None,
             progress=progress,
         )
@@ -100,19 +100,25 @@ def behaviour_record(
 
 
 def measure_record(
+    scorer: Scorer, models: Sequence[Model], suite: Suite, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+) -> BehaviourRecord:
+    """The record of one loaded model, or of two, S and R, that come from no pair: intervened models, say.
+
+    The control with noise is null, which needs a pair. Raises InputError for a suite that the tokenizer cannot spell.
+    """
+    return _measured(scorer, models, suite, tokenizer, seed)
+
+
+def _measured(
     scorer: Scorer,
     models: Sequence[Model],
     suite: Suite,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int = 0,
+    seed: int,
     noise: Callable[[], Model] | None = None,
     progress: Progress | None = None,
 ) -> BehaviourRecord:
-    """The record of one loaded model, or of two: S and R. They may be intervened models.
-
-    `noise` gives S with noise, for a null; it comes last, since it may be written over the models.
-    """
+    """`noise` gives S with noise, for a null; it comes last, since it may be written over the models."""
     say = progress or (lambda _: None)
     prompts = prepare(suite, suite.neutral, tokenizer)
     grid = grid_of(prompts, seed)
