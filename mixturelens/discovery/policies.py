@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -93,20 +94,21 @@ class Parted:
         return float((self.policy[self.after == after] == policy).mean())
 
 
-Correct = Callable[[int, str], bool]
-"""(prompt, what follows the announcement) -> whether it is right."""
+class Questions(NamedTuple):
+    """What completions are asked: the text of each prompt, its answer where that is known, and what is right."""
+
+    prompts: Sequence[str]
+    answers: Sequence[str | None]
+    correct: Callable[[int, str], bool]
+    """(prompt, what follows the announcement) -> whether it is right."""
 
 
-def part(
-    drawn: Sequence[Completion],
-    prompts: Sequence[str],
-    answers: Sequence[str | None],
-    correct: Correct,
-    seed: int,
-    like: Parted | None = None,
-) -> Parted:
-    """Find heads, what follows them, and which heads are one policy; or label completions as others were, `like`."""
-    paths = slotted(drawn, prompts, answers)
+def part(drawn: Sequence[Completion], asked: Questions, seed: int, like: Parted | None = None) -> Parted:
+    """Find the heads of completions, what follows them, and which heads are one policy.
+
+    With `like`, nothing is looked for: completions are labelled by what was found in others.
+    """
+    paths = slotted(drawn, asked.prompts, asked.answers)
     heads = _with_closed(drawn, paths, seed) if like is None else like.heads
     found = [headed(each, path, heads) for each, path in zip(drawn, paths, strict=True)]
     common = _wordings(found) if like is None else like.common
@@ -117,7 +119,7 @@ def part(
     behaviour = np.array([place.get(each.follows, last) for each in found])
     right = np.array(
         [
-            int(b == last and correct(each.prompt, one.rest))
+            int(b == last and asked.correct(each.prompt, one.rest))
             for each, one, b in zip(drawn, found, behaviour, strict=True)
         ]
     )

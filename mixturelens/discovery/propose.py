@@ -15,7 +15,7 @@ from mixturelens.discovery.cues import Cue, cue_of, find_cues
 from mixturelens.discovery.draws import Draws
 from mixturelens.discovery.information import ALPHA, SHUFFLES, Told, share_of_questions
 from mixturelens.discovery.judge import Ruled, Second, agreement
-from mixturelens.discovery.policies import REFUSAL, Parted, changed, part, slug
+from mixturelens.discovery.policies import REFUSAL, Parted, Questions, changed, part, slug
 from mixturelens.discovery.record import (
     BehaviourCandidate,
     CueCandidate,
@@ -68,13 +68,13 @@ def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Pr
         raise InputError(f"{len(ids)} questions: half of them choose policies, and the other half judge; give four")
     first = {ids[i] for i in np.random.default_rng(seed).permutation(len(ids))[: len(ids) // 2]}
     chosen_on = np.array([row.id in first for row in asked.rows])
-    texts = [prompt.text for prompt in asked.prompts]
+    questions = Questions([prompt.text for prompt in asked.prompts], asked.answers, _correct(asked))
     here = [i for i, each in enumerate(draws.drawn) if chosen_on[each.prompt]]
-    found = part([draws.drawn[i] for i in here], texts, asked.answers, _correct(asked), seed)
-    whole = part(draws.drawn, texts, asked.answers, _correct(asked), seed, found)
+    found = part([draws.drawn[i] for i in here], questions, seed)
+    whole = part(draws.drawn, questions, seed, found)
     held = ~chosen_on[whole.prompt]
     moved = changed(whole.only(held), seed)
-    cues = find_cues(asked.prompts, whole.prompt, whole.after, whole.does, chosen_on, seed)
+    cues = find_cues(asked.prompts, whole, chosen_on, seed)
     enough = moved.p <= ALPHA and moved.bits >= LEAST
     known = float((whole.policy[held] >= 0).mean())
     suite = _suite(asked, whole, cues[0] if cues else None, chosen_on) if enough and known >= COVERED else None
@@ -138,7 +138,7 @@ def refine(asked: Asked, draws: Draws, suite: Suite, seed: int, provenance: Prov
     )
     of = np.array([suite.cues.index(row_of[i].cue) if i in row_of else len(suite.cues) for i in range(len(asked.rows))])
     everything = np.ones(len(draws.drawn), dtype=bool)
-    cue = cue_of(asked.prompts, suite.cues, of, parted.prompt, parted.after, parted.does, seed)
+    cue = cue_of(asked.prompts, suite.cues, of, parted, seed)
     cues = () if cue is None else (cue,)
     record = _record(asked, draws, parted, everything, changed(parted, seed), cues, suite, provenance)
     return Proposal(record, suite, draws, parted, cues)
