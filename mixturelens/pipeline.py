@@ -28,7 +28,7 @@ from mixturelens.models import Pair
 from mixturelens.models.source import fingerprint
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.record import PatchingRecord
-from mixturelens.probing.pair import probing_record
+from mixturelens.probing.pair import ProbingSettings, probing_record
 from mixturelens.probing.record import ProbingRecord
 from mixturelens.records import Provenance, Record
 from mixturelens.routing.circuit import CircuitRecord, circuit_record
@@ -182,11 +182,8 @@ def probe(pair: Pair, *, exhaustive: bool = False, seed: int = 0, say: Say | Non
     def make(pair: Pair, measured: BehaviourRecord) -> ProbingRecord:
         patching, why = _patched(pair, **options)
         heads = patching.heads("cue", "after") if patching else ()
-        if patching and not heads:
-            why = "patching found no cue reader"
-        return probing_record(
-            pair, measured, reader=heads, no_reader=why, exhaustive=exhaustive, folder=pair.out, **options
-        )
+        reader = heads or InputError(why or "patching found no cue reader")
+        return probing_record(pair, measured, reader, ProbingSettings(exhaustive, seed), say)
 
     return _instrument(
         pair, ProbingRecord, "probing", make, lambda there: there.exhaustive or not exhaustive, **options

@@ -360,29 +360,6 @@ class Erasing:
         )
 
 
-def erase_sites(
-    lens: Lens,
-    contrasts: Contrasts,
-    sites: Sequence[Site],
-    readable: Sequence[Interval] | None = None,
-    seed: int = 0,
-) -> tuple[ErasedSite, ...]:
-    """`Erasing.sites` for one call."""
-    return Erasing(lens, contrasts, seed).sites(sites, readable)
-
-
-def erasure(
-    lens: Lens,
-    suite: Suite,
-    contrasts: Contrasts,
-    site: Site,
-    readable: Interval = NOT_MEASURED,
-    seed: int = 0,
-) -> Erasure:
-    """`Erasing.in_behaviour` for one call."""
-    return Erasing(lens, contrasts, seed).in_behaviour(suite, site, readable)
-
-
 def _place(site: Site) -> Place:
     return site.layer, site.component, site.position
 

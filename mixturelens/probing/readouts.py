@@ -16,11 +16,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.hooks.lens import Lens
 from mixturelens.models import Pair
 from mixturelens.models.load import load_config
-from mixturelens.probing.prompts import Group, Own, ProbePrompts, ProbeTarget, find_targets, read_prompts, spelled
+from mixturelens.probing.prompts import (
+    Group,
+    Own,
+    ProbedSuite,
+    ProbePrompts,
+    ProbeTarget,
+    find_targets,
+    read_prompts,
+    spelled,
+)
 from mixturelens.probing.reading import Reading
 from mixturelens.probing.record import Column, Metric, Readout
 from mixturelens.probing.scores import accuracy, auroc, r_squared
@@ -124,28 +132,24 @@ def sites_of(lens: Lens, prompts: ProbePrompts, exhaustive: bool = False) -> Sit
 def readouts(
     networks: Mapping[Network, Reading],
     own: Mapping[Side, Own],
-    prompts: ProbePrompts,
     where: Sites,
-    suite: Suite,
-    behaviour: BehaviourRecord,
-    tokenizer: Any,
-    *,
-    policies: tuple[str, str],
+    probed: ProbedSuite,
     seed: int = 0,
 ) -> Scores:
     """What can be read where, from what S, R and the untrained network have at every position.
 
-    `policies` are those of the log-odds. Positions are token indices where prompts of all questions (and all
-    announcements) are aligned: the prompt's tokens, then the announcement's, with each policy put in place. Else they
-    are named spans, each read at its last token, `last` and `policy` (last token of the announcement).
+    `own` are the policies that S and R follow of their own accord. Positions are token indices where prompts of all
+    questions (and all announcements) are aligned: the prompt's tokens, then the announcement's, with each policy put in
+    place. Else they are named spans, each read at its last token, `last` and `policy` (last token of the announcement).
 
     A score is null where the target cannot be asked (hints behind an announcement), where no feature varies over the
     rows, and where a side knows one class alone.
 
-    >>> readouts(networks, own, prompts, where, suite, behaviour, tokenizer, policies=("a", "b"))   # doctest: +SKIP
+    >>> readouts(networks, own, where, probed).readouts[0].target   # doctest: +SKIP
+    'cue'
     """
-    sites = where.every
-    targets, missing = find_targets(prompts, suite, tokenizer, own, behaviour, policies)
+    sites, prompts = where.every, probed.prompts
+    targets, missing = find_targets(probed, own)
     number = {site: i for i, site in enumerate(sites)}
     tables = {target.name: _Table(len(sites)) for target in targets}
     counts = resample_counts(len(prompts.halves[1]), seed, DRAWS)
