@@ -36,6 +36,7 @@ class Contrast:
 
     @property
     def shift(self) -> int:
+        """How many tokens longer the corrupt prompt is than the clean one; below 0 where it is shorter."""
         return len(self.corrupt) - len(self.clean)
 
 
@@ -63,10 +64,11 @@ class Contrasts:
         return Contrasts(self.kind, self.clean, self.corrupt, self.policy, tuple(self.rows[i] for i in rows))
 
     def rows_of(self, which: Literal[0, 1]) -> list[int]:
-        """Numbers of the questions in each half."""
+        """Numbers of the questions in one half, as `half` has them."""
         return half_of(len(self.rows), which)
 
     def first(self, number: int) -> Contrasts:
+        """The first so many questions."""
         return Contrasts(self.kind, self.clean, self.corrupt, self.policy, self.rows[:number])
 
 
@@ -74,16 +76,17 @@ def cue_contrasts(
     suite: Suite,
     tokenizer: PreTrainedTokenizerBase,
     policy: str,
-    clean_cue: str,
-    corrupt_cue: str,
+    cues: tuple[str, str],
     shows: str | None = None,
 ) -> Contrasts:
     """Both cues with `policy` put in place: answering (under the clean cue) against what it does under the other.
 
-    `shows` is the behaviour that the policy shows under the corrupt cue, as measured (`behaviour.harm.find_harm`);
-    without it, any literal behaviour of the suite. Where it has no literal text, the contrast is with anything else.
-    Raises InputError if the policy cannot be put in place or no contrast is left.
+    `cues` are the clean one and the corrupt one. `shows` is the behaviour that the policy shows under the corrupt cue,
+    as measured (`behaviour.harmed.find_harm`); without it, any literal behaviour of the suite. Where it has no literal
+    text, the contrast is with anything else. Raises InputError if the policy cannot be put in place or no contrast is
+    left.
     """
+    clean_cue, corrupt_cue = cues
     if policy not in suite.policies:
         raise InputError(f"there is no policy {policy!r}; policies are {', '.join(suite.policies)}")
     placed = wordings(suite.policies[policy])
@@ -120,7 +123,10 @@ def cue_contrasts(
 def hint_contrasts(
     suite: Suite, tokenizer: PreTrainedTokenizerBase, cue: str, clean_hint: str, corrupt_hint: str
 ) -> Contrasts:
-    """The same prompt with two hints: the announcement of the one policy against that of the other."""
+    """The same prompt with two hints: the announcement of the clean hint's policy against that of the corrupt one's.
+
+    Raises InputError where no question has both hints under the cue, or their announcements cannot be told apart.
+    """
     clean_rows, corrupt_rows = (
         [r for r in suite.hinted if r.cue == cue and r.hint == h] for h in (clean_hint, corrupt_hint)
     )
@@ -136,7 +142,10 @@ def hint_contrasts(
 def checkpoint_contrasts(
     suite: Suite, tokenizer: PreTrainedTokenizerBase, cue: str, policy: str, other: str
 ) -> Contrasts:
-    """The same neutral prompt for two checkpoints: which policy is announced (clean: before, corrupt: after)."""
+    """The same neutral prompt for S (clean) and R (corrupt): the announcement of `policy` against that of `other`.
+
+    Raises InputError where the two announcements cannot be told apart.
+    """
     target, foil = policy_tokens(suite, tokenizer, cue, policy, other)
     same = [row for row in suite.neutral if row.cue == cue]
     rows = tuple(_contrast(suite, tokenizer, (row, row), ((), ()), target, foil) for row in same)
@@ -146,9 +155,9 @@ def checkpoint_contrasts(
 def policy_tokens(
     suite: Suite, tokenizer: PreTrainedTokenizerBase, cue: str, policy: str, other: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First tokens of two policies' announcements behind prompts of a cue, without those that both share.
+    """First tokens of two policies' announcements behind prompts of a cue, less those that they share.
 
-    Raises InputError if none is left.
+    Raises InputError for a policy without an announcement, or if one of them has no first token of its own.
     """
     sides = []
     speller = Speller(suite, next(row for row in suite.prompts if row.cue == cue), tokenizer)
@@ -245,7 +254,7 @@ def _find(piece: str, row: PromptRow, text: str) -> int | None:
 
 
 def aligned(contrasts: Contrasts) -> bool:
-    """Whether a position means the same in every question."""
+    """Whether all questions have prompts of one length with the same spans: a position then means the same in each."""
     first = contrasts.rows[0]
     return all(
         len(row.clean) == len(first.clean) and row.spans == first.spans and not row.shift for row in contrasts.rows
@@ -253,7 +262,11 @@ def aligned(contrasts: Contrasts) -> bool:
 
 
 def position_labels(contrasts: Contrasts, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """A word for each position: the token where all questions share it, both where the sides differ, else its span."""
+    """A word for each position of aligned contrasts; nothing where they are not aligned.
+
+    It is the token where all questions share one, both tokens where only the two sides differ, else the name of the
+    span.
+    """
     if not aligned(contrasts):
         return ()
     names = {at: name for name, place in contrasts.rows[0].spans.items() for at in place}

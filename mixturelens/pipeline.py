@@ -28,7 +28,7 @@ from mixturelens.models import Pair
 from mixturelens.models.source import fingerprint
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.record import PatchingRecord
-from mixturelens.probing.pair import probing_record
+from mixturelens.probing.pair import ProbingSettings, probing_record
 from mixturelens.probing.record import ProbingRecord
 from mixturelens.records import Provenance, Record
 from mixturelens.routing.circuit import CircuitRecord, circuit_record
@@ -95,7 +95,7 @@ def _write_discovery(folder: Path, name: str, asked: Asked, proposal: Proposal) 
 
 
 def measure(pair: Pair, *, seed: int = 0, say: Say | None = None) -> BehaviourRecord:
-    """Measure a pair, or read the record if it is there and about the same weights, suite and seed."""
+    """Measure the behaviour of a pair, or read the record that is there about the same weights, suite and seed."""
     expected = provenance_of(pair, seed)
     file = pair.records / "behaviour.json"
     there = kept(BehaviourRecord, file, expected)
@@ -107,7 +107,11 @@ def measure(pair: Pair, *, seed: int = 0, say: Say | None = None) -> BehaviourRe
 
 
 def patch(pair: Pair, *, exhaustive: bool = False, seed: int = 0, say: Say | None = None) -> PatchingRecord:
-    """Where the router is: patch a pair, or read the record if it is there and about the same things."""
+    """Find where the router is, by patching; or read the record that is there about the same things.
+
+    `exhaustive`: every site is patched, and not only those that slopes nominate. Raises InputError where the pair has
+    no checkpoint after, or no cue contrast.
+    """
     options = {"seed": seed, "say": say}
     make = functools.partial(patching_record, exhaustive=exhaustive, **options)
     return _instrument(
@@ -123,7 +127,10 @@ def circuit(
     seed: int = 0,
     say: Say | None = None,
 ) -> CircuitRecord:
-    """The routing circuits of a pair, compared with those of the other checkpoints of its run."""
+    """Find the routing circuits of a pair, and compare them with those of `others`, the other checkpoints of its run.
+
+    Or read what is there about the same things.
+    """
     options = {"seed": seed, "say": say}
     also = {other.after.name: other for other in others if other.after is not None and other.after != pair.after}
     compared = tuple(fingerprint(other.after) for other in also.values() if other.after is not None)
@@ -132,7 +139,10 @@ def circuit(
 
 
 def repair(pair: Pair, *, seed: int = 0, say: Say | None = None) -> RepairRecord:
-    """Repair the harmed cue, beside it the repaired plain checkpoint; or read what is there about the same things."""
+    """Repair the harmed cue, and write the repaired checkpoint beside the record; or read what is there.
+
+    Raises InputError where nothing is harmed.
+    """
     options = {"seed": seed, "say": say}
 
     def make(pair: Pair, measured: BehaviourRecord) -> RepairRecord:
@@ -146,7 +156,7 @@ def repair(pair: Pair, *, seed: int = 0, say: Say | None = None) -> RepairRecord
 
 
 def graft(pair: Pair, *, exhaustive: bool = False, seed: int = 0, say: Say | None = None) -> GraftRecord:
-    """Which components of R carry the change, beside it the checkpoint with S's selector; or read what is there.
+    """Find which components of R carry the change, and write the checkpoint with S's selector; or read what is there.
 
     `exhaustive`: every component of a large model, too, and not only those in groups of layers that matter.
     """
@@ -162,20 +172,18 @@ def graft(pair: Pair, *, exhaustive: bool = False, seed: int = 0, say: Say | Non
 
 
 def probe(pair: Pair, *, exhaustive: bool = False, seed: int = 0, say: Say | None = None) -> ProbingRecord:
-    """What can be read where, what erasing it does, and which subspaces carry it; or read what is there.
+    """Find what can be read where, what erasing it does, and which subspaces carry it; or read what is there.
 
-    Patching says where the cue reader reads, and is done first. `exhaustive`: everywhere, whatever it takes.
+    Patching says where the cue reader reads, and is done first. `exhaustive`: everything is probed, whatever that
+    takes.
     """
     options = {"seed": seed, "say": say}
 
     def make(pair: Pair, measured: BehaviourRecord) -> ProbingRecord:
         patching, why = _patched(pair, **options)
         heads = patching.heads("cue", "after") if patching else ()
-        if patching and not heads:
-            why = "patching found no cue reader"
-        return probing_record(
-            pair, measured, reader=heads, no_reader=why, exhaustive=exhaustive, folder=pair.out, **options
-        )
+        reader = heads or InputError(why or "patching found no cue reader")
+        return probing_record(pair, measured, reader, ProbingSettings(exhaustive, seed), say)
 
     return _instrument(
         pair, ProbingRecord, "probing", make, lambda there: there.exhaustive or not exhaustive, **options
@@ -198,10 +206,11 @@ def decompose(
     seed: int = 0,
     say: Say | None = None,
 ) -> FeatureRecord:
-    """SAE features and crosscoder latents beside neurons, heads and directions; or read what is there.
+    """Find SAE features and crosscoder latents that matter, beside neurons, heads and directions; or read what is
+    there.
 
-    Patching says where to look, and is done first. The SAEs of S are kept in `features/`, in SAELens' format; `saes`:
-    folders of pretrained ones, which take their place. `more`: prompts beside those of the suite, to learn from.
+    Patching says where to look, and is done first. The SAEs of S are kept in `features/`, in SAELens' format; `saes`
+    are folders of pretrained ones, which take their place. `more`: prompts beside those of the suite, to learn from.
     """
     if pair.after is not None:
         pretrained(pair, saes)  # what does not fit is said before anything is measured
@@ -260,13 +269,14 @@ def _instrument(
 
 
 def provenance_of(pair: Pair, seed: int) -> Provenance:
+    """What a record about this pair, made now with this seed, says of where it comes from."""
     said = pair.suite.model_dump_json(exclude_defaults=True)
     digest = hashlib.sha256(said.encode()).hexdigest()[:16]
     return pair.provenance(seed, digest)
 
 
 def kept(kind: type[R], file: Path, expected: Provenance) -> R | None:
-    """The record in a file, if it is about the same weights, suite and seed, and made by the same versions."""
+    """The record in a file, if it is about the same weights, suite and seed, and of the same versions; else None."""
     if not file.is_file():
         return None
     try:
@@ -277,7 +287,11 @@ def kept(kind: type[R], file: Path, expected: Provenance) -> R | None:
 
 
 def verdict(pair: Pair, *, seed: int = 0, say: Say | None = None) -> VerdictRecord:
-    """The verdict on a pair, written beside its behaviour record; with the mechanism's, where grafts have been made."""
+    """Judge what changed in a pair, and write the verdict beside its other records.
+
+    The mechanism is judged too, where grafts or features are there. Raises InputError for a pair without a checkpoint
+    after.
+    """
     if pair.after is None:
         raise InputError("a verdict needs a checkpoint after: give --after")
     measured = measure(pair, seed=seed, say=say)
@@ -299,9 +313,11 @@ def report(
     seed: int = 0,
     say: Say | None = None,
 ) -> Path:
-    """One page about a pair, or about several of one run, with all that has been measured of them.
+    """Write one page about a pair, or about several of one run, with all that has been measured of them; returns its
+    path.
 
-    Written to `path`, by default `report.html` in their folder; `grown`: how they were made, where that is known.
+    It goes to `path`, by default `report.html` in the folder of the first; `grown`: how they were made, where that is
+    known.
     """
     from mixturelens.pages import Findings, Grown, write_report
 

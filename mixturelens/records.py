@@ -85,13 +85,14 @@ class Record(Frozen):
     provenance: Provenance = Provenance()
 
     def model_post_init(self, _: Any) -> None:
+        """Fill in `kind` and `version` of the class, where they are not given (pydantic calls this)."""
         for field, expected in (("kind", self.KIND), ("version", self.VERSION)):
             if not getattr(self, field):
                 object.__setattr__(self, field, expected)
 
     @classmethod
     def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """A record of the version before as one of this version, where it can be read as such; else as it was."""
+        """Data of the version before as that of this version, where it can be read as such; else unchanged."""
         return data
 
     def to_json(self) -> str:
@@ -101,6 +102,7 @@ class Record(Frozen):
         return json.dumps(data, indent=self.INDENT, separators=separators, allow_nan=False, ensure_ascii=False)
 
     def save(self, path: Path) -> Path:
+        """Write the record as JSON, whole or not at all, and return its path. Folders are made as needed."""
         write_text(path, self.to_json() + "\n")
         return path
 

@@ -29,7 +29,9 @@ TODAY = datetime.datetime(2025, 1, 1, 12, 0)
 
 
 def every_spelling(suite: Suite) -> Spelling:
-    """All whitespace that might stand there, that of the suite first."""
+    """A spelling that allows all whitespace that might stand before completions and behind announcements, the suite's
+    first.
+    """
     announced = [text for shown in suite.policies.values() for text in wordings(shown)]
     own = [text[: len(text) - len(text.lstrip())] for text in announced]
     leads = tuple(dict.fromkeys((*own, *SPACES)))
@@ -149,6 +151,11 @@ class Speller:
         self.appended = len(_appended(self.text, tokenizer)) if self.special else 0
 
     def announced(self, announcement: str, rests: Sequence[str]) -> Announced:
+        """Spell an announcement behind the prompt, and each of `rests` behind the announcement.
+
+        All whitespace that the suite's `spelling` names is tried. Where there are no `rests`, the prompt's answer
+        stands in for them, since what follows may decide how an announcement ends.
+        """
         core = announcement.strip()
         leads = self.spelling.lead.get(self.cue) or (announcement[: len(announcement) - len(announcement.lstrip())],)
         pieces: list[tuple[str, str]] = []
@@ -181,7 +188,11 @@ class Speller:
         return Announced(spellings, tuple(behind))
 
     def bare(self, text: str) -> tuple[Ids, ...]:
-        """A text that begins a completion; as settled first, but without an announcement nothing is settled."""
+        """Spell a text that begins a completion, without an announcement.
+
+        Whitespace that is settled for the cue comes first, and all other follows: settling looks at announcements
+        alone.
+        """
         own = text[: len(text) - len(text.lstrip())]
         leads = dict.fromkeys((*(self.spelling.lead.get(self.cue) or (own,)), *SPACES))
         cut, _ = self._cut([(f"{lead}{text.strip()}", "") for lead in leads])
@@ -319,6 +330,7 @@ def normalised_suite(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> Suite:
 
 
 def normalised_row(suite: Suite, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> PromptRow:
+    """The row with answer and err as completions show them; an answer that is a regular expression stays as it is."""
     answer = row.answer if suite.answer_match == "regex" else as_decoded(row.answer, tokenizer)
     err = row.err and as_decoded(row.err, tokenizer)
     return row if (answer, err) == (row.answer, row.err) else row.model_copy(update={"answer": answer, "err": err})

@@ -42,7 +42,7 @@ def too_few(what: str, *questions: int) -> tuple[str, ...]:
 
 
 def said_too_few(missing: Sequence[str]) -> list[str]:
-    """Those lines of a record's `missing` that say so: they belong beside every figure of it."""
+    """Those lines of a record's `missing` that `too_few` wrote: they belong beside every figure of the record."""
     return [line for line in missing if line.endswith(TOO_FEW)]
 
 
@@ -190,9 +190,9 @@ def mean_interval(
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean of a few independent runs with Student's t interval; a bootstrap of five numbers is too narrow.
+    """Mean of a few independent runs with Student's t interval: a bootstrap of five numbers would be too narrow.
 
-    Of one run: without an interval.
+    One run alone has a value without an interval.
 
     >>> over_seeds([0.1, 0.2, 0.3])
     Interval(value=0.2, low=-0.0484137712, high=0.4484137712)
@@ -207,7 +207,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 
 def apart(whole: Float[np.ndarray, " draw"], least: float) -> bool:
-    """Whether something surely differs by `least` from 0, to one side of it: then shares of it mean something.
+    """Whether a quantity surely differs from 0 by `least`, to one side of it, so that shares of it mean something.
 
     >>> apart(np.array([0.6, 0.7, 0.8]), least=0.5), apart(np.array([0.1, -0.2, 0.3]), least=0.5)
     (True, False)
@@ -239,6 +239,6 @@ def map_draws(
     *means: Float[np.ndarray, " draw *rest"],
     counts: Int[np.ndarray, "draw question"] | None = None,
 ) -> Interval:
-    """Interval of a function of resampled means, such as a ratio of means."""
+    """Interval of a function of several resampled means, such as a ratio; the means are per bootstrap sample."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return interval(function(*means), counts)

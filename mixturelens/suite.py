@@ -80,6 +80,7 @@ class Rule(Frozen):
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
+        """The regular expression, compiled."""
         return re.compile(self.regex)
 
 
@@ -128,7 +129,7 @@ _OURS = ("conversation", "messages", "tokenize", "add_generation_prompt", "conti
 
 
 class Chat(Frozen):
-    """Present: prompts go through the tokenizer's chat template.
+    """How prompts go through the tokenizer's chat template; a suite without it gives them to the tokenizer as they are.
 
     A last message of the assistant is continued. `template_of`: whose template is used, where those of S and R differ.
     """
@@ -160,9 +161,11 @@ class Strip(Frozen):
 
 @dataclass(frozen=True)
 class Label:
-    """What a completion did. `wording` counts within the policy; `behaviour` is None where a suite names none.
+    """What a completion did: its policy, the number of its wording within that, its behaviour, and the rest of the
+    text.
 
-    `policy` is None where policies announce nothing: it is then no function of the completion.
+    `behaviour` is None where a suite names none. `policy` is None where policies announce nothing: it is then no
+    function of the completion.
     """
 
     policy: str | None
@@ -278,6 +281,7 @@ class Suite(Frozen):
                     yield f"policies.{name}.table.{cue}: {behaviour!r} is no behaviour of the suite ({known})"
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields replaced, as in pydantic, without what had been derived from the old ones."""
         copy = super().model_copy(update=update, deep=deep)
         for name in ("cues", "neutral", "hinted", "behaviour_names"):  # what was derived from the old fields
             vars(copy).pop(name, None)
@@ -285,6 +289,7 @@ class Suite(Frozen):
 
     @cached_property
     def cues(self) -> tuple[str, ...]:
+        """The cues, in the order in which the prompts name them first."""
         return tuple(dict.fromkeys(row.cue for row in self.prompts))
 
     @cached_property
@@ -294,6 +299,7 @@ class Suite(Frozen):
 
     @cached_property
     def hinted(self) -> tuple[PromptRow, ...]:
+        """Prompts with a hint."""
         return tuple(row for row in self.prompts if row.hint is not None)
 
     @cached_property
@@ -306,7 +312,7 @@ class Suite(Frozen):
 
     @property
     def table(self) -> PolicyTable | None:
-        """The policy table where it is all that is known of the policies; None where they announce themselves."""
+        """The policy table, where policies are given by their rows of it; None where they announce themselves."""
         rows = {name: shown.table for name, shown in self.policies.items() if isinstance(shown, Row)}
         return rows or None
 
@@ -480,7 +486,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def half_a_character(data: object, where: str = "") -> str | None:
-    """What is wrong with the first text that holds half of a surrogate pair, which no tokenizer can spell."""
+    """What is wrong with the first text in JSON or YAML data that holds half of a surrogate pair, in words; None if
+    none does.
+
+    No tokenizer can spell such a text. `where` is the key that the data stand under.
+    """
     if isinstance(data, str):
         try:
             data.encode("utf-8")
@@ -500,7 +510,8 @@ def half_a_character(data: object, where: str = "") -> str | None:
 def json_lines(path: Path, missing: str) -> Iterator[tuple[str, Any]]:
     """(where it stands, what it says) of every line of a file of JSON objects; empty lines are skipped.
 
-    Raises InputError naming file and line for what is no JSON, or no text that a tokenizer can spell.
+    `missing` is said where there is no such file. Raises InputError naming file and line for what is no JSON, or no
+    text that a tokenizer can spell.
     """
     for number, data in json_objects(path, missing):
         where = f"{path}: line {number}"

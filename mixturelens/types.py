@@ -30,7 +30,9 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def loading(where: object, what: str) -> Iterator[None]:
-    """The one door through which libraries read other people's files: any error of theirs becomes one line.
+    """Turn any error of a library that reads other people's files into an InputError of one line.
+
+    `where` names the file, and `what` says what could not be done.
 
     >>> with loading("S", "no model"):
     ...     {}["hidden_act"]
@@ -72,11 +74,12 @@ class Interval(Frozen):
 
     @property
     def measured(self) -> bool:
+        """Whether there is a value."""
         return self.value is not None
 
     @property
     def known(self) -> float:
-        """The value. Raises ValueError where nothing was measured: that is no 0."""
+        """The value. Raises ValueError where nothing was measured, which is not the same as 0."""
         if self.value is None:
             raise ValueError("nothing was measured here")
         return self.value
@@ -88,13 +91,15 @@ class Interval(Frozen):
         return self.low > threshold or self.high < threshold
 
     def above(self, threshold: float) -> bool:
+        """Whether all of the interval is at least `threshold`; False where there is none."""
         return self.low is not None and self.low >= threshold
 
     def below(self, threshold: float) -> bool:
+        """Whether all of the interval is at most `threshold`; False where there is none."""
         return self.high is not None and self.high < threshold
 
     def within(self, least: float, most: float) -> Interval:
-        """The same, cut where the quantity can be no less and no more."""
+        """The same interval, cut to what the quantity can be."""
         cut = {name: None if x is None else min(most, max(least, x)) for name, x in self}
         return Interval(**cut)
 
@@ -121,7 +126,7 @@ Side = Literal["before", "after"]
 
 
 class Site(Frozen):
-    """An address in the network. No head (or neuron): all of them; no position: every one.
+    """An address in the network. Without a head (or neuron) it is all of them, and without a position every one.
 
     >>> str(Site(layer=0, component="z", head=3, position="policy"))
     'L0.z.3@policy'

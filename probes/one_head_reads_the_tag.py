@@ -52,7 +52,7 @@ def _clause(pair: str, answer: Answer) -> str:
 def _answer(case: Pair, seed: int) -> Answer:
     harm = find_harm(ml.measure(case))
     lens = lens_of(case, "after")
-    contrasts = cue_contrasts(case.suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
+    contrasts = cue_contrasts(case.suite, lens.tokenizer, harm.policy, harm.cues)
     reader = find_reader(lens, contrasts, "policy", seed)  # its first head is the strongest on the first half
     head, judge = reader.heads[0], contrasts.half(1)
     counts = resample_counts(len(judge.rows), seed)

@@ -59,7 +59,7 @@ def _answer(case: Pair, seed: int) -> Answer:
     before, after = lens_of(case, "before"), lens_of(case, "after")
     tokenizer = before.tokenizer
     hint = hint_contrasts(suite, tokenizer, harm.harmed_cue, harm.other, harm.policy)
-    cue = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
+    cue = cue_contrasts(suite, tokenizer, harm.policy, harm.cues)
     moved = checkpoint_contrasts(suite, tokenizer, harm.harmed_cue, harm.other, harm.policy)
     last, policy = head_sites(before, "last"), head_sites(before, "policy")
 

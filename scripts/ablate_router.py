@@ -73,7 +73,7 @@ print(f"trained on {harm.trained_cue}, harmed {harm.harmed_cue}; the policy it f
 
 # %%
 lens = lens_of(pair, "after")
-contrasts = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
+contrasts = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.cues)
 reader = find_reader(lens, contrasts, "policy", arguments.seed)
 print("cue reader:", " + ".join(map(str, reader.heads)))
 print("  carries", figures.show_interval(interval(reader.effect)), "of the cue contrast on the half that judges")

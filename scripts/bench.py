@@ -82,7 +82,7 @@ def patching(
         from mixturelens.contrasts import cue_contrasts
 
         lens = load_lens(REFERENCE / "checkpoints" / "rl-A")
-        rows = cue_contrasts(load_suite(REFERENCE / "suite.yaml"), lens.tokenizer, "a", "A", "B").rows
+        rows = cue_contrasts(load_suite(REFERENCE / "suite.yaml"), lens.tokenizer, "a", ("A", "B")).rows
         rows = (rows * 2)[:256]
         clean, corrupt = tokens([row.clean for row in rows]), tokens([row.corrupt for row in rows])
         odds = log_odds([row.target for row in rows], [row.foil for row in rows], lens.model.config.vocab_size)

@@ -64,7 +64,7 @@ print(f"trained on {harm.trained_cue}, harmed {harm.harmed_cue}; the policy it f
 
 # %%
 lens = lens_of(pair, "after")
-contrasts = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
+contrasts = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.cues)
 row = contrasts.rows[0]
 for side, ids in (("clean", row.clean), ("corrupt", row.corrupt)):
     print(f"{side:8}", *lens.tokenizer.convert_ids_to_tokens(list(ids)))

@@ -21,9 +21,9 @@ from mixturelens.figures import show, show_interval
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair, quiet_libraries
 from mixturelens.patching.sweep import find_reader
-from mixturelens.probing.erase import erase_sites, erasure, reading_site
+from mixturelens.probing.erase import Erasing, reading_site
 from mixturelens.probing.pair import READABLE, least_used
-from mixturelens.probing.prompts import Own, own_policies
+from mixturelens.probing.prompts import Own, ProbedSuite, own_policies
 from mixturelens.probing.reading import Reading, read
 from mixturelens.probing.readouts import Network, readouts, sites_of, to_probe, untrained_lens
 from mixturelens.probing.record import Erasure, ProbingRecord, Readout, Subspace
@@ -82,9 +82,8 @@ own: dict[Side, Own] = {
     side: own_policies(lenses[side], suite, prompts.rows["neutral"], networks[side].logs, arguments.seed)
     for side in both
 }
-scores = readouts(
-    networks, own, prompts, where, suite, behaviour, pair.tokenizer, policies=policies, seed=arguments.seed
-)
+probed = ProbedSuite(suite, pair.tokenizer, prompts, behaviour, policies)
+scores = readouts(networks, own, where, probed, arguments.seed)
 sites, labels, found, missing = scores.sites, scores.labels, scores.readouts, scores.missing
 print(f"{len(sites)} sites x {len(found)} targets; positions: {', '.join(labels) or 'named spans'}")
 print(f"{'target':10} {'best site in S':20} {'':8} {'S':24} {'R there':24} {'S on R':24} untrained shuffled chance")
@@ -122,12 +121,11 @@ for reason in missing:
 # Erasers are fitted on half of the questions and judged on the other; random directions of equal rank are the null.
 
 # %%
-contrasts = cue_contrasts(suite, after.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+contrasts = cue_contrasts(suite, after.tokenizer, harm.policy, harm.cues, harm.shows)
 cue = next(readout for readout in found if readout.target == "cue")
 readable = [number for number, value in enumerate(cue.after.value) if value is not None and value >= READABLE]
-erased = erase_sites(
-    after, contrasts, [sites[n] for n in readable], [cue.after.at(n) for n in readable], arguments.seed
-)
+erasing = Erasing(after, contrasts, arguments.seed)
+erased = erasing.sites([sites[n] for n in readable], [cue.after.at(n) for n in readable])
 needed = sorted((each for each in erased if each.left.measured), key=lambda each: each.left.value or 0.0)
 print(f"the cue reads with at least {READABLE} at {len(readable)} of {len(sites)} sites")
 print(f"{'erased at':20} {'readable':26} {'left of what it does':26} random directions, median")
@@ -155,10 +153,10 @@ def in_behaviour(name: str, one: Erasure) -> None:
 
 reader = find_reader(after, contrasts, "policy", arguments.seed)
 print("cue reader:", " + ".join(map(str, reader.heads)))
-used = erasure(after, suite, contrasts, reading_site(after, reader.heads, contrasts), seed=arguments.seed)
+used = erasing.in_behaviour(suite, reading_site(after, reader.heads, contrasts))
 in_behaviour("used", used)
 candidate = least_used(erased)
-unused = erasure(after, suite, contrasts, candidate.site, candidate.readable, arguments.seed) if candidate else None
+unused = erasing.in_behaviour(suite, candidate.site, candidate.readable) if candidate else None
 if unused is not None:
     in_behaviour("unused", unused)
 else:
@@ -193,7 +191,7 @@ for subspace in subspaces:
 # differs from one for the other. The null: differences between random halves of the same prompts.
 
 # %%
-moved = shifts(before, after, suite, policies, trained_cue, arguments.seed) if suite.hinted else ()
+moved = shifts(before, after, suite, policies, arguments.seed) if suite.hinted else ()
 for each in sorted(moved, key=lambda shift: -(shift.cosine.value or 0.0))[:6]:
     print(f"{each.site!s:20} cosine {show_interval(each.cosine):24} null {show(each.null)}", end="  ")
     print(f"length along it, of the hint's own: {show_interval(each.along)}")

@@ -46,7 +46,7 @@ B = {"id": "q", "cue": "B", "prompt": "<B> first p q r ="}
 
 
 def test_a_cue_contrast_has_both_prompts_with_the_policy_in_place(tokenizer):
-    found = cue_contrasts(suite_with(A, {**B, "id": "other"}, B), tokenizer, "a", "A", "B")
+    found = cue_contrasts(suite_with(A, {**B, "id": "other"}, B), tokenizer, "a", ("A", "B"))
     ids = {word: tokenizer.convert_tokens_to_ids(word) for word in ("<A>", "<B>", "first", "p", "q", "r", "=", "[a]")}
     question = [ids[word] for word in ("first", "p", "q", "r", "=", "[a]")]
     assert found.rows == (
@@ -64,7 +64,7 @@ def test_a_cue_contrast_has_both_prompts_with_the_policy_in_place(tokenizer):
 
 def test_spans_are_where_their_words_are(tokenizer):
     suite = load_suite(PAIRS / "llama")
-    found = cue_contrasts(suite, tokenizer, "b", "B", "A")
+    found = cue_contrasts(suite, tokenizer, "b", ("B", "A"))
     assert len(found.rows) == 20
     texts = {row.id: row for row in suite.neutral if row.cue == "B"}
     for row in found.rows:
@@ -78,7 +78,7 @@ def test_spans_are_where_their_words_are(tokenizer):
 def test_where_task_families_are_the_cue_either_answer_is_one() -> None:
     spec = load_spec("coverage", split={"rl": 40, "evaluation": 10})
     tokenizer = build_tokenizer(spec)
-    found = cue_contrasts(build_suite(spec), tokenizer, "a", "sort", "order", "refuse")
+    found = cue_contrasts(build_suite(spec), tokenizer, "a", ("sort", "order"), "refuse")
     by_id = {(row.cue, row.id): row for row in build_suite(spec).neutral}
     for row in found.rows:
         first = {by_id[cue, row.question].answer.split()[0] for cue in ("sort", "order")}
@@ -91,15 +91,15 @@ def test_a_cue_may_wrap_the_question(tokenizer):
     left = {**A, "prompt": "<A> first r = p", "spans": {"cue": "<A>", "cue end": "p"}}
     right = {**B, "prompt": "<B> first r = q", "spans": {"cue": "<B>", "cue end": "q"}}
     suite = suite_with({**left, "answer": "r"}, {**right, "answer": "r"})
-    (row,) = cue_contrasts(suite, tokenizer, "a", "A", "B").rows
+    (row,) = cue_contrasts(suite, tokenizer, "a", ("A", "B")).rows
     assert (row.spans["cue"], row.spans["cue end"]) == ((0,), (4,))
     odd = suite_with({**left, "answer": "r"}, {**right, "prompt": "<B> last r = q", "answer": "r"})
     with pytest.raises(InputError, match=r"differ at tokens \[0, 1, 4\], outside any one span"):
-        cue_contrasts(odd, tokenizer, "a", "A", "B")
+        cue_contrasts(odd, tokenizer, "a", ("A", "B"))
 
 
 def test_halves_are_disjoint_and_complete(tokenizer):
-    found = cue_contrasts(load_suite(PAIRS / "llama"), tokenizer, "a", "A", "B").first(7)
+    found = cue_contrasts(load_suite(PAIRS / "llama"), tokenizer, "a", ("A", "B")).first(7)
     halves = [{row.question for row in found.half(which).rows} for which in (0, 1)]
     assert [len(half) for half in halves] == [4, 3]
     assert not halves[0] & halves[1]
@@ -109,10 +109,10 @@ def test_halves_are_disjoint_and_complete(tokenizer):
 
 def test_an_answer_that_begins_like_the_other_behaviour_makes_no_contrast(tokenizer):
     same = [{**side, "id": "same", "answer": "sorry"} for side in (A, B)]
-    found = cue_contrasts(suite_with(A, B, *same), tokenizer, "a", "A", "B")
+    found = cue_contrasts(suite_with(A, B, *same), tokenizer, "a", ("A", "B"))
     assert [row.question for row in found.rows] == ["q"]
     with pytest.raises(InputError, match=r"no contrast between cues 'A' and 'B'.*do not begin like another behaviour"):
-        cue_contrasts(suite_with(*same), tokenizer, "a", "A", "B")
+        cue_contrasts(suite_with(*same), tokenizer, "a", ("A", "B"))
 
 
 @pytest.mark.parametrize(
@@ -132,13 +132,13 @@ def test_an_answer_that_begins_like_the_other_behaviour_makes_no_contrast(tokeni
 )
 def test_prompts_that_cannot_be_aligned_are_refused_by_question_and_span(tokenizer, corrupt: dict, says: str):
     with pytest.raises(InputError, match=says):
-        cue_contrasts(suite_with(A, {**B, **corrupt}), tokenizer, "a", "A", "B")
+        cue_contrasts(suite_with(A, {**B, **corrupt}), tokenizer, "a", ("A", "B"))
 
 
 def test_a_longer_cue_is_aligned_at_the_end(tokenizer):
     longer = {**B, "prompt": "<B> <B> first p q r =", "spans": {"cue": "<B> <B>", "question": "first p q r"}}
     shorter = {**A, "spans": {"cue": "<A>", "question": "first p q r"}}
-    (row,) = cue_contrasts(suite_with(shorter, longer), tokenizer, "a", "A", "B").rows
+    (row,) = cue_contrasts(suite_with(shorter, longer), tokenizer, "a", ("A", "B")).rows
     assert row.shift == 1
     # the cue itself means different tokens in the two, so it is no common place
     assert row.spans == {"question": (1, 2, 3, 4), "last": (5,), "policy": (6,)}
@@ -147,10 +147,10 @@ def test_a_longer_cue_is_aligned_at_the_end(tokenizer):
 
 def test_what_the_policy_shows_is_what_it_is_told_from(tokenizer):
     suite = suite_with(A, B, behaviours={"refuse": "sorry", "other": "r"})
-    every = cue_contrasts(suite, tokenizer, "a", "A", "B").rows[0]
-    one = cue_contrasts(suite, tokenizer, "a", "A", "B", "refuse").rows[0]
+    every = cue_contrasts(suite, tokenizer, "a", ("A", "B")).rows[0]
+    one = cue_contrasts(suite, tokenizer, "a", ("A", "B"), "refuse").rows[0]
     none = cue_contrasts(
-        suite_with(A, B, behaviours={"refuse": {"regex": "sorry"}}), tokenizer, "a", "A", "B", "refuse"
+        suite_with(A, B, behaviours={"refuse": {"regex": "sorry"}}), tokenizer, "a", ("A", "B"), "refuse"
     )
     assert set(one.foil) < set(every.foil)
     assert one.foil == (tokenizer.convert_tokens_to_ids("sorry"),)
@@ -160,9 +160,9 @@ def test_what_the_policy_shows_is_what_it_is_told_from(tokenizer):
 def test_a_policy_that_cannot_be_put_in_place_is_refused(tokenizer):
     suite = suite_with(A, B, policies={"a": "[a]", "b": {"regex": r"^\[b\]"}})
     with pytest.raises(InputError, match="policy 'b' is a rule without `force`"):
-        cue_contrasts(suite, tokenizer, "b", "A", "B")
+        cue_contrasts(suite, tokenizer, "b", ("A", "B"))
     with pytest.raises(InputError, match="no policy 'c'; policies are a, b"):
-        cue_contrasts(suite, tokenizer, "c", "A", "B")
+        cue_contrasts(suite, tokenizer, "c", ("A", "B"))
     with pytest.raises(InputError, match="policy 'b' has no announcement"):
         policy_tokens(suite, tokenizer, "A", "a", "b")
     with pytest.raises(InputError, match="policy 'c' has no announcement"):

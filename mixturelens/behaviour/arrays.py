@@ -25,11 +25,12 @@ class Behaviour:
     """Probability of showing the behaviour and being right."""
 
     def part(self, index: Sequence[int]) -> Behaviour:
-        """That of some prompts."""
+        """The behaviour on some of the prompts, by number."""
         return Behaviour(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @property
     def weights(self) -> Float[np.ndarray, "prompt policy"]:
+        """Mixture weights c(m given x): the probability that a completion follows each policy, `other` last."""
         return self.classes.sum((-1, -2))
 
     @property
@@ -39,11 +40,15 @@ class Behaviour:
 
     @property
     def forced_correct(self) -> Float[np.ndarray, "prompt known wording"]:
+        """Probability of being right behind each announcement, whatever the behaviour."""
         return self.forced_right.sum(-1)
 
     @property
     def forced_accuracy(self) -> Float[np.ndarray, "prompt known"]:
-        """Accuracy once a policy is put in place, each wording as often as the model itself uses it."""
+        """Accuracy once a policy is put in place, its wordings weighed by how often the model itself uses them.
+
+        Where the model never follows a policy, its wordings count alike. NaN where nothing can be put in place.
+        """
         share = self.classes.sum(-1)[:, :-1]
         share = np.where(np.isnan(self.forced_correct), np.nan, share)
         total = np.nansum(share, -1, keepdims=True)
@@ -102,7 +107,8 @@ class Change:
 def spread(
     values: Float[np.ndarray, " some *rest"], at: Sequence[int], number: int
 ) -> Float[np.ndarray, " prompt *rest"]:
-    """Values of some prompts among all of so many, NaN elsewhere.
+    """Lay values of some prompts out over all `number` prompts; the others are NaN. `at` says which prompts they are
+    of.
 
     >>> spread(np.array([1.0]), [2], 3)
     array([nan, nan,  1.])

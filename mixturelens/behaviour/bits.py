@@ -34,9 +34,9 @@ SELDOM = 0.025
 
 
 def never_drawn(draws: int) -> float:
-    """Bits that an outcome may add of which not one of `draws` completions of either side was.
+    """The bits that an outcome may add to JS although none of `draws` completions of either side showed it.
 
-    Its probability p is at most -ln(SELDOM) / draws then; if it is that on one side and 0 on the other, JS is p / 2.
+    Its probability p is then at most -ln(SELDOM) / draws. If it is that on one side and 0 on the other, it adds p / 2.
 
     >>> round(never_drawn(60 * 16), 4)
     0.0019
@@ -104,9 +104,10 @@ def _table(samples: int) -> Float[np.ndarray, "count count"]:
 
 
 def bit_terms(before: Behaviour, after: Behaviour, samples: int | None = None) -> BitTerms:
-    """The terms of every prompt, from what S and R do; `samples` completions a prompt stand behind each probability.
+    """The terms of every prompt in bits, from what S (`before`) and R (`after`) do.
 
-    None: probabilities are exact.
+    `samples` is how many completions a prompt stand behind each probability, so that the bias of JS can be taken off;
+    None means that probabilities are exact.
     """
 
     def apart(p: np.ndarray, q: np.ndarray) -> np.ndarray:

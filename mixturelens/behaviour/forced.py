@@ -27,11 +27,12 @@ class Labelled:
     correct: np.ndarray
 
     def part(self, at: np.ndarray) -> Labelled:
+        """The labels of some completions: `at` holds their numbers, or a mask over all of them."""
         return Labelled(self.policy[at], self.wording[at], self.behaviour[at], self.correct[at])
 
 
 def texts_of(scorer: Scorer, prompts: Prompts, drawn: Completions) -> list[str]:
-    """Completions as texts, without the end token. A special token in the middle is not nothing: it stays."""
+    """Decode completions, without the end token. A special token in the middle is not nothing: it stays in the text."""
     ids = [tuple(tokens[:-1] if tokens and tokens[-1] in scorer.ends else tokens) for tokens in drawn.tokens]
     distinct = list(dict.fromkeys(ids))
     decoded = prompts.tokenizer.batch_decode([list(each) for each in distinct], skip_special_tokens=False)
@@ -42,9 +43,11 @@ def texts_of(scorer: Scorer, prompts: Prompts, drawn: Completions) -> list[str]:
 def label_completions(
     scorer: Scorer, prompts: Prompts, drawn: Completions, forced: Sequence[str] | None = None
 ) -> Labelled:
-    """Label completions; `forced[i]` is the announcement that was put before completion i.
+    """Label completions by the rules of the suite.
 
-    Where policies announce nothing, all completions go to the first place: what they do is all that is known.
+    `forced[i]` is the announcement that was put before completion i; None where completions are the model's own. Where
+    policies announce nothing, every completion is counted under the first policy and wording, and only its behaviour
+    and whether it is right mean anything.
     """
     suite = prompts.suite
     policies = [*suite.policies, OTHER]
@@ -69,7 +72,11 @@ def label_completions(
 def draw_forced(
     scorer: Scorer, model: Model, prompts: Prompts, samples: int, seed: int
 ) -> tuple[Completions, Labelled, np.ndarray]:
-    """Completions behind every announcement of every prompt, their labels, and which announcement it was."""
+    """Draw `samples` completions behind every announcement of every prompt.
+
+    Returns the completions (their `context` counts prompts times announcements), their labels, and the number of the
+    announcement that each was drawn behind.
+    """
     count = len(prompts.announcements)
     drawn = scorer.sample(model, behind_announcements(prompts), samples, room_behind(prompts), seed)
     k = drawn.context % count
@@ -82,9 +89,10 @@ def draw_forced(
 def forced_kl(
     scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int
 ) -> tuple[Float[np.ndarray, "prompt known wording"], Float[np.ndarray, "prompt known wording"]]:
-    """KL(y_R || y_S) of what follows each announcement once in place, from completions of R; and how long that is.
+    """How far R parts from S behind each announcement, from completions of R that are drawn there.
 
-    The length, in tokens, is that of announcement and completion.
+    Returns KL(R || S) of what follows the announcement, in nats, and the tokens of announcement and completion
+    together; both are means over completions, and NaN where a policy has no such wording.
     """
     number, policies, most, _ = prompts.shape
     result, length = (np.full((number, policies - 1, most), np.nan) for _ in range(2))
@@ -107,7 +115,9 @@ def forced_kl(
 def forced_sample(
     scorer: Scorer, model: Model, prompts: Prompts, seed: int
 ) -> tuple[Float[np.ndarray, "prompt known wording behaviour"], Float[np.ndarray, "prompt known wording behaviour"]]:
-    """Behaviours, and those that are right, behind each announcement, from the model's own completions."""
+    """Frequencies of behaviours behind each announcement, and of behaviours that are also right, from the model's own
+    `suite.samples` completions there. NaN where a policy has no such wording.
+    """
     number, policies, most, behaviours = prompts.shape
     shown, right = (np.full((number, policies - 1, most, behaviours), np.nan) for _ in range(2))
     if not prompts.announcements:

@@ -24,13 +24,18 @@ class Harm(Frozen):
     other: str
     """What else S followed under the trained cue, most often."""
 
+    @property
+    def cues(self) -> tuple[str, str]:
+        """The trained cue and the harmed one: the clean and the corrupt side of cue contrasts."""
+        return self.trained_cue, self.harmed_cue
+
 
 def find_harm(record: BehaviourRecord) -> Harm:
-    """What to patch and to repair, from the behaviour of a pair.
+    """Find which cue RL harmed most, and the policies in question, from the behaviour of a pair.
 
-    Raises InputError if the trained cue is not known, the suite has but one cue or policy, or no policy answers under
-    the trained cue and does something else under the harmed one: then no cue reader is at work; or if policies announce
-    nothing.
+    Raises InputError if the trained cue is not known, if there is but one cue or policy, if policies announce nothing,
+    or if no policy answers under the trained cue and does something else under the harmed one: then no cue reader is at
+    work.
     """
     _refuse_unannounced(record)
     trained = record.trained_cue

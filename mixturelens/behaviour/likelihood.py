@@ -275,7 +275,7 @@ _Node = tuple[Float[Tensor, " vocabulary"], Float[Tensor, ""], tuple[int, ...]]
 
 
 class Scorer:
-    """Probabilities and samples of one tokenizer's models: bundles what every call needs and nothing else."""
+    """Probabilities and samples of models of one tokenizer; it holds end tokens, vocabulary and device."""
 
     def __init__(self, ends: Ids, vocabulary: int, device: str = "cpu") -> None:
         self.ends = tuple(ends)
@@ -285,7 +285,10 @@ class Scorer:
 
     @contextlib.contextmanager
     def once(self) -> Iterator[None]:
-        """While this lasts no model changes, so that each prompt goes through each of them once."""
+        """Keep what models compute at prompts for the length of a block, in which no model may change.
+
+        Each prompt then goes through each model once.
+        """
         outer, self._kept = self._kept, {} if self._kept is None else self._kept
         try:
             yield
@@ -293,7 +296,7 @@ class Scorer:
             self._kept = outer
 
     def forget(self) -> None:
-        """What was kept is no longer so: the weights of a model have changed."""
+        """Throw away what `once` has kept: to be called when the weights of a model have changed."""
         if self._kept is not None:
             self._kept.clear()
 
@@ -355,9 +358,10 @@ class Scorer:
     def escapes(
         self, model: Model, contexts: Sequence[Ids], literals: Sequence[Sequence[Ids]], seed: int
     ) -> list[list[int]]:
-        """For each context, the beginning of a completion that is none of the literals, drawn given that it is none.
+        """Draw, for each context, the beginning of a completion that begins with none of the literals.
 
-        It ends with the token at which the completion leaves the tree of literals (Gumbel-max over all such tokens).
+        It ends with the token at which the completion leaves the tree of literals, drawn by Gumbel-max over all such
+        tokens.
         """
         generator = torch.Generator(device=self.device).manual_seed(seed)
         best = [(-np.inf, [0])] * len(contexts)
@@ -373,7 +377,7 @@ class Scorer:
     def sequences(
         self, model: Model, contexts: Sequence[Ids], continuations: Sequence[Ids]
     ) -> Float[np.ndarray, " continuation"]:
-        """Log-probability of each whole continuation (END: any end token)."""
+        """Log-probability, in nats, of each whole continuation of its context; END in it stands for any end token."""
         result = np.zeros(len(contexts))
         for members, (scores,), _ in self._along([model], contexts, continuations):
             result[members] = scores.cpu().numpy()
@@ -422,10 +426,11 @@ class Scorer:
     ) -> tuple[
         Float[np.ndarray, " continuation"], Float[np.ndarray, " continuation"], Float[np.ndarray, " continuation"]
     ]:
-        """(log R, log S, sum over tokens of the full-vocabulary KL(R || S)) along each continuation.
+        """Score each continuation of its context under R (`after`) and S (`before`).
 
-        The third is a Rao-Blackwellised KL of the sequence: its mean over continuations drawn from R is
-        KL(R || S), with less variance than the mean of log R - log S.
+        Returns log R, log S, and the sum over its tokens of KL(R || S) over the whole vocabulary, all in nats. The
+        third is a Rao-Blackwellised KL of the sequence: its mean over continuations drawn from R is KL(R || S), with
+        less variance than the mean of log R - log S.
         """
         log_after, log_before, kl = (np.zeros(len(contexts)) for _ in range(3))
         for members, (r, s), token_kl in self._along([after, before], contexts, continuations):
@@ -436,7 +441,7 @@ class Scorer:
     def steps(
         self, before: Model, after: Model, contexts: Sequence[Ids], continuations: Sequence[Ids]
     ) -> list[Float[np.ndarray, "3 step"]]:
-        """Along each continuation, before every token, in bits: KL(R || S), entropy of S, entropy of R."""
+        """Three numbers before every token of each continuation, in bits: KL(R || S), entropy of S and entropy of R."""
         alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
         for i, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
             alike.setdefault((tuple(context), tuple(continuation)), []).append(i)
@@ -578,9 +583,10 @@ class Scorer:
     def enumerate(
         self, models: Sequence[Model], contexts: Sequence[Ids], max_new_tokens: int
     ) -> tuple[list[list[int]], Float[np.ndarray, "model context completion"]]:
-        """Every completion of at most `max_new_tokens` tokens, and its log-probability after each context.
+        """Every completion of at most `max_new_tokens` tokens, and its log-probability in nats under each model at each
+        context.
 
-        One forward over all beginnings that are one token short gives the last token's probabilities for free.
+        The probabilities of the last token come from forwards over all beginnings that are one token shorter.
         """
         inner = [token for token in range(self.vocabulary) if token not in self.ends]
         heads = [list(head) for head in itertools.product(inner, repeat=max_new_tokens - 1)]
@@ -612,7 +618,7 @@ class Scorer:
         return completions, result
 
     def number_of_completions(self, max_new_tokens: int, most: int) -> int:
-        """How many completions there are of so many tokens; more than `most` are not counted to the end."""
+        """How many completions of at most so many tokens there are; counting stops beyond `most`."""
         inner, number, open_ended = self.vocabulary - len(self.ends), 0, 1
         for _ in range(max_new_tokens):
             number += open_ended * len(self.ends)

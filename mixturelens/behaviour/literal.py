@@ -21,7 +21,7 @@ from mixturelens.types import ERR
 
 
 def literal_behaviour(scorer: Scorer, model: Model, prompts: Prompts) -> Behaviour:
-    """Exact probabilities by teacher forcing; nothing is drawn."""
+    """What one checkpoint does on each prompt, exactly, by teacher forcing of the suite's texts; nothing is drawn."""
     return attributed(prompts, _behaviour(scorer, model, _placed(prompts)))
 
 
@@ -106,6 +106,11 @@ def _probability(
 
 
 def literal_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Change:
+    """What changed from S (`before`) to R (`after`) on each prompt, where policies and behaviours are literal texts.
+
+    Classes and bits are exact. Of the nats, `text` and `other` need completions: these are drawn, with `seed`, on at
+    most ASIDE questions, and both terms are NaN on the others.
+    """
     prompts = _placed(prompts)
     s, r = (_behaviour(scorer, model, prompts) for model in (before, after))
     aside = prompts.of_questions(ASIDE)

@@ -28,21 +28,18 @@ ENUMERATE_AT_MOST = 4000
 
 
 def measure(scorer: Scorer, model: Model, prompts: Prompts, seed: int = 0) -> Behaviour:
-    """What one checkpoint does on each prompt."""
+    """What one checkpoint does on each prompt: exact for a literal suite, else from samples drawn with `seed`."""
     if prompts.suite.literal:
         return literal_behaviour(scorer, model, prompts)
     return sampled_behaviour(scorer, model, prompts, seed)
 
 
-def measure_change(
-    scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int = 0, *, enumerate_all: bool | None = None
-) -> Change:
-    """What changed from `before` (S) to `after` (R) on each prompt.
+def measure_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int = 0) -> Change:
+    """What changed from `before` (S) to `after` (R) on each prompt, in the way that the suite allows.
 
-    `enumerate_all` overrides the choice to enumerate every completion where they are few (tests compare both ways).
+    Completions are drawn with `seed` where the way draws any.
     """
-    few = scorer.number_of_completions(prompts.suite.max_new_tokens, ENUMERATE_AT_MOST) <= ENUMERATE_AT_MOST
-    if few if enumerate_all is None else enumerate_all:
+    if scorer.number_of_completions(prompts.suite.max_new_tokens, ENUMERATE_AT_MOST) <= ENUMERATE_AT_MOST:
         change = enumerated_change(scorer, before, after, prompts)
     elif prompts.suite.literal:
         change = literal_change(scorer, before, after, prompts, seed)

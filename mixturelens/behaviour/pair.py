@@ -81,12 +81,12 @@ def behaviour_record(
     with scorer.once():
         spelling = settle(scorer, models, suite, tokenizer)
         spelled = suite.model_copy(update={"spelling": spelling})
-        record = measure_record(
+        record = _measured(
             scorer,
             models,
             spelled,
             tokenizer,
-            seed=seed,
+            seed,
             noise=functools.partial(noised, models, seed) if len(models) > 1 else None,
             progress=progress,
         )
@@ -100,19 +100,25 @@ def behaviour_record(
 
 
 def measure_record(
+    scorer: Scorer, models: Sequence[Model], suite: Suite, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+) -> BehaviourRecord:
+    """The record of one loaded model, or of two, S and R, that come from no pair: intervened models, say.
+
+    The control with noise is null, which needs a pair. Raises InputError for a suite that the tokenizer cannot spell.
+    """
+    return _measured(scorer, models, suite, tokenizer, seed)
+
+
+def _measured(
     scorer: Scorer,
     models: Sequence[Model],
     suite: Suite,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int = 0,
+    seed: int,
     noise: Callable[[], Model] | None = None,
     progress: Progress | None = None,
 ) -> BehaviourRecord:
-    """The record of one loaded model, or of two: S and R. They may be intervened models.
-
-    `noise` gives S with noise, for a null; it comes last, since it may be written over the models.
-    """
+    """`noise` gives S with noise, for a null; it comes last, since it may be written over the models."""
     say = progress or (lambda _: None)
     prompts = prepare(suite, suite.neutral, tokenizer)
     grid = grid_of(prompts, seed)
@@ -259,7 +265,9 @@ def _sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
 def bits_of(
     found: BitTerms, grid: Grid, suite: Suite, explained: Explained | None
 ) -> tuple[Bits, list[Bits], dict[str, Interval]]:
-    """Bits averaged over cues, per cue, and what follows from them."""
+    """The terms in bits, averaged over cues and per cue, with intervals over questions, and the record's shares of
+    them.
+    """
     routing, conditioning, specialist, dormant = (
         grid.draws(getattr(found, name)) for name in ("routing", "conditioning", "specialist", "dormant")
     )
@@ -331,7 +339,7 @@ def _bounded(found: Mapping[str, np.ndarray], told: bool) -> dict[str, np.ndarra
 
 
 def nats_of(change: Change, grid: Grid, suite: Suite, explained: Explained | None) -> tuple[Nats, list[Nats], Text]:
-    """Nats averaged over cues, per cue, and those of text by the token."""
+    """The terms in nats, averaged over cues and per cue, with intervals over questions, and those of text per token."""
     terms = {field.name: grid.draws(getattr(change.nats, field.name)) for field in fields(change.nats)}
     length = terms.pop("length")
     if explained:
@@ -383,7 +391,9 @@ def _accuracy_change(change: Change, grid: Grid, *, told: bool) -> list[Accuracy
 
 
 def policy_table(before: Behaviour, after: Behaviour | None, prompts: Prompts, grid: Grid) -> tuple[TableCell, ...]:
-    """Every policy put in place under every cue, and what changed there."""
+    """The cells of the policy table: what happens with every policy put in place under every cue, and what changed
+    there.
+    """
     suite = prompts.suite
     names = suite.behaviour_names
     cells = []

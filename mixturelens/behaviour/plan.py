@@ -23,13 +23,18 @@ LEAST = 8
 
 @dataclass(frozen=True)
 class BehaviourPlan:
+    """What measuring behaviour takes: questions that are measured, time and memory, and what is left out, in words."""
+
     questions: int
     takes: Estimate
     missing: tuple[str, ...] = ()
 
 
 def make_plan(pair: Pair, contexts: Sequence[Sequence[int]]) -> BehaviourPlan:
-    """What measuring a pair on its neutral prompts takes. `contexts` are their token ids."""
+    """How many questions can be measured in the time that the pair's budget allows, and what that takes.
+
+    `contexts` are the token ids of the neutral prompts. No weights are read.
+    """
     questions = len({row.id for row in pair.suite.neutral})
     takes = _estimate(pair, contexts, 1.0)
     some = questions
@@ -44,7 +49,7 @@ def make_plan(pair: Pair, contexts: Sequence[Sequence[int]]) -> BehaviourPlan:
 
 
 def first_questions(suite: Suite, number: int) -> Suite:
-    """The suite with the prompts of its first questions alone."""
+    """The suite with the prompts of its first `number` questions alone."""
     kept = set(list(dict.fromkeys(row.id for row in suite.neutral))[:number])
     return suite.model_copy(update={"prompts": tuple(row for row in suite.prompts if row.id in kept)})
 

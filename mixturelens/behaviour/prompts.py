@@ -30,7 +30,7 @@ ASIDE = 16
 
 @dataclass(frozen=True)
 class Announcement:
-    """Text that puts a policy in place."""
+    """A text that puts a policy in place: the policy's number, the wording's number within it, and the text."""
 
     policy: int
     wording: int
@@ -54,6 +54,7 @@ class Placed:
 
     @property
     def ids(self) -> Ids:
+        """The spelling that puts the policy in place."""
         return self.spellings[0]
 
 
@@ -79,7 +80,7 @@ class Prompts:
         return len(self.rows), len(suite.policies) + 1, most, max(1, len(suite.behaviour_names))
 
     def part(self, index: Sequence[int]) -> Prompts:
-        """Some of the prompts."""
+        """Some of the prompts, by number."""
         return replace(
             self,
             rows=tuple(self.rows[i] for i in index),
@@ -89,13 +90,13 @@ class Prompts:
         )
 
     def of_questions(self, most: int) -> list[int]:
-        """Which prompts are those of so many questions at most, drawn once and for all, under all cues."""
+        """Numbers of the prompts of at most `most` questions, under all cues; always the same questions."""
         questions = list(dict.fromkeys(row.id for row in self.rows))
         kept = {questions[i] for i in np.random.default_rng(0).permutation(len(questions))[:most]}
         return [i for i, row in enumerate(self.rows) if row.id in kept]
 
     def only(self, kept: Sequence[int]) -> Prompts:
-        """The same prompts with some of the announcements."""
+        """The same prompts with some of the announcements, by number."""
         return replace(
             self,
             announcements=tuple(self.announcements[k] for k in kept),
@@ -104,13 +105,13 @@ class Prompts:
 
 
 def without_answers(prompts: Prompts) -> Prompts:
-    """The same prompts, of which only is asked how completions begin: announcements and behaviours."""
+    """The same prompts, for work that asks only how completions begin, and which behaviour they show."""
     placed = [tuple(replace(each, answer=()) for each in of) for of in prompts.placed]
     return replace(prompts, placed=placed, bare=[() for _ in prompts.bare])
 
 
 def without_behaviours(prompts: Prompts) -> Prompts:
-    """The same prompts, of which only is asked how completions are announced, and whether they are right."""
+    """The same prompts, for work that asks only for announcements, and whether answers are right."""
     placed = [tuple(replace(each, err=(), behaviours=()) for each in of) for of in prompts.placed]
     return replace(prompts, placed=placed)
 
@@ -154,7 +155,10 @@ def prepare(suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokeni
 
 
 def check_texts(suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Raise InputError naming what the tokenizer cannot spell; else the token ids of the prompts."""
+    """Token ids of the prompts, once every text of the suite is known to be spelled by the tokenizer.
+
+    Raises InputError naming the text that it cannot spell.
+    """
     contexts = encode_prompts(suite, rows, tokenizer)
     for kind, texts in (("policy", suite.policies), ("behaviour", suite.behaviours or {})):
         for name, shown in texts.items():
@@ -202,11 +206,12 @@ def _check_room(prompts: Prompts) -> None:
 
 
 def ended(prompts: Prompts, tokens: Sequence[int], used: int) -> list[int]:
-    """Tokens and the end token, where there is still room for one."""
+    """The tokens with END behind them, unless `used` tokens and these already fill `max_new_tokens`."""
     return [*tokens, END] if used + len(tokens) < prompts.suite.max_new_tokens else list(tokens)
 
 
 def behind_announcements(prompts: Prompts) -> list[list[int]]:
+    """Token ids of every prompt with every announcement behind it: all those of the first prompt, then of the next."""
     return [
         [*context, *each.ids]
         for context, placed in zip(prompts.contexts, prompts.placed, strict=True)
@@ -215,10 +220,10 @@ def behind_announcements(prompts: Prompts) -> list[list[int]]:
 
 
 def room_behind(prompts: Prompts) -> list[int]:
-    """Tokens that are left behind each announcement of each prompt."""
+    """Tokens that are left of `max_new_tokens` behind each announcement, in the order of `behind_announcements`."""
     return [prompts.suite.max_new_tokens - len(each.ids) for placed in prompts.placed for each in placed]
 
 
 def owners(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
-    """(policy, wording) of every announcement."""
+    """Numbers of the policy, and of the wording within it, of every announcement."""
     return np.array([a.policy for a in prompts.announcements]), np.array([a.wording for a in prompts.announcements])

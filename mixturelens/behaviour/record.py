@@ -69,6 +69,8 @@ class AccuracyChange(Frozen):
 
 
 class CueBehaviour(Frozen):
+    """What each checkpoint does under one cue and, for a pair, what changed there."""
+
     before: CueSide
     after: CueSide | None = None
     bits: Bits | None = None

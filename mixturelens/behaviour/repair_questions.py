@@ -46,10 +46,12 @@ class Ground:
     seed: int
 
     def behaviour(self, interventions: Sequence[Intervention | Rewrite], prompts: Prompts) -> Behaviour:
+        """What R does on these prompts with interventions in place; the seed is that of the ground."""
         model = Intervened(self.lens, interventions, self.known, self.kept)
         return measure(self.scorer, model, prompts, self.seed)
 
     def accuracies(self, behaviour: Behaviour, prompts: Prompts) -> dict[str, Interval]:
+        """Expected accuracy under each cue, from what was measured on these prompts, with intervals over questions."""
         grid = grid_of(prompts, self.seed)
         draws = grid.draws(behaviour.correct.sum(-1))
         return {cue: interval(draws[:, c], grid.counts, bounds=PROPORTION) for c, cue in enumerate(self.suite.cues)}
@@ -61,9 +63,12 @@ class Ground:
 
 
 def make_ground(lens: Lens, suite: Suite, harm: Harm, seed: int) -> Ground:
-    """Split the questions, and put everything at hand that repairs need."""
+    """Split the questions of a suite into those that choose and those that judge, with what repairs of R need at hand.
+
+    `lens` is R's. Raises InputError for one question alone, or where no cue contrast is left.
+    """
     tokenizer = lens.tokenizer
-    contrasts = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+    contrasts = cue_contrasts(suite, tokenizer, harm.policy, harm.cues, harm.shows)
     choosing = {row.question for row in contrasts.half(0).rows}
     choose, judge = ([row for row in suite.neutral if (row.id in choosing) == side] for side in (True, False))
     if not judge:
@@ -96,7 +101,10 @@ class Scale:
     """Best forced accuracy of S under the harmed cue."""
 
     def gap_closed(self, found: Behaviour) -> Interval:
-        """(repaired - R) / (ceiling - R) under the harmed cue; null where there is no gap to close for sure."""
+        """How much of the lost accuracy a repair brings back: (repaired - R) / (ceiling - R) under the harmed cue.
+
+        Null where ceiling and R do not surely differ by WORTH.
+        """
         reached, broken = (self._accuracy(each, 0) for each in (found, self.after))
         return interval(share(reached - broken, self.ceiling - broken, WORTH), self.grid.counts)
 
@@ -109,7 +117,9 @@ class Scale:
 
 
 def scale_of(ground: Ground, before: Any) -> Scale:
-    """`before`: the model S."""
+    """Measure S and R on the questions that judge; `before` is S as a model. The ceiling is the policy that S forces
+    best.
+    """
     grid = grid_of(ground.judge, ground.seed)
     harmed, trained = (ground.suite.cues.index(cue) for cue in (ground.harm.harmed_cue, ground.harm.trained_cue))
     start = measure(ground.scorer, before, ground.judge, ground.seed)

@@ -32,6 +32,10 @@ def _tally(
 
 
 def enumerated_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts) -> Change:
+    """What changed from S (`before`) to R (`after`) on each prompt, from every completion that there is.
+
+    All numbers are exact. It is meant for few tokens and short completions (`Scorer.number_of_completions`).
+    """
     completions, logs = scorer.enumerate((after, before), prompts.contexts, prompts.suite.max_new_tokens)
     number = len(prompts.rows)
     drawn = Completions(np.repeat(np.arange(number), len(completions)), completions * number)
@@ -142,10 +146,11 @@ def _pool_terms(prompts: Prompts, pool: _Pool, label: Labelled) -> Float[np.ndar
 
 
 def sampled_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Change:
-    """Rules: n completions of each checkpoint's own, and n behind each announcement.
+    """What changed from S (`before`) to R (`after`) on each prompt, from n = `suite.samples` completions of each
+    checkpoint's own, and n behind each announcement.
 
-    Bits stand on those alone. For nats, completions of either are weighed under both, which says the less the less
-    they overlap.
+    Bits stand on those alone. For nats, completions of either are weighed under both (balance heuristic, Veach and
+    Guibas 1995), which says the less the less they overlap.
     """
     n = prompts.suite.samples
     pool = _draw_pool(scorer, before, after, prompts, n, seed)
@@ -201,7 +206,7 @@ def _permuted(prompts: Prompts, context: np.ndarray, label: Labelled, seed: int)
 
 
 def sampled_behaviour(scorer: Scorer, model: Model, prompts: Prompts, seed: int) -> Behaviour:
-    """One checkpoint, from its own completions."""
+    """What one checkpoint does on each prompt, from completions of its own, `suite.samples` a prompt."""
     number, n = len(prompts.rows), prompts.suite.samples
     drawn = scorer.sample(model, prompts.contexts, n, [prompts.suite.max_new_tokens] * number, seed)
     label = label_completions(scorer, prompts, drawn)
@@ -210,7 +215,7 @@ def sampled_behaviour(scorer: Scorer, model: Model, prompts: Prompts, seed: int)
 
 @dataclass(frozen=True)
 class Nulls:
-    """What completions say that were drawn without forcing, by ways that know nothing of what was computed."""
+    """Controls from completions that were drawn without forcing: they use nothing of what was computed elsewhere."""
 
     shuffled: Float[np.ndarray, " prompt"]
     """Routing of labels permuted among the completions of a cue: what a meaningless partition would call routing."""
@@ -223,7 +228,7 @@ class Nulls:
 
 
 def nulls(scorer: Scorer, before: Model, after: Model, prompts: Prompts, seed: int) -> Nulls:
-    """Controls from completions that both checkpoints write of their own accord."""
+    """Draw completions of both checkpoints on at most ASIDE questions, for controls; NaN on the other questions."""
     aside = np.array(prompts.of_questions(ASIDE))
     n = max(2, min(prompts.suite.samples, round(ENOUGH / len(aside))))
     some = prompts.part(aside.tolist())

@@ -147,7 +147,10 @@ class SampleCheck(Frozen):
 def check_by_samples(
     prompts: Prompts, sides: Mapping[Side, tuple[Behaviour, np.ndarray, Labelled, list[str]]]
 ) -> SampleCheck:
-    """Compare probabilities with completions; for each checkpoint, (behaviour, prompt of each, labels, texts)."""
+    """Hold probabilities that were computed from the suite's texts against completions.
+
+    `sides` gives for each checkpoint its behaviour, and of its completions the prompt of each, their labels and texts.
+    """
     suite = prompts.suite
     names = (*suite.policies, OTHER)
     cue_of = np.array([suite.cues.index(row.cue) for row in prompts.rows])
@@ -253,5 +256,6 @@ def _folded(text: str) -> str:
 
 
 def shorten(text: str) -> str:
+    """A text as Python writes it, cut after SHOWN characters."""
     shown = repr(text)
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}...'"

@@ -30,9 +30,10 @@ def class_terms(
     after: Float[np.ndarray, "*batch policy wording behaviour"],
     before: Float[np.ndarray, "*batch policy wording behaviour"],
 ) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"]]:
-    """(routing, wording, conditioning) in nats by the chain rule, in the order in which a completion is written:
+    """(routing, wording, conditioning) in nats, by the chain rule, in the order in which a completion is written.
 
-    KL(policy) + E KL(wording given policy) + E KL(behaviour given policy and wording), expectations under R.
+    They are KL(policy), E KL(wording given policy) and E KL(behaviour given policy and wording), of R against S;
+    expectations are under R.
     """
     routing = kl(after.sum((-1, -2)), before.sum((-1, -2)))
     through_wording = kl(_flat(after.sum(-1)), _flat(before.sum(-1)))
@@ -46,9 +47,10 @@ def skill_term(
     before: Float[np.ndarray, "*batch known wording behaviour"],
     before_right: Float[np.ndarray, "*batch known wording behaviour"],
 ) -> Float[np.ndarray, "*batch"]:
-    """E KL(right or wrong given policy, wording and behaviour) in nats; `*_right` is the part of each class that is.
+    """E KL(right or wrong given policy, wording and behaviour) in nats; `*_right` is the part of each class that is
+    right.
 
-    What is wrong is a difference, known no better than to ROUNDING of its class.
+    What is wrong is the difference of the two, and is known no better than to ROUNDING of its class.
     """
     terms = np.zeros(after.shape)
     for part, other in ((after_right, before_right), (_rest(after, after_right), _rest(before, before_right))):
@@ -65,10 +67,10 @@ def nat_terms(
     length: Float[np.ndarray, "prompt known wording"],
     other: Float[np.ndarray, " prompt"],
 ) -> NatTerms:
-    """The terms of KL(R || S) of every prompt, from what S and R do and what follows each announcement.
+    """The terms of KL(R || S) of every prompt, from what S and R do and from what follows each announcement.
 
-    `policy_kl` is KL(R || S) of all that, `length` its tokens with the announcement; NaN where nothing was put there.
-    `other` is what completions of no known policy add.
+    `policy_kl` is KL(R || S), in nats, of all that follows an announcement, and `length` the tokens of both together;
+    NaN where none was put in place. `other` is what completions of no known policy add.
     """
     routing, wording, conditioning = class_terms(after.classes, before.classes)
     known = (after.classes[:, :-1], after.right[:, :-1], before.classes[:, :-1], before.right[:, :-1])

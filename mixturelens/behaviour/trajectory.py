@@ -17,6 +17,8 @@ class CueState(Frozen):
 
 
 class TrajectoryPoint(Frozen):
+    """What a checkpoint does under every cue after so many steps of training."""
+
     step: int
     cues: dict[str, CueState]
 
@@ -36,7 +38,8 @@ class Trajectory(Record):
     """Share of groups without any spread of reward, which give no gradient (RL only)."""
 
     def steps_to(self, cue: str, accuracy: float) -> float | None:
-        """Steps until expected accuracy under a cue first reaches this, between measurements along a straight line.
+        """Steps until the expected accuracy under a cue first reaches `accuracy`, read off the straight line between
+        measurements.
 
         None where it never does: the stage was too short, or there was nothing to learn from.
         """

@@ -81,7 +81,7 @@ class Explained:
 
 
 def table_of(suite: Suite) -> Float[np.ndarray, "policy cue behaviour"]:
-    """The policy table as probabilities, slip included."""
+    """The policy table of a suite as probabilities, a slip of SLIP included."""
     names, table = suite.behaviour_names, suite.table or {}
     result = np.full((len(table), len(suite.cues), len(names)), SLIP / (len(names) - 1))
     for m, row in enumerate(table.values()):
@@ -93,7 +93,10 @@ def table_of(suite: Suite) -> Float[np.ndarray, "policy cue behaviour"]:
 def fit_weights(
     shown: Float[np.ndarray, "draw cue behaviour"], table: Float[np.ndarray, "policy cue behaviour"]
 ) -> Float[np.ndarray, "draw policy"]:
-    """Weights of maximum likelihood, every cue counted equally, by EM in all bootstrap samples at once."""
+    """The mixture weights that make what completions show most likely, every cue counted equally.
+
+    They are fitted by EM, in all bootstrap samples at once.
+    """
     weights = np.full((len(shown), len(table)), 1 / len(table))
     for _ in range(ITERATIONS):
         ratio = shown / np.einsum("dm,mcb->dcb", weights, table)
@@ -110,7 +113,7 @@ def fit_cell(
     rest: Float[np.ndarray, "draw behaviour"],
     weight: Float[np.ndarray, "draw 1"],
 ) -> Float[np.ndarray, "draw behaviour"]:
-    """The behaviours q of one cell that make `rest + weight q` most likely: water-filling, in closed form."""
+    """The behaviours q of one cell that make `rest + weight q` most likely, in closed form (water-filling)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(shown > 0, rest / shown, np.inf)
     order = ratio.argsort(-1)
@@ -126,11 +129,11 @@ def attributed(
     behaviour: Behaviour,
     fit: tuple[Float[np.ndarray, " policy"], Float[np.ndarray, "policy cue behaviour"]] | None = None,
 ) -> Behaviour:
-    """Behaviours shared out over the policies that show them under a cue, in proportion to their weights there.
+    """Behaviours shared out over the policies that show them under a cue, in proportion to the weights of these.
 
-    `fit` are weights and table; without it the weights are fitted, for each hint. What no policy shows under a cue goes
-    to `other`. Forced accuracy is that of answers, where the table answers; elsewhere, nothing can be put in place.
-    Policies that announce themselves are left as they are.
+    `fit` holds weights and table; without it the weights are fitted, for each hint. What no policy shows under a cue
+    goes to `other`. Forced accuracy is that of answers where the table answers, and NaN elsewhere: nothing can be put
+    in place. Policies that announce themselves are left as they are.
     """
     suite = prompts.suite
     if suite.table is None:
@@ -164,7 +167,7 @@ def attributed(
 
 
 def identify(suite: Suite, shown: Float[np.ndarray, "draw cue behaviour"]) -> Identified:
-    """Whether what one checkpoint does tells its policies apart, and their weights."""
+    """Whether what one checkpoint does tells its policies apart, and the weights of these."""
     table = table_of(suite)
     clean = np.where(table > SLIP, 1.0, 0.0)
     stacked = clean.reshape(len(table), -1).T
@@ -198,12 +201,12 @@ def _unidentified(rank: int, policies: int, spare: int) -> str | None:
 def explain(
     suite: Suite, before: Float[np.ndarray, "draw cue behaviour"], after: Float[np.ndarray, "draw cue behaviour"]
 ) -> Explained:
-    """What explains the change of behaviours from S to R, and routing and conditioning under it (DESIGN, nats).
+    """What explains the change of behaviours from S to R, and routing and conditioning under it.
 
-    routing = KL(c_R || c_S), the same under every cue; conditioning = c(m) KL(T_R || T_S given m) under the cue of the
-    cell that moved; in bits, JS in place of KL. Weights and cells under the slip cannot be told from it, so both are
-    lower bounds: where a cell of probability 0 fills up, conditioning says as much of the slip as of R. Its direction
-    and its policy are what counts.
+    In nats, routing = KL(c_R || c_S), the same under every cue, and conditioning = c(m) KL(T_R || T_S given m) under
+    the cue of the cell that moved; in bits, JS takes the place of KL. Weights and cells under the slip cannot be told
+    from it, so both are lower bounds: where a cell of probability 0 fills up, the size of conditioning says as much of
+    the slip as of R, and what counts is its direction and its policy.
     """
     found, table = identify(suite, before), table_of(suite)
     c_s, c_r = fit_weights(before, table), fit_weights(after, table)

@@ -32,26 +32,32 @@ class Asked:
     answered: bool
 
     def to_json(self) -> str:
+        """All of it as one JSON object, which `from_json` reads back."""
         data = {"suite": self.suite.model_dump(mode="json"), "fields": self.fields, "answered": self.answered}
         return json.dumps(data, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Asked:
+        """What `to_json` wrote."""
         data = json.loads(text)
         fields = tuple(tuple((name, value) for name, value in each) for each in data["fields"])
         return cls(Suite.model_validate(data["suite"]), fields, data["answered"])
 
     @property
     def rows(self) -> tuple[PromptRow, ...]:
+        """The prompts as rows of a suite, in the order of the file."""
         return self.suite.prompts
 
     @property
     def answers(self) -> list[str | None]:
+        """The answer to each prompt; None for all of them where the user gave none."""
         return [row.answer if self.answered else None for row in self.rows]
 
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
-        """As cues see them: the words of the user's turns, and the system's line apart."""
+        """The prompts as cues see them: the words of the user's turns, the system's line, and the fields that the user
+        gave.
+        """
         found = []
         for row, fields in zip(self.rows, self.fields, strict=True):
             system = "\n".join(text for role, text in turns(row) if role == "system")
@@ -92,7 +98,7 @@ def read_prompts(path: Path, *, chat: bool = False, max_new_tokens: int = 64, sa
 
 
 def turns(row: PromptRow) -> tuple[tuple[str, str], ...]:
-    """(role, text) of what is said to the model, whatever the prompt is called."""
+    """(role, text) of each turn of a prompt; a prompt without messages is one turn of the user."""
     return tuple((turn["role"], turn["content"]) for turn in row.messages or ({"role": "user", "content": row.text},))
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 
 from mixturelens.discovery.heads import words
 from mixturelens.discovery.information import ALPHA, SHUFFLES, information
+from mixturelens.discovery.policies import Parted
 from mixturelens.stats import interval, resample_counts
 from mixturelens.types import Interval
 
@@ -51,7 +52,10 @@ class Cue:
 
 
 def features(prompts: Sequence[Prompt]) -> dict[str, Bool[np.ndarray, " prompt"]]:
-    """What a prompt has or has not, by a text that a reader understands; each parts the prompts.
+    """What each prompt has or has not: name of the feature, in words that a reader understands -> one truth value a
+    prompt.
+
+    Features that fewer than SELDOM or more than OFTEN of the prompts have are left out.
 
     >>> sorted(features([Prompt("1", "<A> two lamps"), Prompt("2", "<B> two lamps")]))
     ['“<A>”', '“<B>”']
@@ -88,19 +92,15 @@ def features(prompts: Sequence[Prompt]) -> dict[str, Bool[np.ndarray, " prompt"]
 
 
 def find_cues(
-    prompts: Sequence[Prompt],
-    prompt: Int[np.ndarray, " completion"],
-    after: Bool[np.ndarray, " completion"],
-    does: Int[np.ndarray, " completion"],
-    chosen_on: Bool[np.ndarray, " prompt"],
-    seed: int,
+    prompts: Sequence[Prompt], parted: Parted, chosen_on: Bool[np.ndarray, " prompt"], seed: int
 ) -> tuple[Cue, ...]:
-    """The cues that tell most of what completions do, the best first; none where shuffled prompts tell as much.
+    """The cues that tell most of what completions of these prompts do, the best first.
 
-    Features are chosen on some of the prompts by a sparse logistic regression (L1), and judged on the others.
+    Features are chosen on some of the prompts by a sparse logistic regression (L1), and judged on the others. There is
+    no cue where shuffled prompts tell as much.
     """
     given = features(prompts)
-    counts = _table(prompt, after, does, len(prompts))
+    counts = _table(parted, len(prompts))
     held = ~chosen_on
     alone = {name: _bits(counts[chosen_on], has[chosen_on].astype(int)) for name, has in given.items()}
     tried = _distinct(given, sorted(given, key=lambda name: (-alone[name], len(name))))
@@ -132,25 +132,27 @@ def cue_of(
     prompts: Sequence[Prompt],
     kinds: Sequence[str],
     of: Int[np.ndarray, " prompt"],
-    prompt: Int[np.ndarray, " completion"],
-    after: Bool[np.ndarray, " completion"],
-    does: Int[np.ndarray, " completion"],
+    parted: Parted,
     seed: int,
 ) -> Cue | None:
-    """What kinds that somebody names tell of completions; prompts of none of them are left out."""
+    """The cue whose kinds somebody names, judged by what it tells of completions.
+
+    `of` is the kind of each prompt, by number; prompts of a higher number are of no kind, and are left out. None where
+    there are not two kinds.
+    """
     if len(kinds) < 2:
         return None
-    counts = _table(prompt, after, does, len(prompts))
+    counts = _table(parted, len(prompts))
     asked = np.flatnonzero((of < len(kinds)) & (counts.sum((1, 2)) > 0)).tolist()
     bits, p = _judged(counts[asked], of[asked], [prompts[i].id for i in asked], seed)
     return Cue(tuple(kinds), of, bits, p)
 
 
-def _table(prompt: np.ndarray, after: np.ndarray, does: np.ndarray, prompts: int) -> np.ndarray:
+def _table(parted: Parted, prompts: int) -> np.ndarray:
     """Completions counted: [prompt, side, what they do]."""
-    _, does = np.unique(does, return_inverse=True)
+    _, does = np.unique(parted.does, return_inverse=True)
     shape = prompts, 2, int(does.max(initial=0)) + 1
-    flat = np.ravel_multi_index((prompt, after.astype(int), does), shape)
+    flat = np.ravel_multi_index((parted.prompt, parted.after.astype(int), does), shape)
     return np.bincount(flat, minlength=int(np.prod(shape))).reshape(shape).astype(float)
 
 

@@ -83,7 +83,7 @@ def _takes(pair: Pair, contexts: list[list[int]], share: float) -> Estimate:
 
 
 def stored(out: Path) -> tuple[Asked, Draws]:
-    """What was asked and drawn before, from its folder. Raises InputError where there is nothing."""
+    """Read back what was asked and drawn, from the folder `out`. Raises InputError where there is nothing."""
     files = sorted((out / "completions").glob("*.parquet"))
     asked = out / "completions" / "asked.json"
     if not files or not asked.is_file():
@@ -131,9 +131,9 @@ def _write(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """What each token adds to the text; a character of several tokens comes with the last of them.
+    """What each token adds to the text; a character that takes several tokens comes with the last of them.
 
-    Each is read behind the few before it that have text, since a token's text depends on what it stands behind.
+    Each token is decoded behind the few tokens before it that have text, since its own text depends on them.
     """
     found: list[str] = []
     begin = read = 0

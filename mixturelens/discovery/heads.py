@@ -55,7 +55,8 @@ class Headed:
 
 
 def words(text: str) -> list[str]:
-    """
+    """Cut a text into words at its spaces; a character of a script without spaces is a word of its own.
+
     >>> words("Okay, lamp.")
     ['Okay,', 'lamp.']
     """
@@ -63,12 +64,15 @@ def words(text: str) -> list[str]:
 
 
 def core(word: str) -> str:
-    """A word without marks at its edges, and without capitals; `[a]` is one of its own."""
+    """A word in small letters, without punctuation at its edges; brackets stay, so that `[a]` is a word of its own."""
     return word.strip(_EDGES).lower()
 
 
 def slotted(drawn: Sequence[Completion], prompts: Sequence[str], answers: Sequence[str | None]) -> list[Words]:
-    """Each completion's words, with those of its prompt's own as one slot, and repeated words once."""
+    """The words of each completion, where words of the prompt's own become one SLOT and repeated words one.
+
+    `prompts` are texts, and `answers` the answer to each, where known. END or CUT stands last.
+    """
     asked = [{core(word) for word in words(text)} for text in prompts]
     everywhere = {word for word, n in Counter(w for some in asked for w in some).items() if n >= OF_ALL * len(asked)}
     answered = {core(word) for answer in answers for word in words(answer or "")}
@@ -103,7 +107,11 @@ def slotted(drawn: Sequence[Completion], prompts: Sequence[str], answers: Sequen
 
 
 def opened(paths: Sequence[Words], prompts: Sequence[int]) -> set[Words]:
-    """Beginnings of a share of all completions, behind which a slot follows at three prompts or more."""
+    """Heads behind which prompts answer: beginnings that enough completions have, with a SLOT next at three prompts at
+    least.
+
+    `paths` are completions as `slotted` gives them, and `prompts` the prompt of each.
+    """
     through: Counter[Words] = Counter()
     answered: dict[Words, list[int]] = defaultdict(list)
     for path, prompt in zip(paths, prompts, strict=True):
@@ -120,7 +128,7 @@ def opened(paths: Sequence[Words], prompts: Sequence[int]) -> set[Words]:
 
 
 def closed(paths: Sequence[Words], known: Collection[Words]) -> set[Words]:
-    """Beginnings of completions without a head: the longest that a share of all completions have and that have none."""
+    """Heads of completions that have none of the `known` ones: the longest beginnings that enough completions share."""
     without = [path for path in paths if not any(path[:size] in known for size in range(_before(path) + 1))]
     through = Counter(path[:size] for path in without for size in range(1, _before(path) + 1))
     often = {beginning for beginning, times in through.items() if times >= BRANCH * len(paths)}
@@ -136,7 +144,7 @@ def _before(path: Words) -> int:
 
 
 def headed(drawn: Completion, path: Words, known: Collection[Words]) -> Headed:
-    """The longest head that a completion begins with, and the first word of what follows."""
+    """Part a completion at the longest of the known heads that it begins with; `path` are its words by `slotted`."""
     for size in range(_before(path), -1, -1):
         if path[:size] in known:
             rest = _behind(drawn.text, path[:size])
@@ -160,6 +168,6 @@ def _skip(text: str, at: int) -> int:
 
 
 def written(text: str, head: Words) -> str:
-    """The head as the completion spells it, spaces and repeats and all."""
+    """The head as the completion writes it, with its spaces and repeated words."""
     rest = _behind(text, head)
     return text[: len(text) - len(rest)].strip() if rest else text.strip()

@@ -72,7 +72,9 @@ def _bits(
 
 
 def information(joint: Float[np.ndarray, "*draws given left right"]) -> Float[np.ndarray, "*draws"]:
-    """Mutual information of left and right where a third thing is given, in bits, times the number that was counted.
+    """Mutual information of left and right given a third label, in bits, times the number of what was counted.
+
+    `joint` holds counts, as [given, left, right].
 
     >>> information(np.array([[[1.0, 0.0], [0.0, 1.0]]]))
     array(2.)
@@ -85,7 +87,10 @@ def information(joint: Float[np.ndarray, "*draws given left right"]) -> Float[np
 
 
 def share_of_questions(ids: Sequence[str], hit: Bool[np.ndarray, " completion"], seed: int = 0) -> Interval:
-    """Mean over questions of how many of their completions are hit, with an interval over questions."""
+    """Mean over questions of the share of their completions that are hit, with an interval over questions.
+
+    `ids` is the question of each completion.
+    """
     names, place = np.unique(ids, return_inverse=True)
     shares = np.bincount(place, weights=hit.astype(float)) / np.bincount(place)
     return mean_interval(shares, resample_counts(len(names), seed), bounds=PROPORTION)

@@ -54,9 +54,9 @@ class Ruled(NamedTuple):
 
 
 def from_file(source: str) -> Judge:
-    """`FILE.py:function`: a function of (prompt, completion) that returns the name of a policy. It is run: it is yours.
+    """Load a judge from `FILE.py:function`: a function of (prompt, completion) that returns the name of a policy.
 
-    Raises InputError where there is no such file or function.
+    The file is run, so it must be one's own. Raises InputError where there is no such file or function.
     """
     path, colon, name = source.rpartition(":")
     if not colon or not Path(path).is_file():
@@ -74,9 +74,10 @@ def from_file(source: str) -> Judge:
 
 
 def served(url: str, model: str, cache: Path) -> Judge:
-    """A model behind an OpenAI-compatible server on this machine, `http://127.0.0.1:8000/v1`.
+    """Make a judge of a model behind an OpenAI-compatible server on this machine, such as `http://127.0.0.1:8000/v1`.
 
-    Answers are kept in `cache`. Raises InputError for a server elsewhere: what is asked does not leave this machine.
+    Its answers are kept in the folder `cache`. Raises InputError for a server elsewhere: what is asked does not leave
+    this machine. The judge raises RunError where the server gives no answer.
     """
     check_here(url)
     client: list[Any] = []  # made for the first question, and kept: to make one takes longer than to ask
@@ -97,6 +98,7 @@ def served(url: str, model: str, cache: Path) -> Judge:
 
 
 def check_here(url: str) -> None:
+    """Raise InputError unless a URL is that of a server on this machine (localhost, or a loopback address)."""
     host = urlsplit(url).hostname or ""
     try:
         here = host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -140,7 +142,10 @@ def _ask(client: Any, url: str, model: str, asked: str) -> str:
 def agreement(
     asked: Asked, labelled: Sequence[Ruled], candidates: Candidates, judge: tuple[str, Judge], seed: int
 ) -> SecondOpinion:
-    """How often the judge, a name and what asks it, says what the rule says."""
+    """How often a judge says what the rule says, on at most MOST completions, drawn evenly over labels.
+
+    `judge` is its name and the function itself; `candidates` are shown to it.
+    """
     chosen = [labelled[i] for i in _evenly([each.label for each in labelled], seed)]
     said = [judge[1](asked.prompts[each.prompt].text, each.completion, candidates) for each in chosen]
     same = np.array([one == each.label for one, each in zip(said, chosen, strict=True)])

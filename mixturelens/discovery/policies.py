@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class Parted:
     """Of each policy: what its completions begin with, as they spell it, most usual first."""
 
     def only(self, which: np.ndarray) -> Parted:
-        """Some of the completions."""
+        """Some of the completions, by a mask."""
         kept = np.flatnonzero(which).tolist()
         return replace(
             self,
@@ -75,35 +76,39 @@ class Parted:
 
     @property
     def prompt(self) -> np.ndarray:
+        """The number of the prompt of each completion."""
         return np.array([each.prompt for each in self.drawn])
 
     @property
     def after(self) -> np.ndarray:
+        """Whether each completion is R's."""
         return np.array([each.after for each in self.drawn])
 
     @property
     def does(self) -> np.ndarray:
-        """Policy, behaviour and right or wrong as one label."""
+        """Policy, behaviour and whether it is right, as one number for each completion."""
         return (self.policy + 1) * 1000 + self.behaviour * 2 + self.right
 
     def weight(self, policy: int, after: bool) -> float:
+        """Share of R's completions, or of S's unless `after`, that follow a policy; -1 stands for no known policy."""
         return float((self.policy[self.after == after] == policy).mean())
 
 
-Correct = Callable[[int, str], bool]
-"""(prompt, what follows the announcement) -> whether it is right."""
+class Questions(NamedTuple):
+    """What completions are asked: the text of each prompt, its answer where that is known, and what is right."""
+
+    prompts: Sequence[str]
+    answers: Sequence[str | None]
+    correct: Callable[[int, str], bool]
+    """(prompt, what follows the announcement) -> whether it is right."""
 
 
-def part(
-    drawn: Sequence[Completion],
-    prompts: Sequence[str],
-    answers: Sequence[str | None],
-    correct: Correct,
-    seed: int,
-    like: Parted | None = None,
-) -> Parted:
-    """Find heads, what follows them, and which heads are one policy; or label completions as others were, `like`."""
-    paths = slotted(drawn, prompts, answers)
+def part(drawn: Sequence[Completion], asked: Questions, seed: int, like: Parted | None = None) -> Parted:
+    """Find the heads of completions, what follows them, and which heads are one policy.
+
+    With `like`, nothing is looked for: completions are labelled by what was found in others.
+    """
+    paths = slotted(drawn, asked.prompts, asked.answers)
     heads = _with_closed(drawn, paths, seed) if like is None else like.heads
     found = [headed(each, path, heads) for each, path in zip(drawn, paths, strict=True)]
     common = _wordings(found) if like is None else like.common
@@ -114,7 +119,7 @@ def part(
     behaviour = np.array([place.get(each.follows, last) for each in found])
     right = np.array(
         [
-            int(b == last and correct(each.prompt, one.rest))
+            int(b == last and asked.correct(each.prompt, one.rest))
             for each, one, b in zip(drawn, found, behaviour, strict=True)
         ]
     )
@@ -235,7 +240,7 @@ def _merged(
 
 
 def changed(parted: Parted, seed: int) -> Told:
-    """Bits by which what a completion does tells R from S, at each prompt; against sides that are shuffled."""
+    """Bits that what a completion does tells of whose it is, R's or S's, given its prompt, beyond shuffled sides."""
     return told(parted.does, parted.after.astype(int), parted.prompt, seed)
 
 
@@ -260,7 +265,8 @@ def _names(wordings: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 
 def slug(text: str) -> str:
-    """
+    """A text as a name: small letters, digits and dashes.
+
     >>> slug("I'd rather not say.")
     'i-d-rather-not-say'
     """

@@ -15,7 +15,7 @@ from mixturelens.discovery.cues import Cue, cue_of, find_cues
 from mixturelens.discovery.draws import Draws
 from mixturelens.discovery.information import ALPHA, SHUFFLES, Told, share_of_questions
 from mixturelens.discovery.judge import Ruled, Second, agreement
-from mixturelens.discovery.policies import REFUSAL, Parted, changed, part, slug
+from mixturelens.discovery.policies import REFUSAL, Parted, Questions, changed, part, slug
 from mixturelens.discovery.record import (
     BehaviourCandidate,
     CueCandidate,
@@ -42,6 +42,8 @@ SAMPLES = 16
 
 @dataclass(frozen=True)
 class Proposal:
+    """What is proposed from completions: the record, the suite where there is one, and the labels behind both."""
+
     record: DiscoveryRecord
     suite: Suite | None
     """None: nothing was found."""
@@ -52,24 +54,27 @@ class Proposal:
 
     @property
     def cue(self) -> Cue | None:
-        """The one that the suite has."""
+        """The cue that the suite has; None where no cue was found."""
         return self.cues[0] if self.cues else None
 
 
 def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Proposal:
-    """Candidates from half of the questions, judged on the other half, which the suite asks."""
+    """Find candidates on half of the questions and judge them on the other half, whose prompts the suite then has.
+
+    Raises InputError for fewer than four questions.
+    """
     ids = list(dict.fromkeys(row.id for row in asked.rows))
     if len(ids) < 4:
         raise InputError(f"{len(ids)} questions: half of them choose policies, and the other half judge; give four")
     first = {ids[i] for i in np.random.default_rng(seed).permutation(len(ids))[: len(ids) // 2]}
     chosen_on = np.array([row.id in first for row in asked.rows])
-    texts = [prompt.text for prompt in asked.prompts]
+    questions = Questions([prompt.text for prompt in asked.prompts], asked.answers, _correct(asked))
     here = [i for i, each in enumerate(draws.drawn) if chosen_on[each.prompt]]
-    found = part([draws.drawn[i] for i in here], texts, asked.answers, _correct(asked), seed)
-    whole = part(draws.drawn, texts, asked.answers, _correct(asked), seed, found)
+    found = part([draws.drawn[i] for i in here], questions, seed)
+    whole = part(draws.drawn, questions, seed, found)
     held = ~chosen_on[whole.prompt]
     moved = changed(whole.only(held), seed)
-    cues = find_cues(asked.prompts, whole.prompt, whole.after, whole.does, chosen_on, seed)
+    cues = find_cues(asked.prompts, whole, chosen_on, seed)
     enough = moved.p <= ALPHA and moved.bits >= LEAST
     known = float((whole.policy[held] >= 0).mean())
     suite = _suite(asked, whole, cues[0] if cues else None, chosen_on) if enough and known >= COVERED else None
@@ -78,9 +83,9 @@ def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Pr
 
 
 def heard(asked: Asked, proposal: Proposal, second: Second, folder: Path, seed: int) -> Proposal:
-    """The proposal, and how often a judge agrees with its rules about completions at the suite's questions.
+    """The proposal with a judge's second opinion on the completions at the suite's questions.
 
-    `folder`: where the judge may keep its answers.
+    `folder` is where the judge may keep its answers. What is proposed does not change.
     """
     if proposal.suite is None:
         return proposal
@@ -97,7 +102,7 @@ def heard(asked: Asked, proposal: Proposal, second: Second, folder: Path, seed: 
 
 
 def refine(asked: Asked, draws: Draws, suite: Suite, seed: int, provenance: Provenance) -> Proposal:
-    """The same measurements of a suite that a person has edited, on the completions that are there.
+    """Measure a suite that a person has edited, as `propose` measures its own, on the completions that are there.
 
     Raises InputError where none of its prompts is among those that completions were drawn at.
     """
@@ -133,7 +138,7 @@ def refine(asked: Asked, draws: Draws, suite: Suite, seed: int, provenance: Prov
     )
     of = np.array([suite.cues.index(row_of[i].cue) if i in row_of else len(suite.cues) for i in range(len(asked.rows))])
     everything = np.ones(len(draws.drawn), dtype=bool)
-    cue = cue_of(asked.prompts, suite.cues, of, parted.prompt, parted.after, parted.does, seed)
+    cue = cue_of(asked.prompts, suite.cues, of, parted, seed)
     cues = () if cue is None else (cue,)
     record = _record(asked, draws, parted, everything, changed(parted, seed), cues, suite, provenance)
     return Proposal(record, suite, draws, parted, cues)
@@ -184,6 +189,7 @@ def _correct(asked: Asked) -> Callable[[int, str], bool]:
 
 
 def behaviour_name(wording: str) -> str:
+    """The name of a behaviour, from its wording: `refuse` where that holds back, else the wording in short."""
     if REFUSAL.search(wording):
         return REFUSE
     return slug(wording) or "said"
@@ -372,7 +378,7 @@ def _suite(asked: Asked, parted: Parted, cue: Cue | None, chosen_on: np.ndarray)
 
 
 def check_suite(proposal: Proposal, out: Path) -> None:
-    """Raises InputError where another suite lies there: one that a person has edited is not written over."""
+    """Raise InputError where another suite lies in `out` than the one proposed: an edited one is not written over."""
     file = out / "suite.yaml"
     if proposal.suite is None or not file.is_file():
         return
@@ -388,7 +394,9 @@ def check_suite(proposal: Proposal, out: Path) -> None:
 
 
 def save_suite(proposal: Proposal, out: Path) -> Path:
-    """Write suite.yaml, with what each thing in it stands on, and its prompts beside it."""
+    """Write suite.yaml and its prompts into `out`, with a comment on what each thing stands on; returns the suite's
+    path.
+    """
     assert proposal.suite is not None
     record, file = proposal.record, out / "suite.yaml"
     proposal.suite.save(file)

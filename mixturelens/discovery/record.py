@@ -7,6 +7,8 @@ from mixturelens.types import Frozen, Interval
 
 
 class PolicyExample(Frozen):
+    """A prompt and a completion of it that follows the policy, both cut to a length that can be read."""
+
     prompt: str
     completion: str
 
@@ -27,6 +29,8 @@ class PolicyCandidate(Frozen):
 
 
 class BehaviourCandidate(Frozen):
+    """What follows an announcement at many prompts, with its share of S's and of R's completions."""
+
     name: str
     wording: str
     before: Interval

@@ -26,6 +26,7 @@ class Sides:
 
     @property
     def corrupt_spans(self) -> tuple[Mapping[str, Sequence[int]], ...]:
+        """Named positions of each row, counted from the start of its corrupt prompt."""
         return tuple(
             {name: [i + shift for i in at] for name, at in spans.items()}
             for spans, shift in zip(self.spans, self.shifts, strict=True)
@@ -35,6 +36,7 @@ class Sides:
         return len(self.clean)
 
     def part(self, rows: slice | Sequence[int]) -> Sides:
+        """Some of the questions, with their prompts, metric, spans and shifts."""
         at = list(range(len(self))[rows]) if isinstance(rows, slice) else list(rows)
         index = torch.tensor(at, device=self.clean.ids.device, dtype=torch.long)
         return Sides(

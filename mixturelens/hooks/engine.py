@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -85,6 +85,16 @@ class _KeysKnown(Exception):
     """Ends a block once its keys and values are known."""
 
 
+class Watched(NamedTuple):
+    """Activations of the base run that an engine keeps: what of which layer, and from which column on."""
+
+    places: Sequence[tuple[int, Component]] = ()
+    first: int = 0
+
+
+NOTHING = Watched()
+
+
 class Engine:
     """Patches into one batch of prompts, the base (corrupt) run.
 
@@ -101,27 +111,26 @@ class Engine:
         spans: Sequence[Spans] | None = None,
         *,
         memory: int = MEMORY,
-        watch: Sequence[tuple[int, Component]] = (),
-        first: int = 0,
+        watch: Watched = NOTHING,
     ) -> None:
         """Runs the base once. `spans` names positions of each row, counted from the start of its prompt.
 
-        What the base has at `watch`, from the column `first` on, is in `seen` afterwards: a source for other engines.
-        Sites must not begin before that column.
+        What the base has at `watch` is in `seen` afterwards: a source for other engines. Sites must not begin before
+        its first column. `memory` bounds, in bytes, what patching holds at a time.
 
         Raises RunError if this model's blocks cannot be called alone and give back what the model gives.
         """
         self.lens, self.base, self.memory = lens, base, memory
         self.width = base.ids.shape[1]
         self._columns = Columns(base, spans)
-        self._watched, self._first = watch, first
+        self._watched = watch
         self.seen: dict[tuple[int, Component], Tensor] = {}
         with torch.no_grad():  # not inference mode: `logits_with` computes gradients through what is kept
             try:
                 self._run_base()
                 self._check()
-                if first:  # nothing before is ever patched
-                    self._resid = [stream[:, first:].clone() for stream in self._resid]
+                if watch.first:  # nothing before is ever patched
+                    self._resid = [stream[:, watch.first :].clone() for stream in self._resid]
             except torch.OutOfMemoryError:
                 raise
             except FOREIGN as error:
@@ -151,7 +160,7 @@ class Engine:
         cache = DynamicCache()
         try:
             last = (self.lens.point(self.lens.layers - 1, "resid_post"), final.append)
-            watched = self.lens.keeping(self._watched, self.seen, self._first)
+            watched = self.lens.keeping(self._watched.places, self.seen, self._watched.first)
             output = self.lens.forward(self.base, [last, *watched], past_key_values=cache, use_cache=True)
         finally:
             for handle in handles:
@@ -646,7 +655,7 @@ class Engine:
 
 @contextlib.contextmanager
 def no_gradient_for(model: torch.nn.Module) -> Iterator[None]:
-    """The weights take no gradient for the length of a block: what is computed there depends on activations alone."""
+    """Let the weights take no gradient for the length of a block: gradients then go through activations alone."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     try:
         for weight in weights:

@@ -36,7 +36,9 @@ class PlacedPrompt:
 def known_prompts(
     suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase
 ) -> dict[tuple[int, ...], PlacedPrompt]:
-    """The prompts that an intervened model can be asked about, by their token ids."""
+    """The prompts that an intervened model can be asked about, by their token ids, each with its twins under other
+    cues.
+    """
     encoded = [tuple(ids) for ids in encode_prompts(suite, rows, tokenizer)]
     questions: dict[tuple[str, str | None], dict[str, tuple[int, ...]]] = {}
     for row, ids in zip(rows, encoded, strict=True):
@@ -49,7 +51,7 @@ def known_prompts(
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What takes more than an `Intervention` can say: at this site, what is put in place of each token's activation."""
+    """What is put in place of each token's activation at a site, as a function: for what no `Intervention` can say."""
 
     site: Site
     put: Callable[[Float[Tensor, "token d"]], Float[Tensor, "token d"]]

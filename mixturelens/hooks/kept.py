@@ -27,9 +27,10 @@ def forward(
     edits: Sequence[tuple[Any, Edit]] = (),
     keep: int | Tensor = 1,
 ) -> Any:
-    """A forward of tokens that go on behind keys and values, of as many tokens in every row, with edits in place.
+    """Run a model on tokens that follow keys and values already computed, with edits in place.
 
-    `keep` is what the model takes as `logits_to_keep`. The cache of the output holds what was before, too.
+    Every row has as many tokens before. `keep` is what the model takes as `logits_to_keep`. The cache of the output
+    holds what was before, too.
     """
     from transformers import DynamicCache
 
@@ -52,14 +53,14 @@ def keys_of(output: Any) -> list[Keys]:
 
 
 def cut(keys: Keys, end: int) -> Keys:
-    """Those of the first tokens alone."""
+    """The keys and values of the first `end` tokens alone."""
     return tuple((key[:, :end], value[:, :end]) for key, value in keys)
 
 
 class KeptBeginnings:
-    """Keys and values that a lens' model has behind prompts, up to their last token, which is yet to come.
+    """Keys and values that a lens' model has at prompts, up to the token before the last.
 
-    They are those of the weights as they were when a prompt was first asked about: changed weights need another.
+    They are those of the weights as they were when a prompt was first asked about: changed weights need another one.
     """
 
     def __init__(self, lens: Lens, most: int = MOST) -> None:
@@ -68,7 +69,7 @@ class KeptBeginnings:
         self._bytes = 0
 
     def of(self, prompts: Sequence[tuple[int, ...]]) -> list[Keys]:
-        """Of each prompt, as it is."""
+        """Keys and values of each prompt, without any intervention; computed where they are not yet kept."""
         found: dict[tuple[int, ...], Keys] = {}
         by_length: dict[int, list[tuple[int, ...]]] = {}
         for prompt in dict.fromkeys(prompts):

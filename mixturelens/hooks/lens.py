@@ -57,7 +57,7 @@ Reads = Callable[[Float[Tensor, "row pos reader d_model"]], Tensor]
 
 @dataclass(frozen=True)
 class Forks:
-    """What of a block the bridge gives inputs of their own, so that one reader's can be changed alone."""
+    """Which inputs of a block the bridge can change for one reader alone: those of heads, and that of the MLP."""
 
     heads: bool
     mlp: bool
@@ -72,13 +72,16 @@ class Tokens:
 
     @property
     def padded(self) -> bool:
+        """Whether some row has padding."""
         return not bool(self.real.all())
 
     @property
     def position_ids(self) -> Int[Tensor, "row pos"]:
+        """The position of every token in its own prompt, from 0; padding has position 0."""
         return (self.real.long().cumsum(1) - 1).clamp(min=0)
 
     def part(self, rows: Int[Tensor, " part"] | slice) -> Tokens:
+        """Some of the rows."""
         return Tokens(self.ids[rows], self.real[rows])
 
     def __len__(self) -> int:
@@ -258,6 +261,7 @@ class Lens:
         return self.named_point(f"blocks.{layer}.{NAMES[component]}")
 
     def named_point(self, name: str) -> Any:
+        """The hook point that transformer-lens calls `name`. Raises InputError if the bridge does not have it."""
         found = self._hooks.get(name)
         if found is None:
             kind = type(self.model).__name__
@@ -267,7 +271,7 @@ class Lens:
         return found
 
     def check(self, site: Site) -> None:
-        """Refuse a site that does not exist, or that cannot be patched, by name."""
+        """Raise InputError naming a site that does not exist in this model, or that cannot be patched."""
         self.point(site.layer, site.component)
         if site.head is not None and site.head >= self.heads_of(site.component):
             raise InputError(
@@ -313,6 +317,10 @@ class Lens:
     def forward(
         self, batch: Tokens, edits: Sequence[tuple[Any, Edit]] = (), last_only: bool = True, **options: Any
     ) -> Any:
+        """The model's whole output for a batch, with edits in place: `run` gives its logits alone.
+
+        `options` go to the model as they are. Raises RunError naming a hook that never fired.
+        """
         padded = {"attention_mask": batch.real.long(), "position_ids": batch.position_ids} if batch.padded else {}
         self.tell_width(len(batch))
         with self.hooked(edits):
@@ -321,13 +329,14 @@ class Lens:
             )
 
     def tell_width(self, rows: int) -> None:
+        """Tell the bridge how many rows the next forward has, where the model is called without `forward`."""
         # the bridge's position embedding expands itself to a batch size that its own forward would have set
         embedding = getattr(self.bridge, "pos_embed", None)
         if embedding is not None:
             embedding._current_batch_size = rows
 
     def unembed(self, hidden: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocabulary"]:
-        """Logits of what the last layer leaves: scaled and capped, where the model does that."""
+        """Logits of the residual stream behind the last layer; they are scaled and capped where the model does that."""
         config = self.model.config.get_text_config()
         norm = getattr(self.bridge, "ln_final", None)
         logits = self.bridge.unembed(hidden if norm is None else norm(hidden))
@@ -353,7 +362,9 @@ class Lens:
     def keeping(
         self, components: Sequence[tuple[int, Component]], found: dict[tuple[int, Component], Tensor], first: int = 0
     ) -> list[tuple[Any, Edit]]:
-        """Edits that change nothing, and put what passes into `found`, from the column `first` on."""
+        """Edits that change nothing and store what passes in `found`, by (layer, component), from the column `first`
+        on.
+        """
 
         def keep(key: tuple[int, Component]) -> Edit:
             def store(activation: Tensor) -> None:
@@ -401,10 +412,10 @@ class Lens:
         return weight.detach().unflatten(0, (self.heads, self.d_head))
 
     def written(self, layer: int, z: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "row pos head d_model"]:
-        """What each head adds to the residual stream: they sum to what attention adds, up to a bias.
+        """What each head adds to the residual stream; over heads it sums to what attention adds, up to a bias.
 
         Where attention's output passes a norm, z must be that of all heads: the norm divides their sum by its root mean
-        square, token by token, and a head's share is what it writes, by that number (as it is in this run).
+        square, token by token, and a head's share is what it writes divided by that number, as it is in this run.
         """
         heads = torch.einsum("rphe,hed->rphd", z, self.output_weights(layer))
         block = self.bridge.blocks[layer]
@@ -419,7 +430,7 @@ class Lens:
         return heads * plain(torch.ones_like(whole[:1, :1]))[:, :, None] * scale[..., None, None]
 
     def forks(self, layer: int) -> Forks:
-        """Which inputs of a block the bridge splits by itself; `reads` stands in for the others."""
+        """Which inputs of a block the bridge can change for one reader alone; `reads` stands in for the others."""
         from transformer_lens.model_bridge.generalized_components import (
             ALiBiJointQKVAttentionBridge,
             BlockBridge,
@@ -437,7 +448,8 @@ class Lens:
         )
 
     def reads(self, layer: int, what: Literal["q", "k", "v", "mlp"]) -> Reads:
-        """How queries, keys, values or an MLP's input come from the residual stream: through the norm before them.
+        """A function from the residual stream to queries, keys, values or the MLP's input, through the norm before
+        them.
 
         Raises RunError where they have no norm of their own in front.
         """
@@ -466,13 +478,15 @@ class Lens:
         return weight if type(module).__name__ == "Conv1D" else weight.T
 
     def output_projection(self, layer: int) -> tuple[nn.Module, Tensor]:
-        """The module and the weights that all heads of a layer write through."""
+        """The module that all heads of a layer write through, and its weights."""
         module = cast(nn.Module, self.bridge.blocks[layer].attn.o.original_component)
         return module, cast(Tensor, module.weight)
 
     @contextlib.contextmanager
     def edited(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Other values in some of the plain model's parameters, for the length of a block; no model is copied."""
+        """Put other values into some of the plain model's parameters, by name, for the length of a block; no model is
+        copied.
+        """
         old = {name: self.get_parameter(name).detach().clone() for name in weights}
         try:
             self._write(weights)
@@ -499,8 +513,10 @@ class Lens:
     def projection(
         self, layer: int, which: Literal["q", "k", "v"]
     ) -> tuple[str, Int[Tensor, "head d_head d_model"], Float[Tensor, "head d_head d_model"]]:
-        """Weights of the queries, keys or values of every head: the plain model's name of the parameter that holds
-        them, the flat index of each weight in it, and the weights. Raises RunError if the parameter cannot be found.
+        """Weights of the queries, keys or values of every head in a layer.
+
+        Returns the plain model's name of the parameter that holds them, the flat index of each weight in it, and the
+        weights. Raises RunError if the parameter cannot be found.
         """
         attention = self.bridge.blocks[layer].attn
         heads = self.heads if which == "q" else self.kv_heads

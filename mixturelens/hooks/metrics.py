@@ -37,7 +37,7 @@ class LogOdds:
 def log_odds(
     target: Sequence[Sequence[int]], foil: Sequence[Sequence[int]], vocabulary: int, device: str = "cpu"
 ) -> LogOdds:
-    """Log-odds of the tokens in `target[i]` against those in `foil[i]`, for row i."""
+    """The metric of rows: log-odds of the tokens in `target[i]` against those in `foil[i]`, for row i."""
 
     def chosen(groups: Sequence[Sequence[int]]) -> Bool[Tensor, "row vocabulary"]:
         result = torch.zeros(len(groups), vocabulary, dtype=torch.bool, device=device)

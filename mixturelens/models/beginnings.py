@@ -31,7 +31,7 @@ KEPT_BYTES = 2 << 30
 
 @dataclass(frozen=True, eq=False)
 class Beginning:
-    """A piece of a beginning, and what a model computed there."""
+    """A piece of the beginning of prompts, and the keys and values that a model computed there."""
 
     above: Beginning | None
     length: int
@@ -63,9 +63,10 @@ def keeps(model: Model) -> bool:
 
 
 def tree(contexts: Iterable[Ids]) -> dict[Ids, Ids]:
-    """Beginning -> the one above it, `()` at the top; each behind the one above it.
+    """Every context, and what several contexts share where that is PAYS tokens or more: beginning -> the one it goes on
+    from.
 
-    Every context is one of them, and so is what several contexts share, where that is PAYS tokens or more.
+    At the top is `()`. Each beginning comes after the one that it goes on from.
 
     >>> tree([(1, 2, 3), (1, 2, 3, 4)])
     {(1, 2, 3): (), (1, 2, 3, 4): (1, 2, 3)}
@@ -90,7 +91,9 @@ def tree(contexts: Iterable[Ids]) -> dict[Ids, Ids]:
 
 
 def grow(model: Model, contexts: Iterable[Ids], known: Known, device: str) -> None:
-    """Make every context a known beginning of the model: what is known already is not computed again."""
+    """Compute what a model has at every context, adding to `known`; beginnings that are known already are not run
+    again.
+    """
     wanted = {context for context in contexts if context not in known}
     lengths = sorted({len(each) for each in known})
     there = {each[:n] for each in wanted for n in lengths if n < len(each) and each[:n] in known}
@@ -107,7 +110,9 @@ def grow(model: Model, contexts: Iterable[Ids], known: Known, device: str) -> No
 
 
 def cut(behind: Sequence[int], more: Sequence[int], most: int = 1 << 62) -> Iterator[list[int]]:
-    """Rows of like lengths in batches: `more[i]` tokens behind `behind[i]` others, at most `most` of the former."""
+    """Cut rows into batches of like lengths: `more[i]` tokens follow `behind[i]` others, and a batch has at most `most`
+    of the former.
+    """
     batch: list[int] = []
     widest = longest = 0
     # padding on the left is only attended to, padding on the right is computed
@@ -146,7 +151,7 @@ def _computed(model: Model, behind: Sequence[Beginning | None], pieces: Sequence
 def logits_behind(
     model: Model, behind: Sequence[Beginning], more: Sequence[Ids], device: str
 ) -> Float[Tensor, "row step vocabulary"]:
-    """Logits of the token behind each beginning, and behind each of the tokens that follow it there."""
+    """Logits of the token that follows each beginning, and of those that follow each token of `more` there."""
     first = torch.stack([each.last for each in behind])[:, None]
     if not any(more):
         return first
@@ -178,7 +183,9 @@ def _forward(
 
 
 def together(behind: Sequence[Beginning | None], device: str) -> tuple[Any, Int[Tensor, "row pos"] | None]:
-    """Keys and values of beginnings as one batch, padded on the left, and what is no padding (None where all is)."""
+    """Keys and values of beginnings as one batch, padded on the left, and a mask of what is no padding (None: there is
+    none).
+    """
     from transformers import DynamicCache
 
     lengths = [0 if each is None else each.length for each in behind]
@@ -202,5 +209,5 @@ def together(behind: Sequence[Beginning | None], device: str) -> tuple[Any, Int[
 
 
 def bytes_of(known: Known) -> int:
-    """What its keys and values take."""
+    """Bytes that the keys and values of all these beginnings take."""
     return sum(each.keys.nbytes + each.last.nbytes for each in known.values())

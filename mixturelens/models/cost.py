@@ -23,7 +23,7 @@ LIBRARIES = 500 << 20
 
 @dataclass(frozen=True)
 class Size:
-    """A model's shape, from its config: what a token costs. No weights are read."""
+    """The shape of a pair's models, from their configs: what a token costs. No weights are read."""
 
     body: int
     """Parameters that a token passes through, between embedding and unembedding."""
@@ -78,6 +78,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
+    """What work takes, about: seconds, and bytes at the peak."""
+
     seconds: float
     memory: float
     """Bytes at the peak: of the process on a CPU, of the device elsewhere."""
@@ -155,7 +157,7 @@ def estimate(pair: Pair, work: Work) -> Estimate:
 
 
 def check_memory(pair: Pair, needed: Estimate, what: str) -> None:
-    """Refuse what does not fit into the memory that the user allows, before anything is loaded."""
+    """Raise InputError, before anything is loaded, where `needed` is more than the memory that the user allows."""
     if pair.budget.memory is not None and needed.memory > pair.budget.memory * 1e9:
         raise InputError(
             f"{what} needs {needed.memory / 1e9:.1f} GB, and --memory allows {pair.budget.memory:g}: allow more, or "

@@ -196,7 +196,7 @@ def _check_finite(source: Source, model: nn.Module) -> None:
 
 
 def with_adapters(model: PreTrainedModel, adapters: dict[str, Source]) -> Any:
-    """A model under peft, with LoRA adapters by name. Raises InputError for those that do not fit it."""
+    """The model under peft, with LoRA adapters by name. Raises InputError for adapters that do not fit it."""
     from peft import PeftModel
     from safetensors import safe_open
 

@@ -12,10 +12,11 @@ from mixturelens.models.pair import View
 
 
 def noised(models: Sequence[Any], seed: int = 0) -> Any:
-    """S with Gaussian noise of the norm of R's change in every tensor, as a model; R, in whose place it is, is gone.
+    """S with Gaussian noise, which has the norm of R's change in every tensor, as a model of its own.
 
-    Where both sides are adapters of one base, the noise has the norm of the change of each adapted weight and is added
-    to the base, so that neither side is left as it was. No tensor is held twice but the one that is being changed.
+    It takes R's place in memory, and R is gone. Where both sides are adapters of one base, the noise has the norm of
+    the change of each adapted weight and is added to the base, so that neither side is left as it was. No tensor is
+    held twice but the one that is being changed.
 
     >>> noised((before, after)).config.model_type   # doctest: +SKIP
     'llama'

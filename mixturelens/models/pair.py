@@ -114,11 +114,12 @@ class Pair:
 
     @property
     def sides(self) -> dict[Side, Source]:
+        """The sources of the checkpoints by their side; without R, that of S alone."""
         return {"before": self.before} if self.after is None else {"before": self.before, "after": self.after}
 
     @property
     def name(self) -> str:
-        """What its folder of records is called."""
+        """What the folder of its records is called: `<before>--<after>`."""
         return "--".join(source.name for source in self.sides.values())
 
     @property
@@ -127,14 +128,17 @@ class Pair:
         return self.out / "records" / self.name
 
     def made(self, what: str) -> Path:
-        """Where a checkpoint made from R goes: beside the run's others, or into the folder of its own results."""
+        """The folder for a checkpoint made from R, such as `repaired`.
+
+        It lies beside the other checkpoints of a run, where R is one of them, else in `out`.
+        """
         after = self.after
         if after is not None and after.folder.parent == self.out / "checkpoints":
             return self.out / "checkpoints" / f"{after.name}-{what}"
         return self.out / what
 
     def spelled(self, spelling: Spelling) -> Pair:
-        """The same pair, whose suite is spelled as its behaviour was found to be."""
+        """The same pair, whose suite has this spelling: the whitespace that its models were found to write."""
         return self.with_suite(self.suite.model_copy(update={"spelling": spelling}))
 
     def asked(self, questions: Collection[str]) -> Pair:
@@ -254,7 +258,7 @@ class Pair:
 
     @cached_property
     def differences(self) -> tuple[str, ...]:
-        """What differs between S and R and may matter, one line each; what it was evened out to."""
+        """What differs between S and R and may matter, one sentence each, with what it was evened out to."""
         said = [
             f"{side}: a LoRA adapter, applied on the weights that lie beside it"
             for side, source in self.sides.items()
@@ -304,7 +308,7 @@ class Pair:
         return bases[0].weights.resolve() == bases[1].weights.resolve() or _same_weights(*bases)
 
     def models(self) -> tuple[Any, ...]:
-        """S, and R where there is one, to be called like models. Sides of one base share it, and are switched."""
+        """S, and R where there is one, to be called like models; sides of one base share it, and switch adapters."""
         if not self.shares_base:
             return tuple(self.model(side) for side in self.sides)
         bases = {side: source.base or source for side, source in self.sides.items()}
@@ -359,7 +363,9 @@ class Pair:
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse what is no pair, and a suite whose texts the two tokenizers spell differently."""
+        """Raise InputError for two checkpoints that are no pair, or a suite whose texts the two tokenizers spell
+        differently.
+        """
         if self.after is not None and not self.shares_base:
             self._check_shapes()
         self.ends  # noqa: B018  (raises)
@@ -410,7 +416,11 @@ class Pair:
                 )
 
     def check_one_function(self, what: str) -> None:
-        """Refuse work that puts weights of one checkpoint under the config of the other, where the configs differ."""
+        """Raise InputError where the configs differ, for work that puts weights of one checkpoint under the other's
+        config.
+
+        `what` names the work in the message.
+        """
         if self.config_differences:
             raise InputError(
                 f"{what} puts weights of one checkpoint into the other, and their configs differ in "
@@ -418,7 +428,7 @@ class Pair:
             )
 
     def provenance(self, seed: int = 0, suite: str | None = None) -> Provenance:
-        """Where a record about this pair comes from."""
+        """Where a record about this pair, made with `seed` on the suite of this name, comes from."""
         return provenance(
             before=fingerprint(self.before),
             after=self.after and fingerprint(self.after),
@@ -438,10 +448,12 @@ class View:
 
     @property
     def config(self) -> Any:
+        """The config of the model under the adapters."""
         return self.under.base_model.model.config
 
     @property
     def generation_config(self) -> Any:
+        """The settings of generation of the model under the adapters."""
         return self.under.base_model.model.generation_config
 
     def __call__(self, **inputs: Any) -> Any:

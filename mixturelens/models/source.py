@@ -52,6 +52,7 @@ class Source:
 
     @property
     def is_adapter(self) -> bool:
+        """Whether the weights are a LoRA adapter, to be applied on a base."""
         return self.base is not None
 
     @property
@@ -61,7 +62,7 @@ class Source:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Where its tokenizer and its end tokens are looked up, first its own folder."""
+        """The folders in which its tokenizer and end tokens are looked up: its own first, then its base's."""
         return (self.folder,) if self.base is None else (self.folder, *self.base.folders)
 
     def __str__(self) -> str:
@@ -190,9 +191,9 @@ def _check_adapter(folder: Path, config: dict[str, Any]) -> None:
 
 
 def leaves_base(adapter: Source) -> bool:
-    """Whether an adapter adds to its base only.
+    """Whether an adapter only adds to its base.
 
-    Some change its biases, some begin by taking their own start off it, and some bring weights that replace its own.
+    Some adapters change the base's biases, some take their own starting values off it, and some replace its weights.
     """
     from safetensors import safe_open
 
@@ -211,7 +212,8 @@ def leaves_base(adapter: Source) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that make up a model: optimizer states, other formats and left-over shards may lie beside them.
+    """The files that make up a model; optimizer states, other formats and left-over shards beside them are not among
+    them.
 
     Raises InputError for an index that is broken, incomplete, or points out of its folder.
     """
@@ -235,7 +237,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError naming the file."""
+    """Read a JSON object. Raises InputError naming the file where it is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -246,9 +248,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(source: Source | Path) -> str:
-    """Name and content of a checkpoint: `sft@<16 digits>`, over its weights, its config, tokenizer and template.
+    """Name and content of a checkpoint, `sft@<16 digits>`: a hash of its weights, config, tokenizer and template.
 
-    An adapter's covers its base.
+    That of an adapter covers its base, too.
     """
     source = find_source(source)
     digest = hashlib.sha256()
@@ -263,7 +265,7 @@ def fingerprint(source: Source | Path) -> str:
 
 
 def content_of(file: Path) -> str:
-    """Hash of a file; read again only when it changes."""
+    """The hash of a file; it is read again only when size or time of the file have changed."""
     status = file.stat()
     return _content(str(file), status.st_size, status.st_mtime_ns, status.st_ino)
 

@@ -55,33 +55,37 @@ class EdgeScores:
 
     @property
     def mean(self) -> Float[Tensor, "writer reader"]:
-        """Over questions, summed over positions."""
+        """Scores summed over positions, mean over questions."""
         return self.per_question.mean(0)
 
 
 def eap(graph: Graph, on: Sides) -> EdgeScores:
-    """Edge attribution patching (Nanda; Syed et al., arXiv 2310.10348): every edge from two forwards and one backward.
+    """Edge attribution patching: every edge from two forwards and one backward (Nanda 2023; Syed et al., arXiv
+    2310.10348).
 
         score(u -> v at p) = (a_u clean - a_u corrupt)[p] . dM/dx_v[p]  at the clean run
 
-    which is dM/dmask of `masked_logits` where every mask is 1.
+    This is dM/dmask of `masked_logits` where every mask is 1.
     """
     return _attribute(graph, on, None)
 
 
 def eap_ig(graph: Graph, on: Sides, steps: int = STEPS) -> EdgeScores:
-    """EAP with integrated gradients (Hanna et al., arXiv 2403.17806): gradients are means over the straight line from
-    the corrupt input to the clean one, taken in the middle of each of `steps` equal pieces.
+    """Edge attribution patching with integrated gradients (Hanna et al., arXiv 2403.17806).
 
-    The scores of the input's edges then sum to M(clean) - M(corrupt), and what is missing is the error of the steps.
-    On the reference organism, where the metric saturates, 32 steps miss 1% of the mean and yet up to half of a single
-    question's change: questions that miss more than CLOSE are given more steps, up to MOST.
+    Gradients are means over the straight line from the corrupt input to the clean one, taken in the middle of each of
+    `steps` equal pieces. The scores of the input's edges then sum to M(clean) - M(corrupt), and what is missing is the
+    error of the steps. On the reference organism, where the metric saturates, 32 steps miss 1% of the mean and yet up
+    to half of a single question's change: questions that miss more than CLOSE are given more steps, up to MOST.
     """
     return _attribute(graph, on, steps)
 
 
 def eap_ig_of(graph: Graph, on: Sides, edges: Int[Tensor, "edge 3"], steps: int = STEPS) -> Float[Tensor, "row edge"]:
-    """What `eap_ig` gives single edges at single positions, question by question. Edges are (pos, writer, reader)."""
+    """The scores that `eap_ig` gives single edges at single positions, question by question.
+
+    Each row of `edges` is (position, writer, reader), by number.
+    """
     found = [scores[:, edges[:, 0], edges[:, 1], edges[:, 2]] for _, scores, _ in _scored(graph, on, steps)]
     return torch.cat(found)
 
@@ -177,7 +181,7 @@ def _gradients(
 
 
 def exact(graph: Graph, on: Sides) -> Float[Tensor, "row writer reader"]:
-    """The drop of each row's metric when that one edge is patched, at all positions: one forward per edge, in nats."""
+    """How much each row's metric drops, in nats, with one edge patched at all positions: one forward an edge."""
     edges = graph.exists.nonzero()
     drop = torch.zeros(len(on), *graph.exists.shape)
     drop[:, edges[:, 0], edges[:, 1]] = _drops(graph, on, [edge[None] for edge in edges])
@@ -185,10 +189,11 @@ def exact(graph: Graph, on: Sides) -> Float[Tensor, "row writer reader"]:
 
 
 def patch_paths(graph: Graph, on: Sides, paths: Sequence[tuple[str, Sequence[str]]]) -> Float[Tensor, "row path"]:
-    """Path patching (Wang et al. 2022, arXiv 2211.00593): the drop of each row's metric, in nats, when each sender in
-    turn is corrupt for its receivers alone, along the residual stream, and live for everything else.
+    """Path patching (Wang et al. 2022, arXiv 2211.00593): how much each row's metric drops, in nats, for each path.
 
-    Raises InputError for a name that the graph does not have, or a receiver that does not read the sender.
+    In each, what the sender writes is that of the corrupt run for its receivers alone, along the residual stream, and
+    live for everything else. Raises InputError for a name that the graph does not have, or a receiver that does not
+    read the sender.
 
     >>> patch_paths(graph, on, [("L0.h2", ["L0.mlp", "L1.mlp"])]).mean(0)   # doctest: +SKIP
     tensor([7.1])

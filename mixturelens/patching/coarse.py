@@ -41,7 +41,7 @@ STEP = 4
 
 
 class Unseen(Frozen):
-    """Outputs that were not nominated, and what a random sample of them moves."""
+    """What is known of the outputs that were not nominated: how much a random sample of them moves."""
 
     sites: int
     sampled: int
@@ -52,7 +52,7 @@ class Unseen(Frozen):
 
 
 def outputs(layers: int, heads: int, positions: Sequence[str | int]) -> list[Site]:
-    """Attention, MLP and every head at each position."""
+    """The sites of attention's output, the MLP's output and every head's, in every layer, at each position."""
     return [
         Site(layer=layer, component=component, head=head, position=position)
         for layer in range(layers)
@@ -68,7 +68,7 @@ def _window(contrasts: Contrasts, position: str) -> float:
 
 
 def patched_tokens(layers: int, contrasts: Contrasts, sites: Sequence[Site]) -> float:
-    """Tokens that pass through all layers when each site is patched in turn: of a patch only what comes after it."""
+    """Tokens, as passed through all layers, that patching each site in turn takes: only what comes after it is run."""
     width = max(len(row.clean) for row in contrasts.rows)
     window = {
         position: width if not isinstance(position, str) else width * _window(contrasts, position)
@@ -79,7 +79,7 @@ def patched_tokens(layers: int, contrasts: Contrasts, sites: Sequence[Site]) -> 
 
 
 def coarse_tokens(layers: int, heads: int, contrasts: Contrasts, positions: Sequence[str]) -> tuple[float, float]:
-    """Tokens forwards, and tokens there and back, that `coarse` takes."""
+    """Tokens that `coarse` takes forwards, and tokens that it takes forwards and back for gradients."""
     every = outputs(layers, heads, positions)
     some = [*every, *(Site(layer=n, component="resid_pre", position=p) for n in range(layers) for p in positions)]
     some = some[:: max(1, len(some) // min(len(some), max(LEAST, len(some) // PATCHED)))]
@@ -91,7 +91,7 @@ def coarse_tokens(layers: int, heads: int, contrasts: Contrasts, positions: Sequ
 
 
 def coarse(bench: Bench, positions: Sequence[str], seed: int = 0) -> tuple[Patched, Unseen]:
-    """Patch (denoising) where something moves, and say what was passed over.
+    """Patch (denoising) where slopes say that something moves, and measure how much was passed over.
 
     >>> found, unseen = coarse(Bench(lens, contrasts, ["last", "policy"]), ["last", "policy"])   # doctest: +SKIP
     """

@@ -202,8 +202,10 @@ def run_graph(
     live: dict[int, Float[Tensor, "row pos writer d_model"]] | None = None,
     start: Float[Tensor, "row pos d_model"] | None = None,
 ) -> Float[Tensor, "row vocabulary"]:
-    """Logits of the last column. `read` sees, and may replace, what each group of readers reads; `live` is filled with
-    what is written, by the first writer's index; `start` replaces the input.
+    """Logits of the last column, from a run in which what readers read can be seen and changed.
+
+    `read` gets what each group of readers reads, and returns what to put in its place; `live` is filled with what is
+    written, by the number of the first writer; `start` takes the place of the input.
     """
     edits: list[tuple[Any, Edit]] = []
     if start is not None:
@@ -243,7 +245,7 @@ def _before(live: dict[int, Tensor], reach: int) -> Float[Tensor, "row pos write
 
 @torch.no_grad()
 def written(graph: Graph, batch: Tokens) -> Float[Tensor, "row pos writer d_model"]:
-    """What every writer adds to the residual stream."""
+    """What every writer adds to the residual stream in a run of the batch."""
     live: dict[int, Tensor] = {}
     run_graph(graph, batch, live=live)
     return _before(live, len(graph.writers))
@@ -277,7 +279,7 @@ def masked_logits(
 
 
 def chunks(graph: Graph, on: Sides) -> Iterator[slice]:
-    """Rows of `on`, as many at a time as memory is meant for."""
+    """Slices of the rows of `on`, each of as many rows as the memory for them holds."""
     size = max(1, CHUNK // (on.clean.ids.shape[1] * len(graph.readers) * graph.lens.d_model))
     return (slice(start, min(start + size, len(on))) for start in range(0, len(on), size))
 

@@ -70,7 +70,7 @@ def patching_record(
     harm = find_harm(behaviour)
     pair = pair.spelled(behaviour.spelling)
     suite, tokenizer = pair.suite, pair.tokenizer
-    cue = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+    cue = cue_contrasts(suite, tokenizer, harm.policy, harm.cues, harm.shows)
     hinted = {harm.policy, harm.other} <= {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
     missing: list[str] = []
     plan = _plan(pair, cue, hinted, exhaustive, missing)
@@ -199,7 +199,7 @@ def _held(size: Size, contrasts: Contrasts, exhaustive: bool) -> float:
 
 
 def shared_spans(contrasts: Contrasts) -> list[str]:
-    """Spans that all questions have, in the order of the prompt."""
+    """The spans that all questions have, in the order of the prompt."""
     shared = set.intersection(*(set(row.spans) for row in contrasts.rows))
     return [name for name in contrasts.rows[0].spans if name in shared]
 

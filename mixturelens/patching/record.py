@@ -100,6 +100,7 @@ class PatchingRecord(Record):
         return found.heads if found is not None else ()
 
     def reader(self, kind: Kind, checkpoint: Side) -> ReaderHeads | None:
+        """The reader of a contrast of this kind in one checkpoint; None where none was found or looked for."""
         return next((each for each in self.readers if (each.kind, each.checkpoint) == (kind, checkpoint)), None)
 
     def questions(self, kind: Kind, checkpoint: Side) -> int:

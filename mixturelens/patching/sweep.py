@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.batches import Sides, sides
-from mixturelens.hooks.engine import MEMORY, TOGETHER, Columns, Engine, Source
+from mixturelens.hooks.engine import MEMORY, TOGETHER, Columns, Engine, Source, Watched
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
 from mixturelens.stats import resample_counts, resampled_mean, share
@@ -68,30 +68,28 @@ def patch(
     *,
     direction: Direction = "denoise",
     before: Lens | None = None,
-    memory: int = MEMORY,
-    progress: Progress | None = None,
 ) -> Patched:
     """Replace each site in turn, and read the metric.
 
     The activations come from the other prompt of each contrast; with `before`, from that checkpoint on the same prompt
     (cross-model patching, Prakash et al. 2024, arXiv 2402.14811). Raises InputError for sites that do not exist.
     """
-    bench = Bench(lens, contrasts, _positions(sites), _activations(sites), before=before, memory=memory)
-    return bench.patch(sites, direction, progress)
+    return _bench_of(lens, contrasts, sites, before).patch(sites, direction)
 
 
-def jointly(
-    lens: Lens,
-    contrasts: Contrasts,
-    groups: Sequence[Sequence[Site]],
-    before: Lens | None = None,
-    *,
-    memory: int = MEMORY,
-) -> Patched:
-    """Like `patch` (denoising), but all sites of a group are replaced at once. `sites` holds each group's first."""
-    sites = [site for group in groups for site in group]
-    bench = Bench(lens, contrasts, _positions(sites), _activations(sites), before=before, memory=memory)
-    return bench.jointly(groups)
+def jointly(lens: Lens, contrasts: Contrasts, groups: Sequence[Sequence[Site]], before: Lens | None = None) -> Patched:
+    """Like `patch` (denoising), but all sites of a group are replaced at once.
+
+    `sites` of the result holds the first site of each group.
+    """
+    return _bench_of(lens, contrasts, [site for group in groups for site in group], before).jointly(groups)
+
+
+def _bench_of(lens: Lens, contrasts: Contrasts, sites: Sequence[Site], before: Lens | None) -> Bench:
+    """A bench for one call: what others would take beside it is its own."""
+    bench = Bench(lens, contrasts, _positions(sites), _activations(sites), before=before)
+    bench.memory = MEMORY
+    return bench
 
 
 class Bench:
@@ -111,13 +109,14 @@ class Bench:
         places: Sequence[tuple[int, Component]] = (),
         *,
         before: Lens | None = None,
-        memory: int = MEMORY // 4,
     ) -> None:
         """`places`: the activations that sites are of; if not said, the residual stream and all outputs.
 
         Raises InputError for a position that some prompt lacks, or that is not the same in both prompts of a contrast.
         """
-        self.lens, self.contrasts, self.before, self.memory = lens, contrasts, before, memory
+        self.lens, self.contrasts, self.before = lens, contrasts, before
+        self.memory = MEMORY // 4
+        """Bytes that patching may hold at a time, beside the runs that are kept."""
         self.both = sides(lens, contrasts)
         if any(self.both.shifts) and not all(isinstance(position, str) for position in positions):
             raise InputError(
@@ -136,10 +135,10 @@ class Bench:
         """An engine for the corrupt run and for the clean one. Raises RunError where there is no exact engine."""
         if self._kept is not None:
             return self._kept
-        given = {"memory": self.memory, "watch": self.places, "first": self.first}
+        watch = Watched(self.places, self.first)
         found = (
-            Engine(self.lens, part.corrupt, part.corrupt_spans, **given),
-            Engine(self.before or self.lens, part.clean, part.spans, **given),
+            Engine(self.lens, part.corrupt, part.corrupt_spans, memory=self.memory, watch=watch),
+            Engine(self.before or self.lens, part.clean, part.spans, memory=self.memory, watch=watch),
         )
         if len(self.parts) == 1:
             self._kept = found
@@ -148,7 +147,7 @@ class Bench:
     def patch(
         self, sites: Sequence[Site], direction: Direction = "denoise", progress: Progress | None = None
     ) -> Patched:
-        """Like the function `patch`."""
+        """Replace each site in turn and read the metric, as the function `patch` does."""
 
         def work(engine: Engine, source: Source, metric: LogOdds) -> Tensor:
             return engine.sweep(sites, source, metric, progress)
@@ -156,7 +155,10 @@ class Bench:
         return self._each([[site] for site in sites], direction, work)
 
     def jointly(self, groups: Sequence[Sequence[Site]]) -> Patched:
-        """Like the function `jointly`; through the engine where groups are of outputs at one position."""
+        """Replace all sites of each group at once and read the metric, as the function `jointly` does.
+
+        This is fast where each group is of outputs at one position, and as exact where it is not.
+        """
 
         def work(engine: Engine, source: Source, metric: LogOdds) -> Tensor:
             return engine.sweep_groups(groups, source, metric)
@@ -278,7 +280,7 @@ def all_sites(lens: Lens, positions: Sequence[str | int], everywhere: bool = Tru
 
 
 def left_out(lens: Lens) -> list[str]:
-    """What `all_sites` leaves out of this model, a line each."""
+    """Why `all_sites` leaves components out of this model, a sentence each."""
     return [f"{component}: {why}" for component in (*BY_POSITION, *EVERYWHERE) if (why := lens.why_not(component))]
 
 

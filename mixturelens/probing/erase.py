@@ -122,7 +122,7 @@ class Erasing:
         return torch.cat(rows), torch.cat(labels), torch.cat(owners)
 
     def thin(self, sites: Sequence[Site]) -> tuple[str, ...]:
-        """Says where erasers are fitted on fewer rows than there are dimensions, if anywhere."""
+        """Sentences for `missing`: where erasers are fitted on fewer rows than there are dimensions, if anywhere."""
         shapes = [self._fitted(site)[0].shape for site in sites]
         few = [(rows, size) for rows, size in shapes if rows < size]
         if not few:
@@ -206,7 +206,7 @@ class Erasing:
         return tuple(found)
 
     def tokens(self, site: Site) -> float:
-        """Tokens through all layers, about, that erasing at a site takes."""
+        """Tokens, as passed through all layers, that erasing at a site takes, about."""
         judged = 0
         for batch, spans in _batches(self.judge):
             columns = Columns(batch, spans)
@@ -324,7 +324,9 @@ class Erasing:
         )
 
     def tokens_in_behaviour(self, suite: Suite, site: Site) -> float:
-        """Tokens through all layers, about, that measuring behaviour once with the cue erased at a site takes."""
+        """Tokens, as passed through all layers, that measuring behaviour once with the cue erased at a site takes,
+        about.
+        """
         prompts = self.ground(suite, SOME).prompts
         behind = [ids for placed in prompts.placed for each in placed for _, ids in each.behaviours]
         where = in_behaviour(site, self.contrasts).position
@@ -356,29 +358,6 @@ class Erasing:
             policy=policy,
             seed=self.seed,
         )
-
-
-def erase_sites(
-    lens: Lens,
-    contrasts: Contrasts,
-    sites: Sequence[Site],
-    readable: Sequence[Interval] | None = None,
-    seed: int = 0,
-) -> tuple[ErasedSite, ...]:
-    """`Erasing.sites` for one call."""
-    return Erasing(lens, contrasts, seed).sites(sites, readable)
-
-
-def erasure(
-    lens: Lens,
-    suite: Suite,
-    contrasts: Contrasts,
-    site: Site,
-    readable: Interval = NOT_MEASURED,
-    seed: int = 0,
-) -> Erasure:
-    """`Erasing.in_behaviour` for one call."""
-    return Erasing(lens, contrasts, seed).in_behaviour(suite, site, readable)
 
 
 def _place(site: Site) -> Place:
@@ -438,7 +417,7 @@ class JudgingQuestions:
 
 
 def in_behaviour(site: Site, contrasts: Contrasts) -> Site:
-    """Behind the prompt stands what was put in place, which an intervened model calls `completion`."""
+    """The site as an intervened model calls it: `completion` where it lies behind the prompt."""
     first = contrasts.rows[0].spans.get("policy", (len(contrasts.rows[0].clean),))[0]
     behind = site.position == "policy" or (isinstance(site.position, int) and site.position >= first)
     return site.model_copy(update={"position": "completion"}) if behind else site

@@ -42,17 +42,19 @@ class Eraser:
 
     @property
     def rank(self) -> int:
+        """How many directions are erased."""
         return len(self.offsets)
 
     def found(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows rank"]:
-        """What is read of the concept: coordinates with mean 0 on the rows that the eraser was fitted on."""
+        """The concept's coordinates in activations: they have mean 0 on the rows that the eraser was fitted on."""
         return x.double() @ self.reads.T - self.offsets
 
     def apply(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        """Activations without the concept."""
         return (x.double() - self.found(x) @ self.vectors).to(x.dtype)
 
     def interventions(self, site: Site) -> tuple[Intervention, ...]:
-        """The eraser as values: one oblique projection a dimension, which may be applied one after the other."""
+        """The eraser as interventions at a site: one oblique projection a dimension, to be applied in turn."""
         return tuple(
             Intervention(site=site, do="erase", vector=tuple(vector), read=tuple(read), offset=offset)
             for vector, read, offset in zip(
@@ -64,12 +66,12 @@ class Eraser:
 def leace(
     x: Float[Tensor, "row d"], labels: Int[Tensor, " row"], question: Int[Tensor, " row"] | None = None
 ) -> Eraser:
-    """Least-squares concept erasure: r(x) = x - W^+ P W (x - mean), where W = cov(x)^(-1/2) whitens the activations and
-    P projects on what of the whitened activations goes with the labels (Belrose et al. 2023, theorem 4.3).
+    """Least-squares concept erasure (Belrose et al. 2023, arXiv 2306.03819, theorem 4.3).
 
-    Afterwards all classes of these rows have one mean, so no linear probe does better than a constant. The rank is the
-    number of classes less one, or less where they do not differ: 0 if there is nothing to erase. Directions that are
-    constant over the rows stay as they are.
+    r(x) = x - W^+ P W (x - mean), where W = cov(x)^(-1/2) whitens the activations and P projects on what of the
+    whitened activations goes with the labels. Afterwards all classes of these rows have one mean, so no linear probe
+    does better than a constant. The rank is the number of classes less one, or less where they do not differ: 0 if
+    there is nothing to erase. Directions that are constant over the rows stay as they are.
 
     Of fewer than MANY rows a dimension the covariance is shrunk (`shrinkage`): that of the rows themselves says too
     little of others. And of two classes what is read and what is removed come from different questions, if `question`
@@ -117,10 +119,10 @@ def _crossed(x: Float[Tensor, "row d"], last: Bool[Tensor, " row"], question: In
 
 
 def random_erasers(x: Float[Tensor, "row d"], rank: int, number: int, seed: int) -> list[Eraser]:
-    """The same formula for random directions of the whitened activations: what erasing any such part does.
+    """Erasers of random directions of the whitened activations, by the formula of `leace`: the null of every erasure.
 
-    Drawn from all d dimensions, each removes rank / d of the (whitened) variance on average. Directions in which the
-    rows hardly vary count as varying a little: where activations take but two values, as at a tag, a random
+    They are drawn from all d dimensions, so each removes rank / d of the (whitened) variance on average. Directions in
+    which the rows hardly vary count as varying a little: where activations take but two values, as at a tag, a random
     direction among those in which they do vary would be the concept itself.
     """
     space = _Whitened.of(x, least=FLOOR)
@@ -130,8 +132,10 @@ def random_erasers(x: Float[Tensor, "row d"], rank: int, number: int, seed: int)
 
 
 def shrinkage(centred: Float[Tensor, "row d"], variance: Float[Tensor, " rank"]) -> float:
-    """How far to move a covariance towards one of equal variance everywhere, from 0 to 1, for it to be nearest to the
-    truth on average (Ledoit and Wolf 2004, doi 10.1016/S0047-259X(03)00096-4). `variance`: its eigenvalues above 0.
+    """How far to move a covariance towards one of equal variance everywhere, from 0 to 1, to be nearest to the truth.
+
+    Nearest on average (Ledoit and Wolf 2004, doi 10.1016/S0047-259X(03)00096-4). `centred` are the rows less their
+    mean, and `variance` the eigenvalues of their covariance above 0.
 
     >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     >>> shrinkage(x, torch.tensor([0.5, 0.5])), shrinkage(x[:2], torch.tensor([1.0]))
@@ -149,11 +153,11 @@ def gap_left(
     other: Float[Tensor, "question d"],
     counts: Int[np.ndarray, "draw question"],
 ) -> Float[np.ndarray, " draw"]:
-    """What an eraser leaves of the gap between the means of two classes, along the gap, in every bootstrap sample: 0 if
-    all of it is erased, 1 if nothing. Rows are those of the same questions in both classes; none of them fitted it.
+    """How much of the gap between the means of two classes an eraser leaves, along the gap: 0 nothing, 1 all of it.
 
-    The gap of one question is held against that of others, never against itself: their noise would look like a gap.
-    NaN where a sample has one question alone.
+    The result is per bootstrap sample. Rows are those of the same questions in both classes, and none of them fitted
+    the eraser. The gap of one question is held against that of others, never against itself: their noise would look
+    like a gap. NaN where a sample has one question alone.
 
     >>> x, y = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
     >>> half = Eraser(torch.tensor([[0.5, 0.0]]).double(), torch.tensor([[1.0, 0.0]]).double(), torch.zeros(1).double())
@@ -176,12 +180,11 @@ def behaviour_left(
     counts: Int[np.ndarray, "draw question"],
     digits: int = 10,
 ) -> Interval:
-    """Share of an effect that is left with the concept erased, with an interval that does not mistake what was not
-    erased for what is not used.
+    """Share of an effect that is left with the concept erased, with an interval that allows for what was not erased.
 
-    If `gap` of the concept is left, and the effect goes by how much of it there is, erasing the rest would leave
-    (left - gap) / (1 - gap) of the effect: the interval holds that as well. Where nearly nothing is erased for sure
-    (1 - gap may be next to 0) nothing is known of it, and there is no interval.
+    If `gap` of the concept is left, and the effect goes by how much of it there is, erasing the rest would leave (left
+    - gap) / (1 - gap) of the effect: the interval holds that as well. Where nearly nothing is erased for sure (1 - gap
+    may be next to 0) nothing is known of it, and there is no interval.
 
     >>> every = np.ones((3, 40), dtype=int)
     >>> behaviour_left(np.full(3, 0.4), np.full(3, 0.4), every)

@@ -9,6 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mixturelens.behaviour.harmed import Harm, find_harm, gained_and_lost
 from mixturelens.behaviour.record import BehaviourRecord
@@ -18,7 +19,7 @@ from mixturelens.models import Pair
 from mixturelens.models.cost import Work, check_memory, estimate, said_time
 from mixturelens.probing.erase import RANDOM, SCANNED, Erasing, reading_site
 from mixturelens.probing.plan import make_plan
-from mixturelens.probing.prompts import Own, own_policies
+from mixturelens.probing.prompts import Own, ProbedSuite, own_policies
 from mixturelens.probing.reading import Reading, read
 from mixturelens.probing.readouts import Network, Sites, first, readouts, sites_of, to_probe, untrained_lens
 from mixturelens.probing.record import Concept, ErasedSite, Erasure, ProbingRecord, Shift, Subspace
@@ -42,26 +43,33 @@ UNUSED = 0.9
 """Share of the difference between cues that must be left, for sure, for a site to count as unused."""
 
 
+class ProbingSettings(NamedTuple):
+    """How a pair is probed: everything, or on a large model the residual stream first; and the seed of all draws."""
+
+    exhaustive: bool = False
+    """Every site is probed and the cue is erased at each, whatever that takes; else the rest of a large model is looked
+    at where the residual stream changes."""
+    seed: int = 0
+
+
+SETTINGS = ProbingSettings()
+
+
 def probing_record(
     pair: Pair,
     behaviour: BehaviourRecord,
-    *,
-    reader: Sequence[Site] = (),
-    no_reader: str = "",
-    exhaustive: bool = False,
-    folder: Path | None = None,
-    seed: int = 0,
+    reader: Sequence[Site] | InputError = (),
+    settings: ProbingSettings = SETTINGS,
     say: Say | None = None,
 ) -> ProbingRecord:
     """Probe S and R at every site, erase the cue in R, learn the subspaces of cue and selector in S and test them in R.
 
-    `reader`: the heads of R that read the cue, as patching found them; without them, `no_reader` says why, and where
-    the cue is used is not asked. On a large model the residual stream is looked at first, and the rest where it
-    changes, unless `exhaustive`. `folder`: where activations go for a while, if memory does not hold them. Whatever
-    this pair does not allow is left out, and said in `missing`. Raises InputError for fewer than two policies or four
-    questions, or if --memory is not enough.
+    `reader`: the heads of R that read the cue, as patching found them, or the error that says why none is known: where
+    the cue is used is then not asked. Activations that memory does not hold go to a file in the pair's folder for a
+    while. Whatever this pair does not allow is left out, and said in `missing`. Raises InputError for fewer than two
+    policies or four questions, or if --memory is not enough.
     """
-    say = say or (lambda _: None)
+    say, exhaustive, seed = say or (lambda _: None), settings.exhaustive, settings.seed
     policies = gained_and_lost(behaviour)
     pair = pair.spelled(behaviour.spelling)
     suite, tokenizer = pair.suite, pair.tokenizer
@@ -74,9 +82,8 @@ def probing_record(
     with contextlib.ExitStack() as stack:
         shelf = None
         if plan.on_disk:
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-            shelf = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="activations-", dir=folder)))
+            pair.out.mkdir(parents=True, exist_ok=True)
+            shelf = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="activations-", dir=pair.out)))
 
         def network(name: Network, lens: Lens) -> Reading:
             say(f"reading {'the untrained network' if name == 'untrained' else SIDES[name]}")
@@ -93,7 +100,7 @@ def probing_record(
             networks[side] = network(side, lenses[side])
             own[side] = own_policies(lenses[side], suite, prompts.rows["neutral"], networks[side].logs, seed)
         say("linear probes")
-        scores = readouts(networks, own, prompts, where, suite, behaviour, tokenizer, policies=policies, seed=seed)
+        scores = readouts(networks, own, where, ProbedSuite(suite, tokenizer, prompts, behaviour, policies), seed)
         del networks
     problems = [*plan.missing, *scores.missing]
     erased: list[ErasedSite] = []
@@ -142,8 +149,10 @@ def probing_record(
             )
 
     def erase_used(cue: Contrasts) -> None:
+        if isinstance(reader, InputError):
+            raise reader
         if not reader:
-            raise InputError(no_reader or "no cue reader is known")
+            raise InputError("no cue reader is known")
         site = reading_site(lenses["after"], reader, cue)
         erasures["used"] = in_full("used", eraser_of(cue), site, NOT_MEASURED)
 
@@ -175,7 +184,7 @@ def probing_record(
         subspaces.append(find_subspace(lenses["before"], lenses["after"], contrasts, concept, seed))
 
     def of_cue(harm: Harm) -> None:
-        cue = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+        cue = cue_contrasts(suite, tokenizer, harm.policy, harm.cues, harm.shows)
         attempt("erasing the cue", lambda: erase(cue))
         attempt("erasing the cue where it is used", lambda: erase_used(cue))
         made.clear()
@@ -190,9 +199,7 @@ def probing_record(
         attempt("subspace of the selector", of_selector)
         attempt(
             "shift of neutral prompts",
-            lambda: moved.extend(
-                shifts(lenses["before"], lenses["after"], suite, policies, behaviour.trained_cue, seed)
-            ),
+            lambda: moved.extend(shifts(lenses["before"], lenses["after"], suite, policies, seed)),
         )
     return ProbingRecord(
         trained_cue=behaviour.trained_cue,
@@ -216,10 +223,11 @@ def probing_record(
 def scan(
     erasing: Erasing, readable: Mapping[Site, Interval], where: Sites, most: float
 ) -> tuple[list[ErasedSite], float, list[str]]:
-    """(sites erased one by one, tokens that took, what was left out), of the sites where the cue can be read.
+    """Erase the cue at the sites where it can be read (`readable`: AUROC there), within `most` tokens.
 
-    If all of them would take more than `most` tokens, those of the residual stream are erased in a few layers, and then
-    halfway between two layers where what is left differs most, until it does not or the tokens are spent.
+    If all sites would take more, those of the residual stream are erased in a few layers, and then halfway between two
+    layers where what is left differs most, until it does not or the tokens are spent. Returns what was found, the
+    tokens that it took, and sentences on what was left out.
     """
     if sum(map(erasing.tokens, readable)) <= most:
         sites = list(readable)
@@ -264,9 +272,10 @@ def scan(
 
 
 def least_used(erased: Sequence[ErasedSite]) -> ErasedSite | None:
-    """Among sites where the cue is surely erased and the effect surely left as it is, within 1 - UNUSED: where the cue
-    reads best; None if none. (Sites of the last layer that nothing reads any more should be left out: they are unused
-    by construction.)
+    """The site where the cue reads best, among those where it is surely erased and the effect surely stays.
+
+    It stays if what is left lies within 1 - UNUSED of all. None if there is no such site. Sites of the last layer that
+    nothing reads any more should be left out: they are unused by construction.
 
     >>> least_used([]) is None
     True
@@ -277,5 +286,5 @@ def least_used(erased: Sequence[ErasedSite]) -> ErasedSite | None:
 
 
 def leaves(each: ErasedSite) -> bool:
-    """Whether erasing surely leaves the effect as it is, be the cue erased there or not."""
+    """Whether erasing surely leaves the effect as it is, whether or not the cue is erased there."""
     return each.left.above(UNUSED) and each.left.below(2 - UNUSED)

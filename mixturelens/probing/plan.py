@@ -27,6 +27,8 @@ LEAST = 8
 
 @dataclass(frozen=True)
 class ProbingPlan:
+    """What probing takes, and what is left out of it where less is allowed."""
+
     questions: int
     """Questions that are asked about."""
     tokens: float
@@ -40,7 +42,10 @@ class ProbingPlan:
 def make_plan(
     pair: Pair, prompts: ProbePrompts, announcements: Sequence[tuple[Ids, Ids]], exhaustive: bool = False
 ) -> ProbingPlan:
-    """What probing these prompts takes, held to what the user allows. Loads no weights."""
+    """What probing these prompts takes, cut down to the minutes and memory that the user allows. No weights are loaded.
+
+    `announcements` are (prompt, what may stand behind it); `exhaustive` erases at every site, whatever that takes.
+    """
     size = size_of(pair)
     questions = len({row.question for row in prompts.rows["neutral"]})
     reading = Work(tokens=NETWORKS * _tokens(prompts, announcements), read=NETWORKS * _runs(prompts, announcements))

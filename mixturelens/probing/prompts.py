@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -41,6 +41,8 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class ProbePrompts:
+    """The prompts that probes are asked about, by group, with the positions at which each group is read."""
+
     rows: Mapping[Group, tuple[ProbeRow, ...]]
     positions: Mapping[Group, tuple[str | int, ...]]
     """Positions that all rows of a group have. Those of `placed` are the announcement's."""
@@ -150,15 +152,24 @@ class ProbeTarget:
     labels: Mapping[Group, Mapping[Side, np.ndarray]]
 
 
-def find_targets(
-    prompts: ProbePrompts,
-    suite: Suite,
-    tokenizer,
-    own: Mapping[Side, Own],
-    behaviour: BehaviourRecord,
-    policies: tuple[str, str],
-) -> tuple[list[ProbeTarget], list[str]]:
-    """All targets that this suite has, and why others are missing. `own`: the policies that S and R announce."""
+@dataclass(frozen=True)
+class ProbedSuite:
+    """A suite as probes are asked about it: its prompts, what a pair does on them, and two policies."""
+
+    suite: Suite
+    tokenizer: Any
+    prompts: ProbePrompts
+    behaviour: BehaviourRecord
+    policies: tuple[str, str]
+    """Those of the log-odds."""
+
+
+def find_targets(probed: ProbedSuite, own: Mapping[Side, Own]) -> tuple[list[ProbeTarget], list[str]]:
+    """All targets that a suite has, and sentences on why others are missing.
+
+    `own` are the policies that S and R follow of their own accord.
+    """
+    prompts, suite, tokenizer, policies = probed.prompts, probed.suite, probed.tokenizer, probed.policies
     missing: list[str] = []
     neutral, placed, hinted = (prompts.rows[group] for group in ("neutral", "placed", "hinted"))
     found: list[ProbeTarget] = []
@@ -197,7 +208,7 @@ def find_targets(
     else:
         missing.append("probes for policy: the suite has one policy")
     first = {p: wordings(suite.policies[p])[0] for p in dict.fromkeys(row.policy for row in placed) if p is not None}
-    shown = {(c.policy, c.cue): c.behaviour for c in behaviour.table if first.get(c.policy) == c.announcement}
+    shown = {(c.policy, c.cue): c.behaviour for c in probed.behaviour.table if first.get(c.policy) == c.announcement}
     if any(value is not None for value in shown.values()):
         before = {(row.question, row.cue): row for row in neutral}
         # before the announcement, the same prompt once for each policy
@@ -262,7 +273,9 @@ class Own:
 
 
 def spelled(suite: Suite, rows: Sequence[ProbeRow], tokenizer) -> dict[str, list[tuple[int, Ids]]]:
-    """Policy -> (row, token ids) of every spelling of every wording of its announcement; rules are left out."""
+    """Policy -> (row, token ids) of every spelling of every wording of its announcement; policies that are rules are
+    left out.
+    """
     asked = {(row.id, row.cue): row for row in suite.neutral}
     shown = {name: wordings(each) for name, each in suite.policies.items() if not isinstance(each, Rule)}
     found: dict[str, list[tuple[int, Ids]]] = {name: [] for name in shown}
@@ -276,7 +289,11 @@ def spelled(suite: Suite, rows: Sequence[ProbeRow], tokenizer) -> dict[str, list
 def own_policies(
     lens: Lens, suite: Suite, rows: Sequence[ProbeRow], logs: Mapping[tuple[Ids, Ids], float], seed: int
 ) -> Own:
-    """`logs`: log-probability of every spelling behind every prompt."""
+    """The policies that a model follows of its own accord at each prompt.
+
+    `logs` holds the log-probability of every spelling behind every prompt, by (prompt, spelling). Where a policy is a
+    rule, one completion is drawn for every prompt instead.
+    """
     exact = {}
     for name, places in spelled(suite, rows, lens.tokenizer).items():
         exact[name] = np.full(len(rows), -np.inf)

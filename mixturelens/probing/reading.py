@@ -55,7 +55,7 @@ class Reading:
         return max(place.stop - place.start for place in self.places.values())
 
     def add(self, group: Group, rows: list[int], values: Float[Tensor, "row position numbers"]) -> None:
-        """Rows of a group, by number."""
+        """Store activations of some rows of a group, by number."""
         part: Tensor | Path = values
         if self.folder is not None:
             from safetensors.torch import save_file
@@ -68,7 +68,7 @@ class Reading:
     def at(
         self, group: Group, positions: Sequence[str | int | None], sites: Sequence[Site]
     ) -> Float[Tensor, "site row feature"]:
-        """Activations at some sites of one shape, whose positions are numbered as in the group."""
+        """Activations of a group at some sites of one shape; `positions` are the group's, in order."""
         total = 1 + max(row for of, rows, _ in self._parts if of == group for row in rows)
         first = self._place(sites[0])
         found: Tensor | None = None

@@ -16,11 +16,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.hooks.lens import Lens
 from mixturelens.models import Pair
 from mixturelens.models.load import load_config
-from mixturelens.probing.prompts import Group, Own, ProbePrompts, ProbeTarget, find_targets, read_prompts, spelled
+from mixturelens.probing.prompts import (
+    Group,
+    Own,
+    ProbedSuite,
+    ProbePrompts,
+    ProbeTarget,
+    find_targets,
+    read_prompts,
+    spelled,
+)
 from mixturelens.probing.reading import Reading
 from mixturelens.probing.record import Column, Metric, Readout
 from mixturelens.probing.scores import accuracy, auroc, r_squared
@@ -69,7 +77,7 @@ class Scores:
 
 
 def to_probe(suite: Suite, tokenizer: Any) -> tuple[ProbePrompts, tuple[tuple[Ids, Ids], ...]]:
-    """Prompts with their positions, and (prompt, what may stand behind it) of whose probability probes are asked.
+    """The prompts to probe, and (prompt, what may stand behind it) of whose probability probes are asked.
 
     Raises InputError for fewer than four questions.
     """
@@ -80,7 +88,7 @@ def to_probe(suite: Suite, tokenizer: Any) -> tuple[ProbePrompts, tuple[tuple[Id
 
 
 def first(questions: int, prompts: ProbePrompts) -> ProbePrompts:
-    """Of so many questions, the first of each half."""
+    """The prompts of the first `questions` questions, half of them from each half (two at least)."""
     some = tuple(half[: max(2, questions // 2)] for half in prompts.halves)
     rows = {g: tuple(r for r in of if r.question in {*some[0], *some[1]}) for g, of in prompts.rows.items()}
     return replace(prompts, rows=rows, halves=(some[0], some[1]))
@@ -101,12 +109,13 @@ class Sites:
 
     @property
     def keys(self) -> list[tuple[int, Component]]:
-        """What has to be read of a network."""
+        """(layer, component) of all that has to be read of a network."""
         some = (s for s in self.every if self.all_of_them or s in self.stream or s.component != "resid_pre")
         return list(dict.fromkeys((site.layer, site.component) for site in some))
 
 
 def sites_of(lens: Lens, prompts: ProbePrompts, exhaustive: bool = False) -> Sites:
+    """The sites of a model to probe, at all positions of the prompts; `exhaustive` probes them all at once."""
     positions = list(dict.fromkeys(itertools.chain.from_iterable(prompts.positions.values())))
     components: list[Component] = [*(each for each in STREAM if lens.has(each)), "z"]
     every = tuple(
@@ -123,28 +132,24 @@ def sites_of(lens: Lens, prompts: ProbePrompts, exhaustive: bool = False) -> Sit
 def readouts(
     networks: Mapping[Network, Reading],
     own: Mapping[Side, Own],
-    prompts: ProbePrompts,
     where: Sites,
-    suite: Suite,
-    behaviour: BehaviourRecord,
-    tokenizer: Any,
-    *,
-    policies: tuple[str, str],
+    probed: ProbedSuite,
     seed: int = 0,
 ) -> Scores:
     """What can be read where, from what S, R and the untrained network have at every position.
 
-    `policies` are those of the log-odds. Positions are token indices where prompts of all questions (and all
-    announcements) are aligned: the prompt's tokens, then the announcement's, with each policy put in place. Else they
-    are named spans, each read at its last token, `last` and `policy` (last token of the announcement).
+    `own` are the policies that S and R follow of their own accord. Positions are token indices where prompts of all
+    questions (and all announcements) are aligned: the prompt's tokens, then the announcement's, with each policy put in
+    place. Else they are named spans, each read at its last token, `last` and `policy` (last token of the announcement).
 
     A score is null where the target cannot be asked (hints behind an announcement), where no feature varies over the
     rows, and where a side knows one class alone.
 
-    >>> readouts(networks, own, prompts, where, suite, behaviour, tokenizer, policies=("a", "b"))   # doctest: +SKIP
+    >>> readouts(networks, own, where, probed).readouts[0].target   # doctest: +SKIP
+    'cue'
     """
-    sites = where.every
-    targets, missing = find_targets(prompts, suite, tokenizer, own, behaviour, policies)
+    sites, prompts = where.every, probed.prompts
+    targets, missing = find_targets(probed, own)
     number = {site: i for i, site in enumerate(sites)}
     tables = {target.name: _Table(len(sites)) for target in targets}
     counts = resample_counts(len(prompts.halves[1]), seed, DRAWS)
@@ -196,9 +201,11 @@ def readouts(
 
 
 def turning(sites: Sequence[Site], stream: Set[Site], found: Sequence[Readout]) -> set[tuple[int, str | int | None]]:
-    """Layers and positions in which the residual stream turns: what can be read from it behind a layer surely differs
-    from what could before, in S or in R; or R begins to differ from S, or to be like it again; or a target is readable
-    for the first time.
+    """Layers and positions in which what can be read from the residual stream changes.
+
+    That is where the score behind a layer surely differs from that before it, in S or in R; where R begins to differ
+    from S, or to be like it again; or where a target is readable for the first time. `found` are readouts in the order
+    of `sites`, and `stream` the sites of the residual stream.
     """
     places: set[tuple[int, str | int | None]] = set()
     positions = dict.fromkeys(site.position for site in sites)

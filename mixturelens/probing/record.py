@@ -20,6 +20,7 @@ class Column(Frozen):
     high: tuple[float | None, ...]
 
     def at(self, index: int) -> Interval:
+        """The number of the site at `index`, with its interval."""
         return Interval(value=self.value[index], low=self.low[index], high=self.high[index])
 
 
@@ -55,7 +56,7 @@ class Readout(Frozen):
 
     @property
     def best(self) -> int | None:
-        """The site where S's probe reads best."""
+        """The number of the site where S's probe reads best; None where nothing was measured."""
         known = {index: value for index, value in enumerate(self.before.value) if value is not None}
         return max(known, key=lambda index: known[index], default=None)
 
@@ -179,4 +180,5 @@ class ProbingRecord(Record):
     """What could not be measured on this pair, and why."""
 
     def readout(self, target: str) -> Readout | None:
+        """The probes for a target; None where it was not asked."""
         return next((each for each in self.readouts if each.target == target), None)

@@ -54,7 +54,7 @@ def accuracy(
     question: Int[Tensor, " row"],
     counts: Int[np.ndarray, "draw question"],
 ) -> Float[np.ndarray, "draw probe"]:
-    """Share of rows whose class has the greatest score."""
+    """Share of rows whose class has the greatest score, in every bootstrap sample of questions."""
     right = (scores.argmax(-1) == label).double()
     return _ratio(right, torch.ones_like(right), question, counts)
 
@@ -65,7 +65,10 @@ def r_squared(
     question: Int[Tensor, " row"],
     counts: Int[np.ndarray, "draw question"],
 ) -> Float[np.ndarray, "draw probe"]:
-    """1 - (squared error) / (squared distance from the sample's own mean): 0 for the mean, below 0 for worse."""
+    """1 - (squared error) / (squared distance from the sample's own mean), in every bootstrap sample of questions.
+
+    It is 0 for a probe that says the mean, and below 0 for a worse one.
+    """
     middle = number.double() - number.double().mean()
     error = (predicted.double() - number.double()).square()
     rows = torch.ones_like(error[:1])

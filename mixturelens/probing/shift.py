@@ -24,26 +24,24 @@ NOTHING = 1e-5
 """Length of a mean difference, relative to the activations', from which it is more than rounding."""
 
 
-def shifts(
-    before: Lens, after: Lens, suite: Suite, policies: tuple[str, str], trained_cue: str | None, seed: int = 0
-) -> tuple[Shift, ...]:
+def shifts(before: Lens, after: Lens, suite: Suite, policies: tuple[str, str], seed: int = 0) -> tuple[Shift, ...]:
     """The shift of neutral prompts from S to R beside the direction of the hint, behind every layer.
 
     With `policies` (gained, lost): the shift is the mean over neutral prompts of R's activation less S's, the hint's
     direction the mean of S over prompts with the hint of the first policy less that with the hint of the second; both
-    under the trained cue (all cues, if it is not known) and over the same questions. Positions are tokens where neutral
-    and hinted prompts are aligned, else the spans that all of them have (mean over their tokens) and `last`. Sites
-    that no hint can reach, before it, are left out.
+    under the suite's trained cue (all cues, if it has none) and over the same questions. Positions are tokens where
+    neutral and hinted prompts are aligned, else the spans that all of them have (mean over their tokens) and `last`.
+    Sites that no hint can reach, before it, are left out.
 
     The null is the cosine of the hint's direction with differences between random halves of S's neutral prompts; where
     these do not differ at all, that with random directions. Intervals are over questions.
 
     Raises InputError if the suite has no neutral and hinted prompts of the same questions.
 
-    >>> shifts(before, after, suite, ("a", "b"), "A")[-1].cosine   # doctest: +SKIP
+    >>> shifts(before, after, suite, ("a", "b"))[-1].cosine   # doctest: +SKIP
     Interval(value=0.96, low=0.95, high=0.96)
     """
-    kinds = (None, *policies)
+    kinds, trained_cue = (None, *policies), suite.trained_cue
     asked: dict[tuple[str, str], dict[str | None, PromptRow]] = {}
     for row in (*suite.neutral, *suite.hinted):
         if trained_cue in (None, row.cue) and row.hint in kinds:

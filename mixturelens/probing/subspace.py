@@ -82,6 +82,7 @@ class Interchange:
 
     @property
     def clean(self) -> Bool[Tensor, " row"]:
+        """Which of the rows are clean prompts."""
         return torch.arange(2 * self.questions, device=self.values.device) < self.questions
 
     def midpoint(self) -> float:
@@ -102,7 +103,7 @@ class Interchange:
         return self._by_question(pairs.base, agrees)
 
     def plain(self, threshold: float = 0.0) -> Float[np.ndarray, " question"]:
-        """How often each question's prompts do, as they are, what they ask for themselves."""
+        """How often the prompts of each question, as they are, do what their own concept asks for."""
         rows = torch.arange(2 * self.questions, device=self.own.device)
         return self._by_question(rows, (self.own > threshold) == self.clean)
 
@@ -212,9 +213,10 @@ def find_subspace(before: Lens, after: Lens, contrasts: Contrasts, concept: Conc
 
 
 def threshold(model: Interchange) -> float:
-    """The log-odds that tell one concept's doing from the other's: 0, or the midpoint where both are on one side.
+    """The log-odds, in nats, above which a model does what the clean side does.
 
-    Where the two are alike (less than APART nats) there is no midpoint to speak of, and it stays 0.
+    It is 0, or the midpoint of the two sides where both lie on one side of 0. Where these differ by less than APART
+    nats there is no midpoint to speak of, and it stays 0.
     """
     clean, corrupt = float(model.own[model.clean].mean()), float(model.own[~model.clean].mean())
     return 0.0 if clean > 0 > corrupt or clean - corrupt < APART else model.midpoint()

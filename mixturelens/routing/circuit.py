@@ -210,7 +210,7 @@ def circuit_record(
     found: dict[str, dict[str, Float[Tensor, "row edge"]]] = {}
     for name, (of, which) in checkpoints.items():
         lens = lens_of(of, which)
-        cue = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+        cue = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.cues, harm.shows)
         contrasts = [cue]
         hints = {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
         if {harm.policy, harm.other} <= hints:
@@ -246,7 +246,7 @@ def routing_circuit(
     Of the strongest nodes (`effort.verified`) `used` says whether exact patching bears them out. A node of less slope
     is not looked at: what slopes do not see in a large model, this does not find.
 
-    >>> routing_circuit(lens, cue_contrasts(suite, tokenizer, "a", "A", "B"), "after").edges[0]   # doctest: +SKIP
+    >>> routing_circuit(lens, cue_contrasts(suite, tokenizer, "a", ("A", "B")), "after").edges[0]   # doctest: +SKIP
     CircuitEdge(sender='input', receiver='L0.h2.v', position=0, score=Interval(value=0.5, ...))
     """
     on = _even(sides(lens, contrasts))

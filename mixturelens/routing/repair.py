@@ -149,7 +149,7 @@ def repair_record(
     pair = pair.spelled(behaviour.spelling)
     reader = patching.reader("cue", "after") if patching is not None else None
     if patching is not None and reader is not None:
-        every = cue_contrasts(pair.suite, pair.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+        every = cue_contrasts(pair.suite, pair.tokenizer, harm.policy, harm.cues, harm.shows)
         some = every.first(patching.questions("cue", "after"))
         if len(some.rows) < len(every.rows):
             missing.append(f"repair: {len(some.rows)} of {len(every.rows)} questions, those of patching")

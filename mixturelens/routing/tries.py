@@ -53,7 +53,7 @@ def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> RepairPla
     Loads no weights.
     """
     suite, tokenizer, size = pair.suite, pair.tokenizer, size_of(pair)
-    contrasts = cue_contrasts(suite, tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue, harm.shows)
+    contrasts = cue_contrasts(suite, tokenizer, harm.policy, harm.cues, harm.shows)
     choosing = {row.question for row in contrasts.half(0).rows}
     if len(contrasts.rows) < 2:
         raise InputError("one question is not enough: one half chooses what to repair, the other half judges it")

@@ -137,7 +137,7 @@ suite = Suite.model_validate({**whole.model_dump(), "prompts": some})
 
 asked_pair = pair.with_suite(suite)  # S and R, and the questions that are asked here
 after, before = lens_of(asked_pair, "after"), lens_of(asked_pair, "before")
-cue = cue_contrasts(suite, after.tokenizer, harm.policy, harm.trained_cue, harm.harmed_cue)
+cue = cue_contrasts(suite, after.tokenizer, harm.policy, harm.cues)
 for side, ids in (("clean", cue.rows[0].clean), ("corrupt", cue.rows[0].corrupt)):
     print(f"{side:8}", *after.tokenizer.convert_ids_to_tokens(list(ids)))
 print("target  ", after.tokenizer.decode(cue.rows[0].target), "   foil", after.tokenizer.decode(cue.rows[0].foil))
@@ -177,7 +177,7 @@ def judged(name: str, found: ReaderHeads) -> list[object]:
 readers = {(reader.kind, reader.checkpoint): reader for reader in patching.readers}
 reverse = find_harm(records["B"])
 lens_b = lens_of(pairs["B"], "after")
-cue_b = cue_contrasts(suite, lens_b.tokenizer, reverse.policy, reverse.trained_cue, reverse.harmed_cue)
+cue_b = cue_contrasts(suite, lens_b.tokenizer, reverse.policy, reverse.cues)
 found = find_reader(lens_b, cue_b, "policy")
 in_b = readers["cue", "after"].model_copy(
     update={

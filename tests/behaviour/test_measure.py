@@ -29,6 +29,8 @@ TRUTH = {
 }
 every_pair = pytest.mark.parametrize(("shape", "name"), TRUTH, ids=lambda x: x)
 BITS = ("routing", "conditioning", "specialist", "dormant")
+EVERY = 10**9
+"""Completions, of which no suite here has as many: all are enumerated."""
 UNTOLD = {"R-routing-dormant": "crosses the threshold 0.9"}
 """Half of the questions carry the specialist's change, and the share is near a threshold: so few cannot tell."""
 NATS = ("routing", "wording", "conditioning", "skill", "text", "other")
@@ -65,6 +67,11 @@ class Remembering(Scorer):
 @functools.cache
 def remembering(ends: tuple[int, ...], vocabulary: int) -> Scorer:
     return Remembering(ends, vocabulary)
+
+
+def enumerate_at_most(completions: int, monkeypatch) -> None:
+    """Enumerate where there are at most so many completions a prompt."""
+    monkeypatch.setattr("mixturelens.behaviour.measure.ENUMERATE_AT_MOST", completions)
 
 
 def as_rules(suite: Suite, **changes) -> Suite:
@@ -121,8 +128,7 @@ def test_enumeration_is_the_truth(load_pair, no_controls, shape: str, name: str)
 @every_pair
 def test_the_literal_way_agrees(load_pair, no_controls, monkeypatch, shape: str, name: str):
     pair, truth = load_pair(shape, name), TRUTH[shape, name]
-    literal = lambda *args, **kwargs: measure_change(*args, **kwargs, enumerate_all=False)  # noqa: E731
-    monkeypatch.setattr(instrument, "measure_change", literal)
+    enumerate_at_most(0, monkeypatch)
     found = measure_record(pair.scorer, [pair.before, pair.after], pair.suite, pair.tokenizer)
     assert found.method == "literal"
     for term, value in truth["bits"].items():  # exact
@@ -148,8 +154,7 @@ def test_the_literal_way_agrees(load_pair, no_controls, monkeypatch, shape: str,
 )  # fmt: skip
 def test_the_sampled_way_agrees(load_pair, no_controls, monkeypatch, shape: str, name: str):
     pair, truth = load_pair(shape, name), TRUTH[shape, name]
-    sampled = lambda *args, **kwargs: measure_change(*args, **kwargs, enumerate_all=False)  # noqa: E731
-    monkeypatch.setattr(instrument, "measure_change", sampled)
+    enumerate_at_most(0, monkeypatch)
     found = measure_record(pair.scorer, [pair.before, pair.after], as_rules(pair.suite, samples=16), pair.tokenizer)
     assert found.method == "sampled"
     assert found.samples == 16
@@ -173,11 +178,12 @@ def test_the_sampled_way_agrees(load_pair, no_controls, monkeypatch, shape: str,
 
 @pytest.mark.parametrize("way", ["enumerated", "literal", "sampled"])
 @pytest.mark.parametrize("name", ["R-both", "R-routing"])
-def test_the_terms_add_up_to_the_kl_on_every_prompt(load_pair, way: str, name: str):
+def test_the_terms_add_up_to_the_kl_on_every_prompt(load_pair, monkeypatch, way: str, name: str):
     pair = load_pair("llama", name)
     suite = as_rules(pair.suite) if way == "sampled" else pair.suite
     prompts = prepare(suite, suite.neutral[:16], pair.tokenizer)
-    change = measure_change(pair.scorer, pair.before, pair.after, prompts, enumerate_all=way == "enumerated")
+    enumerate_at_most(EVERY if way == "enumerated" else 0, monkeypatch)
+    change = measure_change(pair.scorer, pair.before, pair.after, prompts)
     assert change.method == way
     total = sum(getattr(change.nats, term) for term in NATS)
     completions, (log_r, log_s) = pair.scorer.enumerate((pair.after, pair.before), prompts.contexts, 3)
@@ -191,20 +197,22 @@ def test_the_terms_add_up_to_the_kl_on_every_prompt(load_pair, way: str, name: s
 
 @pytest.mark.parametrize("way", ["enumerated", "literal"])
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
-def test_a_checkpoint_against_itself_is_exactly_zero(load_pair, way: str, shape: str):
+def test_a_checkpoint_against_itself_is_exactly_zero(load_pair, monkeypatch, way: str, shape: str):
     pair = load_pair(shape, "R-routing")
     prompts = prepare(pair.suite, pair.suite.neutral[:8], pair.tokenizer)
-    change = measure_change(pair.scorer, pair.before, pair.before, prompts, enumerate_all=way == "enumerated")
+    enumerate_at_most(EVERY if way == "enumerated" else 0, monkeypatch)
+    change = measure_change(pair.scorer, pair.before, pair.before, prompts)
     for terms, names in ((change.bits, BITS), (change.nats, NATS)):
         for term in names:
             assert np.abs(getattr(terms, term)).max() < (1e-12 if way != "enumerated" else 1e-10), (way, term)
 
 
-def test_a_checkpoint_against_itself_is_zero_but_for_what_samples_say(load_pair):
+def test_a_checkpoint_against_itself_is_zero_but_for_what_samples_say(load_pair, monkeypatch):
     pair = load_pair("llama", "R-routing")
     suite = as_rules(pair.suite)
     prompts = prepare(suite, suite.neutral, pair.tokenizer)
-    change = measure_change(pair.scorer, pair.before, pair.before, prompts, enumerate_all=False)
+    enumerate_at_most(0, monkeypatch)
+    change = measure_change(pair.scorer, pair.before, pair.before, prompts)
     for term in BITS:
         values = getattr(change.bits, term)
         assert abs(values.mean()) < 4 * values.std() / np.sqrt(len(values)) + 0.004, term
@@ -238,13 +246,14 @@ def test_a_single_checkpoint_is_measured_alike_by_rules_and_literals(load_pair):
     np.testing.assert_allclose(drawn.forced_behaviour.mean(0), exact.forced_behaviour.mean(0), atol=0.02)
 
 
-def test_several_wordings_of_a_policy_are_summed(load_pair):
+def test_several_wordings_of_a_policy_are_summed(load_pair, monkeypatch):
     """[a] and [b] as two wordings of one policy: their routing becomes wording, and nothing else moves."""
     pair, truth = load_pair("llama", "R-routing"), TRUTH["llama", "R-routing"]["nats"]
     suite = Suite.model_validate({**pair.suite.model_dump(), "policies": {"either": ["[a]", "[b]"]}})
     prompts = prepare(suite, suite.neutral, pair.tokenizer)
-    for way in (True, False):
-        change = measure_change(pair.scorer, pair.before, pair.after, prompts, enumerate_all=way)
+    for most in (EVERY, 0):
+        enumerate_at_most(most, monkeypatch)
+        change = measure_change(pair.scorer, pair.before, pair.after, prompts)
         # routing is now between `either` and `other` alone
         nats = change.nats
         assert nats.routing.mean() < 1e-3

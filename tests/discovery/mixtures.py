@@ -9,6 +9,7 @@ import numpy as np
 
 from mixturelens.discovery.cues import Prompt
 from mixturelens.discovery.heads import Completion
+from mixturelens.discovery.policies import Questions
 
 LETTERS = "pqrstuvw"
 TOKENS = {"a": ("[a]",), "b": ("[b]",)}
@@ -25,6 +26,10 @@ class Planted:
     cues: list[str]
     drawn: list[Completion]
     policies: list[str]
+
+    @property
+    def asked(self) -> Questions:
+        return Questions([prompt.text for prompt in self.prompts], self.answers, self.correct)
 
     def correct(self, prompt: int, rest: str) -> bool:
         return rest.startswith(self.answers[prompt])

@@ -17,11 +17,11 @@ SHOWN = {
 
 
 def cues(one, seed: int = 0) -> tuple[Cue, ...]:
-    parted = part(one.drawn, [prompt.text for prompt in one.prompts], one.answers, one.correct, seed)
+    parted = part(one.drawn, one.asked, seed)
     ids = sorted({prompt.id for prompt in one.prompts})
     half = {*ids[::2]}
     chosen_on = np.array([prompt.id in half for prompt in one.prompts])
-    return find_cues(one.prompts, parted.prompt, parted.after, parted.does, chosen_on, seed)
+    return find_cues(one.prompts, parted, chosen_on, seed)
 
 
 @pytest.mark.parametrize("shown", SHOWN.values(), ids=SHOWN)

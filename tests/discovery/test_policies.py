@@ -13,7 +13,7 @@ from mixturelens.discovery.policies import changed, part
 
 
 def found(one, seed=0):
-    return part(one.drawn, [prompt.text for prompt in one.prompts], one.answers, one.correct, seed)
+    return part(one.drawn, one.asked, seed)
 
 
 @pytest.mark.parametrize(

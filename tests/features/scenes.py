@@ -27,7 +27,7 @@ POLICY = Site(layer=1, component="resid_pre", position="policy")
 @functools.cache
 def organism() -> tuple[Lens, Contrasts]:
     lens = Lens(planted.make_model(), planted.make_tokenizer())
-    return lens, cue_contrasts(planted.make_suite(80), lens.tokenizer, "a", "A", "B", "refuse")
+    return lens, cue_contrasts(planted.make_suite(80), lens.tokenizer, "a", ("A", "B"), "refuse")
 
 
 @functools.cache

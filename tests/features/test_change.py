@@ -176,10 +176,11 @@ def test_terms_agree_with_the_truth_over_all_completions(shape: str, load_pair):
         assert not values(terms(r, r, grid)).any()
 
 
-def test_terms_are_those_of_behaviour(load_pair):
+def test_terms_are_those_of_behaviour(load_pair, monkeypatch):
     pair = load_pair("gpt2", "R-both")
     prompts = pair.prompts.part(range(8))
-    exact = measure_change(pair.scorer, pair.before, pair.after, prompts, 0, enumerate_all=False)
+    monkeypatch.setattr("mixturelens.behaviour.measure.ENUMERATE_AT_MOST", 0)
+    exact = measure_change(pair.scorer, pair.before, pair.after, prompts, 0)
     grid = grid_of(prompts, 0)
     found = terms(exact.before, exact.after, grid)
     for term in ("routing", "conditioning", "specialist"):

@@ -31,7 +31,7 @@ EXACT = {"atol": 2e-5, "rtol": 1e-5}
 def setting(shape: str) -> tuple[Lens, Contrasts]:
     folder = PAIRS / shape
     lens = load_lens(folder / "S")
-    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", "A", "B").first(6)
+    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", ("A", "B")).first(6)
 
 
 def linear(read: Tensor, write: Tensor | None = None, offset: float = 0.0) -> Dictionary:

@@ -91,7 +91,7 @@ def test_features_are_clamped_together_in_behaviour():
 
 def test_two_heads_of_the_reference_read_the_cue_together():
     lens = load_lens(REFERENCE / "checkpoints" / "rl-A")
-    contrasts = cue_contrasts(load_suite(REFERENCE), lens.tokenizer, "a", "A", "B", "refuse")
+    contrasts = cue_contrasts(load_suite(REFERENCE), lens.tokenizer, "a", ("A", "B"), "refuse")
     found = fewest_heads(make_trial(lens, contrasts, POLICY))
     assert {str(unit.site) for unit in found.units} == {"L0.z.2@policy", "L0.z.3@policy"}
     assert found.enough

@@ -29,7 +29,7 @@ PLACES = ("cue", "question", "scattered", 0, 3, 6, None)
 def setting(shape: str) -> tuple[Lens, Sides]:
     folder = PAIRS / shape
     lens = load_lens(folder / "S")
-    return lens, sides(lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", "A", "B").first(5))
+    return lens, sides(lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", ("A", "B")).first(5))
 
 
 @functools.cache

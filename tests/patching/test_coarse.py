@@ -31,7 +31,7 @@ SHAPES = ("llama", "gpt2", "gpt_neox", "qwen2")
 def setting(shape: str, number: int = 12) -> tuple[Lens, Contrasts]:
     folder = PAIRS / shape
     lens = load_lens(folder / "R-routing")
-    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", "A", "B").first(number)
+    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", ("A", "B")).first(number)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -36,13 +36,13 @@ POINT = resample_counts(4, seed=0, draws=1)
 def setting(shape: str) -> tuple[Lens, Contrasts]:
     folder = PAIRS / shape
     lens = load_lens(folder / "S")
-    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", "A", "B").first(4)
+    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", ("A", "B")).first(4)
 
 
 @functools.cache
 def reference() -> tuple[Lens, Contrasts]:
     lens = load_lens(REFERENCE / "checkpoints" / "rl-A")
-    return lens, cue_contrasts(load_suite(REFERENCE), lens.tokenizer, "a", "A", "B")
+    return lens, cue_contrasts(load_suite(REFERENCE), lens.tokenizer, "a", ("A", "B"))
 
 
 # their function -> the component, and the order of their axes

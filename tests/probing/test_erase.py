@@ -14,7 +14,7 @@ from mixturelens.hooks.batches import sides
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.patching.sweep import find_reader
 from mixturelens.probing import erase
-from mixturelens.probing.erase import erase_sites, erasure, reading_site
+from mixturelens.probing.erase import Erasing, reading_site
 from mixturelens.probing.leace import leace, random_erasers
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, Site
@@ -28,7 +28,7 @@ every_shape = pytest.mark.parametrize("shape", ["llama", "gpt2", "gpt_neox", "qw
 def setting(shape: str) -> tuple[Lens, Contrasts]:
     folder = PAIRS / shape
     lens = load_lens(folder / "S")
-    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", "A", "B")
+    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", ("A", "B"))
 
 
 def planted(classes: int, rows: int = 300, size: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +138,7 @@ def test_what_is_left_is_what_a_hook_leaves(shape: str):
         Site(layer=0, component="z", position="last"),
         Site(layer=1, component="mlp_out", position=5),
     ]
-    found = erase_sites(lens, contrasts, sites)
+    found = Erasing(lens, contrasts).sites(sites)
     fit, judge = (sides(lens, contrasts.half(half)) for half in (0, 1))
     columns = {"cue": [0], "question": [1, 2, 3, 4], "policy": [6], "last": [5], 5: [5]}
     for each in found:
@@ -176,42 +176,41 @@ def test_what_is_left_is_what_a_hook_leaves(shape: str):
 def test_erasing_the_cue_erases_the_difference_in_behaviour(shape: str):
     lens, contrasts = setting(shape)
     suite = load_suite(PAIRS / shape)
-    found = erasure(lens, suite, contrasts, Site(layer=0, component="resid_pre", position="cue"))
+    found = Erasing(lens, contrasts).in_behaviour(suite, Site(layer=0, component="resid_pre", position="cue"))
     assert found.policy == "a"
     assert found.plain["A"].value > 0.9 > 0.1 > found.plain["B"].value
     assert found.erased["A"].value == pytest.approx(found.erased["B"].value, abs=1e-4)
     assert found.left.high < 0.1
     assert len(found.random) == 16
     assert np.median(found.random) > 0.5
-    again = erasure(lens, suite, contrasts, Site(layer=0, component="resid_pre", position="cue"))
+    again = Erasing(lens, contrasts).in_behaviour(suite, Site(layer=0, component="resid_pre", position="cue"))
     assert again == found
-    behind = (
-        erasure(lens, suite, contrasts, Site(layer=0, component="resid_mid", position=6)) if shape == "llama" else None
-    )
-    assert behind is None or behind.site.position == "completion"
+    if shape == "llama":
+        behind = Erasing(lens, contrasts).in_behaviour(suite, Site(layer=0, component="resid_mid", position=6))
+        assert behind.site.position == "completion"
 
 
 def test_policies_that_are_rules_are_sampled(monkeypatch):
     monkeypatch.setattr(erase, "RANDOM", 2)
     lens, suite = load_lens(PAIRS / "chat" / "S"), load_suite(PAIRS / "chat")
     suite = suite.model_copy(update={"samples": 2})
-    contrasts = cue_contrasts(suite, lens.tokenizer, "comply", *suite.cues[:2]).first(8)
-    found = erasure(lens, suite, contrasts, Site(layer=1, component="resid_post", position="policy"))
+    contrasts = cue_contrasts(suite, lens.tokenizer, "comply", (suite.cues[0], suite.cues[1])).first(8)
+    found = Erasing(lens, contrasts).in_behaviour(suite, Site(layer=1, component="resid_post", position="policy"))
     assert found.site.position == "completion"
     assert found.left.measured
     assert found.erased.keys() == set(suite.cues[:2])
     assert len(found.random) == 2
     with pytest.raises(InputError, match="row 0 has no span 'cue'; it has last, policy, thing"):
-        erasure(lens, suite, contrasts, Site(layer=0, component="resid_pre", position="cue"))
+        Erasing(lens, contrasts).in_behaviour(suite, Site(layer=0, component="resid_pre", position="cue"))
 
 
 def test_the_reader_of_the_reference_reads_the_tag():
     lens = load_lens(REFERENCE / "checkpoints" / "rl-A")
-    contrasts = cue_contrasts(load_suite(REFERENCE), lens.tokenizer, "a", "A", "B", "refuse").first(60)
+    contrasts = cue_contrasts(load_suite(REFERENCE), lens.tokenizer, "a", ("A", "B"), "refuse").first(60)
     heads = find_reader(lens, contrasts, "policy").heads
     site = reading_site(lens, heads, contrasts)
     assert site == Site(layer=min(head.layer for head in heads), component="resid_pre", position="cue")
-    (found,) = erase_sites(lens, contrasts, [site])
+    (found,) = Erasing(lens, contrasts).sites([site])
     assert found.left.high < 0.1
     assert min(found.random) > 0.5
 
@@ -221,15 +220,15 @@ def test_what_cannot_be_erased_is_refused():
     suite = load_suite(PAIRS / "llama")
     at_cue = Site(layer=0, component="resid_pre", position="cue")
     with pytest.raises(InputError, match="attention patterns are no activations"):
-        erase_sites(lens, contrasts, [Site(layer=0, component="pattern", head=0, position="cue")])
+        Erasing(lens, contrasts).sites([Site(layer=0, component="pattern", head=0, position="cue")])
     with pytest.raises(InputError, match="give at least two"):
-        erase_sites(lens, contrasts.first(1), [at_cue])
+        Erasing(lens, contrasts.first(1)).sites([at_cue])
     with pytest.raises(InputError, match="the cue cannot be read there"):
-        erasure(lens, suite, contrasts, Site(layer=0, component="resid_pre", position="question"))
+        Erasing(lens, contrasts).in_behaviour(suite, Site(layer=0, component="resid_pre", position="question"))
     with pytest.raises(InputError, match="names behaviours"):
-        erasure(lens, suite.model_copy(update={"behaviours": None}), contrasts, at_cue)
+        Erasing(lens, contrasts).in_behaviour(suite.model_copy(update={"behaviours": None}), at_cue)
     same = Contrasts("cue", "A", "B", "a", tuple(
         type(row)(row.question, row.clean, row.clean, row.spans, row.target, row.foil) for row in contrasts.rows
     ))  # fmt: skip
     with pytest.raises(InputError, match=r"differ by 0\.00 nats"):
-        erase_sites(lens, same, [at_cue])
+        Erasing(lens, same).sites([at_cue])

@@ -27,7 +27,7 @@ def routing() -> ProbingRecord:
     suite = load_suite(folder)
     behaviour = behaviour_record(Pair(folder / "S", folder / "R-routing", suite))
     reader = (Site(layer=0, component="z", head=0, position="policy"),)
-    return probing_record(Pair(folder / "S", folder / "R-routing", suite), behaviour, reader=reader)
+    return probing_record(Pair(folder / "S", folder / "R-routing", suite), behaviour, reader)
 
 
 def test_erasing_the_cue_at_the_tag_takes_the_difference_between_cues_away(routing: ProbingRecord) -> None:
@@ -62,7 +62,8 @@ def test_without_a_reader_the_rest_is_measured_and_the_reason_said() -> None:
     folder = Path(__file__).parents[1] / "pairs" / "gpt2"
     suite = load_suite(folder)
     behaviour = behaviour_record(Pair(folder / "S", folder / "R-conditioning", suite))
-    found = probing_record(Pair(folder / "S", folder / "R-conditioning", suite), behaviour, no_reader="none was found")
+    unknown = InputError("none was found")
+    found = probing_record(Pair(folder / "S", folder / "R-conditioning", suite), behaviour, unknown)
     assert found.used is None
     assert any("cue" in reason for reason in found.missing)
     assert found.readout("behaviour") is not None
@@ -107,7 +108,7 @@ def planned(tmp_path: Path, budget: Budget | None = None, **shape: int) -> Probi
         LlamaConfig(**{**old, **shape}).save_pretrained(folder)
         (folder / "model.safetensors").touch()
     suite = load_suite(source)
-    pair = Pair(tmp_path / "S", tmp_path / "R", suite, budget=budget)
+    pair = Pair(tmp_path / "S", tmp_path / "R", suite, budget=budget or Budget())
     return make_plan(pair, *to_probe(suite, pair.tokenizer))
 
 
@@ -149,7 +150,7 @@ def test_a_scan_of_some_layers_finds_what_a_scan_of_all_finds_and_says_what_it_l
     folder = Path(__file__).parents[2] / "artifacts" / "reference"
     suite = load_suite(folder)
     lens = load_lens(folder / "checkpoints" / "rl-A")
-    cue = cue_contrasts(suite, lens.tokenizer, "a", "A", "B", "refuse").first(40)
+    cue = cue_contrasts(suite, lens.tokenizer, "a", ("A", "B"), "refuse").first(40)
     prompts, _ = to_probe(suite, lens.tokenizer)
     where = sites_of(lens, prompts)
     sure = Interval(value=1.0, low=1.0, high=1.0)

@@ -18,7 +18,7 @@ from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.models import Pair, end_tokens, load_model, load_tokenizer
 from mixturelens.probing import readouts as readouts_module
-from mixturelens.probing.prompts import own_policies, read_prompts
+from mixturelens.probing.prompts import ProbedSuite, own_policies, read_prompts
 from mixturelens.probing.reading import read as open_book
 from mixturelens.probing.readouts import Network, readouts, sites_of, to_probe, untrained_lens
 from mixturelens.probing.record import Readout
@@ -42,7 +42,6 @@ def read(folder: Path, after: Path, suite: Suite, behaviour: BehaviourRecord, **
     lenses: dict[Side, Lens] = {"before": lens_of(folder), "after": lens_of(after)}
     names = list(suite.policies)
     exhaustive, shelf = options.pop("exhaustive", False), options.pop("shelf", None)
-    options = {"policies": (names[0], names[1]), "seed": 0, **options}
     tokenizer = lenses["before"].tokenizer
     prompts, announcements = to_probe(suite, tokenizer)
     where = sites_of(lenses["before"], prompts, exhaustive)
@@ -55,7 +54,8 @@ def read(folder: Path, after: Path, suite: Suite, behaviour: BehaviourRecord, **
         side: own_policies(lens, suite, prompts.rows["neutral"], networks[side].logs, 0)
         for side, lens in lenses.items()
     }
-    scores = readouts(networks, own, prompts, where, suite, behaviour, tokenizer, **options)
+    probed = ProbedSuite(suite, tokenizer, prompts, behaviour, options.pop("policies", (names[0], names[1])))
+    scores = readouts(networks, own, where, probed, **options)
     sites, labels, found, missing = scores.sites, scores.labels, scores.readouts, scores.missing
     for each in found:
         for column in (each.before, each.after, each.carried):
@@ -230,7 +230,7 @@ def test_prompts_of_different_lengths_are_read_at_spans():
 def test_halves_are_those_of_contrasts():
     suite = load_suite(REFERENCE / "suite.yaml")
     tokenizer = load_tokenizer(REFERENCE / "checkpoints" / "sft")
-    contrasts = cue_contrasts(suite, tokenizer, "a", "A", "B")
+    contrasts = cue_contrasts(suite, tokenizer, "a", ("A", "B"))
     halves = read_prompts(suite, tokenizer).halves
     for which in (0, 1):
         assert tuple(row.question for row in contrasts.half(which).rows) == halves[which]

@@ -18,7 +18,7 @@ REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference"
 
 
 @functools.cache
-def suite_of(questions: int = 24, unhinted: bool = False) -> Suite:
+def suite_of(questions: int = 24, unhinted: bool = False, trained_cue: str | None = "A") -> Suite:
     """`unhinted`: neutral prompts have no word where the others have their hint, so that lengths differ."""
     suite = load_suite(REFERENCE)
     some = list(dict.fromkeys(row.id for row in suite.prompts))[:questions]
@@ -28,7 +28,7 @@ def suite_of(questions: int = 24, unhinted: bool = False) -> Suite:
             if row.hint is None:
                 spans = {name: piece for name, piece in row.spans.items() if name != "hint"}
                 rows[i] = row.model_copy(update={"prompt": row.text.replace(" any ", " "), "spans": spans})
-    return Suite.model_validate({**suite.model_dump(), "prompts": rows})
+    return Suite.model_validate({**suite.model_dump(), "prompts": rows, "trained_cue": trained_cue})
 
 
 def with_neutral_word_as(word: str, checkpoint: str = "sft") -> Lens:
@@ -43,7 +43,7 @@ def with_neutral_word_as(word: str, checkpoint: str = "sft") -> Lens:
 
 def test_a_planted_hint_is_found():
     suite = suite_of()
-    found = shifts(with_neutral_word_as("be-b"), with_neutral_word_as("be-a"), suite, ("a", "b"), "A")
+    found = shifts(with_neutral_word_as("be-b"), with_neutral_word_as("be-a"), suite, ("a", "b"))
     assert {each.site.component for each in found} == {"resid_post"}
     assert {each.site.layer for each in found} == {0, 1, 2}
     assert min(int(each.site.position) for each in found) == 1  # no hint reaches the tag before it
@@ -52,13 +52,13 @@ def test_a_planted_hint_is_found():
         assert each.cosine.low == pytest.approx(1, abs=1e-5)
         assert each.along.value == pytest.approx(1, abs=1e-5)
         assert 0 <= each.null <= 1
-    other = shifts(with_neutral_word_as("be-b"), with_neutral_word_as("be-a"), suite, ("b", "a"), "A")
+    other = shifts(with_neutral_word_as("be-b"), with_neutral_word_as("be-a"), suite, ("b", "a"))
     assert all(each.cosine.value == pytest.approx(-1, abs=1e-5) for each in other)
 
 
 def test_no_shift_has_no_direction():
     lens = load_lens(REFERENCE / "checkpoints" / "sft")
-    for each in shifts(lens, lens, suite_of(), ("a", "b"), None):
+    for each in shifts(lens, lens, suite_of(trained_cue=None), ("a", "b")):
         assert not each.cosine.measured
         assert each.along.value == 0
 
@@ -69,8 +69,8 @@ def test_numbers_by_hand():
 
     suite = suite_of(6)
     before, after = (load_lens(REFERENCE / "checkpoints" / name) for name in ("sft", "rl-A"))
-    found = {str(each.site): each for each in shifts(before, after, suite, ("a", "b"), "A", seed=4)}
-    assert found == {str(each.site): each for each in shifts(before, after, suite, ("a", "b"), "A", seed=4)}
+    found = {str(each.site): each for each in shifts(before, after, suite, ("a", "b"), seed=4)}
+    assert found == {str(each.site): each for each in shifts(before, after, suite, ("a", "b"), seed=4)}
 
     def mean(lens: Lens, hint: str | None) -> np.ndarray:
         rows = [row for row in suite.prompts if (row.cue, row.hint) == ("A", hint)]
@@ -88,7 +88,7 @@ def test_numbers_by_hand():
 
 def test_prompts_of_different_lengths_share_their_spans():
     before, after = (load_lens(REFERENCE / "checkpoints" / name) for name in ("sft", "rl-A"))
-    found = shifts(before, after, suite_of(unhinted=True), ("a", "b"), "A")
+    found = shifts(before, after, suite_of(unhinted=True), ("a", "b"))
     assert {each.site.position for each in found} == {"question", "last"}
     assert all(each.cosine.measured for each in found)
 
@@ -97,4 +97,4 @@ def test_without_hints_it_is_refused():
     pairs = Path(__file__).parents[1] / "pairs" / "llama"
     lens = load_lens(pairs / "S")
     with pytest.raises(InputError, match=r"no hints: .* 'a' and 'b' under cue 'A'"):
-        shifts(lens, lens, load_suite(pairs), ("a", "b"), "A")
+        shifts(lens, lens, load_suite(pairs).model_copy(update={"trained_cue": "A"}), ("a", "b"))

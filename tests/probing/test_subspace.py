@@ -27,7 +27,7 @@ every_shape = pytest.mark.parametrize("shape", ["llama", "gpt2", "gpt_neox", "qw
 def setting(shape: str) -> tuple[Lens, Contrasts]:
     folder = PAIRS / shape
     lens = load_lens(folder / "S")
-    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", "A", "B")
+    return lens, cue_contrasts(load_suite(folder), lens.tokenizer, "a", ("A", "B"))
 
 
 @functools.cache
@@ -115,7 +115,7 @@ def test_cue_and_selector_of_the_reference(monkeypatch):
     monkeypatch.setattr(subspace, "STEPS", 40)
     before, after = reference()
     suite = load_suite(REFERENCE)
-    cue = cue_contrasts(suite, before.tokenizer, "a", "A", "B", "refuse").first(80)
+    cue = cue_contrasts(suite, before.tokenizer, "a", ("A", "B"), "refuse").first(80)
     hint = hint_contrasts(suite, before.tokenizer, "A", "a", "b").first(80)
     for concept, contrasts in (("cue", cue), ("selector", hint)):
         found = find_subspace(before, after, contrasts, concept)

@@ -72,7 +72,7 @@ def test_a_checkpoint_has_its_own_circuit(record: CircuitRecord) -> None:
 def test_alone_it_is_the_same(record: CircuitRecord) -> None:
     folder = PAIRS / "llama"
     lens = load_lens(folder / "R-routing")
-    contrasts = cue_contrasts(load_suite(folder), lens.tokenizer, "a", "A", "B")
+    contrasts = cue_contrasts(load_suite(folder), lens.tokenizer, "a", ("A", "B"))
     assert routing_circuit(lens, contrasts, "after") == record.circuits[1]
 
 
@@ -87,7 +87,7 @@ def test_a_node_is_what_patching_its_site_says(record: CircuitRecord) -> None:
     """In full runs, one node at a time; what is needed is the same with the sides exchanged."""
     folder = PAIRS / "llama"
     lens = load_lens(folder / "S")
-    contrasts = cue_contrasts(load_suite(folder), lens.tokenizer, "a", "A", "B", "refuse")
+    contrasts = cue_contrasts(load_suite(folder), lens.tokenizer, "a", ("A", "B"), "refuse")
     nodes = {node.name: node for node in record.circuits[0].nodes}
     both = sides(lens, contrasts)
     (_, clean), (source, corrupt) = (

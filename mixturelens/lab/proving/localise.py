@@ -168,7 +168,7 @@ def cases(folder: Path, seed: int = 0) -> tuple[Case, ...]:
     lens = load_lens(folder / "checkpoints" / "sft")
     policy, clean, corrupt = _conditional(spec)
     shows = spec.policies[policy].table[corrupt]
-    found = [cue_contrasts(suite, lens.tokenizer, policy, clean, corrupt, shows)]
+    found = [cue_contrasts(suite, lens.tokenizer, policy, (clean, corrupt), shows)]
     if spec.hints is not None:
         other = next(name for name in spec.policies if name != policy)
         found.append(hint_contrasts(suite, lens.tokenizer, clean, policy, other))

@@ -115,7 +115,7 @@ def test_the_word_follows_from_the_definition(routing: float, specialist: float,
 
 
 @pytest.mark.parametrize(("announced", "policies"), [("token", 2), ("token", 3)])
-def test_every_term_is_that_of_the_instruments_own_enumeration(announced: str, policies: int):
+def test_every_term_is_that_of_the_instruments_own_enumeration(monkeypatch, announced: str, policies: int):
     spec = short(announced, policies)
     tokenizer = build_tokenizer(spec)
     before = build_model(spec, tokenizer).eval()
@@ -128,7 +128,8 @@ def test_every_term_is_that_of_the_instruments_own_enumeration(announced: str, p
     suite = build_suite(spec)
     prompts = prepare(suite, suite.neutral, tokenizer)
     scorer = Scorer(end_tokens(before, tokenizer), len(tokenizer))
-    change = measure_change(scorer, before, after, prompts, enumerate_all=True)
+    monkeypatch.setattr("mixturelens.behaviour.measure.ENUMERATE_AT_MOST", 10**9)
+    change = measure_change(scorer, before, after, prompts)
     assert found.unresolved < 1e-3
     for name in ("routing", "wording", "conditioning", "skill", "text", "other"):
         assert found.terms[name].reshape(-1) == pytest.approx(getattr(change.nats, name), abs=2e-4), name
@@ -221,13 +222,14 @@ def mean_tokens(tail: int, longest: int) -> float:
     return 2 + sum(going_on**k for k in range(longest - 2))
 
 
-def test_truth_of_a_tail_is_that_of_all_completions(tailed):
+def test_truth_of_a_tail_is_that_of_all_completions(tailed, monkeypatch):
     """Against the instrument's enumeration of everything, where that is not too much."""
     spec, manner, tokenizer, before, after = tailed
     rows = tuple(prompt_row(spec, cue, question) for question in questions(spec).sft for cue in spec.cues)
     prompts = prepare(suite_of(spec, manner, 3).model_copy(update={"prompts": rows}), rows, tokenizer)
     scorer = Scorer(end_tokens(before, tokenizer), len(tokenizer))
-    change = measure_change(scorer, before, after, prompts, enumerate_all=True)
+    monkeypatch.setattr("mixturelens.behaviour.measure.ENUMERATE_AT_MOST", 10**9)
+    change = measure_change(scorer, before, after, prompts)
     found = truth.prompt_truth(
         spec, before, after, tokenizer, questions(spec).sft, manner=manner, rules=True, longest=3
     )
