@@ -59,6 +59,7 @@ class Store(Record):
 
     @property
     def digest(self) -> str:
+        """Sixteen hexadecimal digits that stand for all that the store says of itself."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
@@ -75,10 +76,12 @@ class Activations:
 
     @property
     def models(self) -> int:
+        """Checkpoints whose activations lie side by side in every row."""
         return self.parts[0].shape[1]
 
     @property
     def dim(self) -> int:
+        """Numbers that each of these models has at the site for one token."""
         return self.parts[0].shape[2]
 
     def batch(self, step: int, size: int, seed: int) -> Float[Tensor, "row model d"]:
@@ -111,6 +114,7 @@ class Activations:
 
     @cached_property
     def mean(self) -> Float[Tensor, "model d"]:
+        """Mean activation of each model, over SAMPLE random rows at most."""
         return self._sample.mean(0)
 
     @cached_property

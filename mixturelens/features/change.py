@@ -126,6 +126,7 @@ class Splices:
         self.given = base
 
     def behaviour(self, splice: Splice) -> Behaviour:
+        """What the model does on the prompts with this splice in it, from exact probabilities of the suite's texts."""
         return literal_behaviour(self.scorer, Spliced(self.ground, splice), self.prompts)
 
     @cached_property
@@ -134,6 +135,7 @@ class Splices:
         return self.behaviour(own) if self.given is None else self.given
 
     def terms(self, splices: Sequence[Splice]) -> list[Terms]:
+        """For each splice: how far the model with it is from the model as it is, in bits, split by what changed."""
         return [terms(self.base, self.behaviour(splice), self.grid) for splice in splices]
 
 

@@ -55,11 +55,13 @@ class Stream(Protocol):
     """Activations of S and R at one site on the same tokens, in batches: a pure function of step and seed."""
 
     @property
-    def dim(self) -> int: ...
+    def dim(self) -> int:
+        """Numbers that a model has at the site for one token."""
 
     def __len__(self) -> int: ...
 
-    def batch(self, step: int, size: int, seed: int) -> Float[Tensor, "row model d"]: ...
+    def batch(self, step: int, size: int, seed: int) -> Float[Tensor, "row model d"]:
+        """The `step`-th batch of `size` rows; the same for the same arguments, as `Activations.batch`."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Crosscoder:
 
     @property
     def dim(self) -> int:
+        """Numbers that each checkpoint has at the site for one token."""
         return self.bias.shape[1]
 
     @property
@@ -113,12 +116,15 @@ class Crosscoder:
         )
 
     def encode(self, x: Float[Tensor, "row model d"]) -> Float[Tensor, "row latent"]:
+        """How strongly each latent fires on each row of both checkpoints' activations; 0 where it does not."""
         return self.dictionary.encode(x.flatten(1))
 
     def decode(self, f: Float[Tensor, "row latent"]) -> Float[Tensor, "row model d"]:
+        """Both checkpoints' activations as the latents reconstruct them, biases included."""
         return self.dictionary.decode(f).unflatten(1, self.bias.shape)
 
     def to(self, device: str) -> Crosscoder:
+        """The same crosscoder on another device."""
         return Crosscoder(
             **{name: value.to(device) for name, value in self._tensors().items()}, threshold=self.threshold
         )

@@ -81,6 +81,7 @@ def make_plan(pair: Pair, teach: int, held_out: int) -> FeaturePlan:
 
 
 def operations_of(size: Size, work: Work) -> float:
+    """Floating-point operations that some work takes in a model of this size: two for each parameter and token."""
     return 2.0 * (size.body * (work.tokens + 2 * work.back) + size.unembedding * work.read)
 
 

@@ -181,10 +181,12 @@ class Trial:
 
     @property
     def controls(self) -> int:
+        """Random units, at most, that a unit's effect on the metric is compared with."""
         return share_of(RANDOM, self.share, 8)
 
     @property
     def controls_in_behaviour(self) -> int:
+        """Random units, at most, that are clamped in behaviour beside it: each costs a whole measurement."""
         return share_of(RANDOM_GAP, self.share, 2)
 
     @property
@@ -193,9 +195,11 @@ class Trial:
         return self.judge.corrupt.engine.lens
 
     def at(self, site: Site) -> Trial:
+        """The same contrast and questions, looked at elsewhere. Raises InputError for a site that is not there."""
         return replace(self, choose=self.choose.at(site), judge=self.judge.at(site))
 
     def shares(self, moved: Float[np.ndarray, "unit question"]) -> Float[np.ndarray, "draw unit"]:
+        """Nats by which units move each judging question's metric, as bootstrapped shares of the contrast."""
         return self.judge.shares(moved, self.counts)
 
     def auroc(self, read: Callable[[Float[Tensor, "question column d"]], Float[Tensor, "question column"]]) -> Interval:
@@ -224,6 +228,10 @@ class Trial:
         do: Clamp,
         random_do: Sequence[Clamp],
     ) -> UnitScore:
+        """The record of one unit: what it tells, what it moves beside its controls, what its clamp does in behaviour.
+
+        Behaviour is measured where the trial has a ground; elsewhere its numbers are null.
+        """
         gap, trained, gaps = NOT_MEASURED, NOT_MEASURED, ()
         if self.ground is not None:
             gap, trained = clamped(*self.ground, do)
@@ -261,6 +269,7 @@ class Place:
         return clamps_of(self.units, which, self.trial.judge.site, self.trial.contrasts, self.means)
 
     def only(self, which: int) -> Place:
+        """One of the units, as a place of its own."""
         return Place(self.trial, self.units.part(torch.tensor([which], device=self.units.read.device)))
 
 
@@ -280,6 +289,7 @@ class Pool:
 
     @property
     def tried(self) -> int:
+        """Units whose effect was measured, rather than guessed from slopes."""
         return int(np.isfinite(self.alone).sum())
 
 

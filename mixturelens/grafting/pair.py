@@ -334,6 +334,9 @@ def _sums(path: Attribution | None) -> tuple[PathAttribution, ...]:
 
 
 def settled(line: PathAttribution) -> bool:
+    """Whether path attribution adds up to the change of its metric, within SETTLED of it (or of 0.05 nats if it is
+    less).
+    """
     return abs(line.sum - line.change) <= SETTLED * max(abs(line.change), 0.05)
 
 

@@ -85,10 +85,12 @@ class Cells:
 
     @property
     def suite(self) -> Suite:
+        """The suite that the prompts are of."""
         return self.prompts.suite
 
     @property
     def announcements(self) -> tuple[Announcement, ...]:
+        """Texts that put a policy in place: every wording of every policy."""
         return self.prompts.announcements
 
     @property
@@ -98,14 +100,17 @@ class Cells:
 
     @property
     def policies(self) -> tuple[str, ...]:
+        """Names of the known policies, in the suite's order."""
         return tuple(self.suite.policies)
 
     @property
     def cues(self) -> tuple[str, ...]:
+        """The suite's cues, in its order."""
         return self.suite.cues
 
     @property
     def questions(self) -> tuple[str, ...]:
+        """Ids of the questions, in the order of the prompts."""
         return tuple(dict.fromkeys(row.id for row in self.prompts.rows))
 
     def __len__(self) -> int:
@@ -119,10 +124,12 @@ class Cells:
 
     @cached_property
     def policy(self) -> Int[np.ndarray, " row"]:
+        """Which policy the row puts in place, as a place in `policies`."""
         return np.tile([a.policy for a in self.announcements], len(self.prompts.rows))
 
     @cached_property
     def wording(self) -> Int[np.ndarray, " row"]:
+        """Which of that policy's wordings puts it in place."""
         return np.tile([a.wording for a in self.announcements], len(self.prompts.rows))
 
     @cached_property
@@ -137,6 +144,7 @@ class Cells:
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " row"]:
+        """Tokens of prompt, announcement and completion together."""
         return self.placed + np.array([len(c) for c in self.completions])
 
     @cached_property
@@ -293,6 +301,10 @@ def wordings_of(owner: tuple[int, ...] | None, table: Float[Tensor, "prompt anno
 def log_weights(
     announced: Float[Tensor, "prompt announcement"], owner: tuple[int, ...] | None
 ) -> Float[Tensor, "prompt policy"]:
+    """Log-probability that each policy is announced, in any of its wordings, from that of each announcement.
+
+    `owner` names the policy of each column; None says that each announcement is a policy of its own.
+    """
     return torch.stack([announced[:, columns].logsumexp(1) for columns in wordings_of(owner, announced)], 1)
 
 

@@ -119,6 +119,7 @@ class Case:
 
     @property
     def kind(self) -> Kind:
+        """Whether it is the cue or the hint whose carriers are looked for."""
         return "hint" if self.contrasts.kind == "hint" else "cue"
 
     @cached_property
@@ -155,6 +156,7 @@ class Case:
         }
 
     def half(self, which: Literal[0, 1]) -> Case:
+        """The same case on half of the questions: one half chooses, the other judges."""
         return replace(self, contrasts=self.contrasts.half(which))
 
 
