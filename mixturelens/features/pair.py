@@ -20,11 +20,11 @@ from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.behaviour.repair_questions import make_ground, scale_of
 from mixturelens.contrasts import checkpoint_contrasts, hint_contrasts
 from mixturelens.features import exclusive
-from mixturelens.features.activations import Activations, At, collect_places, texts
+from mixturelens.features.activations import Activations, At, Storage, collect_places, texts
 from mixturelens.features.cards import Album, card, interesting
 from mixturelens.features.change import Splices, half_prompts, site_change
 from mixturelens.features.dictionary import Dictionary
-from mixturelens.features.effort import FeaturePlan, make_plan, share_of
+from mixturelens.features.effort import FeaturePlan, Training, make_plan, share_of
 from mixturelens.features.exclusive import fit_crosscoder
 from mixturelens.features.record import (
     Card,
@@ -36,7 +36,7 @@ from mixturelens.features.record import (
     SiteChange,
     Table,
 )
-from mixturelens.features.sae import load_sae, quality, train_sae
+from mixturelens.features.sae import JudgingTexts, Origin, load_sae, quality, train_sae
 from mixturelens.features.saved import Saved, read_sae
 from mixturelens.features.sites import SWEEPS, arrived_at, named_site
 from mixturelens.features.table import find_table
@@ -261,10 +261,14 @@ class _Study:
     def share(self) -> float:
         return self.plan.share
 
-    def store(self, some: Sequence[Sequence[int]], what: str) -> Path:
-        """Where activations go that do not fit into memory: a folder named by all that they follow from."""
+    def digest(self, some: Sequence[Sequence[int]], what: str) -> str:
+        """A name for what follows from these texts, both checkpoints and the seed."""
         made = json.dumps([*self.names, what, self.seed, [list(ids) for ids in some]])
-        return self.folder / ".activations" / hashlib.sha256(made.encode()).hexdigest()[:16]
+        return hashlib.sha256(made.encode()).hexdigest()[:16]
+
+    def store(self, some: Sequence[Sequence[int]], what: str) -> Storage:
+        """Where activations go that do not fit into memory: a folder named by all that they follow from."""
+        return Storage(self.folder / ".activations" / self.digest(some, what))
 
     def learn(self, places: Sequence[At], saved: Sequence[Saved]) -> list[Sae]:
         """An SAE of S at each place, ours or a pretrained one, judged on S and on R, each on its own completions of
@@ -286,13 +290,11 @@ class _Study:
         def judge(place: At, found: Dictionary, trained: bool) -> Sae:
             self.dictionaries[place] = found.to(self.s.device)
             rows = {"before": _rows(self.seen[place], 0), "after": _rows(after[place], 0)}
+            most = share_of(JUDGED, self.share / 4, 16)
+            judging = {side: JudgingTexts(self.judged[side][:most], lengths[:most], self.seed) for side, _ in sides}
             said: dict[Side, Quality] = {
-                side: quality(
-                    lens, found, place, self.judged[side], lengths, self.seed,
-                    activations=rows[side], most=share_of(JUDGED, self.share / 4, 16),
-                )
-                for side, lens in sides
-            }  # fmt: skip
+                side: quality(lens, found, place, judging[side], rows[side]) for side, lens in sides
+            }
             site = Site(layer=place[0], component=place[1])
             explained, recovered = said["before"].explained, said["before"].loss_recovered.value
             if explained < POOR or (recovered is not None and recovered < POOR):
@@ -308,18 +310,19 @@ class _Study:
             layer, component = place
             site = Site(layer=layer, component=component)
             # another seed, suite or S is another SAE, and does not find this one in its place
-            name = f"{self.names[0].partition('@')[0]}/{site}-{self.store(own, str(site)).name[:8]}"
+            name = f"{self.names[0].partition('@')[0]}/{site}-{self.digest(own, str(site))[:8]}"
             batch = min(BATCH, max(64, 1 << int(tokens // 8).bit_length() - 1))
             activations = self.taught[place]
             train_sae(
                 activations,
                 self.folder / name,
-                site_name=f"blocks.{layer}.{NAMES[component]}",
-                model_name=self.names[0],
-                width=WIDTH * activations.dim,
-                steps=min(STEPS, max(FEWEST, EPOCHS * tokens // batch)),
-                batch=batch,
-                seed=self.seed,
+                Origin(f"blocks.{layer}.{NAMES[component]}", self.names[0]),
+                Training(
+                    width=WIDTH * activations.dim,
+                    steps=min(STEPS, max(FEWEST, EPOCHS * tokens // batch)),
+                    batch=batch,
+                    seed=self.seed,
+                ),
             )
             found = judge(place, load_sae(self.folder / name), True)
             return found.model_copy(update={"folder": name, "trained": WIDTH * activations.dim})

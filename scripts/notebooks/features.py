@@ -52,9 +52,10 @@ from mixturelens.features.cards import Album, card
 from mixturelens.features.change import Splices, half_prompts, matched, of_features, site_change
 from mixturelens.features.crosscoder import train_crosscoder
 from mixturelens.features.dictionary import Dictionary
+from mixturelens.features.effort import Training
 from mixturelens.features.latents import judge_latents
 from mixturelens.features.record import Card, FeatureRecord, Sae, Unit
-from mixturelens.features.sae import load_sae, quality, train_sae
+from mixturelens.features.sae import JudgingTexts, Origin, load_sae, quality, train_sae
 from mixturelens.features.sites import arrived_at, named_site
 from mixturelens.features.table import find_table
 from mixturelens.features.together import fewest_features
@@ -128,7 +129,7 @@ teach = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:4096]
 activations = collect([s], texts([s], suite, teach), at)
 with tempfile.TemporaryDirectory() as folder:
     features = load_sae(
-        train_sae(activations, Path(folder) / str(site), site_name=f"blocks.{site.layer}.{NAMES[site.component]}")
+        train_sae(activations, Path(folder) / str(site), Origin(f"blocks.{site.layer}.{NAMES[site.component]}"))
     )
 trained = 2 * activations.dim
 print(f"{len(activations)} tokens; {trained} features were trained, {len(features)} are left that ever fire")
@@ -149,7 +150,7 @@ mean = sample.mean(0)
 components = Dictionary(axes, axes @ mean, torch.full((8,), -torch.inf), axes, mean)
 own = {"S": texts([s], suite, held_out, seed=1), "R": texts([r], suite, held_out, seed=1)}
 judged = {
-    (what, side): quality(lens, dictionary, at, own[side], lengths)
+    (what, side): quality(lens, dictionary, at, JudgingTexts(own[side], lengths))
     for what, dictionary in (("features of S", features), ("8 principal components of S", components))
     for side, lens in (("S", s), ("R", r))
 }
@@ -378,7 +379,7 @@ figures.feature_change(moved_by_rl).show()
 # %%
 with tempfile.TemporaryDirectory() as folder:
     where = f"blocks.{site.layer}.{NAMES[site.component]}"
-    another = load_sae(train_sae(activations, Path(folder) / "another", site_name=where, seed=1))
+    another = load_sae(train_sae(activations, Path(folder) / "another", Origin(where), Training(seed=1)))
 
 
 def feature(index: int) -> Unit:
@@ -393,7 +394,7 @@ for name, dictionary in (("the SAE above", features), ("another seed", another))
     best_one, together = best_of(pool), fewest_features(pool)
     (nats,) = Splices(s, r, at, judging).terms([of_features(dictionary)])
     moves = (best_one.patch, len(together.units), together.patch, nats.routing, nats.conditioning)
-    explained = quality(s, dictionary, at, own["S"], lengths).explained
+    explained = quality(s, dictionary, at, JudgingTexts(own["S"], lengths)).explained
     compared.append([name, len(dictionary), figures.show(explained), *moves])
 table(
     [
@@ -443,7 +444,7 @@ def with_planted(pair: Activations) -> Activations:
 
 results = []
 for name, learnt, kept in (("S and R", both, judge), ("S and S + planted", with_planted(both), with_planted(judge))):
-    crosscoder = train_crosscoder(learnt, steps=600)
+    crosscoder = train_crosscoder(learnt, Training(steps=600))
     latents, fit = judge_latents(crosscoder, kept.batch(0, len(kept), seed=0))
     alone = latents.of("after")
     cosines = torch.nn.functional.cosine_similarity(crosscoder.decoder[alone, 1], planted[None], dim=1).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -14,10 +13,9 @@ from safetensors.torch import save_file
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.features import change, exclusive, pair, together, units
-from mixturelens.features.crosscoder import train_crosscoder
 from mixturelens.features.pair import feature_record
 from mixturelens.features.record import FeatureRecord
-from mixturelens.features.sae import load_sae, train_sae
+from mixturelens.features.sae import load_sae
 from mixturelens.models import Pair
 from mixturelens.patching.record import Effect, PatchingRecord, Sweep
 from mixturelens.probing.record import ProbingRecord
@@ -39,10 +37,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """Trainings of a second, and as few nulls as there can be."""
+    """As few nulls as there can be."""
     with pytest.MonkeyPatch.context() as fewer:
-        fewer.setattr(pair, "train_sae", functools.partial(train_sae, steps=60, batch=256))
-        fewer.setattr(exclusive, "train_crosscoder", functools.partial(train_crosscoder, steps=60, batch=128))
         fewer.setattr(together, "SIZES", (1, 2))
         for module, sizes in {
             pair: {"SEEDS": 2, "WIDTH": 1, "PROMPTS": 100, "HELD_OUT": 40},

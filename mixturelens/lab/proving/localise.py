@@ -24,7 +24,8 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.contrasts import Contrasts, cue_contrasts, hint_contrasts
 from mixturelens.features.activations import Activations
 from mixturelens.features.effects import make_scene, unit_effects
-from mixturelens.features.sae import load_sae, train_sae
+from mixturelens.features.effort import Training
+from mixturelens.features.sae import Origin, load_sae, train_sae
 from mixturelens.grafting.components import weights_of
 from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.graft import WorkingModel
@@ -258,7 +259,7 @@ def _sae(case: Case) -> dict[str, float]:
         rows = Activations((choose.outputs[node][real][:, None].contiguous(),))
         with tempfile.TemporaryDirectory() as folder:
             at = Path(folder) / "sae"
-            train_sae(rows, at, site_name=str(site), k=SAE_K, steps=SAE_STEPS, batch=SAE_BATCH, seed=case.seed)
+            train_sae(rows, at, Origin(str(site)), Training(k=SAE_K, steps=SAE_STEPS, batch=SAE_BATCH, seed=case.seed))
             sae = load_sae(at)
         chosen, judged = (
             unit_effects(make_scene(case.lens, each.contrasts, site), sae).mean(1) / each.whole
