@@ -19,11 +19,11 @@ from torch import Tensor
 from mixturelens.behaviour.forced import Labelled, label_completions
 from mixturelens.behaviour.grid import Grid, grid_of
 from mixturelens.behaviour.likelihood import BATCH_BYTES, Completions, Model, Scorer
-from mixturelens.behaviour.prompts import Announcement, Prompts, behind_announcements, prepare, room_behind
+from mixturelens.behaviour.prompts import Announcement, Prompts, behind_announcements, room_behind
 from mixturelens.contrasts import span_positions
 from mixturelens.models.beginnings import BATCH_TOKENS, LONG, keeps
 from mixturelens.spelling import Ids
-from mixturelens.suite import PromptRow, Rule, Suite, wordings
+from mixturelens.suite import Rule, Suite, wordings
 from mixturelens.types import InputError
 
 ROUNDING = 1e-4
@@ -309,9 +309,7 @@ def log_weights(
 
 
 def make_cells(
-    suite: Suite,
-    rows: Sequence[PromptRow],
-    tokenizer: Any,
+    prompts: Prompts,
     before_model: Model,
     scorer: Scorer,
     seed: int = 0,
@@ -321,10 +319,10 @@ def make_cells(
 
     Raises InputError for a policy that is a rule without `force`: no text puts it in place.
     """
+    suite, rows = prompts.suite, prompts.rows
     for name, shown in suite.policies.items():
         if not wordings(shown):
             raise InputError(f"policy {name!r} is a rule without `force`: give a text that puts it in place")
-    prompts = prepare(suite, rows, tokenizer)
     contexts = behind_announcements(prompts)
     begins = [len(context) for context in prompts.contexts for _ in prompts.announcements]
     usual = greedy(before_model, contexts, room_behind(prompts), scorer, begins)
@@ -333,7 +331,7 @@ def make_cells(
         prompts=prompts,
         completions=completions,
         shown=shown,
-        spans=tuple(span_positions(suite, row, tokenizer) if row.spans else {} for row in rows),
+        spans=tuple(span_positions(suite, row, prompts.tokenizer) if row.spans else {} for row in rows),
         grid=grid_of(prompts, seed),
         seed=seed,
         device=scorer.device,

@@ -57,9 +57,10 @@ from mixturelens.features.latents import judge_latents
 from mixturelens.features.record import Card, FeatureRecord, Sae, Unit
 from mixturelens.features.sae import JudgingTexts, Origin, load_sae, quality, train_sae
 from mixturelens.features.sites import arrived_at, named_site
+from mixturelens.features.splice import Crossing
 from mixturelens.features.table import find_table
 from mixturelens.features.together import fewest_features
-from mixturelens.features.units import Place, best_of, make_trial, pool_of, strength
+from mixturelens.features.units import Place, TrialSettings, best_of, make_trial, pool_of, strength
 from mixturelens.figures.style import GREY, INK, UNITS, new_figure
 from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.lens import NAMES, lens_of
@@ -172,7 +173,7 @@ table(
 
 # %%
 ground = make_ground(r, suite, harm, seed=0)
-trial = make_trial(r, ground.contrasts, site, ground=(ground, scale_of(ground, s.model)))
+trial = make_trial(r, ground.contrasts, site, settings=TrialSettings((ground, scale_of(ground, s.model))))
 probing = ProbingRecord.load(pair.records / "probing.json")
 interchange = next((each for each in probing.subspaces if each.concept == "cue"), None)
 units = find_table("cue", trial, features, interchange)
@@ -364,7 +365,7 @@ table(
 
 # %%
 print("what RL did has arrived at", arrived_at(s, r, suite))
-moved_by_rl = site_change(s, r, features, at, suite)
+moved_by_rl = site_change(Crossing(s, r, at), features, suite)
 figures.feature_change(moved_by_rl).show()
 
 # %% [markdown]
@@ -389,10 +390,10 @@ def feature(index: int) -> Unit:
 compared: list[list[object]] = []
 judging = half_prompts(suite, s.tokenizer, 1)
 for name, dictionary in (("the SAE above", features), ("another seed", another)):
-    place = Place(replace(trial, ground=None), dictionary)
+    place = Place(replace(trial, settings=TrialSettings()), dictionary)
     pool = pool_of(place, feature)
     best_one, together = best_of(pool), fewest_features(pool)
-    (nats,) = Splices(s, r, at, judging).terms([of_features(dictionary)])
+    (nats,) = Splices(Crossing(s, r, at), judging).terms([of_features(dictionary)])
     moves = (best_one.patch, len(together.units), together.patch, nats.routing, nats.conditioning)
     explained = quality(s, dictionary, at, JudgingTexts(own["S"], lengths)).explained
     compared.append([name, len(dictionary), figures.show(explained), *moves])

@@ -21,7 +21,7 @@ from mixturelens.features.effects import make_scene, unit_effects
 from mixturelens.features.effort import Training
 from mixturelens.features.sae import Origin, load_sae, train_sae
 from mixturelens.features.table import find_table
-from mixturelens.features.units import clamped, directed, directions, make_trial
+from mixturelens.features.units import TrialSettings, clamped, directed, directions, make_trial
 from mixturelens.hooks.lens import Lens
 from mixturelens.patching.sweep import head_sites, patch
 from mixturelens.probing.record import Subspace
@@ -99,7 +99,7 @@ def test_the_table_of_a_pair(monkeypatch):
         random={}, shuffled={}, margin=nothing,
     )  # fmt: skip
     missing: list[str] = []
-    trial = make_trial(lens, contrasts, POLICY, ground=(ground, scale))
+    trial = make_trial(lens, contrasts, POLICY, settings=TrialSettings((ground, scale)))
     table = find_table("cue", trial, features, found, missing)
     assert not missing
     assert [score.unit.kind for score in table.scores] == ["feature", "neuron", "head", "direction", "subspace"]

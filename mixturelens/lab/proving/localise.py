@@ -21,6 +21,7 @@ from pydantic import FiniteFloat
 from torch import Tensor
 
 from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.prompts import prepare
 from mixturelens.contrasts import Contrasts, cue_contrasts, hint_contrasts
 from mixturelens.features.activations import Activations
 from mixturelens.features.effects import make_scene, unit_effects
@@ -371,7 +372,7 @@ def _of_pair(folder: Path, methods: Sequence[str], seed: int) -> list[Found]:
         if method == "graft":
             scores = {name: judge.routing_share(bench.log_c([name])) for name in bench.names}
         else:
-            path = attribute(bench.model, bench.before, bench.after, bench.components, bench.cells, judge.policies)
+            path = attribute(bench, judge.policies)
             routing = [name.startswith("routing@") for name in path.names]
             scores = dict(zip(path.parts, np.abs(np.nanmean(path.values[:, routing], (0, 1))).tolist(), strict=True))
         found.append(_found(folder, "change", method, scores, start))
@@ -382,7 +383,7 @@ def _bench(before: Path, after: Path, suite: Suite, seed: int) -> tuple[WorkingM
     tokenizer = load_tokenizer(before)
     s, r = load_model(before), load_model(after)
     scorer = Scorer(end_tokens(s, tokenizer), s.config.get_text_config().vocab_size)
-    cells = make_cells(suite, some_questions(suite.neutral), tokenizer, s, scorer, seed)
+    cells = make_cells(prepare(suite, some_questions(suite.neutral), tokenizer), s, scorer, seed)
     bench = WorkingModel(s, weights_of(s), weights_of(r), components_of(s, tokenizer), cells)
     first, second, *_ = suite.policies
     return bench, Judge(cells, (first, second), bench.readings(()), bench.readings(bench.names), cells.grid)
