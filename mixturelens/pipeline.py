@@ -20,9 +20,9 @@ from mixturelens.discovery.draws import draw, stored
 from mixturelens.discovery.judge import Second
 from mixturelens.discovery.propose import Proposal, check_suite, heard, propose, refine, save_suite
 from mixturelens.discovery.record import DiscoveryRecord
-from mixturelens.features.pair import feature_record, pretrained
+from mixturelens.features.pair import FeatureSettings, feature_record, pretrained
 from mixturelens.features.record import FeatureRecord
-from mixturelens.grafting.pair import graft_record
+from mixturelens.grafting.pair import GraftSettings, graft_record
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.models import Pair
 from mixturelens.models.source import fingerprint
@@ -31,8 +31,8 @@ from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.pair import ProbingSettings, probing_record
 from mixturelens.probing.record import ProbingRecord
 from mixturelens.records import Provenance, Record
-from mixturelens.routing.circuit import CircuitRecord, circuit_record
-from mixturelens.routing.repair import RepairRecord, repair_record
+from mixturelens.routing.circuit import CircuitRecord, CircuitSettings, circuit_record
+from mixturelens.routing.repair import RepairRecord, RepairSettings, repair_record
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import PromptRow, load_suite
 from mixturelens.types import InputError
@@ -134,7 +134,7 @@ def circuit(
     options = {"seed": seed, "say": say}
     also = {other.after.name: other for other in others if other.after is not None and other.after != pair.after}
     compared = tuple(fingerprint(other.after) for other in also.values() if other.after is not None)
-    make = functools.partial(circuit_record, also=also, exhaustive=exhaustive, **options)
+    make = functools.partial(circuit_record, settings=CircuitSettings(also, exhaustive), **options)
     return _instrument(pair, CircuitRecord, "circuit", make, lambda there: there.compared == compared, **options)
 
 
@@ -147,7 +147,7 @@ def repair(pair: Pair, *, seed: int = 0, say: Say | None = None) -> RepairRecord
 
     def make(pair: Pair, measured: BehaviourRecord) -> RepairRecord:
         there = kept(PatchingRecord, pair.records / "patching.json", provenance_of(pair, seed))
-        return repair_record(pair, measured, patching=there, save_to=pair.made("repaired"), **options)
+        return repair_record(pair, measured, RepairSettings(there, pair.made("repaired")), **options)
 
     def whole(there: RepairRecord) -> bool:
         return there.checkpoint is None or pair.made("repaired").exists()
@@ -161,7 +161,7 @@ def graft(pair: Pair, *, exhaustive: bool = False, seed: int = 0, say: Say | Non
     `exhaustive`: every component of a large model, too, and not only those in groups of layers that matter.
     """
     options = {"seed": seed, "say": say}
-    make = functools.partial(graft_record, exhaustive=exhaustive, save_to=pair.made("rollback"), **options)
+    make = functools.partial(graft_record, settings=GraftSettings(exhaustive, pair.made("rollback")), **options)
 
     def whole(there: GraftRecord) -> bool:
         if exhaustive and there.search is not None and there.search.threshold > 0:
@@ -222,17 +222,10 @@ def decompose(
 
     def make(pair: Pair, measured: BehaviourRecord) -> FeatureRecord:
         patching, why = _patched(pair, **options)
-        return feature_record(
-            pair,
-            measured,
-            patching,
-            no_patching=why,
-            probing=probed(),
-            more=tuple(more),
-            folder=folder,
-            given=saes,
-            **options,
+        settings = FeatureSettings(
+            folder, patching=patching, no_patching=why, probing=probed(), more=tuple(more), given=tuple(saes)
         )
+        return feature_record(pair, measured, settings, **options)
 
     def whole(there: FeatureRecord) -> bool:
         kept = all(sae.folder is None or (folder / sae.folder).exists() for sae in there.saes)

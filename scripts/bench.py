@@ -209,7 +209,8 @@ def sae() -> None:
     import statistics
 
     from mixturelens.features.activations import collect, texts
-    from mixturelens.features.sae import load_sae, make_trainer, train_sae
+    from mixturelens.features.effort import Training
+    from mixturelens.features.sae import Origin, load_sae, make_trainer, train_sae
     from mixturelens.hooks.lens import load_lens
 
     quiet_libraries()
@@ -225,11 +226,12 @@ def sae() -> None:
         return float((x - dictionary.decode(f)).square().sum()) / variance, int((f > 0).any(0).sum())
 
     def train(who: str, folder: Path, width: int, k: int, batch: int, steps: int) -> float:
+        training = Training(width=width, k=k, steps=steps, batch=batch)
         if who == "train_sae":
             start = time.perf_counter()
-            train_sae(acts, folder, site_name="blocks.1.hook_resid_pre", width=width, k=k, batch=batch, steps=steps)
+            train_sae(acts, folder, Origin("blocks.1.hook_resid_pre"), training)
             return time.perf_counter() - start
-        trainer = make_trainer(acts, width, k, steps, batch, sparse=who == "sparse")
+        trainer = make_trainer(acts, training, sparse=who == "sparse")
         trainer.cfg.dead_feature_window = 1000  # their default, so that no auxiliary loss slows them down
         with contextlib.redirect_stderr(io.StringIO()):  # their progress bar
             start = time.perf_counter()

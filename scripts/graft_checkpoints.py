@@ -19,7 +19,7 @@ from mixturelens.behaviour.prompts import prepare
 from mixturelens.figures import show, show_interval
 from mixturelens.grafting.components import parts, weights_of
 from mixturelens.grafting.graft import written
-from mixturelens.grafting.pair import graft_record
+from mixturelens.grafting.pair import GraftSettings, graft_record
 from mixturelens.grafting.record import Effects
 from mixturelens.hooks.lens import components_of
 from mixturelens.models import Pair, quiet_libraries
@@ -102,7 +102,7 @@ for names in ([], changed[:1], changed):
 record = graft_record(
     pair,
     behaviour,
-    save_to=arguments.out / "rollback",
+    GraftSettings(save_to=arguments.out / "rollback"),
     seed=arguments.seed,
     say=lambda step: print("...", step),
 )

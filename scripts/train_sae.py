@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 from typing import cast, get_args
 
-from mixturelens.features.activations import collect, texts
-from mixturelens.features.sae import load_sae, quality, train_sae
+from mixturelens.features.activations import Storage, collect, texts
+from mixturelens.features.effort import Training
+from mixturelens.features.sae import JudgingTexts, Origin, load_sae, quality, train_sae
 from mixturelens.figures import show_interval
 from mixturelens.hooks.lens import NAMES, load_lens
 from mixturelens.lab.organism import prompt_row, questions
@@ -76,18 +77,14 @@ print(f"{len(own)} texts to learn from, {len(held_out)} to be judged on")
 
 # %%
 start = time.perf_counter()
-activations = collect([lens], own, at, arguments.out / f".{arguments.site}.activations")
+activations = collect([lens], own, at, Storage(arguments.out / f".{arguments.site}.activations"))
 print(f"{len(activations)} activations of {activations.dim} dimensions in {time.perf_counter() - start:.1f} s")
 start = time.perf_counter()
 folder = train_sae(
     activations,
     arguments.out / arguments.site,
-    site_name=f"blocks.{at[0]}.{NAMES[at[1]]}",
-    model_name=arguments.checkpoint.resolve().name,
-    width=arguments.width,
-    k=arguments.k,
-    steps=arguments.steps,
-    seed=arguments.seed,
+    Origin(f"blocks.{at[0]}.{NAMES[at[1]]}", arguments.checkpoint.resolve().name),
+    Training(width=arguments.width, k=arguments.k, steps=arguments.steps, seed=arguments.seed),
 )
 dictionary = load_sae(folder)
 print(
@@ -105,7 +102,7 @@ for name, path in {"S": arguments.checkpoint, "S's on R": arguments.after}.items
     if path is None:
         continue
     model = lens if name == "S" else load_lens(path, arguments.device)
-    judged = quality(model, dictionary, at, texts([model], suite, held_out, arguments.seed + 1), lengths)
+    judged = quality(model, dictionary, at, JudgingTexts(texts([model], suite, held_out, arguments.seed + 1), lengths))
     print(
         f"{name:12} {show_interval(judged.loss_recovered):28} {judged.explained:<20.4f} {judged.active:<18.2f} "
         f"{judged.dead:.3f}"

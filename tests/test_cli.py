@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def test_graft_and_probe_and_what_the_verdict_makes_of_them(run: Run, tmp_path: 
 @pytest.mark.filterwarnings("ignore:.*'utils' module has been deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
 def test_features_are_a_table_and_a_record(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixturelens.features import change, exclusive, several, units
+    from mixturelens.features import change, exclusive, together, units
     from mixturelens.features import pair as one_pair
     from mixturelens.features.crosscoder import train_crosscoder
     from mixturelens.features.record import FeatureRecord
@@ -175,22 +176,22 @@ def test_features_are_a_table_and_a_record(run: Run, tmp_path: Path, monkeypatch
 
     trained: list[str] = []
 
-    def small_sae(*arguments: Any, **options: Any) -> Path:
-        trained.append(options["site_name"])
-        return train_sae(*arguments, **{**options, "steps": 60, "batch": 256})
+    def small_sae(activations: Any, folder: Path, origin: Any, training: Any) -> Path:
+        trained.append(origin.site_name)
+        return train_sae(activations, folder, origin, replace(training, steps=60, batch=256))
 
     monkeypatch.setattr(one_pair, "train_sae", small_sae)
     monkeypatch.setattr(one_pair, "SEEDS", 1)
     monkeypatch.setattr(
         exclusive,
         "train_crosscoder",
-        lambda some, **options: train_crosscoder(some, **{**options, "steps": 60, "batch": 128}),
+        lambda some, training: train_crosscoder(some, replace(training, steps=60, batch=128)),
     )
-    fewer = {units: ("RANDOM", "RANDOM_GAP"), several: ("RANDOM",), change: ("TOP", "RANDOM"), exclusive: ("RANDOM",)}
+    fewer = {units: ("RANDOM", "RANDOM_GAP"), together: ("RANDOM",), change: ("TOP", "RANDOM"), exclusive: ("RANDOM",)}
     for module, names in fewer.items():
         for name in names:
             monkeypatch.setattr(module, name, 2)
-    monkeypatch.setattr(several, "SIZES", (1, 2))
+    monkeypatch.setattr(together, "SIZES", (1, 2))
     # half of the questions, and the suite does not say which cue RL trained on
     suite = tmp_path / "suite"
     suite.mkdir()

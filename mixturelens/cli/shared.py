@@ -57,6 +57,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard er
 
 
 def device_of(wanted: str | None) -> str:
+    """The device that was asked for; where none was, the GPU if there is one, else the CPU.
+
+    Raises InputError for a device that cannot be used.
+    """
     import torch
 
     if wanted is None:
@@ -70,6 +74,7 @@ def device_of(wanted: str | None) -> str:
 
 
 def budget_of(minutes: float | None, memory: float | None) -> Budget:
+    """What --minutes and --memory (GB) allow; None is no limit. Raises InputError for a number that is not above 0."""
     from mixturelens.models import Budget
 
     for flag, given in (("--minutes", minutes), ("--memory", memory)):
@@ -79,6 +84,7 @@ def budget_of(minutes: float | None, memory: float | None) -> Budget:
 
 
 def seed_of(wanted: int) -> int:
+    """The seed, where it is one that NumPy takes (0 to 2**32 - 1); raises InputError for any other."""
     if not 0 <= wanted < 2**32:
         raise InputError(f"--seed {wanted}: a seed is a number from 0 to 4294967295")
     return wanted

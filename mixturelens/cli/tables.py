@@ -33,6 +33,7 @@ def print_json(records: list[Any], run: Path | None) -> None:
 
 
 def number(value: float | None) -> str:
+    """Three decimals, or a dash for what was not measured."""
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -43,6 +44,7 @@ def _interval(value: Any) -> str:
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print a table of texts on standard output: as wide as the terminal, or 160 columns where it goes into a file."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -59,6 +61,7 @@ def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def show_behaviour(record: BehaviourRecord) -> None:
+    """Print policy weights, forced and expected accuracy of every cue before and after, and the record's notes."""
     rows = []
     for cue, state in record.per_cue.items():
         for when, side in (("before", state.before), ("after", state.after)):
@@ -79,6 +82,7 @@ def _show_notes(record: BehaviourRecord | VerdictRecord) -> None:
 
 
 def show_verdicts(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
+    """Print every pair's verdict with its numbers in one table; below it each reason in words, and the notes."""
     rows = []
     for pair, record in zip(pairs, verdicts, strict=True):
         accuracy = "  ".join(
@@ -95,6 +99,7 @@ def show_verdicts(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
 
 
 def show_patching(pairs: list[Pair], records: list[PatchingRecord]) -> None:
+    """Print the heads that carry each contrast in every pair, with what they move on held-out questions."""
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for reader in record.readers:
@@ -105,6 +110,7 @@ def show_patching(pairs: list[Pair], records: list[PatchingRecord]) -> None:
 
 
 def show_probing(pairs: list[Pair], records: list[ProbingRecord]) -> None:
+    """Print how well probes read each target in S and in R, what erasing the cue leaves, and the subspaces found."""
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for readout in record.readouts:
@@ -143,6 +149,10 @@ def show_probing(pairs: list[Pair], records: list[ProbingRecord]) -> None:
 
 
 def show_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
+    """Print what grafting each component or block does, then the 2 x 2 of selector and rest, beside noise.
+
+    A third part names the checkpoints of R rolled back; what could not be measured comes last.
+    """
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for each in record.components if record.search is None else record.search.blocks:
@@ -175,6 +185,9 @@ def show_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
 
 
 def show_mechanism(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
+    """Print in words what the mechanism of every pair says, and whether behaviour agrees; nothing where it was not
+    judged.
+    """
     for pair, record in zip(pairs, verdicts, strict=True):
         found = record.mechanism
         if found.verdict is None:
@@ -184,6 +197,7 @@ def show_mechanism(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
 
 
 def show_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
+    """Print how good the SAEs are, which units carry each concept, what RL changed of features, and the crosscoders."""
     rows: list[tuple[str, ...]] = []
     for pair, record in zip(pairs, records, strict=True):
         for sae in record.saes:
@@ -240,12 +254,17 @@ def show_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
 def show_missing(
     pairs: list[Pair], records: Sequence[ProbingRecord | GraftRecord | FeatureRecord | RepairRecord]
 ) -> None:
+    """Print what each record could not measure, and why: one line a reason."""
     for pair, record in zip(pairs, records, strict=True):
         for reason in record.missing:
             print(f"{pair.name}: not measured: {reason}")
 
 
 def show_forecasts(records: list[ForecastRecord]) -> None:
+    """Print what each cue is forecast to do halfway up the trained cue's rise, beside two drifts and two nulls.
+
+    Where RL has been run, a second table holds the errors of the forecasts.
+    """
     rows = []
     for record in records:
         half = len(record.on) // 2
@@ -281,6 +300,7 @@ def show_forecasts(records: list[ForecastRecord]) -> None:
 
 
 def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
+    """Print both cues' accuracies after every repair, the gap it closes, and where the repaired checkpoint lies."""
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         cues = (record.harmed_cue, record.trained_cue)

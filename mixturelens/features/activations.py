@@ -37,6 +37,15 @@ SAMPLE = 16384
 
 STORE = "store.json"
 
+
+@dataclass(frozen=True)
+class Storage:
+    """Where activations are kept: in memory where they take at most `memory` bytes, else in the folder, if any."""
+
+    folder: Path | None = None
+    memory: int = MEMORY
+
+
 At = tuple[int, Component]
 Progress = Callable[[int, int], None]
 """Called as progress(done, of)."""
@@ -59,6 +68,7 @@ class Store(Record):
 
     @property
     def digest(self) -> str:
+        """Sixteen hexadecimal digits that stand for all that the store says of itself."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
@@ -75,10 +85,12 @@ class Activations:
 
     @property
     def models(self) -> int:
+        """Checkpoints whose activations lie side by side in every row."""
         return self.parts[0].shape[1]
 
     @property
     def dim(self) -> int:
+        """Numbers that each of these models has at the site for one token."""
         return self.parts[0].shape[2]
 
     def batch(self, step: int, size: int, seed: int) -> Float[Tensor, "row model d"]:
@@ -111,6 +123,7 @@ class Activations:
 
     @cached_property
     def mean(self) -> Float[Tensor, "model d"]:
+        """Mean activation of each model, over SAMPLE random rows at most."""
         return self._sample.mean(0)
 
     @cached_property
@@ -196,16 +209,17 @@ def own_tokens(batch: Tokens, lengths: Sequence[int]) -> Bool[Tensor, "row pos"]
 
 
 def collect_places(
-    lenses: Sequence[Lens], texts: Sequence[Sequence[int]], places: Sequence[At], folder: Path, memory: int = MEMORY
+    lenses: Sequence[Lens], texts: Sequence[Sequence[int]], places: Sequence[At], storage: Storage
 ) -> dict[At, Activations]:
     """Activations of several places, from one forward of each text and model, where all of them fit into memory; else
-    place by place, in a folder each. Raises InputError as `collect` does.
+    place by place, each in a folder of its own inside that of `storage`. Raises InputError as `collect` does.
     """
     places = list(dict.fromkeys(places))
     widths = {at: _width(lenses, texts, at) for at in places}
     rows = sum(len(text) for text in texts)
-    if rows * len(lenses) * 4 * sum(widths.values()) > memory:
-        return {at: collect(lenses, texts, at, folder / f"L{at[0]}.{at[1]}", memory) for at in places}
+    if rows * len(lenses) * 4 * sum(widths.values()) > storage.memory:
+        inside = {at: storage.folder and storage.folder / f"L{at[0]}.{at[1]}" for at in places}
+        return {at: collect(lenses, texts, at, Storage(inside[at], storage.memory)) for at in places}
     held = {at: torch.empty(rows, len(lenses), width) for at, width in widths.items()}
     _fill(lenses, texts, held)
     weights = tuple(_digest(lens) for lens in lenses)
@@ -216,18 +230,18 @@ def collect(
     lenses: Sequence[Lens],
     texts: Sequence[Sequence[int]],
     at: At,
-    folder: Path | None = None,
-    memory: int = MEMORY,
+    storage: Storage | None = None,
     progress: Progress | None = None,
 ) -> Activations:
     """Activations of all lenses at one (layer, component) on every token of the same texts, in the texts' order.
 
-    Held in memory where they take at most `memory` bytes. Else they go to `folder`, shard by shard (each whole or
-    absent, so that a killed collection goes on behind the shards that are there), and are mapped, not read.
+    Held in memory where they take at most `storage.memory` bytes. Else they go to its folder, shard by shard (each
+    whole or absent, so that a killed collection goes on behind the shards that are there), and are mapped, not read.
 
     Raises InputError for a site that is not there or has heads, for models of different width, if they do not fit and
     there is no folder, and for a folder that holds something else.
     """
+    storage = storage or Storage()
     width = _width(lenses, texts, at)
     row_bytes = len(lenses) * width * 4
     cuts = _cuts([len(text) * row_bytes for text in texts])
@@ -238,7 +252,7 @@ def collect(
         if progress:
             progress(end, len(texts))
 
-    if store.rows * row_bytes <= memory:
+    if store.rows * row_bytes <= storage.memory:
         held = torch.empty(store.rows, len(lenses), store.dim)
         done = 0
         for start, end in cuts:
@@ -246,12 +260,12 @@ def collect(
             fill(start, end, held[done : done + rows])
             done += rows
         return Activations((held,), store.digest)
-    if folder is None:
+    if storage.folder is None:
         raise InputError(
-            f"the activations take {store.rows * row_bytes / 2**20:,.0f} MiB, and {memory / 2**20:,.0f} are allowed in "
-            "memory: name a folder for them, allow more, or give fewer texts"
+            f"the activations take {store.rows * row_bytes / 2**20:,.0f} MiB, and {storage.memory / 2**20:,.0f} are "
+            "allowed in memory: name a folder for them, allow more, or give fewer texts"
         )
-    return _stored(folder, store, cuts, texts, fill)
+    return _stored(storage.folder, store, cuts, texts, fill)
 
 
 def _width(lenses: Sequence[Lens], texts: Sequence[Sequence[int]], at: At) -> int:

@@ -53,6 +53,9 @@ class KeptLatents:
     """Rows of the batch."""
 
     def decode(self, decoder: Float[Tensor, "latent both"]) -> Float[Tensor, "row both"]:
+        """What the kept latents write in each row of the batch: the sum of f times the latent's decoder row, without a
+        bias.
+        """
         starts = torch.searchsorted(self.rows, torch.arange(self.number, device=self.rows.device))
         return bag(self.latents, decoder, starts, self.f)
 
@@ -128,6 +131,10 @@ class _Reconstruct(torch.autograd.Function):
 
 @functools.cache
 def sparse_class() -> type[Any]:
+    """The class of our BatchTopK SAEs, a subclass of SAELens' own.
+
+    It is made when it is asked for, as SAELens takes seconds to import.
+    """
     from sae_lens import BatchTopKTrainingSAE
     from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 

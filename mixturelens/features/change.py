@@ -27,7 +27,7 @@ from mixturelens.features.activations import up_to
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import share_of
 from mixturelens.features.record import MovedFeature, SiteChange, Terms
-from mixturelens.features.splice import At, BothModels, Splice, Spliced, own, whole
+from mixturelens.features.splice import BothModels, Crossing, Splice, Spliced, own, whole
 from mixturelens.hooks.lens import Lens, tokens
 from mixturelens.models import end_tokens
 from mixturelens.stats import half_of, interval
@@ -100,21 +100,19 @@ class Splices:
 
     What R's features do is judged in S (`into` S, other R); what R does without something of its own, in R:
 
-    >>> Splices(r, s, at, prompts).terms([lambda x_r, x_s: x_r - part(x_s, x_r)])                       # doctest: +SKIP
+    >>> Splices(Crossing(r, s, at), prompts).terms([lambda x_r, x_s: x_r - part(x_s, x_r)])             # doctest: +SKIP
 
     Raises InputError for a suite with rules, or a place that does not exist or has no one vector a token.
     """
 
-    def __init__(
-        self, into: Lens, other: Lens, at: At, prompts: Prompts, seed: int = 0, base: Behaviour | None = None
-    ) -> None:
+    def __init__(self, crossing: Crossing, prompts: Prompts, seed: int = 0, base: Behaviour | None = None) -> None:
         if not prompts.suite.literal:
             raise InputError(
                 "changes of features are judged by exact probabilities of literal texts; this suite has rules "
                 "(policies, behaviours or `answer_match`), whose completions would have to be drawn anew for every "
                 "feature"
             )
-        layer, component = at
+        into, other, (layer, component) = crossing.into, crossing.other, crossing.at
         if component in PER_HEAD:
             raise InputError(f"L{layer}.{component} has a vector for every head; give a place with one vector a token")
         for lens in (into, other):
@@ -122,10 +120,11 @@ class Splices:
         vocabulary = into.model.config.get_text_config().vocab_size
         self.scorer = Scorer(end_tokens(into.model, into.tokenizer), vocabulary, into.device)
         self.prompts, self.grid = prompts, grid_of(prompts, seed)
-        self.ground = BothModels(into, other, at, prompts.contexts)
+        self.ground = BothModels(into, other, crossing.at, prompts.contexts)
         self.given = base
 
     def behaviour(self, splice: Splice) -> Behaviour:
+        """What the model does on the prompts with this splice in it, from exact probabilities of the suite's texts."""
         return literal_behaviour(self.scorer, Spliced(self.ground, splice), self.prompts)
 
     @cached_property
@@ -134,6 +133,7 @@ class Splices:
         return self.behaviour(own) if self.given is None else self.given
 
     def terms(self, splices: Sequence[Splice]) -> list[Terms]:
+        """For each splice: how far the model with it is from the model as it is, in bits, split by what changed."""
         return [terms(self.base, self.behaviour(splice), self.grid) for splice in splices]
 
 
@@ -163,8 +163,9 @@ class Firing:
     """Mean |f|, over S and R, times that norm."""
 
 
-def firing(before: Lens, after: Lens, dictionary: Dictionary, at: At, prompts: Prompts) -> Firing:
-    """How features fire on prompts, and on each announcement with the right answer behind it (prompts count once).
+def firing(crossing: Crossing, dictionary: Dictionary, prompts: Prompts) -> Firing:
+    """How features fire in S (`crossing.into`) and in R on prompts, and on each announcement with the right answer
+    behind it (prompts count once).
 
     Raises InputError if the dictionary does not fit what is there.
     """
@@ -173,7 +174,8 @@ def firing(before: Lens, after: Lens, dictionary: Dictionary, at: At, prompts: P
         for number, each in enumerate(placed):
             texts.append([*context, *each.ids, *(each.answer[0] if each.answer else ())])
             new.append(len(context) if number else 0)
-    sides: tuple[tuple[Side, Lens], ...] = (("before", before), ("after", after))
+    at, before = crossing.at, crossing.into
+    sides: tuple[tuple[Side, Lens], ...] = (("before", before), ("after", crossing.other))
     size = dictionary.read.new_zeros(len(dictionary), dtype=torch.double)
     fires, total, moved, number = {s: size for s, _ in sides}, {s: size for s, _ in sides}, size, 0
     amount = size
@@ -227,15 +229,14 @@ def matched(
 
 
 def site_change(
-    before: Lens,
-    after: Lens,
+    crossing: Crossing,
     dictionary: Dictionary,
-    at: At,
     suite: Suite,
     seed: int = 0,
     share: float = 1.0,
 ) -> SiteChange:
-    """What RL changed of S's features at one place, and which term of the split each change moves.
+    """What RL changed of S's features at one place (`crossing`: from R into S), and which term of the split each change
+    moves.
 
     One half of the questions ranks features by how far they moved; the other half (QUESTIONS of it) judges: S with the
     change of each of the TOP alone, of all of these, of every feature, R's whole activations, and RANDOM nulls: as many
@@ -245,11 +246,11 @@ def site_change(
 
     Raises InputError for a suite with rules, a single question, or a dictionary that does not fit the place.
     """
-    judge = half_prompts(suite, before.tokenizer, 1, share_of(QUESTIONS, share, 8))
-    nulls = share_of(RANDOM, share)
-    fired = firing(
-        before, after, dictionary, at, half_prompts(suite, before.tokenizer, 0, share_of(QUESTIONS, share, 8))
+    choose, judge = (
+        half_prompts(suite, crossing.into.tokenizer, which, share_of(QUESTIONS, share, 8)) for which in (0, 1)
     )
+    nulls = share_of(RANDOM, share)
+    fired = firing(crossing, dictionary, choose)
     order = fired.moved.argsort(descending=True, stable=True)[: share_of(TOP, share)].tolist()
     top = [unit for unit in order if float(fired.moved[unit]) > 0]
     random = matched(fired.written.cpu().numpy(), top, nulls // 2, np.random.default_rng(seed))
@@ -262,11 +263,11 @@ def site_change(
         *(of_features(dictionary, units) for units in random),
         *(elsewhere(dictionary, top, generator) for _ in range(nulls - nulls // 2 if top else 0)),
     ]
-    found = Splices(before, after, at, judge, seed).terms(splices)
+    found = Splices(crossing, judge, seed).terms(splices)
     alone, (together, every, everything), chance = found[: len(top)], found[len(top) :][:3], found[len(top) + 3 :]
     sides: tuple[Side, Side] = ("before", "after")
     return SiteChange(
-        site=Site(layer=at[0], component=at[1]),
+        site=Site(layer=crossing.at[0], component=crossing.at[1]),
         features=tuple(
             MovedFeature(
                 index=unit,

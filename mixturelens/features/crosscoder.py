@@ -24,11 +24,10 @@ from torch import Tensor
 
 from mixturelens.features.batchtopk import KeptLatents, gradients, smallest_kept
 from mixturelens.features.dictionary import Dictionary
+from mixturelens.features.effort import WIDTH, Training
 from mixturelens.records import new_folder
 from mixturelens.types import InputError, Side
 
-WIDTH = 4
-"""Latents a dimension, unless asked otherwise."""
 RATE, DECAY, WARM_UP = 3e-3, 0.2, 50
 """Adam's rate; the share of the steps over which it falls to a tenth at the end, and the steps in which it rises."""
 CLIP = 1.0
@@ -55,11 +54,13 @@ class Stream(Protocol):
     """Activations of S and R at one site on the same tokens, in batches: a pure function of step and seed."""
 
     @property
-    def dim(self) -> int: ...
+    def dim(self) -> int:
+        """Numbers that a model has at the site for one token."""
 
     def __len__(self) -> int: ...
 
-    def batch(self, step: int, size: int, seed: int) -> Float[Tensor, "row model d"]: ...
+    def batch(self, step: int, size: int, seed: int) -> Float[Tensor, "row model d"]:
+        """The `step`-th batch of `size` rows; the same for the same arguments, as `Activations.batch`."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Crosscoder:
 
     @property
     def dim(self) -> int:
+        """Numbers that each checkpoint has at the site for one token."""
         return self.bias.shape[1]
 
     @property
@@ -113,12 +115,15 @@ class Crosscoder:
         )
 
     def encode(self, x: Float[Tensor, "row model d"]) -> Float[Tensor, "row latent"]:
+        """How strongly each latent fires on each row of both checkpoints' activations; 0 where it does not."""
         return self.dictionary.encode(x.flatten(1))
 
     def decode(self, f: Float[Tensor, "row latent"]) -> Float[Tensor, "row model d"]:
+        """Both checkpoints' activations as the latents reconstruct them, biases included."""
         return self.dictionary.decode(f).unflatten(1, self.bias.shape)
 
     def to(self, device: str) -> Crosscoder:
+        """The same crosscoder on another device."""
         return Crosscoder(
             **{name: value.to(device) for name, value in self._tensors().items()}, threshold=self.threshold
         )
@@ -181,29 +186,27 @@ def _load(folder: Path) -> tuple[Crosscoder, dict[str, Any]]:
 
 def train_crosscoder(
     activations: Stream,
-    *,
-    width: int | None = None,
-    k: int = 8,
-    steps: int = 1200,
-    batch: int = 1024,
-    seed: int = 0,
+    training: Training | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Crosscoder:
     """A BatchTopK crosscoder of S and R, by Adam on the mean squared error of both.
 
-    In every batch the `k` * `batch` largest products f * (|d_S| + |d_R|) are kept (arXiv 2504.02922), of
-    activations that are centred and scaled to vary equally in both checkpoints. Latents begin as activations of
+    In every batch the k * batch largest products f * (|d_S| + |d_R|) are kept (arXiv 2504.02922), of activations that
+    are centred and scaled to vary equally in both checkpoints. Latents begin as activations of
     single tokens; those that fire no more take over what is badly reconstructed.
 
     The same seed gives the same numbers. With a `folder` the result is saved there, and a training that was killed goes
     on, from a state in a hidden folder beside it, to the same numbers to the bit; one that is there is loaded. Raises
     InputError for sizes that cannot be, constant activations, or a folder with a crosscoder of something else.
     """
-    width = WIDTH * activations.dim if width is None else width
-    if not 1 <= k <= width or steps < 1 or batch < 1:
+    training = training or Training()
+    width = WIDTH * activations.dim if training.width is None else training.width
+    k, steps, batch, seed = int(training.k), training.steps, training.batch, training.seed
+    if not 1 <= k <= width or k != training.k or steps < 1 or batch < 1:
         raise InputError(
-            f"a crosscoder of {width} latents, {k} a row, {steps} steps of {batch} rows: none can be under 1"
+            f"a crosscoder of {width} latents, {training.k:g} a row, {steps} steps of {batch} rows: all are whole "
+            "numbers, and none can be under 1"
         )
     if not len(activations):
         raise InputError("there are no activations to train a crosscoder on")
@@ -228,24 +231,24 @@ def train_crosscoder(
                 "give another folder"
             )
         return there.to(str(first.device))
-    training = _Training(activations, first, settings)
+    course = _Course(activations, first, settings)
     work = folder and folder.with_name(f".{folder.name}.training")
     if work is not None:
-        training.resume(work)
-    while training.step < steps:
-        error = training.advance()
+        course.resume(work)
+    while course.step < steps:
+        error = course.advance()
         if progress is not None:
-            progress(training.step, steps, {"unexplained": error})
-        if work is not None and training.step % SAVE_EVERY == 0 and training.step < steps:
-            training.save(work)
-    crosscoder = training.finished()
+            progress(course.step, steps, {"unexplained": error})
+        if work is not None and course.step % SAVE_EVERY == 0 and course.step < steps:
+            course.save(work)
+    crosscoder = course.finished()
     if folder is not None and work is not None:
         crosscoder.save(folder, settings)
         shutil.rmtree(work, ignore_errors=True)
     return crosscoder
 
 
-class _Training:
+class _Course:
     """Everything that a step changes, and nothing else: what it draws follows from seed and step."""
 
     def __init__(self, activations: Stream, first: Float[Tensor, "row model d"], settings: Mapping[str, Any]) -> None:

@@ -50,6 +50,9 @@ class Dictionary:
         return self.norm is None and self.top is None and self.whole is None
 
     def encode(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch unit"]:
+        """How strongly each unit fires on each activation x; 0 where it does not reach its threshold, or loses to
+        others.
+        """
         if self.whole is not None:
             everything, units = self.whole
             return everything.encode(x)[..., units]
@@ -97,6 +100,7 @@ class Dictionary:
         return replace(self, write=vectors)
 
     def to(self, device: str) -> Dictionary:
+        """The same dictionary on another device."""
         return Dictionary(
             *(each.to(device) for each in (self.read, self.offset, self.threshold, self.write)),
             bias=None if self.bias is None else self.bias.to(device),

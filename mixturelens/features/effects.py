@@ -51,6 +51,9 @@ class Run:
 
     @property
     def values(self) -> Float[Tensor, "question column d"]:
+        """Activations at the site, of every question and every token of the position; of one head where the site names
+        one.
+        """
         found = self.seen[self.site.layer, self.site.component]
         return found if self.site.head is None else found[:, :, self.site.head]
 
@@ -108,6 +111,7 @@ class Scene:
 
     @property
     def site(self) -> Site:
+        """Where both sides are looked at."""
         return self.corrupt.site
 
     @property
@@ -255,6 +259,7 @@ Change = tuple[float, Run, Float[Tensor, "question column unit"]]
 
 
 def check_size(scene: Scene, dictionary: Dictionary) -> None:
+    """Raise InputError where the units of a dictionary read more or fewer numbers than the scene's site has."""
     size = scene.corrupt.values.shape[-1]
     if dictionary.read.shape[1] != size:
         raise InputError(f"{scene.site}: units read {dictionary.read.shape[1]} numbers, where there are {size}")

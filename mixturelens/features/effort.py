@@ -35,15 +35,29 @@ def share_of(number: int, share: float, least: int = LEAST) -> int:
     return max(min(number, least), round(number * share))
 
 
-def training(d: int, tokens: int) -> tuple[int, int, int]:
-    """(latents, steps, rows of a batch) of a crosscoder that learns from so many tokens.
+@dataclass(frozen=True)
+class Training:
+    """How a dictionary (an SAE or a crosscoder) is trained: the same values give the same weights."""
 
-    >>> training(64, 40_000), training(576, 4_500)
-    ((256, 1200, 1024), (1152, 300, 512))
+    width: int | None = None
+    """Features or latents; None: twice as many as an SAE's site has dimensions, four times for a crosscoder."""
+    k: float = 8
+    """How many of them fire on an average token; of a crosscoder's, a whole number."""
+    steps: int = 1200
+    batch: int = 1024
+    """Rows (tokens) of a step."""
+    seed: int = 0
+
+
+def training(d: int, tokens: int, seed: int = 0) -> Training:
+    """How a crosscoder of models `d` wide is trained that learns from so many tokens.
+
+    >>> training(64, 40_000).width, training(576, 4_500).steps
+    (256, 300)
     """
     width = WIDTH * d if tokens >= 4 * WIDTH * d else WIDTH * d // 2
     batch = min(BATCH, max(64, 1 << int(tokens // 8).bit_length() - 1))
-    return width, min(STEPS, max(FEWEST, EPOCHS * tokens // batch)), batch
+    return Training(width=width, steps=min(STEPS, max(FEWEST, EPOCHS * tokens // batch)), batch=batch, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ def make_plan(pair: Pair, teach: int, held_out: int) -> FeaturePlan:
 
 
 def operations_of(size: Size, work: Work) -> float:
+    """Floating-point operations that some work takes in a model of this size: two for each parameter and token."""
     return 2.0 * (size.body * (work.tokens + 2 * work.back) + size.unembedding * work.read)
 
 
@@ -112,8 +127,8 @@ def work_of(pair: Pair, teach: int, held_out: int, share: float) -> Work:
     tokens = texts + judged + arrived + tables + clamps + changes + latents + cards
     d, learnt = size.d_model, teach * text
     trained = 2 * 3 * d * 2 * d * max(300 * 512, min(1200 * 1024, 32 * learnt))
-    width, steps, batch = training(d, int(learnt))
-    trained += 3 * 4 * 2 * d * width * steps * batch
+    fit = training(d, int(learnt))
+    trained += 3 * 4 * 2 * d * (fit.width or WIDTH * d) * fit.steps * fit.batch
     units = 2 * 6 * min(EXACT, 1024 * half * 2 * size.body)
     extra = (trained + units) / (2 * size.body)
     held = ROOM + 4 * d * text * (2 * teach + 3 * held_out) * 2

@@ -42,8 +42,7 @@ def fit_crosscoder(
     count. `splices` put S's activations into R at this place. `share`: of latents that are looked at.
     """
     # a few thousand tokens are learnt by heart long before the usual number of steps, and fill no wide dictionary
-    width, steps, batch = training(activations.dim, len(activations))
-    crosscoder = train_crosscoder(activations, width=width, steps=steps, batch=batch, seed=seed)
+    crosscoder = train_crosscoder(activations, training(activations.dim, len(activations), seed))
     latents, fit = judge_latents(crosscoder, held_out.batch(0, len(held_out), 0), seed)
     amount = crosscoder.encode(held_out.batch(0, len(held_out), 0)).mean(0)
     written = (amount * crosscoder.decoder[:, 1].norm(dim=1)).double().cpu().numpy()

@@ -20,11 +20,11 @@ from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.behaviour.repair_questions import make_ground, scale_of
 from mixturelens.contrasts import checkpoint_contrasts, hint_contrasts
 from mixturelens.features import exclusive
-from mixturelens.features.activations import Activations, At, collect_places, texts
+from mixturelens.features.activations import Activations, At, Storage, collect_places, texts
 from mixturelens.features.cards import Album, card, interesting
 from mixturelens.features.change import Splices, half_prompts, site_change
 from mixturelens.features.dictionary import Dictionary
-from mixturelens.features.effort import FeaturePlan, make_plan, share_of
+from mixturelens.features.effort import FeaturePlan, Training, make_plan, share_of
 from mixturelens.features.exclusive import fit_crosscoder
 from mixturelens.features.record import (
     Card,
@@ -36,11 +36,12 @@ from mixturelens.features.record import (
     SiteChange,
     Table,
 )
-from mixturelens.features.sae import load_sae, quality, train_sae
+from mixturelens.features.sae import JudgingTexts, Origin, load_sae, quality, train_sae
 from mixturelens.features.saved import Saved, read_sae
 from mixturelens.features.sites import SWEEPS, arrived_at, named_site
+from mixturelens.features.splice import Crossing
 from mixturelens.features.table import find_table
-from mixturelens.features.units import make_trial
+from mixturelens.features.units import TrialSettings, make_trial
 from mixturelens.hooks.lens import NAMES, Lens, lens_of
 from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory, size_of
@@ -78,34 +79,45 @@ POOR = 0.5
 """Share of the variance, or of the loss, under which a dictionary is called poor."""
 
 
+@dataclass(frozen=True)
+class FeatureSettings:
+    """What features are learnt from and looked for with, and where our SAEs are kept."""
+
+    folder: Path
+    """Keeps our SAEs, by checkpoint and site."""
+    patching: PatchingRecord | None = None
+    """Names the sites; without it, what RL changed is still looked at where it has arrived."""
+    no_patching: str = ""
+    """Why there is no record of patching."""
+    probing: ProbingRecord | None = None
+    """Gives the directions that interchange found."""
+    more: Sequence[PromptRow] = ()
+    """Prompts beside the suite's to learn features from, so that all of the suite is held out; without them the suite's
+    first half of questions serves."""
+    given: Sequence[Path] = ()
+    """Folders of pretrained SAEs in SAELens' format, which take the place of our own: the features of every concept are
+    looked for where the first of them is at home."""
+
+
 def feature_record(
     pair: Pair,
     behaviour: BehaviourRecord,
-    patching: PatchingRecord | None,
-    *,
-    folder: Path,
-    no_patching: str = "",
-    probing: ProbingRecord | None = None,
-    more: Sequence[PromptRow] = (),
-    given: Sequence[Path] = (),
+    settings: FeatureSettings,
     seed: int = 0,
     say: Say | None = None,
 ) -> FeatureRecord:
     """SAEs of S at the sites that patching named; the best feature, neuron, head and direction for cue, hint and
     selector; what RL changed of the features, by the terms of the split; and crosscoders over S and R.
 
-    `patching` names the sites; without it, `no_patching` says why, and what RL changed is still looked at where it has
-    arrived. `given`: folders of pretrained SAEs in SAELens' format, which take the place of our own: the features of
-    every concept are looked for where the first of them is at home. `probing` gives the directions found by
-    interchange. `folder` keeps our SAEs, by checkpoint and site. `more`: prompts beside the suite's to learn features
-    from, so that all of the suite is held out; without them the suite's first half of questions serves. What this pair
-    or its budget does not allow is left out, and said in `missing`. Raises InputError for fewer than two questions, for
-    SAEs that do not fit, and where not even the least fits into the memory that is allowed.
+    `behaviour` is what was measured of the pair; `say` is told each step. What this pair or its budget does not allow
+    is left out, and said in `missing`. Raises InputError for fewer than two questions, for SAEs that do not fit, and
+    where not even the least fits into the memory that is allowed.
     """
+    patching, probing = settings.patching, settings.probing
     pair = pair.spelled(behaviour.spelling)
     suite = pair.suite
-    saved = pretrained(pair, given)
-    teach, held_out = _split(suite, more, seed)
+    saved = pretrained(pair, settings.given)
+    teach, held_out = _split(suite, settings.more, seed)
     plan = make_plan(pair, len(teach), len(held_out))
     if say:
         say(f"features: {plan.needs}")
@@ -115,13 +127,13 @@ def feature_record(
     check_memory(pair, plan.needs, "features")
     s, r = (lens_of(pair, side) for side in pair.sides)
     names = tuple(fingerprint(source) for source in pair.sides.values())
-    study = _Study(s, r, suite, (names[0], names[1]), teach, held_out, folder, plan, seed, say)
+    study = _Study(s, r, suite, (names[0], names[1]), teach, held_out, settings.folder, plan, seed, say)
     study.missing += plan.missing
     concepts: tuple[Concept, ...] = ("cue", "hint", "selector") if suite.hinted else ("cue", "selector")
 
     def named(concept: Concept) -> Site:
         if patching is None:
-            raise InputError(no_patching or "nothing was patched")
+            raise InputError(settings.no_patching or "nothing was patched")
         site = named_site(patching, concept)
         if saved:  # the place is the SAE's own, at the tokens where patching finds the contrast
             layer, component = saved[0].at
@@ -261,10 +273,14 @@ class _Study:
     def share(self) -> float:
         return self.plan.share
 
-    def store(self, some: Sequence[Sequence[int]], what: str) -> Path:
-        """Where activations go that do not fit into memory: a folder named by all that they follow from."""
+    def digest(self, some: Sequence[Sequence[int]], what: str) -> str:
+        """A name for what follows from these texts, both checkpoints and the seed."""
         made = json.dumps([*self.names, what, self.seed, [list(ids) for ids in some]])
-        return self.folder / ".activations" / hashlib.sha256(made.encode()).hexdigest()[:16]
+        return hashlib.sha256(made.encode()).hexdigest()[:16]
+
+    def store(self, some: Sequence[Sequence[int]], what: str) -> Storage:
+        """Where activations go that do not fit into memory: a folder named by all that they follow from."""
+        return Storage(self.folder / ".activations" / self.digest(some, what))
 
     def learn(self, places: Sequence[At], saved: Sequence[Saved]) -> list[Sae]:
         """An SAE of S at each place, ours or a pretrained one, judged on S and on R, each on its own completions of
@@ -286,13 +302,11 @@ class _Study:
         def judge(place: At, found: Dictionary, trained: bool) -> Sae:
             self.dictionaries[place] = found.to(self.s.device)
             rows = {"before": _rows(self.seen[place], 0), "after": _rows(after[place], 0)}
+            most = share_of(JUDGED, self.share / 4, 16)
+            judging = {side: JudgingTexts(self.judged[side][:most], lengths[:most], self.seed) for side, _ in sides}
             said: dict[Side, Quality] = {
-                side: quality(
-                    lens, found, place, self.judged[side], lengths, self.seed,
-                    activations=rows[side], most=share_of(JUDGED, self.share / 4, 16),
-                )
-                for side, lens in sides
-            }  # fmt: skip
+                side: quality(lens, found, place, judging[side], rows[side]) for side, lens in sides
+            }
             site = Site(layer=place[0], component=place[1])
             explained, recovered = said["before"].explained, said["before"].loss_recovered.value
             if explained < POOR or (recovered is not None and recovered < POOR):
@@ -308,18 +322,19 @@ class _Study:
             layer, component = place
             site = Site(layer=layer, component=component)
             # another seed, suite or S is another SAE, and does not find this one in its place
-            name = f"{self.names[0].partition('@')[0]}/{site}-{self.store(own, str(site)).name[:8]}"
+            name = f"{self.names[0].partition('@')[0]}/{site}-{self.digest(own, str(site))[:8]}"
             batch = min(BATCH, max(64, 1 << int(tokens // 8).bit_length() - 1))
             activations = self.taught[place]
             train_sae(
                 activations,
                 self.folder / name,
-                site_name=f"blocks.{layer}.{NAMES[component]}",
-                model_name=self.names[0],
-                width=WIDTH * activations.dim,
-                steps=min(STEPS, max(FEWEST, EPOCHS * tokens // batch)),
-                batch=batch,
-                seed=self.seed,
+                Origin(f"blocks.{layer}.{NAMES[component]}", self.names[0]),
+                Training(
+                    width=WIDTH * activations.dim,
+                    steps=min(STEPS, max(FEWEST, EPOCHS * tokens // batch)),
+                    batch=batch,
+                    seed=self.seed,
+                ),
             )
             found = judge(place, load_sae(self.folder / name), True)
             return found.model_copy(update={"folder": name, "trained": WIDTH * activations.dim})
@@ -367,10 +382,9 @@ class _Study:
             else:
                 contrasts = checkpoint_contrasts(self.suite, self.s.tokenizer, harm.harmed_cue, harm.other, harm.policy)
                 lens, before = self.r, self.s
-            trial = make_trial(
-                lens, contrasts, site, before, measured, self.seed, layers=layers[concept], share=self.share
-            )
-            return find_table(concept, trial, self.dictionaries[_place(site)], subspace, self.missing, layers[concept])
+            settings = TrialSettings(measured, layers[concept], self.share, self.seed)
+            trial = make_trial(lens, contrasts, site, before, settings)
+            return find_table(concept, trial, self.dictionaries[_place(site)], subspace, self.missing)
 
         found = [
             self.attempt(f"units that carry the {concept}", lambda concept=concept: table(concept))
@@ -385,7 +399,7 @@ class _Study:
             self.attempt(
                 f"features of L{place[0]}.{place[1]} that RL changed",
                 lambda place=place: site_change(
-                    self.s, self.r, self.dictionaries[place], place, self.suite, self.seed, self.share
+                    Crossing(self.s, self.r, place), self.dictionaries[place], self.suite, self.seed, self.share
                 ),
             )
             for place in dict.fromkeys(places)
@@ -396,7 +410,8 @@ class _Study:
     def crosscoders(self, at: At) -> list[CrosscoderFit]:
         """Crosscoders over S and R at one place."""
         questions = share_of(exclusive.QUESTIONS, self.share, 8)
-        splices = Splices(self.r, self.s, at, half_prompts(self.suite, self.s.tokenizer, 1, questions), self.seed)
+        judging = half_prompts(self.suite, self.s.tokenizer, 1, questions)
+        splices = Splices(Crossing(self.r, self.s, at), judging, self.seed)
         found = [
             self.attempt(
                 f"crosscoder {number + 1} of {SEEDS} at L{at[0]}.{at[1]}",

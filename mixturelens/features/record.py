@@ -136,9 +136,11 @@ class Table(Frozen):
     several: tuple[Several, ...] = ()
 
     def together(self, kind: UnitKind) -> Several | None:
+        """The fewest units of a kind that carry the concept together; None where that was not looked for."""
         return next((each for each in self.several if each.kind == kind), None)
 
     def best(self, kind: UnitKind) -> UnitScore | None:
+        """The best single unit of a kind; None where none was scored."""
         return next((each for each in self.scores if each.unit.kind == kind), None)
 
 
@@ -160,6 +162,7 @@ class Terms(Frozen):
         return sum(known) if known else None
 
     def of(self, part: Part) -> Interval:
+        """The term that a part of the network answers for: routing (selector), conditioning (cue reader) or skill."""
         return {"selector": self.routing, "cue_reader": self.conditioning, "skill": self.skill}[part]
 
 
@@ -263,6 +266,7 @@ class FeatureRecord(Record):
     """What could not be measured on this pair, and why."""
 
     def table(self, concept: Concept) -> Table | None:
+        """The table of a concept; None where it could not be made (`missing` says why)."""
         return next((each for each in self.tables if each.concept == concept), None)
 
     @property

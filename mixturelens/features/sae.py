@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mixturelens.features.activations import BATCH_TOKENS, Activations, At, Progress, batches, collect, own_tokens
+from mixturelens.features.activations import (
+    BATCH_TOKENS,
+    Activations,
+    At,
+    Progress,
+    Storage,
+    batches,
+    collect,
+    own_tokens,
+)
 from mixturelens.features.batchtopk import sparse_class
 from mixturelens.features.dictionary import Dictionary
+from mixturelens.features.effort import Training
 from mixturelens.features.record import Quality
 from mixturelens.features.saved import load_sae, read_config
 from mixturelens.features.splice import BothModels, Spliced, own
@@ -59,37 +70,43 @@ LEAST = 0.05
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What an SAE's activations are of, as SAELens says it in its metadata."""
+
+    site_name: str
+    """`blocks.1.hook_resid_pre`, ..."""
+    model_name: str | None = None
+
+
 def train_sae(
     activations: Activations,
     folder: Path,
-    *,
-    site_name: str,
-    model_name: str | None = None,
-    width: int | None = None,
-    k: float = 8,
-    steps: int = 1200,
-    batch: int = 1024,
-    seed: int = 0,
+    origin: Origin,
+    training: Training | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Train an SAE of `width` features (default 2 d), of which `k` fire on an average token, and return its folder.
+    """Train an SAE of `training.width` features, of which k fire on an average token, and return its folder.
 
-    Features that in the end fire less than RARE of what is usual are left out, so there may be fewer than `width`.
+    Features that in the end fire less than RARE of what is usual are left out, so there may be fewer.
 
     It reads the first model's activations. They are scaled to a mean square norm of d, and the scale is folded back, so
-    that the saved SAE takes activations as they are. `site_name` (`blocks.1.hook_resid_pre`) and `model_name` are kept
-    in its metadata. The folder is what `sae_lens.SAE.load_from_disk` reads.
+    that the saved SAE takes activations as they are. `origin` is kept in its metadata. The folder is what
+    `sae_lens.SAE.load_from_disk` reads.
 
     The folder is whole or absent. A training that was killed goes on from its last checkpoint, and ends with the same
     weights to the bit; one that is done is not done again. Raises InputError if the folder holds another SAE, or for
     sizes that make no sense.
     """
-    width = width or 2 * activations.dim
+    training = training or Training()
+    width = training.width or 2 * activations.dim
+    training = replace(training, width=width)
+    k, steps, batch, seed = training.k, training.steps, training.batch, training.seed
     if not 0 < k <= width or steps < 1 or batch < 1:
         raise InputError(f"an SAE needs 0 < k <= width, steps and rows: k {k:g}, {width}, {steps}, {batch} were given")
     made = {
         "activations": activations.digest,
-        "site": site_name,
+        "site": origin.site_name,
         "width": width,
         "k": float(k),
         "steps": steps,
@@ -100,8 +117,8 @@ def train_sae(
         if read_config(folder).get("metadata", {}).get("mixturelens") != made:
             raise InputError(f"{folder} holds another SAE (other activations, site or settings); give another folder")
         return folder
-    metadata = {"hook_name": site_name, "model_name": model_name, "mixturelens": made}
-    trainer = make_trainer(activations, width, k, steps, batch, metadata)
+    metadata = {"hook_name": origin.site_name, "model_name": origin.model_name, "mixturelens": made}
+    trainer = make_trainer(activations, training, metadata)
     _start_at_examples(trainer, activations, seed)
     work = folder.parent / f".{folder.name}.training"
     for step in range(_resume(trainer, work, made), steps):
@@ -112,7 +129,7 @@ def train_sae(
         if trainer.n_training_steps % max(1, -(-steps // SAVES)) == 0 and trainer.n_training_steps < steps:
             _save(trainer, work, made)
         if not bool(torch.isfinite(output.loss)):
-            raise InputError(f"{site_name}: the loss is not finite at step {step}; are the activations?")
+            raise InputError(f"{origin.site_name}: the loss is not finite at step {step}; are the activations?")
         if progress:
             progress(step + 1, steps)
     trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
@@ -128,14 +145,14 @@ def train_sae(
 
 def make_trainer(
     activations: Activations,
-    width: int,
-    k: float,
-    steps: int,
-    batch: int,
+    training: Training,
     metadata: dict[str, Any] | None = None,
     sparse: bool = True,
 ) -> Any:
-    """SAELens' trainer of a BatchTopK SAE; with `sparse` False, one that SAELens would train by itself."""
+    """SAELens' trainer of a BatchTopK SAE; with `sparse` False, one that SAELens would train by itself.
+
+    Its first weights do not depend on the seed of `training`, whose width must be given. `metadata` is saved with it.
+    """
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.sae import SAEMetadata
@@ -143,14 +160,15 @@ def make_trainer(
 
     config = BatchTopKTrainingSAEConfig(
         d_in=activations.dim,
-        d_sae=width,
-        k=k,
+        d_sae=training.width or 2 * activations.dim,
+        k=training.k,
         dtype="float32",
         device="cpu",
         normalize_activations="expected_average_only_in",  # by the trainer's own scaler, which we tell the scale
         aux_loss_coefficient=0.0,  # dead features are resampled instead
         metadata=SAEMetadata(**(metadata or {})),
     )
+    steps, batch = training.steps, training.batch
     options = SAETrainerConfig(
         total_training_samples=steps * batch,
         train_batch_size_samples=batch,
@@ -254,31 +272,39 @@ def _resume(trainer: Any, work: Path, made: dict[str, Any]) -> int:
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class JudgingTexts:
+    """Texts that a dictionary is judged on: each a prompt with a completion behind it, as token ids."""
+
+    texts: Sequence[Sequence[int]]
+    prompt_lengths: Sequence[int]
+    """Tokens of each text's prompt."""
+    seed: int = 0
+    """Of the bootstrap over texts."""
+
+
 @torch.no_grad()
 def quality(
     lens: Lens,
     dictionary: Dictionary,
     at: At,
-    texts: Sequence[Sequence[int]],
-    prompt_lengths: Sequence[int],
-    seed: int = 0,
-    *,
+    judging: JudgingTexts,
     activations: Float[Tensor, "row d"] | None = None,
-    most: int | None = None,
 ) -> Quality:
     """Judge a dictionary on texts, at best ones that it was not trained on.
 
-    Loss is taken over what follows each text's prompt (of `most` texts, the first ones), activations over all tokens
-    (`activations`, where they are at hand); the reconstruction takes the place of the activation at all tokens. The
-    interval is a bootstrap over texts, each counted equally; it is not measured where the mean in the site's place does
-    no harm. Raises InputError for a dictionary of another width, one that does not reconstruct, texts without a
-    completion, or a site where nothing varies.
+    Loss is taken over what follows each text's prompt; the reconstruction takes the place of the activation at all
+    tokens. What is explained and what fires is counted over all tokens of the texts, or over `activations` where these
+    are at hand, which may be of more texts. The interval is a bootstrap over texts, each counted equally; it is not
+    measured where the mean in the site's place does no harm. Raises InputError for a dictionary of another width, one
+    that does not reconstruct, texts without a completion, or a site where nothing varies.
     """
     if dictionary.bias is None:
         raise InputError("the dictionary has no bias: it is not meant to reconstruct, so nothing says what is lost")
-    if len(texts) < 2 or any(not 0 < n < len(text) for n, text in zip(prompt_lengths, texts, strict=True)):
+    texts, lengths = judging.texts, judging.prompt_lengths
+    if len(texts) < 2 or any(not 0 < n < len(text) for n, text in zip(lengths, texts, strict=True)):
         raise InputError("quality needs two texts at least, each a prompt with a completion behind it")
-    x = collect([lens], texts, at, memory=1 << 62).parts[0][:, 0] if activations is None else activations
+    x = collect([lens], texts, at, Storage(memory=1 << 62)).parts[0][:, 0] if activations is None else activations
     if x.shape[-1] != (d := dictionary.read.shape[1]):
         raise InputError(f"the dictionary reads {d} dimensions, and the site has {x.shape[-1]}")
     mean = x.double().mean(0)
@@ -301,11 +327,10 @@ def quality(
     def ablated(mine: Tensor, _: Tensor) -> Tensor:
         return middle.to(mine.dtype).expand_as(mine)
 
-    some, lengths = texts[:most], prompt_lengths[:most]
-    ground = BothModels(lens, lens, at, [text[:n] for text, n in zip(some, lengths, strict=True)])
-    counts = resample_counts(len(some), seed)
+    ground = BothModels(lens, lens, at, [text[:n] for text, n in zip(texts, lengths, strict=True)])
+    counts = resample_counts(len(texts), judging.seed)
     plain, kept, lost = (
-        resampled_mean(completion_losses(Spliced(ground, splice), some, lengths, lens), counts)
+        resampled_mean(completion_losses(Spliced(ground, splice), judging, lens), counts)
         for splice in (own, reconstructed, ablated)
     )
     return Quality(
@@ -318,10 +343,9 @@ def quality(
 
 
 @torch.no_grad()
-def completion_losses(
-    model: Callable[..., Any], texts: Sequence[Sequence[int]], prompt_lengths: Sequence[int], lens: Lens
-) -> Float[np.ndarray, " text"]:
+def completion_losses(model: Callable[..., Any], judging: JudgingTexts, lens: Lens) -> Float[np.ndarray, " text"]:
     """Mean negative log-probability (nats) of a token behind each text's prompt, under what is called like a model."""
+    texts, prompt_lengths = judging.texts, judging.prompt_lengths
     losses = np.zeros(len(texts))
     vocabulary = lens.model.config.get_text_config().vocab_size
     order = sorted(range(len(texts)), key=lambda i: prompt_lengths[i])

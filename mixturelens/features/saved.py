@@ -215,6 +215,9 @@ def _factor(folder: Path) -> float | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a saved SAE, as it stands in its folder. Raises InputError where it is absent or no JSON
+    mapping.
+    """
     file = folder / CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mixturelens.features.change import Splices, half_prompts
 from mixturelens.features.effort import share_of
 from mixturelens.features.record import Concept
-from mixturelens.features.splice import whole
+from mixturelens.features.splice import Crossing, whole
 from mixturelens.hooks.lens import Lens
 from mixturelens.patching.record import PatchingRecord, Sweep
 from mixturelens.suite import Suite
@@ -77,10 +77,10 @@ def arrived_at(before: Lens, after: Lens, suite: Suite, seed: int = 0, share: fl
     last: tuple[int, Component] = (before.layers - 1, "resid_post")
     places: list[tuple[int, Component]] = [*((layer, "resid_pre") for layer in range(1, before.layers)), last]
 
-    base = Splices(before, after, places[0], prompts, seed).base
+    base = Splices(Crossing(before, after, places[0]), prompts, seed).base
 
     def bits(place: tuple[int, Component]) -> float:
-        (found,) = Splices(before, after, place, prompts, seed, base).terms([whole])
+        (found,) = Splices(Crossing(before, after, place), prompts, seed, base).terms([whole])
         if found.moved is None:
             raise InputError("what S does with R's activations could not be measured")
         return found.moved

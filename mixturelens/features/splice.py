@@ -29,6 +29,15 @@ TOKENS = 4096
 """Tokens of one forward: larger batches fall out of the cache and are slower on a CPU."""
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """One place (layer, component) in two models of one shape: what `other` has there can be put into `into`."""
+
+    into: Lens
+    other: Lens
+    at: At
+
+
 def own(mine: Tensor, other: Tensor) -> Tensor:
     """The model as it is."""
     return mine
@@ -146,7 +155,7 @@ class BothModels:
         handle = lens.bridge.blocks[0].register_forward_hook(self._see) if number == 0 else None
         try:
             with contextlib.suppress(EnoughRead):
-                run(lens, self, where, edits, keys, cache, 1)
+                _run(lens, self, where, edits, keys, cache, 1)
         finally:
             if handle is not None:
                 handle.remove()
@@ -165,7 +174,7 @@ def _cache() -> Any:
     return DynamicCache()
 
 
-def run(
+def _run(
     lens: Lens,
     ground: BothModels,
     where: slice | _Window,
@@ -266,7 +275,7 @@ class Spliced:
             edits.insert(0, (lens.point(layer, "resid_pre"), place(mine.entering)))
         with _skipping(lens, layer, ground.tuples):
             keep = 1 if isinstance(where, slice) else 0
-            return run(lens, ground, where, edits, keys, _cache() if cache is None else cache, keep)
+            return _run(lens, ground, where, edits, keys, _cache() if cache is None else cache, keep)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -31,15 +31,14 @@ def find_table(
     features: Dictionary,
     subspace: Subspace | None = None,
     missing: list[str] | None = None,
-    layers: Sequence[int] | None = None,
 ) -> Table:
     """The best feature, neuron, head and direction for one concept, chosen on one half of the questions by patching,
     and judged on the other; and how many features, neurons and heads it takes.
 
-    Features and directions are looked for at the site of the trial, neurons (of `layers`, if given) and heads at its
-    position.
-    `subspace`: a direction found by interchange, at its own site; one of several dimensions is no unit, and is left
-    out. Where the trial has a ground, every best unit is clamped in behaviour, to its mean clean activation.
+    Features and directions are looked for at the site of the trial, neurons and heads at its position, in the layers
+    that it looks at. `subspace`: a direction found by interchange, at its own site; one of several dimensions is no
+    unit, and is left out. Where the trial has a ground, every best unit is clamped in behaviour, to its mean clean
+    activation.
 
     What cannot be found of one kind is said in `missing`, if that is given; else InputError is raised.
     """
@@ -64,8 +63,9 @@ def find_table(
         several.append(fewest_features(pool))
 
     def of_neurons() -> None:
+        looked_at = trial.settings.layers
         seen = [layer for layer in range(lens.layers) if (layer, "neurons") in trial.choose.corrupt.seen]
-        pool = pool_of_neurons(trial, [layer for layer in seen if layers is None or layer in layers])
+        pool = pool_of_neurons(trial, [layer for layer in seen if looked_at is None or layer in looked_at])
         scores.append(best_of(pool))
         several.append(fewest_neurons(trial, pool))
 

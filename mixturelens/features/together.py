@@ -117,9 +117,11 @@ def _fewest(
                 break
     if not chosen:
         return Several(kind=kind, units=(), among=len(strong), enough=False, patch=NOT_MEASURED, random=())
-    others = matched(strong, chosen, RANDOM, np.random.default_rng(trial.seed))
+    others = matched(strong, chosen, RANDOM, np.random.default_rng(trial.settings.seed))
     found = together([chosen, *others], True)
-    gap, trained = clamped(*trial.ground, clamps(chosen)) if trial.ground else (NOT_MEASURED, NOT_MEASURED)
+    gap, trained = (
+        clamped(*trial.settings.ground, clamps(chosen)) if trial.settings.ground else (NOT_MEASURED, NOT_MEASURED)
+    )
     return Several(
         kind=kind,
         units=tuple(pool.unit(i) for i in chosen),
@@ -133,4 +135,4 @@ def _fewest(
 
 
 def _counts(trial: Trial, scene: Scene, judging: bool) -> Int[np.ndarray, "draw question"]:
-    return trial.counts if judging else resample_counts(len(scene), trial.seed, FEW)
+    return trial.counts if judging else resample_counts(len(scene), trial.settings.seed, FEW)

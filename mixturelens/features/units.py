@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -161,6 +162,19 @@ def random_gaps(
 
 
 @dataclass(frozen=True)
+class TrialSettings:
+    """What of units is measured, and how much of it."""
+
+    ground: tuple[Ground, Scale] | None = None
+    """Where behaviour under a clamp is measured; None: it is not."""
+    layers: Sequence[int] | None = None
+    """Those whose heads and neurons are compared with what is found at the site; None: all."""
+    share: float = 1.0
+    """Of questions and controls."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Trial:
     """One contrast in one model: the questions that choose a unit, and those that judge it."""
 
@@ -171,21 +185,19 @@ class Trial:
     judging: Contrasts
     counts: Int[np.ndarray, "draw question"]
     """Bootstrap over the questions that judge."""
-    seed: int
     before: Lens | None = None
     """Where clean activations come from, if from another checkpoint."""
-    ground: tuple[Ground, Scale] | None = None
-    """Where behaviour under a clamp is measured, if it is."""
-    share: float = 1.0
-    """Of controls."""
+    settings: TrialSettings = TrialSettings()
 
     @property
     def controls(self) -> int:
-        return share_of(RANDOM, self.share, 8)
+        """Random units, at most, that a unit's effect on the metric is compared with."""
+        return share_of(RANDOM, self.settings.share, 8)
 
     @property
     def controls_in_behaviour(self) -> int:
-        return share_of(RANDOM_GAP, self.share, 2)
+        """Random units, at most, that are clamped in behaviour beside it: each costs a whole measurement."""
+        return share_of(RANDOM_GAP, self.settings.share, 2)
 
     @property
     def lens(self) -> Lens:
@@ -193,9 +205,11 @@ class Trial:
         return self.judge.corrupt.engine.lens
 
     def at(self, site: Site) -> Trial:
+        """The same contrast and questions, looked at elsewhere. Raises InputError for a site that is not there."""
         return replace(self, choose=self.choose.at(site), judge=self.judge.at(site))
 
     def shares(self, moved: Float[np.ndarray, "unit question"]) -> Float[np.ndarray, "draw unit"]:
+        """Nats by which units move each judging question's metric, as bootstrapped shares of the contrast."""
         return self.judge.shares(moved, self.counts)
 
     def auroc(self, read: Callable[[Float[Tensor, "question column d"]], Float[Tensor, "question column"]]) -> Interval:
@@ -211,37 +225,6 @@ class Trial:
         chosen = draws(self.choose, np.ones((1, len(self.choose)), dtype=int))[0]
         found = draws(self.judge, self.counts)
         return interval(found if chosen >= 0.5 else 1 - found, self.counts, bounds=PROPORTION, digits=6)
-
-    def score(
-        self,
-        unit: Unit,
-        among: int,
-        read: Interval,
-        patch: Float[np.ndarray, " draw"],
-        clamp: Float[np.ndarray, " draw"],
-        ablate: Float[np.ndarray, " draw"],
-        random: Float[np.ndarray, "draw random"],
-        do: Clamp,
-        random_do: Sequence[Clamp],
-    ) -> UnitScore:
-        gap, trained, gaps = NOT_MEASURED, NOT_MEASURED, ()
-        if self.ground is not None:
-            gap, trained = clamped(*self.ground, do)
-            gaps = random_gaps(*self.ground, random_do, share_of(FEW, self.share, 8))
-        return UnitScore(
-            unit=unit,
-            among=among,
-            auroc=read,
-            patch=interval(patch, self.counts, digits=6),
-            clamp=interval(clamp, self.counts, digits=6),
-            ablate=interval(ablate, self.counts, digits=6),
-            random=tuple(random[0].round(6).tolist()),
-            margin=interval(patch - random.max(1), self.counts, digits=6) if random.shape[1] else NOT_MEASURED,
-            gap_closed=gap,
-            trained_change=trained,
-            random_gap=gaps,
-            intervention=next((each for each in do if isinstance(each, Intervention) and each.do == "clamp"), None),
-        )
 
 
 @dataclass(frozen=True)
@@ -261,6 +244,7 @@ class Place:
         return clamps_of(self.units, which, self.trial.judge.site, self.trial.contrasts, self.means)
 
     def only(self, which: int) -> Place:
+        """One of the units, as a place of its own."""
         return Place(self.trial, self.units.part(torch.tensor([which], device=self.units.read.device)))
 
 
@@ -280,6 +264,7 @@ class Pool:
 
     @property
     def tried(self) -> int:
+        """Units whose effect was measured, rather than guessed from slopes."""
         return int(np.isfinite(self.alone).sum())
 
 
@@ -375,6 +360,43 @@ def best_of(pool: Pool) -> UnitScore:
     return _judged(own, pool.unit(best), pool.tried, random, clamps)
 
 
+class _Moved(NamedTuple):
+    """Bootstrapped shares of the contrast that one unit moves in each way, and those of random others, patched."""
+
+    patch: Float[np.ndarray, " draw"]
+    clamp: Float[np.ndarray, " draw"]
+    ablate: Float[np.ndarray, " draw"]
+    random: Float[np.ndarray, "draw random"]
+
+
+def _score(
+    trial: Trial, unit: Unit, among: int, read: Interval, moved: _Moved, do: Clamp, random_do: Sequence[Clamp]
+) -> UnitScore:
+    """The record of one unit: what it tells, what it moves beside random others, what its clamp does in behaviour.
+
+    Behaviour is measured where the trial has a ground; elsewhere its numbers are null.
+    """
+    gap, trained, gaps = NOT_MEASURED, NOT_MEASURED, ()
+    settings, counts, random = trial.settings, trial.counts, moved.random
+    if settings.ground is not None:
+        gap, trained = clamped(*settings.ground, do)
+        gaps = random_gaps(*settings.ground, random_do, share_of(FEW, settings.share, 8))
+    return UnitScore(
+        unit=unit,
+        among=among,
+        auroc=read,
+        patch=interval(moved.patch, counts, digits=6),
+        clamp=interval(moved.clamp, counts, digits=6),
+        ablate=interval(moved.ablate, counts, digits=6),
+        random=tuple(random[0].round(6).tolist()),
+        margin=interval(moved.patch - random.max(1), counts, digits=6) if random.shape[1] else NOT_MEASURED,
+        gap_closed=gap,
+        trained_change=trained,
+        random_gap=gaps,
+        intervention=next((each for each in do if isinstance(each, Intervention) and each.do == "clamp"), None),
+    )
+
+
 def _shares(place: Place) -> Float[np.ndarray, "draw unit"]:
     return place.trial.shares(unit_effects(place.trial.judge, place.units))
 
@@ -382,7 +404,7 @@ def _shares(place: Place) -> Float[np.ndarray, "draw unit"]:
 def along_random(own: Place, number: int) -> Place:
     """The change of a single unit, written along random directions of the same norm: units that read what it reads."""
     units, trial = own.units, own.trial
-    generator = torch.Generator().manual_seed(trial.seed)
+    generator = torch.Generator().manual_seed(trial.settings.seed)
     elsewhere = torch.randn(number, units.read.shape[1], generator=generator).to(units.read)
     elsewhere = elsewhere * units.write.norm() / elsewhere.norm(dim=1, keepdim=True)
     same = units.part(torch.zeros(number, dtype=torch.long, device=units.read.device))
@@ -394,17 +416,14 @@ def _judged(
 ) -> UnitScore:
     """The score of a single unit."""
     trial, units = own.trial, own.units
-    return trial.score(
-        unit,
-        among,
-        trial.auroc(lambda x: units.encode(x)[..., 0]),
-        trial.shares(unit_effects(trial.judge, units, "patch"))[:, 0],
-        trial.shares(unit_effects(trial.judge, units, "clamp", own.means))[:, 0],
-        trial.shares(unit_effects(trial.judge, units, "ablate"))[:, 0],
-        random,
-        own.clamp(0),
-        random_do,
+    read = trial.auroc(lambda x: units.encode(x)[..., 0])
+    moved = _Moved(
+        patch=trial.shares(unit_effects(trial.judge, units, "patch"))[:, 0],
+        clamp=trial.shares(unit_effects(trial.judge, units, "clamp", own.means))[:, 0],
+        ablate=trial.shares(unit_effects(trial.judge, units, "ablate"))[:, 0],
+        random=random,
     )
+    return _score(trial, unit, among, read, moved, own.clamp(0), random_do)
 
 
 def best_direction(place: Place, unit: Callable[[int], Unit]) -> UnitScore:
@@ -439,18 +458,23 @@ def best_head(trial: Trial) -> UnitScore:
     eraser = leace(torch.cat(sets), torch.arange(2, device=mean.device).flip(0).repeat_interleave(len(sets[0])))
     others = [i for i in range(len(sites)) if i != best]
     drawn = (
-        np.random.default_rng(trial.seed).permutation(others)[: trial.controls_in_behaviour].tolist()
-        if trial.ground
+        np.random.default_rng(trial.settings.seed).permutation(others)[: trial.controls_in_behaviour].tolist()
+        if trial.settings.ground
         else []
     )
-    return trial.score(
+    read = here.auroc(lambda x: eraser.found(x)[..., 0]) if eraser.rank else Interval(value=0.5, low=0.5, high=0.5)
+    moved = _Moved(
+        patch=judged[:, best],
+        clamp=here.shares(site_effects(here.judge, "clamp", mean)[None])[:, 0],
+        ablate=here.shares(site_effects(here.judge, "ablate")[None])[:, 0],
+        random=judged[:, others],
+    )
+    return _score(
+        trial,
         Unit(kind="head", site=sites[best]),
         len(sites),
-        here.auroc(lambda x: eraser.found(x)[..., 0]) if eraser.rank else Interval(value=0.5, low=0.5, high=0.5),
-        judged[:, best],
-        here.shares(site_effects(here.judge, "clamp", mean)[None])[:, 0],
-        here.shares(site_effects(here.judge, "ablate")[None])[:, 0],
-        judged[:, others],
+        read,
+        moved,
         [set_to(sites[best], trial.contrasts, mean)],
         [[set_to(sites[i], trial.contrasts, trial.choose.at(sites[i]).clean.values.mean((0, 1)))] for i in drawn],
     )
@@ -477,22 +501,20 @@ def make_trial(
     contrasts: Contrasts,
     site: Site,
     before: Lens | None = None,
-    ground: tuple[Ground, Scale] | None = None,
-    seed: int = 0,
-    *,
-    layers: Sequence[int] | None = None,
-    share: float = 1.0,
+    settings: TrialSettings | None = None,
 ) -> Trial:
     """Both halves of a contrast's questions at a site: those on which repairs choose, if repairs are measured.
 
-    `layers`: those whose heads and neurons will be compared with what is found at the site; without it, all of them.
-    Raises InputError as `make_scene` does, for fewer than two questions, and where the two sides do not differ.
+    `lens` is the model that is patched; clean activations come from it, too, unless `before` is another. Raises
+    InputError as `make_scene` does, for fewer than two questions, and where the two sides do not differ.
     """
+    settings = settings or TrialSettings()
+    ground, share, seed = settings.ground, settings.share, settings.seed
     halves = _halves(contrasts, ground[0] if ground else None)
     questions = share_of(QUESTIONS, share / 2 if share < 1 else 1.0, 12)
     if not all(half.rows for half in halves):
         raise InputError("one half of the questions chooses units and the other judges them: give at least two")
-    watch = _watch(lens, halves[0].first(questions), site, layers)
+    watch = _watch(lens, halves[0].first(questions), site, settings.layers)
     choose, judge = (make_scene(lens, half.first(questions), site, before, watch) for half in halves)
     counts = resample_counts(len(judge), seed)
     for scene in (choose, judge):
@@ -504,7 +526,7 @@ def make_trial(
                 "nothing to carry"
             )
     first, second = (half.first(questions) for half in halves)
-    return Trial(choose, judge, first, second, counts, seed, before, ground, share)
+    return Trial(choose, judge, first, second, counts, before, settings)
 
 
 def _watch(lens: Lens, contrasts: Contrasts, site: Site, layers: Sequence[int] | None) -> list[At]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,11 +11,8 @@ from mixturelens.behaviour.likelihood import Model, Scorer
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.grafting.readings import beginnings, enough_of
 from mixturelens.spelling import Ids
-from mixturelens.suite import PromptRow, Rule, Suite
+from mixturelens.suite import Rule
 from mixturelens.types import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PROMPTS, SAMPLES = 32, 4
 """Prompts, drawn, and completions of each from S and from R, that texts are looked for in."""
@@ -29,43 +25,42 @@ MOST = 0.98
 
 
 def as_announced(
-    suite: Suite,
-    rows: Sequence[PromptRow],
-    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
     models: Sequence[Model],
     scorer: Scorer,
     seed: int = 0,
-) -> Suite:
-    """The suite with texts in place of rules: those by which S and R announce a policy most often, and the one that the
-    rule forces.
+) -> Prompts:
+    """The prompts, of a suite with texts in place of rules: those by which S and R (`models`) announce a policy most
+    often, and the one that the rule forces.
 
     A text ends where its policy has shown, so that how the completion goes on does not matter. How much of the
-    completions these texts cover is measured afterwards, exactly. Where they cannot be spelled the suite stays as is.
+    completions these texts cover is measured afterwards, exactly. Where they cannot be spelled, or there is no rule,
+    the prompts are given back as they are.
     """
+    suite, rows = prompts.suite, prompts.rows
     ruled = [name for name, shown in suite.policies.items() if isinstance(shown, Rule) and shown.force is not None]
     if not ruled:
-        return suite
+        return prompts
     some = sorted(np.random.default_rng(seed).permutation(len(rows))[:PROMPTS].tolist())
-    prompts = prepare(suite, [rows[i] for i in some], tokenizer)
+    asked = prompts.part(some)
     room = [min(ROOM, suite.max_new_tokens - 1)] * len(some)
     seen: Counter[tuple[int, Ids]] = Counter()
     for model in models:
-        drawn = scorer.sample(model, prompts.contexts, SAMPLES, room, seed)
+        drawn = scorer.sample(model, asked.contexts, SAMPLES, room, seed)
         bodies = [tuple(t[:-1] if t and t[-1] in scorer.ends else t) for t in drawn.tokens]
-        for body, labels in zip(bodies, beginnings(prompts, bodies, drawn.context, scorer), strict=True):
+        for body, labels in zip(bodies, beginnings(asked, bodies, drawn.context, scorer), strict=True):
             if labels.policy[-1] < len(suite.policies) and (count := enough_of(labels.policy)):
                 seen[int(labels.policy[-1]), body[:count]] += 1
-    texts = _told_apart(seen, prompts)
+    texts = _told_apart(seen, asked)
     policies = dict(suite.policies)
     for m, name in enumerate(policies):
         if name in ruled and texts[m]:
             policies[name] = texts[m]
     found = suite.model_copy(update={"policies": policies})
     try:
-        prepare(found, rows, tokenizer)
+        return prepare(found, rows, prompts.tokenizer)
     except InputError:
-        return suite
-    return found
+        return prompts
 
 
 def _told_apart(seen: Counter[tuple[int, Ids]], prompts: Prompts) -> list[tuple[str, ...]]:

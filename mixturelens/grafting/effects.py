@@ -62,6 +62,7 @@ class Judge:
         return Judge(self.cells, self.policies, self.before, self.after, grid, self)
 
     def drawn(self, readings: Readings) -> Resampled:
+        """Readings (one row a prompt) as means over questions for every cue, in every bootstrap sample."""
         log_c, log_p = _numpy(readings.log_c), _numpy(readings.log_p)
         return Resampled(
             odds=self.grid.draws(self.odds(log_c)),
@@ -83,6 +84,7 @@ class Judge:
         return (np.exp(_numpy(self.before.announced)) + np.exp(_numpy(self.after.announced))) / 2
 
     def odds(self, log_c: Float[np.ndarray, "prompt policy"]) -> Float[np.ndarray, " prompt"]:
+        """log c_p - log c_o of each prompt, in nats, where (p, o) are `policies`."""
         p, o = (self.cells.policies.index(name) for name in self.policies)
         return log_c[:, p] - log_c[:, o]
 
@@ -112,10 +114,12 @@ class Judge:
 
     @cached_property
     def s(self) -> Resampled:
+        """S itself."""
         return self.drawn(self.before)
 
     @cached_property
     def r(self) -> Resampled:
+        """R itself."""
         return self.drawn(self.after)
 
     @cached_property
@@ -125,6 +129,7 @@ class Judge:
 
     @cached_property
     def moved_weights(self) -> Bool[np.ndarray, " cue"]:
+        """Cues under which the weight of policy p surely changed."""
         p = self.cells.policies.index(self.policies[0])
         return (
             self.whole.moved_weights
@@ -167,6 +172,9 @@ class Judge:
         return float(aligned(self.mean(np.exp(log_c[:, p])) - s, r - s, self.moved_weights)[0])
 
     def specialist_share(self, log_p: Float[np.ndarray, "prompt policy"]) -> float:
+        """Share of R's change of what policies do, without an interval: what the search for the specialist part goes
+        by.
+        """
         s, r = (x.done[:1] for x in (self.s, self.r))
         return float(aligned(self.mean(log_p) - s, r - s, self.moved_cells)[0])
 

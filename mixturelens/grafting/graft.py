@@ -131,6 +131,7 @@ class WorkingModel:
         return self._weights[key]
 
     def log_p(self, components: Names) -> Float[np.ndarray, "prompt policy"]:
+        """Log-probability of the usual completions in S with these components taken from R."""
         return self.readings(components).log_p.cpu().numpy()
 
     def _read(self, changed: AbstractContextManager[None], side: str, count: int) -> Readings:
@@ -174,12 +175,15 @@ class GraftTrial:
     judge: Judge
 
     def effects(self, components: Names) -> Effects:
+        """What S with these components from R does that S does not, with intervals over questions."""
         return self.judge.effects(self.bench.readings(components))
 
     def choice_share(self, components: Names) -> float:
+        """The share of R's change of the choice of policy that these components carry in S."""
         return self.judge.choice_share(self.bench.log_c(components))
 
     def specialist_share(self, components: Names) -> float:
+        """The share of R's change of what policies do that these components carry in S."""
         return self.judge.specialist_share(self.bench.log_p(components))
 
 

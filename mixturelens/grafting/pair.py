@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -14,7 +14,7 @@ from mixturelens.behaviour.grid import grid_of
 from mixturelens.behaviour.harmed import gained_and_lost
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
-from mixturelens.behaviour.prompts import prepare, without_behaviours
+from mixturelens.behaviour.prompts import Prompts, prepare, without_behaviours
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.grafting.announced import as_announced
 from mixturelens.grafting.components import State, parts, weights_of
@@ -54,11 +54,8 @@ from mixturelens.hooks.lens import components_of
 from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory, size_of
 from mixturelens.stats import PROPORTION, half_of, interval, mean_interval, resample_counts, resampled_mean, too_few
-from mixturelens.suite import PromptRow, Suite, wordings
+from mixturelens.suite import PromptRow, wordings
 from mixturelens.types import NOT_MEASURED, InputError, Interval
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SHARED = 64
 """Questions, at most, of Shapley shares, which try every set of components."""
@@ -70,36 +67,43 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class GraftSettings:
+    """How much is grafted, and where the rollback goes."""
+
+    exhaustive: bool = False
+    """On a model of many components groups of layers are grafted first, and opened where they matter: this opens all,
+    whatever time it takes."""
+    save_to: Path | None = None
+    """Folder of the rollback, R with S's selector, as a plain checkpoint; None: it is not kept."""
+
+
 def graft_record(
     pair: Pair,
     behaviour: BehaviourRecord,
-    *,
-    exhaustive: bool = False,
-    save_to: Path | None = None,
-    suite_name: str | None = None,
+    settings: GraftSettings | None = None,
     seed: int = 0,
     say: Say | None = None,
 ) -> GraftRecord:
     """Which components carry what RL changed: alone (do they suffice?), missing (are they needed?), and in between.
 
-    On a model of many components groups of layers are grafted first, and opened where they matter; `exhaustive` opens
-    all. `save_to` takes the rollback, R with S's selector, as a plain checkpoint. Raises InputError for folders that
-    are no pair, and where a policy cannot be put in place or has no other beside it.
+    `behaviour` is what was measured of the pair; `say` is told each step. Raises InputError for folders that are no
+    pair, and where a policy cannot be put in place or has no other beside it.
     """
-    say = say or (lambda _: None)
+    settings, say = settings or GraftSettings(), say or (lambda _: None)
     policies = gained_and_lost(behaviour)
     pair.check_one_function("a graft")
     pair = pair.spelled(behaviour.spelling)
     suite, tokenizer = pair.suite, pair.tokenizer
     rows = some_questions(suite.neutral)
     prompts = prepare(suite, rows, tokenizer)
-    planned, needed_here = plan(pair, prompts, components_about(pair), exhaustive)
+    planned, needed_here = plan(pair, prompts, components_about(pair), settings.exhaustive)
     say(f"grafts: {needed_here}")
     check_memory(pair, needed_here, "grafts")
     s, r = (pair.model(side) for side in pair.sides)
     scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
-    told = as_announced(suite, rows, tokenizer, (s, r), scorer, seed)
-    cells = make_cells(told, rows, tokenizer, s, scorer, seed)
+    told = as_announced(prompts, (s, r), scorer, seed)
+    cells = make_cells(told, s, scorer, seed)
     say("components")
     components = components_of(s, tokenizer)
     state_s, state_r = weights_of(s), weights_of(r)
@@ -179,17 +183,21 @@ def graft_record(
         few = planned.searched if searched else None
         ids = [cells.questions[i] for i in half_of(len(cells.questions), 1, few)]
         rows = tuple(row for row in suite.neutral if row.id in set(ids))
-        accuracy = rolled_back(s, r, weights, suite, rows, tokenizer, scorer, seed)
-        if save_to is not None:
-            save_with(r, weights, tokenizer, save_to)
+        accuracy = _rolled_back((s, r), weights, prepare(suite, rows, tokenizer), scorer, seed)
+        if settings.save_to is not None:
+            save_with(r, weights, tokenizer, settings.save_to)
         rollback = Rollback(
-            components=back, also=also, enough=enough, accuracy=accuracy, checkpoint=save_to.name if save_to else None
+            components=back,
+            also=also,
+            enough=enough,
+            accuracy=accuracy,
+            checkpoint=settings.save_to.name if settings.save_to else None,
         )
     return GraftRecord(
-        provenance=pair.provenance(seed, suite_name),
+        provenance=pair.provenance(seed),
         policies=policies,
         method=method_of(suite),
-        texts={} if told is suite else {name: wordings(shown) for name, shown in told.policies.items()},
+        texts={} if told is prompts else {name: wordings(shown) for name, shown in told.suite.policies.items()},
         cues=suite.cues,
         questions=len(cells.grid.index),
         coverage=round(judge.coverage, 6),
@@ -241,9 +249,7 @@ def _on(trial: GraftTrial, index: Int[np.ndarray, "question cue"]) -> GraftTrial
 
 
 def _path(trial: GraftTrial, policies: tuple[str, str], large: bool) -> Attribution:
-    bench = trial.bench
-    given = (bench.model, bench.before, bench.after, bench.components, bench.cells, policies)
-    return attribute(*given, nodes=FEW_NODES, most=3 * FEW_NODES) if large else attribute(*given)
+    return attribute(trial.bench, policies, *((FEW_NODES, 3 * FEW_NODES) if large else ()))
 
 
 def _unseen(found: Search) -> list[str]:
@@ -334,25 +340,21 @@ def _sums(path: Attribution | None) -> tuple[PathAttribution, ...]:
 
 
 def settled(line: PathAttribution) -> bool:
+    """Whether path attribution adds up to the change of its metric, within SETTLED of it (or of 0.05 nats if it is
+    less).
+    """
     return abs(line.sum - line.change) <= SETTLED * max(abs(line.change), 0.05)
 
 
 # --- rollback ---------------------------------------------------------------------------------------------------------
 
 
-def rolled_back(
-    before: Any,
-    after: Any,
-    weights: State,
-    suite: Suite,
-    rows: Sequence[PromptRow],
-    tokenizer: PreTrainedTokenizerBase,
-    scorer: Scorer,
-    seed: int,
+def _rolled_back(
+    models: tuple[Any, Any], weights: State, prompts: Prompts, scorer: Scorer, seed: int
 ) -> dict[str, dict[str, Interval]]:
-    """Expected accuracy under every cue of S, of R, and of R with S's `weights`."""
-    prompts = prepare(suite, rows, tokenizer)
-    if suite.literal:  # of which rightness alone is asked
+    """Expected accuracy under every cue of S and R (`models`), and of R with S's `weights`."""
+    before, after = models
+    if prompts.suite.literal:  # of which rightness alone is asked
         prompts = without_behaviours(prompts)
     grid = grid_of(prompts, seed)
 
@@ -364,5 +366,5 @@ def rolled_back(
         sides["rollback"] = accuracy(after)
     return {
         cue: {side: interval(of[:, c], grid.counts, bounds=PROPORTION) for side, of in sides.items()}
-        for c, cue in enumerate(suite.cues)
+        for c, cue in enumerate(prompts.suite.cues)
     }

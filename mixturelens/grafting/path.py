@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mixturelens.grafting.components import State
+from mixturelens.grafting.graft import WorkingModel
 from mixturelens.grafting.readings import Batch, Cells, Readings, metric_names, metrics, read
 from mixturelens.models.beginnings import BATCH_TOKENS
 from mixturelens.types import InputError, RunError
@@ -55,14 +56,7 @@ class Attribution:
 
 
 def attribute(
-    model: nn.Module,
-    before_state: State,
-    after_state: State,
-    parts: Mapping[str, tuple[str, ...]],
-    cells: Cells,
-    policies: tuple[str, str],
-    nodes: int = NODES,
-    most: int | None = None,
+    bench: WorkingModel, policies: tuple[str, str], nodes: int = NODES, most: int | None = None
 ) -> Attribution:
     """Integrated gradients over weights: the integral of dM/dtheta . (theta_R - theta_S) from S to R, for every part.
 
@@ -71,15 +65,14 @@ def attribute(
     until it misses none by more than CLOSE in all; the result is given even where that takes more than `most` points
     (MOST). A panel has `nodes` of them.
 
-    `model` is a plain Hugging Face model of the two states' shape, with any weights; it is left as it is. `parts`:
-    component -> names of its parameters (a tied one once); parts that did not change get 0. `policies`: the (p, o)
-    of `routing@cue`. Beside the two states one set of the changed weights is held. Raises InputError for a parameter
-    that changed and is in no part, or in two.
+    The parts are the components of `bench`, whatever its pieces: those that did not change get 0. Its model may hold
+    any weights, and is left as it is. `policies`: the (p, o) of `routing@cue`. Beside the two states one set of the
+    changed weights is held. Raises InputError for a parameter that changed and is in no part, or in two.
 
-    Example: `attribute(model, weights_of(s), weights_of(r), lens.components(), cells, ("a", "b")).values.mean(0)`.
+    Example: `attribute(WorkingModel(s, weights_of(s), weights_of(r), components, cells), ("a", "b")).values.mean(0)`.
     """
-    cells = _some(cells)
-    line = _WeightLine(model, before_state, after_state, parts, cells, policies)
+    cells, parts = _some(bench.cells), bench.components
+    line = _WeightLine(bench.model, bench.before, bench.after, parts, cells, policies)
     about = (metric_names(cells), tuple(parts), cells.questions)
     if not line.changed:
         nothing = line.metrics_at(0.0) * 0.0  # NaN stays where there is no prompt

@@ -19,11 +19,11 @@ from torch import Tensor
 from mixturelens.behaviour.forced import Labelled, label_completions
 from mixturelens.behaviour.grid import Grid, grid_of
 from mixturelens.behaviour.likelihood import BATCH_BYTES, Completions, Model, Scorer
-from mixturelens.behaviour.prompts import Announcement, Prompts, behind_announcements, prepare, room_behind
+from mixturelens.behaviour.prompts import Announcement, Prompts, behind_announcements, room_behind
 from mixturelens.contrasts import span_positions
 from mixturelens.models.beginnings import BATCH_TOKENS, LONG, keeps
 from mixturelens.spelling import Ids
-from mixturelens.suite import PromptRow, Rule, Suite, wordings
+from mixturelens.suite import Rule, Suite, wordings
 from mixturelens.types import InputError
 
 ROUNDING = 1e-4
@@ -85,10 +85,12 @@ class Cells:
 
     @property
     def suite(self) -> Suite:
+        """The suite that the prompts are of."""
         return self.prompts.suite
 
     @property
     def announcements(self) -> tuple[Announcement, ...]:
+        """Texts that put a policy in place: every wording of every policy."""
         return self.prompts.announcements
 
     @property
@@ -98,14 +100,17 @@ class Cells:
 
     @property
     def policies(self) -> tuple[str, ...]:
+        """Names of the known policies, in the suite's order."""
         return tuple(self.suite.policies)
 
     @property
     def cues(self) -> tuple[str, ...]:
+        """The suite's cues, in its order."""
         return self.suite.cues
 
     @property
     def questions(self) -> tuple[str, ...]:
+        """Ids of the questions, in the order of the prompts."""
         return tuple(dict.fromkeys(row.id for row in self.prompts.rows))
 
     def __len__(self) -> int:
@@ -119,10 +124,12 @@ class Cells:
 
     @cached_property
     def policy(self) -> Int[np.ndarray, " row"]:
+        """Which policy the row puts in place, as a place in `policies`."""
         return np.tile([a.policy for a in self.announcements], len(self.prompts.rows))
 
     @cached_property
     def wording(self) -> Int[np.ndarray, " row"]:
+        """Which of that policy's wordings puts it in place."""
         return np.tile([a.wording for a in self.announcements], len(self.prompts.rows))
 
     @cached_property
@@ -137,6 +144,7 @@ class Cells:
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " row"]:
+        """Tokens of prompt, announcement and completion together."""
         return self.placed + np.array([len(c) for c in self.completions])
 
     @cached_property
@@ -293,13 +301,15 @@ def wordings_of(owner: tuple[int, ...] | None, table: Float[Tensor, "prompt anno
 def log_weights(
     announced: Float[Tensor, "prompt announcement"], owner: tuple[int, ...] | None
 ) -> Float[Tensor, "prompt policy"]:
+    """Log-probability that each policy is announced, in any of its wordings, from that of each announcement.
+
+    `owner` names the policy of each column; None says that each announcement is a policy of its own.
+    """
     return torch.stack([announced[:, columns].logsumexp(1) for columns in wordings_of(owner, announced)], 1)
 
 
 def make_cells(
-    suite: Suite,
-    rows: Sequence[PromptRow],
-    tokenizer: Any,
+    prompts: Prompts,
     before_model: Model,
     scorer: Scorer,
     seed: int = 0,
@@ -309,10 +319,10 @@ def make_cells(
 
     Raises InputError for a policy that is a rule without `force`: no text puts it in place.
     """
+    suite, rows = prompts.suite, prompts.rows
     for name, shown in suite.policies.items():
         if not wordings(shown):
             raise InputError(f"policy {name!r} is a rule without `force`: give a text that puts it in place")
-    prompts = prepare(suite, rows, tokenizer)
     contexts = behind_announcements(prompts)
     begins = [len(context) for context in prompts.contexts for _ in prompts.announcements]
     usual = greedy(before_model, contexts, room_behind(prompts), scorer, begins)
@@ -321,7 +331,7 @@ def make_cells(
         prompts=prompts,
         completions=completions,
         shown=shown,
-        spans=tuple(span_positions(suite, row, tokenizer) if row.spans else {} for row in rows),
+        spans=tuple(span_positions(suite, row, prompts.tokenizer) if row.spans else {} for row in rows),
         grid=grid_of(prompts, seed),
         seed=seed,
         device=scorer.device,

@@ -23,6 +23,7 @@ class Starts:
     """(side, number of a batch) -> what each layer gives."""
 
     def has(self, side: str) -> bool:
+        """Whether what the layers of this side give has been kept."""
         return (side, 0) in self._given
 
     @contextlib.contextmanager

@@ -99,6 +99,8 @@ class ForecastScore(Frozen):
 
 
 class Happened(Frozen):
+    """What RL did, step by step, and how far the forecasts were from it."""
+
     points: tuple[Point, ...]
     compared: tuple[int, ...]
     """Steps away from both ends (UNSATURATED)."""

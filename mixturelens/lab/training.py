@@ -394,6 +394,7 @@ class Stage:
 
     @property
     def result(self) -> Path:
+        """The checkpoint folder that the stage writes."""
         return self.run / "checkpoints" / self.name
 
     def source(self, name: str) -> Source:
@@ -404,6 +405,7 @@ class Stage:
 
     @property
     def record(self) -> Path:
+        """The file of its trajectory."""
         return self.run / "trajectory" / f"{self.name}.json"
 
     def train(self, start: str, make: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Trainer]) -> Trajectory:
@@ -467,6 +469,7 @@ class Stage:
         self.scorer = Scorer(end_tokens(model, tokenizer), model.config.vocab_size, self.device)
 
     def measure(self, model: PreTrainedModel, step: int) -> None:
+        """Measure every cue on the held-out questions, exactly, and append it as the trajectory's next point."""
         training = model.training
         model.eval()
         states = cue_states(self.spec, literal_behaviour(self.scorer, model, self.prompts), self.prompts)
@@ -474,16 +477,19 @@ class Stage:
         self.points.append(TrajectoryPoint(step=step, cues=states))
 
     def saturated(self) -> bool:
+        """Whether the mean reward of the last SATURATION_WINDOW steps has reached the one at which the stage stops."""
         recent = self.reward[-SATURATION_WINDOW:]
         full = len(recent) == SATURATION_WINDOW
         return self.stop_reward is not None and full and sum(recent) / len(recent) >= self.stop_reward
 
     def numbers(self) -> dict[str, float]:
+        """The last reward, and every cue's accuracy when it was last measured: what progress shows."""
         last = self.points[-1].cues if self.points else {}
         shown = {cue: value for cue, state in last.items() if (value := state.accuracy.value) is not None}
         return {**({"reward": self.reward[-1]} if self.reward else {}), **shown}
 
     def save_progress(self, checkpoint: Path) -> None:
+        """Write what was measured so far beside a trainer's checkpoint, so that a resumed stage goes on from it."""
         state = {
             "points": [point.model_dump(mode="json") for point in self.points],
             "reward": self.reward,

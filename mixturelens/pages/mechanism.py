@@ -75,6 +75,8 @@ class _Score(NamedTuple):
 
 
 class Repaired(NamedTuple):
+    """What the page says of a pair's repairs."""
+
     name: str
     policy: str
     trained_cue: str

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 class Picture(NamedTuple):
+    """A figure as HTML, with the text below it."""
+
     html: str
     caption: str
 
@@ -31,11 +33,17 @@ class Pictures:
         return Pictures(self.numbers, "".join(f" {line}." for line in said_too_few(missing)))
 
     def add(self, figure: Figure, caption: str, *, whiskers: bool = True) -> Picture:
+        """Draw a figure under the next id, with its caption.
+
+        `whiskers`: it shows intervals, and the caption says which.
+        """
         caption += (f" Whiskers: {figures.INTERVALS}." if whiskers else "") + self.few
         return Picture(figures.figure_html(figure, f"figure-{next(self.numbers)}"), caption)
 
 
 class Control(NamedTuple):
+    """One control of a page: what must hold, what was measured, and whether it holds (None: not measured)."""
+
     name: str
     must: str
     measured: str

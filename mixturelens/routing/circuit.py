@@ -8,7 +8,7 @@ leave the norm equal at both ends of the path and not in between; patching it mo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -185,26 +185,36 @@ class CircuitRecord(Record):
     """Contrasts without a circuit, and why."""
 
 
+@dataclass(frozen=True)
+class CircuitSettings:
+    """What circuits are made of, beside the pair."""
+
+    also: Mapping[str, Pair] = field(default_factory=dict)
+    """More pairs by name (after RL on another cue, say): the circuits of their R are compared with the pair's."""
+    exhaustive: bool = False
+    """All questions, steps and sizes, whatever time they take; else, on a large model, as many as OPERATIONS or the
+    pair's budget allow."""
+
+
 def circuit_record(
     pair: Pair,
     behaviour: BehaviourRecord,
-    *,
-    also: Mapping[str, Pair] | None = None,
-    exhaustive: bool = False,
+    settings: CircuitSettings | None = None,
     seed: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> CircuitRecord:
     """Circuits of S and R on the cue contrast and, where the suite has hints, on the hint contrast.
 
-    `also` names more pairs (after RL on another cue, say): the circuits of their R are compared with these. On a large
-    model a circuit is of as many questions, steps and sizes as OPERATIONS or `pair.budget` allow, if not `exhaustive`.
+    `behaviour` is what was measured of the pair; `say` is told each step. A contrast without a circuit is named in
+    `missing`. Raises InputError as `find_harm` does.
     """
-    say = say or (lambda _: None)
+    settings, say = settings or CircuitSettings(), say or (lambda _: None)
+    also = settings.also
     harm = find_harm(behaviour)
     pair = pair.spelled(behaviour.spelling)
     suite = pair.suite
     checkpoints: dict[str, tuple[Pair, Side]] = {"before": (pair, "before"), "after": (pair, "after")}
-    checkpoints |= {name: (other, "after") for name, other in (also or {}).items()}
+    checkpoints |= {name: (other, "after") for name, other in also.items()}
     circuits: list[RoutingCircuit] = []
     missing: list[str] = []
     found: dict[str, dict[str, Float[Tensor, "row edge"]]] = {}
@@ -219,7 +229,7 @@ def circuit_record(
             say(f"circuit of the {each.kind}, {name}")
             try:
                 _even(sides(lens, each.first(2)))
-                effort, number = (FULL, len(each.rows)) if exhaustive else _affordable(of, each)
+                effort, number = (FULL, len(each.rows)) if settings.exhaustive else _affordable(of, each)
                 each = each.first(number)
                 on = _even(sides(lens, each))
                 graph = edge_graph(lens, on)
@@ -232,7 +242,7 @@ def circuit_record(
                 continue
             found.setdefault(each.kind, {})[name] = scores.per_question[:, graph.exists]
     overlaps = [overlap for kind in ("cue", "hint") for overlap in _overlaps(kind, found.get(kind, {}), seed)]
-    compared = tuple(fingerprint(other.after) for other in (also or {}).values() if other.after is not None)
+    compared = tuple(fingerprint(other.after) for other in also.values() if other.after is not None)
     # each is ranked by one half of its questions and judged on the other
     missing += too_few(" and ".join(found), *(each.questions // 2 for each in circuits))
     return CircuitRecord(circuits=tuple(circuits), overlaps=tuple(overlaps), compared=compared, missing=tuple(missing))

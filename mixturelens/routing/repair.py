@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -119,22 +119,31 @@ NATS = (8.0, 16.0, 24.0, 32.0)
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class RepairSettings:
+    """What a repair starts from, and where its result goes."""
+
+    patching: PatchingRecord | None = None
+    """The cue reader that it found is taken, and only questions are asked that it asked, in the same halves; None: the
+    reader is looked for."""
+    save_to: Path | None = None
+    """Folder of the repaired plain checkpoint; None: it is not kept."""
+
+
 def repair_record(
     pair: Pair,
     behaviour: BehaviourRecord,
-    *,
-    patching: PatchingRecord | None = None,
-    save_to: Path | None = None,
+    settings: RepairSettings | None = None,
     seed: int = 0,
     say: Say | None = None,
 ) -> RepairRecord:
     """Find the cue reader of R on half of the questions, and repair through it; judge on the other half.
 
-    `patching`: the reader that it found is taken, and only questions are asked that it asked, in the same halves.
-    `save_to` takes the repaired plain checkpoint. Raises InputError if the trained cue is not known or nothing is to be
-    repaired: R does under the other cue what the best policy of S could.
+    `behaviour` is what was measured of the pair; `say` is told each step. Raises InputError if the trained cue is not
+    known or nothing is to be repaired: R does under the other cue what the best policy of S could.
     """
-    say = say or (lambda _: None)
+    settings, say = settings or RepairSettings(), say or (lambda _: None)
+    patching, save_to = settings.patching, settings.save_to
     missing: list[str] = []
     harm = find_harm(behaviour)
     if harm.change.value is None:

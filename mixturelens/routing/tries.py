@@ -27,6 +27,8 @@ CHOSEN = 4
 
 @dataclass(frozen=True)
 class RepairPlan:
+    """How many random repairs a pair's time allows, and what the repairs take."""
+
     places: int
     """Random groups of heads that interventions at the reader are compared with."""
     directions: int

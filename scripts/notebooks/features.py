@@ -52,13 +52,15 @@ from mixturelens.features.cards import Album, card
 from mixturelens.features.change import Splices, half_prompts, matched, of_features, site_change
 from mixturelens.features.crosscoder import train_crosscoder
 from mixturelens.features.dictionary import Dictionary
+from mixturelens.features.effort import Training
 from mixturelens.features.latents import judge_latents
 from mixturelens.features.record import Card, FeatureRecord, Sae, Unit
-from mixturelens.features.sae import load_sae, quality, train_sae
+from mixturelens.features.sae import JudgingTexts, Origin, load_sae, quality, train_sae
 from mixturelens.features.sites import arrived_at, named_site
+from mixturelens.features.splice import Crossing
 from mixturelens.features.table import find_table
 from mixturelens.features.together import fewest_features
-from mixturelens.features.units import Place, best_of, make_trial, pool_of, strength
+from mixturelens.features.units import Place, TrialSettings, best_of, make_trial, pool_of, strength
 from mixturelens.figures.style import GREY, INK, UNITS, new_figure
 from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.lens import NAMES, lens_of
@@ -128,7 +130,7 @@ teach = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:4096]
 activations = collect([s], texts([s], suite, teach), at)
 with tempfile.TemporaryDirectory() as folder:
     features = load_sae(
-        train_sae(activations, Path(folder) / str(site), site_name=f"blocks.{site.layer}.{NAMES[site.component]}")
+        train_sae(activations, Path(folder) / str(site), Origin(f"blocks.{site.layer}.{NAMES[site.component]}"))
     )
 trained = 2 * activations.dim
 print(f"{len(activations)} tokens; {trained} features were trained, {len(features)} are left that ever fire")
@@ -149,7 +151,7 @@ mean = sample.mean(0)
 components = Dictionary(axes, axes @ mean, torch.full((8,), -torch.inf), axes, mean)
 own = {"S": texts([s], suite, held_out, seed=1), "R": texts([r], suite, held_out, seed=1)}
 judged = {
-    (what, side): quality(lens, dictionary, at, own[side], lengths)
+    (what, side): quality(lens, dictionary, at, JudgingTexts(own[side], lengths))
     for what, dictionary in (("features of S", features), ("8 principal components of S", components))
     for side, lens in (("S", s), ("R", r))
 }
@@ -171,7 +173,7 @@ table(
 
 # %%
 ground = make_ground(r, suite, harm, seed=0)
-trial = make_trial(r, ground.contrasts, site, ground=(ground, scale_of(ground, s.model)))
+trial = make_trial(r, ground.contrasts, site, settings=TrialSettings((ground, scale_of(ground, s.model))))
 probing = ProbingRecord.load(pair.records / "probing.json")
 interchange = next((each for each in probing.subspaces if each.concept == "cue"), None)
 units = find_table("cue", trial, features, interchange)
@@ -363,7 +365,7 @@ table(
 
 # %%
 print("what RL did has arrived at", arrived_at(s, r, suite))
-moved_by_rl = site_change(s, r, features, at, suite)
+moved_by_rl = site_change(Crossing(s, r, at), features, suite)
 figures.feature_change(moved_by_rl).show()
 
 # %% [markdown]
@@ -378,7 +380,7 @@ figures.feature_change(moved_by_rl).show()
 # %%
 with tempfile.TemporaryDirectory() as folder:
     where = f"blocks.{site.layer}.{NAMES[site.component]}"
-    another = load_sae(train_sae(activations, Path(folder) / "another", site_name=where, seed=1))
+    another = load_sae(train_sae(activations, Path(folder) / "another", Origin(where), Training(seed=1)))
 
 
 def feature(index: int) -> Unit:
@@ -388,12 +390,12 @@ def feature(index: int) -> Unit:
 compared: list[list[object]] = []
 judging = half_prompts(suite, s.tokenizer, 1)
 for name, dictionary in (("the SAE above", features), ("another seed", another)):
-    place = Place(replace(trial, ground=None), dictionary)
+    place = Place(replace(trial, settings=TrialSettings()), dictionary)
     pool = pool_of(place, feature)
     best_one, together = best_of(pool), fewest_features(pool)
-    (nats,) = Splices(s, r, at, judging).terms([of_features(dictionary)])
+    (nats,) = Splices(Crossing(s, r, at), judging).terms([of_features(dictionary)])
     moves = (best_one.patch, len(together.units), together.patch, nats.routing, nats.conditioning)
-    explained = quality(s, dictionary, at, own["S"], lengths).explained
+    explained = quality(s, dictionary, at, JudgingTexts(own["S"], lengths)).explained
     compared.append([name, len(dictionary), figures.show(explained), *moves])
 table(
     [
@@ -443,7 +445,7 @@ def with_planted(pair: Activations) -> Activations:
 
 results = []
 for name, learnt, kept in (("S and R", both, judge), ("S and S + planted", with_planted(both), with_planted(judge))):
-    crosscoder = train_crosscoder(learnt, steps=600)
+    crosscoder = train_crosscoder(learnt, Training(steps=600))
     latents, fit = judge_latents(crosscoder, kept.batch(0, len(kept), seed=0))
     alone = latents.of("after")
     cosines = torch.nn.functional.cosine_similarity(crosscoder.decoder[alone, 1], planted[None], dim=1).tolist()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixturelens.features import activations as module
-from mixturelens.features.activations import Activations, batches, collect, texts
+from mixturelens.features.activations import Activations, Storage, batches, collect, texts
 from mixturelens.hooks.lens import Lens, Tokens, load_lens
 from mixturelens.spelling import encode_prompts
 from mixturelens.suite import load_suite
@@ -63,7 +63,7 @@ def test_shards_hold_what_memory_would(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "SHARD", 30 * held.dim * 4)
     seen: list[tuple[int, int]] = []
     stored = collect(
-        [lens], given, (0, "resid_post"), tmp_path / "acts", memory=0, progress=lambda *at: seen.append(at)
+        [lens], given, (0, "resid_post"), Storage(tmp_path / "acts", memory=0), progress=lambda *at: seen.append(at)
     )
     assert len(stored.parts) > 3
     assert seen[-1] == (40, 40)
@@ -77,7 +77,7 @@ def test_shards_hold_what_memory_would(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_killed_collection_goes_on_behind_its_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lens, given, at = lens_of("llama"), some_texts(40), (0, "resid_post")
     monkeypatch.setattr(module, "SHARD", 30 * lens.d_model * 4)
-    whole = collect([lens], given, at, tmp_path / "whole", memory=0)
+    whole = collect([lens], given, at, Storage(tmp_path / "whole", memory=0))
 
     class Killed(BaseException):
         pass
@@ -87,47 +87,47 @@ def test_a_killed_collection_goes_on_behind_its_shards(tmp_path: Path, monkeypat
             raise Killed
 
     with pytest.raises(Killed):
-        collect([lens], given, at, tmp_path / "acts", memory=0, progress=kill)
+        collect([lens], given, at, Storage(tmp_path / "acts", memory=0), progress=kill)
     assert not (tmp_path / "acts" / "store.json").exists()
     there = {file: file.stat().st_mtime_ns for file in (tmp_path / "acts").glob("shard-*")}
     (tmp_path / "acts" / f".shard-{len(there):05}.safetensors").write_bytes(b"half of it")
     assert there
     rest: list[int] = []
-    again = collect([lens], given, at, tmp_path / "acts", memory=0, progress=lambda done, _: rest.append(done))
+    again = collect([lens], given, at, Storage(tmp_path / "acts", memory=0), progress=lambda done, _: rest.append(done))
     assert len(rest) == len(again.parts) - len(there)
     assert all(file.stat().st_mtime_ns == time for file, time in there.items())
     assert torch.equal(torch.cat(again.parts), torch.cat(whole.parts))
     rest.clear()
-    collect([lens], given, at, tmp_path / "acts", memory=0, progress=lambda done, _: rest.append(done))
+    collect([lens], given, at, Storage(tmp_path / "acts", memory=0), progress=lambda done, _: rest.append(done))
     assert not rest  # nothing is done twice
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path):
     lens, given = lens_of("llama"), some_texts()
-    collect([lens], given, (0, "resid_post"), tmp_path, memory=0)
+    collect([lens], given, (0, "resid_post"), Storage(tmp_path, memory=0))
     for other in (
-        lambda: collect([lens], given, (1, "resid_post"), tmp_path, memory=0),
-        lambda: collect([lens], given[1:], (0, "resid_post"), tmp_path, memory=0),
-        lambda: collect([lens_of("llama", "R-routing")], given, (0, "resid_post"), tmp_path, memory=0),
+        lambda: collect([lens], given, (1, "resid_post"), Storage(tmp_path, memory=0)),
+        lambda: collect([lens], given[1:], (0, "resid_post"), Storage(tmp_path, memory=0)),
+        lambda: collect([lens_of("llama", "R-routing")], given, (0, "resid_post"), Storage(tmp_path, memory=0)),
     ):
         with pytest.raises(InputError, match="another folder"):
             other()
     (tmp_path / "store.json").unlink()  # not whole, and its shards are still of something else
     with pytest.raises(InputError, match="another folder"):
-        collect([lens], given, (1, "resid_post"), tmp_path, memory=0)
-    collect([lens], given, (0, "resid_post"), tmp_path, memory=0)
+        collect([lens], given, (1, "resid_post"), Storage(tmp_path, memory=0))
+    collect([lens], given, (0, "resid_post"), Storage(tmp_path, memory=0))
     (tmp_path / "shard-00000.safetensors").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="shard-00000"):
-        collect([lens], given, (0, "resid_post"), tmp_path, memory=0)
+        collect([lens], given, (0, "resid_post"), Storage(tmp_path, memory=0))
     (tmp_path / "shard-00000.safetensors").unlink()
     with pytest.raises(InputError, match="missing"):
-        collect([lens], given, (0, "resid_post"), tmp_path, memory=0)
+        collect([lens], given, (0, "resid_post"), Storage(tmp_path, memory=0))
 
 
 def test_what_does_not_fit_or_is_not_there_is_refused():
     lens, given = lens_of("llama"), some_texts()
     with pytest.raises(InputError, match="name a folder"):
-        collect([lens], given, (0, "resid_post"), memory=100)
+        collect([lens], given, (0, "resid_post"), Storage(memory=100))
     with pytest.raises(InputError, match="not of heads"):
         collect([lens], given, (0, "z"))
     with pytest.raises(InputError, match=r"blocks\.9"):

@@ -29,7 +29,7 @@ from mixturelens.features.change import (
 )
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Terms
-from mixturelens.features.splice import At, BothModels, Splice, Spliced, own, whole
+from mixturelens.features.splice import At, BothModels, Crossing, Splice, Spliced, own, whole
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.models import end_tokens
 from mixturelens.stats import half_of, interval
@@ -45,7 +45,7 @@ LATE = (1, "resid_post")
 
 
 def splice_terms(into: Lens, other: Lens, at: At, splices: Sequence[Splice], prompts: Prompts) -> list[Terms]:
-    return Splices(into, other, at, prompts).terms(splices)
+    return Splices(Crossing(into, other, at), prompts).terms(splices)
 
 
 @functools.cache
@@ -318,7 +318,7 @@ def test_how_features_fire_is_counted_by_hand(shape: str):
     at = (1, "resid_pre")
     read = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     dictionary = Dictionary(read, torch.zeros(4), torch.tensor([0.0, 0.5, 1e9, -torch.inf]), 2 * torch.eye(32)[:4])
-    found = firing(s, r, dictionary, at, prompts)
+    found = firing(Crossing(s, r, at), dictionary, prompts)
     f: dict[Side, torch.Tensor] = {}
     sides: tuple[tuple[Side, Lens], ...] = (("before", s), ("after", r))
     for side, lens in sides:
@@ -367,7 +367,7 @@ def test_the_feature_that_rl_changed_is_first_and_moves_its_term_alone(monkeypat
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     planted = int((order == 0).nonzero())
     dictionary = Dictionary(basis[order], torch.zeros(32), torch.full((32,), -torch.inf), basis[order])
-    found = site_change(s, r, dictionary, LATE, suite, seed=3)
+    found = site_change(Crossing(s, r, LATE), dictionary, suite, seed=3)
     assert [each.moved for each in found.features] == sorted((each.moved for each in found.features), reverse=True)
     assert (len(found.features), len(found.random)) == (4, 4)
     assert found.features[0].index == planted
@@ -377,13 +377,13 @@ def test_the_feature_that_rl_changed_is_first_and_moves_its_term_alone(monkeypat
     assert conditioning > max(values(each)[1] for each in found.random[2:])  # the same changes, written elsewhere
     np.testing.assert_allclose(values(found.every), values(found.whole), atol=1e-4)
     assert values(found.together)[1] > 0.5 * values(found.whole)[1]
-    assert site_change(s, r, dictionary, LATE, suite, seed=3) == found
+    assert site_change(Crossing(s, r, LATE), dictionary, suite, seed=3) == found
     assert str(found.site) == "L1.resid_post"
 
 
 def test_nothing_changed_means_no_features_and_no_bits():
     s = lens_of("llama", "S")
-    found = site_change(s, load_lens(PAIRS / "llama" / "S"), rotation(32), LATE, suite_of("llama"))
+    found = site_change(Crossing(s, load_lens(PAIRS / "llama" / "S"), LATE), rotation(32), suite_of("llama"))
     assert found.features == found.random == ()
     assert not any(values(each).any() for each in (found.together, found.every, found.whole))
 
@@ -407,13 +407,13 @@ def test_bad_input_is_refused():
     with pytest.raises(InputError, match="this suite has rules"):
         splice_terms(s, r, LATE, [whole], prepare(rules, rules.neutral[:4], s.tokenizer))
     with pytest.raises(InputError, match="this suite has rules"):
-        site_change(s, r, rotation(32), LATE, rules)
+        site_change(Crossing(s, r, LATE), rotation(32), rules)
     with pytest.raises(InputError, match="a vector for every head"):
         splice_terms(s, r, (0, "z"), [whole], prompts_of("llama", 1))
     with pytest.raises(InputError, match="no hook point"):
         splice_terms(s, r, (9, "resid_pre"), [whole], prompts_of("llama", 1))
     with pytest.raises(InputError, match="32 numbers a token, where features read 16"):
-        site_change(s, r, rotation(16), LATE, suite)
+        site_change(Crossing(s, r, LATE), rotation(16), suite)
     with pytest.raises(InputError, match="at least two"):
         half_prompts(suite.model_copy(update={"prompts": suite.prompts[:2]}), s.tokenizer, 0)
     with pytest.raises(InputError, match="keeps no cache"):

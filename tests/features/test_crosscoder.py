@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from mixturelens.features.crosscoder import (
     load_crosscoder,
     train_crosscoder,
 )
+from mixturelens.features.effort import Training
 from mixturelens.features.latents import judge_latents, transplant
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.models import load_model, load_tokenizer
@@ -28,8 +30,8 @@ from mixturelens.suite import load_suite
 from mixturelens.types import InputError
 
 REFERENCE = Path(__file__).resolve().parents[2] / "artifacts" / "reference"
-SMALL = {"width": 96, "k": 5, "steps": 650, "batch": 512}
-TINY = {"width": 16, "k": 3, "steps": 100, "batch": 32}
+SMALL = Training(width=96, k=5, steps=650, batch=512)
+TINY = Training(width=16, k=3, steps=100, batch=32)
 HELD_OUT = 2000
 
 
@@ -72,7 +74,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 @functools.cache
 def trained(seed: int, in_s: float = 0.0) -> Crosscoder:
-    return train_crosscoder(Memory(planted(seed, in_s)[0][:-HELD_OUT]), seed=seed, **SMALL)
+    return train_crosscoder(Memory(planted(seed, in_s)[0][:-HELD_OUT]), replace(SMALL, seed=seed))
 
 
 def turned(crosscoder: Crosscoder) -> Crosscoder:
@@ -107,7 +109,7 @@ def test_a_direction_that_only_r_has_is_found(seed: int):
     assert float(latents.relative[found]) > 0.9
     assert (fit.exclusive, fit.false, fit.seed) == ({"before": 0, "after": 1}, 0, seed)
     assert min(fit.explained.values()) > 0.9
-    assert fit.active == pytest.approx(SMALL["k"], abs=0.5)
+    assert fit.active == pytest.approx(SMALL.k, abs=0.5)
     # without it R is S again, and S stays as it is
     s, r = x[-HELD_OUT:].unbind(1)
     left = transplant(trained(seed), s, r, [found]) - s
@@ -138,7 +140,7 @@ def test_half_as_strong_is_not_exclusive():
 
 def test_s_against_itself_has_nothing_exclusive():
     x = planted(0)[0][:, :1].repeat(1, 2, 1)
-    latents, fit = judge_latents(train_crosscoder(Memory(x[:-HELD_OUT]), **{**SMALL, "steps": 300}), x[-HELD_OUT:])
+    latents, fit = judge_latents(train_crosscoder(Memory(x[:-HELD_OUT]), replace(SMALL, steps=300)), x[-HELD_OUT:])
     assert fit.exclusive == {"before": 0, "after": 0}
     assert fit.false == 0
     assert float((latents.relative - 0.5).abs().max()) < 1e-4
@@ -194,7 +196,7 @@ def edited_embedding() -> tuple[Tensor, Tensor, Tensor]:
 def test_what_was_written_into_one_embedding_is_found():
     """It comes with a token that S knows as well, so it is that token's latent that changed, and by that direction."""
     x, v, there = edited_embedding()
-    crosscoder = train_crosscoder(Memory(x), **{**SMALL, "width": 64, "steps": 400})
+    crosscoder = train_crosscoder(Memory(x), replace(SMALL, width=64, steps=400))
     latents, fit = judge_latents(crosscoder, x)
     fires = crosscoder.encode(x) > 0
     moved = crosscoder.change.norm(dim=1) * (latents.rate > 0)
@@ -219,7 +221,7 @@ def test_a_direction_added_to_real_activations_is_found(seed: int):
     on = torch.rand(len(s), generator=generator) < 0.2
     much = on * (0.5 + 0.5 * torch.rand(len(s), generator=generator)) * varies
     x = torch.stack([s, s + much[:, None] * v], 1)
-    crosscoder = train_crosscoder(Memory(x[:-HELD_OUT]), seed=seed)
+    crosscoder = train_crosscoder(Memory(x[:-HELD_OUT]), Training(seed=seed))
     latents, fit = judge_latents(crosscoder, x[-HELD_OUT:], seed)
     found = latents.of("after")
     assert found
@@ -316,25 +318,25 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tmp_path: Path, monkeypat
     monkeypatch.setattr(module, "SAVE_EVERY", 20)
     monkeypatch.setattr(module, "RESAMPLE_EVERY", 25)
     data = Memory(torch.randn(500, 2, 4, generator=torch.Generator().manual_seed(0)))
-    whole = train_crosscoder(data, **TINY)
-    assert same(whole, train_crosscoder(data, **TINY))
-    assert not same(whole, train_crosscoder(data, seed=1, **TINY))
+    whole = train_crosscoder(data, TINY)
+    assert same(whole, train_crosscoder(data, TINY))
+    assert not same(whole, train_crosscoder(data, replace(TINY, seed=1)))
     folder = tmp_path / "crosscoder"
     for step in (30, 85):
         with pytest.raises(Killed):
-            train_crosscoder(data, folder=folder, progress=kill_at(step), **TINY)
+            train_crosscoder(data, TINY, folder, progress=kill_at(step))
         assert not folder.exists()
     seen: list[int] = []
-    found = train_crosscoder(data, folder=folder, progress=lambda now, *_: seen.append(now), **TINY)
+    found = train_crosscoder(data, TINY, folder, progress=lambda now, *_: seen.append(now))
     assert seen == list(range(81, 101))
     assert same(found, whole)
     assert [path.name for path in tmp_path.iterdir()] == ["crosscoder"]
     # what is there is not trained again, and what is about something else is refused
-    assert same(train_crosscoder(data, folder=folder, progress=kill_at(1), **TINY), whole)
+    assert same(train_crosscoder(data, TINY, folder, progress=kill_at(1)), whole)
     with pytest.raises(InputError, match="seed: 0, not 1"):
-        train_crosscoder(data, folder=folder, seed=1, **TINY)
+        train_crosscoder(data, replace(TINY, seed=1), folder)
     with pytest.raises(InputError, match="activations: "):
-        train_crosscoder(Memory(data.x + 1), folder=folder, **TINY)
+        train_crosscoder(Memory(data.x + 1), TINY, folder)
 
 
 @pytest.mark.parametrize("state", ["garbage", "other"])
@@ -347,8 +349,8 @@ def test_a_state_that_does_not_fit_is_written_over(tmp_path: Path, monkeypatch: 
         (tmp_path / ".crosscoder.training" / "state.safetensors").write_bytes(b"cut off")
     else:
         with pytest.raises(Killed):
-            train_crosscoder(data, folder=folder, seed=1, progress=kill_at(50), **TINY)
-    assert same(train_crosscoder(data, folder=folder, **TINY), train_crosscoder(data, **TINY))
+            train_crosscoder(data, replace(TINY, seed=1), folder, progress=kill_at(50))
+    assert same(train_crosscoder(data, TINY, folder), train_crosscoder(data, TINY))
 
 
 def test_saved_is_loaded(tmp_path: Path):
@@ -391,14 +393,14 @@ def test_bad_input_is_refused():
     data = Memory(torch.randn(100, 2, 4, generator=torch.Generator().manual_seed(0)))
     for wrong in ({"k": 0}, {"k": 17}, {"steps": 0}, {"batch": 0}, {"width": 0}):
         with pytest.raises(InputError, match="none can be"):
-            train_crosscoder(data, **{**TINY, **wrong})
+            train_crosscoder(data, replace(TINY, **wrong))
     with pytest.raises(InputError, match="no activations"):
-        train_crosscoder(Memory(torch.zeros(0, 2, 4)), **TINY)
+        train_crosscoder(Memory(torch.zeros(0, 2, 4)), TINY)
     with pytest.raises(InputError, match=r"not \[128, 3, 4\]"):
-        train_crosscoder(Memory(torch.randn(100, 3, 4)), **TINY)
+        train_crosscoder(Memory(torch.randn(100, 3, 4)), TINY)
     for constant in (torch.ones(100, 2, 4), torch.stack([data.x[:, 0], torch.ones(100, 4)], 1)):
         with pytest.raises(InputError, match="do not vary"):
-            train_crosscoder(Memory(constant), **TINY)
+            train_crosscoder(Memory(constant), TINY)
     crosscoder = random_crosscoder()
     for x in (torch.zeros(5, 2, 3), torch.zeros(1, 2, 4)):
         with pytest.raises(InputError, match="judged on rows"):

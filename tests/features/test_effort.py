@@ -9,9 +9,10 @@ import pytest
 
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.features.effort import SHARES, make_plan, share_of, work_of
-from mixturelens.features.pair import feature_record
+from mixturelens.features.pair import FeatureSettings, feature_record
 from mixturelens.models import Budget, Pair
 from mixturelens.models.cost import estimate
+from mixturelens.models.pair import UNBOUNDED
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError
 
@@ -19,7 +20,7 @@ REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference"
 S, R = (REFERENCE / "checkpoints" / name for name in ("sft", "rl-A"))
 
 
-def reference(budget: Budget | None = None):
+def reference(budget: Budget = UNBOUNDED):
     return Pair(S, R, load_suite(REFERENCE), budget=budget)
 
 
@@ -47,7 +48,7 @@ def test_more_memory_than_is_allowed_is_refused_before_anything_is_loaded(tmp_pa
     behaviour = BehaviourRecord.load(REFERENCE / "records" / "sft--rl-A" / "behaviour.json")
     monkeypatch.setattr("mixturelens.features.pair.lens_of", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=r"features needs 0\.\d GB, and --memory allows 0\.1"):
-        feature_record(reference(Budget(memory=0.1)), behaviour, None, folder=tmp_path)
+        feature_record(reference(Budget(memory=0.1)), behaviour, FeatureSettings(tmp_path))
 
 
 def test_eight_billion_parameters_are_estimated_without_weights(tmp_path: Path):

@@ -13,7 +13,7 @@ from mixturelens.features.change import Splices, half_prompts
 from mixturelens.features.crosscoder import Crosscoder
 from mixturelens.features.exclusive import FLOOR, causes, fit_crosscoder
 from mixturelens.features.record import CrosscoderFit, Terms
-from mixturelens.features.splice import whole
+from mixturelens.features.splice import Crossing, whole
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.models import load_model, load_tokenizer
 from mixturelens.suite import load_suite
@@ -96,7 +96,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch, chooses: bool) -> CrosscoderFit:
     monkeypatch.setattr(exclusive, "RANDOM", 6)
     activations = collect([s, r], texts([s, r], suite, suite.neutral), AT)
     return fit_crosscoder(
-        activations, activations, Splices(r, s, AT, half_prompts(suite, s.tokenizer, 1, 8), 3), seed=3
+        activations, activations, Splices(Crossing(r, s, AT), half_prompts(suite, s.tokenizer, 1, 8), 3), seed=3
     )
 
 
@@ -113,7 +113,7 @@ def test_a_latent_that_only_r_has_and_that_chooses_the_policy_is_causal(monkeypa
     # without it R is what S's activations there make of it
     s, r, _ = planted(chooses=True)
     suite = load_suite(FOLDER)
-    (known,) = Splices(r, s, AT, half_prompts(suite, s.tokenizer, 1, 8)).terms([whole])
+    (known,) = Splices(Crossing(r, s, AT), half_prompts(suite, s.tokenizer, 1, 8)).terms([whole])
     assert found.without.routing.value == pytest.approx(known.routing.value, rel=0.02)
     assert len(found.random) == exclusive.RANDOM // 3
     assert CrosscoderFit.model_validate_json(found.model_dump_json()) == found
@@ -132,6 +132,8 @@ def test_s_against_itself_has_nothing_to_take_out(monkeypatch: pytest.MonkeyPatc
     suite = load_suite(FOLDER)
     monkeypatch.setattr(exclusive, "train_crosscoder", lambda *_, **__: crosscoder)
     activations = collect([s, s], texts([s], suite, suite.neutral[:10]), AT)
-    found = fit_crosscoder(activations, activations, Splices(s, s, AT, half_prompts(suite, s.tokenizer, 1, 8)))
+    found = fit_crosscoder(
+        activations, activations, Splices(Crossing(s, s, AT), half_prompts(suite, s.tokenizer, 1, 8))
+    )
     assert found.exclusive == {"before": 0, "after": 0}
     assert (found.tested, found.causal, found.without, found.random) == (0, 0, None, ())

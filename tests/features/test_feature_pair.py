@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,9 @@ from safetensors.torch import save_file
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.features import change, exclusive, pair, together, units
-from mixturelens.features.crosscoder import train_crosscoder
-from mixturelens.features.pair import feature_record
+from mixturelens.features.pair import FeatureSettings, feature_record
 from mixturelens.features.record import FeatureRecord
-from mixturelens.features.sae import load_sae, train_sae
+from mixturelens.features.sae import load_sae
 from mixturelens.models import Pair
 from mixturelens.patching.record import Effect, PatchingRecord, Sweep
 from mixturelens.probing.record import ProbingRecord
@@ -39,10 +39,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """Trainings of a second, and as few nulls as there can be."""
+    """As few nulls as there can be."""
     with pytest.MonkeyPatch.context() as fewer:
-        fewer.setattr(pair, "train_sae", functools.partial(train_sae, steps=60, batch=256))
-        fewer.setattr(exclusive, "train_crosscoder", functools.partial(train_crosscoder, steps=60, batch=128))
         fewer.setattr(together, "SIZES", (1, 2))
         for module, sizes in {
             pair: {"SEEDS": 2, "WIDTH": 1, "PROMPTS": 100, "HELD_OUT": 40},
@@ -62,10 +60,10 @@ def part_of(folder: Path, questions: int) -> Suite:
     return suite.model_copy(update={"prompts": tuple(row for row in suite.prompts if row.id in ids)})
 
 
-def of_reference(folder: Path, suite: Suite, **more: object) -> FeatureRecord:
+def of_reference(folder: Path, suite: Suite, say: Callable[[str], None], **more: Any) -> FeatureRecord:
     behaviour = BehaviourRecord.load(RECORDS / "behaviour.json")
     patching = PatchingRecord.load(RECORDS / "patching.json")
-    return feature_record(Pair(S, R, suite), behaviour, patching, folder=folder, **more)
+    return feature_record(Pair(S, R, suite), behaviour, FeatureSettings(folder, patching, **more), say=say)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +160,7 @@ def test_a_site_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tm
     patching = PatchingRecord.load(RECORDS / "patching.json")
     patching = patching.model_copy(update={"sweeps": tuple(s for s in patching.sweeps if s.kind == "cue")})
     behaviour = BehaviourRecord.load(RECORDS / "behaviour.json")
-    found = feature_record(Pair(S, R, suite), behaviour, patching, folder=tmp_path)
+    found = feature_record(Pair(S, R, suite), behaviour, FeatureSettings(tmp_path, patching))
     assert found.missing == (
         "site of the selector: patching measured no checkpoint contrast here",
         "units that carry the cue: no cue today",
@@ -172,7 +170,7 @@ def test_a_site_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tm
     assert len(found.changes) == 1  # where it has arrived
     assert {str(sae.site) for sae in found.saes} >= {str(found.changes[0].site), "L1.resid_pre"}
     unknown = behaviour.model_copy(update={"trained_cue": None})
-    harmless = feature_record(Pair(S, R, suite), unknown, patching, folder=tmp_path)
+    harmless = feature_record(Pair(S, R, suite), unknown, FeatureSettings(tmp_path, patching))
     assert harmless.missing[1].startswith("what RL harmed: patching and repair need the cue")
     assert (harmless.trained_cue, harmless.harmed_cue) == (None, None)
     assert harmless.saes == found.saes  # read, not trained again
@@ -190,7 +188,7 @@ def test_a_chat_pair_with_rules_says_what_it_does_not_allow(tmp_path: Path):
         questions=3, target="i", foil="sure", base=zero, goal=one, effects=(Effect(site=site, effect=one),),
     )  # fmt: skip
     patching = PatchingRecord(trained_cue="plain", harmed_cue="bold", policy="comply", sweeps=(sweep,), readers=())
-    found = feature_record(Pair(folder / "S", folder / "R", suite), behaviour, patching, folder=tmp_path)
+    found = feature_record(Pair(folder / "S", folder / "R", suite), behaviour, FeatureSettings(tmp_path, patching))
     assert [str(sae.site) for sae in found.saes] == ["L1.resid_pre"]
     assert found.saes[0].quality["after"].tokens > 0
     (table,) = found.tables

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,16 @@ from torch import Tensor
 from mixturelens.features import sae as module
 from mixturelens.features.activations import Activations, collect, texts
 from mixturelens.features.dictionary import Dictionary
-from mixturelens.features.sae import completion_losses, load_sae, make_trainer, quality, train_sae
+from mixturelens.features.effort import Training
+from mixturelens.features.sae import (
+    JudgingTexts,
+    Origin,
+    completion_losses,
+    load_sae,
+    make_trainer,
+    quality,
+    train_sae,
+)
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.spelling import encode_prompts
 from mixturelens.suite import load_suite
@@ -40,14 +50,15 @@ def planted(rows: int = 6000, seed: int = 0) -> tuple[Activations, Tensor]:
     return Activations((x[:, None],), f"planted-{seed}"), directions
 
 
-def train(folder: Path, **changes: Any) -> Path:
-    options = {"site_name": "blocks.0.hook_resid_pre", "width": 32, "k": 2, "steps": 400, "batch": 256}
-    return train_sae(planted()[0], folder, **{**options, **changes})
+def train(folder: Path, site_name: str = "blocks.0.hook_resid_pre", **changes: Any) -> Path:
+    progress = changes.pop("progress", None)
+    training = replace(Training(width=32, k=2, steps=400, batch=256), **changes)
+    return train_sae(planted()[0], folder, Origin(site_name, "planted"), training, progress)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("sae") / "one", model_name="planted")
+    return train(tmp_path_factory.mktemp("sae") / "one")
 
 
 # --- the same as SAELens, only faster ---------------------------------------------------------------------------------
@@ -56,7 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both(k: float = 3.0, width: int = 40) -> tuple[Any, Any, Tensor]:
     """Two trainers with the same weights, ours and SAELens' own, and a batch in which no two activations are equal."""
     acts, _ = planted()
-    ours, theirs = (make_trainer(acts, width, k, 200, 256, sparse=sparse) for sparse in (True, False))
+    ours, theirs = (make_trainer(acts, Training(width, k, 200, 256), sparse=sparse) for sparse in (True, False))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         ours.sae.W_dec.mul_(0.5 + torch.rand(width, 1, generator=generator))  # norms that differ
@@ -142,7 +153,7 @@ def test_it_is_read_as_saelens_reads_it(trained: Path):
 
 def test_rows_that_never_vary_have_no_features(tmp_path: Path):
     still = Activations((torch.zeros(256, 1, D),))
-    train_sae(still, tmp_path / "sae", site_name="L0.z.0", k=4, steps=5, batch=64)
+    train_sae(still, tmp_path / "sae", Origin("L0.z.0"), Training(k=4, steps=5, batch=64))
     found = load_sae(tmp_path / "sae")
     assert len(found) == 0
     torch.testing.assert_close(found.bias, torch.zeros(D))
@@ -163,7 +174,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(
 
     folder, work = tmp_path / "again", tmp_path / ".again.training"
     with pytest.raises(Killed):
-        train(folder, model_name="planted", progress=kill_at(170))
+        train(folder, progress=kill_at(170))
     (work / "step-199").mkdir()  # half a checkpoint: without its marker it does not count
     (work / "step-199" / "sae_weights.safetensors").write_bytes(b"half")
     steps: list[int] = []
@@ -174,17 +185,17 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(
     with monkeypatch.context() as patched:
         patched.setattr(module, "new_folder", killed_at_the_end)
         with pytest.raises(Killed):
-            train(folder, model_name="planted", progress=lambda done, _: steps.append(done))
+            train(folder, progress=lambda done, _: steps.append(done))
     assert steps[0] == 151
     assert not folder.exists()
-    train(folder, model_name="planted")
+    train(folder)
     assert (folder / "sae_weights.safetensors").read_bytes() == (trained / "sae_weights.safetensors").read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["again"]
 
 
 def test_what_is_there_is_not_trained_again(trained: Path):
     time = (trained / "cfg.json").stat().st_mtime_ns
-    assert train(trained, model_name="planted", progress=lambda *_: pytest.fail("trained again")) == trained
+    assert train(trained, progress=lambda *_: pytest.fail("trained again")) == trained
     assert (trained / "cfg.json").stat().st_mtime_ns == time
     for change in ({"seed": 1}, {"k": 3}, {"site_name": "blocks.1.hook_resid_pre"}):
         with pytest.raises(InputError, match="another SAE"):
@@ -193,12 +204,12 @@ def test_what_is_there_is_not_trained_again(trained: Path):
         train(trained.parent / "no", k=33)
     nothing = Activations((torch.full((300, 1, 4), torch.nan),), "nothing")
     with pytest.raises(InputError, match="not finite"):
-        train_sae(nothing, trained.parent / "no", site_name="x", steps=2, batch=16, k=2)
+        train_sae(nothing, trained.parent / "no", Origin("x"), Training(steps=2, batch=16, k=2))
 
 
 def test_dead_features_come_back_and_the_useless_are_left_out(tmp_path: Path):
     acts, _ = planted()
-    trainer = make_trainer(acts, 40, 2, 200, 256)
+    trainer = make_trainer(acts, Training(40, 2, 200, 256))
     module._start_at_examples(trainer, acts, 0)
     with torch.no_grad():
         trainer.sae.b_enc[:10] = -100.0
@@ -215,7 +226,7 @@ def test_dead_features_come_back_and_the_useless_are_left_out(tmp_path: Path):
     assert float(trainer.dead_neurons[:10].float().mean()) < 0.5
     # two directions in all: most of 32 features have nothing to do
     few = Activations((torch.randn(2000, 1, 2).abs() @ torch.eye(2, 8),), "few")
-    dictionary = load_sae(train_sae(few, tmp_path / "few", site_name="x", width=32, k=1, steps=200, batch=256))
+    dictionary = load_sae(train_sae(few, tmp_path / "few", Origin("x"), Training(width=32, k=1, steps=200, batch=256)))
     assert float((module._firing(dictionary, few) == 0).float().mean()) == 0
     assert 1 <= len(dictionary) <= 32
 
@@ -239,13 +250,13 @@ def identity(d: int) -> Dictionary:
 def test_quality_of_dictionaries_that_keep_all_or_nothing(shape: str):
     lens, given, prompts = judged(shape)
     at, d = (1, "resid_pre"), lens.d_model
-    found = quality(lens, identity(d), at, given, prompts)
+    found = quality(lens, identity(d), at, JudgingTexts(given, prompts))
     assert found.explained == pytest.approx(1)
     assert found.loss_recovered.value == pytest.approx(1, abs=1e-5)
     assert (found.active, found.dead, found.tokens) == (pytest.approx(d, rel=0.01), 0, sum(map(len, given)))
     mean = collect([lens], given, at).parts[0][:, 0].mean(0)
     nothing = Dictionary(torch.zeros(3, d), torch.zeros(3), torch.zeros(3), torch.zeros(3, d), mean)
-    found = quality(lens, nothing, at, given, prompts)
+    found = quality(lens, nothing, at, JudgingTexts(given, prompts))
     assert found.explained == pytest.approx(0, abs=1e-5)
     assert found.loss_recovered.value == pytest.approx(0, abs=1e-4)
     assert (found.active, found.dead) == (0, 1)
@@ -259,27 +270,27 @@ def test_losses_by_hand():
         logs = lens.model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
         own = [-float(logs[at - 1, ids[at]]) for at in range(start, len(ids))]
         by_hand.append(sum(own) / len(own))
-    assert completion_losses(lens.model, given, prompts, lens) == pytest.approx(by_hand, abs=1e-5)
+    assert completion_losses(lens.model, JudgingTexts(given, prompts), lens) == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_quality_refuses_what_it_cannot_judge():
     lens, given, prompts = judged("llama")
     at, d = (1, "resid_pre"), lens.d_model
     with pytest.raises(InputError, match="not meant to reconstruct"):
-        quality(lens, identity(d).part(torch.arange(2)), at, given, prompts)
+        quality(lens, identity(d).part(torch.arange(2)), at, JudgingTexts(given, prompts))
     with pytest.raises(InputError, match="dimensions"):
-        quality(lens, identity(d + 1), at, given, prompts)
+        quality(lens, identity(d + 1), at, JudgingTexts(given, prompts))
     with pytest.raises(InputError, match="completion behind it"):
-        quality(lens, identity(d), at, given, [len(ids) for ids in given])
+        quality(lens, identity(d), at, JudgingTexts(given, [len(ids) for ids in given]))
     with pytest.raises(InputError, match="the same on every token"):
-        quality(lens, identity(d), (0, "resid_pre"), [[3, 3], [3, 3]], [1, 1])
+        quality(lens, identity(d), (0, "resid_pre"), JudgingTexts([[3, 3], [3, 3]], [1, 1]))
 
 
 def test_an_sae_of_a_real_site_loses_little(tmp_path: Path):
     lens, given, prompts = judged("llama")
     acts = collect([lens], given, (1, "resid_pre"))
-    folder = train_sae(acts, tmp_path / "sae", site_name="blocks.1.hook_resid_pre", k=8, steps=200, batch=256)
-    found = quality(lens, load_sae(folder), (1, "resid_pre"), given, prompts)
+    folder = train_sae(acts, tmp_path / "sae", Origin("blocks.1.hook_resid_pre"), Training(k=8, steps=200, batch=256))
+    found = quality(lens, load_sae(folder), (1, "resid_pre"), JudgingTexts(given, prompts))
     assert found.loss_recovered.value is not None
     assert found.loss_recovered.value > 0.9
     assert found.explained is not None

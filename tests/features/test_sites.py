@@ -10,7 +10,7 @@ from scenes import PAIRS
 
 from mixturelens.features.change import Splices, half_prompts
 from mixturelens.features.sites import ARRIVED, CARRIES, NAMED, QUESTIONS, arrived_at, named_site
-from mixturelens.features.splice import whole
+from mixturelens.features.splice import Crossing, whole
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.record import Effect, PatchingRecord, Sweep
 from mixturelens.suite import Rule, load_suite
@@ -129,8 +129,8 @@ def test_the_change_of_a_pair_has_arrived_where_half_of_it_is(shape: str):
     assert site.position is None
     prompts = half_prompts(suite, s.tokenizer, 0, QUESTIONS)
     places = [(1, "resid_pre"), (1, "resid_post")]
-    full = Splices(s, r, places[-1], prompts).terms([whole])[0].routing.value
-    part = Splices(s, r, places[0], prompts).terms([whole])[0].routing.value
+    full = Splices(Crossing(s, r, places[-1]), prompts).terms([whole])[0].routing.value
+    part = Splices(Crossing(s, r, places[0]), prompts).terms([whole])[0].routing.value
     assert full > 0.1
     assert (site.layer, site.component) == (places[0] if part >= ARRIVED * full else places[1])
 

@@ -18,9 +18,10 @@ from mixturelens.features import together, units
 from mixturelens.features.activations import collect
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import make_scene, unit_effects
-from mixturelens.features.sae import load_sae, train_sae
+from mixturelens.features.effort import Training
+from mixturelens.features.sae import Origin, load_sae, train_sae
 from mixturelens.features.table import find_table
-from mixturelens.features.units import clamped, directed, directions, make_trial
+from mixturelens.features.units import TrialSettings, clamped, directed, directions, make_trial
 from mixturelens.hooks.lens import Lens
 from mixturelens.patching.sweep import head_sites, patch
 from mixturelens.probing.record import Subspace
@@ -42,7 +43,7 @@ def trained() -> Dictionary:
     activations = collect([lens], planted.make_texts(), (1, "resid_pre"))
     with tempfile.TemporaryDirectory() as folder:
         name, out = "blocks.1.hook_resid_pre", Path(folder) / "sae"
-        return load_sae(train_sae(activations, out, site_name=name, width=64, k=2.5, steps=800, batch=128))
+        return load_sae(train_sae(activations, out, Origin(name), Training(width=64, k=2.5, steps=800, batch=128)))
 
 
 @pytest.mark.filterwarnings("ignore:.*'utils' module has been deprecated:DeprecationWarning")
@@ -98,7 +99,7 @@ def test_the_table_of_a_pair(monkeypatch):
         random={}, shuffled={}, margin=nothing,
     )  # fmt: skip
     missing: list[str] = []
-    trial = make_trial(lens, contrasts, POLICY, ground=(ground, scale))
+    trial = make_trial(lens, contrasts, POLICY, settings=TrialSettings((ground, scale)))
     table = find_table("cue", trial, features, found, missing)
     assert not missing
     assert [score.unit.kind for score in table.scores] == ["feature", "neuron", "head", "direction", "subspace"]

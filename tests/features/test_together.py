@@ -17,7 +17,16 @@ from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import joint_effects
 from mixturelens.features.record import Unit
 from mixturelens.features.together import SIZES, fewest_features, fewest_heads, fewest_neurons
-from mixturelens.features.units import Place, Trial, clamped, make_trial, pool_of, pool_of_neurons, set_to
+from mixturelens.features.units import (
+    Place,
+    Trial,
+    TrialSettings,
+    clamped,
+    make_trial,
+    pool_of,
+    pool_of_neurons,
+    set_to,
+)
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.sweep import ENOUGH, jointly
 from mixturelens.suite import load_suite
@@ -78,7 +87,7 @@ def test_what_does_not_carry_it_is_not_enough():
 
 def test_features_are_clamped_together_in_behaviour():
     ground, scale = pair()
-    trial = make_trial(ground.lens, ground.contrasts, POLICY, ground=(ground, scale))
+    trial = make_trial(ground.lens, ground.contrasts, POLICY, settings=TrialSettings((ground, scale)))
     place = Place(trial, some_features(ground.contrasts, ground.lens))
     found = fewest_features(pool_of(place, lambda index: Unit(kind="feature", site=POLICY, index=index)))
     clamps = place.clamp(*(unit.index for unit in found.units))
@@ -117,7 +126,7 @@ def test_the_planted_head_suffices_alone_and_neurons_do_not():
 
 def test_heads_are_set_to_their_mean_clean_output_in_behaviour():
     ground, scale = pair()
-    trial = make_trial(ground.lens, ground.contrasts, POLICY, ground=(ground, scale))
+    trial = make_trial(ground.lens, ground.contrasts, POLICY, settings=TrialSettings((ground, scale)))
     found = fewest_heads(trial)
     clamps = [
         set_to(unit.site, trial.contrasts, trial.choose.at(unit.site).clean.values.mean((0, 1))) for unit in found.units

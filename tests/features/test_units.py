@@ -16,7 +16,17 @@ from mixturelens.contrasts import Contrasts, checkpoint_contrasts
 from mixturelens.features import units
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import make_scene, unit_effects
-from mixturelens.features.units import Place, best_head, best_of, clamp_of, clamped, directed, directions, make_trial
+from mixturelens.features.units import (
+    Place,
+    TrialSettings,
+    best_head,
+    best_of,
+    clamp_of,
+    clamped,
+    directed,
+    directions,
+    make_trial,
+)
 from mixturelens.hooks.intervened import Intervened, known_prompts
 from mixturelens.hooks.lens import load_lens
 from mixturelens.probing.scores import auroc
@@ -161,7 +171,7 @@ def test_halves_are_those_of_the_repairs():
     same = checkpoint_contrasts(ground.suite, ground.lens.tokenizer, "B", "b", "a")
     before = load_lens(PAIRS / "llama" / "S")
     last = Site(layer=1, component="resid_pre", position="last")
-    trial = make_trial(ground.lens, same, last, before, (ground, scale))
+    trial = make_trial(ground.lens, same, last, before, TrialSettings((ground, scale)))
     assert {row.question for row in trial.judging.rows} == {row.id for row in ground.judge.rows}
     assert not {row.question for row in trial.contrasts.rows} & {row.id for row in ground.judge.rows}
     # clean activations are those of S: all of a site put into R is S again

@@ -20,17 +20,15 @@ from mixturelens.suite import load_suite
 def test_texts_are_those_that_are_written(load_pair):
     pair = load_pair("chat", "R")
     rows = pair.suite.neutral
-    found = as_announced(pair.suite, rows, pair.tokenizer, (pair.before, pair.after), pair.scorer)
-    assert set(found.policies["comply"]) == {"sure", "of course"}
-    assert set(found.policies["refuse"]) == {"i can't", "i won't"}
-    assert (found.behaviours, found.answer_match) == (pair.suite.behaviours, pair.suite.answer_match)
-    again = as_announced(pair.suite, rows, pair.tokenizer, (pair.before, pair.after), pair.scorer)
-    assert again.policies == found.policies
+    found = as_announced(prepare(pair.suite, rows, pair.tokenizer), (pair.before, pair.after), pair.scorer)
+    assert set(found.suite.policies["comply"]) == {"sure", "of course"}
+    assert set(found.suite.policies["refuse"]) == {"i can't", "i won't"}
+    assert (found.suite.behaviours, found.suite.answer_match) == (pair.suite.behaviours, pair.suite.answer_match)
+    again = as_announced(prepare(pair.suite, rows, pair.tokenizer), (pair.before, pair.after), pair.scorer)
+    assert again.suite.policies == found.suite.policies
     literal = load_pair("llama", "R-routing")
-    assert (
-        as_announced(literal.suite, rows, literal.tokenizer, (literal.before, literal.after), literal.scorer)
-        is literal.suite
-    )
+    prompts = prepare(literal.suite, literal.suite.neutral, literal.tokenizer)
+    assert as_announced(prompts, (literal.before, literal.after), literal.scorer) is prompts
 
 
 def test_a_text_is_counted_once_and_for_one_policy(load_pair):

@@ -15,6 +15,7 @@ from mixturelens.behaviour.bits import js
 from mixturelens.behaviour.harmed import gained_and_lost
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.pair import behaviour_record
+from mixturelens.behaviour.prompts import prepare
 from mixturelens.grafting import pair as graft_pair
 from mixturelens.grafting.components import weights_of
 from mixturelens.grafting.effects import Judge
@@ -31,7 +32,7 @@ from mixturelens.grafting.graft import (
     two_by_two,
     written,
 )
-from mixturelens.grafting.pair import graft_record, some_questions
+from mixturelens.grafting.pair import GraftSettings, graft_record, some_questions
 from mixturelens.grafting.readings import Readings, make_cells
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.hooks.lens import load_lens
@@ -55,7 +56,7 @@ def bench_of(pairs: Path, shape: str, after: str, prompts: int = 8) -> tuple[Wor
     s, r = load_model(folder / "S"), load_model(folder / after)
     suite, tokenizer = load_suite(folder), load_tokenizer(folder / "S")
     scorer = Scorer(end_tokens(s, tokenizer), s.config.vocab_size)
-    cells = make_cells(suite, suite.neutral[:prompts], tokenizer, s, scorer)
+    cells = make_cells(prepare(suite, suite.neutral[:prompts], tokenizer), s, scorer)
     return WorkingModel(s, weights_of(s), weights_of(r), load_lens(folder / "S").components(), cells), s, r
 
 
@@ -280,7 +281,7 @@ def test_random_weights_do_not_move_the_routing_of_the_reference():
     sft, rl = (REFERENCE / "checkpoints" / name for name in ("sft", "rl-A"))
     s, r, tokenizer = load_model(sft), load_model(rl), load_tokenizer(sft)
     rows = some_questions(suite.neutral, 30)
-    cells = make_cells(suite, rows, tokenizer, s, Scorer(end_tokens(s, tokenizer), s.config.vocab_size))
+    cells = make_cells(prepare(suite, rows, tokenizer), s, Scorer(end_tokens(s, tokenizer), s.config.vocab_size))
     before, after = weights_of(s), weights_of(r)
     changed = {
         name: members
@@ -303,7 +304,7 @@ def test_random_weights_do_not_move_the_routing_of_the_reference():
 
 def test_record_of_routing(pairs: Path, tmp_path: Path):
     folder = pairs / "gpt2"
-    found = record_of(folder / "S", folder / "R-routing", folder, save_to=tmp_path / "rollback")
+    found = record_of(folder / "S", folder / "R-routing", folder, settings=GraftSettings(save_to=tmp_path / "rollback"))
     assert GraftRecord.load(found.save(tmp_path / "graft.json")) == found
     assert found.policies == ("a", "b")
     assert found.questions == 10
@@ -333,7 +334,9 @@ def test_record_of_routing(pairs: Path, tmp_path: Path):
 
 def test_record_of_conditioning(pairs: Path, tmp_path: Path):
     folder = pairs / "llama"
-    found = record_of(folder / "S", folder / "R-conditioning", folder, save_to=tmp_path / "rollback")
+    found = record_of(
+        folder / "S", folder / "R-conditioning", folder, settings=GraftSettings(save_to=tmp_path / "rollback")
+    )
     assert found.factorial is None
     assert found.rollback is None
     assert not (tmp_path / "rollback").exists()

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
+from mixturelens.behaviour.prompts import prepare
 from mixturelens.grafting import path
-from mixturelens.grafting.components import weights_of
-from mixturelens.grafting.path import attribute
-from mixturelens.grafting.readings import make_cells, metrics, read
+from mixturelens.grafting.components import State, weights_of
+from mixturelens.grafting.graft import WorkingModel
+from mixturelens.grafting.path import Attribution, attribute
+from mixturelens.grafting.readings import Cells, make_cells, metrics, read
 from mixturelens.types import InputError, RunError
 
 PAIRS = [
@@ -32,7 +34,14 @@ PAIRS = [
 
 
 def cells_of(pair: Any, prompts: int = 8) -> Any:
-    return make_cells(pair.suite, pair.suite.neutral[:prompts], pair.tokenizer, pair.before, pair.scorer)
+    return make_cells(prepare(pair.suite, pair.suite.neutral[:prompts], pair.tokenizer), pair.before, pair.scorer)
+
+
+def divided(
+    model: Any, before: State, after: State, parts: dict[str, tuple[str, ...]], cells: Cells, policies: Any
+) -> Attribution:
+    """The change among parts, on the way from one state to the other."""
+    return attribute(WorkingModel(model, before, after, parts, cells), policies)
 
 
 def by_module(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -56,7 +65,7 @@ def test_the_parts_sum_to_the_change(load_pair: Any, shape: str, after: str) -> 
     pair = load_pair(shape, after)
     cells = cells_of(pair, 4)
     policies = cells.policies[:2]
-    found = attribute(
+    found = divided(
         pair.before, weights_of(pair.before), weights_of(pair.after), by_module(pair.before), cells, policies
     )
     change = values_of(pair.after, cells, policies) - values_of(pair.before, cells, policies)
@@ -100,9 +109,9 @@ def test_rows_and_positions_in_one_axis(load_pair: Any) -> None:
         with torch.no_grad():
             for parameter in after.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
-    cells = make_cells(pair.suite, pair.suite.neutral[:4], pair.tokenizer, before, pair.scorer)
+    cells = make_cells(prepare(pair.suite, pair.suite.neutral[:4], pair.tokenizer), before, pair.scorer)
     policies = cells.policies[:2]
-    found = attribute(before, weights_of(before), weights_of(after), by_module(before), cells, policies)
+    found = divided(before, weights_of(before), weights_of(after), by_module(before), cells, policies)
     change = values_of(after, cells, policies) - values_of(before, cells, policies)
     np.testing.assert_allclose(found.values.sum(-1), change, atol=5e-3 * np.abs(change).max())
 
@@ -116,7 +125,7 @@ def test_a_product_is_divided_as_computed_by_hand(load_pair: Any) -> None:
     cells = cells_of(pair)
     before, after = (product(pair, cells, *at) for at in ((1.0, 2.0), (3.0, 5.0)))
     anything = product(pair, cells, -7.0, 0.0)  # the states say where the line begins and ends, not the model
-    found = attribute(anything, weights_of(before), weights_of(after), PRODUCT, cells, ("a", "b"))
+    found = divided(anything, weights_of(before), weights_of(after), PRODUCT, cells, ("a", "b"))
     routing = [k for k, name in enumerate(found.names) if name.startswith("routing@")]
     np.testing.assert_allclose(found.change[:, routing], 13.0, rtol=1e-5)
     # u = 1 + 2t and v = 2 + 3t: the integrals of v du and of u dv
@@ -139,7 +148,7 @@ def test_every_share_is_that_of_finite_differences(load_pair: Any, shape: str, a
     modules = list(by_module(model).values())
     parts = {str(k): tuple(name for names in modules[k::3] for name in names) for k in range(3)}
     before, after_state = ({n: w.double() for n, w in weights_of(m).items()} for m in (pair.before, pair.after))
-    found = attribute(model, before, after_state, parts, cells, cells.policies[:2])
+    found = divided(model, before, after_state, parts, cells, cells.policies[:2])
     assert found.points == path.NODES
     delta = {name: after_state[name] - before[name] for name in before}
     nodes, weights = np.polynomial.legendre.leggauss(path.NODES)
@@ -165,7 +174,7 @@ def test_the_way_back_is_the_negative(load_pair: Any) -> None:
     cells = cells_of(pair, 4)
     states = weights_of(pair.before), weights_of(pair.after)
     there, back = (
-        attribute(pair.before, *ends, by_module(pair.before), cells, ("a", "b")) for ends in (states, states[::-1])
+        divided(pair.before, *ends, by_module(pair.before), cells, ("a", "b")) for ends in (states, states[::-1])
     )
     assert there.points == back.points > path.NODES  # a bend, so that the line is cut
     np.testing.assert_allclose(there.change, -back.change, atol=1e-5)
@@ -177,7 +186,7 @@ def test_a_line_that_takes_too_many_points_is_given_as_it_is(load_pair: Any, mon
     cells = cells_of(pair, 4)
     monkeypatch.setattr(path, "MOST", path.NODES)
     ends = weights_of(pair.before), weights_of(pair.after)
-    found = attribute(pair.before, *ends, by_module(pair.before), cells, ("a", "b"))
+    found = divided(pair.before, *ends, by_module(pair.before), cells, ("a", "b"))
     assert found.points == path.NODES
     assert np.abs((found.values.sum(-1) - found.change).mean(0)).max() > path.CLOSE
 
@@ -186,13 +195,13 @@ def test_small_batches_give_the_same(load_pair: Any, monkeypatch: pytest.MonkeyP
     pair = load_pair("chat", "R")  # prompts of several lengths
     cells = cells_of(pair, 6)
     assert len(set(cells.lengths)) > 1
-    line = path._Line(
+    line = path._WeightLine(
         pair.before, weights_of(pair.before), weights_of(pair.after), by_module(pair.before), cells, cells.policies[:2]
     )
     whole = line.slopes_at(0.3)
     assert len(line.chunks) == 1
     monkeypatch.setattr(path, "BATCH_TOKENS", 1)
-    line = path._Line(
+    line = path._WeightLine(
         pair.before, weights_of(pair.before), weights_of(pair.after), by_module(pair.before), cells, cells.policies[:2]
     )
     np.testing.assert_allclose(line.slopes_at(0.3), whole, atol=1e-4)
@@ -203,7 +212,7 @@ def test_nothing_changed_is_nothing_attributed(load_pair: Any) -> None:
     pair = load_pair("llama", "R-routing")
     cells = cells_of(pair, 3)  # the second question lacks the second cue
     state = weights_of(pair.before)
-    found = attribute(pair.before, state, state, by_module(pair.before), cells, ("a", "b"))
+    found = divided(pair.before, state, state, by_module(pair.before), cells, ("a", "b"))
     assert found.points == 0
     assert not np.nan_to_num(found.values).any()
     assert np.isnan(found.change[1]).sum() == len(found.names) / 2
@@ -213,7 +222,7 @@ def test_a_question_without_a_cue_is_not_measured(load_pair: Any) -> None:
     pair = load_pair("llama", "R-routing")
     cells = cells_of(pair, 3)
     ends = weights_of(pair.before), weights_of(pair.after)
-    found = attribute(pair.before, *ends, by_module(pair.before), cells, ("a", "b"))
+    found = divided(pair.before, *ends, by_module(pair.before), cells, ("a", "b"))
     lacks = np.array([name.endswith("@B") for name in found.names])
     assert (np.isnan(found.values[1]).all(-1) == lacks).all()
     assert not np.isnan(found.values[0]).any()
@@ -224,11 +233,11 @@ def test_parts_that_do_not_fit_are_refused(load_pair: Any) -> None:
     cells = cells_of(pair, 2)
     model, ends = product(pair, cells, 1.0, 2.0), [weights_of(product(pair, cells, *at)) for at in ((1, 2), (3, 5))]
     with pytest.raises(InputError, match=r"'two\.weight' changed but is in no part"):
-        attribute(model, *ends, {"one": ("one.weight",)}, cells, ("a", "b"))
+        divided(model, *ends, {"one": ("one.weight",)}, cells, ("a", "b"))
     with pytest.raises(InputError, match=r"'one\.weight' is named twice"):
-        attribute(model, *ends, PRODUCT | {"more": ("one.weight",)}, cells, ("a", "b"))
+        divided(model, *ends, PRODUCT | {"more": ("one.weight",)}, cells, ("a", "b"))
     with pytest.raises(InputError, match="no parameter 'three'"):
-        attribute(model, *ends, PRODUCT | {"more": ("three",)}, cells, ("a", "b"))
+        divided(model, *ends, PRODUCT | {"more": ("three",)}, cells, ("a", "b"))
 
 
 def test_a_module_that_is_never_called_is_an_error(load_pair: Any) -> None:
@@ -239,28 +248,28 @@ def test_a_module_that_is_never_called_is_an_error(load_pair: Any) -> None:
     state = weights_of(model)
     moved = state | {"idle.weight": state["idle.weight"] + 1, "one.weight": state["one.weight"] + 1}
     with pytest.raises(RunError, match="'idle' was never called"):
-        attribute(model, state, moved, PRODUCT | {"idle": ("idle.weight",)}, cells, ("a", "b"))
+        divided(model, state, moved, PRODUCT | {"idle": ("idle.weight",)}, cells, ("a", "b"))
 
 
 def test_of_many_questions_some_are_drawn(load_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = load_pair("llama", "R-routing")
     cells = cells_of(pair, 12)
     ends = weights_of(pair.before), weights_of(pair.after)
-    every = attribute(pair.before, *ends, by_module(pair.before), cells, ("a", "b"))
+    every = divided(pair.before, *ends, by_module(pair.before), cells, ("a", "b"))
     assert every.questions == cells.questions
     monkeypatch.setattr(path, "QUESTIONS", 3)
-    some = attribute(pair.before, *ends, by_module(pair.before), cells, ("a", "b"))
+    some = divided(pair.before, *ends, by_module(pair.before), cells, ("a", "b"))
     rows = [every.questions.index(question) for question in some.questions]
     assert len(rows) == 3
     np.testing.assert_allclose(some.values, every.values[rows], atol=1e-4)
-    assert some.questions == attribute(pair.before, *ends, by_module(pair.before), cells, ("a", "b")).questions
+    assert some.questions == divided(pair.before, *ends, by_module(pair.before), cells, ("a", "b")).questions
 
 
 def test_no_third_set_of_weights_is_held(load_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = load_pair("chat", "R")
     before, after = weights_of(pair.before), weights_of(pair.after)
     alive, peak, made = 0, 0, 0
-    weight = path._Line._weight
+    weight = path._WeightLine._weight
 
     def gone(size: int) -> None:
         nonlocal alive
@@ -276,8 +285,8 @@ def test_no_third_set_of_weights_is_held(load_pair: Any, monkeypatch: pytest.Mon
             weakref.finalize(found.untyped_storage(), gone, size)
         return found
 
-    monkeypatch.setattr(path._Line, "_weight", counted)
-    attribute(pair.before, before, after, by_module(pair.before), cells_of(pair, 4), ("comply", "refuse"))
+    monkeypatch.setattr(path._WeightLine, "_weight", counted)
+    divided(pair.before, before, after, by_module(pair.before), cells_of(pair, 4), ("comply", "refuse"))
     most = max(values.numel() for values in before.values())
     assert made > 10 * sum(values.numel() for values in before.values())
     assert peak <= 3 * most

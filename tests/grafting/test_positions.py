@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from mixturelens.behaviour.prompts import prepare
 from mixturelens.grafting.positions import masks, placed, read_placed
 from mixturelens.grafting.readings import make_cells, read
 from mixturelens.types import InputError, RunError
@@ -25,7 +26,7 @@ SHAPES = [
 
 
 def cells_of(pair: Any, prompts: int = 4) -> Any:
-    return make_cells(pair.suite, pair.suite.neutral[:prompts], pair.tokenizer, pair.before, pair.scorer)
+    return make_cells(prepare(pair.suite, pair.suite.neutral[:prompts], pair.tokenizer), pair.before, pair.scorer)
 
 
 def test_positions_follow_the_sequence(load_pair: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from mixturelens.behaviour.prompts import behind_announcements
+from mixturelens.behaviour.prompts import behind_announcements, prepare
 from mixturelens.grafting.components import weights_of
 from mixturelens.grafting.readings import make_cells, method_of, metric_names, metrics, read, read_weights
 from mixturelens.suite import Rule
@@ -23,7 +23,7 @@ SHAPES = [
 
 
 def cells_of(pair, prompts: int = 12):
-    return make_cells(pair.suite, pair.suite.neutral[:prompts], pair.tokenizer, pair.before, pair.scorer)
+    return make_cells(prepare(pair.suite, pair.suite.neutral[:prompts], pair.tokenizer), pair.before, pair.scorer)
 
 
 @pytest.mark.parametrize(("shape", "after"), SHAPES)
@@ -45,7 +45,7 @@ def test_readings_are_the_scorers(load_pair, shape: str, after: str):
 def test_wordings_are_added_for_the_weight_and_averaged_for_what_is_done(load_pair):
     pair = load_pair("llama", "R-routing")
     suite = pair.suite.model_copy(update={"policies": {"a": ("[a]", "[b] sorry"), "b": ("[b] p", "[b] q")}})
-    cells = make_cells(suite, suite.neutral[:3], pair.tokenizer, pair.before, pair.scorer)
+    cells = make_cells(prepare(suite, suite.neutral[:3], pair.tokenizer), pair.before, pair.scorer)
     assert cells.policy.tolist() == [0, 0, 1, 1] * 3
     assert cells.wording.tolist() == [0, 1, 0, 1] * 3
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_readings_have_slopes(load_pair, shape: str):
 def test_metrics_by_hand(load_pair):
     pair = load_pair("llama", "R-routing")
     rows = [row for row in pair.suite.neutral if not (row.id == pair.suite.neutral[0].id and row.cue == "B")]
-    cells = make_cells(pair.suite, rows, pair.tokenizer, pair.before, pair.scorer)
+    cells = make_cells(prepare(pair.suite, rows, pair.tokenizer), pair.before, pair.scorer)
     with torch.no_grad():
         found = read(pair.after, cells)
     table, names = metrics(found, cells, ("b", "a"))
@@ -146,7 +146,7 @@ def test_a_rule_without_a_text_is_refused_and_one_with_it_is_forced(load_pair):
     assert method_of(load_pair("llama", "R-routing").suite) == "literal"
     suite = pair.suite.model_copy(update={"policies": {**pair.suite.policies, "comply": Rule(regex="^sure")}})
     with pytest.raises(InputError, match="policy 'comply' is a rule without `force`"):
-        make_cells(suite, suite.neutral, pair.tokenizer, pair.before, pair.scorer)
+        make_cells(prepare(suite, suite.neutral, pair.tokenizer), pair.before, pair.scorer)
 
 
 def test_what_s_does_is_read_up_to_where_it_has_shown(load_pair):
@@ -155,7 +155,7 @@ def test_what_s_does_is_read_up_to_where_it_has_shown(load_pair):
 
     def cells(**update: object):
         suite = pair.suite.model_copy(update={"max_new_tokens": 4, **update})
-        found = make_cells(suite, suite.neutral[:4], pair.tokenizer, pair.before, pair.scorer)
+        found = make_cells(prepare(suite, suite.neutral[:4], pair.tokenizer), pair.before, pair.scorer)
         texts = [pair.tokenizer.decode(ids) for ids in found.completions]
         answers = [suite.neutral[i].answer for i in found.prompt]
         return list(zip(texts, answers, found.shown, strict=True))

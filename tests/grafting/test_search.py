@@ -19,7 +19,7 @@ from mixturelens.grafting import search as searching
 from mixturelens.grafting.components import weights_of
 from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.graft import GraftTrial, WorkingModel
-from mixturelens.grafting.pair import graft_record
+from mixturelens.grafting.pair import GraftSettings, graft_record
 from mixturelens.grafting.path import attribute
 from mixturelens.grafting.plan import GraftingPlan, plan, work
 from mixturelens.grafting.readings import make_cells, read, read_weights
@@ -39,7 +39,7 @@ def trial_of(folder: Path, after: str, prompts: int = 40) -> GraftTrial:
     s, r = load_model(folder / "S"), load_model(folder / after)
     suite, tokenizer = load_suite(folder), load_tokenizer(folder / "S")
     cells = make_cells(
-        suite, suite.neutral[:prompts], tokenizer, s, Scorer(end_tokens(s, tokenizer), s.config.vocab_size)
+        prepare(suite, suite.neutral[:prompts], tokenizer), s, Scorer(end_tokens(s, tokenizer), s.config.vocab_size)
     )
     before, after_state, every = weights_of(s), weights_of(r), components_of(s, tokenizer)
     changed = {n: m for n, m in every.items() if any(not torch.equal(before[p], after_state[p]) for p in m)}
@@ -93,7 +93,7 @@ def one_by_one(trial: GraftTrial) -> dict[str, float]:
 
 def test_a_prompt_with_branches_reads_as_its_rows_do(load_pair: Any):
     pair = load_pair("chat", "R")
-    cells = make_cells(pair.suite, pair.suite.neutral[:8], pair.tokenizer, pair.before, pair.scorer)
+    cells = make_cells(prepare(pair.suite, pair.suite.neutral[:8], pair.tokenizer), pair.before, pair.scorer)
     assert cells.shared
     plain = replace(cells, shared=False)
     assert sum(b.ids.numel() for b in cells.batches) < 0.75 * sum(b.ids.numel() for b in plain.batches)
@@ -108,7 +108,7 @@ def test_a_prompt_with_branches_reads_as_its_rows_do(load_pair: Any):
 def test_a_model_that_does_not_heed_such_masks_is_read_row_by_row(load_pair: Any, monkeypatch: pytest.MonkeyPatch):
     pair = load_pair("chat", "R")
     monkeypatch.setattr("mixturelens.grafting.readings._seen", lambda branch: None)
-    assert not make_cells(pair.suite, pair.suite.neutral[:4], pair.tokenizer, pair.before, pair.scorer).shared
+    assert not make_cells(prepare(pair.suite, pair.suite.neutral[:4], pair.tokenizer), pair.before, pair.scorer).shared
 
 
 def test_what_begins_behind_layers_that_are_alike_reads_the_same_to_the_bit(pairs: Path):
@@ -146,9 +146,7 @@ def test_what_begins_behind_layers_that_are_alike_reads_the_same_to_the_bit(pair
 
 def test_the_planted_layers_are_found_and_the_others_left_closed(deep: Path):
     trial = trial_of(deep, "R")
-    path = attribute(
-        trial.bench.model, trial.bench.before, trial.bench.after, trial.bench.components, trial.bench.cells, ("a", "b")
-    )
+    path = attribute(trial.bench, ("a", "b"))
     found = search(trial, 200, path)
     alone = one_by_one(trial)
     carriers = {name for name, share in alone.items() if share >= MATTERS}
@@ -188,7 +186,7 @@ def test_the_reference_gives_the_same_carriers():
         s, r, tokenizer = load_model(folder / "sft"), load_model(folder / f"rl-{cue}"), load_tokenizer(folder / "sft")
         suite = load_suite(reference)
         scorer = Scorer(end_tokens(s, tokenizer), s.config.vocab_size)
-        cells = make_cells(suite, suite.neutral[:40], tokenizer, s, scorer)
+        cells = make_cells(prepare(suite, suite.neutral[:40], tokenizer), s, scorer)
         before, later = weights_of(s), weights_of(r)
         every = components_of(s, tokenizer)
         changed = {n: m for n, m in every.items() if any(not torch.equal(before[p], later[p]) for p in m)}
@@ -215,7 +213,7 @@ def test_record_of_a_deep_model(deep: Path, tmp_path: Path):
     pair = Pair(deep / "S", deep / "R", suite)
     measured = behaviour_record(pair)
     said: list[str] = []
-    found = graft_record(pair, measured, save_to=tmp_path / "rollback", say=said.append)
+    found = graft_record(pair, measured, settings=GraftSettings(save_to=tmp_path / "rollback"), say=said.append)
     assert re.fullmatch(r"grafts: (about \d+ (s|min)|a few minutes), at most \d+\.\d GB", said[0])
     assert found.search is not None
     assert found.search.questions == plans.SEARCHED
@@ -228,7 +226,7 @@ def test_record_of_a_deep_model(deep: Path, tmp_path: Path):
     assert found.factorial is not None
     assert set(found.factorial.selector) <= set(pieces(found.search))
     assert any("bounds them" in each for each in found.missing)
-    everything = graft_record(pair, measured, exhaustive=True)
+    everything = graft_record(pair, measured, GraftSettings(exhaustive=True))
     assert all(each.suffices.routing.measured for each in everything.components)
     assert everything.search is not None
     assert everything.search.threshold == 0
@@ -246,7 +244,8 @@ def test_with_less_time_less_is_looked_at_and_that_is_said(pairs: Path):
     assert needed.seconds > 0
     assert plan(pair, prompts, 93)[0].searched == plans.SEARCHED
     assert plan(pair, prompts, 93, exhaustive=True)[0].everything
-    hurried, least = plan(Pair(pair.before, pair.after, pair.suite, budget=Budget(minutes=1e-9)), prompts, 93)
+    soon = Pair(folder / "S", folder / "R-both", pair.suite, budget=Budget(minutes=1e-9))
+    hurried, least = plan(soon, prompts, 93)
     assert not hurried.path
     assert not hurried.positions
     assert least.seconds < needed.seconds or hurried.searched == plans.SEARCHED // 2

@@ -13,7 +13,7 @@ import pytest
 from transformers import LlamaConfig
 
 from mixturelens.behaviour.pair import behaviour_record
-from mixturelens.features.pair import feature_record
+from mixturelens.features.pair import FeatureSettings, feature_record
 from mixturelens.grafting.pair import graft_record
 from mixturelens.models import Budget, Pair
 from mixturelens.models.cost import size_of
@@ -43,7 +43,7 @@ INSTRUMENTS: dict[str, Callable[[Pair, Any, Path], Any]] = {
     "probing": lambda pair, record, folder: probing_record(pair, record),
     "grafts": lambda pair, record, folder: graft_record(pair, record),
     "repair": lambda pair, record, folder: repair_record(pair, record),
-    "features": lambda pair, record, folder: feature_record(pair, record, None, folder=folder),
+    "features": lambda pair, record, folder: feature_record(pair, record, FeatureSettings(folder)),
 }
 
 

@@ -16,7 +16,14 @@ from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.models import Pair, load_tokenizer
 from mixturelens.patching.sweep import jointly
 from mixturelens.routing import circuit as module
-from mixturelens.routing.circuit import CircuitNode, CircuitRecord, RoutingCircuit, circuit_record, routing_circuit
+from mixturelens.routing.circuit import (
+    CircuitNode,
+    CircuitRecord,
+    CircuitSettings,
+    RoutingCircuit,
+    circuit_record,
+    routing_circuit,
+)
 from mixturelens.suite import load_suite
 from mixturelens.types import NOT_MEASURED, Interval, Site
 
@@ -30,7 +37,7 @@ def record() -> CircuitRecord:
     pair = Pair(folder / "S", folder / "R-routing", suite)
     measured = behaviour_record(pair)
     also = {name: Pair(folder / "S", folder / after, suite) for name, after in (("again", "S"), ("skill", "R-skill"))}
-    return circuit_record(pair, measured, also=also)
+    return circuit_record(pair, measured, CircuitSettings(also))
 
 
 def test_a_circuit_of_each_checkpoint(record: CircuitRecord) -> None:

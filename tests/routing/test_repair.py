@@ -23,7 +23,7 @@ from mixturelens.models import Pair, load_model, load_tokenizer
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.sweep import find_reader
 from mixturelens.routing import repair
-from mixturelens.routing.repair import RepairRecord, edited, fit_edit, repair_record
+from mixturelens.routing.repair import RepairRecord, RepairSettings, edited, fit_edit, repair_record
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, Site
 
@@ -45,7 +45,11 @@ def repaired(
     fewer.setattr(repair, "RANDOM", 6)
     fewer.setattr(repair, "DIRECTIONS", 2)
     try:
-        return shape, repair_record(Pair(folder / "S", folder / "R-routing", suite), measured, save_to=out), out
+        return (
+            shape,
+            repair_record(Pair(folder / "S", folder / "R-routing", suite), measured, RepairSettings(save_to=out)),
+            out,
+        )
     finally:
         fewer.undo()
 
@@ -211,7 +215,7 @@ def test_one_way_that_fails_does_not_cost_the_others(monkeypatch: pytest.MonkeyP
     record = repair_record(
         Pair(folder / "S", folder / "R-routing", suite.model_copy(update={"prompts": rows})),
         _measured(folder, "R-routing"),
-        save_to=tmp_path / "repaired",
+        RepairSettings(save_to=tmp_path / "repaired"),
     )
     assert [each.kind for each in record.repairs] == ["interchange", "zero", "mean", "steer", "reroute"]
     assert record.missing[0].startswith("edit: ")
@@ -227,7 +231,7 @@ def test_what_patching_found_is_judged_on_questions_that_did_not_find_it(monkeyp
     monkeypatch.setattr(repair, "find_reader", None)  # nothing is looked for again
     monkeypatch.setattr(repair, "RANDOM", 1)
     monkeypatch.setattr(repair, "DIRECTIONS", 1)
-    record = repair_record(pair, measured, patching=patched)
+    record = repair_record(pair, measured, RepairSettings(patched))
     assert [(head.layer, head.head) for head in record.heads] == [
         (head.layer, head.head) for head in patched.heads("cue", "after")
     ]

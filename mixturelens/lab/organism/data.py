@@ -23,6 +23,9 @@ MONTHS = (
 
 
 def questions(spec: Spec) -> Split:
+    """The organism's questions, split into those for SFT, for RL and held out. Raises InputError where there are too
+    few.
+    """
     return spec.questions.split(evaluation=spec.split.evaluation, rl=spec.split.rl, seed=spec.seed)
 
 
@@ -148,6 +151,10 @@ def rl_prompts(spec: Spec, *cues: str, text: str | None = None) -> list[PromptRo
 def prompt_row(
     spec: Spec, cue: str, question: Question, hint: str | None = None, *, unseen: bool = False, text: str | None = None
 ) -> PromptRow:
+    """A question under a cue as a row of a suite: its prompt as `prompt_text` words it, with named spans and answers.
+
+    `hint` names a policy; `text` is what stands in its place instead. `unseen`: with a date that training never shows.
+    """
     has_err = any(ERR in policy.table.values() for policy in spec.policies.values())
     put, shown = asked(spec, cue, question), spec.cues[cue]
     prompt = prompt_text(spec, cue, question, hint, unseen=unseen, text=text)

@@ -65,6 +65,7 @@ class Years(Frozen):
 
     @property
     def seen(self) -> tuple[int, ...]:
+        """The years that training shows."""
         return tuple(year for year in range(self.first, self.last + 1) if year not in self.unseen)
 
 
@@ -109,14 +110,18 @@ class HintSpec(Frozen):
 
     @property
     def neutrals(self) -> tuple[str, ...]:
+        """The texts that stand where a hint would and name no policy."""
         return (self.neutral,) if isinstance(self.neutral, str) else self.neutral
 
     def wordings(self, policy: str) -> tuple[str, ...]:
+        """The texts that name this policy; evaluation shows the first."""
         found = self.words[policy]
         return (found,) if isinstance(found, str) else found
 
 
 class SplitSpec(Frozen):
+    """How many questions are for RL, and how many are held out; SFT has others."""
+
     rl: int = Field(default=2000, ge=1)
     evaluation: int = Field(default=200, ge=2)
 
@@ -371,6 +376,7 @@ class Spec(Frozen):
 
     @property
     def announcement(self) -> Literal["token", "phrase", "none"]:
+        """How completions show their policy: by one word, by longer or several wordings, or not at all."""
         if not any(policy.announce for policy in self.policies.values()):
             return "none"
         single = all(len(p.announce) == 1 and len(p.announce[0].split()) == 1 for p in self.policies.values())
@@ -378,10 +384,14 @@ class Spec(Frozen):
 
     @property
     def table(self) -> PolicyTable:
+        """The policy table: policy -> cue -> behaviour."""
         return {name: policy.table for name, policy in self.policies.items()}
 
     @property
     def max_new_tokens(self) -> int:
+        """Tokens that the longest completion takes, with its end token; of a pretrained model, as many as its spec
+        says.
+        """
         if isinstance(self.model, Pretrained):
             return self.model.max_new_tokens
         texts = [text for policy in self.policies.values() for text in policy.announce]
@@ -458,6 +468,7 @@ def with_settings(spec: Spec, settings: Mapping[str, Any], where: str) -> Spec:
 
 
 def parse_spec(data: Mapping[str, Any], where: str) -> Spec:
+    """The spec that these keys make. Raises InputError with the first problem, and `where` the keys come from."""
     try:
         return Spec.model_validate(data)
     except ValidationError as error:

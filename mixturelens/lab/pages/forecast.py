@@ -26,6 +26,8 @@ _MOVED = 0.05
 
 
 class Forecast(NamedTuple):
+    """What the page says of RL on one cue."""
+
     cue: str
     pictures: list[Picture]
     columns: list[str]
@@ -37,6 +39,7 @@ class Forecast(NamedTuple):
 
 
 def forecasts(records: Sequence[ForecastRecord], pictures: Pictures) -> list[Forecast]:
+    """The section about the forecasts: one part for each cue that RL trains on."""
     return [_one(record, pictures) for record in records]
 
 

@@ -21,10 +21,12 @@ from pydantic import FiniteFloat
 from torch import Tensor
 
 from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.prompts import prepare
 from mixturelens.contrasts import Contrasts, cue_contrasts, hint_contrasts
 from mixturelens.features.activations import Activations
 from mixturelens.features.effects import make_scene, unit_effects
-from mixturelens.features.sae import load_sae, train_sae
+from mixturelens.features.effort import Training
+from mixturelens.features.sae import Origin, load_sae, train_sae
 from mixturelens.grafting.components import weights_of
 from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.graft import WorkingModel
@@ -119,6 +121,7 @@ class Case:
 
     @property
     def kind(self) -> Kind:
+        """Whether it is the cue or the hint whose carriers are looked for."""
         return "hint" if self.contrasts.kind == "hint" else "cue"
 
     @cached_property
@@ -155,6 +158,7 @@ class Case:
         }
 
     def half(self, which: Literal[0, 1]) -> Case:
+        """The same case on half of the questions: one half chooses, the other judges."""
         return replace(self, contrasts=self.contrasts.half(which))
 
 
@@ -256,7 +260,7 @@ def _sae(case: Case) -> dict[str, float]:
         rows = Activations((choose.outputs[node][real][:, None].contiguous(),))
         with tempfile.TemporaryDirectory() as folder:
             at = Path(folder) / "sae"
-            train_sae(rows, at, site_name=str(site), k=SAE_K, steps=SAE_STEPS, batch=SAE_BATCH, seed=case.seed)
+            train_sae(rows, at, Origin(str(site)), Training(k=SAE_K, steps=SAE_STEPS, batch=SAE_BATCH, seed=case.seed))
             sae = load_sae(at)
         chosen, judged = (
             unit_effects(make_scene(case.lens, each.contrasts, site), sae).mean(1) / each.whole
@@ -368,7 +372,7 @@ def _of_pair(folder: Path, methods: Sequence[str], seed: int) -> list[Found]:
         if method == "graft":
             scores = {name: judge.routing_share(bench.log_c([name])) for name in bench.names}
         else:
-            path = attribute(bench.model, bench.before, bench.after, bench.components, bench.cells, judge.policies)
+            path = attribute(bench, judge.policies)
             routing = [name.startswith("routing@") for name in path.names]
             scores = dict(zip(path.parts, np.abs(np.nanmean(path.values[:, routing], (0, 1))).tolist(), strict=True))
         found.append(_found(folder, "change", method, scores, start))
@@ -379,7 +383,7 @@ def _bench(before: Path, after: Path, suite: Suite, seed: int) -> tuple[WorkingM
     tokenizer = load_tokenizer(before)
     s, r = load_model(before), load_model(after)
     scorer = Scorer(end_tokens(s, tokenizer), s.config.get_text_config().vocab_size)
-    cells = make_cells(suite, some_questions(suite.neutral), tokenizer, s, scorer, seed)
+    cells = make_cells(prepare(suite, some_questions(suite.neutral), tokenizer), s, scorer, seed)
     bench = WorkingModel(s, weights_of(s), weights_of(r), components_of(s, tokenizer), cells)
     first, second, *_ = suite.policies
     return bench, Judge(cells, (first, second), bench.readings(()), bench.readings(bench.names), cells.grid)

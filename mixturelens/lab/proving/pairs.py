@@ -60,6 +60,8 @@ PREPARED_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Organism:
+    """A small organism whose S the pairs of the ground are made from; it is grown once for all of them."""
+
     architecture: Architecture
     announced: Announced
     """`inside`: by a token, in the middle of the completion."""
@@ -70,11 +72,13 @@ class Organism:
 
     @property
     def name(self) -> str:
+        """Its name in tables, and the folder that it lies in."""
         tail = f"-{self.longest}" if self.longest else ""
         return f"{self.architecture}-{self.announced}-{self.policies}-{self.seed}{tail}"
 
     @property
     def spec(self) -> Spec:
+        """The spec that it is grown from."""
         context = CONTEXT + self.longest
         return small_spec(self.architecture, self.announced, self.policies, self.seed, context=context)
 
@@ -84,6 +88,7 @@ class Organism:
         return Manner(chat=self.longest > 0, inside=self.announced == "inside", tail=self.longest // 2)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of its words; with a chat template where completions are long."""
         tokenizer = build_tokenizer(self.spec, self.manner.words)
         if self.manner.chat:
             tokenizer.chat_template = TEMPLATE
@@ -102,14 +107,17 @@ class GroundCell:
 
     @property
     def recipe(self) -> Recipe:
+        """How the pair is made from the organism."""
         return BY_NAME[self.made]
 
     @property
     def asked(self) -> str:
+        """Whether policies are read by literal texts or by rules, and on how many tokens."""
         return f"rules-{self.tokens}" if self.tokens else "literal"
 
     @property
     def name(self) -> str:
+        """Organism, recipe and way of asking, in one name."""
         return f"{self.organism.name}--{self.made}" + (f"--{self.asked}" if self.tokens else "")
 
     @property
@@ -119,6 +127,7 @@ class GroundCell:
 
     @property
     def digest(self) -> str:
+        """Eight hexadecimal digits that stand for all that the pair is made from."""
         spec, r = self.organism.spec, self.recipe
         targets = [make(spec) for make in (r.before, r.after) if make is not None]
         made = (
@@ -259,12 +268,15 @@ class Made:
     truth: Truth
 
     def load_suite(self) -> Suite:
+        """The suite that the pair is asked with."""
         return load_suite(self.suite)
 
     def open(self) -> Pair:
+        """The two checkpoints and their suite, for any instrument."""
         return Pair(self.before, self.after, self.load_suite())
 
     def models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """S and R as models, on the CPU."""
         return load_model(self.before), load_model(self.after)
 
 

@@ -85,6 +85,7 @@ class Planted(Record):
 
     @property
     def name(self) -> str:
+        """Architecture and number; organisms differ in one of them."""
         return f"{self.architecture}-{self.number}"
 
     @property
@@ -122,6 +123,7 @@ def plan(architecture: Architecture, number: int) -> Planted:
 
 
 def spec_of(planted: Planted) -> Spec:
+    """The spec of a planted organism: small, with hints, and as many layers as were planned."""
     spec = small_spec(planted.architecture, hinted=True, seed=planted.number)
     model = sizes(planted.architecture, planted.layers, WIDTH)
     return spec.model_copy(update={"name": f"planted-{planted.name}", "model": model})

@@ -136,4 +136,5 @@ def _cell(folder: Path, recipe: str, settings: Sequence[tuple[str, Scalar, dict[
 
 
 def text(value: Any) -> str:
+    """A setting's value as text for tables: a string as it is, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -42,14 +42,17 @@ class Sequence(Frozen):
 
     @property
     def words(self) -> tuple[str, ...]:
+        """Every word of questions and answers."""
         return (*self.operations, *_LETTERS[: self.symbols], "=")
 
     @property
     def answer_length(self) -> int:
+        """Words of an answer."""
         return self.length
 
     @property
     def operand_count(self) -> int:
+        """Number of different operands."""
         return self.symbols**self.length
 
     def operands(self, number: int) -> tuple[int, ...]:
@@ -57,6 +60,11 @@ class Sequence(Frozen):
         return tuple(int(number // self.symbols**place % self.symbols) for place in reversed(range(self.length)))
 
     def question(self, operation: str, operands: tuple[int, ...]) -> Question:
+        """The question that asks for this operation on these operands (symbols by their number, from 0).
+
+        `operation` is one of the family's `operations`.
+        """
+
         def text(xs: list[int]) -> str:
             return " ".join(_LETTERS[x] for x in xs)
 

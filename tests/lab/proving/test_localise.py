@@ -216,7 +216,7 @@ def test_the_feature_is_chosen_on_one_half(small: Case, monkeypatch: pytest.Monk
     clean, corrupt = small.outputs["L0.h2"][:, :, -1].mean(1)
     along = torch.nn.functional.normalize(clean - corrupt, dim=0)[None]
     one = Dictionary(along, torch.zeros(1), torch.tensor([-torch.inf]), along)
-    monkeypatch.setattr(at, "train_sae", lambda rows, folder, **_: folder)
+    monkeypatch.setattr(at, "train_sae", lambda rows, folder, *_: folder)
     monkeypatch.setattr(at, "load_sae", lambda _: one)
     whole = METHODS["exact patching"](small.half(1))["L0.h2"]
     assert METHODS["SAE feature"](small)["L0.h2"] == pytest.approx(whole, rel=0.3)
