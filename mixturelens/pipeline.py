@@ -6,7 +6,6 @@ same weights, suite and seed, is not done again.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from mixturelens.grafting.pair import GraftSettings, graft_record
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.models import Pair
 from mixturelens.models.source import fingerprint
-from mixturelens.patching.pair import patching_record
+from mixturelens.patching.pair import PatchingSettings, patching_record
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.pair import ProbingSettings, probing_record
 from mixturelens.probing.record import ProbingRecord
@@ -36,6 +35,7 @@ from mixturelens.routing.repair import RepairRecord, RepairSettings, repair_reco
 from mixturelens.routing.verdict import VerdictRecord, judge
 from mixturelens.suite import PromptRow, load_suite
 from mixturelens.types import InputError
+from mixturelens.unfinished import Unfinished, whole
 
 if TYPE_CHECKING:
     from mixturelens.pages import Grown
@@ -113,7 +113,10 @@ def patch(pair: Pair, *, exhaustive: bool = False, seed: int = 0, say: Say | Non
     no checkpoint after, or no cue contrast.
     """
     options = {"seed": seed, "say": say}
-    make = functools.partial(patching_record, exhaustive=exhaustive, **options)
+
+    def make(pair: Pair, measured: BehaviourRecord, parts: Unfinished) -> PatchingRecord:
+        return patching_record(pair, measured, PatchingSettings(exhaustive, parts), **options)
+
     return _instrument(
         pair, PatchingRecord, "patching", make, lambda there: there.exhaustive or not exhaustive, **options
     )
@@ -134,7 +137,10 @@ def circuit(
     options = {"seed": seed, "say": say}
     also = {other.after.name: other for other in others if other.after is not None and other.after != pair.after}
     compared = tuple(fingerprint(other.after) for other in also.values() if other.after is not None)
-    make = functools.partial(circuit_record, settings=CircuitSettings(also, exhaustive), **options)
+
+    def make(pair: Pair, measured: BehaviourRecord, _: Unfinished) -> CircuitRecord:
+        return circuit_record(pair, measured, CircuitSettings(also, exhaustive), **options)
+
     return _instrument(pair, CircuitRecord, "circuit", make, lambda there: there.compared == compared, **options)
 
 
@@ -145,14 +151,14 @@ def repair(pair: Pair, *, seed: int = 0, say: Say | None = None) -> RepairRecord
     """
     options = {"seed": seed, "say": say}
 
-    def make(pair: Pair, measured: BehaviourRecord) -> RepairRecord:
+    def make(pair: Pair, measured: BehaviourRecord, _: Unfinished) -> RepairRecord:
         there = kept(PatchingRecord, pair.records / "patching.json", provenance_of(pair, seed))
         return repair_record(pair, measured, RepairSettings(there, pair.made("repaired")), **options)
 
-    def whole(there: RepairRecord) -> bool:
+    def complete(there: RepairRecord) -> bool:
         return there.checkpoint is None or pair.made("repaired").exists()
 
-    return _instrument(pair, RepairRecord, "repair", make, whole, **options)
+    return _instrument(pair, RepairRecord, "repair", make, complete, **options)
 
 
 def graft(pair: Pair, *, exhaustive: bool = False, seed: int = 0, say: Say | None = None) -> GraftRecord:
@@ -161,14 +167,16 @@ def graft(pair: Pair, *, exhaustive: bool = False, seed: int = 0, say: Say | Non
     `exhaustive`: every component of a large model, too, and not only those in groups of layers that matter.
     """
     options = {"seed": seed, "say": say}
-    make = functools.partial(graft_record, settings=GraftSettings(exhaustive, pair.made("rollback")), **options)
 
-    def whole(there: GraftRecord) -> bool:
+    def make(pair: Pair, measured: BehaviourRecord, parts: Unfinished) -> GraftRecord:
+        return graft_record(pair, measured, GraftSettings(exhaustive, pair.made("rollback"), parts), **options)
+
+    def complete(there: GraftRecord) -> bool:
         if exhaustive and there.search is not None and there.search.threshold > 0:
             return False
         return there.rollback is None or there.rollback.checkpoint is None or pair.made("rollback").exists()
 
-    return _instrument(pair, GraftRecord, "graft", make, whole, **options)
+    return _instrument(pair, GraftRecord, "graft", make, complete, **options)
 
 
 def probe(pair: Pair, *, exhaustive: bool = False, seed: int = 0, say: Say | None = None) -> ProbingRecord:
@@ -179,7 +187,7 @@ def probe(pair: Pair, *, exhaustive: bool = False, seed: int = 0, say: Say | Non
     """
     options = {"seed": seed, "say": say}
 
-    def make(pair: Pair, measured: BehaviourRecord) -> ProbingRecord:
+    def make(pair: Pair, measured: BehaviourRecord, _: Unfinished) -> ProbingRecord:
         patching, why = _patched(pair, **options)
         heads = patching.heads("cue", "after") if patching else ()
         reader = heads or InputError(why or "patching found no cue reader")
@@ -220,32 +228,36 @@ def decompose(
     def probed() -> ProbingRecord | None:
         return kept(ProbingRecord, pair.records / "probing.json", provenance_of(pair, seed))
 
-    def make(pair: Pair, measured: BehaviourRecord) -> FeatureRecord:
+    def make(pair: Pair, measured: BehaviourRecord, _: Unfinished) -> FeatureRecord:
         patching, why = _patched(pair, **options)
         settings = FeatureSettings(
             folder, patching=patching, no_patching=why, probing=probed(), more=tuple(more), given=tuple(saes)
         )
         return feature_record(pair, measured, settings, **options)
 
-    def whole(there: FeatureRecord) -> bool:
+    def complete(there: FeatureRecord) -> bool:
         kept = all(sae.folder is None or (folder / sae.folder).exists() for sae in there.saes)
         given = [sae.pretrained for sae in there.saes if sae.pretrained is not None]
         return kept and sorted(given) == sorted(map(str, saes)) and (there.probed or probed() is None)
 
-    return _instrument(pair, FeatureRecord, "features", make, whole, **options)
+    return _instrument(pair, FeatureRecord, "features", make, complete, **options)
 
 
 def _instrument(
     pair: Pair,
     kind: type[R],
     name: str,
-    make: Callable[[Pair, BehaviourRecord], R],
+    make: Callable[[Pair, BehaviourRecord, Unfinished], R],
     current: Callable[[R], bool] = lambda _: True,
     *,
     seed: int,
     say: Say | None,
 ) -> R:
-    """The record of an instrument that needs a pair and its behaviour: the one on disk if current, or made anew."""
+    """The record of an instrument that needs a pair and its behaviour: the one on disk if current, or made anew.
+
+    What is measured on the way is kept in a folder beside the record until that is written: an instrument that was
+    killed goes on from there, and so does one of which a part failed.
+    """
     if pair.after is None:
         raise InputError(f"{name} needs a checkpoint after: give --after")
     if pair.device_map is not None:
@@ -253,11 +265,13 @@ def _instrument(
     expected = provenance_of(pair, seed)
     file = pair.records / f"{name}.json"
     there = kept(kind, file, expected)
-    if there is not None and current(there):
+    if there is not None and current(there) and whole(getattr(there, "missing", ())):
         return there
     measured = measure(pair, seed=seed, say=say)
-    record = make(pair, measured).model_copy(update={"provenance": expected})
+    parts = Unfinished(pair.records / f".{name}", expected.model_dump_json())
+    record = make(pair, measured, parts).model_copy(update={"provenance": expected})
     record.save(file)
+    parts.done()
     return record
 
 

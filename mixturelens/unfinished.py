@@ -6,19 +6,23 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from mixturelens.records import write_bytes, write_text
-from mixturelens.types import Frozen
+from mixturelens.types import Frozen, InputError
 
 EVERY = 5.0
 """Seconds between two times that arrays are written: what a kill can cost."""
 
+FAILED = "failed"
+"""How a record says that a part ended in an error, and not in what its pair does not allow."""
+
 F = TypeVar("F", bound=Frozen)
+T = TypeVar("T")
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -35,6 +39,7 @@ class Unfinished:
 
     def __init__(self, folder: Path | None, about: str) -> None:
         self._folder = folder
+        self.failed = False
         self._new: dict[str, Arrays] = {}
         self._known: dict[str, Arrays] = {}
         self._written = time.monotonic()
@@ -83,9 +88,27 @@ class Unfinished:
         write_bytes(self._folder / f"{number:06d}.safetensors", save(flat))
         self._new, self._written = {}, time.monotonic()
 
+    def attempt(self, what: str, measure: Callable[[], T], missing: list[str]) -> T | None:
+        """Measure a part that must not cost the others: what a pair does not allow, or what fails, goes to `missing`.
+
+        A part that failed (memory ran out, say) is tried again when the instrument is run again; one that the pair does
+        not allow is not.
+        """
+        try:
+            return measure()
+        except InputError as error:
+            missing.append(f"{what}: {error}")
+        except Exception as error:  # whatever it is, what was measured beside it is kept
+            self.failed = True
+            said = (str(error).strip() or "no message").splitlines()[0]
+            missing.append(f"{what}: {FAILED} ({type(error).__name__}: {said}); run again to try it once more")
+        return None
+
     def done(self) -> None:
-        """The record is whole, and written: its parts are not needed any more."""
-        if self._folder is not None:
+        """The record is written: where it is whole, its parts are not needed any more."""
+        if self.failed:
+            self.write()
+        elif self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
@@ -106,3 +129,12 @@ def _unpacked(file: Path) -> dict[str, Arrays]:
         part, _, key = name.rpartition("\n")
         found.setdefault(part, {})[key] = value
     return dict(found)
+
+
+def whole(missing: Iterable[str]) -> bool:
+    """Whether nothing of a record failed, by what it says is missing."""
+    return not any(f": {FAILED} (" in line for line in missing)
+
+
+NOTHING_KEPT = Unfinished(None, "")
+"""Where nobody gives a folder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from mixturelens.grafting.components import State
 from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.noise import noised
-from mixturelens.grafting.readings import Cells, Readings, read, read_weights
+from mixturelens.grafting.readings import Cells, Readings, read, read_weights, readings_of
 from mixturelens.grafting.record import Effects, Factorial, Graft, Null
 from mixturelens.grafting.starts import Starts
 from mixturelens.records import new_folder
+from mixturelens.unfinished import NOTHING_KEPT, Unfinished
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,6 +91,8 @@ class WorkingModel:
     pieces: Mapping[str, tuple[str, ...]] | None = None
     """Groups of components that stay together from here on, by name: all components are in one. None: each alone."""
     starts: Starts | None = None
+    parts: Unfinished = NOTHING_KEPT
+    """Where readings are kept until the record is whole."""
     _readings: dict[frozenset[str], Readings] = field(default_factory=dict)
     _weights: dict[frozenset[str], np.ndarray] = field(default_factory=dict)
 
@@ -117,7 +121,8 @@ class WorkingModel:
         if key not in self._readings:
             counts = {"before": self._depth(key), "after": self._depth(frozenset(self.components) - key)}
             side = max(counts, key=lambda side: counts[side])
-            self._readings[key] = self._read(written(self.model, self.weights_of(key)), side, counts[side])
+            changed = functools.partial(written, self.model, self.weights_of(key))
+            self._readings[key] = self._kept(",".join(sorted(key)), lambda: self._read(changed(), side, counts[side]))
         return self._readings[key]
 
     def log_c(self, components: Names) -> Float[np.ndarray, "prompt policy"]:
@@ -126,13 +131,21 @@ class WorkingModel:
         if key in self._readings or self.starts is not None:
             return self.readings(key).log_c.cpu().numpy()
         if key not in self._weights:
-            with written(self.model, self.weights_of(key)), torch.inference_mode():
-                self._weights[key] = read_weights(self.model, self.cells).cpu().numpy()
+            name = f"{self.cells.digest} weights {','.join(sorted(key))}"
+            self._weights[key] = self.parts.arrays(name, lambda: {"log_c": self._read_weights(key)})["log_c"]
         return self._weights[key]
 
     def log_p(self, components: Names) -> Float[np.ndarray, "prompt policy"]:
         """Log-probability of the usual completions in S with these components taken from R."""
         return self.readings(components).log_p.cpu().numpy()
+
+    def _read_weights(self, key: frozenset[str]) -> Float[np.ndarray, "prompt policy"]:
+        with written(self.model, self.weights_of(key)), torch.inference_mode():
+            return read_weights(self.model, self.cells).cpu().numpy()
+
+    def _kept(self, name: str, work: Callable[[], Readings]) -> Readings:
+        found = self.parts.arrays(f"{self.cells.digest} {name}", lambda: {"both": work().array})
+        return readings_of(found["both"], self.cells)
 
     def _read(self, changed: AbstractContextManager[None], side: str, count: int) -> Readings:
         """Of the working model while it is changed; its first `count` layers give what they give in a side."""
@@ -164,7 +177,9 @@ class WorkingModel:
     def noisy(self, components: Names, seed: int) -> Readings:
         """Of S with a random change of R's size, tensor by tensor, in these components' parameters."""
         key = self.key(components)
-        return self._read(noised(self.model, self.weights_of(key), seed), "before", self._depth(key))
+        changed = functools.partial(noised, self.model, self.weights_of(key), seed)
+        name = f"noise {seed} {','.join(sorted(key))}"
+        return self._kept(name, lambda: self._read(changed(), "before", self._depth(key)))
 
 
 @dataclass(frozen=True)

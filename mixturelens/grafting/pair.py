@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int
+from torch import nn
 
 from mixturelens.behaviour.grid import grid_of
 from mixturelens.behaviour.harmed import gained_and_lost
@@ -37,7 +39,7 @@ from mixturelens.grafting.graft import (
 from mixturelens.grafting.path import FEW_NODES, Attribution, attribute
 from mixturelens.grafting.plan import JUDGED, QUESTIONS, plan
 from mixturelens.grafting.positions import placed
-from mixturelens.grafting.readings import Readings, make_cells, method_of, metric_names, metrics
+from mixturelens.grafting.readings import Cells, Readings, make_cells, method_of, metric_names, metrics, readings_of
 from mixturelens.grafting.record import (
     UNMEASURED,
     Component,
@@ -55,7 +57,8 @@ from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory, size_of
 from mixturelens.stats import PROPORTION, half_of, interval, mean_interval, resample_counts, resampled_mean, too_few
 from mixturelens.suite import PromptRow, wordings
-from mixturelens.types import NOT_MEASURED, InputError, Interval
+from mixturelens.types import NOT_MEASURED, Interval
+from mixturelens.unfinished import NOTHING_KEPT, Unfinished
 
 SHARED = 64
 """Questions, at most, of Shapley shares, which try every set of components."""
@@ -76,6 +79,8 @@ class GraftSettings:
     whatever time it takes."""
     save_to: Path | None = None
     """Folder of the rollback, R with S's selector, as a plain checkpoint; None: it is not kept."""
+    parts: Unfinished = NOTHING_KEPT
+    """Where what was measured is kept until the record is whole."""
 
 
 def graft_record(
@@ -109,17 +114,13 @@ def graft_record(
     state_s, state_r = weights_of(s), weights_of(r)
     found = parts(components, state_s, state_r)
     changed = {part.name: components[part.name] for part in found if part.change > 0}
-    bench = WorkingModel(s, state_s, state_r, changed, cells)
+    bench = WorkingModel(s, state_s, state_r, changed, cells, parts=settings.parts)
     judge = Judge(cells, policies, bench.readings(()), bench.readings(changed), cells.grid)
     missing: list[str] = list(planned.missing)
 
     def attempt(what: str, work: Callable[[], T]) -> T | None:
         """What this model does not allow must not cost the rest."""
-        try:
-            return work() if changed else None
-        except InputError as error:
-            missing.append(f"{what}: {error}")
-            return None
+        return settings.parts.attempt(what, work, missing) if changed else None
 
     trial, searched = GraftTrial(bench, judge), planned.searched is not None and bool(changed)
     if searched:
@@ -128,7 +129,7 @@ def graft_record(
     path = None
     if planned.path:
         say("attribution along the path")
-        path = attempt("path attribution", lambda: _path(trial, policies, searched))
+        path = attempt("path attribution", lambda: _path(trial, policies, searched, settings.parts))
     unsettled = [line.metric for line in _sums(path) if not settled(line)]
     if unsettled:
         missing.append(f"path attribution: its parts do not add up to the change of {', '.join(unsettled)}")
@@ -174,7 +175,7 @@ def graft_record(
     at: dict[tuple[str, ...], Readings] = {}
     if planned.positions:
         say("grafts at some positions")
-        at = attempt("grafts at some positions", lambda: placed(s, r, trial.bench.cells)) or {}
+        at = attempt("grafts at some positions", lambda: _placed(s, r, trial.bench.cells, settings.parts)) or {}
     rollback = None
     if factorial is not None:
         say("rollback")
@@ -248,8 +249,26 @@ def _on(trial: GraftTrial, index: Int[np.ndarray, "question cue"]) -> GraftTrial
     return GraftTrial(bench.on(cells, before, after), Judge(cells, judge.policies, before, after, cells.grid, judge))
 
 
-def _path(trial: GraftTrial, policies: tuple[str, str], large: bool) -> Attribution:
-    return attribute(trial.bench, policies, *((FEW_NODES, 3 * FEW_NODES) if large else ()))
+def _path(trial: GraftTrial, policies: tuple[str, str], large: bool, parts: Unfinished) -> Attribution:
+    def measure() -> dict[str, np.ndarray]:
+        found = attribute(trial.bench, policies, *((FEW_NODES, 3 * FEW_NODES) if large else ()))
+        words = json.dumps([found.names, found.parts, found.questions]).encode()
+        arrays = {"values": found.values, "change": found.change, "points": np.array([found.points])}
+        return {**arrays, "words": np.frombuffer(words, np.uint8)}
+
+    found = parts.arrays(f"{trial.bench.cells.digest} path", measure)
+    parts.write()
+    names, of, questions = (tuple(words) for words in json.loads(found["words"].tobytes()))
+    return Attribution(names, of, questions, found["values"], found["change"], int(found["points"][0]))
+
+
+def _placed(before: nn.Module, after: nn.Module, cells: Cells, parts: Unfinished) -> dict[tuple[str, ...], Readings]:
+    def measure() -> dict[str, np.ndarray]:
+        found = placed(before, after, cells)
+        return {f"{i:03d} {json.dumps(names)}": each.array for i, (names, each) in enumerate(found.items())}
+
+    found = parts.arrays(f"{cells.digest} positions", measure)
+    return {tuple(json.loads(key[4:])): readings_of(found[key], cells) for key in sorted(found)}
 
 
 def _unseen(found: Search) -> list[str]:

@@ -6,6 +6,7 @@ prompt is fed once: what follows it is laid out behind it as branches, which see
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -82,6 +83,12 @@ class Cells:
     device: str = "cpu"
     shared: bool = False
     """Whether each prompt is fed once for all that may follow it."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells these cells from others: a hash of every row's tokens and of what each is."""
+        said = (self.prompts.contexts, self.completions, self.announcements, self.shown)
+        return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
     @property
     def suite(self) -> Suite:
@@ -290,6 +297,17 @@ class Readings:
         return torch.stack(
             [self.completed[:, columns].mean(1) for columns in wordings_of(self.owner, self.completed)], 1
         )
+
+    @property
+    def array(self) -> Float[np.ndarray, "two prompt announcement"]:
+        """Announcements, and completions behind them, as they are kept on disk."""
+        return torch.stack([self.announced, self.completed]).detach().cpu().numpy()
+
+
+def readings_of(array: Float[np.ndarray, "two prompt announcement"], cells: Cells) -> Readings:
+    """Readings of these cells, from the array that they were kept as."""
+    announced, completed = torch.from_numpy(array).to(cells.device)
+    return Readings(announced, completed, cells.owner)
 
 
 def wordings_of(owner: tuple[int, ...] | None, table: Float[Tensor, "prompt announcement"]) -> list[list[int]]:

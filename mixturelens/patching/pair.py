@@ -38,7 +38,8 @@ from mixturelens.patching.sweep import (
     patch,
 )
 from mixturelens.stats import FEWEST, interval, mean_interval, resample_counts, too_few
-from mixturelens.types import InputError, Side, Site
+from mixturelens.types import Frozen, Side, Site
+from mixturelens.unfinished import NOTHING_KEPT, Unfinished
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,29 +52,44 @@ QUESTIONS = 48
 """Questions, at most, where sites are nominated."""
 
 
+@dataclass(frozen=True)
+class PatchingSettings:
+    """How much is patched, and where what was measured is kept until the record is whole."""
+
+    exhaustive: bool = False
+    """Every site, whatever that takes; else, on a large model, those that slopes nominate."""
+    parts: Unfinished = NOTHING_KEPT
+
+
+class PatchedContrast(Frozen):
+    """What patching one contrast in one checkpoint gives to the record."""
+
+    sweeps: tuple[Sweep, ...]
+    readers: tuple[ReaderHeads, ...] = ()
+
+
 def patching_record(
     pair: Pair,
     behaviour: BehaviourRecord,
-    *,
-    exhaustive: bool = False,
+    settings: PatchingSettings | None = None,
     seed: int = 0,
     say: Say | None = None,
 ) -> PatchingRecord:
     """Where cue and hint are read in S and in R, and which of S's activations undo in R what RL did.
 
-    Every site is patched where that takes little, or where asked to be `exhaustive`; else those that `coarse` finds
+    Every site is patched where that takes little, or where the settings ask for it; else those that `coarse` finds
     worth it, on at most QUESTIONS questions, and what was passed over is bounded. With less time than that takes
     (`pair.budget`) there are fewer questions. Raises InputError if the trained cue is not known, the prompts of a
     contrast cannot be aligned, or the memory allowed is too little.
     """
-    say = say or (lambda _: None)
+    settings, say = settings or PatchingSettings(), say or (lambda _: None)
     harm = find_harm(behaviour)
     pair = pair.spelled(behaviour.spelling)
     suite, tokenizer = pair.suite, pair.tokenizer
     cue = cue_contrasts(suite, tokenizer, harm.policy, harm.cues, harm.shows)
     hinted = {harm.policy, harm.other} <= {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
     missing: list[str] = []
-    plan = _plan(pair, cue, hinted, exhaustive, missing)
+    plan = _plan(pair, cue, hinted, settings.exhaustive, missing)
     say(f"patching: {plan.takes}")
     check_memory(pair, plan.takes, "patching")
     cue = cue.first(plan.questions)
@@ -86,13 +102,15 @@ def patching_record(
         f"patching {line}" for line in dict.fromkeys(line for each in lenses.values() for line in left_out(each))
     ]
 
-    def attempt(what: str, work: Callable[[], None]) -> None:
+    def attempt(what: str, work: Callable[[], PatchedContrast]) -> None:
         """What cannot be measured on this pair is said, and the rest is measured."""
         say(what)
-        try:
-            work()
-        except InputError as error:
-            missing.append(f"{what}: {error}")
+        name = f"{what}, {plan.questions} questions{', everywhere' if plan.exhaustive else ''}"
+        kept = functools.partial(settings.parts.value, name, PatchedContrast, work)
+        found = settings.parts.attempt(what, kept, missing)
+        if found is not None:
+            sweeps.extend(found.sweeps)
+            readers.extend(found.readers)
         gc.collect()  # runs and graphs of the last contrast hold each other
 
     def search(
@@ -110,27 +128,27 @@ def patching_record(
     ) -> ReaderHeads:
         return _reader(lens, contrasts, side, position, seed, (bench, found) if bench else None)
 
-    def of_cue(side: Side) -> None:
+    def of_cue(side: Side) -> PatchedContrast:
         lens, words = lenses[side], {"target": target, "foil": foil, "policy": harm.policy}
         found, unseen, bench = search(lens, cue, everywhere=True)
-        sweeps.append(_sweep(found, cue, side, "denoise", seed, tokenizer, unseen, **words))
+        denoised = _sweep(found, cue, side, "denoise", seed, tokenizer, unseen, **words)
         heads = [site for site in found.sites if site.component == "z"]
         noised = bench.patch(heads, "noise") if bench else patch(lens, cue, heads, direction="noise")
-        sweeps.append(_sweep(noised, cue, side, "noise", seed, tokenizer, unseen, **words))
-        readers.append(reader(lens, cue, side, "policy", bench, found))
+        both = (denoised, _sweep(noised, cue, side, "noise", seed, tokenizer, unseen, **words))
+        return PatchedContrast(sweeps=both, readers=(reader(lens, cue, side, "policy", bench, found),))
 
-    def of_hint(side: Side) -> None:
+    def of_hint(side: Side) -> PatchedContrast:
         hint = hint_contrasts(suite, tokenizer, harm.trained_cue, harm.policy, harm.other).first(plan.questions)
         words = {"target": f"policy {harm.policy}", "foil": f"policy {harm.other}", "cue": harm.trained_cue}
         found, unseen, bench = search(lenses[side], hint, everywhere=False)
-        sweeps.append(_sweep(found, hint, side, "denoise", seed, tokenizer, unseen, **words))
-        readers.append(reader(lenses[side], hint, side, "last", bench, found))
+        sweep = _sweep(found, hint, side, "denoise", seed, tokenizer, unseen, **words)
+        return PatchedContrast(sweeps=(sweep,), readers=(reader(lenses[side], hint, side, "last", bench, found),))
 
-    def of_checkpoints() -> None:
+    def of_checkpoints() -> PatchedContrast:
         same = checkpoint_contrasts(suite, tokenizer, harm.harmed_cue, harm.other, harm.policy).first(plan.questions)
         words = {"target": f"policy {harm.other}", "foil": f"policy {harm.policy}", "cue": harm.harmed_cue}
         found, unseen, _ = search(lenses["after"], same, everywhere=False, before=lenses["before"])
-        sweeps.append(_sweep(found, same, "after", "denoise", seed, tokenizer, unseen, **words))
+        return PatchedContrast(sweeps=(_sweep(found, same, "after", "denoise", seed, tokenizer, unseen, **words),))
 
     for side in lenses:
         attempt(f"patching the cue, {side}", functools.partial(of_cue, side))
