@@ -32,25 +32,9 @@ class Provenance(Frozen):
     versions: dict[str, str] = {}
 
 
-def provenance(
-    *,
-    before: str | None = None,
-    after: str | None = None,
-    suite: str | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    dtype: str = "float32",
-) -> Provenance:
-    """Provenance with the versions of the libraries that produce numbers; checkpoints by their `fingerprint`."""
-    return Provenance(
-        before=before,
-        after=after,
-        suite=suite,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
-    )
+def with_versions(made: Provenance) -> Provenance:
+    """The same provenance, with the versions that are installed here of the libraries that produce numbers."""
+    return made.model_copy(update={"versions": {name: importlib.metadata.version(name) for name in _LIBRARIES}})
 
 
 class Record(Frozen):
