@@ -258,7 +258,7 @@ def test_features_are_made_again_where_an_sae_is_gone(tmp_path: Path, monkeypatc
         return FeatureRecord(trained_cue="A", saes=(sae,))
 
     monkeypatch.setattr(pipeline, "feature_record", make)
-    for other in ("behaviour", "patch"):
+    for other in ("measure", "patch"):
         monkeypatch.setattr(pipeline, other, lambda *_, **__: None)
     folder = REFERENCE / "checkpoints"
     pair = Pair(folder / "sft", folder / "rl-A", REFERENCE / "suite.yaml", out=tmp_path, trained_cue="A")
