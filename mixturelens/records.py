@@ -37,25 +37,9 @@ class Provenance(Frozen):
         return sides[0] == sides[1] and self.model_copy(update={"versions": other.versions}) == other
 
 
-def provenance(
-    *,
-    before: str | None = None,
-    after: str | None = None,
-    suite: str | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    dtype: str = "float32",
-) -> Provenance:
-    """Provenance with the versions of the libraries that produce numbers; checkpoints by their `fingerprint`."""
-    return Provenance(
-        before=before,
-        after=after,
-        suite=suite,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        versions={name: found for name in _LIBRARIES if (found := _version(name)) is not None},
-    )
+def with_versions(made: Provenance) -> Provenance:
+    """The same provenance, with the versions that are installed here of the libraries that produce numbers."""
+    return made.model_copy(update={"versions": {name: found for name in _LIBRARIES if (found := _version(name))}})
 
 
 def _version(library: str) -> str | None:

@@ -12,8 +12,9 @@ import yaml
 from pydantic import ValidationError
 
 from mixturelens.records import problems_of
-from mixturelens.suite import PromptRow, Rule, Suite, json_objects, read_yaml
+from mixturelens.suite import PromptRow, Rule, Suite, suite_mapping
 from mixturelens.types import InputError
+from mixturelens.yaml_json import json_objects
 
 FEW = 8
 """Questions under which no verdict is given."""
@@ -39,7 +40,7 @@ def check_suite_file(path: Path) -> tuple[Suite | None, list[Problem]]:
     """
     path = path / "suite.yaml" if path.is_dir() else path
     try:
-        data = read_yaml(path)
+        data = suite_mapping(path)
     except InputError as error:
         line = re.search(r"line (\d+)", str(error))
         return None, [Problem(path, int(line[1]) if line else None, str(error).removeprefix(f"{path}: "))]

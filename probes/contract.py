@@ -19,7 +19,7 @@ from mixturelens.contrasts import span_positions
 from mixturelens.lab import runs
 from mixturelens.models import Pair, quiet_libraries
 from mixturelens.models.source import fingerprint
-from mixturelens.records import Record, provenance
+from mixturelens.records import Provenance, Record, with_versions
 from mixturelens.spelling import encode_prompts
 from mixturelens.types import Frozen, InputError, Interval, RunError
 
@@ -86,7 +86,7 @@ def ask(
     answers = {pair.name: answer(pair, seed) for pair in runs.run_pairs(run_folder)}
     text = "; ".join(clause(*found) for found in answers.items())
     return ProbeRecord(
-        provenance=provenance(before=fingerprint(run_folder / "checkpoints" / "sft"), seed=seed),
+        provenance=with_versions(Provenance(before=fingerprint(run_folder / "checkpoints" / "sft"), seed=seed)),
         name=probe.NAME,
         hypothesis=probe.HYPOTHESIS,
         prediction=probe.PREDICTION,

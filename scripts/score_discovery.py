@@ -22,7 +22,7 @@ from mixturelens.discovery.draws import Draws, stored
 from mixturelens.discovery.propose import propose
 from mixturelens.lab.proving.pairs import GroundCell, grid, make_pair
 from mixturelens.models import Pair
-from mixturelens.records import Record, provenance, write_text
+from mixturelens.records import Provenance, Record, with_versions, write_text
 from mixturelens.suite import Suite
 from scripts.seed_tables import ROOT, put
 
@@ -102,7 +102,7 @@ def score(cell: GroundCell, ground: Path) -> Scored:
         if name == "of-true" or record.found
     ]
     return Scored(
-        provenance=provenance(before=record.provenance.before, after=record.provenance.after),
+        provenance=with_versions(Provenance(before=record.provenance.before, after=record.provenance.after)),
         pair=cell.name,
         truth=made.truth.verdict,
         found=record.found,
@@ -136,7 +136,7 @@ def nulls(out: Path, times: int) -> dict[str, int]:
                 tuple(draws.tokens[i] for i in some),
                 tuple(draws.along[i] for i in some),
             )
-            found[name] += propose(asked, dealt, seed, provenance()).record.found
+            found[name] += propose(asked, dealt, seed, with_versions(Provenance())).record.found
     return found
 
 

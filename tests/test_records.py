@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from mixturelens import records
-from mixturelens.records import Record, new_folder, provenance, write_text
+from mixturelens.records import Provenance, Record, new_folder, with_versions, write_text
 from mixturelens.types import Frozen, InputError, Interval
 
 FILES = Path(__file__).parent / "files"
@@ -140,7 +140,7 @@ def test_files_are_readable_by_others(tmp_path: Path):
 
 
 def test_provenance_names_the_versions_that_produced_numbers():
-    found = provenance(before="sft@1", after="rl@2", suite="suite.yaml", seed=7)
+    found = with_versions(Provenance(before="sft@1", after="rl@2", suite="suite.yaml", seed=7))
     assert (found.before, found.after, found.seed) == ("sft@1", "rl@2", 7)
     assert set(found.versions) == {"mixturelens", "torch", "transformers", "trl"}
-    assert provenance(before="sft@1").after is None
+    assert with_versions(Provenance(before="sft@1")).after is None

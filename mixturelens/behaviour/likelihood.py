@@ -1,48 +1,34 @@
 """Exact probabilities by teacher forcing, and completions drawn at temperature 1. The only hot path of behaviour.
 
-A *context* is a prompt's token ids, perhaps with an announcement behind it. Models are Hugging Face causal language
-models, or anything that is called like one. Logits are taken to float64 before any logarithm, so that the probability
-of everything *but* a literal is right even when the literal has probability 1 - 1e-9.
+A *context* is a prompt's token ids, perhaps with an announcement behind it. What models compute is in `logits`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixturelens.models.beginnings import (
-    BATCH_TOKENS,
-    KEPT_BYTES,
-    LONG,
-    Beginning,
-    Known,
-    Model,
-    bytes_of,
-    cut,
-    grow,
-    keeps,
-    logits_behind,
-    together,
+from mixturelens.behaviour.logits import (
+    END,
+    Forwards,
+    Ids,
+    Kept,
+    batches,
+    entropy,
+    forced_logits,
+    grown,
+    target_logprobs,
+    token_kl,
 )
+from mixturelens.models.beginnings import BATCH_TOKENS, LONG, Beginning, Model, cut, keeps, together
 
-Ids = Sequence[int]
-
-END = -1
-"""In a literal: any of the model's end tokens."""
-
-BATCH_BYTES = 256 << 20
-"""Bound on the logits of one batch."""
-PART = 4 << 20
-"""Logits that are summed at a time, in float64."""
 WIDE = 512
 """Width of a model from which a batch of samples holds BATCH_TOKENS; narrower ones spend their time between layers, and
 get as many more tokens at once."""
@@ -61,146 +47,6 @@ class Completions:
     tokens: list[list[int]]
 
 
-def _batches(
-    lengths: Sequence[int], starts: Sequence[int], vocabulary: int, models: int = 1, most: int = BATCH_TOKENS
-) -> Iterator[list[int]]:
-    """Rows sorted by length, cut so that the logits of a batch stay within the memory bound, and its tokens too."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], starts[i]))
-    batch: list[int] = []
-    widest, first = 0, 1 << 62
-    for i in order:
-        widest_then, first_then = max(widest, lengths[i]), min(first, starts[i])
-        rows = len(batch) + 1
-        logits = rows * (widest_then - first_then + 1) * vocabulary * 4 * models
-        if batch and (logits > BATCH_BYTES or rows * widest_then > most):
-            yield batch
-            batch, widest_then, first_then = [], lengths[i], starts[i]
-        batch.append(i)
-        widest, first = widest_then, first_then
-    if batch:
-        yield batch
-
-
-Kept = dict[int, Known]
-"""id of a model -> its beginnings."""
-
-
-@dataclass(frozen=True)
-class _Logits:
-    """Logits at every step of some rows, and what they are normalised by."""
-
-    raw: Float[Tensor, "row step vocabulary"]
-
-    @functools.cached_property
-    def total(self) -> Float[Tensor, "row step"]:
-        """log of the sum of exp, in float64."""
-        return _logsumexp(self.raw)
-
-    def of(self, targets: Int[Tensor, "row step"]) -> Float[Tensor, "row step"]:
-        """Log-probability of one token a step."""
-        return self.raw.gather(-1, targets[..., None])[..., 0].double() - self.total
-
-    def ended(self, ends: Ids) -> Float[Tensor, "row step"]:
-        """Log-probability of any end token."""
-        if not len(ends):
-            return torch.full_like(self.total, -torch.inf)
-        return self.raw[..., list(ends)].double().logsumexp(-1) - self.total
-
-    def at(self, row: int, step: int) -> Float[Tensor, " vocabulary"]:
-        """Log-probabilities of all tokens."""
-        return self.raw[row, step].double() - self.total[row, step]
-
-
-def _logsumexp(raw: Float[Tensor, "row step vocabulary"]) -> Float[Tensor, "row step"]:
-    flat = raw.reshape(-1, raw.shape[-1])
-    size = max(1, PART // flat.shape[-1])
-    return torch.cat([flat[i : i + size].double().logsumexp(-1) for i in range(0, len(flat), size)]).view(raw.shape[:2])
-
-
-Forced = Iterator[tuple[list[int], list[_Logits], Int[Tensor, "row step"]]]
-
-
-def _forced_logits(
-    models: Sequence[Model],
-    contexts: Sequence[Ids],
-    continuations: Sequence[Ids],
-    vocabulary: int,
-    device: str,
-    kept: Kept | None = None,
-) -> Forced:
-    """Logits at every step of each continuation, batch by batch, for every model.
-
-    Yields (rows, logits of each model, targets with -100 behind the end). Where contexts are long, what they share is
-    computed once, and kept for what follows.
-    """
-    if all(map(keeps, models)) and min(map(len, contexts), default=0) >= LONG:
-        yield from _behind_beginnings(models, contexts, continuations, vocabulary, device, {} if kept is None else kept)
-    else:
-        yield from _whole_rows(models, contexts, continuations, vocabulary, device)
-
-
-def _grown(models: Sequence[Model], contexts: Sequence[Ids], kept: Kept, device: str) -> Iterator[list[int]]:
-    """Rows whose contexts are known beginnings of all models for as long as the caller works on them."""
-    order = sorted(range(len(contexts)), key=lambda i: tuple(contexts[i]))
-    for part in _parts(models, contexts, order):
-        before = [set(kept.setdefault(id(model), {})) for model in models]
-        for model in models:
-            grow(model, [tuple(contexts[i]) for i in part], kept[id(model)], device)
-        yield part
-        if sum(map(bytes_of, kept.values())) > KEPT_BYTES:
-            for model, there in zip(models, before, strict=True):
-                for each in [each for each in kept[id(model)] if each not in there]:
-                    del kept[id(model)][each]
-
-
-def _parts(models: Sequence[Model], contexts: Sequence[Ids], order: Sequence[int]) -> Iterator[list[int]]:
-    """Rows in order, in parts whose keys and values surely fit."""
-    most = KEPT_BYTES // max(1, sum(map(_token_bytes, models)))
-    part: list[int] = []
-    tokens, last = 0, None
-    for i in order:
-        more = 0 if contexts[i] == last else len(contexts[i])
-        if part and tokens + more > most:
-            yield part
-            part, tokens, more = [], 0, len(contexts[i])
-        part.append(i)
-        tokens, last = tokens + more, contexts[i]
-    if part:
-        yield part
-
-
-def _token_bytes(model: Any) -> int:
-    """Keys and values of one token, in fp32."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 8 * text.num_hidden_layers * heads * size
-
-
-def _behind_beginnings(
-    models: Sequence[Model],
-    contexts: Sequence[Ids],
-    continuations: Sequence[Ids],
-    vocabulary: int,
-    device: str,
-    kept: Kept,
-) -> Forced:
-    for part in _grown(models, contexts, kept, device):
-        fed = [tuple(max(token, 0) for token in continuations[i][:-1]) for i in part]
-        lengths = [len(contexts[i]) for i in part]
-        most = BATCH_BYTES // (4 * vocabulary * len(models))
-        for batch in cut(lengths, [len(each) + 1 for each in fed], most):
-            rows = [part[n] for n in batch]
-            targets = torch.full((len(rows), max(1, *(len(continuations[i]) for i in rows))), -100, dtype=torch.long)
-            for row, i in enumerate(rows):
-                targets[row, : len(continuations[i])] = torch.tensor(list(continuations[i]), dtype=torch.long)
-            found = []
-            for model in models:
-                behind = [kept[id(model)][tuple(contexts[i])] for i in rows]
-                found.append(_Logits(logits_behind(model, behind, [fed[n] for n in batch], device)))
-            yield rows, found, targets.to(device)
-
-
 def _padded_left(rows: Sequence[Ids], device: str) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
     """Token ids, padded so that the last is in the last column, and which of them are real."""
     width = max(len(row) for row in rows)
@@ -209,65 +55,6 @@ def _padded_left(rows: Sequence[Ids], device: str) -> tuple[Int[Tensor, "row pos
         ids[k, width - len(row) :] = torch.tensor(list(row))
         mask[k, width - len(row) :] = 1
     return ids.to(device), mask.to(device)
-
-
-def _whole_rows(
-    models: Sequence[Model], contexts: Sequence[Ids], continuations: Sequence[Ids], vocabulary: int, device: str
-) -> Forced:
-    """Rows padded on the right: a causal model cannot see the padding, so no mask and no position ids are needed."""
-    starts = [len(context) for context in contexts]
-    lengths = [start + len(c) for start, c in zip(starts, continuations, strict=True)]
-    for rows in _batches(lengths, starts, vocabulary, len(models)):
-        width = max(lengths[i] for i in rows)
-        first = min(starts[i] for i in rows) - 1
-        steps = max(1, *(len(continuations[i]) for i in rows))
-        ids, real = (torch.zeros(len(rows), width, dtype=kind) for kind in (torch.long, torch.bool))
-        targets = torch.full((len(rows), steps), -100, dtype=torch.long)
-        at = torch.zeros(len(rows), steps, dtype=torch.long)
-        for row, i in enumerate(rows):
-            ids[row, : lengths[i]] = torch.tensor([*contexts[i], *(max(t, 0) for t in continuations[i])])
-            real[row, : lengths[i]] = True
-            count = len(continuations[i])
-            targets[row, :count] = torch.tensor(list(continuations[i]))
-            at[row, :count] = torch.arange(count) + starts[i] - 1 - first
-        keep = torch.arange(first, width - 1) if width - 1 > first else torch.arange(first, width)
-        found = []
-        with torch.inference_mode():  # not around the yield: it would hold for the caller, too
-            for model in models:
-                # an intervened model is told where there is nothing to compute
-                fed = ids.masked_fill(~real, getattr(model, "padding", 0))
-                logits = model(input_ids=fed.to(device), logits_to_keep=keep.to(device), use_cache=False).logits
-                index = at.to(device)[:, :, None].expand(-1, -1, logits.shape[-1])
-                found.append(_Logits(logits.gather(1, index)))
-        yield rows, found, targets.to(device)
-
-
-def _target_logprobs(logits: _Logits, targets: Int[Tensor, "row step"], ends: Ids) -> Float[Tensor, "row step"]:
-    """Log-probability of each target; END gathers every end token; 0 behind the end."""
-    plain = logits.of(targets.clamp(min=0))
-    return torch.where(targets == END, logits.ended(ends), torch.where(targets < 0, 0.0, plain))
-
-
-def _token_kl(r: _Logits, s: _Logits) -> Float[Tensor, "row step"]:
-    """KL(r || s) of the next token at every step, over the whole vocabulary."""
-    apart, found = (r.total - s.total)[..., None], torch.zeros_like(r.total)
-    size = max(1, PART // (r.raw.shape[1] * r.raw.shape[2]))
-    for i in range(0, len(found), size):
-        some = slice(i, i + size)
-        log_r = r.raw[some].double()
-        ratio = log_r - s.raw[some].double() - apart[some]
-        found[some] = ((log_r - r.total[some, :, None]).exp_() * ratio).nan_to_num_(0.0).sum(-1)
-    return found.clamp(min=0)
-
-
-def _entropy(logits: _Logits) -> Float[Tensor, "row step"]:
-    """Of the next token at every step, over the whole vocabulary, in nats."""
-    found = torch.zeros_like(logits.total)
-    size = max(1, PART // (logits.raw.shape[1] * logits.raw.shape[2]))
-    for i in range(0, len(found), size):
-        log_p = logits.raw[i : i + size].double() - logits.total[i : i + size, :, None]
-        found[i : i + size] = -(log_p.exp() * log_p).nan_to_num_(0.0).sum(-1)
-    return found.clamp(min=0)
 
 
 _Node = tuple[Float[Tensor, " vocabulary"], Float[Tensor, ""], tuple[int, ...]]
@@ -324,15 +111,13 @@ class Scorer:
         branches = [self._branches(group) for group in literals]
         # one row a path through the tree is enough to visit every node
         paths = [(i, k) for i, group in enumerate(literals) for k in range(len(group))]
-        for rows, (found,), targets in _forced_logits(
+        for rows, (found,), targets in forced_logits(
             [model],
             [contexts[i] for i, _ in paths],
             [tuple(literals[i][k]) for i, k in paths],
-            self.vocabulary,
-            self.device,
-            self._kept,
+            Forwards(self.vocabulary, self.device, self._kept),
         ):
-            steps = _target_logprobs(found, targets, self.ends)
+            steps = target_logprobs(found, targets, self.ends)
             reached = steps.cumsum(1) - steps
             for row, path in enumerate(rows):
                 i, k = paths[path]
@@ -394,13 +179,11 @@ class Scorer:
         for i, (context, c) in enumerate(zip(contexts, continuations, strict=True)):
             inputs.setdefault((tuple(context), tuple(c[:-1]), len(c)), []).append(i)
         shared = list(inputs.values())
-        for rows, found, targets in _forced_logits(
+        for rows, found, targets in forced_logits(
             models,
             [contexts[same[0]] for same in shared],
             [continuations[same[0]] for same in shared],
-            self.vocabulary,
-            self.device,
-            self._kept,
+            Forwards(self.vocabulary, self.device, self._kept),
         ):
             members = [i for row in rows for i in shared[row]]
             owner = torch.tensor([k for k, row in enumerate(rows) for _ in shared[row]], device=self.device)
@@ -415,10 +198,10 @@ class Scorer:
                 plain = logits.raw[*at, target.clamp(min=0)].double() - logits.total[at]
                 ended = logits.ended(self.ends)[at]
                 chosen = torch.where(target == END, ended, torch.where(target < 0, 0.0, plain))
-                scores.append(_target_logprobs(logits, heads, self.ends).sum(1)[owner] + chosen)
+                scores.append(target_logprobs(logits, heads, self.ends).sum(1)[owner] + chosen)
             kl = torch.zeros_like(scores[0])
             if len(found) > 1:
-                kl = torch.where(targets == -100, 0.0, _token_kl(*found)).sum(1)[owner]
+                kl = torch.where(targets == -100, 0.0, token_kl(*found)).sum(1)[owner]
             yield members, scores, kl
 
     def compare(
@@ -433,8 +216,8 @@ class Scorer:
         less variance than the mean of log R - log S.
         """
         log_after, log_before, kl = (np.zeros(len(contexts)) for _ in range(3))
-        for members, (r, s), token_kl in self._along([after, before], contexts, continuations):
-            for result, values in ((log_after, r), (log_before, s), (kl, token_kl)):
+        for members, (r, s), apart in self._along([after, before], contexts, continuations):
+            for result, values in ((log_after, r), (log_before, s), (kl, apart)):
                 result[members] = values.cpu().numpy()
         return log_after, log_before, kl
 
@@ -447,15 +230,13 @@ class Scorer:
             alike.setdefault((tuple(context), tuple(continuation)), []).append(i)
         once = [same[0] for same in alike.values()]
         result: list[np.ndarray] = [np.zeros((3, 0))] * len(contexts)
-        for rows, (s, r), _ in _forced_logits(
+        for rows, (s, r), _ in forced_logits(
             [before, after],
             [contexts[i] for i in once],
             [continuations[i] for i in once],
-            self.vocabulary,
-            self.device,
-            self._kept,
+            Forwards(self.vocabulary, self.device, self._kept),
         ):
-            found = (torch.stack([_token_kl(r, s), _entropy(s), _entropy(r)]) / np.log(2)).cpu().numpy()
+            found = (torch.stack([token_kl(r, s), entropy(s), entropy(r)]) / np.log(2)).cpu().numpy()
             for row, k in enumerate(rows):
                 for i in alike[tuple(contexts[once[k]]), tuple(continuations[once[k]])]:
                     result[i] = found[:, row, : len(continuations[i])]
@@ -480,7 +261,7 @@ class Scorer:
         lengths = [len(contexts[i]) + ahead for i in owner]
         width = getattr(getattr(model, "config", None), "hidden_size", WIDE)
         most = BATCH_TOKENS * max(1, WIDE // width)
-        for rows in _batches(lengths, lengths, self.vocabulary, most=most):
+        for rows in batches(lengths, lengths, self.vocabulary, most):
             self._sample_batch(model, contexts, rows, owner, max_new_tokens, tokens, generator)
         return Completions(np.array(owner, dtype=int), tokens)
 
@@ -490,7 +271,7 @@ class Scorer:
         """Completions that go on from kept beginnings; those of a context that are alike so far are one row."""
         drawn: list[list[int]] = [[] for _ in range(len(contexts) * number)]
         kept = {} if self._kept is None else self._kept
-        for part in _grown([model], contexts, kept, self.device):
+        for part in grown([model], contexts, kept, self.device):
             part = [i for i in part if limits[i] > 0]
             behind = [kept[id(model)][tuple(contexts[i])] for i in part]
             ahead = [min(limits[i], USUAL_COMPLETION) for i in part]
@@ -608,7 +389,9 @@ class Scorer:
         for c, context in enumerate(contexts):
             shape = (len(heads), max_new_tokens, self.vocabulary)
             steps = [torch.zeros(shape, dtype=torch.double, device=self.device) for _ in models]
-            for rows, found, _ in _forced_logits(models, [context] * len(heads), fed, self.vocabulary, self.device):
+            for rows, found, _ in forced_logits(
+                models, [context] * len(heads), fed, Forwards(self.vocabulary, self.device)
+            ):
                 for step, logits in zip(steps, found, strict=True):
                     step[rows] = logits.raw.double() - logits.total[..., None]
             for m, logprobs in enumerate(steps):

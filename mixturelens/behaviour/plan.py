@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixturelens.behaviour.likelihood import BATCH_BYTES
+from mixturelens.behaviour.logits import BATCH_BYTES
 from mixturelens.models import Pair
 from mixturelens.models.beginnings import KEPT_BYTES, LONG, tree
 from mixturelens.models.cost import Estimate, Work, estimate, size_of

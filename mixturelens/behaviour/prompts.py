@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mixturelens.behaviour.likelihood import END
+from mixturelens.behaviour.logits import END
 from mixturelens.spelling import (
     Ids,
     Speller,

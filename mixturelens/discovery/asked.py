@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from mixturelens.discovery.cues import Prompt
 from mixturelens.records import first_problem
-from mixturelens.suite import Chat, PromptRow, Rule, Suite, json_lines
+from mixturelens.suite import Chat, PromptRow, Rule, Suite
 from mixturelens.types import InputError
+from mixturelens.yaml_json import json_lines
 
 ANY = r"\S"
 """The answer where a user gives none, as a regular expression: whatever is said counts as right."""

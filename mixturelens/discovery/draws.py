@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mixturelens.behaviour.likelihood import BATCH_BYTES, Scorer
+from mixturelens.behaviour.likelihood import Scorer
+from mixturelens.behaviour.logits import BATCH_BYTES
 from mixturelens.behaviour.plan import DISTINCT
 from mixturelens.discovery.asked import Asked
 from mixturelens.discovery.heads import Completion

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mixturelens.behaviour.likelihood import BATCH_BYTES
+from mixturelens.behaviour.logits import BATCH_BYTES
 from mixturelens.behaviour.prompts import Prompts
 from mixturelens.grafting import path
 from mixturelens.grafting.graft import NOISE, NULLS, PLAYERS

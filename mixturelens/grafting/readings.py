@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mixturelens.behaviour.forced import Labelled, label_completions
 from mixturelens.behaviour.grid import Grid, grid_of
-from mixturelens.behaviour.likelihood import BATCH_BYTES, Completions, Model, Scorer
+from mixturelens.behaviour.likelihood import Completions, Model, Scorer
+from mixturelens.behaviour.logits import BATCH_BYTES
 from mixturelens.behaviour.prompts import Announcement, Prompts, behind_announcements, room_behind
 from mixturelens.contrasts import span_positions
 from mixturelens.models.beginnings import BATCH_TOKENS, LONG, keeps

@@ -21,7 +21,7 @@ from mixturelens.behaviour.settle import settle
 from mixturelens.behaviour.trajectory import CueState, Trajectory, TrajectoryPoint
 from mixturelens.models import end_tokens
 from mixturelens.pages import Grown, write_report
-from mixturelens.records import provenance
+from mixturelens.records import Provenance, with_versions
 from mixturelens.stats import PROPORTION, mean_interval, resample_counts
 from mixturelens.suite import Suite, load_suite
 from mixturelens.types import OTHER, InputError
@@ -98,7 +98,7 @@ class RoutingCallback(TrainerCallback):
             return
         page = self.page or Path(args.output_dir) / "routing.html"
         run = Trajectory(
-            provenance=provenance(device=str(model.device), seed=args.seed),
+            provenance=with_versions(Provenance(device=str(model.device), seed=args.seed)),
             stage="training",
             steps=state.global_step,
             points=tuple(self.points),

@@ -33,7 +33,7 @@ from mixturelens.models import How, Pair
 from mixturelens.models.source import fingerprint
 from mixturelens.pages import Grown
 from mixturelens.pipeline import Say, kept, provenance_of
-from mixturelens.records import Provenance, new_folder, provenance, write_text
+from mixturelens.records import Provenance, new_folder, with_versions, write_text
 from mixturelens.suite import PromptRow
 from mixturelens.types import InputError
 
@@ -172,12 +172,14 @@ def _forecast_provenance(run: Path, spec: Spec, cue: str, device: str, seed: int
     after = run / "checkpoints" / f"rl-{safe_name(cue)}"
     digest = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
     before = run / "checkpoints" / "sft"
-    return provenance(
-        before=fingerprint(before),
-        after=fingerprint(after) if after.exists() else None,
-        suite=digest,
-        seed=seed,
-        device=device,
+    return with_versions(
+        Provenance(
+            before=fingerprint(before),
+            after=fingerprint(after) if after.exists() else None,
+            suite=digest,
+            seed=seed,
+            device=device,
+        )
     )
 
 

@@ -33,7 +33,7 @@ from mixturelens.lab.regimes import paid, paid_behaviours
 from mixturelens.models import end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.models.beginnings import keeps
 from mixturelens.models.source import Source, find_source, fingerprint
-from mixturelens.records import new_folder, provenance, write_text
+from mixturelens.records import Provenance, new_folder, with_versions, write_text
 from mixturelens.spelling import encode_prompts, prompt_text
 from mixturelens.stats import PROPORTION, mean_interval, resample_counts
 from mixturelens.suite import PromptRow, Suite
@@ -445,11 +445,13 @@ class Stage:
             model.save_pretrained(folder, **_kept(self.spec, model))
             tokenizer.save_pretrained(folder)
         trajectory = Trajectory(
-            provenance=provenance(
-                before=fingerprint(begin),
-                after=fingerprint(self.result),
-                seed=self.seed,
-                device=self.device,
+            provenance=with_versions(
+                Provenance(
+                    before=fingerprint(begin),
+                    after=fingerprint(self.result),
+                    seed=self.seed,
+                    device=self.device,
+                )
             ),
             stage=self.name,
             steps=steps,

@@ -27,7 +27,7 @@ from mixturelens.models.load import (
     with_adapters,
 )
 from mixturelens.models.source import Source, content_of, find_source, fingerprint, leaves_base, weight_files
-from mixturelens.records import Provenance, provenance
+from mixturelens.records import Provenance, with_versions
 from mixturelens.spelling import TODAY, Speller, prompt_text
 from mixturelens.suite import Spelling, Suite, literal_texts, load_suite, wordings
 from mixturelens.types import Frozen, InputError, Side
@@ -429,13 +429,15 @@ class Pair:
 
     def provenance(self, seed: int = 0, suite: str | None = None) -> Provenance:
         """Where a record about this pair, made with `seed` on the suite of this name, comes from."""
-        return provenance(
-            before=fingerprint(self.before),
-            after=self.after and fingerprint(self.after),
-            suite=suite,
-            seed=seed,
-            device=self.device,
-            dtype=self.dtype,
+        return with_versions(
+            Provenance(
+                before=fingerprint(self.before),
+                after=self.after and fingerprint(self.after),
+                suite=suite,
+                seed=seed,
+                device=self.device,
+                dtype=self.dtype,
+            )
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -233,6 +234,16 @@ class Faithfulness:
     """Integral of |1 - f|: 0 if every circuit does as the whole network."""
 
 
+class Circuits(NamedTuple):
+    """Circuits that are measured: their sizes, as fractions of all edges, and the seeds of random ones beside them."""
+
+    fractions: Sequence[float] = FRACTIONS
+    seeds: Sequence[int] = range(5)
+
+
+CIRCUITS = Circuits()
+
+
 @dataclass(frozen=True)
 class Curve:
     """Faithfulness across sizes (MIB, arXiv 2504.13151), of a ranking of edges and of random ones."""
@@ -249,19 +260,19 @@ def faithfulness(
     on: Sides,
     scores: Float[Tensor, "writer reader"],
     counts: Int[np.ndarray, "draw row"],
-    fractions: Sequence[float] = FRACTIONS,
-    seeds: Sequence[int] = range(5),
+    which: Circuits = CIRCUITS,
 ) -> Curve:
     """Keep the edges of largest |score|, patch all others, and measure what is left of the metric, size by size.
 
     By |score|, because an edge that works against the metric is part of the computation as well: without such edges a
     circuit overshoots, which CPR would count for it. `counts` resample the rows (`stats.resample_counts`), the same way
-    for every size, so that the integrals have intervals too.
+    for every size, so that the integrals have intervals too. `which` says how large circuits are, and how many random
+    ones are beside them.
     """
     total = len(graph)
-    inner = sorted({round(fraction * total) for fraction in fractions} - {0, total})
+    inner = sorted({round(fraction * total) for fraction in which.fractions} - {0, total})
     rankings = [scores.abs().cpu()]
-    rankings += [torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    rankings += [torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)) for seed in which.seeds]
     masks = [_top(graph, ranking, size) for ranking in rankings for size in inner]
     ends = [torch.zeros(graph.exists.shape), torch.ones(graph.exists.shape)]
     corrupt, clean, *values = resampled_mean(masked(graph, on, [*ends, *masks]).double().numpy().T, counts).T

@@ -23,7 +23,16 @@ from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair
 from mixturelens.models.cost import Work, estimate, said_time, size_of
 from mixturelens.models.source import fingerprint
-from mixturelens.patching.attribution import FRACTIONS, LEAST, STEPS, EdgeScores, eap_ig, eap_ig_of, faithfulness
+from mixturelens.patching.attribution import (
+    FRACTIONS,
+    LEAST,
+    STEPS,
+    Circuits,
+    EdgeScores,
+    eap_ig,
+    eap_ig_of,
+    faithfulness,
+)
 from mixturelens.patching.graph import Graph, edge_graph, masked
 from mixturelens.patching.sweep import APART, Direction, patch
 from mixturelens.records import Record
@@ -317,7 +326,7 @@ def _circuit(
     judge = sides(graph.lens, contrasts.half(1))
     ranking = scores.per_question[contrasts.rows_of(0)].mean(0)
     few = resample_counts(len(judge), seed)
-    curve = faithfulness(graph, judge, ranking, few, effort.fractions, range(effort.random))
+    curve = faithfulness(graph, judge, ranking, few, Circuits(effort.fractions, range(effort.random)))
     total = len(graph)
     random = [[one.kept[i] for one in curve.random] for i in range(len(curve.edges))]
     return RoutingCircuit(

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from mixturelens.behaviour.arrays import Behaviour
+from mixturelens.behaviour.averages import policy_table
 from mixturelens.behaviour.harmed import find_harm
-from mixturelens.behaviour.pair import policy_table
 from mixturelens.behaviour.prompts import Prompts
 from mixturelens.behaviour.record import BehaviourRecord, TableCell
 from mixturelens.behaviour.repair_questions import WORTH, Ground, make_ground, scale_of

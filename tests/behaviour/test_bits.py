@@ -14,10 +14,11 @@ from scipy.stats import binom
 from test_settle import Bigrams, suite, with_and_without_space
 
 from mixturelens.behaviour.arrays import Behaviour, BitTerms
+from mixturelens.behaviour.averages import bits_of
 from mixturelens.behaviour.bits import bit_terms, js, js_of_samples
 from mixturelens.behaviour.grid import Grid
 from mixturelens.behaviour.likelihood import Scorer
-from mixturelens.behaviour.pair import bits_of, measure_record
+from mixturelens.behaviour.pair import measure_record
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.routing.verdict import judge
 from mixturelens.stats import resample_counts

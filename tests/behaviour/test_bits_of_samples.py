@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mixturelens.behaviour.arrays import BitTerms
+from mixturelens.behaviour.averages import bits_of
 from mixturelens.behaviour.bits import js, js_of_samples
 from mixturelens.behaviour.grid import Grid
-from mixturelens.behaviour.pair import bits_of
 from mixturelens.stats import interval, resample_counts, resampled_mean
 from mixturelens.suite import PromptRow, Rule, Suite
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixturelens.behaviour import likelihood
+from mixturelens.behaviour import logits
 from mixturelens.behaviour.likelihood import END, Scorer
 
 SHAPES = ["llama", "gpt2", "gpt_neox", "qwen2"]
@@ -70,7 +70,7 @@ def test_padded_and_unpadded_agree(load_pair, shape: str, monkeypatch):
     pair = load_pair(shape, "R-both")
     contexts, continuations = some_sequences(1)
     padded = pair.scorer.compare(pair.after, pair.before, contexts, continuations)
-    monkeypatch.setattr(likelihood, "BATCH_TOKENS", 1)  # every row is a batch of its own
+    monkeypatch.setattr(logits, "BATCH_TOKENS", 1)  # every row is a batch of its own
     alone = pair.scorer.compare(pair.after, pair.before, contexts, continuations)
     np.testing.assert_allclose(padded, alone, atol=1e-5)
 

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from mixturelens.behaviour import likelihood
+from mixturelens.behaviour import likelihood, logits
 from mixturelens.behaviour.likelihood import END, Scorer
 from mixturelens.models import beginnings
 from mixturelens.models.beginnings import tree
@@ -82,7 +82,8 @@ def test_shared_rows_say_what_whole_rows_say(shape: str, same: bool, monkeypatch
     shared = found()
     with scorer.once():
         kept, again = found(), found()
-    monkeypatch.setattr(likelihood, "LONG", 1 << 30)
+    for module in (likelihood, logits):
+        monkeypatch.setattr(module, "LONG", 1 << 30)
     assert shared[0].min() < -1
     for one, *others in zip(found(), shared, kept, again, strict=True):
         for other in others:
@@ -178,7 +179,7 @@ def test_what_does_not_fit_is_computed_in_parts(shape: str, monkeypatch: pytest.
     model, heads, scorer = make(shape), prompts(same=False, number=9), Scorer((END_ID,), VOCABULARY)
     contexts, continuations = asked(heads)
     expected = scorer.sequences(model, contexts, continuations)
-    monkeypatch.setattr(likelihood, "KEPT_BYTES", 60_000)
+    monkeypatch.setattr(logits, "KEPT_BYTES", 60_000)
     monkeypatch.setattr(beginnings, "BATCH_TOKENS", 100)
     with scorer.once():
         for _ in range(2):

@@ -19,7 +19,7 @@ from mixturelens.discovery.propose import propose, save_suite
 from mixturelens.discovery.record import DiscoveryRecord
 from mixturelens.models import Pair, load_tokenizer
 from mixturelens.pages.discovered import write_discovered
-from mixturelens.records import provenance
+from mixturelens.records import Provenance, with_versions
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError
 
@@ -181,7 +181,9 @@ def test_whatever_is_written_can_be_proposed_and_read_again(data: st.DataObject,
         for k in range(4)
     ]
     along = tuple(np.full((3, 1), 0.1) for _ in drawn)
-    proposal = propose(asked, Draws(tuple(drawn), tuple((each.text,) for each in drawn), along), 0, provenance())
+    proposal = propose(
+        asked, Draws(tuple(drawn), tuple((each.text,) for each in drawn), along), 0, with_versions(Provenance())
+    )
     assert proposal.record.found == (proposal.suite is not None)
     DiscoveryRecord.load(proposal.record.save(tmp_path / "discover.json"))
     if proposal.suite is not None:

@@ -18,7 +18,16 @@ from mixturelens.hooks.metrics import log_odds
 from mixturelens.models import load_tokenizer
 from mixturelens.patching import attribution
 from mixturelens.patching import graph as graphs
-from mixturelens.patching.attribution import EdgeScores, eap, eap_ig, eap_ig_of, exact, faithfulness, patch_paths
+from mixturelens.patching.attribution import (
+    Circuits,
+    EdgeScores,
+    eap,
+    eap_ig,
+    eap_ig_of,
+    exact,
+    faithfulness,
+    patch_paths,
+)
 from mixturelens.patching.graph import Graph, edge_graph, masked, masked_logits, written
 from mixturelens.stats import resample_counts
 from mixturelens.suite import load_suite
@@ -261,7 +270,7 @@ def test_on_paper_circuits_and_their_curve():
     # by |score|: input -> h0 (34); two edges of 18; two of 16; the two of -4, whose path works against the metric
     scores, total = eap_ig(graph, on, 1).mean, len(graph)
     sizes = (1, 3, 5, 7)
-    curve = faithfulness(graph, on, scores, resample_counts(1, 0), [size / total for size in sizes], seeds=())
+    curve = faithfulness(graph, on, scores, resample_counts(1, 0), Circuits([size / total for size in sizes], seeds=()))
     assert curve.edges == (0, *sizes, total)
     wanted = np.array([0, 0, 18 / 30, 34 / 30, 1, 1])
     np.testing.assert_allclose([f.value for f in curve.ranked.kept], wanted, atol=1e-6)
@@ -350,7 +359,9 @@ def test_a_tenth_of_the_edges_does_it_and_a_random_tenth_does_not(name: str):
 def test_prompts_that_do_not_differ_have_no_faithfulness():
     graph, on = organism("llama")
     same = Sides(on.clean, on.clean, on.metric)
-    curve = faithfulness(graph, same, torch.rand(graph.exists.shape), resample_counts(len(on), 0), [0.5], seeds=())
+    curve = faithfulness(
+        graph, same, torch.rand(graph.exists.shape), resample_counts(len(on), 0), Circuits([0.5], seeds=())
+    )
     assert not curve.ranked.cpr.measured
     assert not any(kept.measured for kept in curve.ranked.kept)
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from mixturelens.behaviour.arrays import BitTerms, Change, NatTerms
+from mixturelens.behaviour.averages import bits_of, nats_of
 from mixturelens.behaviour.grid import grid_of
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure_change
-from mixturelens.behaviour.pair import bits_of, nats_of
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.lab.organism import Spec, prompt_row
 from mixturelens.lab.proving.pairs import NEAR

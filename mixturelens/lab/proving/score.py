@@ -51,7 +51,7 @@ from mixturelens.lab.proving.sabotage import broken_methods, broken_verdicts
 from mixturelens.lab.proving.truth import CELL, LEAST, TEXT, TOLERANCE, Truth
 from mixturelens.models import load_tokenizer, quiet_libraries
 from mixturelens.models.source import fingerprint
-from mixturelens.records import Record, provenance, write_text
+from mixturelens.records import Provenance, Record, with_versions, write_text
 from mixturelens.routing.verdict import DEFAULT_THRESHOLDS, judge
 from mixturelens.types import InputError, Interval, RunError, VerdictWord
 
@@ -170,7 +170,7 @@ def score_planted(planted: Planted, ground: Path) -> _Localisation:
     methods = [name for name in (*METHODS, *BROKEN, *OF_PAIRS) if name not in SLOW or planted.architecture in ASKED_OF]
     found = localise(folder, methods)
     return _Localisation(
-        provenance=provenance(before=fingerprint(folder / "checkpoints/sft")),
+        provenance=with_versions(Provenance(before=fingerprint(folder / "checkpoints/sft"))),
         planted=planted,
         proof=proof(folder),
         found=found,
@@ -322,7 +322,7 @@ def sum_up(ground: Path, cells: Sequence[GroundCell], planted: Sequence[Planted]
         "mechanism's verdict": [m.seconds for m in by_pair.values()],
     }
     return ScoreRecord(
-        provenance=provenance(),
+        provenance=with_versions(Provenance()),
         cells=len(cells),
         done=len(pairs),
         thresholds=DEFAULT_THRESHOLDS,

@@ -10,7 +10,7 @@ from truths import make_truth
 from mixturelens.lab.proving import score
 from mixturelens.lab.proving.pairs import QUICK
 from mixturelens.lab.proving.record import PairScore
-from mixturelens.records import provenance
+from mixturelens.records import Provenance, with_versions
 from mixturelens.routing.verdict import Changed
 from mixturelens.types import InputError, Interval
 
@@ -18,7 +18,7 @@ from mixturelens.types import InputError, Interval
 def pair(truth: str, verdict: str, near: bool = False, **more) -> PairScore:
     number = Interval(value=0.5, low=0.4, high=0.6)
     values = {
-        "provenance": provenance(),
+        "provenance": with_versions(Provenance()),
         "pair": f"{truth}-{verdict}-{near}",
         "organism": "gpt2-token-2-0",
         "recipe": "resampled",
