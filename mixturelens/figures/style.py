@@ -87,6 +87,16 @@ def number(value: Interval | float | None, digits: int = 3) -> str:
     return html.escape(text, quote=False)
 
 
+def short(value: float, column: float) -> str:
+    """Two digits in a cell that is so many pixels wide: without what goes without saying where that is little.
+
+    >>> short(0.25, 40), short(0.25, 30), short(-1.0, 30)
+    ('0.25', '.25', '−1.0')
+    """
+    text = number(value, 2)
+    return text if column >= 38 else text.replace("0.", ".", 1) if abs(value) < 0.995 else text[:-1]
+
+
 def cue_title(cue: str, columns: int) -> str:
     """The name of a cue over one of several panels, cut so that neighbours do not overlap."""
     return f"cue {label(cue, min(28, max(8, 100 // columns)))}"
