@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mixturelens.figures.style import left, style
+from mixturelens.figures.style import INK, left, style
 from mixturelens.types import Interval
 
 if TYPE_CHECKING:
@@ -109,6 +109,12 @@ def beside(panel: Panel, title: str, texts: Sequence[str], size: int = 12) -> No
         at = {"y": 1, "yref": "y domain", "yanchor": "bottom", "yshift": 4} if y < 0 else {"y": y, "yanchor": "middle"}
         at = {**own, **at, "x": 1, "xref": "x domain", "xshift": 12, "xanchor": "left", "align": "left"}
         panel.figure.add_annotation(text=text, showarrow=False, font={"size": size}, **at, **panel.at)
+
+
+def at_edge(panel: Panel, text: str, y: float, size: int) -> None:
+    """Text inside a panel, at its right edge."""
+    look = {"x": 1, "xref": "x domain", "xanchor": "right", "font": {"size": size, "color": INK}}
+    panel.figure.add_annotation(text=text, y=y, showarrow=False, **look, **panel.at)
 
 
 def entry(figure: Figure, name: str, **look: Any) -> None:
