@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mixturelens.figures.marks import old_whiskers as whiskers
 from mixturelens.figures.patching import WIDE, contrast, under
 from mixturelens.figures.style import INK, ROUTER, SIDES, cue_colour, label, number, style, token, token_axis
-from mixturelens.figures.trajectories import whiskers
 from mixturelens.types import NOT_MEASURED, Side, Site
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
+from mixturelens.figures.marks import old_whiskers as whiskers
 from mixturelens.figures.style import GREY, INK, ROUTER, SPECIALIST, label, new_figure, number
-from mixturelens.figures.trajectories import whiskers
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

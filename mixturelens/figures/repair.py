@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mixturelens.figures.marks import old_whiskers as whiskers
 from mixturelens.figures.style import DASH, GREY, INK, SYMBOLS, cue_colour, jitter, label, new_figure, number
-from mixturelens.figures.trajectories import whiskers
 from mixturelens.types import Interval
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mixturelens.figures.marks import old_whiskers as whiskers
 from mixturelens.figures.style import SYMBOLS, cue_colour, label, number, show, show_interval, style
-from mixturelens.figures.trajectories import whiskers
 from mixturelens.types import NOT_MEASURED, Interval
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from mixturelens.figures.marks import old_whiskers as whiskers
 from mixturelens.figures.style import GREY, INK, jitter, label, number, style
-from mixturelens.figures.trajectories import whiskers
 from mixturelens.types import Interval
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mixturelens.figures.marks import old_whiskers as whiskers
 from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, label, number, style
-from mixturelens.figures.trajectories import whiskers
 from mixturelens.types import Interval
 
 if TYPE_CHECKING:

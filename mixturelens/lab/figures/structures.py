@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mixturelens.figures.marks import old_whiskers as whiskers
 from mixturelens.figures.style import INK, SYMBOLS, cue_colour, cue_title, label, number, style
-from mixturelens.figures.trajectories import whiskers
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
