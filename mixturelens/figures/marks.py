@@ -9,6 +9,9 @@ from mixturelens.figures.panels import Panel
 from mixturelens.figures.style import GREY, INK, jitter
 from mixturelens.types import Interval
 
+Places = Sequence[float | None]
+"""Where marks stand along the axis that counts rows or steps."""
+
 
 def whiskers(values: Sequence[Interval], thickness: float = 2, width: float = 5, colour: str | None = INK) -> Any:
     """Intervals as plotly wants them: lengths above and below each value, none where an end is not known."""
@@ -24,15 +27,13 @@ def points(panel: Panel, x: Sequence[Any], y: Sequence[Any], hover: Sequence[str
     panel.figure.add_scatter(x=list(x), y=list(y), **{"mode": "markers", **said, **look}, **panel.at)
 
 
-def dots(panel: Panel, values: Sequence[Interval], places: Sequence[float | None], hover: Sequence[str], **look: Any) -> None:
+def dots(panel: Panel, values: Sequence[Interval], places: Places, hover: Sequence[str], **look: Any) -> None:
     """Numbers across with their intervals, each in its row. `whisker`: thickness, width at its ends, and colour."""
     error = whiskers(values, *look.pop("whisker", ()))
     points(panel, [value.value for value in values], places, hover, error_x=error, **look)
 
 
-def columns(
-    panel: Panel, values: Sequence[Interval], places: Sequence[float | None], hover: Sequence[str], **look: Any
-) -> None:
+def columns(panel: Panel, values: Sequence[Interval], places: Places, hover: Sequence[str], **look: Any) -> None:
     """Numbers up with their intervals, each in its column."""
     error = whiskers(values, *look.pop("whisker", ()))
     points(panel, places, [value.value for value in values], hover, error_y=error, **look)
@@ -61,7 +62,7 @@ def _plain(value: Interval | float | None) -> float | None:
     return value.value if isinstance(value, Interval) else value
 
 
-def bars(panel: Panel, values: Sequence[Interval], places: Sequence[float | None], hover: Sequence[str], **look: Any) -> None:
+def bars(panel: Panel, values: Sequence[Interval], places: Places, hover: Sequence[str], **look: Any) -> None:
     """Bars across with their intervals, each in its row."""
     look = {"orientation": "h", "error_x": whiskers(values, 1.5, 4), "hovertext": list(hover), **look}
     x = [value.value for value in values]
