@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from mixturelens.figures.bars import accuracy_split, bits_split
 from mixturelens.figures.circuits import circuit
 from mixturelens.figures.curves import faithfulness
 from mixturelens.figures.erasure import erasure, subspaces
@@ -13,6 +12,7 @@ from mixturelens.figures.mechanism import evidence
 from mixturelens.figures.patching import WORTH, patching_map, patching_maps
 from mixturelens.figures.probing import readability, readable, shifts
 from mixturelens.figures.repair import reaching, repair_nulls, repairs
+from mixturelens.figures.splits import accuracy_split, bits_split
 from mixturelens.figures.style import (
     DASH,
     INTERVALS,
