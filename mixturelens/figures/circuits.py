@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mixturelens.figures.heat import across
 from mixturelens.figures.marks import points
 from mixturelens.figures.panels import Panel, entry, panels, shade, stacked
-from mixturelens.figures.style import (
-    DASH,
-    GREY,
-    INK,
-    NEGATIVE,
-    POSITIVE,
-    SIDES,
-    apart,
-    label,
-    number,
-    token,
-    token_axis,
-)
+from mixturelens.figures.style import GREY, INK, NEGATIVE, POSITIVE, apart
+from mixturelens.figures.words import DASH, SIDES, label, number, token, token_axis
 from mixturelens.routing.circuit import CARRIES, CircuitEdge, CircuitNode, RoutingCircuit
 from mixturelens.types import Interval
 

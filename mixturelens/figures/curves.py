@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mixturelens.figures.marks import line
 from mixturelens.figures.panels import Panel, panels, rule
-from mixturelens.figures.style import INK, SIDES, left, number
+from mixturelens.figures.style import INK, left
+from mixturelens.figures.words import SIDES, number
 from mixturelens.types import Side
 
 if TYPE_CHECKING:

@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mixturelens.figures.marks import columns, controls, dots, points, whiskers
 from mixturelens.figures.panels import Panel, beside, panels, reach, row_axis, rule
-from mixturelens.figures.style import (
-    DASH,
-    GREY,
-    INK,
-    ROUTER,
-    SIDES,
-    SYMBOLS,
-    cue_colour,
-    label,
-    new_figure,
-    number,
-)
+from mixturelens.figures.style import GREY, INK, ROUTER, SYMBOLS, cue_colour, new_figure
+from mixturelens.figures.words import DASH, SIDES, label, number
 from mixturelens.types import NOT_MEASURED, PER_HEAD, Interval, Side, Site
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from mixturelens.figures.panels import (
     titles_at_left,
     widest,
 )
-from mixturelens.figures.style import DASH, INK, SIDES, TERMS, UNITS, label, number
+from mixturelens.figures.style import INK, TERMS, UNITS
+from mixturelens.figures.words import DASH, SIDES, label, number
 from mixturelens.types import NOT_MEASURED, Interval, Side
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from mixturelens.figures.erasure import remaining
 from mixturelens.figures.marks import controls, dots, points, whiskers
 from mixturelens.figures.panels import Panel, entry, number_axis, panels, reach, row_axis, rule, stacked, widest
-from mixturelens.figures.style import GREY, INK, ROUTER, SPECIALIST, label, number
+from mixturelens.figures.style import GREY, INK, ROUTER, SPECIALIST
+from mixturelens.figures.words import label, number
 from mixturelens.types import NOT_MEASURED, Interval
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from mixturelens.figures.heat import across
 from mixturelens.figures.marks import bars
 from mixturelens.figures.panels import Panel, heading, number_axis, panels, reach, row_axis, stacked
 from mixturelens.figures.patching import WIDE, contrast, under
-from mixturelens.figures.style import ROUTER, SIDES, cue_colour, label, number, token, token_axis
+from mixturelens.figures.style import ROUTER, cue_colour
+from mixturelens.figures.words import SIDES, label, number, token, token_axis
 from mixturelens.types import NOT_MEASURED, Side, Site
 
 if TYPE_CHECKING:

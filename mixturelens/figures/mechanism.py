@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from mixturelens.figures.marks import dots, points
 from mixturelens.figures.panels import Panel, beside, number_axis, reach, row_axis, rule
-from mixturelens.figures.style import GREY, ROUTER, SPECIALIST, label, new_figure, number
+from mixturelens.figures.style import GREY, ROUTER, SPECIALIST, new_figure
+from mixturelens.figures.words import label, number
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixturelens.figures.heat import EMPTY, HeatCell, across, diverging, heat, outline, up
 from mixturelens.figures.panels import Panel, panels, rule, stacked, titles_at_left
-from mixturelens.figures.style import DASH, SIDES, apart, label, number, short, token, token_axis
+from mixturelens.figures.style import apart
+from mixturelens.figures.words import DASH, SIDES, label, number, short, token, token_axis
 from mixturelens.types import NOT_MEASURED, PER_HEAD, Component, Interval, Site
 
 if TYPE_CHECKING:

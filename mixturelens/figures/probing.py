@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixturelens.figures.heat import EMPTY, HeatCell, across, colour_bar, diverging, heat, up
 from mixturelens.figures.panels import Panel, panels, rule, stacked
-from mixturelens.figures.style import DASH, INK, SCALE, label, left, number, short, token, token_axis
+from mixturelens.figures.style import INK, SCALE, left
+from mixturelens.figures.words import DASH, label, number, short, token, token_axis
 from mixturelens.types import Component, Interval, Site
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from mixturelens.figures.marks import controls, dots
 from mixturelens.figures.panels import Panel, beside, entry, row_axis, rule
-from mixturelens.figures.style import DASH, INK, SYMBOLS, cue_colour, label, new_figure, number
+from mixturelens.figures.style import INK, SYMBOLS, cue_colour, new_figure
+from mixturelens.figures.words import DASH, label, number
 from mixturelens.types import NOT_MEASURED, Interval
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixturelens.figures.marks import bars
 from mixturelens.figures.panels import Panel, at_edge, number_axis, panels, row_axis, rule
-from mixturelens.figures.style import INK, ROUTER, SPECIALIST, TERMS, cue_title, label, number
+from mixturelens.figures.style import INK, ROUTER, SPECIALIST, TERMS
+from mixturelens.figures.words import cue_title, label, number
 from mixturelens.types import Interval
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from mixturelens.figures.heat import HeatCell, across, heat, outline
 from mixturelens.figures.panels import Panel, panels, row_axis, rule
-from mixturelens.figures.style import DASH, SCALE, cue_title, label, new_figure, number, policy_colour
+from mixturelens.figures.style import SCALE, new_figure, policy_colour
+from mixturelens.figures.words import DASH, cue_title, label, number
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mixturelens.behaviour.trajectory import CueState
 from mixturelens.figures.marks import columns, line
 from mixturelens.figures.panels import Panel, rule
-from mixturelens.figures.style import (
-    GREY,
-    INK,
-    SYMBOLS,
-    cue_colour,
-    cue_title,
-    is_rl,
-    label,
-    new_figure,
-    number,
-    policy_colour,
-    policy_name,
-    style,
-)
+from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, is_rl, new_figure, policy_colour, style
+from mixturelens.figures.words import cue_title, label, number, policy_name
 from mixturelens.types import NOT_MEASURED, OTHER, Interval
 
 if TYPE_CHECKING:

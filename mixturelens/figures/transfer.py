@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mixturelens.figures.heat import across
 from mixturelens.figures.marks import columns
 from mixturelens.figures.panels import Panel, panels
-from mixturelens.figures.style import SYMBOLS, cue_colour, label, number, show, show_interval
+from mixturelens.figures.style import SYMBOLS, cue_colour
+from mixturelens.figures.words import label, number, show, show_interval
 from mixturelens.types import NOT_MEASURED, Interval
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from mixturelens.figures.panels import (
     rule,
     titles_at_left,
 )
-from mixturelens.figures.style import DASH, INK, SIDES, UNITS, label, number
+from mixturelens.figures.style import INK, UNITS
+from mixturelens.figures.words import DASH, SIDES, label, number
 from mixturelens.types import Interval
 
 if TYPE_CHECKING:

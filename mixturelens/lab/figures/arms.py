@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mixturelens.figures.heat import across
 from mixturelens.figures.marks import columns, points
 from mixturelens.figures.panels import Panel, panels
-from mixturelens.figures.style import GREY, INK, jitter, label, number
+from mixturelens.figures.style import GREY, INK, jitter
+from mixturelens.figures.words import label, number
 from mixturelens.types import Interval
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import numpy as np
 
 from mixturelens.figures.marks import band, columns, line, whiskers
 from mixturelens.figures.panels import Panel
-from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, label, number, style
+from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, style
+from mixturelens.figures.words import label, number
 from mixturelens.types import Interval
 
 if TYPE_CHECKING:

@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from mixturelens.figures.heat import HeatCell, across, heat, outline
 from mixturelens.figures.marks import columns, dots, points
 from mixturelens.figures.panels import Panel, entry, panels, row_axis, rule, shade
-from mixturelens.figures.style import (
-    DASH,
-    GREY,
-    INK,
-    NEGATIVE,
-    POSITIVE,
-    ROUTER,
-    SCALE,
-    SPECIALIST,
-    label,
-    number,
-)
+from mixturelens.figures.style import GREY, INK, NEGATIVE, POSITIVE, ROUTER, SCALE, SPECIALIST
+from mixturelens.figures.words import DASH, label, number
 from mixturelens.types import NOT_MEASURED, Interval, VerdictWord
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mixturelens.figures.marks import columns
 from mixturelens.figures.panels import Panel
-from mixturelens.figures.style import INK, SYMBOLS, cue_colour, cue_title, label, new_figure, number, style
+from mixturelens.figures.style import INK, SYMBOLS, cue_colour, new_figure, style
+from mixturelens.figures.words import cue_title, label, number
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
