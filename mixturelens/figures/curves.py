@@ -29,7 +29,6 @@ def faithfulness(circuits: Sequence[RoutingCircuit]) -> Figure:
     kinds = list(dict.fromkeys(of.kind for of in circuits))
     titles, margin = [f"{kind} contrast" for kind in kinds], {"t": 44, "b": 160, "l": 64}
     figure = panels((1, len(kinds)), titles, 470, margin, horizontal_spacing=0.08)
-    figure.update_annotations(font_size=14)
     for column, kind in enumerate(kinds, start=1):
         panel = Panel(figure, 1, column)
         legend = "legend" if column == 1 else f"legend{column}"

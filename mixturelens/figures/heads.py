@@ -41,7 +41,6 @@ def head_effects(sweep: Sweep) -> Figure:
     height = 26 * max(len(heads), 1) + 138
     figure = panels((1, len(channels)), titles, height, margin, horizontal_spacing=0.02)
     figure.update_layout(showlegend=False)
-    figure.update_annotations(font_size=14)
     some = f", the {len(heads)} strongest of {len(strength)}" if len(heads) < len(strength) else ""
     facts = ", ".join(part for part in (under(sweep), sweep.direction, f"{sweep.questions} questions") if part)
     heading(figure, f"<b>{SIDES[sweep.checkpoint]}</b>, {contrast(sweep)}<br>{facts}{some}")
@@ -55,7 +54,7 @@ def head_effects(sweep: Sweep) -> Figure:
         ]
         bars(panel, values, range(len(heads)), hover, width=0.6, marker={"color": ROUTER}, name=channel)
         number_axis(panel, span, "share of the contrast", tickvals=[-1, -0.5, 0, 0.5, 1])
-        row_axis(panel, heads, range=[len(heads) - 0.4, -0.6], tickfont=None)
+        row_axis(panel, heads)
     return figure
 
 

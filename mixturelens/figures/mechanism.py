@@ -43,7 +43,7 @@ def evidence(mechanism: Mechanism) -> Figure:
         rule(panel, y=split - 0.5, color="#BBBBBB")
     effects = [value for _, line in rows for value in (line.effect, line.null)]
     number_axis(panel, reach(effects, (0.0, 0.05), 0.05), "bits from S")
-    row_axis(panel, [f"<b>{line.source}</b><br>{line.about}" for _, line in rows], tickfont=None)
+    row_axis(panel, [f"<b>{line.source}</b><br>{line.about}" for _, line in rows])
     beside(panel, "<b>it says</b>", [_says(line) for _, line in rows], 13)
     return figure
 

@@ -42,7 +42,6 @@ def panels(size: tuple[int, int], titles: Sequence[str], height: int, margin: Ma
     figure = make_subplots(rows=rows, cols=columns, subplot_titles=list(titles) or None, **more)
     style(figure, height)
     figure.update_layout(margin=dict(margin))
-    figure.update_annotations(font_size=13)
     return figure
 
 

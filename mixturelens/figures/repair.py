@@ -95,7 +95,7 @@ def _rows(names: list[str], each: int) -> Panel:
     figure.update_layout(margin={"l": 110, "r": 190, "t": 74, "b": 56})
     look = {"range": [-0.03, 1.04], "tickvals": [0, 0.25, 0.5, 0.75, 1], "zeroline": False}
     figure.update_xaxes(title_text="accuracy (probability)", **look)
-    row_axis(Panel(figure), names, tickfont=None)
+    row_axis(Panel(figure), names)
     return Panel(figure)
 
 

@@ -98,7 +98,6 @@ def _bar_grid(pairs: Sequence[str], rows: Sequence[_Row], unit: _Unit) -> Figure
     spacing = {"horizontal_spacing": 0.06 / max(columns, 1), "vertical_spacing": min(0.5, 74 / (height * high))}
     figure = panels((len(rows), columns), titles, height * high + 50, {"l": 105, "t": 56}, **spacing)
     figure.update_layout(showlegend=False)
-    figure.update_annotations(font_size=14)
     room = unit.high - unit.low
     span = (unit.low - 0.04 * room, unit.high + 0.55 * room)  # a third of the panel is left for the numbers
     for i, row in enumerate(rows, start=1):
@@ -107,7 +106,7 @@ def _bar_grid(pairs: Sequence[str], rows: Sequence[_Row], unit: _Unit) -> Figure
             places = [-k - (0.5 if bar.apart else 0.0) for k, bar in enumerate(found)]
             _draw(panel, list(zip(found, places, strict=True)), title, unit)
             number_axis(panel, span, unit.name if i == len(rows) else None, tickvals=unit.ticks, showgrid=False)
-            below = {"tickvals": places, "range": [min(places, default=0) - 0.6, 0.6], "tickfont": None}
+            below = {"tickvals": places, "range": [min(places, default=0) - 0.6, 0.6]}
             row_axis(panel, [bar.name for bar in found], **below)
     return figure
 

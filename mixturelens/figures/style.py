@@ -86,7 +86,7 @@ def style(figure: Figure, height: int) -> Figure:
     )
     figure.update_xaxes(showline=True, linecolor="#BBBBBB", gridcolor="#EEEEEE", type="linear", title_font_size=13)
     figure.update_yaxes(showline=True, linecolor="#BBBBBB", gridcolor="#EEEEEE", type="linear", title_font_size=13)
-    figure.update_annotations(font_size=14)
+    figure.update_annotations(font_size=13)
     return figure
 
 

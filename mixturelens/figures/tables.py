@@ -32,7 +32,7 @@ def policy_table(record: BehaviourRecord, threshold: float = 0.02) -> Figure:
     figure = panels((1, len(sides)), [], 58 * max(len(rows), 1) + 104, margin, **spacing)
     figure.update_layout(showlegend=False)
     # ticks at the top stand between the panel and its title
-    figure.update_annotations(yshift=26, font_size=14)
+    figure.update_annotations(yshift=26)
     narrow = len(record.cues) * 3 if len(sides) > 1 else len(record.cues)  # a column here is narrower than a panel
     title = {"text": "forced accuracy<br>(probability)", "side": "right", "font": {"size": 12}}
     bar = {"title": title, "thickness": 12, "lenmode": "pixels", "len": 150}
@@ -43,7 +43,7 @@ def policy_table(record: BehaviourRecord, threshold: float = 0.02) -> Figure:
         heat(panel, drawn, 13, showscale=column == len(sides), xgap=3, ygap=3, **colours)
         names = [cue_title(cue, narrow) for cue in record.cues]
         across(panel, names, side="top", tickangle=0, zeroline=False)
-        down = {"range": [len(rows) - 0.5, -0.5], "tickfont": None}
+        down = {"range": [len(rows) - 0.5, -0.5]}
         row_axis(panel, [_row_name(*row, record.policies) for row in rows], **down)
         if after:
             _outlines(panel, grid, threshold)

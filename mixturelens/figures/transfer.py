@@ -35,7 +35,6 @@ def transfer(pairs: Sequence[tuple[str, VerdictRecord, RepairRecord]]) -> Figure
     titles = {"column_titles": [f"RL on {label(cue)}" for cue in trained]}
     spacing = {"shared_yaxes": True, "horizontal_spacing": 0.04}
     figure = panels((1, len(trained)), [], 440, {}, **titles, **spacing)
-    figure.update_annotations(font_size=14)
     for column, cue in enumerate(trained, start=1):
         shown = [pair for pair in pairs if pair[2].trained_cue == cue]
         for i, (name, verdict, repair) in enumerate(shown):

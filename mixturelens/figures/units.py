@@ -159,7 +159,7 @@ def needed(record: FeatureRecord) -> Figure:
         _controls(panel, random, "controls", 0.24)
         _one_and_many(panel, kinds, one, many, span)
         number_axis(panel, span, "share of the contrast", nticks=6)
-        row_axis(panel, [f"<b>{kind}</b>" for kind in kinds], tickfont=None)
+        row_axis(panel, [f"<b>{kind}</b>" for kind in kinds])
         rule(panel, x=1, below=True, dash="dot")
         beside(panel, "AUROC", [number(one[kind].auroc.value, 2) if kind in one else "" for kind in kinds])
     _symbols(figure, [("the best one", "diamond", INK), ("the fewest together", "circle", "white")])

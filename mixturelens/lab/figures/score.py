@@ -61,7 +61,7 @@ def confusion(halves: Sequence[Verdicts]) -> Figure:
     figure = panels((1, len(halves)), titles, 370, {"l": 130, "t": 92, "b": 20}, horizontal_spacing=0.14)
     figure.update_layout(showlegend=False)
     # ticks at the top stand between the panel and its title
-    figure.update_annotations(yshift=32, font_size=14)
+    figure.update_annotations(yshift=32)
     colours = {"zmin": 0, "zmax": 1, "colorscale": [list(stop) for stop in SCALE], "showscale": False}
     for column, sums in enumerate(halves, start=1):
         panel = Panel(figure, 1, column)
@@ -69,7 +69,7 @@ def confusion(halves: Sequence[Verdicts]) -> Figure:
         for place in range(len(WORDS)):
             outline(panel, place, place, (0.48, 0.47), 1.5)
         across(panel, WORDS, tickfont={"size": 12}, tickangle=0, side="top", zeroline=False)
-        down = {"range": [len(WORDS) - 0.5, -0.5], "tickfont": None, "showticklabels": True}
+        down = {"range": [len(WORDS) - 0.5, -0.5], "showticklabels": True}
         row_axis(panel, WORDS, title_text="true" if column == 1 else None, **down)
     return figure
 
@@ -110,7 +110,6 @@ def shares(record: ScoreRecord) -> Figure:
     titles = ["routing share", "what moved", "text"]
     figure = panels((1, 3), titles, 500, {"t": 96}, horizontal_spacing=0.08)
     figure.update_layout(legend={"itemsizing": "constant"})
-    figure.update_annotations(font_size=14)
     told = [each for each in record.pairs if not untold(each)]
     wrong = {each.pair for each in record.mistakes if each.instrument == "behavioural"}
     found = [end for each in told for end in (each.true_moved, each.moved.high, each.true_text, each.text.high)]
@@ -221,7 +220,6 @@ def coverage(found: Sequence[Coverage]) -> Figure:
     titles = [label(quantity.replace("_", " ")) for quantity in quantities]
     spacing = {"shared_yaxes": True, "horizontal_spacing": 0.012}
     figure = panels((1, len(quantities)), titles, 30 * max(len(names), 1) + 140, {"l": 275, "t": 84}, **spacing)
-    figure.update_annotations(font_size=14)
     for column, quantity in enumerate(quantities, start=1):
         panel = Panel(figure, 1, column)
         for name, colour, symbol in _CASES:
@@ -285,7 +283,6 @@ def methods(found: Sequence[MethodScore]) -> Figure:
     size, margin = (len(rows), len(METRICS)), {"l": 205, "t": 40, "b": 36}
     figure = panels(size, titles, inner + 76, margin, row_heights=heights or None, **spacing)
     figure.update_layout(showlegend=False)
-    figure.update_annotations(font_size=14)
     seconds = [each.seconds for each in found if each.seconds > 0]
     for i, (kind, scores) in enumerate(rows.items(), start=1):
         if not scores:

@@ -81,7 +81,6 @@ def heat_maps(maps: Sequence[NumberMap | WordMap], across: Axis, up: Axis) -> Fi
     spacing = {"horizontal_spacing": 0.03 if columns > 1 else 0, "vertical_spacing": gap}
     figure = panels((rows, columns), [label(each.title, 40) for each in maps], inner + 102, margin, **spacing)
     figure.update_layout(plot_bgcolor=EMPTY)
-    figure.update_annotations(font_size=14)
     for i, each in enumerate(maps):
         panel = Panel(figure, i // columns + 1, i % columns + 1)
         said = [[_where(across, x) + _where(up, y) for x in across.values] for y in up.values]
@@ -89,7 +88,7 @@ def heat_maps(maps: Sequence[NumberMap | WordMap], across: Axis, up: Axis) -> Fi
         draw(panel, each, said, wide <= WIDE)  # pyright: ignore[reportArgumentType]
         names(panel, [label(value, 20) for value in across.values], title_text=label(across.key), **_PLAIN)
         title = label(up.key) if panel.first else None
-        look = {"title_text": title, "range": [-0.5, max(len(up.values), 1) - 0.5], "tickfont": None}
+        look = {"title_text": title, "range": [-0.5, max(len(up.values), 1) - 0.5]}
         row_axis(panel, [label(value, 20) for value in up.values], ticks="", **look)
     return figure
 
