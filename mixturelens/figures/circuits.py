@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mixturelens.figures.style import (
-    DASH,
-    GREY,
-    INK,
-    NEGATIVE,
-    POSITIVE,
-    SIDES,
-    apart,
-    label,
-    number,
-    style,
-    token,
-    token_axis,
-)
+from mixturelens.figures.heat import across
+from mixturelens.figures.marks import points
+from mixturelens.figures.panels import Panel, entry, panels, shade, stacked
+from mixturelens.figures.style import GREY, INK, NEGATIVE, POSITIVE, apart
+from mixturelens.figures.words import DASH, SIDES, label, number, token, token_axis
 from mixturelens.routing.circuit import CARRIES, CircuitEdge, CircuitNode, RoutingCircuit
 from mixturelens.types import Interval
 
@@ -43,6 +34,10 @@ _Key = tuple[str, str, int]
 class _Place(NamedTuple):
     x: float
     y: float
+
+
+_Path = tuple[list[_Place], str]
+"""A line and what it says where one hovers."""
 
 
 class _Layout:
@@ -88,59 +83,57 @@ class _Layout:
 
 
 def circuit(circuits: Sequence[RoutingCircuit]) -> Figure:
-    """The strongest edges of S and R on one kind of contrast: layers up, positions across, what changed on yellow."""
-    from plotly.subplots import make_subplots
+    """The strongest edges of S and R on one kind of contrast: layers up, positions across, what changed on yellow.
 
+    The width of an edge is its |score|, a share of the contrast, in the steps of LEVELS; scores have the record's
+    intervals over questions where one hovers.
+    """
     shown = _shown(circuits)
     words = [_words(of) for of in circuits]
     positions = max(map(len, words), default=1)
     layers = max((node.layer for of in circuits for node in of.nodes if node.name == "logits"), default=1)
     layout = _Layout([edge for edges in shown for edge in edges.values()], layers, positions)
     beside = _WIDE / max(len(circuits), 1) / max(layout.width, 1) >= _SLOT
-    rows, columns = (1, max(len(circuits), 1)) if beside else (max(len(circuits), 1), 1)
-    labels, axis, below = token_axis(words, _WIDE / columns / max(positions, 1))
-    plot, gap = (46 if layout.top < 12 else 34) * (layout.top + 1), below + 70
-    inner = plot * rows + gap * (rows - 1)
-    figure = make_subplots(
-        rows=rows,
-        cols=columns,
-        horizontal_spacing=0.02,
-        vertical_spacing=gap / inner if rows > 1 else 0,
-        subplot_titles=[_title(of, len(edges)) for of, edges in zip(circuits, shown, strict=True)],
-    )
-    style(figure, inner + below + 126)
-    figure.update_layout(margin={"l": 74, "r": 14, "t": 126, "b": below}, hovermode="closest", plot_bgcolor="white")
-    figure.update_annotations(font_size=13)
+    rows, columns = (1, len(circuits)) if beside else (len(circuits), 1)
+    labels, axis, below = token_axis(words, _WIDE / max(columns, 1) / max(positions, 1))
+    inner, spacing = stacked(rows, (46 if layout.top < 12 else 34) * (layout.top + 1), below + 70)
+    titles = [_title(of, len(edges)) for of, edges in zip(circuits, shown, strict=True)]
+    more = {"horizontal_spacing": 0.02, "vertical_spacing": spacing}
+    margin = {"l": 74, "r": 14, "t": 126, "b": below}
+    figure = panels((rows, columns), titles, inner + below + 126, margin, **more)
+    figure.update_layout(plot_bgcolor="white")
     for i, (of, edges, names) in enumerate(zip(circuits, shown, labels, strict=True)):
-        row, column = (1, i + 1) if beside else (i + 1, 1)
-        other = shown[1 - i] if len(circuits) == 2 else None
-        where: dict[str, Any] = {"row": row, "col": column}
-        _links(figure, layout, of, edges, where)
-        _edges(figure, layout, edges, other, {node.name: node for node in of.nodes if node.used is False}, where)
-        _nodes(figure, layout, of, edges, where)
-        _columns(figure, layout, where)  # last: plotly leaves out panels that are still empty
-        figure.update_xaxes(
-            tickvals=[start + slots / 2 - 0.5 for start, slots in zip(layout.starts, layout.slots, strict=True)],
-            ticktext=names,
-            range=[-0.6, layout.width - 0.4],
-            showgrid=False,
-            zeroline=False,
-            **axis,
-            **where,
-        )
-        figure.update_yaxes(
-            tickvals=list(range(layout.top + 1)),
-            ticktext=["input", *(f"{what} {n}" for n in range(layers) for what in ("heads", "MLP")), "logits"],
-            tickfont={"size": 12},
-            range=[-0.6, layout.top + 0.6],
-            showgrid=False,
-            zeroline=False,
-            showticklabels=column == 1,
-            **where,
-        )
+        panel = Panel(figure, 1, i + 1) if beside else Panel(figure, i + 1, 1)
+        drawing = _Drawing(panel, layout, of, edges)
+        _attention(drawing)
+        _edges(drawing, shown[1 - i] if len(circuits) == 2 else None)
+        _nodes(drawing)
+        _axes(panel, layout, names, axis)
     refuted = any(node.used is False for of in circuits for node in of.nodes)
     _legend(figure, changed=len(circuits) == 2, refuted=refuted)
     return figure
+
+
+class _Drawing(NamedTuple):
+    """One side of a circuit and where it is drawn."""
+
+    panel: Panel
+    layout: _Layout
+    of: RoutingCircuit
+    edges: dict[_Key, CircuitEdge]
+
+
+def _axes(panel: Panel, layout: _Layout, names: Sequence[str], axis: dict[str, Any]) -> None:
+    """Words across, parts of the network up, and every other position on a light ground."""
+    columns = list(zip(layout.starts, layout.slots, strict=True))
+    for start, slots in columns[::2]:  # last: plotly leaves out panels that are still empty
+        shade(panel, (start - 0.5, start + slots - 0.5), "#F1F4F7")
+    middles = [start + slots / 2 - 0.5 for start, slots in columns]
+    across(panel, names, tickvals=middles, range=[-0.6, layout.width - 0.4], zeroline=False, **axis)
+    parts = [f"{what} {n}" for n in range(layout.layers) for what in ("heads", "MLP")]
+    look: dict[str, Any] = {"tickvals": list(range(layout.top + 1)), "ticktext": ["input", *parts, "logits"]}
+    look |= {"tickfont": {"size": 12}, "range": [-0.6, layout.top + 0.6], "showgrid": False, "zeroline": False}
+    panel.figure.update_yaxes(**look, showticklabels=panel.first, **panel.at)
 
 
 def _shown(circuits: Sequence[RoutingCircuit]) -> list[dict[_Key, CircuitEdge]]:
@@ -193,40 +186,25 @@ def _title(of: RoutingCircuit, drawn: int) -> str:
     )
 
 
-def _columns(figure: Figure, layout: _Layout, where: dict[str, Any]) -> None:
-    """Every other position on a light ground."""
-    for start, slots in list(zip(layout.starts, layout.slots, strict=True))[::2]:
-        figure.add_vrect(  # pyright: ignore[reportArgumentType]
-            x0=start - 0.5, x1=start + slots - 0.5, fillcolor="#F1F4F7", line_width=0, layer="below", **where
-        )
-
-
-def _links(
-    figure: Figure, layout: _Layout, of: RoutingCircuit, edges: dict[_Key, CircuitEdge], where: dict[str, Any]
-) -> None:
+def _attention(drawing: _Drawing) -> None:
     """From where a head's keys and values come in to where its output leaves: what attention moves."""
-    names = {node.name for node in of.nodes}
-    x: list[float | None] = []
-    y: list[float | None] = []
+    layout, names = drawing.layout, {node.name for node in drawing.of.nodes}
     leaves: dict[str, set[int]] = {}
-    for sender, _, position in edges:
-        leaves.setdefault(sender, set()).add(position)
     arrives: dict[str, set[int]] = {}
-    for _, receiver, position in edges:
+    for sender, receiver, position in drawing.edges:
+        leaves.setdefault(sender, set()).add(position)
         if receiver.endswith((".k", ".v")):
             arrives.setdefault(_node(receiver), set()).add(position)
-    for node, froms in arrives.items():
-        for head in _readers(node, names):
-            for start in sorted(froms):
-                for end in sorted(leaves.get(head, set())):
-                    if end != start:
-                        path = _curve(
-                            layout.place(node, start), layout.place(head, end), arc=0.2 + 0.08 * _unit(head)[1]
-                        )
-                        x += [place.x for place in path] + [None]
-                        y += [place.y for place in path] + [None]
+    paths = [
+        _curve(layout.place(node, start), layout.place(head, end), arc=0.2 + 0.08 * _unit(head)[1])
+        for node, froms in arrives.items()
+        for head in _readers(node, names)
+        for start in sorted(froms)
+        for end in sorted(leaves.get(head, set()))
+        if end != start
+    ]
     line = {"color": "#777777", "width": 1, "dash": "dash"}
-    figure.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", showlegend=False, name="attention", **where)
+    _lines(drawing.panel, [(path, "") for path in paths], line, name="attention")
 
 
 def _readers(node: str, names: set[str]) -> list[str]:
@@ -239,37 +217,31 @@ def _readers(node: str, names: set[str]) -> list[str]:
     return [f"{layer}.h{head}" for head in range(int(unit[2:]) * each, (int(unit[2:]) + 1) * each)]
 
 
-def _edges(
-    figure: Figure,
-    layout: _Layout,
-    edges: dict[_Key, CircuitEdge],
-    other: dict[_Key, CircuitEdge] | None,
-    refuted: dict[str, CircuitNode],
-    where: dict[str, Any],
-) -> None:
+def _edges(drawing: _Drawing, other: dict[_Key, CircuitEdge] | None) -> None:
     """A trace for every width and sign: plotly has one width a trace. Dotted where exact patching refutes a node."""
-    drawn: dict[tuple[bool, int, str], list[tuple[list[_Place], str]]] = {}
-    halos: list[tuple[list[_Place], float]] = []
-    for key, edge in edges.items():
+    refuted = {node.name: node for node in drawing.of.nodes if node.used is False}
+    drawn: dict[tuple[bool, int, str], list[_Path]] = {}
+    halos: dict[float, list[_Path]] = {}
+    for key, edge in drawing.edges.items():
         score = _score(edge)
         level = next(i for i, (least, _) in enumerate(LEVELS) if abs(score) >= least)
-        path = _edge_path(layout, edge)
-        text = f"{edge.sender} → {edge.receiver} at position {edge.position}<br>score {number(edge.score)}"
+        path = _edge_path(drawing.layout, edge)
         idle = [refuted[name] for name in (edge.sender, _node(edge.receiver)) if name in refuted]
+        text = f"{edge.sender} → {edge.receiver} at position {edge.position}<br>score {number(edge.score)}"
         if other is not None:
             there = other[key].score if key in other else None
             text += f"<br>other side {DASH if there is None else number(there)}"
             if _changed(edge.score, there) and not idle:
-                halos.append((path, LEVELS[level][1] + 7))
+                halos.setdefault(LEVELS[level][1] + 7, []).append((path, ""))
         text += "".join(
             f"<br>slope alone: patching {node.name} moves under {CARRIES:g}<br>{_exactly(node)}" for node in idle
         )
         drawn.setdefault((not idle, level, POSITIVE if score >= 0 else NEGATIVE), []).append((path, text))
-    for width in sorted({width for _, width in halos}):
-        _lines(figure, [(path, "") for path, wide in halos if wide == width], {"color": _HALO, "width": width}, where)
+    for width, paths in sorted(halos.items()):
+        _lines(drawing.panel, paths, {"color": _HALO, "width": width})
     for (borne_out, level, colour), paths in sorted(drawn.items(), key=lambda item: (item[0][0], -item[0][1])):
         line = {"color": colour, "width": LEVELS[level][1], "dash": "solid" if borne_out else "dot"}
-        _lines(figure, paths, line, where, opacity=1.0 if borne_out else FAINT)
+        _lines(drawing.panel, paths, line, opacity=1.0 if borne_out else FAINT)
 
 
 def _exactly(node: CircuitNode) -> str:
@@ -285,32 +257,13 @@ def _changed(here: Interval, there: Interval | None) -> bool:
     return abs(here.value - there.value) >= CHANGED and apart(here, there)
 
 
-def _lines(
-    figure: Figure,
-    paths: Sequence[tuple[list[_Place], str]],
-    line: dict[str, Any],
-    where: dict[str, Any],
-    opacity: float = 1.0,
-) -> None:
-    x: list[float | None] = []
-    y: list[float | None] = []
-    texts: list[str] = []
-    for path, text in paths:
-        x += [place.x for place in path] + [None]
-        y += [place.y for place in path] + [None]
-        texts += [text] * (len(path) + 1)
-    figure.add_scatter(
-        x=x,
-        y=y,
-        mode="lines",
-        line=line,
-        opacity=opacity,
-        hovertext=texts,
-        hoverinfo="text" if any(texts) else "skip",
-        showlegend=False,
-        name="edges",
-        **where,
-    )
+def _lines(panel: Panel, paths: Sequence[_Path], line: dict[str, Any], **look: Any) -> None:
+    """Paths as one trace, with gaps between them."""
+    x = [end for path, _ in paths for end in (*(place.x for place in path), None)]
+    y = [end for path, _ in paths for end in (*(place.y for place in path), None)]
+    texts = [text for path, text in paths for _ in (*path, None)]
+    look = {"mode": "lines", "line": line, "showlegend": False, "name": "edges", **look}
+    points(panel, x, y, texts if any(texts) else None, **look)
 
 
 def _edge_path(layout: _Layout, edge: CircuitEdge) -> list[_Place]:
@@ -321,68 +274,49 @@ def _edge_path(layout: _Layout, edge: CircuitEdge) -> list[_Place]:
 
 
 def _curve(start: _Place, end: _Place, arc: float = 0.0) -> list[_Place]:
-    """A smooth line; edges of the stream that pass by others of its nodes bend around them."""
+    """A smooth line (a cubic of Bezier's); edges of the stream that pass by others of its nodes bend around them."""
     rise = end.y - start.y
     bend = min(0.22 * rise, 1.1) if abs(end.x - start.x) < 0.3 and rise > 1 else 0.0
-    one = _Place(start.x + bend, start.y + 0.45 * rise + arc)
-    two = _Place(end.x + bend, end.y - 0.45 * rise + arc)
+    x = (start.x, start.x + bend, end.x + bend, end.x)
+    y = (start.y, start.y + 0.45 * rise + arc, end.y - 0.45 * rise + arc, end.y)
     path = []
-    for step in range(13):
-        t = step / 12
+    for t in (step / 12 for step in range(13)):
         weights = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3)
-        path.append(
-            _Place(
-                *(sum(w * v for w, v in zip(weights, of, strict=True)) for of in zip(start, one, two, end, strict=True))
-            )
-        )
+        path.append(_Place(*(sum(w * v for w, v in zip(weights, of, strict=True)) for of in (x, y))))
     return path
 
 
-def _nodes(
-    figure: Figure, layout: _Layout, of: RoutingCircuit, edges: dict[_Key, CircuitEdge], where: dict[str, Any]
-) -> None:
-    nodes = {node.name: node for node in of.nodes}
+def _nodes(drawing: _Drawing) -> None:
+    """Heads as circles, MLPs and the ends of the stream as squares; grey where exact patching moves nothing."""
+    of, nodes = drawing.of, {node.name: node for node in drawing.of.nodes}
     unknown = CircuitNode(name="", layer=0, score=Interval())  # keys and values that heads share are no node
-    ends = [((edge.sender, _node(edge.receiver)), edge.position) for edge in edges.values()]
-    at = list(dict.fromkeys((name, position) for names, position in ends for name in names))
-    places = [layout.place(name, position) for name, position in at]
+    both = [((edge.sender, _node(edge.receiver)), edge.position) for edge in drawing.edges.values()]
+    at = list(dict.fromkeys((name, position) for names, position in both for name in names))
+    places = [drawing.layout.place(name, position) for name, position in at]
     inks = [GREY if nodes.get(name, unknown).used is False else INK for name, _ in at]
-    figure.add_scatter(
-        x=[place.x for place in places],
-        y=[place.y for place in places],
-        mode="markers+text",
-        marker={
-            "symbol": ["circle" if _is_head(name) else "square" for name, _ in at],
-            "size": 22,
-            "color": "white",
-            "line": {"color": inks, "width": 1.2},
-        },
-        text=[name.split(".")[1] if _is_head(name) else "M" if name.endswith(".mlp") else "" for name, _ in at],
-        textfont={"size": 11, "color": inks},
-        hovertext=[
-            f"{name} at {token(_words(of)[position], 40)} (position {position})<br>"
-            f"|score| of all edges through it {number(nodes.get(name, unknown).score)}<br>"
-            f"{_exactly(nodes.get(name, unknown))}"
-            for name, position in at
-        ],
-        hoverinfo="text",
-        showlegend=False,
-        name="nodes",
-        **where,
-    )
+    hover = [
+        f"{name} at {token(_words(of)[position], 40)} (position {position})<br>"
+        f"|score| of all edges through it {number(nodes.get(name, unknown).score)}<br>"
+        f"{_exactly(nodes.get(name, unknown))}"
+        for name, position in at
+    ]
+    text = [name.split(".")[1] if _is_head(name) else "M" if name.endswith(".mlp") else "" for name, _ in at]
+    marker: dict[str, Any] = {"size": 22, "color": "white", "line": {"color": inks, "width": 1.2}}
+    marker["symbol"] = ["circle" if _is_head(name) else "square" for name, _ in at]
+    look = {"mode": "markers+text", "text": text, "textfont": {"size": 11, "color": inks}, "marker": marker}
+    x, y = [place.x for place in places], [place.y for place in places]
+    points(drawing.panel, x, y, hover, showlegend=False, name="nodes", **look)
 
 
 def _legend(figure: Figure, changed: bool, refuted: bool) -> None:
-    def entry(name: str, **line: Any) -> None:
-        figure.add_scatter(x=[None], y=[None], mode="lines", name=name, line=line)
-
     for i, (least, width) in enumerate(LEVELS):
         over = f"at least {least:g}" if least else f"under {LEVELS[i - 1][0]:g}"
-        entry(f"|score| {over}", color=INK, width=width)
-    entry("carries the contrast", color=POSITIVE, width=4)
-    entry("works against it", color=NEGATIVE, width=4)
+        entry(figure, f"|score| {over}", line={"color": INK, "width": width})
+    entry(figure, "carries the contrast", line={"color": POSITIVE, "width": 4})
+    entry(figure, "works against it", line={"color": NEGATIVE, "width": 4})
     if changed:
-        entry("differs between S and R", color=_HALO, width=10)
-    entry("attention moves it", color="#777777", width=1, dash="dash")
+        entry(figure, "differs between S and R", line={"color": _HALO, "width": 10})
+    entry(figure, "attention moves it", line={"color": "#777777", "width": 1, "dash": "dash"})
     if refuted:
-        entry(f"slope alone: patching moves under {CARRIES:g}", color=GREY, width=4, dash="dot")
+        dotted = {"color": GREY, "width": 4, "dash": "dot"}
+        entry(figure, f"slope alone: patching moves under {CARRIES:g}", line=dotted)

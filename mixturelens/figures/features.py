@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mixturelens.figures.style import DASH, GREY, INK, SIDES, TERMS, UNITS, jitter, label, left, number, style
-from mixturelens.figures.trajectories import whiskers
+from mixturelens.figures.marks import bars, controls, dots, points
+from mixturelens.figures.panels import (
+    Panel,
+    at_edge,
+    beside,
+    ends,
+    heading,
+    number_axis,
+    panels,
+    row_axis,
+    rule,
+    titles_at_left,
+    widest,
+)
+from mixturelens.figures.style import INK, TERMS, UNITS
+from mixturelens.figures.words import DASH, SIDES, label, number
 from mixturelens.types import NOT_MEASURED, Interval, Side
 
 if TYPE_CHECKING:
@@ -23,17 +36,21 @@ _TERMS: Mapping[Literal["routing", "conditioning", "skill"], str] = {
 
 
 class _TermLine(NamedTuple):
-    """A row of terms; with `random`, a strip of grey points instead of a bar."""
+    """A row of terms; with `random` alone, a strip of grey points instead of a mark."""
 
     name: str
     terms: Terms | None = None
     random: tuple[Terms, ...] = ()
 
+    def of(self, term: str) -> Interval:
+        return NOT_MEASURED if self.terms is None else getattr(self.terms, term)
+
 
 def feature_change(change: SiteChange) -> Figure:
     """R's change of features put into S, in bits of each term on one scale: the whole site, all features, single ones.
 
-    Grey: as many random other features of like strength at once, to be held against the row above it.
+    Whiskers are the record's intervals over questions. Grey: as many random other features of like strength at once, to
+    be held against the row above it.
     """
     number_of = len(change.features)
     lines = [
@@ -45,85 +62,62 @@ def feature_change(change: SiteChange) -> Figure:
         lines.append(_TermLine(f"{number_of} random others", random=change.random))
     single = len(lines)
     lines += [_TermLine(f"feature {each.index}, moved {number(each.moved, 2)}", each.terms) for each in change.features]
-    figure = _panels(
-        [f"<b>{term}</b>: {words}" for term, words in _TERMS.items()], [1.0] * len(_TERMS), 28 * len(lines) + 118
-    )
-    figure.update_layout(margin={"l": 186, "r": 16, "t": 62, "b": 54})
-    _site(figure, change, "R's change put into S")
-    _terms(figure, lines, 1, {term: TERMS[term] for term in _TERMS}, "bar", "bits from S")
+    titles = [f"<b>{term}</b>: {words}" for term, words in _TERMS.items()]
+    margin = {"l": 186, "r": 16, "t": 62, "b": 54}
+    figure = panels((1, len(titles)), titles, 28 * len(lines) + 118, margin, horizontal_spacing=0.02)
+    titles_at_left(figure, len(titles))
+    heading(figure, _site(change, "R's change put into S"))
+    _terms([Panel(figure, 1, column) for column in (1, 2, 3)], lines, "bits from S", bar=True)
     if single < len(lines):
-        figure.add_hline(y=single - 0.5, line={"color": "#999999", "width": 1})  # pyright: ignore[reportArgumentType]
+        rule(Panel(figure), y=single - 0.5)
     figure.update_layout(showlegend=False)
     return figure
 
 
 def firing(change: SiteChange) -> Figure:
-    """The features that moved most, in S across and in R up: how often they fire, and how strongly. Dotted: alike."""
-    figure = _panels(
-        ["<b>how often</b>: share of tokens", "<b>how strongly</b>: mean activation where it fires"], [1.0, 1.0], 380
-    )
-    figure.update_layout(margin={"l": 74, "r": 24, "t": 62, "b": 56}, showlegend=False)
-    _site(figure, change, "the features that moved most")
+    """The features that moved most, in S across and in R up: how often they fire, and how strongly. Dotted: alike.
+
+    Shares of tokens, and mean activations where it fires; the record has no intervals of them.
+    """
+    titles = ["<b>how often</b>: share of tokens", "<b>how strongly</b>: mean activation where it fires"]
+    figure = panels((1, 2), titles, 380, {"l": 74, "r": 24, "t": 62, "b": 56}, horizontal_spacing=0.08)
+    figure.update_layout(showlegend=False)
+    titles_at_left(figure, 2)
+    heading(figure, _site(change, "the features that moved most"))
     for column, field in enumerate(("rate", "strength"), start=1):
-        points = [(each.index, getattr(each, field)) for each in change.features]
-        pairs = [(index, of["before"], of["after"]) for index, of in points if {"before", "after"} <= set(of)]
+        panel = Panel(figure, 1, column)
+        found = [(each.index, getattr(each, field)) for each in change.features]
+        pairs = [(index, of["before"], of["after"]) for index, of in found if {"before", "after"} <= set(of)]
         high = 1.12 * max([1e-3, *(value for _, x, y in pairs for value in (x, y))])
-        figure.add_scatter(
-            x=[0, high],
-            y=[0, high],
-            mode="lines",
-            line={"color": "#999999", "width": 1, "dash": "dot"},
-            hoverinfo="skip",
-            name="alike",
-            row=1,
-            col=column,
-        )
-        figure.add_scatter(
-            x=[x for _, x, _ in pairs],
-            y=[y for _, _, y in pairs],
-            mode="markers+text",
-            text=[str(index) for index, _, _ in pairs],
-            textposition=_sides([(x / high, y / high) for _, x, y in pairs]),
-            textfont={"size": 12},
-            marker={"color": UNITS["feature"], "size": 9, "line": {"color": INK, "width": 1}},
-            cliponaxis=False,
-            hovertext=[f"feature {index}<br>S {number(x)}<br>R {number(y)}" for index, x, y in pairs],
-            hoverinfo="text",
-            name=field,
-            row=1,
-            col=column,
-        )
-        figure.update_xaxes(range=[-0.03 * high, high], title_text=SIDES["before"], nticks=6, row=1, col=column)
-        figure.update_yaxes(
-            range=[-0.03 * high, high],
-            title_text=SIDES["after"] if column == 1 else None,
-            showticklabels=True,
-            nticks=6,
-            row=1,
-            col=column,
-        )
+        dotted = {"color": "#999999", "width": 1, "dash": "dot"}
+        points(panel, [0, high], [0, high], None, mode="lines", line=dotted, name="alike")
+        marker = {"color": UNITS["feature"], "size": 9, "line": {"color": INK, "width": 1}}
+        places = _sides([(x / high, y / high) for _, x, y in pairs])
+        look: dict[str, Any] = {"mode": "markers+text", "textposition": places, "textfont": {"size": 12}}
+        look |= {"text": [str(index) for index, *_ in pairs], "marker": marker, "cliponaxis": False, "name": field}
+        hover = [f"feature {index}<br>S {number(x)}<br>R {number(y)}" for index, x, y in pairs]
+        points(panel, [x for _, x, _ in pairs], [y for *_, y in pairs], hover, **look)
+        axis = {"range": [-0.03 * high, high], "nticks": 6, **panel.at}
+        figure.update_xaxes(title_text=SIDES["before"], **axis)
+        figure.update_yaxes(title_text=SIDES["after"] if column == 1 else None, showticklabels=True, **axis)
     return figure
 
 
-def _site(figure: Figure, change: SiteChange, what: str) -> None:
-    """The site and what is shown of it, over all panels."""
-    text = f"<b>{label(str(change.site), 40)}</b>: {what}, {change.questions} questions"
-    figure.update_layout(
-        title={"text": text, "font": {"size": 13}, "x": 0.01, "y": 0.97, "yanchor": "top", "yref": "container"}
-    )
+def _site(change: SiteChange, what: str) -> str:
+    return f"<b>{label(str(change.site), 40)}</b>: {what}, {change.questions} questions"
 
 
-def _sides(points: Sequence[tuple[float, float]]) -> list[str]:
+def _sides(found: Sequence[tuple[float, float]]) -> list[str]:
     """Where each point's name stands: away from a neighbour that has one at that side."""
     taken: list[tuple[float, float]] = []
-    found = []
+    names = []
     offsets = {
         "middle right": (0.03, 0.0),
         "middle left": (-0.03, 0.0),
         "top center": (0.0, 0.05),
         "bottom center": (0.0, -0.05),
     }
-    for x, y in points:
+    for x, y in found:
         free = [
             name
             for name, (dx, dy) in offsets.items()
@@ -131,93 +125,73 @@ def _sides(points: Sequence[tuple[float, float]]) -> list[str]:
         ]
         name = free[0] if free else "middle right"
         taken.append((x + offsets[name][0], y + offsets[name][1]))
-        found.append(name)
-    return found
+        names.append(name)
+    return names
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # crosscoders
 
-_LOOKS: Mapping[Side | Literal["false"], tuple[str, dict[str, Any]]] = {
-    "after": ("R alone", {"color": UNITS["feature"]}),
-    "before": ("S alone", {"color": "white"}),
-    "false": ("by norm alone, false", {"color": "#C9C9C9"}),
+_LOOKS: Mapping[Side | Literal["false"], tuple[str, str]] = {
+    "after": ("R alone", UNITS["feature"]),
+    "before": ("S alone", "white"),
+    "false": ("by norm alone, false", "#C9C9C9"),
 }
 
 
 def crosscoder(records: Mapping[str, Sequence[CrosscoderFit]]) -> Figure:
     """Latents of crosscoders that look like those of one checkpoint, and R without those of R; a row a fit.
 
-    Left: counts; false are those exclusive by norm that latent scaling takes back. Right: bits from R, on one scale,
-    without all latents of R alone (diamonds) and without as many matched shared ones (grey). `records`: pairs by name.
+    Left: counts; false are those exclusive by norm that latent scaling takes back. Right: bits from R with the record's
+    intervals, on one scale, without all latents of R alone (diamonds) and without as many matched shared ones (grey).
+    `records`: pairs by name.
     """
     fits = [(name, fit) for name, found in records.items() for fit in found]
-    figure = _panels(
-        ["<b>latents</b> of one checkpoint", *(f"<b>{term}</b> without" for term in _TERMS)],
-        [1.5, 1.0, 1.0, 1.0],
-        46 * max(len(fits), 1) + 150,
-    )
+    titles = ["<b>latents</b> of one checkpoint", *(f"<b>{term}</b> without" for term in _TERMS)]
     names = [
         f"<b>{label(name, 26)}</b><br>{label(str(fit.site), 24)}, seed {fit.seed}: {fit.shared} shared"
         for name, fit in fits
     ]
-    longest = max((len(html.unescape(line)) for name in names for line in name.split("<br>")), default=10)
-    figure.update_layout(
-        margin={"l": 24 + round(6.2 * longest), "r": 156, "t": 84, "b": 54},
-        barmode="stack",
-        legend_traceorder="normal",
-    )
-    counts = [
-        {"after": fit.exclusive.get("after", 0), "before": fit.exclusive.get("before", 0), "false": fit.false}
-        for _, fit in fits
-    ]
-    for kind, (words, marker) in _LOOKS.items():
-        figure.add_bar(
-            x=[count[kind] for count in counts],
-            y=list(range(len(fits))),
-            orientation="h",
-            width=0.5,
-            marker={**marker, "line": {"color": INK, "width": 1}},
-            text=[str(count[kind]) if count[kind] else "" for count in counts],
-            textposition="inside",
-            insidetextanchor="middle",
-            textangle=0,
-            textfont={"size": 12, "color": "white" if kind == "after" else INK},
-            constraintext="none",
-            name=words,
-            hovertext=[
-                f"{label(name, 40)}, seed {fit.seed}<br>{words}: {count[kind]}, shared: {fit.shared}<br>"
-                f"dead {number(fit.dead)}, explained of S {number(fit.explained.get('before'))}, of R "
-                f"{number(fit.explained.get('after'))}"
-                for (name, fit), count in zip(fits, counts, strict=True)
-            ],
-            hoverinfo="text",
-            row=1,
-            col=1,
-        )
+    margin = {"l": 24 + round(6.2 * (widest(names) if names else 10)), "r": 156, "t": 84, "b": 54}
+    spacing = {"horizontal_spacing": 0.02, "column_widths": [1.5, 1.0, 1.0, 1.0]}
+    figure = panels((1, 4), titles, 46 * max(len(fits), 1) + 150, margin, **spacing)
+    titles_at_left(figure, 4)
+    figure.update_layout(barmode="stack", legend_traceorder="normal")
+    _counts(Panel(figure, 1, 1), fits)
+    lines = [_TermLine(name, fit.without, fit.random) for name, (_, fit) in zip(names, fits, strict=True)]
+    _terms([Panel(figure, 1, column) for column in (2, 3, 4)], lines, "bits from R", bar=False)
+    row_axis(Panel(figure, 1, 1), names)
+    for y in range(1, len(fits)):
+        if fits[y][0] != fits[y - 1][0]:
+            rule(Panel(figure), y=y - 0.5, color="#BBBBBB")
+    causal = [_causal(fit) for _, fit in fits]
+    beside(Panel(figure, 1, 4), "<b>causal</b> of those<br>of R alone tested", causal)
+    return figure
+
+
+def _counts(panel: Panel, fits: Sequence[tuple[str, CrosscoderFit]]) -> None:
+    """Stacked bars of latents: of R alone, of S alone, and those that are falsely so."""
+    counts = [{"after": 0, "before": 0, **fit.exclusive, "false": fit.false} for _, fit in fits]
+    for kind, (words, colour) in _LOOKS.items():
+        found = [count[kind] for count in counts]
+        hover = [
+            f"{label(name, 40)}, seed {fit.seed}<br>{words}: {count}, shared: {fit.shared}<br>"
+            f"dead {number(fit.dead)}, explained of S {number(fit.explained.get('before'))}, of R "
+            f"{number(fit.explained.get('after'))}"
+            for (name, fit), count in zip(fits, found, strict=True)
+        ]
+        inside = {"textposition": "inside", "insidetextanchor": "middle", "textangle": 0, "constraintext": "none"}
+        inside |= {"text": [str(count) if count else "" for count in found], "error_x": None}
+        inside["textfont"] = {"size": 12, "color": "white" if kind == "after" else INK}
+        marker = {"color": colour, "line": {"color": INK, "width": 1}}
+        values = [Interval(value=count) for count in found]
+        bars(panel, values, range(len(fits)), hover, width=0.5, marker=marker, name=words, **inside)
     for y, count in enumerate(counts):
         if not any(count.values()):
-            figure.add_annotation(
-                text="none", x=0, xanchor="left", xshift=6, y=y, showarrow=False, font_size=12, row=1, col=1
-            )
-    most = max((sum(count.values()) for count in counts), default=0)
-    figure.update_xaxes(range=[0, 1.08 * max(most, 4)], nticks=5, title_text="latents", row=1, col=1)
-    lines = [_TermLine(name, fit.without, fit.random) for name, (_, fit) in zip(names, fits, strict=True)]
-    _terms(figure, lines, 2, {term: TERMS[term] for term in _TERMS}, "diamond", "bits from R")
-    rows = [name for name, _ in fits]
-    for y in range(1, len(rows)):
-        if rows[y] != rows[y - 1]:
-            figure.add_hline(y=y - 0.5, line={"color": "#BBBBBB", "width": 1})  # pyright: ignore[reportArgumentType]
-    for y, text in enumerate(
-        ["<b>causal</b> of those<br>of R alone tested", *(_causal(fit) for _, fit in fits)], start=-1
-    ):
-        at: dict[str, Any] = (
-            {"y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 4} if y < 0 else {"y": y, "yanchor": "middle"}
-        )
-        figure.add_annotation(
-            text=text, x=1, xshift=12, xref="paper", xanchor="left", align="left", showarrow=False, font_size=12, **at
-        )
-    return figure
+            none = {"x": 0, "xanchor": "left", "xshift": 6, "y": y, "showarrow": False, "font_size": 12}
+            panel.figure.add_annotation(text="none", **none, **panel.at)
+    most = max((sum(count[kind] for kind in _LOOKS) for count in counts), default=0)
+    panel.figure.update_xaxes(range=[0, 1.08 * max(most, 4)], nticks=5, title_text="latents", **panel.at)
 
 
 def _causal(fit: CrosscoderFit) -> str:
@@ -232,102 +206,35 @@ def _causal(fit: CrosscoderFit) -> str:
 # parts of both
 
 
-def _panels(titles: Sequence[str], widths: Sequence[float], height: int) -> Figure:
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(
-        rows=1,
-        cols=len(titles),
-        horizontal_spacing=0.02 if len(titles) > 2 else 0.08,
-        column_widths=list(widths),
-        subplot_titles=list(titles),
-    )
-    style(figure, height)
-    figure.update_layout(hovermode="closest")
-    figure.update_annotations(font_size=13, xanchor="left")
-    drawn: Any = figure.layout
-    for column in range(len(titles)):
-        drawn.annotations[column].x = left(figure, 1, column + 1)
-    return figure
-
-
-def _terms(
-    figure: Figure,
-    lines: Sequence[_TermLine],
-    first: int,
-    colours: Mapping[str, str],
-    mark: Literal["bar", "diamond"],
-    unit: str,
-) -> None:
-    """A panel a term from the `first` on, all on one scale: what is longer is more."""
+def _terms(shown: Sequence[Panel], lines: Sequence[_TermLine], unit: str, bar: bool) -> None:
+    """A panel a term, all on one scale: what is longer is more. Bars, or diamonds; numbers at the right edge."""
     every = [terms for line in lines for terms in (*((line.terms,) if line.terms else ()), *line.random)]
-    values = [getattr(terms, term) for terms in every for term in colours]
-    ends = [end for value in values for end in (value.low, value.value, value.high) if end is not None]
-    low, high = min([0.0, *ends]), max([0.01, *ends])
-    room = 0.45 if mark == "bar" else 0.8  # for the numbers
-    for column, (term, colour) in enumerate(colours.items(), start=first):
-        found: list[Interval] = [NOT_MEASURED if line.terms is None else getattr(line.terms, term) for line in lines]
-        up, down = whiskers(found)
-        error = {"array": up, "arrayminus": down, "color": INK, "thickness": 1.5, "width": 4}
-        hover = [f"{line.name}<br>{term}: {number(value)} bits" for line, value in zip(lines, found, strict=True)]
-        random = [(y, i, getattr(terms, term)) for y, line in enumerate(lines) for i, terms in enumerate(line.random)]
-        figure.add_scatter(
-            x=[value.value for _, _, value in random],
-            y=[y + 0.4 * jitter(i) for y, i, _ in random],
-            mode="markers",
-            marker={"color": GREY, "size": 7, "opacity": 0.6},
-            name="as many random ones",
-            showlegend=column == first,
-            hovertext=[f"random<br>{term}: {number(value)} bits" for _, _, value in random],
-            hoverinfo="text",
-            row=1,
-            col=column,
-        )
-        shared: dict[str, Any] = {
-            "x": [value.value for value in found],
-            "y": list(range(len(lines))),
-            "error_x": error,
-            "hovertext": hover,
-            "hoverinfo": "text",
-            "name": term,
-            "showlegend": False,
-            "row": 1,
-            "col": column,
-        }
-        if mark == "bar":
-            figure.add_bar(orientation="h", width=0.6, marker={"color": colour}, **shared)
+    found = ends(getattr(terms, term) for terms in every for term in _TERMS)
+    low, high = min([0.0, *found]), max([0.01, *found])
+    before, after = (0.04, 0.45) if bar else (0.1, 0.8)  # with room for the numbers
+    span = (low - before * (high - low), high + after * (high - low))
+    for panel, term in zip(shown, _TERMS, strict=True):
+        _random(panel, lines, term, legend=panel is shown[0])
+        values = [line.of(term) for line in lines]
+        hover = [f"{line.name}<br>{term}: {number(value)} bits" for line, value in zip(lines, values, strict=True)]
+        marker: dict[str, Any] = {"color": TERMS[term]}
+        if bar:
+            bars(panel, values, range(len(lines)), hover, width=0.6, marker=marker, name=term, showlegend=False)
         else:
-            marker = {"color": colour, "symbol": "diamond", "size": 12, "line": {"color": INK, "width": 1}}
-            figure.add_scatter(mode="markers", marker=marker, **shared)
-        for y, (line, value) in enumerate(zip(lines, found, strict=True)):
-            figure.add_annotation(
-                text="" if line.terms is None and line.random else number(value.value),
-                x=1,
-                xref="x domain",
-                xanchor="right",
-                y=y,
-                showarrow=False,
-                font={"size": 12, "color": INK},
-                row=1,
-                col=column,
-            )
-        figure.update_xaxes(
-            range=[low - (0.04 if mark == "bar" else 0.1) * (high - low), high + room * (high - low)],
-            title_text=unit,
-            nticks=4,
-            showgrid=False,
-            zeroline=True,
-            zerolinecolor="#999999",
-            row=1,
-            col=column,
-        )
-    figure.update_yaxes(
-        tickvals=list(range(len(lines))),
-        ticktext=[line.name for line in lines],
-        tickfont={"size": 12},
-        range=[len(lines) - 0.45, -0.55],
-        showgrid=False,
-        zeroline=False,
-        showticklabels=False,
-    )
-    figure.update_yaxes(showticklabels=True, row=1, col=1)
+            marker |= {"symbol": "diamond", "size": 12, "line": {"color": INK, "width": 1}}
+            look: dict[str, Any] = {"marker": marker, "name": term, "showlegend": False}
+            dots(panel, values, range(len(lines)), hover, whisker=(1.5, 4), **look)
+        for y, (line, value) in enumerate(zip(lines, values, strict=True)):
+            text = "" if line.terms is None and line.random else number(value.value)
+            at_edge(panel, text, y, 12)
+        number_axis(panel, span, unit, nticks=4, showgrid=False)
+        row_axis(panel, [line.name for line in lines])
+
+
+def _random(panel: Panel, lines: Sequence[_TermLine], term: str, legend: bool) -> None:
+    random = [[getattr(terms, term) for terms in line.random] for line in lines]
+
+    def hover(y: int, i: int) -> str:
+        return f"random<br>{term}: {number(random[y][i])} bits"
+
+    controls(panel, random, hover, (0.0, 0.4), name="as many random ones", showlegend=legend)

@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mixturelens.figures.style import (
-    DASH,
-    DIVERGING,
-    INK,
-    SIDES,
-    apart,
-    label,
-    left,
-    number,
-    style,
-    token,
-    token_axis,
-)
+from mixturelens.figures.heat import EMPTY, HeatCell, across, diverging, heat, outline, up
+from mixturelens.figures.panels import Panel, panels, rule, stacked, titles_at_left
+from mixturelens.figures.style import apart
+from mixturelens.figures.words import DASH, SIDES, label, number, short, token, token_axis
 from mixturelens.types import NOT_MEASURED, PER_HEAD, Component, Interval, Site
 
 if TYPE_CHECKING:
@@ -35,12 +26,15 @@ _Cell = tuple[int, int | None]
 
 
 def patching_map(sweep: Sweep, component: Component) -> Figure:
-    """Effects of one component: positions across, layers (and heads) up. Written out: what is surely there."""
+    """Effects of one component, shares of the contrast: positions across, layers (and heads) up.
+
+    Written out: what is at least WORTH and whose interval over questions excludes 0.
+    """
     return _maps([[sweep]], component)
 
 
 def patching_maps(record: PatchingRecord, kind: Kind, component: Component) -> Figure:
-    """S beside R on one scale, a row for each contrast and direction of this kind.
+    """S beside R on one scale, a row for each contrast and direction of this kind; cells are those of `patching_map`.
 
     Outlined: cells whose intervals in S and R do not meet, and which differ by at least WORTH.
     """
@@ -53,107 +47,50 @@ def patching_maps(record: PatchingRecord, kind: Kind, component: Component) -> F
 
 
 def _maps(rows: Sequence[Sequence[Sweep]], component: Component) -> Figure:
-    from plotly.subplots import make_subplots
-
-    panels = [[panel for sweep in row if (panel := _panel(sweep, component)).grid] for row in rows]
-    panels = [row for row in panels if row]
-    columns = max((len(row) for row in panels), default=1)
-    cells = list(dict.fromkeys(cell for row in panels for panel in row for cell, _ in panel.grid))
+    """A row of maps for each row of sweeps, all with the same rows of cells and on one scale."""
+    grids = [[grid for sweep in row if (grid := _grid(sweep, component)).effects] for row in rows]
+    grids = [row for row in grids if row]
+    every = [grid for row in grids for grid in row]
+    columns = max((len(row) for row in grids), default=1)
+    cells = list(dict.fromkeys(cell for grid in every for cell, _ in grid.effects))
     cells.sort(key=lambda cell: (cell[0], cell[1] or 0))
-    width = max((len(panel.places) for row in panels for panel in row), default=1)
-    column = WIDE / columns / max(width, 1)
-    labels, axis, below = token_axis([panel.names for row in panels for panel in row], column)
+    column = WIDE / columns / max((len(grid.places) for grid in every), default=1)
+    labels, axis, below = token_axis([grid.names for grid in every], column)
     each = 40 if len(cells) <= 3 else 26 if len(cells) <= 24 else 15
     plot = each * max(len(cells), 1)
-    gap = below + 84  # token labels of one row of panels, titles of the next
-    inner = plot * len(panels) + gap * (len(panels) - 1)
-    figure = make_subplots(
-        rows=max(len(panels), 1),
-        cols=columns,
-        horizontal_spacing=0.03,
-        vertical_spacing=gap / inner if len(panels) > 1 else 0,
-        subplot_titles=[_title(row[j].sweep) if j < len(row) else "" for row in panels for j in range(columns)],
-    )
-    style(figure, inner + below + 84)
-    figure.update_layout(
-        margin={"l": 92 if component in PER_HEAD else 76, "r": 20, "t": 78, "b": below}, plot_bgcolor="#E9ECEF"
-    )
-    figure.update_annotations(font_size=13, xanchor="left", align="left")
-    titles: Any = figure.layout
+    inner, spacing = stacked(len(grids), plot, below + 84)  # token labels of one row of panels, titles of the next
+    titles = [_title(row[j].sweep) if j < len(row) else "" for row in grids for j in range(columns)]
+    margin = {"l": 92 if component in PER_HEAD else 76, "r": 20, "t": 78, "b": below}
+    more = {"horizontal_spacing": 0.03, "vertical_spacing": spacing}
+    figure = panels((len(grids), columns), titles, inner + below + 84, margin, **more)
+    titles_at_left(figure, columns)
     named = iter(labels)
-    for i, row in enumerate(panels, start=1):
-        for j, (_, grid, places, names) in enumerate(row, start=1):
-            titles.annotations[(i - 1) * columns + j - 1].x = left(figure, i, j)
-            z = [[grid.get((cell, place), NOT_MEASURED) for place in places] for cell in cells]
-            figure.add_heatmap(
-                z=[[value.value for value in line] for line in z],
-                x=list(range(len(places))),
-                y=list(range(len(cells))),
-                text=[[_written(value, column) for value in line] for line in z],
-                texttemplate="%{text}",
-                textfont={"color": INK, "size": 12 if each > 20 and column >= 38 else 11},
-                hovertext=[
-                    [
-                        _hover(Site(layer=cell[0], component=component, head=cell[1], position=place), name, value)
-                        for place, name, value in zip(places, names, line, strict=True)
-                    ]
-                    for cell, line in zip(cells, z, strict=True)
-                ],
-                hoverinfo="text",
-                coloraxis="coloraxis",
-                xgap=1,
-                ygap=1,
-                row=i,
-                col=j,
-            )
-            figure.update_xaxes(
-                tickvals=list(range(len(places))),
-                ticktext=next(named),
-                range=[-0.5, max(len(places), 1) - 0.5],
-                showgrid=False,
-                zeroline=False,
-                **axis,
-                row=i,
-                col=j,
-            )
-            figure.update_yaxes(**_layer_axis(cells, each), showticklabels=j == 1, row=i, col=j)
-            # one line between layers of many heads
-            for y in range(1, len(cells)):
-                if cells[y][0] != cells[y - 1][0] and cells[y][1] is not None:
-                    figure.add_hline(y=y - 0.5, line={"color": "#999999", "width": 1}, row=i, col=j)  # pyright: ignore[reportArgumentType]
+    for i, row in enumerate(grids, start=1):
+        for j, grid in enumerate(row, start=1):
+            panel = Panel(figure, i, j)
+            _map(panel, grid, component, cells, column)
+            across(panel, next(named), zeroline=False, **axis)
+            up(panel, _row_names(cells, each), len(cells))
+            _between_layers(panel, cells)
         if len(row) == 2:
-            for (cell, place), value in row[0].grid.items():
-                if _differ(value, row[1].grid.get((cell, place), NOT_MEASURED)):
-                    for j, panel in enumerate(row, start=1):
-                        _outline(figure, panel.places.index(place), cells.index(cell), i, j)
-    figure.update_layout(
-        coloraxis={
-            "cmin": -1,
-            "cmax": 1,
-            "colorscale": [list(stop) for stop in DIVERGING],
-            "colorbar": {
-                "title": {"text": "share of the contrast", "side": "right", "font": {"size": 12}},
-                "thickness": 12,
-                "lenmode": "pixels",
-                "len": min(max(plot, 150), 260),
-                "tickvals": [-1, -0.5, 0, 0.5, 1],
-                "y": 1,
-                "yanchor": "top",
-            },
-        }
-    )
+            _outlines(figure, i, row, cells)
+    bar = {"title": {"text": "share of the contrast", "side": "right", "font": {"size": 12}}}
+    scale = diverging(min(max(plot, 150), 260), tickvals=[-1, -0.5, 0, 0.5, 1], **bar)
+    figure.update_layout(plot_bgcolor=EMPTY, coloraxis=scale)
     return figure
 
 
-class _Panel(NamedTuple):
+class _Grid(NamedTuple):
+    """The effects of one component in one sweep, by cell and position."""
+
     sweep: Sweep
-    grid: dict[tuple[_Cell, str | int], Interval]
+    effects: dict[tuple[_Cell, str | int], Interval]
     places: list[str | int]
     """Positions in the order of the prompt, or named spans in the order of the record."""
     names: list[str]
 
 
-def _panel(sweep: Sweep, component: Component) -> _Panel:
+def _grid(sweep: Sweep, component: Component) -> _Grid:
     grid = {
         ((e.site.layer, e.site.head), e.site.position): e.effect
         for e in sweep.effects
@@ -166,27 +103,51 @@ def _panel(sweep: Sweep, component: Component) -> _Panel:
         (place for place in found if place is not None), key=lambda place: place if isinstance(place, int) else -1
     )
     known = dict(enumerate(sweep.labels))
-    return _Panel(sweep, grid, places, [known.get(p, str(p)) if isinstance(p, int) else p for p in places])
+    return _Grid(sweep, grid, places, [known.get(p, str(p)) if isinstance(p, int) else p for p in places])
 
 
-def _layer_axis(cells: Sequence[_Cell], each: int) -> dict[str, Any]:
+def _map(panel: Panel, grid: _Grid, component: Component, cells: Sequence[_Cell], column: float) -> None:
+    """One map; `column`: pixels of a cell across."""
+
+    def cell(of: _Cell, place: str | int, name: str) -> HeatCell:
+        value = grid.effects.get((of, place), NOT_MEASURED)
+        site = Site(layer=of[0], component=component, head=of[1], position=place)
+        hover = f"{label(str(site), 60)} ({token(name, 40)})<br>effect {number(value)}"
+        return HeatCell(value.value, _written(value, column), hover)
+
+    places = list(zip(grid.places, grid.names, strict=True))
+    size = 12 if len(cells) <= 24 and column >= 38 else 11
+    heat(panel, [[cell(of, *place) for place in places] for of in cells], size, coloraxis="coloraxis")
+
+
+def _between_layers(panel: Panel, cells: Sequence[_Cell]) -> None:
+    """One line between layers of many heads."""
+    for y in range(1, len(cells)):
+        if cells[y][0] != cells[y - 1][0] and cells[y][1] is not None:
+            rule(panel, y=y - 0.5)
+
+
+def _outlines(figure: Figure, row: int, grids: Sequence[_Grid], cells: Sequence[_Cell]) -> None:
+    """Around cells that differ between the two maps of a row."""
+    for (cell, place), value in grids[0].effects.items():
+        other = grids[1].effects.get((cell, place), NOT_MEASURED)
+        if value.value is None or other.value is None or abs(value.value - other.value) < WORTH:
+            continue
+        if apart(value, other):
+            for j, grid in enumerate(grids, start=1):
+                outline(Panel(figure, row, j), grid.places.index(place), cells.index(cell), (0.47, 0.46), 2)
+
+
+def _row_names(cells: Sequence[_Cell], each: int) -> dict[float, str]:
     """Names of rows; where there are many heads, of their layers alone."""
     if each > 20 or all(head is None for _, head in cells):
         names = [f"layer {layer}" if head is None else f"L{layer} head {head}" for layer, head in cells]
-        at = [float(y) for y in range(len(cells))]
-    else:
-        layers = list(dict.fromkeys(layer for layer, _ in cells))
-        rows = [[y for y, cell in enumerate(cells) if cell[0] == layer] for layer in layers]
-        at = [(row[0] + row[-1]) / 2 for row in rows]
-        names = [_heads_of(layer, [cells[y][1] for y in row]) for layer, row in zip(layers, rows, strict=True)]
-    return {
-        "tickvals": at,
-        "ticktext": names,
-        "tickfont": {"size": 12},
-        "range": [-0.5, max(len(cells), 1) - 0.5],
-        "showgrid": False,
-        "zeroline": False,
-    }
+        return dict(enumerate(names))
+    named: dict[float, str] = {}
+    for layer in dict.fromkeys(layer for layer, _ in cells):
+        rows = [y for y, cell in enumerate(cells) if cell[0] == layer]
+        named[(rows[0] + rows[-1]) / 2] = _heads_of(layer, [cells[y][1] for y in rows])
+    return named
 
 
 def _heads_of(layer: int, heads: Sequence[int | None]) -> str:
@@ -203,27 +164,9 @@ def _written(value: Interval, column: float) -> str:
     """The effect where its interval excludes zero and it is worth it; short where the column is narrow."""
     if value.value is None:
         return DASH
-    if not value.excludes(0.0) or abs(value.value) < WORTH:
+    if column < 24 or not value.excludes(0.0) or abs(value.value) < WORTH:
         return ""
-    text = number(value.value, 2)
-    if column < 24:
-        return ""
-    return text if column >= 38 else text.replace("0.", ".", 1) if abs(value.value) < 0.995 else text[:-1]
-
-
-def _hover(site: Site, name: str, value: Interval) -> str:
-    return f"{label(str(site), 60)} ({token(name, 40)})<br>effect {number(value)}"
-
-
-def _differ(before: Interval, after: Interval) -> bool:
-    if before.value is None or after.value is None or abs(before.value - after.value) < WORTH:
-        return False
-    return apart(before, after)
-
-
-def _outline(figure: Figure, x: float, y: float, row: int, column: int) -> None:
-    line = {"color": INK, "width": 2}
-    figure.add_shape(type="rect", x0=x - 0.47, x1=x + 0.47, y0=y - 0.46, y1=y + 0.46, line=line, row=row, col=column)
+    return short(value.value, column)
 
 
 def contrast(sweep: Sweep) -> str:
@@ -235,6 +178,7 @@ def contrast(sweep: Sweep) -> str:
 
 
 def under(sweep: Sweep) -> str:
+    """The policy put in place and the cue of the prompts, in words; nothing where there is neither."""
     policy = [] if sweep.policy is None else [f"policy {label(sweep.policy, 16)} put in place"]
     return ", ".join(policy + ([] if sweep.cue is None else [f"prompts of cue {label(sweep.cue, 16)}"]))
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mixturelens.figures.style import DASH, INK, SCALE, cue_title, label, number, policy_colour, style
+from mixturelens.figures.heat import HeatCell, across, heat, outline
+from mixturelens.figures.panels import Panel, panels, row_axis, rule
+from mixturelens.figures.style import SCALE, new_figure, policy_colour
+from mixturelens.figures.words import DASH, cue_title, label, number
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -15,85 +18,47 @@ if TYPE_CHECKING:
 
 
 def policy_table(record: BehaviourRecord, threshold: float = 0.02) -> Figure:
-    """What each policy does under each cue once put in place, before and after; cells that moved are outlined."""
-    from plotly.subplots import make_subplots
+    """What each policy does under each cue once put in place, before and after; cells that moved are outlined.
 
+    Colours are forced accuracies, probabilities; the intervals of changes are in the hover text.
+    """
     rows = list(dict.fromkeys((cell.policy, cell.announcement) for cell in record.table))
     rows.sort(key=lambda row: record.policies.index(row[0]))
     cells = {(cell.policy, cell.announcement, cell.cue): cell for cell in record.table}
-    sides = [False, True] if any(cell.accuracy_after is not None for cell in record.table) else [False]
-    figure = make_subplots(
-        rows=1, cols=len(sides), column_titles=["before", "after"][: len(sides)], horizontal_spacing=0.03
-    )
-    style(figure, 58 * max(len(rows), 1) + 104)
-    figure.update_layout(margin={"l": 230, "t": 84, "b": 20}, showlegend=False)
-    narrow = len(record.cues) * 3 if len(sides) > 1 else len(record.cues)  # a column here is narrower than a panel
+    grid = [[cells.get((*row, cue)) for cue in record.cues] for row in rows]
+    sides = ["before", "after"] if any(cell.accuracy_after is not None for cell in record.table) else ["before"]
+    spacing = {"column_titles": sides, "horizontal_spacing": 0.03}
+    margin = {"l": 230, "t": 84, "b": 20}
+    figure = panels((1, len(sides)), [], 58 * max(len(rows), 1) + 104, margin, **spacing)
+    figure.update_layout(showlegend=False)
     # ticks at the top stand between the panel and its title
     figure.update_annotations(yshift=26)
-    for column, after in enumerate(sides, start=1):
-        grid = [[cells.get((*row, cue)) for cue in record.cues] for row in rows]
-        figure.add_heatmap(
-            z=[[_accuracy(cell, after) for cell in line] for line in grid],
-            x=list(range(len(record.cues))),
-            y=list(range(len(rows))),
-            text=[[_cell_text(cell, after) for cell in line] for line in grid],
-            texttemplate="%{text}",
-            textfont={"color": INK, "size": 13},
-            hovertext=[[_cell_hover(cell, after) for cell in line] for line in grid],
-            hoverinfo="text",
-            zmin=0,
-            zmax=1,
-            colorscale=[list(stop) for stop in SCALE],
-            showscale=column == len(sides),
-            colorbar={
-                "title": {"text": "forced accuracy<br>(probability)", "side": "right", "font": {"size": 12}},
-                "thickness": 12,
-                "lenmode": "pixels",
-                "len": 150,
-            },
-            xgap=3,
-            ygap=3,
-            row=1,
-            col=column,
-        )
-        figure.update_xaxes(
-            tickvals=list(range(len(record.cues))),
-            ticktext=[cue_title(cue, narrow) for cue in record.cues],
-            side="top",
-            tickangle=0,
-            showgrid=False,
-            zeroline=False,
-            range=[-0.5, len(record.cues) - 0.5],
-            row=1,
-            col=column,
-        )
-        figure.update_yaxes(
-            tickvals=list(range(len(rows))),
-            ticktext=[_row_name(*row, record.policies) for row in rows],
-            showgrid=False,
-            zeroline=False,
-            range=[len(rows) - 0.5, -0.5],
-            showticklabels=column == 1,
-            row=1,
-            col=column,
-        )
-        for y, line in enumerate(grid):
-            for x, cell in enumerate(line):
-                if after and cell is not None and _moved(cell, threshold):
-                    figure.add_shape(
-                        type="rect",
-                        x0=x - 0.48,
-                        x1=x + 0.48,
-                        y0=y - 0.46,
-                        y1=y + 0.46,
-                        line={"color": INK, "width": 3},
-                        row=1,
-                        col=column,
-                    )
+    narrow = len(record.cues) * 3 if len(sides) > 1 else len(record.cues)  # a column here is narrower than a panel
+    title = {"text": "forced accuracy<br>(probability)", "side": "right", "font": {"size": 12}}
+    bar = {"title": title, "thickness": 12, "lenmode": "pixels", "len": 150}
+    colours = {"zmin": 0, "zmax": 1, "colorscale": [list(stop) for stop in SCALE], "colorbar": bar}
+    for column in range(1, len(sides) + 1):
+        panel, after = Panel(figure, 1, column), column == 2
+        drawn = [[HeatCell(_accuracy(c, after), _cell_text(c, after), _cell_hover(c, after)) for c in r] for r in grid]
+        heat(panel, drawn, 13, showscale=column == len(sides), xgap=3, ygap=3, **colours)
+        names = [cue_title(cue, narrow) for cue in record.cues]
+        across(panel, names, side="top", tickangle=0, zeroline=False)
+        down = {"range": [len(rows) - 0.5, -0.5]}
+        row_axis(panel, [_row_name(*row, record.policies) for row in rows], **down)
+        if after:
+            _outlines(panel, grid, threshold)
         for y in range(1, len(rows)):
             if rows[y][0] != rows[y - 1][0]:
-                figure.add_hline(y=y - 0.5, line={"color": "#777777", "width": 1}, row=1, col=column)  # pyright: ignore[reportArgumentType]
+                rule(panel, y=y - 0.5, color="#777777")
     return figure
+
+
+def _outlines(panel: Panel, grid: Sequence[Sequence[TableCell | None]], threshold: float) -> None:
+    """Around cells that moved by more than the threshold."""
+    for y, line in enumerate(grid):
+        for x, cell in enumerate(line):
+            if cell is not None and _moved(cell, threshold):
+                outline(panel, x, y, (0.48, 0.46), 3)
 
 
 def _moved(cell: TableCell, threshold: float) -> bool:
@@ -142,29 +107,13 @@ def regimes(verdicts: Mapping[tuple[float, float], VerdictRecord], trained_cue: 
     A cell says its verdict, the routing share with its interval, what changed, and the expected accuracy under each cue
     after RL.
     """
-    from plotly.graph_objects import Figure, Heatmap
-
     epsilons, rates = (sorted({key[i] for key in verdicts}) for i in (0, 1))
-    shares = [[_share(verdicts.get((e, r))) for r in rates] for e in epsilons]
-    texts = [[_regime_text(verdicts.get((e, r))) for r in rates] for e in epsilons]
-    figure = Figure(
-        Heatmap(
-            z=shares,
-            x=[_power(rate) for rate in rates],
-            y=[_power(epsilon) for epsilon in epsilons],
-            text=texts,
-            texttemplate="%{text}",
-            textfont={"size": 13},
-            hoverinfo="text",
-            zmin=0,
-            zmax=1,
-            colorscale=[(0.0, "#F2D79B"), (1.0, "#A9B7CC")],
-            colorbar={"title": {"text": "routing share"}},
-            xgap=3,
-            ygap=3,
-        )
-    )
-    style(figure, 160 + 120 * len(epsilons))
+    figure = new_figure(160 + 120 * len(epsilons))
+    found = [[verdicts.get((epsilon, rate)) for rate in rates] for epsilon in epsilons]
+    cells = [[HeatCell(_share(each), text := _regime_text(each), text) for each in line] for line in found]
+    look = {"x": [_power(rate) for rate in rates], "y": [_power(epsilon) for epsilon in epsilons], "xgap": 3, "ygap": 3}
+    scale = {"colorscale": [(0.0, "#F2D79B"), (1.0, "#A9B7CC")], "colorbar": {"title": {"text": "routing share"}}}
+    heat(Panel(figure), cells, 13, zmin=0, zmax=1, **look, **scale)
     figure.update_layout(
         title=f"RL on {label(trained_cue)}: what changed, by epsilon and learning rate",
         width=980,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mixturelens.figures.style import SYMBOLS, cue_colour, label, number, show, show_interval, style
-from mixturelens.figures.trajectories import whiskers
+from mixturelens.figures.heat import across
+from mixturelens.figures.marks import columns
+from mixturelens.figures.panels import Panel, panels
+from mixturelens.figures.style import SYMBOLS, cue_colour
+from mixturelens.figures.words import label, number, show, show_interval
 from mixturelens.types import NOT_MEASURED, Interval
 
 if TYPE_CHECKING:
@@ -21,16 +24,17 @@ KINDS = ("interchange", "reroute")
 
 
 def transfer(pairs: Sequence[tuple[str, VerdictRecord, RepairRecord]]) -> Figure:
-    """A panel for each cue that RL trained on; a point a seed, with the interval over questions."""
-    from plotly.subplots import make_subplots
+    """Expected accuracy, a probability: a panel for each cue that RL trained on; a point a seed.
 
+    Whiskers are the records' intervals over questions.
+    """
     cues = list(pairs[0][1].per_cue)
     trained = [cue for cue in cues if any(repair.trained_cue == cue for _, _, repair in pairs)]
     steps = ["trained side", "other side", "other side,<br>silent policy<br>put in place"]
     steps += [f"other side,<br>repaired:<br>{kind}" for kind in KINDS]
-    titles = [f"RL on {label(cue)}" for cue in trained]
-    figure = make_subplots(rows=1, cols=len(trained), shared_yaxes=True, column_titles=titles, horizontal_spacing=0.04)
-    style(figure, 440)
+    titles = {"column_titles": [f"RL on {label(cue)}" for cue in trained]}
+    spacing = {"shared_yaxes": True, "horizontal_spacing": 0.04}
+    figure = panels((1, len(trained)), [], 440, {}, **titles, **spacing)
     for column, cue in enumerate(trained, start=1):
         shown = [pair for pair in pairs if pair[2].trained_cue == cue]
         for i, (name, verdict, repair) in enumerate(shown):
@@ -40,26 +44,17 @@ def transfer(pairs: Sequence[tuple[str, VerdictRecord, RepairRecord]]) -> Figure
                 silent(verdict, repair.harmed_cue),
                 *(_repaired(repair, kind) for kind in KINDS),
             ]
-            up, down = whiskers(values)
+            hover = [
+                f"{label(name)}, RL on {label(cue)}<br>{step.replace('<br>', ' ')}: {number(value)}"
+                for step, value in zip(steps, values, strict=True)
+            ]
             colours = [cue_colour(cue, cues), *[cue_colour(repair.harmed_cue, cues)] * (len(steps) - 1)]
-            figure.add_scatter(
-                x=[x + 0.14 * (i - (len(shown) - 1) / 2) for x in range(len(steps))],
-                y=[value.value for value in values],
-                error_y={"array": up, "arrayminus": down, "thickness": 1.5, "width": 4},
-                mode="markers",
-                marker={"color": colours, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 10},
-                name=label(name),
-                legendgroup=name,
-                showlegend=column == 1,
-                hovertext=[
-                    f"{label(name)}, RL on {label(cue)}<br>{step.replace('<br>', ' ')}: {number(value)}"
-                    for step, value in zip(steps, values, strict=True)
-                ],
-                hoverinfo="text",
-                row=1,
-                col=column,
-            )
-    figure.update_xaxes(tickvals=list(range(len(steps))), ticktext=steps, range=[-0.5, len(steps) - 0.5])
+            marker = {"color": colours, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 10}
+            look: dict[str, Any] = {"marker": marker, "name": label(name), "legendgroup": name}
+            x = [x + 0.14 * (i - (len(shown) - 1) / 2) for x in range(len(steps))]
+            panel = Panel(figure, 1, column)
+            columns(panel, values, x, hover, whisker=(1.5, 4, None), showlegend=panel.first, **look)
+    across(Panel(figure), steps, showgrid=None)
     figure.update_yaxes(range=[-0.04, 1.04])
     figure.update_yaxes(title_text="expected accuracy<br>(held-out questions)", col=1)
     return figure

@@ -11,7 +11,8 @@ import numpy as np
 from mixturelens.discovery.asked import Asked
 from mixturelens.discovery.draws import Draws
 from mixturelens.discovery.propose import Proposal
-from mixturelens.figures.style import GREY, ROUTER, SIDES, SPECIALIST, policy_colour, show, show_interval
+from mixturelens.figures.style import GREY, ROUTER, SPECIALIST, policy_colour
+from mixturelens.figures.words import SIDES, show, show_interval
 from mixturelens.pages.parts import number, render
 from mixturelens.records import write_text
 

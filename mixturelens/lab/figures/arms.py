@@ -3,77 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mixturelens.figures.style import GREY, INK, jitter, label, number, style
-from mixturelens.figures.trajectories import whiskers
+from mixturelens.figures.heat import across
+from mixturelens.figures.marks import columns, points
+from mixturelens.figures.panels import Panel, panels
+from mixturelens.figures.style import GREY, INK, jitter
+from mixturelens.figures.words import label, number
 from mixturelens.types import Interval
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+Arms = Mapping[str, tuple[Sequence[float], Interval]]
+"""Arm -> one number a seed, and their mean with its interval over seeds."""
 
-def arms(found: Mapping[str, Mapping[str, tuple[Sequence[float], Interval]]], unit: str = "probability") -> Figure:
-    """A panel for each quantity: arm -> (one number a seed, mean with its interval over seeds).
+
+def arms(found: Mapping[str, Arms], unit: str = "probability") -> Figure:
+    """A panel for each quantity, all in one unit: of each arm a point a seed, and the mean with its interval.
 
     A panel whose numbers all lie within 0 and 1 shows all of that range.
     """
-    from plotly.subplots import make_subplots
-
-    columns = len(found)
-    figure = make_subplots(rows=1, cols=columns, column_titles=[_lines(name) for name in found])
-    style(figure, 400)
-    figure.update_layout(margin={"t": 80})
-    figure.update_annotations(font_size=13)
+    titles = {"column_titles": [_lines(name) for name in found]}
+    figure = panels((1, len(found)), [], 400, {"t": 80}, **titles)
     for column, (quantity, by_arm) in enumerate(found.items(), start=1):
-        names = list(by_arm)
-        points = [(x, i, name) for x, name in enumerate(names) for i in range(len(by_arm[name][0]))]
-        means = [by_arm[name][1] for name in names]
-        up, down = whiskers(means)
-        figure.add_scatter(
-            x=[x + 0.4 * jitter(i) for x, i, _ in points],
-            y=[by_arm[name][0][i] for _, i, name in points],
-            mode="markers",
-            marker={"color": GREY, "size": 7, "opacity": 0.7},
-            name="a seed",
-            showlegend=column == 1,
-            hovertext=[
-                f"{label(name)}, seed {i}<br>{label(quantity, 60)}: {number(by_arm[name][0][i])}"
-                for _, i, name in points
-            ],
-            hoverinfo="text",
-            row=1,
-            col=column,
-        )
-        figure.add_scatter(
-            x=list(range(len(names))),
-            y=[mean.value for mean in means],
-            error_y={"array": up, "arrayminus": down, "thickness": 2, "width": 6, "color": INK},
-            mode="markers",
-            marker={"color": INK, "symbol": "diamond", "size": 11},
-            name="mean, 95% over seeds",
-            showlegend=column == 1,
-            hovertext=[
-                f"{label(name)}<br>{label(quantity, 60)}: {number(mean)}"
-                for name, mean in zip(names, means, strict=True)
-            ],
-            hoverinfo="text",
-            row=1,
-            col=column,
-        )
-        figure.update_xaxes(
-            tickvals=list(range(len(names))),
-            ticktext=[label(name) for name in names],
-            tickangle=-35,
-            range=[-0.5, len(names) - 0.5],
-            row=1,
-            col=column,
-        )
+        panel = Panel(figure, 1, column)
+        _seeds(panel, quantity, by_arm)
+        _means(panel, quantity, by_arm)
+        across(panel, [label(name) for name in by_arm], tickangle=-35, showgrid=None)
         numbers = [value for values, _ in by_arm.values() for value in values]
         if numbers and min(numbers) >= 0 and max(numbers) <= 1:
-            figure.update_yaxes(range=[-0.05, 1.05], row=1, col=column)
+            figure.update_yaxes(range=[-0.05, 1.05], **panel.at)
     figure.update_yaxes(title_text=unit, row=1, col=1)
     return figure
+
+
+def _seeds(panel: Panel, quantity: str, by_arm: Arms) -> None:
+    drawn = [(x, i, name, value) for x, (name, of) in enumerate(by_arm.items()) for i, value in enumerate(of[0])]
+    hover = [f"{label(name)}, seed {i}<br>{label(quantity, 60)}: {number(value)}" for _, i, name, value in drawn]
+    look: dict[str, Any] = {"marker": {"color": GREY, "size": 7, "opacity": 0.6}, "name": "a seed"}
+    x = [x + 0.4 * jitter(i) for x, i, *_ in drawn]
+    points(panel, x, [value for *_, value in drawn], hover, showlegend=panel.first, **look)
+
+
+def _means(panel: Panel, quantity: str, by_arm: Arms) -> None:
+    means = [mean for _, mean in by_arm.values()]
+    said = zip(by_arm, means, strict=True)
+    hover = [f"{label(name)}<br>{label(quantity, 60)}: {number(mean)}" for name, mean in said]
+    look: dict[str, Any] = {"marker": {"color": INK, "symbol": "diamond", "size": 11}, "name": "mean, 95% over seeds"}
+    columns(panel, means, range(len(means)), hover, whisker=(2, 6), showlegend=panel.first, **look)
 
 
 def _lines(quantity: str) -> str:

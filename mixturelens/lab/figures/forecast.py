@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, label, number, style
-from mixturelens.figures.trajectories import whiskers
+from mixturelens.figures.marks import band, columns, line, whiskers
+from mixturelens.figures.panels import Panel
+from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, style
+from mixturelens.figures.words import label, number
 from mixturelens.types import Interval
 
 if TYPE_CHECKING:
@@ -28,202 +30,122 @@ _BAND = "rgba(34,34,34,0.13)"
 
 
 def forecast(record: ForecastRecord) -> Figure:
-    """A panel a cue that RL does not train on: its accuracy over the trained cue's. The last one: all, step by step."""
+    """A panel a cue that RL does not train on: its accuracy over the trained cue's. The last one: all, step by step.
+
+    Probabilities; bands and whiskers are the record's intervals over questions, of the forecast and of what happened.
+    """
     from plotly.subplots import make_subplots
 
-    trained, columns = label(record.trained_cue), len(record.off) + 1
-    figure = make_subplots(
-        rows=1,
-        cols=columns,
-        column_titles=[*(f"cue {label(cue)}, without a clock" for cue in record.off), "step by step"],
-        horizontal_spacing=0.2 / columns,
-    )
+    count = len(record.off) + 1
+    titles = [*(f"cue {label(cue)}, without a clock" for cue in record.off), "step by step"]
+    figure = make_subplots(rows=1, cols=count, column_titles=titles, horizontal_spacing=0.2 / count)
     style(figure, 540)
     figure.update_layout(margin={"t": 40, "b": 160}, legend={"y": 0, "yanchor": "bottom"})
     points = record.happened.points if record.happened else ()
+    on = [point.accuracy[record.trained_cue] for point in points]
     for column, (cue, curves) in enumerate(record.off.items(), start=1):
-        at: dict[str, Any] = {"row": 1, "col": column}
-        _band(figure, record.on, curves.forecast, at)
+        panel = Panel(figure, 1, column)
+        _band(panel, record.on, curves.forecast)
         for name in _LINES:
-            _answer(figure, record.on, _values(curves, name), name, at, column == 1)
-        _measured(
-            figure,
-            [point.accuracy[record.trained_cue] for point in points],
-            [point.accuracy[cue] for point in points],
-            f"measured, cue {label(cue)}",
-            [f"step {point.step}" for point in points],
-            cue_colour(cue, record.cues),
-            at,
-        )
-        figure.update_xaxes(title_text=f"accuracy under cue {trained}, trained (probability)", **at)
-        figure.update_yaxes(title_text=f"accuracy under cue {label(cue)}<br>(probability)", **at)
-    at: dict[str, Any] = {"row": 1, "col": columns}
-    for i, cue in enumerate(record.cues):
-        expected = record.steps[cue]
-        steps = list(range(len(expected)))
-        _band(figure, steps, expected, at)
-        colour = cue_colour(cue, record.cues)
-        figure.add_scatter(
-            x=steps,
-            y=[value.value for value in expected],
-            mode="lines",
-            line={"color": colour, "width": 2},
-            name=f"forecast, cue {label(cue)}",
-            hovertext=[f"cue {label(cue)}, step {s}<br>{number(v)}" for s, v in zip(steps, expected, strict=True)],
-            hoverinfo="text",
-            **at,
-        )
-        values = [point.accuracy[cue] for point in points]
-        up, down = whiskers(values)
-        figure.add_scatter(
-            x=[point.step for point in points],
-            y=[value.value for value in values],
-            error_y={"array": up, "arrayminus": down, "thickness": 1.5, "width": 3},
-            mode="markers",
-            marker={"color": colour, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 7},
-            name=f"measured, cue {label(cue)}",
-            showlegend=cue == record.trained_cue,
-            hovertext=[f"cue {label(cue)}, step {p.step}<br>{number(v)}" for p, v in zip(points, values, strict=True)],
-            hoverinfo="text",
-            **at,
-        )
+            _answer(panel, record.on, _values(curves, name), name, showlegend=column == 1)
+        hover = [f"step {point.step}" for point in points]
+        look = {"color": cue_colour(cue, record.cues), "symbol": "circle"}
+        _measured(panel, on, [point.accuracy[cue] for point in points], hover, look, name=f"measured, cue {label(cue)}")
+        title = f"accuracy under cue {label(record.trained_cue)}, trained (probability)"
+        figure.update_xaxes(title_text=title, **panel.at)
+        figure.update_yaxes(title_text=f"accuracy under cue {label(cue)}<br>(probability)", **panel.at)
+    panel = Panel(figure, 1, count)
+    for i in range(len(record.cues)):
+        _by_step(panel, record, i)
     last = max([point.step for point in points], default=len(record.on))
-    figure.update_xaxes(title_text="GRPO step", range=[-0.02 * last, 1.3 * last], **at)
-    figure.update_yaxes(title_text="accuracy (probability)", **at)
+    figure.update_xaxes(title_text="GRPO step", range=[-0.02 * last, 1.3 * last], **panel.at)
+    figure.update_yaxes(title_text="accuracy (probability)", **panel.at)
     figure.update_yaxes(range=[-0.04, 1.04])
     return figure
 
 
+def _by_step(panel: Panel, record: ForecastRecord, i: int) -> None:
+    """One cue step by step: its band, its line, and what was measured."""
+    cue = record.cues[i]
+    colour, expected = cue_colour(cue, record.cues), record.steps[cue]
+    steps = list(range(len(expected)))
+    _band(panel, steps, expected)
+    hover = [f"cue {label(cue)}, step {step}<br>{number(v)}" for step, v in zip(steps, expected, strict=True)]
+    y = [value.value for value in expected]
+    line(panel, steps, y, hover, line={"color": colour, "width": 2}, name=f"forecast, cue {label(cue)}")
+    points = record.happened.points if record.happened else ()
+    values = [point.accuracy[cue] for point in points]
+    hover = [f"cue {label(cue)}, step {p.step}<br>{number(v)}" for p, v in zip(points, values, strict=True)]
+    look: dict[str, Any] = {"marker": {"color": colour, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 7}}
+    look |= {"name": f"measured, cue {label(cue)}", "showlegend": cue == record.trained_cue}
+    columns(panel, values, [point.step for point in points], hover, whisker=(1.5, 3, None), **look)
+
+
 def drifts(columns: Mapping[str, Sequence[ForecastRecord]], cue: str) -> Figure:
     """Runs of several seeds, a column a setting: accuracy under a cue over the trained cue's; below, the same less what
-    softmax drift without a kernel says of that very run."""
+    softmax drift without a kernel says of that very run.
+
+    Probabilities with the records' intervals over questions.
+    """
     from plotly.subplots import make_subplots
 
-    figure = make_subplots(
-        rows=2,
-        cols=len(columns),
-        column_titles=list(columns),
-        vertical_spacing=0.09,
-        horizontal_spacing=0.13 / len(columns),
-        shared_xaxes=True,
-        shared_yaxes=True,
-    )
+    spacing = {"vertical_spacing": 0.09, "horizontal_spacing": 0.13 / len(columns)}
+    shared = {"shared_xaxes": True, "shared_yaxes": True}
+    figure = make_subplots(rows=2, cols=len(columns), column_titles=list(columns), **spacing, **shared)
     style(figure, 680)
     figure.update_layout(margin={"t": 34, "b": 110, "l": 90}, legend={"y": 0, "yanchor": "bottom"})
     for column, records in enumerate(columns.values(), start=1):
         for row in (1, 2):
-            at: dict[str, Any] = {"row": row, "col": column}
             for i, record in enumerate(records):
-                _one(figure, record, cue, i, less=row == 2, at=at, legend=row == column == 1 and i == 0)
+                _one(Panel(figure, row, column), record, cue, i)
         figure.update_xaxes(title_text="trained cue's accuracy (probability)", row=2, col=column)
     figure.update_yaxes(title_text=f"accuracy under cue {label(cue)}<br>(probability)", row=1, col=1)
     figure.update_yaxes(title_text="the same less<br>softmax drift", row=2, col=1)
     return figure
 
 
-def _one(
-    figure: Figure, record: ForecastRecord, cue: str, seed: int, *, less: bool, at: dict[str, Any], legend: bool
-) -> None:
-    """One run: its band, its lines, its points."""
-    curves = record.off[cue]
-    base = np.array(curves.softmax if less else np.zeros(len(record.on)))
-    _band(figure, record.on, curves.forecast, at, base)
+def _one(panel: Panel, record: ForecastRecord, cue: str, seed: int) -> None:
+    """One run: its band, its lines, its points; in the second row less softmax drift."""
+    curves, legend = record.off[cue], panel.row == panel.column == 1 and seed == 0
+    base = np.array(curves.softmax if panel.row == 2 else np.zeros(len(record.on)))
+    _band(panel, record.on, curves.forecast, base)
     for name in ("forecast", "softmax", "replicator"):
-        _answer(figure, record.on, (np.array(_values(curves, name)) - base).tolist(), name, at, legend, thin=True)
+        values = (np.array(_values(curves, name)) - base).tolist()
+        _answer(panel, record.on, values, name, showlegend=legend, line={**_LINES[name][1], "width": 1.5})
     points = record.happened.points if record.happened else ()
     on = [point.accuracy[record.trained_cue] for point in points]
     here = np.interp([value.known for value in on], record.on, base)
-    _measured(
-        figure,
-        on,
-        [_moved(point.accuracy[cue], -float(by)) for point, by in zip(points, here, strict=True)],
-        f"measured, cue {label(cue)}, a shape a seed",
-        [f"{record.provenance.after}<br>step {point.step}" for point in points],
-        cue_colour(cue, record.cues),
-        at,
-        SYMBOLS[seed % len(SYMBOLS)],
-        legend,
-    )
+    off = [_moved(point.accuracy[cue], -float(by)) for point, by in zip(points, here, strict=True)]
+    hover = [f"{record.provenance.after}<br>step {point.step}" for point in points]
+    look = {"color": cue_colour(cue, record.cues), "symbol": SYMBOLS[seed % len(SYMBOLS)]}
+    name = f"measured, cue {label(cue)}, a shape a seed"
+    _measured(panel, on, off, hover, look, name=name, showlegend=legend)
 
 
 def _moved(value: Interval, by: float) -> Interval:
-    ends = {name: None if end is None else end + by for name, end in value.model_dump().items()}
-    return Interval(**ends)
+    return Interval(**{name: None if end is None else end + by for name, end in value.model_dump().items()})
 
 
 def _values(curves: Curves, name: str) -> list[float | None]:
     return [value.value if isinstance(value, Interval) else value for value in getattr(curves, name)]
 
 
-def _band(
-    figure: Figure,
-    x: Sequence[float],
-    values: Sequence[Interval],
-    at: dict[str, Any],
-    less: np.ndarray | float = 0.0,
-) -> None:
+def _band(panel: Panel, x: Sequence[float], values: Sequence[Interval], less: np.ndarray | float = 0.0) -> None:
+    """The intervals of the forecast."""
     low, high = (np.array([getattr(value, end) for value in values], dtype=float) - less for end in ("low", "high"))
-    figure.add_scatter(
-        x=[*x, *reversed(x)],
-        y=[*high.tolist(), *reversed(low.tolist())],
-        fill="toself",
-        fillcolor=_BAND,
-        line={"width": 0},
-        mode="lines",
-        hoverinfo="skip",
-        showlegend=False,
-        **at,
-    )
+    band(panel, x, low.tolist(), high.tolist(), _BAND)
 
 
-def _answer(
-    figure: Figure,
-    on: Sequence[float],
-    values: Sequence[float | None],
-    name: str,
-    at: dict[str, Any],
-    legend: bool,
-    thin: bool = False,
-) -> None:
-    title, line = _LINES[name]
-    figure.add_scatter(
-        x=list(on),
-        y=list(values),
-        mode="lines",
-        line={**line, "width": 1.5} if thin else dict(line),
-        name=title,
-        legendgroup=name,
-        showlegend=legend,
-        hovertext=[f"{title}<br>{number(x)}: {number(y)}" for x, y in zip(on, values, strict=True)],
-        hoverinfo="text",
-        **at,
-    )
+def _answer(panel: Panel, on: Sequence[float], values: Sequence[float | None], name: str, **look: Any) -> None:
+    title, drawn = _LINES[name]
+    hover = [f"{title}<br>{number(x)}: {number(y)}" for x, y in zip(on, values, strict=True)]
+    line(panel, on, values, hover, **{"line": dict(drawn), "name": title, "legendgroup": name, **look})
 
 
 def _measured(
-    figure: Figure,
-    on: Sequence[Interval],
-    off: Sequence[Interval],
-    name: str,
-    where: Sequence[str],
-    colour: str,
-    at: dict[str, Any],
-    symbol: str = "circle",
-    legend: bool = True,
+    panel: Panel, on: Sequence[Interval], off: Sequence[Interval], where: Sequence[str], marker: Any, **look: Any
 ) -> None:
-    right, left = whiskers(on)
-    up, down = whiskers(off)
-    figure.add_scatter(
-        x=[value.value for value in on],
-        y=[value.value for value in off],
-        error_x={"array": right, "arrayminus": left, "thickness": 1, "width": 0},
-        error_y={"array": up, "arrayminus": down, "thickness": 1, "width": 0},
-        mode="markers",
-        marker={"color": colour, "symbol": symbol, "size": 6},
-        name=name,
-        legendgroup=name,
-        showlegend=legend,
-        hovertext=[f"{w}<br>{number(x)}: {number(y)}" for w, x, y in zip(where, on, off, strict=True)],
-        hoverinfo="text",
-        **at,
-    )
+    """Points with crosses for intervals: accuracy under both cues at each step."""
+    hover = [f"{w}<br>{number(x)}: {number(y)}" for w, x, y in zip(where, on, off, strict=True)]
+    look = {"marker": {**marker, "size": 6}, "legendgroup": look["name"], "error_x": whiskers(on, 1, 0, None), **look}
+    columns(panel, off, [value.value for value in on], hover, whisker=(1, 0, None), **look)

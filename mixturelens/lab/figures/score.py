@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from mixturelens.figures.style import (
-    DASH,
-    GREY,
-    INK,
-    NEGATIVE,
-    POSITIVE,
-    ROUTER,
-    SCALE,
-    SPECIALIST,
-    label,
-    number,
-    style,
-)
-from mixturelens.figures.trajectories import whiskers
-from mixturelens.types import Interval, VerdictWord
+from mixturelens.figures.heat import HeatCell, across, heat, outline
+from mixturelens.figures.marks import columns, dots, points
+from mixturelens.figures.panels import Panel, entry, panels, row_axis, rule, shade
+from mixturelens.figures.style import GREY, INK, NEGATIVE, POSITIVE, ROUTER, SCALE, SPECIALIST
+from mixturelens.figures.words import DASH, label, number
+from mixturelens.types import NOT_MEASURED, Interval, VerdictWord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -28,6 +19,7 @@ if TYPE_CHECKING:
     from mixturelens.lab.proving.coverage import Coverage
     from mixturelens.lab.proving.localise import MethodScore
     from mixturelens.lab.proving.record import Scored, ScoreRecord, Verdicts
+    from mixturelens.routing.verdict import Thresholds
 
 WORDS: tuple[VerdictWord, ...] = get_args(VerdictWord)
 """In the order in which they always stand."""
@@ -36,10 +28,11 @@ NOMINAL, BAND = 0.95, (0.93, 0.97)
 LEAST = 1e-5
 """Bits, or nats a token, from which a change is drawn where it is: a logarithm has no zero."""
 _WRONG = "#B00020"
+_DARK = "#777777"
 _LEFT = 0.85
 """Left end of the axis of coverage; what is less is drawn there, with its number."""
 _CLEAR, _EDGE, _OFF = "off boundaries", "at a boundary", f"less than {_LEFT:g}"
-_CASES = ((_CLEAR, ROUTER, "circle", 9), (_EDGE, INK, "diamond-open", 9), (_OFF, _WRONG, "triangle-left", 9))
+_CASES = ((_CLEAR, ROUTER, "circle"), (_EDGE, INK, "diamond-open"), (_OFF, _WRONG, "triangle-left"))
 _LOOKS: dict[VerdictWord, tuple[str, str]] = {
     "routing": (ROUTER, "circle"),
     "specialist": (SPECIALIST, "square"),
@@ -62,170 +55,121 @@ METRICS = {
 def confusion(halves: Sequence[Verdicts]) -> Figure:
     """Truth by verdict, counts of pairs off near misses, a panel a half; the right ones are outlined.
 
-    Colours are shares of a row; a row without pairs has dashes.
+    Colours are shares of a row; a row without pairs has dashes. Counts have no intervals.
     """
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(
-        rows=1,
-        cols=max(len(halves), 1),
-        horizontal_spacing=0.14,
-        subplot_titles=[f"<b>{sums.half} half</b>: {_pairs(sums.pairs)}" for sums in halves],
-    )
-    style(figure, 370)
-    figure.update_layout(margin={"l": 130, "t": 92, "b": 20}, showlegend=False)
-    figure.update_annotations(yshift=32)  # ticks at the top stand between the panel and its title
-    places = list(range(len(WORDS)))
+    titles = [f"<b>{sums.half} half</b>: {_pairs(sums.pairs)}" for sums in halves]
+    figure = panels((1, len(halves)), titles, 370, {"l": 130, "t": 92, "b": 20}, horizontal_spacing=0.14)
+    figure.update_layout(showlegend=False)
+    # ticks at the top stand between the panel and its title
+    figure.update_annotations(yshift=32)
+    colours = {"zmin": 0, "zmax": 1, "colorscale": [list(stop) for stop in SCALE], "showscale": False}
     for column, sums in enumerate(halves, start=1):
-        counts = [[sums.confusion.get(truth, {}).get(said, 0) for said in WORDS] for truth in WORDS]
-        totals = [sum(row) for row in counts]
-        figure.add_heatmap(
-            z=[[n / max(total, 1) for n in row] for row, total in zip(counts, totals, strict=True)],
-            x=places,
-            y=places,
-            text=[[str(n) if total else DASH for n in row] for row, total in zip(counts, totals, strict=True)],
-            texttemplate="%{text}",
-            textfont={"color": INK, "size": 15},
-            hovertext=[
-                [f"true: {truth}, said: {said}<br>{n} of {total}" for said, n in zip(WORDS, row, strict=True)]
-                for truth, row, total in zip(WORDS, counts, totals, strict=True)
-            ],
-            hoverinfo="text",
-            zmin=0,
-            zmax=1,
-            colorscale=[list(stop) for stop in SCALE],
-            showscale=False,
-            xgap=3,
-            ygap=3,
-            row=1,
-            col=column,
-        )
-        for place in places:
-            box = {"x0": place - 0.48, "x1": place + 0.48, "y0": place - 0.47, "y1": place + 0.47}
-            figure.add_shape(type="rect", line={"color": INK, "width": 1.5}, row=1, col=column, **box)
-        figure.update_xaxes(
-            tickvals=places,
-            ticktext=list(WORDS),
-            tickfont={"size": 12},
-            tickangle=0,
-            side="top",
-            showgrid=False,
-            zeroline=False,
-            range=[-0.5, len(WORDS) - 0.5],
-            row=1,
-            col=column,
-        )
-        figure.update_yaxes(
-            tickvals=places,
-            ticktext=list(WORDS),
-            title_text="true" if column == 1 else None,
-            showgrid=False,
-            zeroline=False,
-            range=[len(WORDS) - 0.5, -0.5],
-            row=1,
-            col=column,
-        )
+        panel = Panel(figure, 1, column)
+        heat(panel, [_confused(sums, truth) for truth in WORDS], 15, xgap=3, ygap=3, **colours)
+        for place in range(len(WORDS)):
+            outline(panel, place, place, (0.48, 0.47), 1.5)
+        across(panel, WORDS, tickfont={"size": 12}, tickangle=0, side="top", zeroline=False)
+        down = {"range": [len(WORDS) - 0.5, -0.5], "showticklabels": True}
+        row_axis(panel, WORDS, title_text="true" if column == 1 else None, **down)
     return figure
+
+
+def _confused(sums: Verdicts, truth: VerdictWord) -> list[HeatCell]:
+    """A row of the matrix: how often each verdict was given where this one is true."""
+    counts = [sums.confusion.get(truth, {}).get(said, 0) for said in WORDS]
+    total = sum(counts)
+    return [
+        HeatCell(n / max(total, 1), str(n) if total else DASH, f"true: {truth}, said: {said}<br>{n} of {total}")
+        for said, n in zip(WORDS, counts, strict=True)
+    ]
 
 
 def _pairs(number: int) -> str:
     return "no pairs yet" if not number else "1 pair" if number == 1 else f"{number} pairs"
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# shares
+
+
+class _Against(NamedTuple):
+    """One panel of true against measured numbers: which pairs, thresholds, and truths too near to one to count."""
+
+    unit: str
+    pairs: Sequence[Scored]
+    lines: Sequence[float]
+    near: Sequence[tuple[float, float]]
+
+
 def shares(record: ScoreRecord) -> Figure:
-    """The true routing share against the measured one, likewise what moved, and the text; a point a pair, with its
-    interval.
+    """The true routing share against the measured one, what moved in bits, and the text in nats a token.
 
-    Open symbols are pairs of the open half; rings are wrong verdicts. Lines are thresholds; shaded truths are near
-    misses.
+    A point a pair, with its interval over questions. Open symbols are pairs of the open half; rings are wrong verdicts.
+    Lines are thresholds; shaded truths are near misses.
     """
-    from plotly.subplots import make_subplots
-
-    from mixturelens.lab.proving.pairs import NEAR, NEAR_LEAST
-
-    t = record.thresholds
     titles = ["routing share", "what moved", "text"]
-    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.08, subplot_titles=titles)
-    style(figure, 500)
-    figure.update_layout(margin={"t": 96}, hovermode="closest", legend={"itemsizing": "constant"})
+    figure = panels((1, 3), titles, 500, {"t": 96}, horizontal_spacing=0.08)
+    figure.update_layout(legend={"itemsizing": "constant"})
     told = [each for each in record.pairs if not untold(each)]
-    shared = [each for each in told if each.true_share is not None and each.truth != "neither"]
     wrong = {each.pair for each in record.mistakes if each.instrument == "behavioural"}
-    ends = [end for each in told for end in (each.true_moved, each.moved.high, each.true_text, each.text.high)]
-    most = max([0.1, *(end for end in ends if end is not None)])
-    shares_near = [(at - NEAR, at + NEAR) for at in (t.specialist, t.routing)]
-    bands = [shares_near, [(t.bits - NEAR_LEAST, t.bits + NEAR_LEAST)], []]
-    lines, units = ((t.specialist, t.routing), (t.bits,), (t.text,)), ("share", "bits", "nats a token")
-    line = {"color": "#777777", "width": 1.2, "dash": "dash"}
-    for column, pairs in enumerate((shared, told, told), start=1):
-        start, end = (0.0, 1.0) if column == 1 else (LEAST, most)
-        figure.add_scatter(
-            x=[start, end],
-            y=[start, end],
-            mode="lines",
-            line={"color": "#BBBBBB", "width": 1},
-            hoverinfo="skip",
-            showlegend=False,
-            row=1,
-            col=column,
-        )
-        for word, (colour, symbol) in _LOOKS.items():
-            drawn = [each for each in pairs if each.truth == word]
-            if not drawn:
-                continue
-            points = [_points(each, column) for each in drawn]
-            up, down = whiskers([measured for _, measured in points])
-            figure.add_scatter(
-                x=[true for true, _ in points],
-                y=[measured.value for _, measured in points],
-                error_y={"array": up, "arrayminus": down, "thickness": 1.2, "width": 3, "color": colour},
-                mode="markers",
-                marker={
-                    "color": colour,
-                    "symbol": [symbol + ("-open" if each.half == "open" else "") for each in drawn],
-                    "size": 9,
-                    "line": {"width": 1.5, "color": colour},
-                },
-                showlegend=False,
-                hovertext=[_hover(each) for each in drawn],
-                hoverinfo="text",
-                row=1,
-                col=column,
-            )
-        ringed = [_points(each, column) for each in pairs if each.pair in wrong and column < 3]  # text is no part of it
-        figure.add_scatter(
-            x=[true for true, _ in ringed],
-            y=[measured.value for _, measured in ringed],
-            mode="markers",
-            marker={"symbol": "circle-open", "size": 19, "color": _WRONG, "line": {"width": 2}},
-            name="wrong verdict",
-            legendrank=2000,
-            showlegend=column == 2 and bool(ringed),
-            hoverinfo="skip",
-            row=1,
-            col=column,
-        )
-        for low, high in bands[column - 1]:
-            figure.add_vrect(x0=low, x1=high, fillcolor="#EDE3C8", line_width=0, layer="below", row=1, col=column)  # pyright: ignore[reportArgumentType]
-        for at in lines[column - 1]:
-            figure.add_vline(x=at, line=line, layer="below", row=1, col=column)  # pyright: ignore[reportArgumentType]
-            figure.add_hline(y=at, line=line, layer="below", row=1, col=column)  # pyright: ignore[reportArgumentType]
-        unit = units[column - 1]
-        figure.update_xaxes(title_text=f"true ({unit})", zeroline=False, row=1, col=column)
-        figure.update_yaxes(title_text=f"measured ({unit})" if column != 2 else None, zeroline=False, row=1, col=column)
+    found = [end for each in told for end in (each.true_moved, each.moved.high, each.true_text, each.text.high)]
+    most = max([0.1, *(end for end in found if end is not None)])
+    for column, of in enumerate(_against(told, record.thresholds), start=1):
+        panel = Panel(figure, 1, column)
+        both = [0.0, 1.0] if column == 1 else [LEAST, most]
+        alike = {"mode": "lines", "line": {"color": "#BBBBBB", "width": 1}, "showlegend": False}
+        points(panel, both, both, None, **alike)
+        for word in _LOOKS:
+            _true(panel, [each for each in of.pairs if each.truth == word], word)
+        ringed = [each for each in of.pairs if each.pair in wrong and column < 3]  # text is no part of it
+        _rings(panel, [_true_and_measured(each, column) for each in ringed])
+        for near in of.near:
+            shade(panel, near, "#EDE3C8")
+        for at in of.lines:
+            rule(panel, x=at, below=True, color=_DARK, width=1.2, dash="dash")
+            rule(panel, y=at, below=True, color=_DARK, width=1.2, dash="dash")
+        figure.update_xaxes(title_text=f"true ({of.unit})", zeroline=False, **panel.at)
+        title = f"measured ({of.unit})" if column != 2 else None
+        figure.update_yaxes(title_text=title, zeroline=False, **panel.at)
     for word, (colour, symbol) in _LOOKS.items():  # a legend's symbol is that of the first point, open or not
-        figure.add_scatter(
-            x=[None],
-            y=[None],
-            mode="markers",
-            name=f"true: {word}",
-            marker={"color": colour, "symbol": symbol, "size": 9},
-        )
+        entry(figure, f"true: {word}", marker={"color": colour, "symbol": symbol, "size": 9})
     for axes in (figure.update_xaxes, figure.update_yaxes):
         axes(range=[-0.03, 1.03], tickvals=[0, 0.1, 0.25, 0.5, 0.75, 0.9, 1], row=1, col=1)
         for column in (2, 3):
             axes(**_decades(LEAST, most), row=1, col=column)
     return figure
+
+
+def _against(told: Sequence[Scored], thresholds: Thresholds) -> list[_Against]:
+    from mixturelens.lab.proving.pairs import NEAR, NEAR_LEAST
+
+    t = thresholds
+    shared = [each for each in told if each.true_share is not None and each.truth != "neither"]
+    near = [(at - NEAR, at + NEAR) for at in (t.specialist, t.routing)]
+    return [
+        _Against("share", shared, (t.specialist, t.routing), near),
+        _Against("bits", told, (t.bits,), [(t.bits - NEAR_LEAST, t.bits + NEAR_LEAST)]),
+        _Against("nats a token", told, (t.text,), []),
+    ]
+
+
+def _true(panel: Panel, pairs: Sequence[Scored], word: VerdictWord) -> None:
+    """Pairs of which this is true."""
+    if not pairs:
+        return
+    colour, symbol = _LOOKS[word]
+    found = [_true_and_measured(each, panel.column) for each in pairs]
+    symbols = [symbol + ("-open" if each.half == "open" else "") for each in pairs]
+    marker = {"color": colour, "symbol": symbols, "size": 9, "line": {"width": 1.5, "color": colour}}
+    look: dict[str, Any] = {"marker": marker, "showlegend": False, "whisker": (1.2, 3, colour)}
+    columns(panel, [measured for _, measured in found], [x for x, _ in found], [_hover(each) for each in pairs], **look)
+
+
+def _rings(panel: Panel, found: Sequence[tuple[float | None, Interval]]) -> None:
+    """Around wrong verdicts."""
+    marker = {"symbol": "circle-open", "size": 19, "color": _WRONG, "line": {"width": 2}}
+    look = {"marker": marker, "legendrank": 2000, "showlegend": panel.column == 2 and bool(found)}
+    points(panel, [x for x, _ in found], [y.value for _, y in found], None, name="wrong verdict", **look)
 
 
 def untold(pair: Scored) -> bool:
@@ -241,7 +185,7 @@ def _decades(low: float, high: float) -> dict[str, Any]:
     return {"type": "log", "tickvals": [10.0**power for power in powers], "ticktext": text, "range": ends}
 
 
-def _points(pair: Scored, column: int) -> tuple[float | None, Interval]:
+def _true_and_measured(pair: Scored, column: int | None) -> tuple[float | None, Interval]:
     """(true, measured) routing share; or what moved, or the text, from LEAST on."""
     if column == 1:
         return pair.true_share, pair.share
@@ -262,65 +206,51 @@ def _hover(pair: Scored) -> str:
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# coverage
+
+
 def coverage(found: Sequence[Coverage]) -> Figure:
-    """How often 95% intervals hold the truth, over resampled suites: a row a pair, a panel a quantity.
+    """How often 95% intervals hold the truth, a share of resampled suites: a row a pair, a panel a quantity.
 
     Whiskers are binomial (Wilson); shaded, 0.93 to 0.97. Open diamonds lie at a boundary, where no bootstrap can be
     expected to hold. What lies left of the axis points there, with its number, in bold if not at a boundary.
     """
-    from plotly.subplots import make_subplots
+    names, quantities = (list(dict.fromkeys(getattr(each, key) for each in found)) for key in ("pair", "quantity"))
+    titles = [label(quantity.replace("_", " ")) for quantity in quantities]
+    spacing = {"shared_yaxes": True, "horizontal_spacing": 0.012}
+    figure = panels((1, len(quantities)), titles, 30 * max(len(names), 1) + 140, {"l": 275, "t": 84}, **spacing)
+    for column, quantity in enumerate(quantities, start=1):
+        panel = Panel(figure, 1, column)
+        for name, colour, symbol in _CASES:
+            drawn = [each for each in found if each.quantity == quantity and _case(each) == name]
+            marker = {"color": colour, "symbol": symbol, "size": 9}
+            _held(panel, drawn, [names.index(each.pair) for each in drawn], name == _OFF, marker)
+        shade(panel, BAND, "#DCEFEA")
+        rule(panel, x=NOMINAL, below=True, color=_DARK)
+    for name, colour, symbol in _CASES:
+        entry(figure, name, marker={"color": colour, "symbol": symbol, "size": 9})
+    figure.update_xaxes(range=[_LEFT - 0.012, 1.012], tickvals=[0.9, 0.95, 1], tickfont={"size": 11}, zeroline=False)
+    look = {"tickfont": {"size": 12}, "range": [len(names) - 0.4, -0.6], "zeroline": False}
+    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=[label(name, 40) for name in names], **look)
+    return figure
 
+
+def _held(panel: Panel, drawn: Sequence[Coverage], places: Sequence[float], off: bool, marker: dict[str, Any]) -> None:
+    """How often the truth was held; without whiskers where that is `off` the axis."""
     from mixturelens.lab.proving.score import wilson
 
-    names, quantities = (list(dict.fromkeys(getattr(each, key) for each in found)) for key in ("pair", "quantity"))
-    figure = make_subplots(
-        rows=1,
-        cols=max(len(quantities), 1),
-        shared_yaxes=True,
-        horizontal_spacing=0.012,
-        subplot_titles=[label(quantity.replace("_", " ")) for quantity in quantities],
-    )
-    style(figure, 30 * max(len(names), 1) + 140)
-    figure.update_layout(margin={"l": 275, "t": 84}, hovermode="closest")
-    for column, quantity in enumerate(quantities, start=1):
-        for name, colour, symbol, size in _CASES:
-            drawn = [each for each in found if each.quantity == quantity and _case(each) == name]
-            spread = [wilson(round(each.held * each.suites), each.suites) for each in drawn]
-            off = name == _OFF
-            up, down = whiskers([] if off else spread)
-            figure.add_scatter(
-                x=[max(each.held, _LEFT) for each in drawn],
-                y=[names.index(each.pair) for each in drawn],
-                error_x={"array": up, "arrayminus": down, "thickness": 1.5, "width": 3},
-                mode="markers+text",
-                text=[_bold(number(each.held, 2), not each.boundary) if off else "" for each in drawn],
-                textposition="middle right",
-                marker={"color": colour, "symbol": symbol, "size": size},
-                showlegend=False,
-                hovertext=[
-                    f"<b>{label(each.pair, 60)}</b>, {each.quantity}: {number(each.truth, 4)}<br>{each.suites} suites: "
-                    f"held by {number(value)}<br>intervals above {number(each.above)}, below {number(each.below)}, "
-                    f"mean width {number(each.width, 4)}"
-                    for each, value in zip(drawn, spread, strict=True)
-                ],
-                hoverinfo="text",
-                row=1,
-                col=column,
-            )
-        figure.add_vrect(x0=BAND[0], x1=BAND[1], fillcolor="#DCEFEA", line_width=0, layer="below", row=1, col=column)  # pyright: ignore[reportArgumentType]
-        figure.add_vline(x=NOMINAL, line={"color": "#777777", "width": 1}, layer="below", row=1, col=column)  # pyright: ignore[reportArgumentType]
-    for name, colour, symbol, size in _CASES:
-        look = {"color": colour, "symbol": symbol, "size": size}
-        figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=look)
-    figure.update_xaxes(range=[_LEFT - 0.012, 1.012], tickvals=[0.9, 0.95, 1], tickfont={"size": 11}, zeroline=False)
-    figure.update_yaxes(
-        tickvals=list(range(len(names))),
-        ticktext=[label(name, 40) for name in names],
-        tickfont={"size": 12},
-        range=[len(names) - 0.4, -0.6],
-        zeroline=False,
-    )
-    return figure
+    spread = [wilson(round(each.held * each.suites), each.suites) for each in drawn]
+    hover = [
+        f"<b>{label(each.pair, 60)}</b>, {each.quantity}: {number(each.truth, 4)}<br>{each.suites} suites: "
+        f"held by {number(value)}<br>intervals above {number(each.above)}, below {number(each.below)}, "
+        f"mean width {number(each.width, 4)}"
+        for each, value in zip(drawn, spread, strict=True)
+    ]
+    text = [_bold(number(each.held, 2), not each.boundary) if off else "" for each in drawn]
+    look = {"mode": "markers+text", "text": text, "textposition": "middle right", "marker": marker, "showlegend": False}
+    values = [Interval(value=_LEFT) for _ in drawn] if off else spread
+    dots(panel, values, places, hover, whisker=(1.5, 3, None), **look)
 
 
 def _bold(text: str, so: bool) -> str:
@@ -331,79 +261,68 @@ def _case(each: Coverage) -> str:
     return _OFF if each.held < _LEFT else _EDGE if each.boundary else _CLEAR
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# methods
+
+
 def methods(found: Sequence[MethodScore]) -> Figure:
-    """How well methods find planted addresses: a row of panels a contrast, a panel a number.
+    """How well methods find planted addresses: a row of panels a contrast, a panel a number (shares, and seconds).
 
-    Dashed is chance; open symbols are broken on purpose; a dash stands where there was nothing to measure.
+    Whiskers are the record's intervals over organisms. Dashed is chance; open symbols are broken on purpose; a dash
+    stands where there was nothing to measure.
     """
-    from plotly.subplots import make_subplots
-
-    from mixturelens.lab.proving.localise import BROKEN, RANDOM
+    from mixturelens.lab.proving.localise import RANDOM
 
     contrasts = list(dict.fromkeys(each.contrast for each in found))
     rows = {kind: [each for each in found if each.contrast == kind and each.method != RANDOM] for kind in contrasts}
     chance = {each.contrast: each for each in found if each.method == RANDOM}
     heights = [24 * len(scores) + 12 for scores in rows.values()]
-    gap = 92
-    figure = make_subplots(
-        rows=max(len(rows), 1),
-        cols=len(METRICS),
-        horizontal_spacing=0.014,
-        vertical_spacing=gap / (sum(heights) + gap * (len(rows) - 1)) if len(rows) > 1 else 0,
-        row_heights=heights or None,
-        subplot_titles=[*METRICS.values()] * max(len(rows), 1),
-    )
-    style(figure, sum(heights) + gap * max(len(rows) - 1, 0) + 76)
-    figure.update_layout(margin={"l": 205, "t": 40, "b": 36}, showlegend=False, hovermode="closest")
-    ends = [each.seconds for each in found if each.seconds > 0]
+    inner = sum(heights) + 92 * max(len(rows) - 1, 0)
+    spacing = {"horizontal_spacing": 0.014, "vertical_spacing": 92 / inner if len(rows) > 1 else 0}
+    titles = [*METRICS.values()] * max(len(rows), 1)
+    size, margin = (len(rows), len(METRICS)), {"l": 205, "t": 40, "b": 36}
+    figure = panels(size, titles, inner + 76, margin, row_heights=heights or None, **spacing)
+    figure.update_layout(showlegend=False)
+    seconds = [each.seconds for each in found if each.seconds > 0]
     for i, (kind, scores) in enumerate(rows.items(), start=1):
         if not scores:
             continue
         for j, name in enumerate(METRICS, start=1):
-            values = [metric(each, name) for each in scores]
-            for bad, colour, symbol in ((False, NEGATIVE, "circle"), (True, POSITIVE, "circle-open")):
-                drawn = [y for y, each in enumerate(scores) if (each.method in BROKEN) == bad]
-                up, down = whiskers([values[y] for y in drawn])
-                figure.add_scatter(
-                    x=[values[y].value for y in drawn],
-                    y=drawn,
-                    error_x={"array": up, "arrayminus": down, "thickness": 1.5, "width": 4},
-                    mode="markers",
-                    marker={"color": colour, "symbol": symbol, "size": 9, "line": {"width": 2, "color": colour}},
-                    hovertext=[
-                        f"<b>{label(scores[y].method, 60)}</b>, {kind}, {scores[y].organisms} organisms<br>"
-                        f"{METRICS[name]} {number(values[y])}"
-                        for y in drawn
-                    ],
-                    hoverinfo="text",
-                    row=i,
-                    col=j,
-                )
-            none = [y for y, value in enumerate(values) if not value.measured]
-            dashes = {"mode": "text", "text": [DASH] * len(none), "textfont": {"color": GREY, "size": 16}}
-            figure.add_scatter(x=[0.5] * len(none), y=none, hoverinfo="skip", row=i, col=j, **dashes)
-            by_chance = metric(chance[kind], name) if kind in chance and name != "seconds" else Interval()
-            if by_chance.measured:
-                line = {"color": GREY, "width": 1.5, "dash": "dash"}
-                figure.add_vline(x=by_chance.value, line=line, layer="below", row=i, col=j)  # pyright: ignore[reportArgumentType]
+            panel = Panel(figure, i, j)
+            _scores(panel, scores, name, chance.get(kind))
             if name == "seconds":
-                figure.update_xaxes(**_decades(min(ends, default=1), max(ends, default=10)), row=i, col=j)
+                figure.update_xaxes(**_decades(min(seconds, default=1), max(seconds, default=10)), **panel.at)
             else:
-                figure.update_xaxes(range=[-0.06, 1.06], tickvals=[0, 0.5, 1], row=i, col=j)
-            figure.update_yaxes(
-                tickvals=list(range(len(scores))),
-                ticktext=[label(each.method, 32) for each in scores],
-                tickfont={"size": 12},
-                showticklabels=j == 1,
-                range=[len(scores) - 0.5, -0.5],
-                row=i,
-                col=j,
-            )
+                figure.update_xaxes(range=[-0.06, 1.06], tickvals=[0, 0.5, 1], **panel.at)
+            look = {"range": [len(scores) - 0.5, -0.5], "showgrid": None}
+            row_axis(panel, [label(each.method, 32) for each in scores], **look)
         title = {"x": -0.01, "xref": "x domain", "xanchor": "right", "y": 1, "yref": "y domain", "yanchor": "bottom"}
         figure.add_annotation(text=f"<b>{label(kind)}</b>", showarrow=False, font_size=15, row=i, col=1, **title)
     figure.update_xaxes(zeroline=False, tickfont={"size": 11})
     figure.update_yaxes(zeroline=False)
     return figure
+
+
+def _scores(panel: Panel, scores: Sequence[MethodScore], name: str, chance: MethodScore | None) -> None:
+    """One number of all methods, a row each, and chance."""
+    from mixturelens.lab.proving.localise import BROKEN
+
+    values = [metric(each, name) for each in scores]
+    for bad, colour, symbol in ((False, NEGATIVE, "circle"), (True, POSITIVE, "circle-open")):
+        drawn = [y for y, each in enumerate(scores) if (each.method in BROKEN) == bad]
+        hover = [
+            f"<b>{label(scores[y].method, 60)}</b>, {scores[y].contrast}, {scores[y].organisms} organisms<br>"
+            f"{METRICS[name]} {number(values[y])}"
+            for y in drawn
+        ]
+        marker = {"color": colour, "symbol": symbol, "size": 9, "line": {"width": 2, "color": colour}}
+        dots(panel, [values[y] for y in drawn], drawn, hover, whisker=(1.5, 4, None), marker=marker)
+    none = [y for y, value in enumerate(values) if not value.measured]
+    dashes = {"mode": "text", "text": [DASH] * len(none), "textfont": {"color": GREY, "size": 16}}
+    points(panel, [0.5] * len(none), none, None, **dashes)
+    by_chance = NOT_MEASURED if chance is None or name == "seconds" else metric(chance, name)
+    if by_chance.measured:
+        rule(panel, x=by_chance.value, below=True, color=GREY, width=1.5, dash="dash")
 
 
 def metric(score: MethodScore, name: str) -> Interval:

@@ -6,7 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from mixturelens.figures.style import DASH, DIVERGING, INK, SCALE, label, number, style
+from mixturelens.figures.heat import EMPTY, HeatCell, heat
+from mixturelens.figures.heat import across as names
+from mixturelens.figures.panels import Panel, panels, row_axis, stacked
+from mixturelens.figures.style import DIVERGING, SCALE
+from mixturelens.figures.words import DASH, label, number
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -26,6 +30,9 @@ TINTS = {
 }
 """Light, so that dark text can be read on them; other words get the tints of _MORE in turn."""
 _MORE = ("#CDE7E0", "#F6D5C3", "#D3E3F3", "#F1D6E5", "#E4E8C4")
+
+_PLAIN = {"zeroline": False, "ticks": ""}
+_LOOK = {"showscale": False, "xgap": 2, "ygap": 2}
 
 
 class Spread(NamedTuple):
@@ -65,91 +72,56 @@ def heat_maps(maps: Sequence[NumberMap | WordMap], across: Axis, up: Axis) -> Fi
 
     A word's tint is that of more than half of the seeds. A dash stands where nothing was measured.
     """
-    from plotly.subplots import make_subplots
-
     wide = LEAST_COLUMN * max(len(across.values), 1) + 24
     columns = max(1, min(len(maps), WIDE // wide, 4))
     rows = math.ceil(len(maps) / columns)
-    plot, gap = EACH * max(len(up.values), 1), 108
-    inner = rows * plot + (rows - 1) * gap
-    figure = make_subplots(
-        rows=rows,
-        cols=columns,
-        horizontal_spacing=0.03 if columns > 1 else 0,
-        vertical_spacing=gap / inner if rows > 1 else 0,
-        subplot_titles=[label(each.title, 40) for each in maps],
-    )
-    style(figure, inner + 40 + 62)
+    inner, gap = stacked(rows, EACH * max(len(up.values), 1), 108)
     longest = max((len(value) for value in up.values), default=0)
-    figure.update_layout(margin={"l": 44 + 7 * min(longest, 20), "r": 12, "t": 40, "b": 62}, plot_bgcolor="#E9ECEF")
-    roomy = wide <= WIDE
-    places = list(range(len(across.values))), list(range(len(up.values)))
+    margin = {"l": 44 + 7 * min(longest, 20), "r": 12, "t": 40, "b": 62}
+    spacing = {"horizontal_spacing": 0.03 if columns > 1 else 0, "vertical_spacing": gap}
+    figure = panels((rows, columns), [label(each.title, 40) for each in maps], inner + 102, margin, **spacing)
+    figure.update_layout(plot_bgcolor=EMPTY)
     for i, each in enumerate(maps):
-        row, column = i // columns + 1, i % columns + 1
-        if isinstance(each, NumberMap):
-            scale = SCALE if each.low >= 0 else DIVERGING
-            drawn = {
-                "z": [[spread.median for spread in line] for line in each.cells],
-                "text": [[_short(spread, roomy) for spread in line] for line in each.cells],
-                "colorscale": [list(stop) for stop in scale],
-                "zmin": each.low,
-                "zmax": each.high,
-            }
-        else:
-            tints = _tints(each)
-            drawn = {
-                "z": [[_tint(words, list(tints)) for words in line] for line in each.cells],
-                "text": [[_words(words) if roomy else "" for words in line] for line in each.cells],
-                "colorscale": _steps([*tints.values(), "#FFFFFF"]),
-                "zmin": 0,
-                "zmax": len(tints),
-            }
-        figure.add_heatmap(
-            x=places[0],
-            y=places[1],
-            texttemplate="%{text}",
-            textfont={"color": INK, "size": 13},
-            hovertext=[
-                [
-                    "<br>".join(
-                        [f"{label(key)} {label(at)}" for key, at in ((across.key, x), (up.key, y)) if key] + [said]
-                    )
-                    for x, said in zip(across.values, line, strict=True)
-                ]
-                for y, line in zip(up.values, _told(each), strict=True)
-            ],
-            hoverinfo="text",
-            showscale=False,
-            xgap=2,
-            ygap=2,
-            row=row,
-            col=column,
-            **drawn,
-        )
-        for axes, at, axis, titled in (
-            (figure.update_xaxes, places[0], across, True),
-            (figure.update_yaxes, places[1], up, column == 1),
-        ):
-            axes(
-                tickvals=at,
-                ticktext=[label(value, 20) for value in axis.values],
-                title_text=label(axis.key) if titled else None,
-                range=[-0.5, max(len(at), 1) - 0.5],
-                showgrid=False,
-                zeroline=False,
-                showticklabels=titled,
-                ticks="",
-                row=row,
-                col=column,
-            )
+        panel = Panel(figure, i // columns + 1, i % columns + 1)
+        said = [[_where(across, x) + _where(up, y) for x in across.values] for y in up.values]
+        draw = _draw_numbers if isinstance(each, NumberMap) else _draw_words
+        draw(panel, each, said, wide <= WIDE)  # pyright: ignore[reportArgumentType]
+        names(panel, [label(value, 20) for value in across.values], title_text=label(across.key), **_PLAIN)
+        title = label(up.key) if panel.first else None
+        look = {"title_text": title, "range": [-0.5, max(len(up.values), 1) - 0.5]}
+        row_axis(panel, [label(value, 20) for value in up.values], ticks="", **look)
     return figure
 
 
-def _told(each: NumberMap | WordMap) -> list[list[str]]:
-    """What is in each cell, in full."""
-    if isinstance(each, NumberMap):
-        return [[_spread(spread) for spread in line] for line in each.cells]
-    return [[_words(words) for words in line] for line in each.cells]
+def _where(axis: Axis, value: str) -> str:
+    """One setting of a cell, as a line of its hover text."""
+    return f"{label(axis.key)} {label(value)}<br>" if axis.key else ""
+
+
+def _draw_numbers(panel: Panel, each: NumberMap, said: Sequence[Sequence[str]], roomy: bool) -> None:
+    """Medians as colours, from white or on both sides of it."""
+    cells = [
+        [
+            HeatCell(spread.median, _short(spread, roomy), where + _spread(spread))
+            for spread, where in zip(*row, strict=True)
+        ]
+        for row in zip(each.cells, said, strict=True)
+    ]
+    scale = [list(stop) for stop in (SCALE if each.low >= 0 else DIVERGING)]
+    heat(panel, cells, 13, colorscale=scale, zmin=each.low, zmax=each.high, **_LOOK)
+
+
+def _draw_words(panel: Panel, each: WordMap, said: Sequence[Sequence[str]], roomy: bool) -> None:
+    """The tint of the word that more than half say; white where there is no such word."""
+    tints = _tints(each)
+    cells = [
+        [
+            HeatCell(_tint(words, list(tints)), _words(words) if roomy else "", where + _words(words))
+            for words, where in zip(*row, strict=True)
+        ]
+        for row in zip(each.cells, said, strict=True)
+    ]
+    heat(panel, cells, 13, colorscale=_steps([*tints.values(), "#FFFFFF"]), zmin=0, zmax=len(tints), **_LOOK)
 
 
 def _short(spread: Spread, roomy: bool) -> str:
