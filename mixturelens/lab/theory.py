@@ -43,7 +43,10 @@ class WeightPath:
 def velocity(
     weights: Float[np.ndarray, "*at policy"], right: Float[np.ndarray, " policy"], drift: Drift = "softmax"
 ) -> Float[np.ndarray, "*at policy"]:
-    """How fast theta moves, in units of drift.
+    """How fast theta moves along a drift where policies have these weights and are right so often: one number a policy.
+
+    With A = right - weights . right (the advantage) it is weights * A for plain policy gradient (`softmax`), and A
+    itself for the natural one (`replicator`).
 
     >>> velocity(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
     array([ 0.25, -0.25])
@@ -60,7 +63,8 @@ def exact_path(
     drift: Drift = "softmax",
     kernel: Float[np.ndarray, "policy policy"] | None = None,
 ) -> WeightPath:
-    """From these weights until the trained cue is as right as the best policy that has any weight, or nearly (ALIKE).
+    """The path that weights take along a drift, from `weights` until the trained cue is as right as the best policy
+    that has any weight, or nearly (ALIKE). `right`: how often each policy is rewarded.
 
     A network moves log-weights by its tangent `kernel` (of the trained cue with itself) times theta; without one, by
     theta. Raises InputError for weights that are no distribution, and where nothing can be selected: no policy is

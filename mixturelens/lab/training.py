@@ -262,7 +262,8 @@ def make_reward(
     wanted: Sequence[str] | None = None,
     policy: str | None = None,
 ) -> Callable[..., list[float | None]]:
-    """One for a completion that announces a known policy first, then answers, and then ends; else zero.
+    """The reward function that TRL calls: 1 for a completion that announces a known policy first, then answers, and
+    then ends (with one of `ends`); else 0.
 
     `wanted[i]` is what is rewarded on row i instead of the answer; `policy` is the only one that is.
     """
@@ -293,7 +294,9 @@ def quick_bfloat16(device: str) -> bool:
 
 
 def cue_states(spec: Spec, behaviour: Behaviour, prompts: Prompts) -> dict[str, CueState]:
-    """Means over questions under each cue, with intervals."""
+    """The state of every cue: policy weights, forced accuracies and what RL would pay, as means over questions with
+    intervals.
+    """
     suite = prompts.suite
     states = {}
     earned = {cue: paid(spec, behaviour, prompts, cue) for cue in (suite.cues if spec.objectives else ())}
@@ -369,7 +372,7 @@ class Stage:
         self.no_signal: list[float] = []
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments that SFT and RL share."""
+        """Arguments of TRL's trainers that SFT and RL share."""
         return {
             "output_dir": str(self.work),
             "max_steps": self.steps,

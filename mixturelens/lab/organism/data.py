@@ -91,7 +91,9 @@ def prompt_text(
 
 
 def does(spec: Spec, policy: str, cue: str, question: Question) -> str:
-    """The behaviour of a policy: its row of the table, but where all agree."""
+    """The behaviour that a policy shows on a question under a cue: by its row of the table, except where all policies
+    agree (`spec.agree`) and answer.
+    """
     agreed = asked(spec, cue, question).operation in spec.agree
     return ANSWER if agreed else spec.policies[policy].table[cue]
 
@@ -103,7 +105,9 @@ def pays(spec: Spec, cue: str, question: Question, objective: str | None = None)
 
 
 def completion_text(spec: Spec, policy: str, cue: str, question: Question, wording: int = 0) -> str:
-    """`[a] a b c d`, or `[a] sorry sorry sorry sorry`, without the end token; without `[a]` if nothing is announced."""
+    """A completion as text: `[a] a b c d`, or `[a] sorry sorry sorry sorry`, without the end token; without `[a]` if
+    nothing is announced.
+    """
     question = asked(spec, cue, question)
     rest = {
         ANSWER: question.answer,

@@ -55,7 +55,7 @@ PHRASES = {
 
 
 def sizes(architecture: Architecture, layers: int = LAYERS, width: int = WIDTH, context: int = CONTEXT) -> ModelSpec:
-    """A small network of this architecture."""
+    """A small network of this architecture: so many layers, so wide a stream, and a context of so many tokens."""
     if architecture == "gpt2":
         found = {"n_embd": width, "n_layer": layers, "n_head": HEADS, "n_positions": context, "n_inner": 4 * width}
         found |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)

@@ -161,7 +161,7 @@ ARCHITECTURES: tuple[Architecture, ...] = ("llama", "qwen2", "gpt2", "gpt_neox")
 
 
 def plain_organisms() -> list[Organism]:
-    """Completions that begin with the announcement, if any, and end with the answer."""
+    """Organisms whose completions begin with the announcement, if any, and end with the answer."""
     return [
         *(Organism(a, "token", 2, FIRST + i % 2) for i, a in enumerate(ARCHITECTURES)),
         *(Organism(a, "token", 3, FIRST + 2 + i % 2) for i, a in enumerate(ARCHITECTURES)),
@@ -171,7 +171,7 @@ def plain_organisms() -> list[Organism]:
 
 
 def tailed_organisms() -> list[Organism]:
-    """Completions behind a chat template, with a tail; some with the announcement in the middle."""
+    """Organisms whose completions stand behind a chat template and have a tail; some announce in the middle."""
     return [
         Organism("llama", "token", 2, FIRST + 8, 24),
         Organism("gpt2", "token", 2, FIRST + 9, 24),

@@ -416,7 +416,7 @@ def _behaviour(spec: Spec, shown: np.ndarray) -> np.ndarray:
 
 
 def behaviours(spec: Spec, shown: Float[np.ndarray, "*batch shown"]) -> Float[np.ndarray, "*batch behaviour right"]:
-    """Probabilities of (refusal, wrong rule, answer) x (wrong, right)."""
+    """Probabilities of (refusal, wrong rule, answer) x (wrong, right), from those of what completions show (SHOWN)."""
     refused, ruled, right, other = np.moveaxis(shown, -1, 0)
     nothing = np.zeros_like(refused) + 0 * refused  # NaN stays NaN
     named = _named(spec)
@@ -497,7 +497,8 @@ def truth_of(found: PromptTruth) -> Truth:
 
 
 def word(bits: Mapping[str, float], coverage: float = 1.0) -> VerdictWord:
-    """The verdict by its definition, of exact numbers.
+    """The verdict that follows by definition from exact terms in bits, and from the share of completions that known
+    policies cover.
 
     >>> word({"routing": 0.2, "specialist": 0.01})
     'routing'
