@@ -27,8 +27,9 @@ from mixturelens.lab.organism import (
 from mixturelens.lab.pages.forecast import forecasts
 from mixturelens.lab.proving.record import ScoreRecord
 from mixturelens.lab.proving.score import run_score
+from mixturelens.lab.stage import Progress
 from mixturelens.lab.structure import StructureRecord, StructureSettings, structure_record
-from mixturelens.lab.training import Progress, train_stage
+from mixturelens.lab.training import train_stage
 from mixturelens.models import How, Pair
 from mixturelens.models.source import fingerprint
 from mixturelens.pages import Grown
