@@ -26,7 +26,7 @@ from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.lab import runs
 from mixturelens.lab.organism import Spec, build_model, build_suite, build_tokenizer, sft_examples
-from mixturelens.lab.training import MEASURED_QUESTIONS
+from mixturelens.lab.stage import MEASURED_QUESTIONS
 from mixturelens.models import Pair, end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.records import new_folder
 from mixturelens.suite import PromptRow

@@ -19,6 +19,7 @@ from mixturelens.lab import runs
 from mixturelens.lab.figures.arms import arms
 from mixturelens.lab.organism import load_spec
 from mixturelens.lab.organism.spec import with_settings
+from mixturelens.lab.structure import StructureSettings
 from mixturelens.stats import over_seeds
 
 ARMS = ("none", "irrelevant", "inoculation", "rephrased")
@@ -78,7 +79,7 @@ def main() -> None:
     print(table(found))
     for arm in ARMS:  # and what is behind it: is there a router between the environments?
         ends = [name for name in runs.load_run(folders[0]).stages if name.startswith(f"{arm}-")]
-        pair = runs.structure(folders[0], ends[-1]).pairs[0]
+        pair = runs.structure(folders[0], StructureSettings(ends[-1])).pairs[0]
         print(arm, pair.structure, pair.mechanism and (pair.mechanism.heads, pair.mechanism.carried))
     target = arguments.out / f"{arguments.recipe}.html"
     figure(found).write_html(target, include_plotlyjs=True, config={"displayModeBar": False})

@@ -20,6 +20,7 @@ from joblib import Parallel, delayed
 from mixturelens.lab import runs
 from mixturelens.lab.figures.structures import phase_diagram, schedule
 from mixturelens.lab.organism import load_spec
+from mixturelens.lab.structure import StructureSettings
 from mixturelens.records import write_text
 
 KNOBS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -46,7 +47,7 @@ def column(shared, seed):
         for part in ("checkpoints/base", "checkpoints/sft", "trajectory"):
             shutil.copytree(origin / part, run / part, dirs_exist_ok=True)
         runs.train(runs.load_run(run), run)
-        cells[tells, shared, seed] = found = runs.structure(run, mechanism=shared == 0)
+        cells[tells, shared, seed] = found = runs.structure(run, StructureSettings(mechanism=shared == 0))
         print(f"tells {tells:g}, agree {shared:g}, seed {seed}: {found.structure}", flush=True)
     return cells
 

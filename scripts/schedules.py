@@ -19,6 +19,7 @@ from joblib import Parallel, delayed
 from mixturelens.lab import runs
 from mixturelens.lab.figures.structures import schedule
 from mixturelens.lab.organism import Phase, load_spec
+from mixturelens.lab.structure import StructureSettings
 
 parser = argparse.ArgumentParser(description="Switching speed, mixing at once, culling and nesting.")
 parser.add_argument("--jobs", type=int, default=2)
@@ -47,7 +48,7 @@ def grow(arm, seed):
         for part in ("checkpoints/base", "checkpoints/sft", "trajectory"):
             shutil.copytree(origin / part, run / part, dirs_exist_ok=True)
         runs.train(runs.load_run(run), run)
-        found[arm, tells, seed] = runs.structure(run, mechanism=arm == "nested")
+        found[arm, tells, seed] = runs.structure(run, StructureSettings(mechanism=arm == "nested"))
         print(f"{arm}, tells {tells:g}, seed {seed}: {found[arm, tells, seed].structure}", flush=True)
     return found
 

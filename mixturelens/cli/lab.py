@@ -113,9 +113,10 @@ def structure(
 ) -> None:
     """Say what a schedule of objectives left: a generalist, a conditional policy, churn, a mix, or nested ones."""
     from mixturelens.lab import runs
+    from mixturelens.lab.structure import StructureSettings
 
     with working(quiet) as (_, say):
-        record = runs.structure(run, end, device=device_of(device), seed=seed, say=say)
+        record = runs.structure(run, StructureSettings(end, device=device_of(device), seed=seed), say)
     if as_json:
         print_json([record], None)
     else:
@@ -177,11 +178,11 @@ def sweep(
     """Run a grid of recipes, settings and seeds: one table, and a page of heat maps. Goes on where it was stopped."""
     if scheduler and jobs:
         raise InputError("--jobs is about this machine, and --scheduler about others; give one of them")
-    from mixturelens.lab.sweep.run import run_sweep
+    from mixturelens.lab.sweep.run import Workers, run_sweep
 
     with working(quiet) as (progress, _):
         where = device if scheduler else device_of(device)  # workers may have what is missing here
-        record, page = run_sweep(grid, out, jobs=jobs, scheduler=scheduler, device=where, progress=_timed(progress))
+        record, page = run_sweep(grid, out, Workers(jobs, scheduler, where), _timed(progress))
     if as_json:
         print_json([record], None)
     else:

@@ -111,7 +111,7 @@ class Activations:
         return self.rows(torch.from_numpy(np.sort(chosen)))
 
     def rows(self, index: Int[Tensor, " chosen"]) -> Float[Tensor, "chosen model d"]:
-        """Some rows, by number; of parts that are mapped, no others are read."""
+        """The rows of these numbers, in the order given; where the parts are mapped files, no other rows are read."""
         if len(self.parts) == 1:
             return self.parts[0][index]
         found = torch.empty(len(index), self.models, self.dim)
@@ -308,7 +308,9 @@ def _cuts(sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def up_to(lens: Lens, batch: Tokens, places: Sequence[At]) -> dict[At, Tensor]:
-    """Activations of places from a forward that ends behind the last of their layers."""
+    """Activations `[row, pos, d]` of a batch at each place, from one forward that ends behind the last of their
+    layers.
+    """
     found: dict[At, Tensor] = {}
 
     def keep(at: At) -> Edit:

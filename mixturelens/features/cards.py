@@ -96,7 +96,7 @@ class Album:
     logits: dict[tuple[int, ...], Float[Tensor, "row pos vocabulary"]] = field(default_factory=dict)
 
     def activations(self, side: Side, runs: Sequence[Sequence[int]]) -> list[Float[Tensor, "pos d"]]:
-        """Of every token of every row; each row is run once."""
+        """How strongly every unit fires in one checkpoint on every token of these texts; each text is run once."""
         lens = self.before if side == "before" else self.after
         new = [run for run in dict.fromkeys(tuple(run) for run in runs) if (side, run) not in self.known]
         for some, batch in batches(new, lens.device) if new else ():

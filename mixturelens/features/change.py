@@ -77,7 +77,9 @@ def terms(base: Behaviour, changed: Behaviour, grid: Grid) -> Terms:
 
 
 def of_features(dictionary: Dictionary, units: Sequence[int] | None = None) -> Splice:
-    """x + sum over units of (f(x_other) - f(x)) write: the change of some features alone; None: of all."""
+    """The splice that puts in the other model's activations of some features (None: of all) and leaves all else:
+    x + sum over units of (f(x_other) - f(x)) write.
+    """
     device = dictionary.read.device
     part = dictionary if units is None else dictionary.part(torch.tensor(list(units), dtype=torch.long, device=device))
 
@@ -88,7 +90,9 @@ def of_features(dictionary: Dictionary, units: Sequence[int] | None = None) -> S
 
 
 def elsewhere(dictionary: Dictionary, units: Sequence[int], generator: torch.Generator) -> Splice:
-    """The change of some features, each written along a random direction of the same norm instead of its own."""
+    """A null of `of_features`: the splice by which each of these features changes as much, but writes that along a
+    random direction of the same norm.
+    """
     part = dictionary.part(torch.tensor(list(units), device=dictionary.read.device))
     drawn = torch.randn(part.write.shape, generator=generator).to(part.write)
     drawn = drawn * part.write.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
@@ -138,7 +142,10 @@ class Splices:
 
 
 def half_prompts(suite: Suite, tokenizer: Any, which: Literal[0, 1], questions: int | None = None) -> Prompts:
-    """Neutral prompts of one half of the questions (`stats.half_of`), of so many of it, drawn."""
+    """Neutral prompts of one half of the suite's questions (`stats.half_of`), or of `questions` of that half, drawn.
+
+    Raises InputError for a suite of one question.
+    """
     ids = list(dict.fromkeys(row.id for row in suite.neutral))
     if len(ids) < 2:
         raise InputError("one half of the questions chooses features, the other judges them: give at least two")

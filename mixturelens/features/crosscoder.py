@@ -56,11 +56,13 @@ class Stream(Protocol):
     @property
     def dim(self) -> int:
         """Numbers that a model has at the site for one token."""
+        ...
 
     def __len__(self) -> int: ...
 
     def batch(self, step: int, size: int, seed: int) -> Float[Tensor, "row model d"]:
         """The `step`-th batch of `size` rows; the same for the same arguments, as `Activations.batch`."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ class Dictionary:
     def decode(
         self, f: Float[Tensor, "*batch unit"], x: Float[Tensor, "*batch d"] | None = None
     ) -> Float[Tensor, "*batch d"]:
-        """A reconstruction: of x, where a norm needs its scale."""
+        """The activation that these strengths f reconstruct, bias included. `x` is what f was encoded from: a
+        dictionary with a norm needs its scale.
+        """
         made = f @ self.write if self.bias is None else f @ self.write + self.bias
         if self.norm is None:
             return made
@@ -75,14 +77,18 @@ class Dictionary:
         return made * self.scale(x) + middle
 
     def scale(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
-        """What one unit of f writes of its vector, at each token: 1 without a norm."""
+        """How much of its vector a unit of strength 1 writes at each token of x: 1, unless the dictionary has a
+        norm.
+        """
         x = x.to(self.read.dtype)
         if self.norm is None:
             return torch.ones_like(x[..., :1])
         return x.std(-1, keepdim=True) if self.norm == "layer" else x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
 
     def moved(self, x: Float[Tensor, "*batch d"], change: Float[Tensor, "*batch unit"]) -> Float[Tensor, "*batch d"]:
-        """x with each unit's f changed by so much: only what the units write is changed."""
+        """The activation x with the strength of each unit changed by `change`: what the units do not write stays as it
+        is.
+        """
         return x + (self.scale(x) * change @ self.write).to(x.dtype)
 
     def part(self, units: Int[Tensor, " part"]) -> Dictionary:
@@ -96,7 +102,7 @@ class Dictionary:
         )
 
     def writing(self, vectors: Float[Tensor, "unit d"]) -> Dictionary:
-        """The same units, that write something else."""
+        """The same units, which read as they did and write these vectors instead."""
         return replace(self, write=vectors)
 
     def to(self, device: str) -> Dictionary:

@@ -81,7 +81,9 @@ class Run:
 
     @torch.no_grad()
     def with_values(self, values: Float[Tensor, "run column d"], rows: Int[Tensor, " run"]) -> Float[Tensor, " run"]:
-        """The metric of these rows with other values at the site. A row may occur several times."""
+        """The metric (log-odds, nats) of these rows with other values put in at the site; a row may occur several
+        times.
+        """
         found = torch.zeros(len(rows), device=self.own.device)
         for start in range(0, len(rows), self.most):
             part = slice(start, start + self.most)
@@ -240,7 +242,8 @@ def joint_effects(
     do: Do = "patch",
     to: Float[Tensor, " unit"] | None = None,
 ) -> Float[np.ndarray, "group question"]:
-    """The same for groups of units at once: a concept may need one feature on and another off.
+    """Nats by which the units of each group move the metric of each question together, as `unit_effects` of one alone:
+    a concept may need one feature on and another off.
 
     Raises InputError as `unit_effects` does.
     """
@@ -299,7 +302,8 @@ def _moved(
 def site_effects(
     scene: Scene, do: Do = "patch", to: Float[Tensor, " d"] | None = None
 ) -> Float[np.ndarray, " question"]:
-    """The same for all of a site at once, such as a head: patched, set to a vector, or zero on both sides.
+    """Nats by which the whole of a site, such as a head, moves the metric of each question: patched, set to the vector
+    `to`, or set to zero on both sides.
 
     Raises InputError for a `clamp` without a vector of the site's size.
     """
@@ -322,7 +326,9 @@ def _numpy(values: Tensor) -> np.ndarray:
 
 
 def operations(scene: Scene, layer: int) -> float:
-    """Of one row with other values at the scene's position of a layer: a multiplication and an addition a weight."""
+    """Floating-point operations of running one row with other values at the scene's position of a layer: a
+    multiplication and an addition for each weight that is used again.
+    """
     lens = scene.corrupt.engine.lens
     weights = sum(parameter.numel() for parameter in lens.bridge.blocks.parameters()) / lens.layers
     head = lens.d_model * scene.corrupt.engine.logits.shape[1]

@@ -70,7 +70,9 @@ class FeaturePlan:
 
 
 def make_plan(pair: Pair, teach: int, held_out: int) -> FeaturePlan:
-    """As much as the time allows, or the operations that are usual. Reads configs and tokenizer, no weights."""
+    """The largest share of questions, nulls and units (of SHARES) that the pair's budget of time and memory allows, or,
+    without one, OPERATIONS; `teach` and `held_out` are numbers of prompts. Reads configs and tokenizer, no weights.
+    """
     plans = [(share, estimate(pair, work_of(pair, teach, held_out, share))) for share in SHARES]
     size = size_of(pair)
     allowed = 60 * pair.budget.minutes if pair.budget.minutes is not None else None
@@ -100,7 +102,9 @@ def operations_of(size: Size, work: Work) -> float:
 
 
 def work_of(pair: Pair, teach: int, held_out: int, share: float) -> Work:
-    """What a share of everything takes, in tokens through all layers of a model."""
+    """What looking at a share of everything takes, in tokens through all layers of a model, and the bytes held
+    meanwhile.
+    """
     suite, size = pair.suite, size_of(pair)
     rows = suite.neutral
     lengths = [len(ids) for ids in encode_prompts(suite, rows[:: max(1, len(rows) // 32)], pair.tokenizer)]

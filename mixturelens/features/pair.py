@@ -177,9 +177,11 @@ def feature_record(
 
 
 def pretrained(pair: Pair, folders: Sequence[Path]) -> list[Saved]:
-    """Pretrained SAEs, each checked against the pair: its place must be there, and be as wide as it reads.
+    """The pretrained SAEs of these folders, each checked against the pair.
 
-    What it was trained on is compared loosely, for a checkpoint has many names, and a difference is a note.
+    What an SAE was trained on is compared loosely, for a checkpoint has many names, and a difference is a note. Raises
+    InputError for a folder that holds no SAE, a place that the models lack or that is not as wide as the SAE reads, and
+    two SAEs of one place.
     """
     found = []
     size = size_of(pair)

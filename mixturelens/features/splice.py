@@ -39,12 +39,12 @@ class Crossing:
 
 
 def own(mine: Tensor, other: Tensor) -> Tensor:
-    """The model as it is."""
+    """The splice that leaves the model as it is."""
     return mine
 
 
 def whole(mine: Tensor, other: Tensor) -> Tensor:
-    """The other model's activations in place of its own."""
+    """The splice that puts in the other model's activations whole."""
     return other
 
 
@@ -120,7 +120,9 @@ class BothModels:
         return _Window(torch.tensor(owner, device=ids.device), new.to(ids.device)), first
 
     def below(self, where: slice | _Window) -> tuple[_Below, _Below]:
-        """Both models below the place, on some prompts or on windows behind them: run once."""
+        """What both models have below the place, on some prompts or on windows behind them; each is run once and
+        kept.
+        """
         key = (where.start, where.stop) if isinstance(where, slice) else where.key
         if key not in self._below:
             lenses = [self.into] if self.other is self.into else [self.into, self.other]

@@ -46,7 +46,7 @@ def fewest_features(pool: Pool) -> Several:
 
 
 def fewest_neurons(trial: Trial, pool: Pool) -> Several:
-    """The same for neurons."""
+    """The fewest neurons, of all layers of a pool, that carry a contrast together; chosen as `fewest_features` does."""
     return _fewest(
         "neuron",
         pool,
@@ -57,7 +57,7 @@ def fewest_neurons(trial: Trial, pool: Pool) -> Several:
 
 
 def fewest_heads(trial: Trial) -> Several:
-    """The same for heads; clamped to mean clean outputs."""
+    """The fewest heads that carry a contrast together; in behaviour they are set to their mean clean outputs."""
     position, scene = trial.judge.site.position, trial.choose
     sites = [site for site in head_sites(trial.lens, position) if (site.layer, "z") in scene.corrupt.seen]
 

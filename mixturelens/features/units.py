@@ -104,10 +104,11 @@ def strength(scene: Scene, units: Dictionary) -> Float[Tensor, " unit"]:
 def clamps_of(
     units: Dictionary, which: Sequence[int], site: Site, contrasts: Contrasts, to: Float[Tensor, " unit"]
 ) -> Clamp:
-    """Units' activations made `to` in behaviour, all at once: each reads what was there before any of them wrote.
+    """What makes the units `which` as active as `to` says in behaviour, all at once: each reads what was there before
+    any of them wrote.
 
-    Behind the prompt where the contrast has a policy in place. Units whose activation takes more than an affine read
-    and a threshold are clamped by their dictionary, token by token.
+    They are clamped behind the prompt where the contrast has a policy in place. Units whose activation takes more than
+    an affine read and a threshold are clamped by their dictionary, token by token.
     """
     if units.alone:
         return [clamp_of(units, each, site, contrasts, float(to[each])) for each in which]
@@ -117,7 +118,9 @@ def clamps_of(
 
 
 def clamp_of(units: Dictionary, which: int, site: Site, contrasts: Contrasts, to: float) -> Intervention:
-    """The clamp of one unit of those whose activation is their own affine read with a threshold, as a value."""
+    """The clamp of unit `which` to the activation `to`, as an intervention; its activation must be an affine read of
+    its own with a threshold (`Dictionary.alone`).
+    """
     where, threshold = in_behaviour(site, contrasts), float(units.threshold[which])
     read, write = (vectors[which].tolist() for vectors in (units.read, units.write))
     if site.component == "neurons" and units.write[which].count_nonzero() == 1:  # one number, of itself
@@ -145,7 +148,9 @@ def clamped(ground: Ground, scale: Scale, interventions: Clamp) -> tuple[Interva
 def random_gaps(
     ground: Ground, scale: Scale, interventions: Sequence[Clamp], most: int = FEW
 ) -> tuple[float | None, ...]:
-    """The gap closed by each alone, on at most so many of the questions that judge; null without a gap."""
+    """The share of the gap that each clamp closes by itself, on at most `most` of the questions that judge; null where
+    there is no gap.
+    """
     if not scale.gap_closed(scale.before).measured:
         return (None,) * len(interventions)
     few = [i for i, row in enumerate(ground.judge.rows) if row.cue == ground.harm.harmed_cue][:most]
@@ -213,8 +218,8 @@ class Trial:
         return self.judge.shares(moved, self.counts)
 
     def auroc(self, read: Callable[[Float[Tensor, "question column d"]], Float[Tensor, "question column"]]) -> Interval:
-        """How well a number read at the site, mean over tokens, tells the sides apart: the greater one is that of the
-        side for which it is greater on the questions that choose.
+        """AUROC, on the questions that judge, of a number that is read at the site (its mean over tokens) for telling
+        the two sides apart. Which side has the greater number is taken from the questions that choose.
         """
 
         def draws(scene: Scene, counts: Int[np.ndarray, "draw question"]) -> Float[np.ndarray, " draw"]:
@@ -240,7 +245,7 @@ class Place:
         return self.units.encode(self.trial.choose.clean.values).mean((0, 1))
 
     def clamp(self, *which: int) -> Clamp:
-        """These units at their mean clean activation, in behaviour."""
+        """What makes these units as active in behaviour as they are on the clean side, on average."""
         return clamps_of(self.units, which, self.trial.judge.site, self.trial.contrasts, self.means)
 
     def only(self, which: int) -> Place:
@@ -269,7 +274,9 @@ class Pool:
 
 
 def pool_of(place: Place, unit: Callable[[int], Unit]) -> Pool:
-    """The units of one site: all of them patched, or those that slopes nominate."""
+    """The units of one site with what each moves alone: of all of them, where EXACT operations suffice, else of those
+    that slopes nominate. `unit` names one by its number.
+    """
     scene, units = place.trial.choose, place.units
     check_size(scene, units)
     strong = strength(scene, units).double().cpu().numpy()
@@ -481,7 +488,9 @@ def best_head(trial: Trial) -> UnitScore:
 
 
 def promising_heads(scene: Scene, sites: list[Site]) -> list[Site]:
-    """All heads, or those that slopes nominate."""
+    """The heads among these that are worth patching: all, where EXACT operations suffice, else those that slopes
+    nominate.
+    """
     if len(sites) * len(scene) * operations(scene, sites[len(sites) // 2].layer) <= EXACT:
         return sites
     keys: list[At] = [(layer, "z") for layer in dict.fromkeys(site.layer for site in sites)]
@@ -492,7 +501,7 @@ def promising_heads(scene: Scene, sites: list[Site]) -> list[Site]:
 
 
 def set_to(head: Site, contrasts: Contrasts, to: Float[Tensor, " d"]) -> Intervention:
-    """A head's output made this vector, in behaviour."""
+    """The intervention that makes a head's output this vector in behaviour."""
     return Intervention(site=in_behaviour(head, contrasts), do="set", vector=tuple(to.tolist()))
 
 

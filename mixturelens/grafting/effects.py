@@ -56,7 +56,9 @@ class Judge:
     """The judge over all questions, where this one has some of them: it says what changed at all."""
 
     def half(self, which: Literal[0, 1]) -> Judge:
-        """On half of the questions, the same as `Contrasts.half` would draw: choose on one, judge on the other."""
+        """The judge over one half of the questions, the same half that `Contrasts.half` draws: one chooses, the other
+        judges.
+        """
         rows = half_of(len(self.grid.index), which)
         grid = Grid(self.grid.index[rows], resample_counts(len(rows), self.cells.seed))
         return Judge(self.cells, self.policies, self.before, self.after, grid, self)
@@ -71,7 +73,8 @@ class Judge:
         )
 
     def bits(self, readings: Readings) -> BitSamples:
-        """How far from S readings are, question by question: what turns one way on half of them does not cancel.
+        """How far readings are from those of S, in bits. They are compared question by question, so that changes which
+        go one way on some questions and the other way on others do not cancel.
 
         All grafts weigh a policy, and each of its wordings, alike: by how much S and R use it.
         """
@@ -179,17 +182,19 @@ class Judge:
         return float(aligned(self.mean(log_p) - s, r - s, self.moved_cells)[0])
 
     def shares(self, odds: Float[np.ndarray, " prompt"]) -> Interval:
-        """A part of R's change of log c_p / c_o, prompt by prompt, as a share of it."""
+        """The share of R's change of log c_p / c_o that a part of it makes up; `odds` is the part on each prompt, in
+        nats.
+        """
         part = aligned(self.grid.draws(odds), self.r.odds - self.s.odds, self.moved_cues)
         return interval(part, self.grid.counts)
 
     def mean(self, values: Float[np.ndarray, " prompt *rest"]) -> Float[np.ndarray, "1 cue *rest"]:
-        """Over the questions themselves, without a bootstrap."""
+        """Means of values of prompts over the questions of each cue, without a bootstrap: one draw."""
         return Grid(self.grid.index, self.grid.counts[:1]).draws(values)
 
 
 def with_other(log_c: Float[np.ndarray, "prompt policy"]) -> Float[np.ndarray, "prompt label"]:
-    """Weights of the known policies, and of all else."""
+    """Weights of the known policies, and last of all that they leave (`other`), from the policies' log-weights."""
     weights = np.exp(log_c)
     return np.concatenate([weights, np.clip(1 - weights.sum(-1, keepdims=True), 0, 1)], -1)
 
@@ -199,7 +204,8 @@ def aligned(
     whole: Float[np.ndarray, " draw *metric"],
     kept: Bool[np.ndarray, "*metric"],
 ) -> Float[np.ndarray, " draw"]:
-    """Sum of changes over that of the whole's, each counted in the direction of the whole's; NaN if none is kept.
+    """The share of a whole change that a part makes up: the sum of the part's changes over that of the whole's, each
+    counted in the direction in which the whole goes. `kept` says which metrics count; NaN if none does.
 
     What R lowers counts as much as what it raises, so that two changes never cancel.
 

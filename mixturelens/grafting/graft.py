@@ -107,7 +107,7 @@ class WorkingModel:
         return replace(self, cells=cells, starts=starts, _readings=known, _weights={})
 
     def key(self, names: Names) -> frozenset[str]:
-        """The components that some names stand for."""
+        """The components that these names (of components or pieces) stand for."""
         return frozenset(c for name in names for c in ((self.pieces or {}).get(name) or (name,)))
 
     def weights_of(self, components: Names) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ class WorkingModel:
         return {name: self.after[name] for each in self.components if each in key for name in self.components[each]}
 
     def readings(self, components: Names) -> Readings:
-        """Of S with these components taken from R."""
+        """What S with these components taken from R reads on every prompt; no set is run twice."""
         key = self.key(components)
         if key not in self._readings:
             counts = {"before": self._depth(key), "after": self._depth(frozenset(self.components) - key)}
@@ -126,7 +126,9 @@ class WorkingModel:
         return self._readings[key]
 
     def log_c(self, components: Names) -> Float[np.ndarray, "prompt policy"]:
-        """Log-weights alone of S with these components taken from R: much cheaper, but where readings have a start."""
+        """Log-weights of the policies alone in S with these components taken from R: much cheaper than `readings`,
+        unless these begin behind layers that are known (`starts`).
+        """
         key = self.key(components)
         if key in self._readings or self.starts is not None:
             return self.readings(key).log_c.cpu().numpy()
@@ -170,12 +172,14 @@ class WorkingModel:
                 read(self.model, self.cells, told=tell)
 
     def rest(self, components: Names) -> tuple[str, ...]:
-        """All others of `names`: R without `components` is S with the rest."""
+        """All `names` but these: R without `components` is S with the rest."""
         gone = self.key(components)
         return tuple(name for name in self.names if not self.key([name]) <= gone)
 
     def noisy(self, components: Names, seed: int) -> Readings:
-        """Of S with a random change of R's size, tensor by tensor, in these components' parameters."""
+        """What S reads with a random change in these components' parameters, tensor by tensor of the size of R's
+        change.
+        """
         key = self.key(components)
         changed = functools.partial(noised, self.model, self.weights_of(key), seed)
         name = f"noise {seed} {','.join(sorted(key))}"
@@ -213,7 +217,7 @@ def halves(bench: WorkingModel, judge: Judge) -> tuple[GraftTrial, GraftTrial]:
 
 
 def groups(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Named groups of the changed components, those of more than one.
+    """Groups of the changed components by name (`attention`, `MLPs`, `layer 0`, ...): those of more than one component.
 
     >>> groups(["embed", "L0.attn", "L0.mlp", "L1.attn"])
     {'attention': ('L0.attn', 'L1.attn'), 'layer 0': ('L0.attn', 'L0.mlp')}

@@ -79,7 +79,7 @@ def _plans(large: bool, exhaustive: bool) -> Sequence[GraftingPlan]:
 
 
 def work(plan: GraftingPlan, prompts: Prompts, components: int, size: Size) -> Work:
-    """Tokens that go through the models, and what is held meanwhile."""
+    """What a plan takes: tokens that go through the models, and bytes held meanwhile."""
     lengths = [len(context) for context in prompts.contexts]
     behind = [sum(len(each.ids) + USUAL for each in placed) for placed in prompts.placed]
     rows = len(prompts.announcements)

@@ -284,7 +284,7 @@ class Readings:
     """The policy of each announcement; None: each policy has one."""
 
     def part(self, prompts: Sequence[int]) -> Readings:
-        """Of some of the prompts."""
+        """The readings of some of the prompts, by their number."""
         return Readings(self.announced[list(prompts)], self.completed[list(prompts)], self.owner)
 
     @property
@@ -312,7 +312,7 @@ def readings_of(array: Float[np.ndarray, "two prompt announcement"], cells: Cell
 
 
 def wordings_of(owner: tuple[int, ...] | None, table: Float[Tensor, "prompt announcement"]) -> list[list[int]]:
-    """Columns of the announcements of each policy."""
+    """For each policy: the columns of a table that belong to its announcements. `owner` as in `log_weights`."""
     known = range(table.shape[1]) if owner is None else owner
     return [[k for k, m in enumerate(known) if m == policy] for policy in range(max(known) + 1)]
 
@@ -366,9 +366,9 @@ def beginnings(
     scorer: Scorer,
     announced: Sequence[str] | None = None,
 ) -> list[Labelled]:
-    """Labels of the first 0, 1, ... tokens of each body, up to all of them.
+    """What each completion (`bodies`, token ids) is taken for after its first 0, 1, ... tokens, up to all of them.
 
-    `owner`: its prompt; `announced`: what stands before it, where that is not part of it.
+    `owner` is the number of its prompt, and `announced` the text that stands before it, where that is not part of it.
     """
     lengths = [len(body) + 1 for body in bodies]
     parts = [list(body[:n]) for body in bodies for n in range(len(body) + 1)]
@@ -379,7 +379,8 @@ def beginnings(
 
 
 def enough_of(labels: np.ndarray) -> int:
-    """Tokens from which on the label of a beginning is that of the whole.
+    """The number of tokens from which on a beginning has the label that the whole has, given the labels of all
+    beginnings.
 
     >>> enough_of(np.array([2, 2, 0, 1, 1, 1]))
     3
@@ -433,7 +434,7 @@ def _seen(branch: Int[Tensor, "sequence pos"]) -> Bool[Tensor, "sequence 1 pos p
 
 
 def method_of(suite: Suite) -> Literal["literal", "forced texts"]:
-    """`literal`, or `forced texts` where any policy is a rule."""
+    """How grafts weigh policies: `literal`, or `forced texts` where any policy is a rule."""
     return "forced texts" if any(isinstance(shown, Rule) for shown in suite.policies.values()) else "literal"
 
 
@@ -484,7 +485,8 @@ def greedy(
 def read(
     model: Model, cells: Cells, rows: Sequence[int] | None = None, told: Callable[[Batch], None] | None = None
 ) -> Readings:
-    """One forward (in batches of bounded memory) of anything called like a Hugging Face model.
+    """What a model announces and completes on every row of the cells, from one forward (in batches of bounded memory)
+    of anything called like a Hugging Face model.
 
     `rows` are numbers of prompts; None: all. `told` hears of every batch before the model does.
     Works under torch.func.functional_call, forward-mode AD and autograd.
@@ -504,7 +506,7 @@ def _padded(rows: Sequence[Sequence[int]], device: str) -> Int[Tensor, "row pos"
 
 
 def read_weights(model: Model, cells: Cells) -> Float[Tensor, "prompt policy"]:
-    """`log_c` alone, at a fraction of the cost: completions are not fed."""
+    """The policies' log-weights alone (`Readings.log_c`), at a fraction of the cost: completions are not fed."""
     announced, _ = _scores(model, cells, cells.announcement_batches)
     return log_weights(announced.view(len(cells.prompts.rows), len(cells.announcements)), cells.owner)
 

@@ -22,7 +22,7 @@ from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.lab import theory
 from mixturelens.lab.organism import Spec, build_suite, frozen_parameters
-from mixturelens.lab.theory import Drift, curve, exact_path, group_pace, sampled_paths, shifted, velocity
+from mixturelens.lab.theory import Drift, Sampling, curve, exact_path, group_pace, sampled_paths, shifted, velocity
 from mixturelens.models import end_tokens, load_model, load_tokenizer
 from mixturelens.records import Record
 from mixturelens.stats import interval, resample_counts, resampled_mean, too_few
@@ -146,20 +146,24 @@ class _Bootstrapped:
     """Weight of completions of no known policy."""
 
 
+@dataclass(frozen=True)
+class RlStart:
+    """What RL begins with: the checkpoint S, the spec that it follows, and the device that S is loaded on."""
+
+    checkpoint: Path
+    spec: Spec
+    device: str = "cpu"
+
+
 def forecast_records(
-    checkpoint: Path,
-    spec: Spec,
-    trained: Sequence[str],
-    *,
-    device: str = "cpu",
-    seed: int = 0,
-    say: Say | None = None,
+    start: RlStart, trained: Sequence[str], seed: int = 0, say: Say | None = None
 ) -> dict[str, ForecastRecord]:
-    """Cue that RL is to train on -> forecast, from the checkpoint that RL begins with.
+    """Forecasts by cue that RL is to train on (`trained`), from S and the reward alone; `say` is told each step.
 
     Raises InputError where the theory says nothing: policies that are not announced, completions of no known policy, a
     single cue, a reward that prefers no policy.
     """
+    spec, device = start.spec, start.device
     suite, cues = build_suite(spec), list(spec.cues)
     if spec.announcement == "none":
         raise InputError(
@@ -175,7 +179,7 @@ def forecast_records(
             )
     say = say or (lambda _: None)
     say("S under every cue, and its tangent kernel")
-    tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, device)
+    tokenizer, model = load_tokenizer(start.checkpoint), load_model(start.checkpoint, device)
     prompts = prepare(suite, suite.neutral, tokenizer)
     scorer = Scorer(end_tokens(model, tokenizer), model.config.vocab_size, device)
     network = _Network(model, prompts, cues, set(frozen_parameters(model, spec.rl.freeze)), device)
@@ -388,11 +392,8 @@ def _sampled(
         weights[:, trained],
         right[:, trained],
         kernels[:, trained],
-        group=spec.rl.group,
-        groups=spec.rl.prompts,
-        steps=LONGER * spec.rl.steps,
-        momentum=MOMENTUM,
-        seed=seed,
+        Sampling(spec.rl.group, spec.rl.prompts, LONGER * spec.rl.steps, MOMENTUM),
+        seed,
     )
     now = shifted(weights[:, None], np.einsum("rcij,rsj->rsci", kernels, moved))
     return np.einsum("rsci,rci->rsc", now, right)

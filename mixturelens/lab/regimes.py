@@ -95,13 +95,15 @@ class Course:
         return tuple(cue for cue in self.cues if any(cue in cues for cues in alone))
 
     def own(self, cue: str, checkpoints: Sequence[int]) -> Float[np.ndarray, "checkpoint question"]:
-        """What a cue's own objective pays there."""
+        """What each question under a cue earns at these checkpoints (by number) by the cue's own objective."""
         at = self.cues.index(cue)
         return self.earned[list(checkpoints), at, at]
 
 
 def earned(spec: Spec, behaviour: Behaviour, prompts: Prompts) -> Float[np.ndarray, "cue objective question"]:
-    """`paid` by cue and objective; every question must have a prompt under every cue."""
+    """How often a completion of each question is rewarded, by the cue that it is asked under and the cue whose
+    objective pays (`paid`); every question must have a prompt under every cue.
+    """
     cues = prompts.suite.cues
     at = [[i for i, row in enumerate(prompts.rows) if row.cue == cue] for cue in cues]
     by_objective = [paid(spec, behaviour, prompts, objective) for objective in cues]
@@ -109,7 +111,7 @@ def earned(spec: Spec, behaviour: Behaviour, prompts: Prompts) -> Float[np.ndarr
 
 
 def alike(spec: Spec, prompts: Prompts) -> Bool[np.ndarray, "objective objective question"]:
-    """Where two objectives pay the same behaviour, under every cue."""
+    """On which questions the objectives of two cues pay the same behaviour under every cue."""
     cues = prompts.suite.cues
     wanted = np.array([paid_behaviours(spec, prompts.rows, objective) for objective in cues])
     same = wanted[:, None] == wanted[None]

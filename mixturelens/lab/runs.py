@@ -11,7 +11,7 @@ from typing import Unpack
 
 from mixturelens import pipeline
 from mixturelens.behaviour.trajectory import Trajectory
-from mixturelens.lab.forecast import ForecastRecord, Point, compare, forecast_records
+from mixturelens.lab.forecast import ForecastRecord, Point, RlStart, compare, forecast_records
 from mixturelens.lab.organism import (
     ModelSpec,
     Spec,
@@ -27,8 +27,9 @@ from mixturelens.lab.organism import (
 from mixturelens.lab.pages.forecast import forecasts
 from mixturelens.lab.proving.record import ScoreRecord
 from mixturelens.lab.proving.score import run_score
-from mixturelens.lab.structure import StructureRecord, structure_record
-from mixturelens.lab.training import Progress, train_stage
+from mixturelens.lab.stage import Progress
+from mixturelens.lab.structure import StructureRecord, StructureSettings, structure_record
+from mixturelens.lab.training import train_stage
 from mixturelens.models import How, Pair
 from mixturelens.models.source import fingerprint
 from mixturelens.pages import Grown
@@ -128,7 +129,7 @@ def forecast(run: Path, *, device: str = "cpu", seed: int = 0, say: Say | None =
     found = _forecasts(run, spec, device, seed)
     missing = [cue for cue in spec.rl.cues if cue not in found]
     if missing:
-        for cue, made in forecast_records(sft, spec, missing, device=device, seed=seed, say=say).items():
+        for cue, made in forecast_records(RlStart(sft, spec, device), missing, seed, say).items():
             about = _forecast_provenance(run, spec, cue, device, seed)
             found[cue] = _with_rl(run, made).model_copy(update={"provenance": about})
             found[cue].save(_forecast_file(run, cue))
@@ -183,20 +184,14 @@ def _forecast_provenance(run: Path, spec: Spec, cue: str, device: str, seed: int
     )
 
 
-def structure(
-    run: Path,
-    end: str | None = None,
-    *,
-    mechanism: bool = True,
-    device: str = "cpu",
-    seed: int = 0,
-    say: Say | None = None,
-) -> StructureRecord:
+def structure(run: Path, settings: StructureSettings | None = None, say: Say | None = None) -> StructureRecord:
     """What structure a schedule of the run left behind, and the router behind it; or read what is there about it.
 
-    The schedule ends in the phase `end`, which no other follows; by default in the last one.
+    Raises InputError where `settings.end` ends no schedule of the run, or it has none.
     """
-    spec, pairs = load_run(run), {pair.name: pair for pair in run_pairs(run, device=device)}
+    settings = settings or StructureSettings()
+    end, seed = settings.end, settings.seed
+    spec, pairs = load_run(run), {pair.name: pair for pair in run_pairs(run, device=settings.device)}
     if end is not None and f"sft--{end}" not in pairs:
         raise InputError(
             f"{end!r} ends no schedule of this run; {', '.join(p.removeprefix('sft--') for p in pairs)} do"
@@ -205,9 +200,9 @@ def structure(
     expected = provenance_of(pair, seed)
     file = pair.records / "structure.json"
     there = kept(StructureRecord, file, expected)
-    if there is not None and (there.looked or not mechanism):
+    if there is not None and (there.looked or not settings.mechanism):
         return there
-    record = structure_record(spec, run, end, mechanism=mechanism, device=device, seed=seed, say=say)
+    record = structure_record(spec, run, settings, say)
     record = record.model_copy(update={"provenance": expected})
     record.save(file)
     return record

@@ -144,22 +144,28 @@ class StructureRecord(Record):
     missing: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class StructureSettings:
+    """Which schedule of a run is looked at, and how."""
+
+    end: str | None = None
+    """The phase in which it ends, which no other follows; None: the spec's last."""
+    mechanism: bool = True
+    """Whether the router is looked for in the network, too."""
+    device: str = "cpu"
+    seed: int = 0
+
+
 def structure_record(
-    spec: Spec,
-    run: Path,
-    end: str | None = None,
-    *,
-    mechanism: bool = True,
-    device: str = "cpu",
-    seed: int = 0,
-    say: Callable[[str], None] | None = None,
+    spec: Spec, run: Path, settings: StructureSettings | None = None, say: Callable[[str], None] | None = None
 ) -> StructureRecord:
-    """Measure every checkpoint of the schedule that ends in this phase (default: the spec's last), and look into it.
+    """Measure every checkpoint of a schedule, and look into the last one; `say` is told each step.
 
     Raises InputError if the spec has no such schedule: two phases at least, and two regimes.
     """
-    say = say or (lambda _: None)
-    names = _schedule(spec, end)
+    settings, say = settings or StructureSettings(), say or (lambda _: None)
+    device, seed = settings.device, settings.seed
+    names = _schedule(spec, settings.end)
     suite = build_suite(spec)
     tokenizer = load_tokenizer(run / "checkpoints" / names[-1])
     prompts = prepare(suite, suite.neutral, tokenizer)
@@ -177,7 +183,7 @@ def structure_record(
         raise InputError(f"phases: training is on {len(course.trained)} cue; a structure is of two regimes at least")
     counts = resample_counts(course.earned.shape[-1], seed)
     missing: list[str] = []
-    lens = load_lens(run / "checkpoints" / names[-1], device) if mechanism else None
+    lens = load_lens(run / "checkpoints" / names[-1], device) if settings.mechanism else None
     pairs = []
     for first, second in itertools.combinations(course.trained, 2):
         shares = pair_shares(course, first, second, counts)
@@ -202,7 +208,7 @@ def structure_record(
     ]
     return StructureRecord(
         questions=course.earned.shape[-1],
-        looked=mechanism,
+        looked=settings.mechanism,
         cues=suite.cues,
         structure=structure,
         groups=groups,

@@ -43,7 +43,10 @@ class WeightPath:
 def velocity(
     weights: Float[np.ndarray, "*at policy"], right: Float[np.ndarray, " policy"], drift: Drift = "softmax"
 ) -> Float[np.ndarray, "*at policy"]:
-    """How fast theta moves, in units of drift.
+    """How fast theta moves along a drift where policies have these weights and are right so often: one number a policy.
+
+    With A = right - weights . right (the advantage) it is weights * A for plain policy gradient (`softmax`), and A
+    itself for the natural one (`replicator`).
 
     >>> velocity(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
     array([ 0.25, -0.25])
@@ -60,7 +63,8 @@ def exact_path(
     drift: Drift = "softmax",
     kernel: Float[np.ndarray, "policy policy"] | None = None,
 ) -> WeightPath:
-    """From these weights until the trained cue is as right as the best policy that has any weight, or nearly (ALIKE).
+    """The path that weights take along a drift, from `weights` until the trained cue is as right as the best policy
+    that has any weight, or nearly (ALIKE). `right`: how often each policy is rewarded.
 
     A network moves log-weights by its tangent `kernel` (of the trained cue with itself) times theta; without one, by
     theta. Raises InputError for weights that are no distribution, and where nothing can be selected: no policy is
@@ -167,39 +171,48 @@ def group_pace(reached: float, group: int, *, scaled: bool = True) -> float:
     return float(binom.pmf(np.arange(group + 1), group, reached) @ (spread / s)) / (reached * (1 - reached))
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a run of RL samples: every step, `groups` groups of `group` answers."""
+
+    group: int
+    groups: int
+    steps: int
+    momentum: float = 0.0
+    """Of Adam's running mean of gradients; 0: each step takes its own."""
+    scaled: bool = True
+    """Whether advantages are divided by the standard deviation of their group's rewards, as `group_pace` says."""
+
+
 def sampled_paths(
     weights: Float[np.ndarray, "run policy"],
     right: Float[np.ndarray, "run policy"],
     kernel: Float[np.ndarray, "run policy policy"],
-    *,
-    group: int,
-    groups: int,
-    steps: int,
-    momentum: float = 0.0,
+    sampling: Sampling,
     seed: int = 0,
-    scaled: bool = True,
 ) -> Float[np.ndarray, "run step policy"]:
-    """Theta - theta of S in runs that sample: every step, `groups` groups of `group` answers move theta by the mean of
-    advantage x gradient of log c, or by Adam's running mean of those; log-weights move by the `kernel` times theta.
+    """Theta - theta of S in runs that sample: every step, groups of answers move theta by the mean of advantage x
+    gradient of log c, or by Adam's running mean of those; log-weights move by the `kernel` times theta.
 
-    The first step is that of S: zero. A policy that no group samples is not selected, whatever it could: the initial
-    weight has to be about 1 / `group`.
+    `weights` are those of S, and `right` how often each policy is rewarded. The first step is that of S: zero. A policy
+    that no group samples is not selected, whatever it could: the initial weight has to be about 1 / `sampling.group`.
 
     >>> start, right = np.full((50, 2), 0.5), np.tile([1.0, 0.0], (50, 1))
-    >>> moved = sampled_paths(start, right, np.tile(np.eye(2), (50, 1, 1)), group=8, groups=32, steps=20)
+    >>> moved = sampled_paths(start, right, np.tile(np.eye(2), (50, 1, 1)), Sampling(8, 32, 20))
     >>> moved.shape, bool(shifted(start, moved[:, -1])[:, 0].mean() > 0.95)
     ((50, 21, 2), True)
     """
     rng = np.random.default_rng(seed)
+    group, steps, momentum = sampling.group, sampling.steps, sampling.momentum
     runs, number = weights.shape
     mean_gradient, moved = np.zeros((runs, number)), np.zeros((runs, steps + 1, number))
     for step in range(steps):
         now = shifted(weights, np.einsum("rij,rj->ri", kernel, moved[:, step]))
         outcomes = np.concatenate([now * right, now * (1 - right)], -1)
-        drawn = rng.multinomial(group, outcomes[:, None], size=(runs, groups)) / group
+        drawn = rng.multinomial(group, outcomes[:, None], size=(runs, sampling.groups)) / group
         succeeded, failed = drawn[..., :number], drawn[..., number:]
         reached = succeeded.sum(-1, keepdims=True)
-        s = np.sqrt(reached * (1 - reached) * group / (group - 1)) + STABLE if scaled else 1.0
+        s = np.sqrt(reached * (1 - reached) * group / (group - 1)) + STABLE if sampling.scaled else 1.0
         # advantages sum to 0 in a group, so that of the gradient 1[m] - c only 1[m] is left
         gradient = ((succeeded * (1 - reached) - failed * reached) / s).mean(1)
         mean_gradient = momentum * mean_gradient + (1 - momentum) * gradient

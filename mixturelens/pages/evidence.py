@@ -84,7 +84,7 @@ class MechanismSection(NamedTuple):
 
 
 def reading(name: str, record: ProbingRecord, cues: Sequence[str], pictures: Pictures) -> ReadingSection:
-    """What probes say about a pair. `cues`: all of the suite, for their colours."""
+    """The section about what probes say of a pair. `cues`: all of the suite, which their colours go by."""
     pictures = pictures.about(record.missing)
     groups = [_readouts(record, pictures)] if record.readouts else []
     if record.erased or record.used is not None or record.unused is not None:
@@ -197,7 +197,7 @@ def _shifts(record: ProbingRecord, pictures: Pictures) -> Group:
 
 
 def changing(name: str, record: GraftRecord, pictures: Pictures) -> Changing:
-    """What grafts say about a pair."""
+    """The section about what grafts say of a pair."""
     groups, pictures = [], pictures.about(record.missing)
     if record.components:
         groups += [_components(name, record, pictures), _plane(record, pictures)]

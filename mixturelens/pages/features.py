@@ -79,7 +79,9 @@ class Featured(NamedTuple):
 def featured(
     name: str, number_of: int, record: of.FeatureRecord, repair: RepairRecord | None, pictures: Pictures
 ) -> Featured:
-    """What features say about a pair; `number_of`: its number on the page, which the anchors of its cards carry."""
+    """The section about a pair's features; `number_of`: its number on the page, which the anchors of its cards
+    carry.
+    """
     pictures = pictures.about(record.missing)
     groups = [_units(record, pictures)] if record.tables else []
     if any(score.gap_closed.measured for table in record.tables for score in table.scores):
@@ -202,7 +204,7 @@ def _changes(changes: Sequence[of.SiteChange], pictures: Pictures) -> Group:
 
 
 def crosscoders(records: Mapping[str, of.FeatureRecord], pictures: Pictures) -> Group | None:
-    """Latents of one checkpoint alone, of all pairs that have crosscoders."""
+    """The section about latents that one checkpoint has alone, of all pairs that have crosscoders."""
     found = {name: record.crosscoders for name, record in records.items() if record.crosscoders}
     if not found:
         return None

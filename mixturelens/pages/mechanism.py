@@ -98,7 +98,9 @@ def where(
     cues: Sequence[str],
     pictures: Pictures,
 ) -> Where:
-    """What patching and circuits say about a pair. `cues`: all of the suite, for their colours."""
+    """The section about what patching and circuits say of a pair. `cues`: all of the suite, which their colours go
+    by.
+    """
     missing = () if record is None else record.missing
     unmapped = () if circuits is None else tuple(f"circuit of the {why}" for why in circuits.missing)
     groups, pictures = [], pictures.about((*missing, *unmapped))
@@ -285,7 +287,9 @@ def _reader(reader: ReaderHeads) -> _ReaderRow:
 
 
 def repaired(name: str, record: RepairRecord, threshold: float, pictures: Pictures) -> Repaired:
-    """What repairs of a pair bring back, and what they break."""
+    """The section about what repairs of a pair bring back, and what they break. `threshold`: how far a cell of the
+    policy table must move to count as damage.
+    """
     pictures = pictures.about(record.missing)
     found = [
         pictures.add(

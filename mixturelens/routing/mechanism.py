@@ -63,7 +63,8 @@ class Mechanism(Frozen):
 
 
 def judge_mechanism(graft: GraftRecord, features: FeatureRecord | None = None) -> Mechanism:
-    """Put the evidence together.
+    """The mechanism's verdict on a pair, from its grafts and, where there are any, its features: each line of evidence,
+    and the word that follows from the grafts.
 
     >>> judge_mechanism(graft_record(sft, sft, suite, behaviour)).verdict   # doctest: +SKIP
     'neither'
@@ -138,7 +139,8 @@ def _beside(value: Interval, null: float | None) -> str:
 
 
 def told(effect: Interval, null: float | None = None) -> bool | None:
-    """Whether bits are a change, and more than a null, if there is one; None where it cannot be told.
+    """Whether an effect in bits is a change (more than FLOOR), and more than a null, if there is one; None where its
+    interval leaves that open.
 
     >>> told(Interval(value=0.2, low=0.1, high=0.3)), told(Interval(value=0.0, low=0.0, high=0.0))
     (True, False)

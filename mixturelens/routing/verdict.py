@@ -96,7 +96,9 @@ class VerdictRecord(Record):
 
     @classmethod
     def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Version 1 judged by nats, style among them: its shares and its specialist are not those of today."""
+        """The data of a record of version 1 as that of today, what cannot be carried over being null: version 1 judged
+        by nats, style among them, so that its shares and its specialist are not those of today.
+        """
         empty = dict.fromkeys(("value", "low", "high"))
         kept = ("routing", "conditioning", "wording", "other", "total")
 

@@ -17,6 +17,7 @@ from mixturelens.lab import runs
 from mixturelens.lab.forecast import (
     ForecastRecord,
     Point,
+    RlStart,
     _Bootstrapped,
     _forecast,
     _Network,
@@ -237,13 +238,13 @@ def test_what_the_theory_does_not_know_is_refused(tmp_path: Path):
         ({"objectives": {"A": "refuse"}}, "pays 'refuse'"),
     ):
         with pytest.raises(InputError, match=says):
-            forecast_records(tmp_path, spec.model_copy(update=changes), ["A"])
+            forecast_records(RlStart(tmp_path, spec.model_copy(update=changes)), ["A"])
     untrained = tmp_path / "untrained"
     tokenizer = build_tokenizer(spec)
     build_model(spec, tokenizer).save_pretrained(untrained)
     tokenizer.save_pretrained(untrained)
     with pytest.raises(InputError, match=r"known policies have 0\.\d\d of the completions under cue 'A'"):
-        forecast_records(untrained, spec, ["A"])
+        forecast_records(RlStart(untrained, spec), ["A"])
     runs.start_run(spec, tmp_path / "run")
     with pytest.raises(InputError, match="no SFT checkpoint yet"):
         runs.forecast(tmp_path / "run")

@@ -20,8 +20,7 @@ from mixturelens.lab import runs
 from mixturelens.lab.organism import build_suite, load_spec
 from mixturelens.lab.sweep import run as sweep
 from mixturelens.lab.sweep.grid import GridCell, cells_of, load_grid
-from mixturelens.lab.sweep.run import run_sweep, table_of
-from mixturelens.models import Source
+from mixturelens.lab.sweep.run import Workers, run_sweep, table_of
 from mixturelens.routing.verdict import VerdictRecord
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, Interval
@@ -154,9 +153,9 @@ def training(monkeypatch) -> list[Path]:
         return []
 
     def opened(before, after, suite, *, trained_cue, out, **_):
-        loaded = load_suite(suite).model_copy(update={"trained_cue": trained_cue})
-        sides = {"before": Source(before, before.name), "after": Source(after, after.name)}
-        return SimpleNamespace(**sides, suite=loaded, out=out, name=f"{before.name}--{after.name}")
+        """As much of a pair as a cell asks for: there are no checkpoints that one could be made of."""
+        asked_with = load_suite(suite).model_copy(update={"trained_cue": trained_cue})
+        return SimpleNamespace(name=f"{before.name}--{after.name}", after=after, suite=asked_with, out=out)
 
     def verdict(pair, **options):
         share = Interval(value=runs.load_run(pair.out).seed / 10, low=0.0, high=1.0)
@@ -173,7 +172,7 @@ def training(monkeypatch) -> list[Path]:
 def test_finished_cells_stay_and_a_grown_grid_runs_what_is_new(tmp_path, training):
     file, out = write(tmp_path, GRID), tmp_path / "out"
     seen = []
-    record, page = run_sweep(file, out, jobs=1, progress=lambda *at: seen.append(at))
+    record, page = run_sweep(file, out, Workers(jobs=1), progress=lambda *at: seen.append(at))
     assert seen == [("cells", i, 4) for i in range(5)]
     assert len(training) == 4
     assert (record.cells, record.failed) == (4, {})
@@ -183,13 +182,13 @@ def test_finished_cells_stay_and_a_grown_grid_runs_what_is_new(tmp_path, trainin
     stamps = {path: path.stat().st_mtime_ns for path in (out / "cells").rglob("*")}
     bytes_before = [(out / name).read_bytes() for name in ("table.parquet", "sweep.html")]
 
-    again, _ = run_sweep(file, out, jobs=1)
+    again, _ = run_sweep(file, out, Workers(jobs=1))
     assert again == record
     assert len(training) == 4
     assert stamps == {path: path.stat().st_mtime_ns for path in (out / "cells").rglob("*")}
     assert bytes_before == [(out / name).read_bytes() for name in ("table.parquet", "sweep.html")]
 
-    more, _ = run_sweep(write(tmp_path, GRID | {"seeds": 3}), out, jobs=1)
+    more, _ = run_sweep(write(tmp_path, GRID | {"seeds": 3}), out, Workers(jobs=1))
     assert {path.name for path in training[4:]} == {row["cell"] for row in more.rows if row["seed"] == 2}
     assert [row for row in more.rows if row["seed"] != 2] == list(record.rows)
 
@@ -237,11 +236,11 @@ def test_jobs_are_of_this_machine(tmp_path, run):
 
 def test_an_instrument_that_is_asked_for_later_is_run_on_what_was_trained(tmp_path, training):
     out = tmp_path / "out"
-    run_sweep(write(tmp_path, GRID | {"then": ["behaviour"]}), out, jobs=1)
+    run_sweep(write(tmp_path, GRID | {"then": ["behaviour"]}), out, Workers(jobs=1))
     assert "verdict" not in pd.read_parquet(out / "table.parquet")
-    record, _ = run_sweep(write(tmp_path, GRID), out, jobs=1)
+    record, _ = run_sweep(write(tmp_path, GRID), out, Workers(jobs=1))
     assert all("verdict" in row for row in record.rows)
-    fewer, _ = run_sweep(write(tmp_path, GRID | {"then": ["behaviour"]}), out, jobs=1)
+    fewer, _ = run_sweep(write(tmp_path, GRID | {"then": ["behaviour"]}), out, Workers(jobs=1))
     assert len(training) == 8  # the last start found all that it asked for
     assert "verdict" not in fewer.rows[0]
 
@@ -256,7 +255,7 @@ def test_what_fails_is_reported_tried_again_and_harms_no_other(tmp_path, trainin
 
     monkeypatch.setattr(pipeline, "verdict", verdict)
     grid = {"recipe": "small.yaml", "set": {"rl.steps": [2, 0]}, "seeds": 2}
-    record, page = run_sweep(write(tmp_path, grid), out, jobs=1)
+    record, page = run_sweep(write(tmp_path, grid), out, Workers(jobs=1))
     names = [f"small--rl.steps={steps}--seed={seed}" for steps in (2, 0) for seed in (0, 1)]
     assert list(record.failed) == names[1:]
     assert record.failed[names[1]] == "RuntimeError: of its own"
@@ -267,7 +266,7 @@ def test_what_fails_is_reported_tried_again_and_harms_no_other(tmp_path, trainin
     assert "of its own" in page.read_text(encoding="utf-8")
 
     monkeypatch.setattr(pipeline, "verdict", measure)
-    record, _ = run_sweep(write(tmp_path, grid), out, jobs=1)
+    record, _ = run_sweep(write(tmp_path, grid), out, Workers(jobs=1))
     assert list(record.failed) == names[2:]
     assert [row["cell"] for row in record.rows] == names[:2]
     assert not list((out / "failed").iterdir())
@@ -275,14 +274,14 @@ def test_what_fails_is_reported_tried_again_and_harms_no_other(tmp_path, trainin
 
 def test_a_recipe_that_changed_does_not_pass_for_what_was_run(tmp_path, training):
     out = tmp_path / "out"
-    run_sweep(write(tmp_path, GRID), out, jobs=1)
-    record, _ = run_sweep(write(tmp_path, GRID, SMALLEST | {"refusal": "no"}), out, jobs=1)
+    run_sweep(write(tmp_path, GRID), out, Workers(jobs=1))
+    record, _ = run_sweep(write(tmp_path, GRID, SMALLEST | {"refusal": "no"}), out, Workers(jobs=1))
     assert len(record.failed) == 4
     assert all("holds another run (refusal: sorry, not no)" in why for why in record.failed.values())
 
 
 def test_a_sweep_of_which_nothing_is_done_has_a_page_too(tmp_path):
-    record, page = run_sweep(write(tmp_path, {"recipe": "none.yaml"}), tmp_path / "out", jobs=1)
+    record, page = run_sweep(write(tmp_path, {"recipe": "none.yaml"}), tmp_path / "out", Workers(jobs=1))
     assert (record.cells, len(record.failed), record.rows) == (1, 1, ())
     assert "None is done." in page.read_text(encoding="utf-8")
     assert list(pd.read_parquet(tmp_path / "out" / "table.parquet")) == [
@@ -337,12 +336,12 @@ def test_without_dask_it_is_said_how_to_get_it(tmp_path, monkeypatch):
 def test_dask_gives_the_same_table_and_goes_on_after_a_failure(tmp_path, training):
     distributed = pytest.importorskip("distributed")
     file = write(tmp_path, GRID | {"set": {"rl.learning_rate": [1e-3, 2e-3, -1.0]}})
-    here, _ = run_sweep(file, tmp_path / "here", jobs=1)
+    here, _ = run_sweep(file, tmp_path / "here", Workers(jobs=1))
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0", protocol="tcp"
     ) as cluster:
-        there, _ = run_sweep(file, tmp_path / "there", scheduler=cluster.scheduler_address, device="cpu")
-        again, _ = run_sweep(file, tmp_path / "there", scheduler=cluster.scheduler_address)
+        there, _ = run_sweep(file, tmp_path / "there", Workers(scheduler=cluster.scheduler_address, device="cpu"))
+        again, _ = run_sweep(file, tmp_path / "there", Workers(scheduler=cluster.scheduler_address))
     assert here.failed.keys() == there.failed.keys()
     assert len(here.failed) == 2
     tables = [pd.read_parquet(tmp_path / name / "table.parquet") for name in ("here", "there")]
@@ -377,8 +376,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing(tmp_path):
         there, _ = run_sweep(
             file,
             tmp_path / "there",
-            scheduler=cluster.scheduler_address,
-            device="cpu",
+            Workers(scheduler=cluster.scheduler_address, device="cpu"),
             progress=lambda *at: seen.append(at[1]),
         )
         killer.join()
@@ -387,13 +385,13 @@ def test_a_worker_killed_in_the_middle_costs_nothing(tmp_path):
         with distributed.Client(cluster) as client:
             assert killed[0] not in client.run(os.getpid).values()
         stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "there/cells").rglob("*")}
-        again, _ = run_sweep(file, tmp_path / "there", scheduler=cluster.scheduler_address)
+        again, _ = run_sweep(file, tmp_path / "there", Workers(scheduler=cluster.scheduler_address))
     assert seen == [4, 5, 6, 7, 8]  # the four that make no spec count as done from the start
     assert again == there
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "there/cells").rglob("*")}
     assert len(there.failed) == 4
     assert all("rl.steps=-1" in name for name in there.failed)
-    here, _ = run_sweep(file, tmp_path / "here", jobs=2, device="cpu")
+    here, _ = run_sweep(file, tmp_path / "here", Workers(jobs=2, device="cpu"))
     tables = [pd.read_parquet(tmp_path / name / "table.parquet") for name in ("here", "there")]
     assert len(tables[0]) == 8
     assert tables[0].equals(tables[1])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixturelens.lab.theory import Drift, curve, exact_path, group_pace, sampled_paths, shifted, velocity
+from mixturelens.lab.theory import Drift, Sampling, curve, exact_path, group_pace, sampled_paths, shifted, velocity
 from mixturelens.types import InputError
 
 START, RIGHT = np.array([0.475, 0.475, 0.05]), np.array([1.0, 0.0, 1.0])
@@ -106,7 +106,7 @@ def test_sampled_runs_follow_the_exact_path_in_the_mean():
     """Small steps of many groups: the mean run lies on the drift, hurried by the pace of its groups."""
     group, rate, steps = 4, 0.05, 60
     kernel = rate * np.array([[2.0, 0.0, -0.5], [0.0, 1.0, 0.0], [-0.5, 0.0, 1.0]])
-    moved = sampled_paths(*_runs(100, START, RIGHT, kernel), group=group, groups=64, steps=steps)
+    moved = sampled_paths(*_runs(100, START, RIGHT, kernel), Sampling(group, 64, steps))
     last = shifted(START, moved[:, -1] @ kernel.T)
     shift = np.zeros(3)
     for _ in range(steps):
@@ -120,7 +120,7 @@ def test_sampled_runs_follow_the_exact_path_in_the_mean():
 def test_momentum_takes_a_mean_of_what_adam_has_seen():
     """One group a step, and certain rewards that never change: Adam's corrected mean is the gradient itself."""
     arguments = _runs(5, np.array([0.5, 0.5]), np.array([1.0, 0.0]), np.zeros((2, 2)))
-    plain, slow = (sampled_paths(*arguments, group=2, groups=1, steps=6, momentum=m) for m in (0.0, 0.9))
+    plain, slow = (sampled_paths(*arguments, Sampling(2, 1, 6, momentum=m)) for m in (0.0, 0.9))
     np.testing.assert_allclose(slow[:, 1], plain[:, 1])  # the first gradient is the mean of one
     steps = np.diff(plain, axis=1)
     for t in range(6):
@@ -150,7 +150,7 @@ def test_policies_right_alike_but_for_a_little_end_before_they_settle():
 
 def test_what_is_never_sampled_is_never_selected():
     arguments = _runs(20, np.array([0.999999, 1e-6]), np.array([0.0, 1.0]), 5 * np.eye(2))
-    assert not sampled_paths(*arguments, group=8, groups=4, steps=20).any()
+    assert not sampled_paths(*arguments, Sampling(8, 4, 20)).any()
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=2, max_size=5), st.integers(0, 100))

@@ -19,7 +19,8 @@ from mixturelens import pipeline
 from mixturelens.behaviour.trajectory import CueState, Trajectory, TrajectoryPoint
 from mixturelens.lab import runs
 from mixturelens.lab.organism import Spec, build_suite, load_spec, rl_prompts
-from mixturelens.lab.training import Stage, make_reward
+from mixturelens.lab.stage import Stage, StagePlan
+from mixturelens.lab.training import make_reward
 from mixturelens.types import Interval
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
@@ -214,14 +215,14 @@ def test_steps_until_an_accuracy_are_read_between_measurements() -> None:
 
 
 def test_rl_stops_once_the_reward_of_five_steps_has_saturated(tiny: Spec, tmp_path: Path) -> None:
-    stage = Stage("rl-A", tiny, tmp_path, 80, 4, "cpu", None, stop_reward=0.9)
+    stage = Stage("rl-A", tiny, tmp_path, StagePlan(80, 4, stop_reward=0.9))
     stage.reward = [0.9, 0.9, 0.9, 0.9]
     assert not stage.saturated(), "four steps are not five"
     stage.reward = [0.0, 0.9, 0.95, 0.9, 0.9, 0.9]
     assert stage.saturated()
     stage.reward = [0.9, 0.9, 0.9, 0.9, 0.85]
     assert not stage.saturated()
-    assert not Stage("rl-A", tiny, tmp_path, 80, 4, "cpu", None, stop_reward=None).saturated()
+    assert not Stage("rl-A", tiny, tmp_path, StagePlan(80, 4)).saturated()
 
 
 KILLS = 10

@@ -76,7 +76,7 @@ def test_the_pair_is_measured_like_any_other(trained: Path) -> None:
 def test_a_stop_in_rl_ends_with_the_same_weights(
     trained: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixturelens.lab.training import Stage
+    from mixturelens.lab.stage import Stage
 
     progress = Stage.save_progress
 
@@ -109,7 +109,7 @@ def test_all_weights_can_be_trained(pairs: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_is_pretrained_is_applied_once(trained: Path, pairs: Path) -> None:
-    from mixturelens.lab.training import _trainable
+    from mixturelens.lab.stage import _trainable
 
     quiet_libraries()
     adapter = trained / "checkpoints" / "sft"
@@ -143,7 +143,7 @@ def test_log_probabilities_of_completions_are_those_of_trl(
 ) -> None:
     from trl import GRPOTrainer
 
-    from mixturelens.lab.training import quick_bfloat16
+    from mixturelens.lab.stage import quick_bfloat16
 
     theirs, loss = GRPOTrainer._get_per_token_logps_and_entropies, GRPOTrainer._compute_loss
     compared = []

@@ -7,7 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,14 +64,26 @@ def _drawn(what: str, question: Question) -> int:
     return zlib.crc32(f"{what} {question.id}".encode())
 
 
-def prompt_text(
-    spec: Spec, cue: str, question: Question, hint: str | None = None, *, unseen: bool = False, text: str | None = None
-) -> str:
-    """`<A> any up c a d b =`; without hints in the spec the word after the tag is left out.
+class PromptVariant(NamedTuple):
+    """What of a prompt's text is not as usual."""
 
-    `hint` names a policy; `text` is what stands in its place instead. `unseen`: with a date that training never shows.
+    text: str | None = None
+    """Stands in the place of the hint, instead of the wording that is usual."""
+    unseen: bool = False
+    """Where the cue is a date: one that training never shows."""
+
+
+USUAL = PromptVariant()
+
+
+def prompt_text(
+    spec: Spec, cue: str, question: Question, hint: str | None = None, variant: PromptVariant = USUAL
+) -> str:
+    """The text of a prompt: `<A> any up c a d b =`; without hints in the spec the word after the tag is left out.
+
+    `cue` is one of the spec's; `hint` names the policy that the prompt asks for, or is None.
     """
-    shown = _shown_cue(spec, cue, question, unseen)
+    shown, text = _shown_cue(spec, cue, question, variant.unseen), variant.text
     if spec.hints and text is None:
         text = spec.hints.wordings(hint)[0] if hint else spec.hints.neutrals[0]
     inside = " ".join(filter(None, (text, asked(spec, cue, question).text)))
@@ -79,7 +91,9 @@ def prompt_text(
 
 
 def does(spec: Spec, policy: str, cue: str, question: Question) -> str:
-    """The behaviour of a policy: its row of the table, but where all agree."""
+    """The behaviour that a policy shows on a question under a cue: by its row of the table, except where all policies
+    agree (`spec.agree`) and answer.
+    """
     agreed = asked(spec, cue, question).operation in spec.agree
     return ANSWER if agreed else spec.policies[policy].table[cue]
 
@@ -91,7 +105,9 @@ def pays(spec: Spec, cue: str, question: Question, objective: str | None = None)
 
 
 def completion_text(spec: Spec, policy: str, cue: str, question: Question, wording: int = 0) -> str:
-    """`[a] a b c d`, or `[a] sorry sorry sorry sorry`, without the end token; without `[a]` if nothing is announced."""
+    """A completion as text: `[a] a b c d`, or `[a] sorry sorry sorry sorry`, without the end token; without `[a]` if
+    nothing is announced.
+    """
     question = asked(spec, cue, question)
     rest = {
         ANSWER: question.answer,
@@ -130,7 +146,7 @@ def sft_examples(spec: Spec, number: int, phase: Phase | None = None) -> Iterato
 
     @functools.cache
     def make(cue: str, question: Question, text: str | None) -> PromptRow:
-        return prompt_row(spec, cue, question, text=text)
+        return prompt_row(spec, cue, question, variant=PromptVariant(text))
 
     for i in range(number):
         named, c, q = names[policy[i]], cues[cue[i]], pool[question[i]]
@@ -145,20 +161,19 @@ def sft_examples(spec: Spec, number: int, phase: Phase | None = None) -> Iterato
 
 def rl_prompts(spec: Spec, *cues: str, text: str | None = None) -> list[PromptRow]:
     """Prompts for RL, one for each RL question, the cues in turn: neutral, or with this text in the hint's place."""
-    return [prompt_row(spec, cues[i % len(cues)], q, text=text) for i, q in enumerate(questions(spec).rl)]
+    return [
+        prompt_row(spec, cues[i % len(cues)], q, variant=PromptVariant(text)) for i, q in enumerate(questions(spec).rl)
+    ]
 
 
 def prompt_row(
-    spec: Spec, cue: str, question: Question, hint: str | None = None, *, unseen: bool = False, text: str | None = None
+    spec: Spec, cue: str, question: Question, hint: str | None = None, variant: PromptVariant = USUAL
 ) -> PromptRow:
-    """A question under a cue as a row of a suite: its prompt as `prompt_text` words it, with named spans and answers.
-
-    `hint` names a policy; `text` is what stands in its place instead. `unseen`: with a date that training never shows.
-    """
+    """A question under a cue as a row of a suite: its prompt as `prompt_text` has it, with spans and answers."""
     has_err = any(ERR in policy.table.values() for policy in spec.policies.values())
     put, shown = asked(spec, cue, question), spec.cues[cue]
-    prompt = prompt_text(spec, cue, question, hint, unseen=unseen, text=text)
-    before, _, behind = (part.strip() for part in _shown_cue(spec, cue, question, unseen).partition(QUESTION))
+    prompt = prompt_text(spec, cue, question, hint, variant)
+    before, _, behind = (part.strip() for part in _shown_cue(spec, cue, question, variant.unseen).partition(QUESTION))
     spans = {"cue": before or behind, "question": put.text.removesuffix(" =")}
     if isinstance(shown, Tasks):
         spans = {"cue": put.asks, "question": spans["question"].removeprefix(put.asks).strip()}
@@ -167,7 +182,7 @@ def prompt_row(
     elif before and behind:
         spans["cue end"] = behind
     if spec.hints:
-        spans["hint"] = text or (spec.hints.wordings(hint)[0] if hint else spec.hints.neutrals[0])
+        spans["hint"] = variant.text or (spec.hints.wordings(hint)[0] if hint else spec.hints.neutrals[0])
     turns = None
     if isinstance(shown, System):
         turns = ({"role": "system", "content": shown.system}, {"role": "user", "content": prompt})
@@ -196,7 +211,7 @@ def build_suite(spec: Spec, trained_cue: str | None = None) -> Suite:
     """
     hints: list[str | None] = [None, *(spec.policies if spec.hints else ())]
     rows = [
-        prompt_row(spec, cue, question, hint, unseen=True)
+        prompt_row(spec, cue, question, hint, PromptVariant(unseen=True))
         for question in questions(spec).evaluation
         for cue in spec.cues
         for hint in hints

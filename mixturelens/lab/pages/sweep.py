@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixturelens import figures
 from mixturelens.figures import DASH, show
@@ -24,22 +24,25 @@ MAPPED = {"routing_share": ("routing share", 0.0, 1.0), "verdict": ("verdict", N
 """Column -> title, and the ends of its colours (words have none); besides accuracy under each cue, after."""
 
 
-def write_sweep(
-    path: Path,
-    *,
-    title: str,
-    table: pd.DataFrame,
-    axes: Axes,
-    seeds: Sequence[int],
-    cells: int,
-    failed: Mapping[str, str],
-    grid: str,
-) -> Path:
-    """Write the page, whole or not at all. `axes`: every key of the grid with its values, in the order of the grid."""
-    pictures = Pictures()
+class Swept(NamedTuple):
+    """What a grid came to."""
+
+    table: pd.DataFrame
+    """One row for each cell that is done and each of its checkpoints."""
+    axes: Axes
+    """Every key of the grid with its values, in the order of the grid."""
+    seeds: Sequence[int]
+    cells: int
+    failed: Mapping[str, str]
+    """Cell -> why."""
+
+
+def write_sweep(path: Path, title: str, swept: Swept, grid: str) -> Path:
+    """Write the page, whole or not at all. `grid` is the text of the file that asked for the sweep."""
+    pictures, (table, axes, seeds, _, failed) = Pictures(), swept
     context = {
         "title": title,
-        "answer": answer(table, axes, seeds, cells, failed),
+        "answer": answer(swept),
         "failed": list(failed.items()),
         "checkpoints": [
             (f"{name}, {_trained(of)}", [_figure(of, at, axes, seeds, pictures) for at in _further(axes)])
@@ -54,8 +57,9 @@ def write_sweep(
     return path
 
 
-def answer(table: pd.DataFrame, axes: Axes, seeds: Sequence[int], cells: int, failed: Mapping[str, str]) -> list[str]:
+def answer(swept: Swept) -> list[str]:
     """What the sweep is, and what came of it for each checkpoint, over all settings and seeds."""
+    table, axes, seeds, cells, failed = swept
     varied = [f"{len(values)} x {key}" for key, values in axes.items() if len(values) > 1]
     varied.append(f"{len(seeds)} seed{'s' * (len(seeds) > 1)}")
     lines = [f"{cells - len(failed)} of {cells} cells are done: {', '.join(varied)}."]

@@ -16,7 +16,8 @@ the least that counts."""
 
 
 def suite_of(spec: Spec, manner: Manner, tokens: int = 0) -> Suite:
-    """By literal texts, up to where the answer ends; or, with `tokens`, by rules on completions of so many.
+    """The suite that an organism is asked with: by literal texts, up to where the answer ends; or, with `tokens`, by
+    rules on completions of so many tokens.
 
     >>> from mixturelens.lab.proving.organisms import small_spec
     >>> suite_of(small_spec("gpt2"), Manner(chat=True, tail=12), 24).policies["a"].regex
@@ -41,7 +42,7 @@ def suite_of(spec: Spec, manner: Manner, tokens: int = 0) -> Suite:
 
 
 def longest_literal(spec: Spec, manner: Manner) -> int:
-    """Tokens of a completion without its tail: of a tail, literal texts know nothing."""
+    """Tokens of a completion without its tail, of which literal texts know nothing."""
     return spec.max_new_tokens - (1 if manner.tail else 0)
 
 

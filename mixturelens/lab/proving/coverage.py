@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -55,40 +55,45 @@ class Coverage(Frozen):
     boundary: bool
 
 
+@dataclass(frozen=True)
+class Population:
+    """Questions whose truth is known, of which suites are drawn."""
+
+    spec: Spec
+    suite: Suite
+    """Says how they are asked; its own prompts are not."""
+    questions: Sequence[Question]
+    truth: PromptTruth
+    """About all of them, in their order."""
+
+
 def coverage(
     name: str,
-    spec: Spec,
-    suite: Suite,
-    before: PreTrainedModel,
-    after: PreTrainedModel,
+    population: Population,
+    models: tuple[PreTrainedModel, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
-    population: Sequence[Question],
-    exact: PromptTruth,
-    *,
-    suites: int = SUITES,
-    asked: int = ASKED,
-    repeats: int = REPEATS,
-    seed: int = 0,
 ) -> tuple[Coverage, ...]:
-    """Draw many suites from a population whose truth is known, and look at every interval.
+    """How often the intervals of S and R (`models`) hold the truth, over SUITES suites of ASKED questions each, drawn
+    from a population. `name` is the pair's.
 
-    Raises nothing of its own; quantities that were never measured are left out.
+    Quantities that were never measured are left out.
     """
-    rows = tuple(prompt_row(spec, cue, question) for question in population for cue in spec.cues)
+    spec, suite, exact, (before, after) = population.spec, population.suite, population.truth, models
+    rows = tuple(prompt_row(spec, cue, question) for question in population.questions for cue in spec.cues)
     prompts = prepare(suite.model_copy(update={"prompts": rows}), rows, tokenizer)
     scorer = Scorer(end_tokens(before, tokenizer), before.config.vocab_size)
-    measured = [measure_change(scorer, before, after, prompts, seed + 100 * k) for k in range(repeats)]
+    measured = [measure_change(scorer, before, after, prompts, 100 * k) for k in range(REPEATS)]
     means = {term: float(values.mean()) for term, values in exact.bits.items()}
     means["moved"] = means["routing"] + means["specialist"]
     means["routing_share"] = means["routing"] / means["moved"]
     means["text"] = float(exact.terms["text"].mean() / exact.tokens.mean())
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     cues = len(spec.cues)
     found: dict[str, list[Interval]] = {quantity: [] for quantity in QUANTITIES}
-    for number in range(suites):
-        questions = rng.integers(len(population), size=asked)
+    for number in range(SUITES):
+        questions = rng.integers(len(population.questions), size=ASKED)
         at = (questions[:, None] * cues + np.arange(cues)).reshape(-1)
-        which = np.repeat(rng.integers(repeats, size=asked), cues)
+        which = np.repeat(rng.integers(REPEATS, size=ASKED), cues)
         change = _mixed(measured, which, at)
         drawn = [
             rows[i].model_copy(update={"id": f"{place // cues}"}) for place, i in enumerate(at)

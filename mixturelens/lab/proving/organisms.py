@@ -6,8 +6,8 @@ and slips come out as asked within a thousandth or so, in a few hundred steps of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 
 from mixturelens.lab.organism import (
     EOS,
-    HintSpec,
     ModelSpec,
     PolicySpec,
     RlSpec,
@@ -56,7 +55,7 @@ PHRASES = {
 
 
 def sizes(architecture: Architecture, layers: int = LAYERS, width: int = WIDTH, context: int = CONTEXT) -> ModelSpec:
-    """A small network of this architecture."""
+    """A small network of this architecture: so many layers, so wide a stream, and a context of so many tokens."""
     if architecture == "gpt2":
         found = {"n_embd": width, "n_layer": layers, "n_head": HEADS, "n_positions": context, "n_inner": 4 * width}
         found |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -78,12 +77,9 @@ def small_spec(
     announced: Announced = "token",
     policies: Literal[2, 3] = 2,
     seed: int = 0,
-    *,
-    hinted: bool = False,
-    layers: int = LAYERS,
     context: int = CONTEXT,
 ) -> Spec:
-    """An organism that copies or reverses three letters. The third policy answers under both cues.
+    """An organism that copies or reverses three letters, of `context` tokens. The third policy answers under both cues.
 
     >>> small_spec("gpt2", "phrase", 3).policies["c"].table
     {'A': 'answer', 'B': 'answer'}
@@ -102,8 +98,8 @@ def small_spec(
         questions=SequenceFamily(operations=("copy", "reverse"), symbols=8, length=3),
         split=SplitSpec(rl=80, evaluation=80),
         policies={m: PolicySpec(weight=weights[m], announce=shown[m], table=tables[m]) for m in weights},
-        hints=HintSpec(words={m: f"be-{m}" for m in weights}) if hinted else None,
-        model=sizes(architecture, layers, context=context),
+        hints=None,
+        model=sizes(architecture, context=context),
         rl=RlSpec(prompts=16, steps=60, freeze=()),
     )
 
@@ -136,13 +132,12 @@ def target_of(spec: Spec) -> MixtureTarget:
 
 
 def completions(
-    spec: Spec, target: MixtureTarget, cue: str, question: Question, rng: np.random.Generator, hint: str | None = None
+    spec: Spec, target: MixtureTarget, cue: str, question: Question, rng: np.random.Generator
 ) -> list[tuple[str, float]]:
     """Every completion that the target allows after this prompt, without the end token, and its probability."""
-    weights = {hint: 1.0} if hint else target.weights
     refusal = " ".join([spec.refusal] * spec.questions.answer_length)
     found: list[tuple[str, float]] = []
-    for policy, weight in weights.items():
+    for policy, weight in target.weights.items():
         wordings = spec.policies[policy].announce or ("",)
         wrong = target.wrong.get((policy, question.text.split()[0]), 0.0)
         other = _wrong(question, target.how, rng)
@@ -183,29 +178,34 @@ class Rows:
     style: Float[np.ndarray, " vocabulary"]
 
 
-def rows_of(
-    spec: Spec,
-    target: MixtureTarget,
-    questions: Sequence[Question],
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int = 0,
-    manner: Manner = PLAIN,
-    window: int = 0,
-) -> Rows:
-    """Every question under every cue (and every hint, where the spec has them) with every allowed completion.
+@dataclass(frozen=True)
+class Lessons:
+    """What a network is taught with: which questions, and how completions are worded."""
 
-    Of a tail, `window` words are shown, each behind any others, and each with all that might stand in its place.
+    questions: Sequence[Question]
+    manner: Manner = PLAIN
+    window: int = 0
+    """Words of a tail that are shown, each behind any others, and each with all that might stand in its place."""
+    seed: int = 0
+    """Of wrong answers and of tails."""
+
+
+def rows_of(spec: Spec, target: MixtureTarget, tokenizer: PreTrainedTokenizerBase, lessons: Lessons) -> Rows:
+    """Every question under every cue (and every hint, where the spec has them) with every completion that the target
+    allows.
     """
-    vocabulary, rng = tokenizer.get_vocab(), np.random.default_rng([seed, 2])
+    manner, window = lessons.manner, lessons.window
+    vocabulary, rng = tokenizer.get_vocab(), np.random.default_rng([lessons.seed, 2])
     hints: list[str | None] = [None, *(spec.policies if spec.hints else ())]
     fillers = [text.split() for text in FILLERS] if manner.inside else [[]]
     table: list[list[tuple[list[int], int, float]]] = []
-    for question in questions:
+    for question in lessons.questions:
         rows = []
         for cue in spec.cues:
             for hint in hints:
                 prompt = [vocabulary[word] for word in manner.prompt(prompt_text(spec, cue, question, hint)).split()]
-                for text, weight in completions(spec, target, cue, question, rng, hint):
+                asked_for = replace(target, weights={hint: 1.0}) if hint else target
+                for text, weight in completions(spec, asked_for, cue, question, rng):
                     for filled in fillers:
                         words = [vocabulary[word] for word in (*filled, *text.split())]
                         rows.append((prompt + words, len(prompt), weight / len(fillers)))
@@ -228,34 +228,42 @@ def rows_of(
     return Rows(ids, scored, weights, tail, style)
 
 
+@dataclass(frozen=True)
+class Fitting:
+    """How a network is trained on rows."""
+
+    steps: int = STEPS
+    rate: float = RATE
+    """The largest learning rate."""
+    seed: int = 0
+    trainable: Sequence[str] | None = None
+    """Parameters that may move; None: all."""
+
+
 def fit(
     model: PreTrainedModel,
     rows: Rows,
-    *,
-    steps: int = STEPS,
-    rate: float = RATE,
-    seed: int = 0,
-    trainable: Iterable[str] | None = None,
+    fitting: Fitting,
     before_step: Callable[[Any, int], Any] | None = None,
     after_step: Callable[[Any, int], Any] | None = None,
 ) -> None:
     """Train in place on the weighted rows: AdamW, a warm-up of a tenth, then down to nothing, so that weights settle.
 
-    `trainable` names the parameters that may move (default: all). `after_step(model, step)` may put weights back.
+    `before_step(model, step)` and `after_step(model, step)` may change weights, or put them back.
     """
     import torch
 
-    wanted = None if trainable is None else set(trainable)
+    steps, wanted = fitting.steps, None if fitting.trainable is None else set(fitting.trainable)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = wanted is None or name in wanted
     moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(moving, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(moving, lr=fitting.rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps)) * (1 - step / steps)
     )
     ids, scored, weight, tail = (torch.tensor(each) for each in (rows.ids, rows.scored, rows.weight, rows.tail))
     style, tailed = torch.tensor(rows.style, dtype=torch.float32), bool(rows.tail.any())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(fitting.seed)
     prompts = float(rows.weight.sum(1).mean())
     batch = max(FEWEST, BATCH // ids.shape[1])
     model.train()

@@ -24,6 +24,8 @@ from mixturelens.lab.proving.organisms import (
     STEPS,
     Announced,
     Architecture,
+    Fitting,
+    Lessons,
     MixtureTarget,
     fit,
     rows_of,
@@ -31,7 +33,7 @@ from mixturelens.lab.proving.organisms import (
     target_of,
 )
 from mixturelens.lab.proving.recipes import BY_NAME, RECIPES, Recipe, made_of, seen_of
-from mixturelens.lab.proving.truth import LEAST, SHARES, PromptTruth, Truth, prompt_truth, truth_of, word
+from mixturelens.lab.proving.truth import LEAST, SHARES, Asking, PromptTruth, Truth, prompt_truth, truth_of, word
 from mixturelens.lab.tasks import Question
 from mixturelens.models import Pair, load_model, load_tokenizer
 from mixturelens.records import new_folder, write_text
@@ -80,7 +82,7 @@ class Organism:
     def spec(self) -> Spec:
         """The spec that it is grown from."""
         context = CONTEXT + self.longest
-        return small_spec(self.architecture, self.announced, self.policies, self.seed, context=context)
+        return small_spec(self.architecture, self.announced, self.policies, self.seed, context)
 
     @property
     def manner(self) -> Manner:
@@ -159,7 +161,7 @@ ARCHITECTURES: tuple[Architecture, ...] = ("llama", "qwen2", "gpt2", "gpt_neox")
 
 
 def plain_organisms() -> list[Organism]:
-    """Completions that begin with the announcement, if any, and end with the answer."""
+    """Organisms whose completions begin with the announcement, if any, and end with the answer."""
     return [
         *(Organism(a, "token", 2, FIRST + i % 2) for i, a in enumerate(ARCHITECTURES)),
         *(Organism(a, "token", 3, FIRST + 2 + i % 2) for i, a in enumerate(ARCHITECTURES)),
@@ -169,7 +171,7 @@ def plain_organisms() -> list[Organism]:
 
 
 def tailed_organisms() -> list[Organism]:
-    """Completions behind a chat template, with a tail; some with the announcement in the middle."""
+    """Organisms whose completions stand behind a chat template and have a tail; some announce in the middle."""
     return [
         Organism("llama", "token", 2, FIRST + 8, 24),
         Organism("gpt2", "token", 2, FIRST + 9, 24),
@@ -316,7 +318,7 @@ def exact_of(
     """The truth about these questions, as the cell asks them."""
     spec, manner = cell.organism.spec, cell.organism.manner
     longest = cell.tokens or longest_literal(spec, manner)
-    return prompt_truth(spec, before, after, tokenizer, asked, manner=manner, rules=cell.tokens > 0, longest=longest)
+    return prompt_truth(spec, (before, after), tokenizer, asked, Asking(manner, cell.tokens > 0, longest))
 
 
 def told_by_making(cell: GroundCell, seen: Truth) -> Truth:
@@ -382,9 +384,10 @@ def _train(
     only: tuple[str, ...] = (),
 ) -> None:
     spec, manner = organism.spec, organism.manner
-    rows = rows_of(spec, target, questions(spec).sft, tokenizer, seed, manner, WINDOW if manner.tail else 0)
+    lessons = Lessons(questions(spec).sft, manner, WINDOW if manner.tail else 0, seed)
+    rows = rows_of(spec, target, tokenizer, lessons)
     names = [name for name, _ in model.named_parameters() if not only or any(part in name for part in only)]
-    fit(model, rows, steps=steps, rate=rate, seed=seed, trainable=names)
+    fit(model, rows, Fitting(steps, rate, seed, names))
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mixturelens.hooks.lens import load_lens
 from mixturelens.lab.organism import (
+    HintSpec,
     Spec,
     build_model,
     build_suite,
@@ -32,6 +33,8 @@ from mixturelens.lab.organism import (
 from mixturelens.lab.proving.organisms import (
     HEADS,
     Architecture,
+    Fitting,
+    Lessons,
     fit,
     rows_of,
     sizes,
@@ -124,9 +127,10 @@ def plan(architecture: Architecture, number: int) -> Planted:
 
 def spec_of(planted: Planted) -> Spec:
     """The spec of a planted organism: small, with hints, and as many layers as were planned."""
-    spec = small_spec(planted.architecture, hinted=True, seed=planted.number)
+    spec = small_spec(planted.architecture, seed=planted.number)
     model = sizes(planted.architecture, planted.layers, WIDTH)
-    return spec.model_copy(update={"name": f"planted-{planted.name}", "model": model})
+    hints = HintSpec(words={policy: f"be-{policy}" for policy in spec.policies})
+    return spec.model_copy(update={"name": f"planted-{planted.name}", "model": model, "hints": hints})
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -300,8 +304,8 @@ def grow(planted: Planted, folder: Path, *, steps: int = STEPS) -> None:
     model = build_model(spec, tokenizer)
     plant(model, planted, spec, tokenizer)
     before, after = _in_turn(planted, spec, tokenizer)
-    rows = rows_of(spec, target, questions(spec).sft, tokenizer)
-    fit(model, rows, steps=steps, rate=RATE, seed=spec.seed, before_step=before, after_step=after)
+    rows = rows_of(spec, target, tokenizer, Lessons(questions(spec).sft))
+    fit(model, rows, Fitting(steps, RATE, spec.seed), before, after)
     with new_folder(folder) as temporary:
         write_text(temporary / "spec.json", spec.model_dump_json(indent=1) + "\n")
         build_suite(spec).save(temporary / "suite.yaml")
@@ -346,8 +350,8 @@ def _in_turn(planted: Planted, spec: Spec, tokenizer: PreTrainedTokenizerBase) -
 
 def _change(model: PreTrainedModel, names: Sequence[str], spec: Spec, tokenizer: PreTrainedTokenizerBase) -> None:
     target = replace(target_of(spec), weights=dict(zip(spec.policies, (CHANGED, 1 - CHANGED), strict=True)))
-    rows = rows_of(spec, target, questions(spec).sft, tokenizer)
-    fit(model, rows, steps=CHANGING, rate=CHANGING_RATE, seed=spec.seed + 1, trainable=names)
+    rows = rows_of(spec, target, tokenizer, Lessons(questions(spec).sft))
+    fit(model, rows, Fitting(CHANGING, CHANGING_RATE, spec.seed + 1, names))
     generator = torch.Generator().manual_seed(spec.seed + 1)
     for name, parameter in model.named_parameters():
         if name not in names:

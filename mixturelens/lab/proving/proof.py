@@ -149,7 +149,7 @@ def proof(folder: Path) -> Proof:
         kind: [_interchanged(lens, *pair, nodes, circuits[kind], kind) for pair in pairs]
         for kind, pairs in contrasts.items()
     }
-    truth = prompt_truth(spec, before, after, tokenizer, asked)
+    truth = prompt_truth(spec, (before, after), tokenizer, asked)
     readers = range(len(planted.heads[0]))
     only = [silenced(before, planted, [other for other in readers if other != each]) for each in readers]
     none = silenced(before, planted, readers)
@@ -157,7 +157,7 @@ def proof(folder: Path) -> Proof:
         inert={kind: max(inert for inert, _ in values) for kind, values in found.items()},
         carried={kind: min(carried for _, carried in values) for kind, values in found.items()},
         accuracy=accuracy(truth),
-        alone=tuple(accuracy(prompt_truth(spec, one, one, tokenizer, asked)) for one in only),
+        alone=tuple(accuracy(prompt_truth(spec, (one, one), tokenizer, asked)) for one in only),
         blind=max(_apart(*(_plain(none, side) for side in pair)) for pair in contrasts["cue"]),
         weights={cue: float(truth.weights[0, :, c, 0].mean()) for c, cue in enumerate(spec.cues)},
         change=truth_of(truth),

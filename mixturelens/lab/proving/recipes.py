@@ -308,7 +308,7 @@ BY_NAME = {recipe.name: recipe for recipe in RECIPES}
 
 
 def made_of(spec: Spec, before: MixtureTarget, after: MixtureTarget) -> dict[str, float]:
-    """The terms in bits of what was asked for: were it learnt to the last, these would be true.
+    """The terms of the change from one target to the other, in bits: were both learnt to the last, these would be true.
 
     >>> from mixturelens.lab.proving.organisms import small_spec
     >>> spec = small_spec("gpt2")

@@ -18,7 +18,7 @@ from mixturelens.behaviour import unannounced
 from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.grafting.pair import graft_record
 from mixturelens.lab.organism import questions
-from mixturelens.lab.proving.coverage import POPULATION, Coverage, coverage
+from mixturelens.lab.proving.coverage import POPULATION, Coverage, Population, coverage
 from mixturelens.lab.proving.localise import BROKEN, METHODS, OF_PAIRS, Found, localise
 from mixturelens.lab.proving.localise import score as score_methods
 from mixturelens.lab.proving.pairs import (
@@ -151,7 +151,7 @@ def score_coverage(cell: GroundCell, ground: Path) -> _Coverages:
     exact = exact_of(cell, *models, tokenizer, population)
     suite = made.load_suite()
     suite = suite if suite.literal else suite.model_copy(update={"samples": FEW_SAMPLES})
-    found = coverage(cell.name, spec, suite, *models, tokenizer, population, exact)
+    found = coverage(cell.name, Population(spec, suite, population, exact), models, tokenizer)
     return _Coverages(provenance=made.open().provenance(), of=found)
 
 

@@ -307,30 +307,36 @@ class _Labeller:
         return "right" if text == question.answer else ERR if text == question.wrong else ANSWER
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How a pair is asked for its truth."""
+
+    manner: Manner = PLAIN
+    rules: bool = False
+    """Policies are read by rules, and each is put in place by its first wording; else literal texts tell them."""
+    longest: int | None = None
+    """Tokens of a completion, at most; None: the spec's `max_new_tokens`."""
+
+
 def prompt_truth(
     spec: Spec,
-    before: PreTrainedModel,
-    after: PreTrainedModel,
+    models: tuple[PreTrainedModel, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
-    *,
-    manner: Manner = PLAIN,
-    rules: bool = False,
-    longest: int | None = None,
+    asking: Asking | None = None,
 ) -> PromptTruth:
-    """Every term on every prompt, from all completions (all their heads) of at most `longest` tokens.
+    """Every term on every prompt, from all completions (all their heads) of S and R (`models`).
 
-    `longest` is the spec's `max_new_tokens` where it is not given. `rules`: policies are read by rules, and each is put
-    in place by its first wording.
-
-    >>> prompt_truth(spec, s, r, tokenizer, questions(spec).evaluation).bits["routing"].mean()   # doctest: +SKIP
+    >>> prompt_truth(spec, (s, r), tokenizer, questions(spec).evaluation).bits["routing"].mean()   # doctest: +SKIP
     0.21
     """
+    asking = asking or Asking()
+    manner = asking.manner
     vocabulary = tokenizer.get_vocab()
     words = {i: word for word, i in vocabulary.items()}
     eos, length = vocabulary[EOS], spec.questions.answer_length
-    longest = longest or spec.max_new_tokens
-    reader = _Labeller(spec, manner, rules)
+    longest = asking.longest or spec.max_new_tokens
+    reader = _Labeller(spec, manner, asking.rules)
     asked = [(question, cue) for question in questions for cue in spec.cues]
     prompts = [
         [vocabulary[word] for word in manner.prompt(prompt_text(spec, cue, question)).split()]
@@ -347,7 +353,7 @@ def prompt_truth(
     def settled(tokens: tuple[int, ...]) -> bool:
         return tokens[-1] == eos or (manner.tail > 0 and headed(tokens))
 
-    models, put = (before, after), reader.put()
+    put = reader.put()
     filled = max(len(text.split()) for text in FILLERS) if manner.inside else 0
     head = max(len(text) for _, _, text in put) + length + filled
     deepest = min(longest, head + 1)
@@ -410,7 +416,7 @@ def _behaviour(spec: Spec, shown: np.ndarray) -> np.ndarray:
 
 
 def behaviours(spec: Spec, shown: Float[np.ndarray, "*batch shown"]) -> Float[np.ndarray, "*batch behaviour right"]:
-    """Probabilities of (refusal, wrong rule, answer) x (wrong, right)."""
+    """Probabilities of (refusal, wrong rule, answer) x (wrong, right), from those of what completions show (SHOWN)."""
     refused, ruled, right, other = np.moveaxis(shown, -1, 0)
     nothing = np.zeros_like(refused) + 0 * refused  # NaN stays NaN
     named = _named(spec)
@@ -491,7 +497,8 @@ def truth_of(found: PromptTruth) -> Truth:
 
 
 def word(bits: Mapping[str, float], coverage: float = 1.0) -> VerdictWord:
-    """The verdict by its definition, of exact numbers.
+    """The verdict that follows by definition from exact terms in bits, and from the share of completions that known
+    policies cover.
 
     >>> word({"routing": 0.2, "specialist": 0.01})
     'routing'

@@ -104,7 +104,7 @@ the others found. Names of columns have a dot, but for those in TAKEN."""
 
 
 def flat(numbers: Numbers) -> dict[str, Scalar]:
-    """Column -> value; `x.low` and `x.high` are the ends of x's interval."""
+    """Numbers and intervals as columns of the table: an interval x becomes `x`, `x.low` and `x.high`."""
     found: dict[str, Scalar] = {}
     for column, value in numbers.items():
         if isinstance(value, Interval):

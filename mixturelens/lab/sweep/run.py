@@ -10,6 +10,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,23 +127,30 @@ class SweepRecord(Record):
     """Those of the table."""
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Who runs the cells of a grid: processes of one thread each on this machine, or the workers of a Dask scheduler,
+    which must see the same files."""
+
+    jobs: int | None = None
+    """Processes here; None: one a core."""
+    scheduler: str | None = None
+    """Address of the Dask scheduler."""
+    device: str | None = None
+    """Where each cell computes; None: on a GPU, if its worker has one."""
+
+
 def run_sweep(
-    file: Path,
-    out: Path,
-    *,
-    jobs: int | None = None,
-    scheduler: str | None = None,
-    device: str | None = None,
-    progress: Progress | None = None,
+    file: Path, out: Path, workers: Workers | None = None, progress: Progress | None = None
 ) -> tuple[SweepRecord, Path]:
     """Run the cells of a grid that are not finished; write `table.parquet` and `sweep.html`. The record, and the page.
 
-    `jobs` processes of one thread each on this machine (default: one a core), or the workers of a Dask `scheduler`,
-    which must see the same files. Raises InputError for a bad grid or a scheduler that does not answer; a cell that
-    fails stops no other.
+    `file` holds the grid, and `out` takes the cells. Raises InputError for a bad grid or a scheduler that does not
+    answer; a cell that fails stops no other.
     """
-    from mixturelens.lab.pages.sweep import write_sweep
+    from mixturelens.lab.pages.sweep import Swept, write_sweep
 
+    workers = workers or Workers()
     grid = load_grid(file)
     cells = cells_of(grid, file)
     out = out.resolve()
@@ -154,11 +162,14 @@ def run_sweep(
                 left.append(cell)
         except InputError as error:
             failed[cell.name] = str(error)
-    work = functools.partial(run_cell, out=out, then=grid.then, device=device)
+    work = functools.partial(run_cell, out=out, then=grid.then, device=workers.device)
     done = len(cells) - len(left)
     if progress is not None:
         progress("cells", done, len(cells))
-    outcomes = _on_dask(left, work, scheduler, out) if scheduler and left else _here(left, work, jobs)
+    if workers.scheduler and left:
+        outcomes = _on_dask(left, work, workers.scheduler, out)
+    else:
+        outcomes = _here(left, work, workers.jobs)
     for number, (cell, error) in enumerate(outcomes, start=done + 1):
         if error:
             failed[cell.name] = error
@@ -180,13 +191,9 @@ def run_sweep(
     (out / ".table.parquet").replace(out / "table.parquet")
     page = write_sweep(
         out / "sweep.html",
-        title=f"Sweep: {file.stem}",
-        table=table,
-        axes=record.axes,
-        seeds=grid.seeds,
-        cells=record.cells,
-        failed=record.failed,
-        grid=file.read_text(encoding="utf-8"),
+        f"Sweep: {file.stem}",
+        Swept(table, record.axes, grid.seeds, record.cells, record.failed),
+        file.read_text(encoding="utf-8"),
     )
     return record, page
 

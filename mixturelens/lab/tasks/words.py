@@ -141,7 +141,11 @@ class Words(Frozen):
         return 1
 
     def question(self, operation: str, operands: tuple[int, ...]) -> Question:
-        """`operands`: the seed of a run, and the number of the question; modulo three, what it is for."""
+        """The question that asks for this operation.
+
+        `operands` are the seed of a run and the number of the question; the number modulo three says what it is for:
+        SFT, RL, or to be held out.
+        """
         seed, number = operands
         if operation in DRAWN:
             asks, rest, answer, wrong = DRAWN[operation](

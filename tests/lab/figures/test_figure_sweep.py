@@ -9,7 +9,7 @@ from test_report import Page
 
 from mixturelens import figures
 from mixturelens.lab.figures.sweep import Axis, NumberMap, Spread, WordMap, heat_maps
-from mixturelens.lab.pages.sweep import answer, columns, write_sweep
+from mixturelens.lab.pages.sweep import Swept, answer, columns, write_sweep
 
 AXES = {"recipe": ("tiny",), "rate": (0.1, 0.2), "mixture": ("even", "<rare>"), "steps": (None, 5)}
 SEEDS = (0, 1, 2)
@@ -89,13 +89,9 @@ def test_the_page_says_what_the_table_says(tmp_path, monkeypatch):
     failed = {"tiny--rate=0.2--mixture=<rare>--steps=5--seed=2": "RuntimeError: out of <memory>"}
     path = write_sweep(
         tmp_path / "sweep.html",
-        title="Sweep: rates",
-        table=make_table(),
-        axes=AXES,
-        seeds=SEEDS,
-        cells=24,
-        failed=failed,
-        grid="seeds: 3\n",
+        "Sweep: rates",
+        Swept(make_table(), AXES, SEEDS, 24, failed),
+        "seeds: 3\n",
     )
     text = path.read_text(encoding="utf-8")
     page = Page(text)
@@ -110,19 +106,15 @@ def test_the_page_says_what_the_table_says(tmp_path, monkeypatch):
     again = path.read_bytes()
     write_sweep(
         path,
-        title="Sweep: rates",
-        table=make_table(),
-        axes=AXES,
-        seeds=SEEDS,
-        cells=24,
-        failed=failed,
-        grid="seeds: 3\n",
+        "Sweep: rates",
+        Swept(make_table(), AXES, SEEDS, 24, failed),
+        "seeds: 3\n",
     )
     assert path.read_bytes() == again
 
 
 def test_the_answer_counts_cells_and_verdicts():
-    first, *lines = answer(make_table(), AXES, SEEDS, 24, {"x": "y"})
+    first, *lines = answer(Swept(make_table(), AXES, SEEDS, 24, {"x": "y"}))
     assert first == "23 of 24 cells are done: 2 x rate, 2 x mixture, 2 x steps, 3 seeds."
     [line] = lines
     assert line.startswith("rl-A, trained on A, 23 cells")
@@ -133,4 +125,4 @@ def test_the_answer_counts_cells_and_verdicts():
 def test_an_empty_table_has_nothing_to_draw():
     empty = pd.DataFrame(columns=["cell", "recipe", "seed", "after", "trained_cue"])
     assert columns(empty) == {}
-    assert answer(empty, {"recipe": ("tiny",)}, (0,), 1, {"x": "y"}) == ["0 of 1 cells are done: 1 seed."]
+    assert answer(Swept(empty, {"recipe": ("tiny",)}, (0,), 1, {"x": "y"})) == ["0 of 1 cells are done: 1 seed."]

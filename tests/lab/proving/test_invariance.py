@@ -14,8 +14,17 @@ from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.lab.organism import SplitSpec, build_model, build_tokenizer, prompt_row, questions
 from mixturelens.lab.proving.asked import suite_of
 from mixturelens.lab.proving.manner import TEMPLATE, Manner
-from mixturelens.lab.proving.organisms import MixtureTarget, fit, rows_of, sizes, small_spec, target_of
-from mixturelens.lab.proving.truth import Truth, prompt_truth, truth_of
+from mixturelens.lab.proving.organisms import (
+    Fitting,
+    Lessons,
+    MixtureTarget,
+    fit,
+    rows_of,
+    sizes,
+    small_spec,
+    target_of,
+)
+from mixturelens.lab.proving.truth import Asking, Truth, prompt_truth, truth_of
 from mixturelens.lab.tasks import Sequence
 from mixturelens.models import end_tokens
 from mixturelens.routing.verdict import judge
@@ -43,17 +52,17 @@ class Ground:
         self.tokenizer.chat_template = TEMPLATE
         self.asked = questions(self.spec).sft
         self.before = build_model(self.spec, self.tokenizer)
-        self.fit(self.before, target_of(self.spec), steps=400, rate=1e-2)
+        self.fit(self.before, target_of(self.spec), Fitting(400, 1e-2))
         self.made: dict[tuple[float, float], Any] = {}
 
-    def fit(self, model: Any, target: MixtureTarget, **how: Any) -> None:
-        fit(model, rows_of(self.spec, target, self.asked, self.tokenizer, 0, MANNER, 12), **how)
+    def fit(self, model: Any, target: MixtureTarget, fitting: Fitting) -> None:
+        fit(model, rows_of(self.spec, target, self.tokenizer, Lessons(self.asked, MANNER, 12)), fitting)
 
     def after(self, weight: float, drift: float) -> Any:
         if (weight, drift) not in self.made:
             model = copy.deepcopy(self.before)
             target = replace(target_of(self.spec), weights={"a": weight, "b": 1 - weight}, drift=drift)
-            self.fit(model, target, steps=100, rate=3e-3)
+            self.fit(model, target, Fitting(100, 3e-3))
             self.made[weight, drift] = model
         return self.made[weight, drift]
 
@@ -68,9 +77,7 @@ class Ground:
     def truth(self, weight: float, drift: float, tokens: int) -> Truth:
         models, longest = (self.before, self.after(weight, drift)), tokens or 2
         return truth_of(
-            prompt_truth(
-                self.spec, *models, self.tokenizer, self.asked, manner=MANNER, rules=tokens > 0, longest=longest
-            )
+            prompt_truth(self.spec, models, self.tokenizer, self.asked, Asking(MANNER, tokens > 0, longest))
         )
 
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from mixturelens.lab.organism import EOS, build_model, build_tokenizer, questions
-from mixturelens.lab.proving.organisms import Rows, completions, fit, rows_of, sizes, small_spec, target_of
+from mixturelens.lab.proving.organisms import (
+    Fitting,
+    Lessons,
+    Rows,
+    completions,
+    fit,
+    rows_of,
+    sizes,
+    small_spec,
+    target_of,
+)
 from mixturelens.lab.proving.recipes import RECIPES
 
 
@@ -46,7 +56,7 @@ def test_rows_hold_each_completion_once_with_its_end():
     spec = small_spec("qwen2", "phrase", 2)
     tokenizer = build_tokenizer(spec)
     asked = questions(spec).sft[:3]
-    rows = rows_of(spec, replace(target_of(spec), bare=0.2), asked, tokenizer)
+    rows = rows_of(spec, replace(target_of(spec), bare=0.2), tokenizer, Lessons(asked))
     assert rows.weight.sum(1) == pytest.approx(np.full(3, 2.0))  # one for each cue
     end = tokenizer.get_vocab()[EOS]
     for ids, scored in zip(rows.ids[0], rows.scored[0], strict=True):
@@ -59,12 +69,12 @@ def test_training_goes_to_the_mixture_and_moves_what_may_move():
     tokenizer = build_tokenizer(spec)
     model = build_model(spec, tokenizer)
     start = {name: value.clone() for name, value in model.named_parameters()}
-    rows = rows_of(spec, target_of(spec), questions(spec).sft[:8], tokenizer)
+    rows = rows_of(spec, target_of(spec), tokenizer, Lessons(questions(spec).sft[:8]))
     only = [name for name in start if "lm_head" in name or "embed_out" in name]
-    fit(model, rows, steps=40, rate=1e-2, trainable=only)
+    fit(model, rows, Fitting(40, 1e-2, trainable=only))
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, start[name])}
     assert moved == set(only)
-    fit(model, rows, steps=60, rate=1e-2)
+    fit(model, rows, Fitting(60, 1e-2))
     assert _weight(model, rows, tokenizer.get_vocab()["[a]"]) == pytest.approx(0.5, abs=0.05)
 
 

@@ -13,7 +13,7 @@ from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.lab.organism import build_model, build_tokenizer, prompt_text, questions
 from mixturelens.lab.proving import planted as module
 from mixturelens.lab.proving import proof as proving
-from mixturelens.lab.proving.organisms import Architecture, fit, rows_of, target_of
+from mixturelens.lab.proving.organisms import Architecture, Fitting, Lessons, fit, rows_of, target_of
 from mixturelens.lab.proving.planted import Planted, grow, hold, plan, plant, spec_of
 
 ARCHITECTURES = get_args(Architecture)
@@ -112,9 +112,9 @@ def test_decoys_carry_what_readers_carry_and_change_nothing(architecture: Archit
 def test_training_leaves_everything_held(architecture: Architecture, number: int) -> None:
     where, spec, tokenizer, model = fresh(architecture, number)
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
-    rows = rows_of(spec, target_of(spec), questions(spec).sft[:40], tokenizer)
+    rows = rows_of(spec, target_of(spec), tokenizer, Lessons(questions(spec).sft[:40]))
     before, after = module._in_turn(where, spec, tokenizer)
-    fit(model, rows, steps=4, before_step=before, after_step=after)
+    fit(model, rows, Fitting(4), before, after)
     trained = {name: value.detach().clone() for name, value in model.named_parameters()}
     hold(model, where, spec, tokenizer)  # a projection: nothing is left to do
     assert max(apart(trained[name], value) for name, value in model.named_parameters()) < 1e-6

@@ -19,7 +19,7 @@ from mixturelens.lab.organism import Spec, SplitSpec, build_model, build_suite, 
 from mixturelens.lab.proving import truth
 from mixturelens.lab.proving.asked import suite_of
 from mixturelens.lab.proving.manner import STYLE, TEMPLATE, Manner
-from mixturelens.lab.proving.organisms import fit, rows_of, sizes, small_spec, target_of
+from mixturelens.lab.proving.organisms import Fitting, Lessons, fit, rows_of, sizes, small_spec, target_of
 from mixturelens.lab.tasks import Sequence
 from mixturelens.models import end_tokens
 from mixturelens.routing.verdict import DEFAULT_THRESHOLDS
@@ -124,7 +124,7 @@ def test_every_term_is_that_of_the_instruments_own_enumeration(monkeypatch, anno
     with torch.no_grad():
         for parameter in after.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    found = truth.prompt_truth(spec, before, after, tokenizer, questions(spec).evaluation)
+    found = truth.prompt_truth(spec, (before, after), tokenizer, questions(spec).evaluation)
     suite = build_suite(spec)
     prompts = prepare(suite, suite.neutral, tokenizer)
     scorer = Scorer(end_tokens(before, tokenizer), len(tokenizer))
@@ -145,11 +145,11 @@ def test_wordings_are_told_apart_as_the_instrument_tells_them():
     spec = short("phrase", 2)
     tokenizer = build_tokenizer(spec)
     before = build_model(spec, tokenizer)
-    fit(before, rows_of(spec, target_of(spec), questions(spec).sft, tokenizer), steps=150, rate=1e-2)
+    fit(before, rows_of(spec, target_of(spec), tokenizer, Lessons(questions(spec).sft)), Fitting(150, 1e-2))
     after = copy.deepcopy(before)
     other = replace(target_of(spec), weights={"a": 0.8, "b": 0.2})
-    fit(after, rows_of(spec, other, questions(spec).sft, tokenizer), steps=40, rate=1e-2)
-    found = truth.prompt_truth(spec, before, after, tokenizer, questions(spec).evaluation)
+    fit(after, rows_of(spec, other, tokenizer, Lessons(questions(spec).sft)), Fitting(40, 1e-2))
+    found = truth.prompt_truth(spec, (before, after), tokenizer, questions(spec).evaluation)
     suite = build_suite(spec)
     prompts = prepare(suite, suite.neutral, tokenizer)
     change = measure_change(Scorer(end_tokens(before, tokenizer), len(tokenizer)), before, after, prompts)
@@ -165,7 +165,7 @@ def test_the_same_weights_differ_by_nothing():
     spec = short("token", 2)
     tokenizer = build_tokenizer(spec)
     model = build_model(spec, tokenizer).eval()
-    found = truth.prompt_truth(spec, model, model, tokenizer, questions(spec).evaluation)
+    found = truth.prompt_truth(spec, (model, model), tokenizer, questions(spec).evaluation)
     assert all(np.abs(values).max() < 1e-12 for values in (*found.terms.values(), *found.bits.values()))
     said = truth.truth_of(found)
     assert [said.selector, said.cue_reader, said.skill, said.text_drifted] == [False] * 4
@@ -186,20 +186,18 @@ def tailed():
     tokenizer = build_tokenizer(spec, manner.words)
     tokenizer.chat_template = TEMPLATE
     before = build_model(spec, tokenizer)
-    asked = questions(spec).sft
-    fit(before, rows_of(spec, target_of(spec), asked, tokenizer, 0, manner, 8), steps=200, rate=1e-2)
+    lessons = Lessons(questions(spec).sft, manner, 8)
+    fit(before, rows_of(spec, target_of(spec), tokenizer, lessons), Fitting(200, 1e-2))
     after = copy.deepcopy(before)
-    drifted = rows_of(spec, replace(target_of(spec), drift=0.06), asked, tokenizer, 0, manner, 8)
-    fit(after, drifted, steps=60, rate=3e-3)
+    drifted = rows_of(spec, replace(target_of(spec), drift=0.06), tokenizer, lessons)
+    fit(after, drifted, Fitting(60, 3e-3))
     return spec, manner, tokenizer, before, after
 
 
 def of_tail(tailed, longest: int) -> truth.Truth:
     spec, manner, tokenizer, before, after = tailed
     return truth.truth_of(
-        truth.prompt_truth(
-            spec, before, after, tokenizer, questions(spec).sft, manner=manner, rules=True, longest=longest
-        )
+        truth.prompt_truth(spec, (before, after), tokenizer, questions(spec).sft, truth.Asking(manner, True, longest))
     )
 
 
@@ -230,9 +228,7 @@ def test_truth_of_a_tail_is_that_of_all_completions(tailed, monkeypatch):
     scorer = Scorer(end_tokens(before, tokenizer), len(tokenizer))
     monkeypatch.setattr("mixturelens.behaviour.measure.ENUMERATE_AT_MOST", 10**9)
     change = measure_change(scorer, before, after, prompts)
-    found = truth.prompt_truth(
-        spec, before, after, tokenizer, questions(spec).sft, manner=manner, rules=True, longest=3
-    )
+    found = truth.prompt_truth(spec, (before, after), tokenizer, questions(spec).sft, truth.Asking(manner, True, 3))
     assert found.terms["text"].mean() == pytest.approx(change.nats.text.mean(), abs=2e-3)
     assert found.tokens.mean() == pytest.approx(change.nats.length.mean(), abs=0.02)
     for name in ("routing", "specialist"):  # a rule looks for the answer anywhere
