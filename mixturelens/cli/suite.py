@@ -14,7 +14,7 @@ from mixturelens.types import InputError, RunError
 
 if TYPE_CHECKING:
     from mixturelens.models import How
-    from mixturelens.suite import Suite
+    from mixturelens.suite import PromptRow, Suite
 
 commands = typer.Typer(name="suite", help="Start a behaviour suite, or check one.", no_args_is_help=True)
 app.add_typer(commands)
@@ -124,7 +124,8 @@ def _written(suite: Suite, before: str, after: str | None, how: How, seed: int) 
         found = scorer.sample(model, contexts, SHOWN, [suite.max_new_tokens] * len(contexts), seed)
         for i, tokens in zip(found.context, found.tokens, strict=True):
             row = pair.suite.prompts[int(i)]
-            text = pair.tokenizer.decode([t for t in tokens if t not in scorer.ends], skip_special_tokens=True)
+            written = [token for token in tokens if token not in scorer.ends]
+            text = str(pair.tokenizer.decode(written, skip_special_tokens=True))
             label = suite.label(text, row)
             other += label.policy == OTHER
             right = "yes" if suite.correct(label.rest, row) else "no"
@@ -134,5 +135,5 @@ def _written(suite: Suite, before: str, after: str | None, how: How, seed: int) 
     return rows, other
 
 
-def _of(suite: Suite, questions: list[str]) -> tuple[object, ...]:
+def _of(suite: Suite, questions: list[str]) -> tuple[PromptRow, ...]:
     return tuple(row for row in suite.neutral if row.id in questions)

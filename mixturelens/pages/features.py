@@ -111,7 +111,7 @@ def _quality(sae: of.Sae, side: Side) -> _Quality:
     )
 
 
-def _scored(table: of.Table, score: of.Score) -> _Scored:
+def _scored(table: of.Table, score: of.UnitScore) -> _Scored:
     return _Scored(
         table.concept,
         score.unit.kind,
