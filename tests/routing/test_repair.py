@@ -22,6 +22,7 @@ from mixturelens.hooks.lens import load_lens
 from mixturelens.models import Pair, load_model, load_tokenizer
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.sweep import find_reader
+from mixturelens.routing import edit as edits
 from mixturelens.routing import repair
 from mixturelens.routing.edit import edited, fit_edit
 from mixturelens.routing.repair import RepairRecord, RepairSettings, repair_record
