@@ -31,7 +31,7 @@ from mixturelens.hooks.intervened import Intervened, known_prompts
 from mixturelens.hooks.lens import lens_of
 from mixturelens.models import Pair, quiet_libraries
 from mixturelens.patching.sweep import find_reader, head_sites
-from mixturelens.routing.repair import edited, fit_edit
+from mixturelens.routing.edit import edited, fit_edit
 from mixturelens.spelling import encode_prompts
 from mixturelens.stats import PROPORTION, interval
 from mixturelens.suite import load_suite

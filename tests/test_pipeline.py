@@ -10,6 +10,7 @@ import torch
 from mixturelens import pipeline
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.behaviour.trajectory import Trajectory
+from mixturelens.features.pair import FeatureSettings
 from mixturelens.features.record import FeatureRecord, Quality, Sae
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.lab import runs
@@ -243,18 +244,18 @@ def test_a_repair_without_a_checkpoint_is_not_made_again(tmp_path: Path, monkeyp
 
 def test_features_are_made_again_where_an_sae_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a record says lies beside it must lie there; one whose SAEs were not kept is whole without them."""
-    made: list[dict] = []
+    made: list[FeatureSettings] = []
     kept: list[str | None] = ["sft/L1.resid_pre", None]
     quality = Quality(explained=0.9, active=8.0, dead=0.0, loss_recovered=NOT_MEASURED, tokens=9)
 
-    def make(pair: object, measured: object, patching: object, **options: object) -> object:
-        made.append(options)
+    def make(pair: object, measured: object, settings: FeatureSettings, **options: object) -> object:
+        made.append(settings)
         sae = Sae(
             site=Site(layer=1, component="resid_pre"), folder=kept[len(made) // 3], trained=2, width=2,
             quality={"before": quality, "after": quality},
         )  # fmt: skip
         if sae.folder:
-            (Path(str(options["folder"])) / sae.folder).mkdir(parents=True)
+            (settings.folder / sae.folder).mkdir(parents=True)
         return FeatureRecord(trained_cue="A", saes=(sae,))
 
     monkeypatch.setattr(pipeline, "feature_record", make)
@@ -265,8 +266,8 @@ def test_features_are_made_again_where_an_sae_is_gone(tmp_path: Path, monkeypatc
     first = pipeline.decompose(pair)
     assert pipeline.decompose(pair) == first
     assert len(made) == 1
-    assert made[0]["folder"] == tmp_path / "features"
-    assert (made[0]["probing"], made[0]["more"]) == (None, ())  # no probing record, and no run to draw prompts from
+    assert made[0].folder == tmp_path / "features"
+    assert (made[0].probing, made[0].more) == (None, ())  # no probing record, and no run to draw prompts from
     (tmp_path / "features" / "sft" / "L1.resid_pre").rmdir()
     assert pipeline.decompose(pair) == first
     assert len(made) == 2

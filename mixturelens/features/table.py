@@ -9,17 +9,8 @@ import torch
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.record import Concept, Several, Table, Unit, UnitScore
 from mixturelens.features.together import fewest_features, fewest_heads, fewest_neurons
-from mixturelens.features.units import (
-    Place,
-    Trial,
-    best_direction,
-    best_head,
-    best_of,
-    directed,
-    directions,
-    pool_of,
-    pool_of_neurons,
-)
+from mixturelens.features.units import Place, Trial, best_direction, best_head, best_of, pool_of, pool_of_neurons
+from mixturelens.features.vectors import directed, directions
 from mixturelens.probing.record import Subspace
 from mixturelens.stats import mean_interval
 from mixturelens.types import InputError

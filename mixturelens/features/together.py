@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mixturelens.features.change import matched
+from mixturelens.features.clamps import Clamp, clamped, set_to
 from mixturelens.features.effects import Scene, heads_alone, joint_effects, sites_together
 from mixturelens.features.record import Several, Unit, UnitKind
-from mixturelens.features.units import Clamp, Place, Pool, Trial, clamped, promising_heads, set_to
+from mixturelens.features.units import Place, Pool, Trial, promising_heads
 from mixturelens.patching.sweep import ENOUGH, head_sites
 from mixturelens.stats import interval, resample_counts
 from mixturelens.types import NOT_MEASURED, InputError, Site

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixturelens.behaviour.repair_questions import Ground, Scale
 from mixturelens.contrasts import Contrasts
+from mixturelens.features.clamps import FEW, Clamp, clamped, clamps_of, random_gaps, set_to
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import (
     Scene,
@@ -27,13 +28,11 @@ from mixturelens.features.effects import (
 from mixturelens.features.effort import EXACT, share_of
 from mixturelens.features.record import Unit, UnitScore
 from mixturelens.features.splice import At
-from mixturelens.hooks.intervened import Rewrite
+from mixturelens.features.vectors import neurons, strength
 from mixturelens.hooks.lens import Lens
 from mixturelens.patching.sweep import APART, head_sites
-from mixturelens.probing.erase import in_behaviour
 from mixturelens.probing.leace import leace
 from mixturelens.probing.scores import auroc
-from mixturelens.probing.solve import fit_logistic
 from mixturelens.stats import PROPORTION, apart, interval, resample_counts, resampled_mean
 from mixturelens.types import NOT_MEASURED, Component, InputError, Interval, Intervention, Site
 
@@ -41,129 +40,12 @@ RANDOM = 24
 """Matched random units that the best one is compared with, by patching."""
 RANDOM_GAP = 8
 """The same in behaviour, which takes longer."""
-FEW = 32
-"""Judging questions, at most, on which these are clamped: they are many, and say no more than where chance is."""
 QUESTIONS = 128
 """Questions of each half, at most."""
 NOMINATED = 64
 """These are so many, at most."""
 WATCHED = 256 << 20
 """Bytes of what all layers have at a position, up to which it is kept of all of them."""
-
-Clamp = Sequence[Intervention | Rewrite]
-"""What makes one unit, or several at once, what they are to be in behaviour."""
-
-
-# --- units as vectors -------------------------------------------------------------------------------------------------
-
-
-def neurons(size: int, which: Sequence[int], device: torch.device | str = "cpu") -> Dictionary:
-    """Some of the hidden neurons of an MLP, as units of the activation that they are."""
-    own = torch.zeros(len(which), size, device=device)
-    own[torch.arange(len(which)), list(which)] = 1.0
-    return _linear(own, own, torch.zeros(len(which), device=device))
-
-
-def directions(scene: Scene) -> tuple[Dictionary, tuple[str, ...]]:
-    """Directions that tell the two sides apart at a site, tokens as rows: unit vectors, and how each was found.
-
-    They are the difference of means, and the weights of a logistic regression in the activation's own coordinates. What
-    they read is counted from its mean over both sides, so that ablating one puts this mean in place of it. Raises
-    InputError where both sides have the same activations.
-    """
-    clean, corrupt = (run.values.flatten(0, 1) for run in (scene.clean, scene.corrupt))
-    x = torch.cat([clean, corrupt])
-    labels = (torch.arange(len(x), device=x.device) < len(clean)).long()
-    probe = fit_logistic(x[None], labels[None])
-    found = torch.stack([clean.mean(0) - corrupt.mean(0), probe.weights[0, 0, 0] * probe.scale[0]])
-    norms = found.norm(dim=1, keepdim=True)
-    if not bool((norms > 0).all()):
-        raise InputError(f"{scene.site}: both sides have the same activations, so no direction tells them apart")
-    return directed(found / norms, scene), ("difference of means", "logistic probe")
-
-
-def directed(vectors: Float[Tensor, "unit d"], scene: Scene) -> Dictionary:
-    """Unit vectors as linear units that read what they write, counted from their mean over both sides of a scene."""
-    mean = (scene.clean.values.mean((0, 1)) + scene.corrupt.values.mean((0, 1))) / 2
-    return _linear(vectors, vectors, vectors @ mean)
-
-
-def _linear(read: Tensor, write: Tensor, offset: Tensor) -> Dictionary:
-    return Dictionary(read, offset, torch.full_like(offset, -torch.inf), write)
-
-
-def strength(scene: Scene, units: Dictionary) -> Float[Tensor, " unit"]:
-    """Mean |f(clean) - f(corrupt)| times the norm of what the unit writes: how far it displaces the activation."""
-    change = units.encode(scene.clean.values) - units.encode(scene.corrupt.values)
-    return (change.abs() * units.scale(scene.corrupt.values)).mean((0, 1)) * units.write.norm(dim=1)
-
-
-# --- in behaviour -----------------------------------------------------------------------------------------------------
-
-
-def clamps_of(
-    units: Dictionary, which: Sequence[int], site: Site, contrasts: Contrasts, to: Float[Tensor, " unit"]
-) -> Clamp:
-    """What makes the units `which` as active as `to` says in behaviour, all at once: each reads what was there before
-    any of them wrote.
-
-    They are clamped behind the prompt where the contrast has a policy in place. Units whose activation takes more than
-    an affine read and a threshold are clamped by their dictionary, token by token.
-    """
-    if units.alone:
-        return [clamp_of(units, each, site, contrasts, float(to[each])) for each in which]
-    index = torch.tensor(list(which), dtype=torch.long, device=units.read.device)
-    part, amount = units.part(index), to[index]
-    return [Rewrite(in_behaviour(site, contrasts), lambda x: part.moved(x, amount - part.encode(x)))]
-
-
-def clamp_of(units: Dictionary, which: int, site: Site, contrasts: Contrasts, to: float) -> Intervention:
-    """The clamp of unit `which` to the activation `to`, as an intervention; its activation must be an affine read of
-    its own with a threshold (`Dictionary.alone`).
-    """
-    where, threshold = in_behaviour(site, contrasts), float(units.threshold[which])
-    read, write = (vectors[which].tolist() for vectors in (units.read, units.write))
-    if site.component == "neurons" and units.write[which].count_nonzero() == 1:  # one number, of itself
-        where = where.model_copy(update={"neuron": int(units.read[which].argmax())})
-        read, write = [1.0], [1.0]
-    return Intervention(
-        site=where,
-        do="clamp",
-        vector=tuple(write),
-        read=tuple(read),
-        offset=float(units.offset[which]),
-        threshold=None if threshold == -np.inf else threshold,
-        amount=to,
-    )
-
-
-def clamped(ground: Ground, scale: Scale, interventions: Clamp) -> tuple[Interval, Interval]:
-    """R with units clamped, on the questions that judge: the gap closed under the harmed cue, and the change of the
-    accuracy under the trained one. Raises InputError for a site or a position that its prompts lack.
-    """
-    found = ground.behaviour(interventions, ground.judge)
-    return scale.gap_closed(found), scale.trained_change(found)
-
-
-def random_gaps(
-    ground: Ground, scale: Scale, interventions: Sequence[Clamp], most: int = FEW
-) -> tuple[float | None, ...]:
-    """The share of the gap that each clamp closes by itself, on at most `most` of the questions that judge; null where
-    there is no gap.
-    """
-    if not scale.gap_closed(scale.before).measured:
-        return (None,) * len(interventions)
-    few = [i for i, row in enumerate(ground.judge.rows) if row.cue == ground.harm.harmed_cue][:most]
-    broken = scale.after.correct.sum(-1)
-    gap = float(scale.ceiling[0]) - float(scale.grid.draws(broken)[0, scale.columns[0]])
-    found = []
-    for each in interventions:
-        reached = ground.behaviour(each, ground.judge.part(few)).correct.sum(-1)
-        found.append(round(float(np.nanmean(reached - broken[few])) / gap, 6))
-    return tuple(found)
-
-
-# --- scores -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -498,11 +380,6 @@ def promising_heads(scene: Scene, sites: list[Site]) -> list[Site]:
     guess = {key: (slope[key] * (scene.clean.seen[key] - scene.corrupt.seen[key])).sum((1, 3)).mean(0) for key in keys}
     values = np.array([float(guess[site.layer, "z"][site.head or 0]) for site in sites])
     return [sites[i] for i in _nominated(values, np.ones(len(sites)), scene, sites[len(sites) // 2].layer)]
-
-
-def set_to(head: Site, contrasts: Contrasts, to: Float[Tensor, " d"]) -> Intervention:
-    """The intervention that makes a head's output this vector in behaviour."""
-    return Intervention(site=in_behaviour(head, contrasts), do="set", vector=tuple(to.tolist()))
 
 
 def make_trial(

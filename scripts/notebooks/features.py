@@ -60,7 +60,8 @@ from mixturelens.features.sites import arrived_at, named_site
 from mixturelens.features.splice import Crossing
 from mixturelens.features.table import find_table
 from mixturelens.features.together import fewest_features
-from mixturelens.features.units import Place, TrialSettings, best_of, make_trial, pool_of, strength
+from mixturelens.features.units import Place, TrialSettings, best_of, make_trial, pool_of
+from mixturelens.features.vectors import strength
 from mixturelens.figures.style import GREY, INK, UNITS, new_figure
 from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.lens import NAMES, lens_of

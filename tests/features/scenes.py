@@ -13,7 +13,7 @@ from mixturelens.behaviour.repair_questions import Ground, Scale, make_ground, s
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import make_scene
-from mixturelens.features.units import directions
+from mixturelens.features.vectors import directions
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.models import load_model
 from mixturelens.suite import load_suite

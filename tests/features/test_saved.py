@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from scenes import pair
 from torch import Tensor
 
+from mixturelens.features.clamps import clamps_of
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import make_scene, unit_effects
 from mixturelens.features.saved import CONFIG, SCALER, WEIGHTS, load_sae, read_sae
-from mixturelens.features.units import clamps_of
 from mixturelens.hooks.intervened import Intervened, Rewrite
 from mixturelens.types import InputError, Intervention, Site
 

@@ -14,14 +14,16 @@ from scenes import POLICY, organism, pair, some_features
 from torch.nn.functional import normalize
 
 from mixturelens.contrasts import Contrasts
-from mixturelens.features import together, units
+from mixturelens.features import together, units, vectors
 from mixturelens.features.activations import collect
+from mixturelens.features.clamps import clamped
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import make_scene, unit_effects
 from mixturelens.features.effort import Training
 from mixturelens.features.sae import Origin, load_sae, train_sae
 from mixturelens.features.table import find_table
-from mixturelens.features.units import TrialSettings, clamped, directed, directions, make_trial
+from mixturelens.features.units import TrialSettings, make_trial
+from mixturelens.features.vectors import directed, directions
 from mixturelens.hooks.lens import Lens
 from mixturelens.patching.sweep import head_sites, patch
 from mixturelens.probing.record import Subspace
@@ -76,7 +78,7 @@ def test_the_feature_of_the_carrier_is_first_and_that_of_the_decoy_does_nothing(
     away = normalize(torch.randn(24, planted.D, generator=torch.Generator().manual_seed(1))) * own.write.norm()
     read = own.read.expand(24, -1), own.offset.expand(24), own.threshold.expand(24)
     null = trial.shares(unit_effects(trial.judge, Dictionary(*read, away)))[0]
-    assert units.strength(trial.choose, own) > 0.5
+    assert vectors.strength(trial.choose, own) > 0.5
     assert abs(moved[decoys]) < 0.03
     assert abs(moved[decoys]) <= np.abs(null).max()
     # other kinds: the head that was planted as the reader; a direction; no single neuron
@@ -162,4 +164,4 @@ def test_what_cannot_be_found_is_said():
     assert len(missing) == 1
     assert missing[0].startswith("cue, features: L1.resid_pre@policy: none of 48 units")
     with pytest.raises(InputError, match="units read 7 numbers"):
-        find_table("cue", trial, units.neurons(7, range(7)))
+        find_table("cue", trial, vectors.neurons(7, range(7)))

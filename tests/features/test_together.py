@@ -13,20 +13,12 @@ from scenes import POLICY, REFERENCE, linear, organism, pair, some_features
 
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.features import together
+from mixturelens.features.clamps import clamped, set_to
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import joint_effects
 from mixturelens.features.record import Unit
 from mixturelens.features.together import SIZES, fewest_features, fewest_heads, fewest_neurons
-from mixturelens.features.units import (
-    Place,
-    Trial,
-    TrialSettings,
-    clamped,
-    make_trial,
-    pool_of,
-    pool_of_neurons,
-    set_to,
-)
+from mixturelens.features.units import Place, Trial, TrialSettings, make_trial, pool_of, pool_of_neurons
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.sweep import ENOUGH, jointly
 from mixturelens.suite import load_suite

@@ -13,20 +13,12 @@ from torch.nn.functional import normalize
 
 from mixturelens.behaviour.repair_questions import Scale
 from mixturelens.contrasts import Contrasts, checkpoint_contrasts
-from mixturelens.features import units
+from mixturelens.features import clamps, units, vectors
+from mixturelens.features.clamps import clamp_of, clamped
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import make_scene, unit_effects
-from mixturelens.features.units import (
-    Place,
-    TrialSettings,
-    best_head,
-    best_of,
-    clamp_of,
-    clamped,
-    directed,
-    directions,
-    make_trial,
-)
+from mixturelens.features.units import Place, TrialSettings, best_head, best_of, make_trial
+from mixturelens.features.vectors import directed, directions
 from mixturelens.hooks.intervened import Intervened, known_prompts
 from mixturelens.hooks.lens import load_lens
 from mixturelens.probing.scores import auroc
@@ -70,7 +62,7 @@ def test_a_clamp_in_behaviour_is_the_clamp_of_the_engine(kind: str, which: str):
     dictionary = {
         "feature": lambda: some_features(ground.contrasts, lens),
         "direction": lambda: directed(normalize(torch.randn(3, lens.d_model)), scene),
-        "neuron": lambda: units.neurons(lens.d_mlp, range(lens.d_mlp)),
+        "neuron": lambda: vectors.neurons(lens.d_mlp, range(lens.d_mlp)),
     }[kind]()
     to = torch.linspace(-1, 2, len(dictionary))
     expected = scene.base + unit_effects(scene, dictionary, "clamp", to)
@@ -89,9 +81,9 @@ def test_random_gaps_are_gaps_on_fewer_questions(monkeypatch):
         directions(make_scene(ground.lens, ground.contrasts, POLICY))[0], 0, POLICY, ground.contrasts, 3.0
     )
     monkeypatch.setattr(units, "FEW", 1000)
-    found = units.random_gaps(ground, scale, [[intervention]])
+    found = clamps.random_gaps(ground, scale, [[intervention]])
     assert found[0] == pytest.approx(clamped(ground, scale, [intervention])[0].value, abs=1e-5)
-    assert units.random_gaps(ground, Scale(scale.after, scale.after, scale.grid, scale.columns, scale.ceiling * 0), [
+    assert clamps.random_gaps(ground, Scale(scale.after, scale.after, scale.grid, scale.columns, scale.ceiling * 0), [
         [intervention]]) == (None,)  # fmt: skip
 
 
@@ -104,7 +96,7 @@ def test_matched_units_are_as_strong(monkeypatch):
     size = torch.tensor([1.0, 0.1, 0.9, 1.0, 1.2, 30.0])
     threshold = torch.tensor([-torch.inf] * 3 + [100.0] + [-torch.inf] * 2)
     made = Dictionary(planted.CARRIER.expand(6, -1), torch.zeros(6), threshold, base * size[:, None])
-    np.testing.assert_allclose(units.strength(trial.choose, made), 3 * size * (threshold < 100), rtol=0.01)
+    np.testing.assert_allclose(vectors.strength(trial.choose, made), 3 * size * (threshold < 100), rtol=0.01)
     pool = units.pool_of(Place(trial, made), lambda index: units.Unit(kind="feature", site=planted.SITE, index=index))
     asked: list[int] = []
     score = best_of(dataclasses.replace(pool, place=lambda index: asked.append(index) or pool.place(index)))
@@ -199,4 +191,4 @@ def test_what_cannot_be_compared_is_said():
         make_trial(lens, backwards, planted.SITE)
     trial = make_trial(lens, contrasts.first(8), planted.SITE)
     with pytest.raises(InputError, match="units read 7 numbers"):
-        unit_effects(trial.choose, units.neurons(7, range(7)))
+        unit_effects(trial.choose, vectors.neurons(7, range(7)))

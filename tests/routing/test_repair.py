@@ -22,8 +22,10 @@ from mixturelens.hooks.lens import load_lens
 from mixturelens.models import Pair, load_model, load_tokenizer
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.sweep import find_reader
+from mixturelens.routing import edit as edits
 from mixturelens.routing import repair
-from mixturelens.routing.repair import RepairRecord, RepairSettings, edited, fit_edit, repair_record
+from mixturelens.routing.edit import edited, fit_edit
+from mixturelens.routing.repair import RepairRecord, RepairSettings, repair_record
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, Site
 
@@ -134,8 +136,8 @@ def test_an_edit_changes_how_the_cue_is_read_and_little_else(shape: str) -> None
     ground = make_ground(lens, suite, harm, seed=0)
     heads = [Site(layer=1, component="z", head=1)]
     edit = fit_edit(ground, heads)
-    trained, kept = repair._inputs(ground, 1, "A")
-    harmed, _ = repair._inputs(ground, 1, "B")
+    trained, kept = edits._inputs(ground, 1, "A")
+    harmed, _ = edits._inputs(ground, 1, "B")
     plain = load_model(folder / "S")
     head = 1 * lens.kv_heads // lens.heads
     for which in ("k", "v"):
