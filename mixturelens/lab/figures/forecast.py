@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixturelens.figures.marks import band, columns, line, whiskers
+from mixturelens.figures.marks import Mark, band, columns, line, whiskers
 from mixturelens.figures.panels import Panel
 from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, style
 from mixturelens.figures.words import label, number
@@ -74,11 +74,12 @@ def _by_step(panel: Panel, record: ForecastRecord, i: int) -> None:
     y = [value.value for value in expected]
     line(panel, steps, y, hover, line={"color": colour, "width": 2}, name=f"forecast, cue {label(cue)}")
     points = record.happened.points if record.happened else ()
-    values = [point.accuracy[cue] for point in points]
-    hover = [f"cue {label(cue)}, step {p.step}<br>{number(v)}" for p, v in zip(points, values, strict=True)]
+    marks = [
+        Mark(p.step, value := p.accuracy[cue], f"cue {label(cue)}, step {p.step}<br>{number(value)}") for p in points
+    ]
     look: dict[str, Any] = {"marker": {"color": colour, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 7}}
     look |= {"name": f"measured, cue {label(cue)}", "showlegend": cue == record.trained_cue}
-    columns(panel, values, [point.step for point in points], hover, whisker=(1.5, 3, None), **look)
+    columns(panel, marks, whisker=(1.5, 3, None), **look)
 
 
 def drifts(columns: Mapping[str, Sequence[ForecastRecord]], cue: str) -> Figure:
@@ -146,6 +147,6 @@ def _measured(
     panel: Panel, on: Sequence[Interval], off: Sequence[Interval], where: Sequence[str], marker: Any, **look: Any
 ) -> None:
     """Points with crosses for intervals: accuracy under both cues at each step."""
-    hover = [f"{w}<br>{number(x)}: {number(y)}" for w, x, y in zip(where, on, off, strict=True)]
+    marks = [Mark(x.value, y, f"{w}<br>{number(x)}: {number(y)}") for w, x, y in zip(where, on, off, strict=True)]
     look = {"marker": {**marker, "size": 6}, "legendgroup": look["name"], "error_x": whiskers(on, 1, 0, None), **look}
-    columns(panel, off, [value.value for value in on], hover, whisker=(1, 0, None), **look)
+    columns(panel, marks, whisker=(1, 0, None), **look)

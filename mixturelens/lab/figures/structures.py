@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mixturelens.figures.marks import columns
+from mixturelens.figures.marks import Mark, columns
 from mixturelens.figures.panels import Panel
 from mixturelens.figures.style import INK, SYMBOLS, cue_colour, new_figure, style
 from mixturelens.figures.words import cue_title, label, number
@@ -124,14 +124,14 @@ def _phases(panel: Panel, record: StructureRecord, ends: Sequence[int]) -> None:
 def _paid(panel: Panel, record: StructureRecord, cue: str, objectives: Sequence[str], ends: Sequence[int]) -> None:
     """A line an objective: what it would pay under a cue."""
     for i, objective in enumerate(objectives):
-        values = [point.earned[cue][objective] for point in record.checkpoints]
         name = f"would be paid by the objective of {label(objective)}"
-        hover = [
-            f"cue {label(cue)}, after {label(point.name)}<br>{name}: {number(value)}"
-            for point, value in zip(record.checkpoints, values, strict=True)
-        ]
+        marks = []
+        for end, point in zip(ends, record.checkpoints, strict=True):
+            value = point.earned[cue][objective]
+            said = f"cue {label(cue)}, after {label(point.name)}<br>{name}: {number(value)}"
+            marks.append(Mark(end, value, said))
         colour = cue_colour(objective, record.cues)
         look: dict[str, Any] = {"mode": "lines+markers", "line": {"color": colour, "width": 2}}
         look |= {"marker": {"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 7}, "name": name, "legendgroup": name}
         legend = panel.row == panel.column == 1
-        columns(panel, values, ends, hover, whisker=(1.5, 3, colour), showlegend=legend, **look)
+        columns(panel, marks, whisker=(1.5, 3, colour), showlegend=legend, **look)
