@@ -14,7 +14,7 @@ from mixturelens.types import NOT_MEASURED, PER_HEAD, Interval, Side, Site
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from mixturelens.probing.record import Erasure, ProbingRecord, Subspace
+    from mixturelens.probing.record import ErasedSite, Erasure, ProbingRecord, Subspace
 
 _CONCEPTS = {"cue": "cue", "selector": "selector (hint)"}
 _KINDS = (("residual stream", "#5B7A99", "circle"), ("heads", "#8A5FBF", "square"), ("MLPs", INK, "triangle-up"))
@@ -79,7 +79,7 @@ def _scan(panel: Panel, record: ProbingRecord) -> None:
         columns(panel, marks, whisker=(1, 0, colour), marker=marker, name=name, **across)
 
 
-def _facts(of: Erasure) -> str:
+def _facts(of: ErasedSite | Erasure) -> str:
     """What can be read there, what is used of it, and whether it was erased."""
     used = remaining(of.left)
     return f"AUROC {number(of.readable)}<br>used {number(used)}<br>of the cue left (check) {number(of.gap)}"

@@ -9,6 +9,8 @@ from mixturelens.figures.panels import Panel
 from mixturelens.figures.style import GREY, INK, jitter
 from mixturelens.types import Interval
 
+Numbers = Sequence[float | None]
+
 
 class Mark(NamedTuple):
     """One number: where it stands along the axis that counts rows or steps, and what it says where one hovers."""
@@ -81,7 +83,9 @@ def bars(panel: Panel, marks: Sequence[Mark], **look: Any) -> None:
     panel.figure.add_bar(x=numbers, y=places, hovertext=hover, hoverinfo="text", **look, **panel.at)
 
 
-def line(panel: Panel, x: Sequence[float], y: Sequence[float | None], hover: Sequence[str] | None, **look: Any) -> None:
+def line(
+    panel: Panel, x: Sequence[float | None], y: Sequence[float | None], hover: Sequence[str] | None, **look: Any
+) -> None:
     """A line through numbers; where nothing was measured there is a gap."""
     points(panel, x, y, hover, **{"mode": "lines", **look})
 

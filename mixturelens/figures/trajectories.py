@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixturelens.behaviour.trajectory import CueState
 from mixturelens.figures.marks import Mark, columns, line
-from mixturelens.figures.panels import Panel, rule
-from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, is_rl, new_figure, policy_colour, style
+from mixturelens.figures.panels import Panel, panels, rule
+from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, is_rl, new_figure, policy_colour
 from mixturelens.figures.words import cue_title, label, number, policy_name
 from mixturelens.types import NOT_MEASURED, OTHER, Interval
 
@@ -170,15 +170,14 @@ def _panels(run: _Run, states: Mapping[str, Sequence[CueState]], reward: bool) -
 
 def _grid(cues: Sequence[str], rows: int) -> Figure:
     """Empty panels, a column a cue; the fourth row is one panel for all."""
-    from plotly.subplots import make_subplots
-
     columns = max(len(cues), 1)
     grid: list[list[dict[str, int] | None]] = [[{} for _ in range(columns)] for _ in range(3)]
     if rows == 4:
         grid.append([{"colspan": columns}, *[None] * (columns - 1)])
     titles = [cue_title(cue, columns) for cue in cues]
-    spacing = {"vertical_spacing": 0.24 / rows, "horizontal_spacing": 0.12 / columns}
-    return style(make_subplots(rows=rows, cols=columns, specs=grid, column_titles=titles, **spacing), 130 + 190 * rows)
+    more: dict[str, Any] = {"specs": grid, "column_titles": titles}
+    more |= {"vertical_spacing": 0.24 / rows, "horizontal_spacing": 0.12 / columns}
+    return panels((rows, columns), [], 130 + 190 * rows, {}, **more)
 
 
 def _policies(

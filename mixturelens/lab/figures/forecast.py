@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixturelens.figures.marks import Mark, band, columns, line, whiskers
-from mixturelens.figures.panels import Panel
-from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, style
+from mixturelens.figures.panels import Panel, panels
+from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour
 from mixturelens.figures.words import label, number
 from mixturelens.types import Interval
 
@@ -34,13 +34,11 @@ def forecast(record: ForecastRecord) -> Figure:
 
     Probabilities; bands and whiskers are the record's intervals over questions, of the forecast and of what happened.
     """
-    from plotly.subplots import make_subplots
-
     count = len(record.off) + 1
     titles = [*(f"cue {label(cue)}, without a clock" for cue in record.off), "step by step"]
-    figure = make_subplots(rows=1, cols=count, column_titles=titles, horizontal_spacing=0.2 / count)
-    style(figure, 540)
-    figure.update_layout(margin={"t": 40, "b": 160}, legend={"y": 0, "yanchor": "bottom"})
+    margin, spacing = {"t": 40, "b": 160}, 0.2 / count
+    figure = panels((1, count), [], 540, margin, column_titles=titles, horizontal_spacing=spacing)
+    figure.update_layout(legend={"y": 0, "yanchor": "bottom"})
     points = record.happened.points if record.happened else ()
     on = [point.accuracy[record.trained_cue] for point in points]
     for column, (cue, curves) in enumerate(record.off.items(), start=1):
@@ -88,13 +86,10 @@ def drifts(columns: Mapping[str, Sequence[ForecastRecord]], cue: str) -> Figure:
 
     Probabilities with the records' intervals over questions.
     """
-    from plotly.subplots import make_subplots
-
     spacing = {"vertical_spacing": 0.09, "horizontal_spacing": 0.13 / len(columns)}
-    shared = {"shared_xaxes": True, "shared_yaxes": True}
-    figure = make_subplots(rows=2, cols=len(columns), column_titles=list(columns), **spacing, **shared)
-    style(figure, 680)
-    figure.update_layout(margin={"t": 34, "b": 110, "l": 90}, legend={"y": 0, "yanchor": "bottom"})
+    shared = {"shared_xaxes": True, "shared_yaxes": True, "column_titles": list(columns)}
+    figure = panels((2, len(columns)), [], 680, {"t": 34, "b": 110, "l": 90}, **spacing, **shared)
+    figure.update_layout(legend={"y": 0, "yanchor": "bottom"})
     for column, records in enumerate(columns.values(), start=1):
         for row in (1, 2):
             for i, record in enumerate(records):

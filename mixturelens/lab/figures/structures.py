@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixturelens.figures.marks import Mark, columns
-from mixturelens.figures.panels import Panel
-from mixturelens.figures.style import INK, SYMBOLS, cue_colour, new_figure, style
+from mixturelens.figures.panels import Panel, panels
+from mixturelens.figures.style import INK, SYMBOLS, cue_colour, new_figure
 from mixturelens.figures.words import cue_title, label, number
 
 if TYPE_CHECKING:
@@ -81,8 +81,6 @@ def schedule(records: Mapping[str, StructureRecord]) -> Figure:
     Probabilities with the record's intervals over questions. The background has the colour of the cues that a phase
     trains on; objectives have the colour of their cue. The objective of a cue that no phase trains on is not drawn.
     """
-    from plotly.subplots import make_subplots
-
     first = next(iter(records.values()))
     cues = first.cues
     objectives = list(dict.fromkeys(regime for pair in first.pairs for regime in (pair.first, pair.second)))
@@ -94,9 +92,8 @@ def schedule(records: Mapping[str, StructureRecord]) -> Figure:
     }
     spacing = {"horizontal_spacing": 0.03, "vertical_spacing": 0.12 / len(records)}
     shared = {"shared_xaxes": True, "shared_yaxes": True}
-    figure = make_subplots(rows=len(records), cols=len(cues), **titles, **spacing, **shared)
-    style(figure, 130 + 170 * len(records))
-    figure.update_layout(margin={"t": 84})
+    size, height = (len(records), len(cues)), 130 + 170 * len(records)
+    figure = panels(size, [], height, {"t": 84}, **titles, **spacing, **shared)
     for row, record in enumerate(records.values(), start=1):
         ends = [0]
         for point in record.checkpoints[1:]:
