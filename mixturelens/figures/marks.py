@@ -9,7 +9,7 @@ from mixturelens.figures.panels import Panel
 from mixturelens.figures.style import GREY, INK, jitter
 from mixturelens.types import Interval
 
-Numbers = Sequence[float | None]
+Coordinates = Sequence[float | None]
 
 
 class Mark(NamedTuple):
@@ -35,21 +35,21 @@ def points(panel: Panel, x: Sequence[Any], y: Sequence[Any], hover: Sequence[str
 
 
 def dots(panel: Panel, marks: Sequence[Mark], **look: Any) -> None:
-    """Numbers across with their intervals, each in its row. `whisker`: thickness, width at its ends, and colour."""
+    """Coordinates across with their intervals, each in its row. `whisker`: thickness, width at its ends, and colour."""
     error = whiskers([mark.value for mark in marks], *look.pop("whisker", ()))
     numbers, places, hover = _lists(marks)
     points(panel, numbers, places, hover, error_x=error, **look)
 
 
 def columns(panel: Panel, marks: Sequence[Mark], **look: Any) -> None:
-    """Numbers up with their intervals, each in its column."""
+    """Coordinates up with their intervals, each in its column."""
     error = whiskers([mark.value for mark in marks], *look.pop("whisker", ()))
     numbers, places, hover = _lists(marks)
     points(panel, places, numbers, hover, error_y=error, **look)
 
 
 def _lists(marks: Sequence[Mark]) -> tuple[list[float | None], list[float | None], list[str]]:
-    """Numbers, places and texts of marks."""
+    """Coordinates, places and texts of marks."""
     return [mark.value.value for mark in marks], [mark.place for mark in marks], [mark.hover for mark in marks]
 
 

@@ -48,7 +48,7 @@ def readability(record: ProbingRecord, target: str) -> Figure:
     return _maps(record, [readout], _rows(record.sites))
 
 
-class _Plan(NamedTuple):
+class _MapPlan(NamedTuple):
     """Rows and columns of a map, and the pixels of a row and of a column."""
 
     rows: Sequence[_Row]
@@ -58,12 +58,12 @@ class _Plan(NamedTuple):
     column: float
 
 
-def _plan(sites: Sequence[Site], rows: Sequence[_Row], labels: Sequence[str], each: int, columns: int) -> _Plan:
+def _plan(sites: Sequence[Site], rows: Sequence[_Row], labels: Sequence[str], each: int, columns: int) -> _MapPlan:
     """Positions in the order of the prompt, then named spans in the order of the record."""
     found = list(dict.fromkeys(site.position for site in sites if site.position is not None))
     places = sorted(found, key=lambda place: (0, place) if isinstance(place, int) else (1, 0))
     names = [labels[p] if isinstance(p, int) and p < len(labels) else str(p) for p in places]
-    return _Plan(rows, places, names, each, _WIDE / columns / max(len(places), 1))
+    return _MapPlan(rows, places, names, each, _WIDE / columns / max(len(places), 1))
 
 
 def _rows(sites: Sequence[Site]) -> list[_Row]:
@@ -155,7 +155,7 @@ def _readout_title(readout: Readout) -> str:
     return f"<b>{label(readout.target)}</b>: {facts}"
 
 
-def _cell(record: ProbingRecord, readout: Readout, view: _View, at: int | None, plan: _Plan) -> HeatCell:
+def _cell(record: ProbingRecord, readout: Readout, view: _View, at: int | None, plan: _MapPlan) -> HeatCell:
     """The score at one site of the record, with its controls; none where there is no such site."""
     if at is None:
         return HeatCell(None, DASH if plan.column >= 20 else "", "no such site")
