@@ -10,6 +10,7 @@ from mixturelens.figures.panels import (
     Panel,
     at_edge,
     beside,
+    between,
     ends,
     heading,
     number_axis,
@@ -161,9 +162,7 @@ def crosscoder(records: Mapping[str, Sequence[CrosscoderFit]]) -> Figure:
     lines = [_TermLine(name, fit.without, fit.random) for name, (_, fit) in zip(names, fits, strict=True)]
     _terms([Panel(figure, 1, column) for column in (2, 3, 4)], lines, "bits from R", bar=False)
     row_axis(Panel(figure, 1, 1), names)
-    for y in range(1, len(fits)):
-        if fits[y][0] != fits[y - 1][0]:
-            rule(Panel(figure), y=y - 0.5, color="#BBBBBB")
+    between(Panel(figure), [name for name, _ in fits], color="#BBBBBB")
     causal = [_causal(fit) for _, fit in fits]
     beside(Panel(figure, 1, 4), "<b>causal</b> of those<br>of R alone tested", causal)
     return figure

@@ -9,6 +9,7 @@ from mixturelens.figures.marks import Mark, controls, dots, line
 from mixturelens.figures.panels import (
     Panel,
     beside,
+    between,
     entry,
     number_axis,
     panels,
@@ -274,9 +275,7 @@ def clamping(record: FeatureRecord, repair: RepairRecord | None = None) -> Figur
     bare = {"showgrid": False, "zeroline": False, "showticklabels": False}
     figure.update_yaxes(range=[len(lines) - 0.45, -0.55], **bare, **change.at)
     rule(gap, x=1, below=True, dash="dot")
-    for y in range(1, len(lines)):
-        if lines[y].concept != lines[y - 1].concept:
-            rule(Panel(figure), y=y - 0.5, color="#BBBBBB")
+    between(Panel(figure), [each.concept for each in lines], color="#BBBBBB")
     beside(change, "<b>gap closed</b>", [_closed(each) for each in lines])
     return figure
 
@@ -361,8 +360,7 @@ def _controls(panel: Panel, random: Sequence[Sequence[float | None]], name: str,
 def _name_rows(panel: Panel, rows: Sequence[tuple[str, Unit | str]]) -> None:
     """A kind, as plotly shows it, and below it the unit itself."""
     row_axis(panel, [f"{kind}<br>{label(str(what), _NAME)}" for kind, what in rows])
-    for y in range(1, len(rows)):
-        rule(panel, y=y - 0.5, below=True, color="#E6E6E6")
+    between(panel, range(len(rows)), below=True, color="#E6E6E6")
 
 
 def _symbols(figure: Figure, symbols: Sequence[tuple[str, str, str]]) -> None:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from mixturelens.figures.heat import HeatCell, across, heat, outline
+from mixturelens.figures.heat import HeatCell, across, heat, outline, scale
 from mixturelens.figures.marks import Mark, columns, dots, points
 from mixturelens.figures.panels import Panel, entry, panels, row_axis, rule, shade
-from mixturelens.figures.style import GREY, INK, NEGATIVE, POSITIVE, ROUTER, SCALE, SPECIALIST
+from mixturelens.figures.style import GREY, INK, NEGATIVE, POSITIVE, ROUTER, SPECIALIST
 from mixturelens.figures.words import DASH, label, number
 from mixturelens.types import NOT_MEASURED, Interval, VerdictWord
 
@@ -62,10 +62,9 @@ def confusion(halves: Sequence[Verdicts]) -> Figure:
     figure.update_layout(showlegend=False)
     # ticks at the top stand between the panel and its title
     figure.update_annotations(yshift=32)
-    colours = {"zmin": 0, "zmax": 1, "colorscale": [list(stop) for stop in SCALE], "showscale": False}
     for column, sums in enumerate(halves, start=1):
         panel = Panel(figure, 1, column)
-        heat(panel, [_confused(sums, truth) for truth in WORDS], 15, xgap=3, ygap=3, **colours)
+        heat(panel, [_confused(sums, truth) for truth in WORDS], 15, xgap=3, ygap=3, showscale=False, **scale(0, 1))
         for place in range(len(WORDS)):
             outline(panel, place, place, (0.48, 0.47), 1.5)
         across(panel, WORDS, tickfont={"size": 12}, tickangle=0, side="top", zeroline=False)
