@@ -94,8 +94,3 @@ def band(panel: Panel, x: Sequence[float], low: Sequence[float], high: Sequence[
     """The ground between two lines: intervals of what was measured everywhere."""
     outline = {"fill": "toself", "fillcolor": colour, "line": {"width": 0}, "showlegend": False}
     line(panel, [*x, *reversed(x)], [*high, *reversed(low)], None, **outline)
-
-
-def old_whiskers(values: Sequence[Interval]) -> Any:
-    error = whiskers(values)
-    return error["array"], error["arrayminus"]
