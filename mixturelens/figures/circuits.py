@@ -73,9 +73,9 @@ class _Layout:
         return 2 * self.layers + 1
 
     def place(self, name: str, position: int) -> _Place:
+        """Where a node stands: heads beside each other, next to the stream."""
         if _is_head(name):
             row = self.heads[position, _layer(name)]
-            # next to the stream, where there are fewer than the column has room for
             x = self.stream[position] - len(row) + row.index(name)
             return _Place(x, 1 + 2 * _layer(name))
         y = 0 if name == "input" else self.top if name == "logits" else 2 + 2 * _layer(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mixturelens.figures.marks import columns, controls, dots, points, whiskers
+from mixturelens.figures.marks import Mark, columns, controls, dots, points, whiskers
 from mixturelens.figures.panels import Panel, beside, panels, reach, row_axis, rule
 from mixturelens.figures.style import GREY, INK, ROUTER, SYMBOLS, cue_colour, new_figure
 from mixturelens.figures.words import DASH, SIDES, label, number
@@ -14,7 +14,7 @@ from mixturelens.types import NOT_MEASURED, PER_HEAD, Interval, Side, Site
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from mixturelens.probing.record import Erasure, ProbingRecord, Subspace
+    from mixturelens.probing.record import ErasedSite, Erasure, ProbingRecord, Subspace
 
 _CONCEPTS = {"cue": "cue", "selector": "selector (hint)"}
 _KINDS = (("residual stream", "#5B7A99", "circle"), ("heads", "#8A5FBF", "square"), ("MLPs", INK, "triangle-up"))
@@ -72,13 +72,14 @@ def _scan(panel: Panel, record: ProbingRecord) -> None:
             "line": {"width": 1.5, "color": colour},
         }
         across = {"error_x": whiskers([each.readable for each in found], 1, 0, colour)}
-        hover = [f"{label(str(each.site), 60)}<br>{_facts(each)}" for each in found]
-        x = [each.readable.known for each in found]
-        used = [remaining(each.left) for each in found]
-        columns(panel, used, x, hover, whisker=(1, 0, colour), marker=marker, name=name, **across)
+        marks = [
+            Mark(each.readable.value, remaining(each.left), f"{label(str(each.site), 60)}<br>{_facts(each)}")
+            for each in found
+        ]
+        columns(panel, marks, whisker=(1, 0, colour), marker=marker, name=name, **across)
 
 
-def _facts(of: Erasure) -> str:
+def _facts(of: ErasedSite | Erasure) -> str:
     """What can be read there, what is used of it, and whether it was erased."""
     used = remaining(of.left)
     return f"AUROC {number(of.readable)}<br>used {number(used)}<br>of the cue left (check) {number(of.gap)}"
@@ -97,8 +98,7 @@ def _erased_point(panel: Panel, name: str, one: Erasure, lift: int) -> None:
     marker = {"color": colour, "symbol": "diamond", "size": 13, "line": {"color": INK, "width": 1.5}}
     random = f"random directions: {_span([1 - value for value in one.random])}"
     hover = f"{title}: {label(str(one.site), 60)}<br>{_facts(one)}<br>{random}"
-    error = whiskers([used])
-    points(panel, [one.readable.value], [used.value], [hover], error_y=error, marker=marker, name=title)
+    columns(panel, [Mark(one.readable.value, used, hover)], marker=marker, name=title)
     if used.value is not None and one.readable.value is not None:
         text = f"{title}:<br><b>{label(str(one.site), 40)}</b>"
         # away from the points, most of which are at the right edge
@@ -117,14 +117,13 @@ def _behaviour(panel: Panel, chosen: Sequence[tuple[str, Erasure]], cues: Sequen
         facts = f"<br>{check}: {number(one.gap, 2)}<br>left {number(one.left, 2)}<br>random {_span(one.random)}"
         rows.append((f"erased where {name}:<br>{label(str(one.site), 24)}", one.erased, facts))
     for i, cue in enumerate(cues):
-        values = [found.get(cue, NOT_MEASURED) for _, found, _ in rows]
-        hover = [
-            f"{name}<br>cue {label(cue)}: P(answer given {label(first.policy)}) {number(value)}{facts}"
-            for (name, _, facts), value in zip(rows, values, strict=True)
-        ]
-        places = [y + 0.16 * (i - (len(cues) - 1) / 2) for y in range(len(rows))]
+        lift, said = 0.16 * (i - (len(cues) - 1) / 2), f"cue {label(cue)}: P(answer given {label(first.policy)})"
+        marks = []
+        for y, (name, found, facts) in enumerate(rows):
+            value = found.get(cue, NOT_MEASURED)
+            marks.append(Mark(y + lift, value, f"{name}<br>{said} {number(value)}{facts}"))
         marker = {"color": cue_colour(cue, cues), "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 11}
-        dots(panel, values, places, hover, whisker=(2, 5, None), marker=marker, name=f"cue {label(cue)}")
+        dots(panel, marks, whisker=(2, 5, None), marker=marker, name=f"cue {label(cue)}")
     look = {"range": [-0.05, 1.05], "tickvals": [0, 0.5, 1], **panel.at}
     panel.figure.update_xaxes(title_text=f"P(answer given policy {label(first.policy, 16)})", **look)
     row_axis(panel, [name + facts for name, _, facts in rows], showticklabels=True)

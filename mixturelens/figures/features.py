@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mixturelens.figures.marks import bars, controls, dots, points
+from mixturelens.figures.marks import Mark, bars, controls, dots, points
 from mixturelens.figures.panels import (
     Panel,
     at_edge,
     beside,
+    between,
     ends,
     heading,
     number_axis,
@@ -161,9 +162,7 @@ def crosscoder(records: Mapping[str, Sequence[CrosscoderFit]]) -> Figure:
     lines = [_TermLine(name, fit.without, fit.random) for name, (_, fit) in zip(names, fits, strict=True)]
     _terms([Panel(figure, 1, column) for column in (2, 3, 4)], lines, "bits from R", bar=False)
     row_axis(Panel(figure, 1, 1), names)
-    for y in range(1, len(fits)):
-        if fits[y][0] != fits[y - 1][0]:
-            rule(Panel(figure), y=y - 0.5, color="#BBBBBB")
+    between(Panel(figure), [name for name, _ in fits], color="#BBBBBB")
     causal = [_causal(fit) for _, fit in fits]
     beside(Panel(figure, 1, 4), "<b>causal</b> of those<br>of R alone tested", causal)
     return figure
@@ -174,18 +173,17 @@ def _counts(panel: Panel, fits: Sequence[tuple[str, CrosscoderFit]]) -> None:
     counts = [{"after": 0, "before": 0, **fit.exclusive, "false": fit.false} for _, fit in fits]
     for kind, (words, colour) in _LOOKS.items():
         found = [count[kind] for count in counts]
-        hover = [
-            f"{label(name, 40)}, seed {fit.seed}<br>{words}: {count}, shared: {fit.shared}<br>"
-            f"dead {number(fit.dead)}, explained of S {number(fit.explained.get('before'))}, of R "
-            f"{number(fit.explained.get('after'))}"
-            for (name, fit), count in zip(fits, found, strict=True)
-        ]
+        marks = []
+        for y, ((name, fit), count) in enumerate(zip(fits, found, strict=True)):
+            first = f"{label(name, 40)}, seed {fit.seed}<br>{words}: {count}, shared: {fit.shared}<br>"
+            explained = [number(fit.explained.get(side)) for side in SIDES]
+            last = "dead {}, explained of S {}, of R {}".format(number(fit.dead), *explained)
+            marks.append(Mark(y, Interval(value=count), first + last))
         inside = {"textposition": "inside", "insidetextanchor": "middle", "textangle": 0, "constraintext": "none"}
         inside |= {"text": [str(count) if count else "" for count in found], "error_x": None}
         inside["textfont"] = {"size": 12, "color": "white" if kind == "after" else INK}
         marker = {"color": colour, "line": {"color": INK, "width": 1}}
-        values = [Interval(value=count) for count in found]
-        bars(panel, values, range(len(fits)), hover, width=0.5, marker=marker, name=words, **inside)
+        bars(panel, marks, width=0.5, marker=marker, name=words, **inside)
     for y, count in enumerate(counts):
         if not any(count.values()):
             none = {"x": 0, "xanchor": "left", "xshift": 6, "y": y, "showarrow": False, "font_size": 12}
@@ -215,18 +213,19 @@ def _terms(shown: Sequence[Panel], lines: Sequence[_TermLine], unit: str, bar: b
     span = (low - before * (high - low), high + after * (high - low))
     for panel, term in zip(shown, _TERMS, strict=True):
         _random(panel, lines, term, legend=panel is shown[0])
-        values = [line.of(term) for line in lines]
-        hover = [f"{line.name}<br>{term}: {number(value)} bits" for line, value in zip(lines, values, strict=True)]
+        marks = [
+            Mark(y, value := line.of(term), f"{line.name}<br>{term}: {number(value)} bits")
+            for y, line in enumerate(lines)
+        ]
         marker: dict[str, Any] = {"color": TERMS[term]}
         if bar:
-            bars(panel, values, range(len(lines)), hover, width=0.6, marker=marker, name=term, showlegend=False)
+            bars(panel, marks, width=0.6, marker=marker, name=term, showlegend=False)
         else:
             marker |= {"symbol": "diamond", "size": 12, "line": {"color": INK, "width": 1}}
             look: dict[str, Any] = {"marker": marker, "name": term, "showlegend": False}
-            dots(panel, values, range(len(lines)), hover, whisker=(1.5, 4), **look)
-        for y, (line, value) in enumerate(zip(lines, values, strict=True)):
-            text = "" if line.terms is None and line.random else number(value.value)
-            at_edge(panel, text, y, 12)
+            dots(panel, marks, whisker=(1.5, 4), **look)
+        for y, line in enumerate(lines):
+            at_edge(panel, "" if line.terms is None and line.random else number(line.of(term).value), y, 12)
         number_axis(panel, span, unit, nticks=4, showgrid=False)
         row_axis(panel, [line.name for line in lines])
 

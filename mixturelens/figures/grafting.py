@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mixturelens.figures.erasure import remaining
-from mixturelens.figures.marks import controls, dots, points, whiskers
+from mixturelens.figures.marks import Mark, controls, dots, points, whiskers
 from mixturelens.figures.panels import Panel, entry, number_axis, panels, reach, row_axis, rule, stacked, widest
 from mixturelens.figures.style import GREY, INK, ROUTER, SPECIALIST
 from mixturelens.figures.words import label, number
@@ -130,9 +130,10 @@ def _marks(panel: Panel, record: GraftRecord, rows: Sequence[str], change: Chang
         values = [of.get(row, NOT_MEASURED) for row in rows]
         if not any(value.measured for value in values):
             continue
-        hover = [f"{label(row)}<br>{name}: {number(value)}" for row, value in zip(rows, values, strict=True)]
+        named = enumerate(zip(rows, values, strict=True))
+        marks = [Mark(y + lift, value, f"{label(row)}<br>{name}: {number(value)}") for y, (row, value) in named]
         look: dict[str, Any] = {"name": name, "legendgroup": name, "showlegend": name not in said, "marker": marker}
-        dots(panel, values, [y + lift for y in range(len(rows))], hover, whisker=(1.5, 3, ink), **look)
+        dots(panel, marks, whisker=(1.5, 3, ink), **look)
         drawn.add(name)
     return drawn
 
@@ -305,11 +306,14 @@ def _effects(rows: Sequence[_EvidenceLine], record: GraftRecord) -> Figure:
 
 
 def _effect_panel(panel: Panel, rows: Sequence[_EvidenceLine], of: _Reading) -> None:
-    drawn = [(y, row.name, getattr(row.effects, of.field)) for y, row in enumerate(rows) if not row.noise]
-    hover = [f"{name}<br>{of.title}: {number(value)}" for _, name, value in drawn]
+    marks = [
+        Mark(y, value := getattr(row.effects, of.field), f"{row.name}<br>{of.title}: {number(value)}")
+        for y, row in enumerate(rows)
+        if not row.noise
+    ]
     marker = {"color": of.colour, "symbol": "diamond", "size": 11}
     look: dict[str, Any] = {"marker": marker, "name": of.title, "showlegend": False}
-    dots(panel, [value for *_, value in drawn], [y for y, *_ in drawn], hover, **look)
+    dots(panel, marks, **look)
     noise = [[getattr(each, of.field) for each in row.noise] for row in rows]
     if any(noise):
         said, name = f"random weights<br>{of.title}: ", "random weights of the same norm"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mixturelens.figures.heat import across
-from mixturelens.figures.marks import bars
+from mixturelens.figures.marks import Mark, bars
 from mixturelens.figures.panels import Panel, heading, number_axis, panels, reach, row_axis, stacked
 from mixturelens.figures.patching import WIDE, contrast, under
 from mixturelens.figures.style import ROUTER, cue_colour
@@ -48,11 +48,11 @@ def head_effects(sweep: Sweep) -> Figure:
     span = reach([value for values in shown.values() for value in values], (-0.05, 1.0), 0.04)
     for column, (channel, values) in enumerate(shown.items(), start=1):
         panel = Panel(figure, 1, column)
-        hover = [
-            f"{_CHANNELS[channel]} of {head}, all positions<br>effect {number(value)}"
-            for head, value in zip(heads, values, strict=True)
+        marks = [
+            Mark(y, value, f"{_CHANNELS[channel]} of {head}, all positions<br>effect {number(value)}")
+            for y, (head, value) in enumerate(zip(heads, values, strict=True))
         ]
-        bars(panel, values, range(len(heads)), hover, width=0.6, marker={"color": ROUTER}, name=channel)
+        bars(panel, marks, width=0.6, marker={"color": ROUTER}, name=channel)
         number_axis(panel, span, "share of the contrast", tickvals=[-1, -0.5, 0, 0.5, 1])
         row_axis(panel, heads)
     return figure

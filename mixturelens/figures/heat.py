@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mixturelens.figures.panels import Panel
-from mixturelens.figures.style import DIVERGING, INK
+from mixturelens.figures.style import DIVERGING, INK, SCALE
 
 EMPTY = "#E9ECEF"
 """The ground of maps, seen where there is no cell."""
@@ -57,6 +57,11 @@ def outline(panel: Panel, x: float, y: float, half: tuple[float, float], width: 
 def colour_bar(pixels: int, **more: Any) -> dict[str, Any]:
     """The scale beside a map, at its top."""
     return {"thickness": 12, "lenmode": "pixels", "len": pixels, "y": 1, "yanchor": "top", **more}
+
+
+def scale(low: float, high: float, stops: Sequence[tuple[float, str]] = SCALE) -> dict[str, Any]:
+    """The colours of one map, from its lowest to its highest number."""
+    return {"zmin": low, "zmax": high, "colorscale": [list(stop) for stop in stops]}
 
 
 def diverging(pixels: int, **more: Any) -> dict[str, Any]:

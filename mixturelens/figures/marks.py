@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixturelens.figures.panels import Panel
 from mixturelens.figures.style import GREY, INK, jitter
 from mixturelens.types import Interval
 
-Places = Sequence[float | None]
-"""Where marks stand along the axis that counts rows or steps."""
+Coordinates = Sequence[float | None]
+
+
+class Mark(NamedTuple):
+    """One number: where it stands along the axis that counts rows or steps, and what it says where one hovers."""
+
+    place: float | None
+    value: Interval
+    hover: str
 
 
 def whiskers(values: Sequence[Interval], thickness: float = 2, width: float = 5, colour: str | None = INK) -> Any:
@@ -27,16 +34,23 @@ def points(panel: Panel, x: Sequence[Any], y: Sequence[Any], hover: Sequence[str
     panel.figure.add_scatter(x=list(x), y=list(y), **{"mode": "markers", **said, **look}, **panel.at)
 
 
-def dots(panel: Panel, values: Sequence[Interval], places: Places, hover: Sequence[str], **look: Any) -> None:
-    """Numbers across with their intervals, each in its row. `whisker`: thickness, width at its ends, and colour."""
-    error = whiskers(values, *look.pop("whisker", ()))
-    points(panel, [value.value for value in values], places, hover, error_x=error, **look)
+def dots(panel: Panel, marks: Sequence[Mark], **look: Any) -> None:
+    """Coordinates across with their intervals, each in its row. `whisker`: thickness, width at its ends, and colour."""
+    error = whiskers([mark.value for mark in marks], *look.pop("whisker", ()))
+    numbers, places, hover = _lists(marks)
+    points(panel, numbers, places, hover, error_x=error, **look)
 
 
-def columns(panel: Panel, values: Sequence[Interval], places: Places, hover: Sequence[str], **look: Any) -> None:
-    """Numbers up with their intervals, each in its column."""
-    error = whiskers(values, *look.pop("whisker", ()))
-    points(panel, places, [value.value for value in values], hover, error_y=error, **look)
+def columns(panel: Panel, marks: Sequence[Mark], **look: Any) -> None:
+    """Coordinates up with their intervals, each in its column."""
+    error = whiskers([mark.value for mark in marks], *look.pop("whisker", ()))
+    numbers, places, hover = _lists(marks)
+    points(panel, places, numbers, hover, error_y=error, **look)
+
+
+def _lists(marks: Sequence[Mark]) -> tuple[list[float | None], list[float | None], list[str]]:
+    """Coordinates, places and texts of marks."""
+    return [mark.value.value for mark in marks], [mark.place for mark in marks], [mark.hover for mark in marks]
 
 
 def controls(
@@ -62,14 +76,16 @@ def _plain(value: Interval | float | None) -> float | None:
     return value.value if isinstance(value, Interval) else value
 
 
-def bars(panel: Panel, values: Sequence[Interval], places: Places, hover: Sequence[str], **look: Any) -> None:
+def bars(panel: Panel, marks: Sequence[Mark], **look: Any) -> None:
     """Bars across with their intervals, each in its row."""
-    look = {"orientation": "h", "error_x": whiskers(values, 1.5, 4), "hovertext": list(hover), **look}
-    x = [value.value for value in values]
-    panel.figure.add_bar(x=x, y=list(places), hoverinfo="text", **look, **panel.at)
+    numbers, places, hover = _lists(marks)
+    look = {"orientation": "h", "error_x": whiskers([mark.value for mark in marks], 1.5, 4), **look}
+    panel.figure.add_bar(x=numbers, y=places, hovertext=hover, hoverinfo="text", **look, **panel.at)
 
 
-def line(panel: Panel, x: Sequence[float], y: Sequence[float | None], hover: Sequence[str] | None, **look: Any) -> None:
+def line(
+    panel: Panel, x: Sequence[float | None], y: Sequence[float | None], hover: Sequence[str] | None, **look: Any
+) -> None:
     """A line through numbers; where nothing was measured there is a gap."""
     points(panel, x, y, hover, **{"mode": "lines", **look})
 
@@ -78,8 +94,3 @@ def band(panel: Panel, x: Sequence[float], low: Sequence[float], high: Sequence[
     """The ground between two lines: intervals of what was measured everywhere."""
     outline = {"fill": "toself", "fillcolor": colour, "line": {"width": 0}, "showlegend": False}
     line(panel, [*x, *reversed(x)], [*high, *reversed(low)], None, **outline)
-
-
-def old_whiskers(values: Sequence[Interval]) -> Any:
-    error = whiskers(values)
-    return error["array"], error["arrayminus"]

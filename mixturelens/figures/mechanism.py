@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from mixturelens.figures.marks import dots, points
+from mixturelens.figures.marks import Mark, dots, points
 from mixturelens.figures.panels import Panel, beside, number_axis, reach, row_axis, rule
 from mixturelens.figures.style import GREY, ROUTER, SPECIALIST, new_figure
 from mixturelens.figures.words import label, number
@@ -32,12 +32,12 @@ def evidence(mechanism: Mechanism) -> Figure:
     for about, colour, symbol in (("selector", ROUTER, "circle"), ("specialists", SPECIALIST, "square")):
         found = [(y, name, line) for y, (name, line) in enumerate(rows) if line.about == about]
         if found:
-            hover = [
-                f"{label(name, 60)}: {number(line.effect)} bits<br>{_wrapped(line.what)}" for _, name, line in found
+            marks = [
+                Mark(y, line.effect, f"{label(name, 60)}: {number(line.effect)} bits<br>{_wrapped(line.what)}")
+                for y, name, line in found
             ]
-            values, places = [line.effect for *_, line in found], [y for y, *_ in found]
             marker = {"color": colour, "symbol": symbol, "size": 12}
-            dots(panel, values, places, hover, whisker=(2, 6), marker=marker, name=about)
+            dots(panel, marks, whisker=(2, 6), marker=marker, name=about)
     split = sum(line.about == "selector" for _, line in rows)
     if 0 < split < len(rows):
         rule(panel, y=split - 0.5, color="#BBBBBB")

@@ -96,6 +96,13 @@ def rule(panel: Panel, x: float | None = None, y: float | None = None, below: bo
         panel.figure.add_hline(y=y, **look)
 
 
+def between(panel: Panel, groups: Sequence[Any], **look: Any) -> None:
+    """A line between rows of which the groups differ; `look` is what `rule` takes."""
+    for y in range(1, len(groups)):
+        if groups[y] != groups[y - 1]:
+            rule(panel, y=y - 0.5, **look)
+
+
 def shade(panel: Panel, x: tuple[float, float], colour: str) -> None:
     """A light ground between two numbers."""
     panel.figure.add_vrect(x0=x[0], x1=x[1], fillcolor=colour, line_width=0, layer="below", **panel.at)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixturelens.figures.heat import EMPTY, HeatCell, across, diverging, heat, outline, up
-from mixturelens.figures.panels import Panel, panels, rule, stacked, titles_at_left
+from mixturelens.figures.panels import Panel, between, panels, stacked, titles_at_left
 from mixturelens.figures.style import apart
 from mixturelens.figures.words import DASH, SIDES, label, number, short, token, token_axis
 from mixturelens.types import NOT_MEASURED, PER_HEAD, Component, Interval, Site
@@ -71,7 +71,7 @@ def _maps(rows: Sequence[Sequence[Sweep]], component: Component) -> Figure:
             _map(panel, grid, component, cells, column)
             across(panel, next(named), zeroline=False, **axis)
             up(panel, _row_names(cells, each), len(cells))
-            _between_layers(panel, cells)
+            between(panel, [layer if head is not None else None for layer, head in cells])
         if len(row) == 2:
             _outlines(figure, i, row, cells)
     bar = {"title": {"text": "share of the contrast", "side": "right", "font": {"size": 12}}}
@@ -118,13 +118,6 @@ def _map(panel: Panel, grid: _Grid, component: Component, cells: Sequence[_Cell]
     places = list(zip(grid.places, grid.names, strict=True))
     size = 12 if len(cells) <= 24 and column >= 38 else 11
     heat(panel, [[cell(of, *place) for place in places] for of in cells], size, coloraxis="coloraxis")
-
-
-def _between_layers(panel: Panel, cells: Sequence[_Cell]) -> None:
-    """One line between layers of many heads."""
-    for y in range(1, len(cells)):
-        if cells[y][0] != cells[y - 1][0] and cells[y][1] is not None:
-            rule(panel, y=y - 0.5)
 
 
 def _outlines(figure: Figure, row: int, grids: Sequence[_Grid], cells: Sequence[_Cell]) -> None:

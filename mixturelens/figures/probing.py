@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mixturelens.figures.heat import EMPTY, HeatCell, across, colour_bar, diverging, heat, up
-from mixturelens.figures.panels import Panel, panels, rule, stacked
-from mixturelens.figures.style import INK, SCALE, left
+from mixturelens.figures.heat import EMPTY, HeatCell, across, colour_bar, diverging, heat, scale, up
+from mixturelens.figures.panels import Panel, between, panels, stacked
+from mixturelens.figures.style import INK, left
 from mixturelens.figures.words import DASH, label, number, short, token, token_axis
 from mixturelens.types import Component, Interval, Site
 
@@ -48,7 +48,7 @@ def readability(record: ProbingRecord, target: str) -> Figure:
     return _maps(record, [readout], _rows(record.sites))
 
 
-class _Plan(NamedTuple):
+class _MapPlan(NamedTuple):
     """Rows and columns of a map, and the pixels of a row and of a column."""
 
     rows: Sequence[_Row]
@@ -58,12 +58,12 @@ class _Plan(NamedTuple):
     column: float
 
 
-def _plan(sites: Sequence[Site], rows: Sequence[_Row], labels: Sequence[str], each: int, columns: int) -> _Plan:
+def _plan(sites: Sequence[Site], rows: Sequence[_Row], labels: Sequence[str], each: int, columns: int) -> _MapPlan:
     """Positions in the order of the prompt, then named spans in the order of the record."""
     found = list(dict.fromkeys(site.position for site in sites if site.position is not None))
     places = sorted(found, key=lambda place: (0, place) if isinstance(place, int) else (1, 0))
     names = [labels[p] if isinstance(p, int) and p < len(labels) else str(p) for p in places]
-    return _Plan(rows, places, names, each, _WIDE / columns / max(len(places), 1))
+    return _MapPlan(rows, places, names, each, _WIDE / columns / max(len(places), 1))
 
 
 def _rows(sites: Sequence[Site]) -> list[_Row]:
@@ -121,14 +121,11 @@ def _maps(record: ProbingRecord, readouts: Sequence[Readout], rows: Sequence[_Ro
             panel = Panel(figure, i, j)
             cells = [[_cell(record, readout, view, index.get((*row, p)), plan) for p in plan.places] for row in rows]
             bar = colour_bar(min(max(plot, 110), 220), tickvals=[readout.chance, 1.0], ticktext=["chance", "perfect"])
-            scale = {"colorscale": [list(stop) for stop in SCALE], "zmin": readout.chance, "zmax": 1.0}
             shown = {"showscale": i == 1 and j == len(_VIEWS), "colorbar": bar, "x": list(range(len(ticks)))}
-            heat(panel, cells, 11 if each > 20 else 9, **scale, **shown)
+            heat(panel, cells, 11 if each > 20 else 9, **scale(readout.chance, 1.0), **shown)
             across(panel, ticks, showticklabels=i == len(readouts), zeroline=False, **axis)
             up(panel, _row_names(rows, each), len(rows))
-            for y in range(1, len(rows)):
-                if rows[y][0] != rows[y - 1][0] and len(rows) > 8:
-                    rule(panel, y=y - 0.5)
+            between(panel, [layer if len(rows) > 8 else None for layer, _, _ in rows])
         over: Any = figure.get_subplot(i, 1)
         _over(figure, _readout_title(readout), left(figure, i, 1), over.yaxis.domain[1], xanchor="left", yshift=4)
     for j, view in enumerate(_VIEWS, start=1):
@@ -155,7 +152,7 @@ def _readout_title(readout: Readout) -> str:
     return f"<b>{label(readout.target)}</b>: {facts}"
 
 
-def _cell(record: ProbingRecord, readout: Readout, view: _View, at: int | None, plan: _Plan) -> HeatCell:
+def _cell(record: ProbingRecord, readout: Readout, view: _View, at: int | None, plan: _MapPlan) -> HeatCell:
     """The score at one site of the record, with its controls; none where there is no such site."""
     if at is None:
         return HeatCell(None, DASH if plan.column >= 20 else "", "no such site")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mixturelens.figures.marks import controls, dots
+from mixturelens.figures.marks import Mark, controls, dots
 from mixturelens.figures.panels import Panel, beside, entry, row_axis, rule
 from mixturelens.figures.style import INK, SYMBOLS, cue_colour, new_figure
 from mixturelens.figures.words import DASH, label, number
@@ -31,15 +31,13 @@ def repairs(record: RepairRecord) -> Figure:
     panel = _rows([name for name, _, _ in rows], height)
     _ceiling(panel, record)
     for i, cue in enumerate(record.cues):
-        values = [accuracy.get(cue, NOT_MEASURED) for _, _, accuracy in rows]
         role = " (trained)" if cue == record.trained_cue else " (harmed)" if cue == record.harmed_cue else ""
-        hover = [
-            f"{name}, cue {label(cue)}<br>accuracy {number(value)}{what}"
-            for (name, what, _), value in zip(rows, values, strict=True)
-        ]
-        places = [y + 12 / height * (i - (len(record.cues) - 1) / 2) for y in range(len(rows))]
+        lift, marks = 12 / height * (i - (len(record.cues) - 1) / 2), []
+        for y, (name, what, accuracy) in enumerate(rows):
+            value = accuracy.get(cue, NOT_MEASURED)
+            marks.append(Mark(y + lift, value, f"{name}, cue {label(cue)}<br>accuracy {number(value)}{what}"))
         marker = {"color": cue_colour(cue, record.cues), "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 11}
-        dots(panel, values, places, hover, whisker=(2, 5, None), marker=marker, name=f"cue {label(cue)}{role}")
+        dots(panel, marks, whisker=(2, 5, None), marker=marker, name=f"cue {label(cue)}{role}")
     closed = [DASH, DASH, *(number(each.gap_closed, 2) for each in record.repairs)]
     beside(panel, "<b>gap closed</b>", closed, 13)
     rule(panel, y=1.5, color="#BBBBBB")  # between what RL did and what repairs it
@@ -67,11 +65,11 @@ def repair_nulls(record: RepairRecord) -> Figure:
         )
 
     controls(panel, [each.random.harmed for each in record.repairs], hover, (0.0, 0.56), name="at random places")
-    values = [each.accuracy.get(record.harmed_cue, NOT_MEASURED) for each in record.repairs]
-    said = [f"{each.kind}: accuracy {number(value)}" for each, value in zip(record.repairs, values, strict=True)]
+    found = [(each.kind, each.accuracy.get(record.harmed_cue, NOT_MEASURED)) for each in record.repairs]
+    marks = [Mark(y, value, f"{kind}: accuracy {number(value)}") for y, (kind, value) in enumerate(found)]
     colour = cue_colour(record.harmed_cue, record.cues)
     marker = {"color": colour, "symbol": "diamond", "size": 14, "line": {"color": INK, "width": 1.5}}
-    dots(panel, values, range(len(values)), said, whisker=(2, 6), marker=marker, name="the repair itself")
+    dots(panel, marks, whisker=(2, 6), marker=marker, name="the repair itself")
     medians = [
         DASH
         if each.random.above is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mixturelens.figures.marks import bars
+from mixturelens.figures.marks import Mark, bars
 from mixturelens.figures.panels import Panel, at_edge, number_axis, panels, row_axis, rule
 from mixturelens.figures.style import INK, ROUTER, SPECIALIST, TERMS
 from mixturelens.figures.words import cue_title, label, number
@@ -126,9 +126,11 @@ def _draw(panel: Panel, found: Sequence[tuple[_Bar, float]], title: str, unit: _
         # plotly.js cannot draw a pattern over a list of colours
         marker: dict[str, Any] = {"color": drawn[0][0].colour if apart else [bar.colour for bar, _ in drawn]}
         marker |= {"pattern": {"shape": "/", "fgcolor": "#666666"}} if apart else {}
-        hover = [f"{title}<br>{bar.name}: {number(bar.value, unit.digits)}{bar.note}" for bar, _ in drawn]
-        look = {"width": 0.62, "marker": marker, "name": title}
-        bars(panel, [bar.value for bar, _ in drawn], [place for _, place in drawn], hover, **look)
+        marks = [
+            Mark(place, bar.value, f"{title}<br>{bar.name}: {number(bar.value, unit.digits)}{bar.note}")
+            for bar, place in drawn
+        ]
+        bars(panel, marks, width=0.62, marker=marker, name=title)
     for bar, place in found:
         at_edge(panel, number(bar.value.value, unit.digits), place, 13)
         if bar.apart:

@@ -48,6 +48,7 @@ def policy_colour(policy: str, policies: Sequence[str]) -> str:
 
 
 def cue_colour(cue: str, cues: Sequence[str]) -> str:
+    """The colour of a cue everywhere, by its place in the suite."""
     return _CUES[list(cues).index(cue) % len(_CUES)]
 
 
@@ -65,10 +66,12 @@ def left(figure: Figure, row: int, column: int) -> float:
 
 
 def is_rl(record: Trajectory) -> bool:
+    """Whether a stage of training was RL: it has rewards, or its name says so."""
     return bool(record.reward) or record.stage.startswith("rl")
 
 
 def new_figure(height: int) -> Figure:
+    """A figure of one panel, with the look of all."""
     from plotly.graph_objects import Figure
 
     return style(Figure(), height)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mixturelens.figures.heat import HeatCell, across, heat, outline
-from mixturelens.figures.panels import Panel, panels, row_axis, rule
-from mixturelens.figures.style import SCALE, new_figure, policy_colour
+from mixturelens.figures.heat import HeatCell, across, heat, outline, scale
+from mixturelens.figures.panels import Panel, between, panels, row_axis
+from mixturelens.figures.style import new_figure, policy_colour
 from mixturelens.figures.words import DASH, cue_title, label, number
 
 if TYPE_CHECKING:
@@ -36,20 +36,17 @@ def policy_table(record: BehaviourRecord, threshold: float = 0.02) -> Figure:
     narrow = len(record.cues) * 3 if len(sides) > 1 else len(record.cues)  # a column here is narrower than a panel
     title = {"text": "forced accuracy<br>(probability)", "side": "right", "font": {"size": 12}}
     bar = {"title": title, "thickness": 12, "lenmode": "pixels", "len": 150}
-    colours = {"zmin": 0, "zmax": 1, "colorscale": [list(stop) for stop in SCALE], "colorbar": bar}
     for column in range(1, len(sides) + 1):
         panel, after = Panel(figure, 1, column), column == 2
         drawn = [[HeatCell(_accuracy(c, after), _cell_text(c, after), _cell_hover(c, after)) for c in r] for r in grid]
-        heat(panel, drawn, 13, showscale=column == len(sides), xgap=3, ygap=3, **colours)
+        heat(panel, drawn, 13, showscale=column == len(sides), xgap=3, ygap=3, colorbar=bar, **scale(0, 1))
         names = [cue_title(cue, narrow) for cue in record.cues]
         across(panel, names, side="top", tickangle=0, zeroline=False)
         down = {"range": [len(rows) - 0.5, -0.5]}
         row_axis(panel, [_row_name(*row, record.policies) for row in rows], **down)
         if after:
             _outlines(panel, grid, threshold)
-        for y in range(1, len(rows)):
-            if rows[y][0] != rows[y - 1][0]:
-                rule(panel, y=y - 0.5, color="#777777")
+        between(panel, [policy for policy, _ in rows], color="#777777")
     return figure
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixturelens.behaviour.trajectory import CueState
-from mixturelens.figures.marks import columns, line
-from mixturelens.figures.panels import Panel, rule
-from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, is_rl, new_figure, policy_colour, style
+from mixturelens.figures.marks import Mark, columns, line
+from mixturelens.figures.panels import Panel, panels, rule
+from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, is_rl, new_figure, policy_colour
 from mixturelens.figures.words import cue_title, label, number, policy_name
 from mixturelens.types import NOT_MEASURED, OTHER, Interval
 
@@ -118,8 +118,8 @@ def _behind(figure: Figure, best: Repair, cues: Sequence[str], end: float) -> No
         colour = cue_colour(cue, cues)
         marker = {"symbol": "diamond", "size": 12, "color": colour, "line": {"color": "white", "width": 1}}
         name = f"cue {label(cue)}, repaired ({label(best.kind)})"
-        hover = [f"cue {label(cue)}, repaired by {label(best.kind)}<br>{number(accuracy)}"]
-        columns(Panel(figure), [accuracy], [at], hover, whisker=(1.5, 3, colour), marker=marker, name=name)
+        mark = Mark(at, accuracy, f"cue {label(cue)}, repaired by {label(best.kind)}<br>{number(accuracy)}")
+        columns(Panel(figure), [mark], whisker=(1.5, 3, colour), marker=marker, name=name)
     ticks = sorted({0, *(round(end * part / 4) for part in range(1, 5))})
     figure.update_xaxes(range=[-0.03 * end, 1.2 * end], tickvals=[*ticks, at], ticktext=[*map(str, ticks), "repaired"])
     rule(Panel(figure), x=1.06 * end, dash="dot", color=GREY)
@@ -170,15 +170,14 @@ def _panels(run: _Run, states: Mapping[str, Sequence[CueState]], reward: bool) -
 
 def _grid(cues: Sequence[str], rows: int) -> Figure:
     """Empty panels, a column a cue; the fourth row is one panel for all."""
-    from plotly.subplots import make_subplots
-
     columns = max(len(cues), 1)
     grid: list[list[dict[str, int] | None]] = [[{} for _ in range(columns)] for _ in range(3)]
     if rows == 4:
         grid.append([{"colspan": columns}, *[None] * (columns - 1)])
     titles = [cue_title(cue, columns) for cue in cues]
-    spacing = {"vertical_spacing": 0.24 / rows, "horizontal_spacing": 0.12 / columns}
-    return style(make_subplots(rows=rows, cols=columns, specs=grid, column_titles=titles, **spacing), 130 + 190 * rows)
+    more: dict[str, Any] = {"specs": grid, "column_titles": titles}
+    more |= {"vertical_spacing": 0.24 / rows, "horizontal_spacing": 0.12 / columns}
+    return panels((rows, columns), [], 130 + 190 * rows, {}, **more)
 
 
 def _policies(
@@ -202,8 +201,9 @@ def _policies(
 
 def _line(panel: Panel, run: _Run, values: Sequence[Interval], name: str, **look: Any) -> None:
     """A line with whiskers: a band would draw intervals between the steps, where nothing was measured."""
-    hover = [f"{text}<br>{number(value)}" for text, value in zip(run.names, values, strict=True)]
+    named = zip(run.x, values, run.names, strict=True)
+    marks = [Mark(x, value, f"{text}<br>{number(value)}") for x, value, text in named]
     colour = look["line"]["color"]
     look["marker"] = {"symbol": look.pop("symbol", "circle"), "size": 7, "color": colour}
     look = {"mode": "lines+markers", "connectgaps": False, "legendgroup": name, **look}
-    columns(panel, values, run.x, hover, whisker=(1.5, 3, colour), name=name, **look)
+    columns(panel, marks, whisker=(1.5, 3, colour), name=name, **look)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixturelens.figures.heat import across
-from mixturelens.figures.marks import columns
+from mixturelens.figures.marks import Mark, columns
 from mixturelens.figures.panels import Panel, panels
 from mixturelens.figures.style import SYMBOLS, cue_colour
 from mixturelens.figures.words import label, number, show, show_interval
@@ -44,16 +44,16 @@ def transfer(pairs: Sequence[tuple[str, VerdictRecord, RepairRecord]]) -> Figure
                 silent(verdict, repair.harmed_cue),
                 *(_repaired(repair, kind) for kind in KINDS),
             ]
-            hover = [
-                f"{label(name)}, RL on {label(cue)}<br>{step.replace('<br>', ' ')}: {number(value)}"
-                for step, value in zip(steps, values, strict=True)
+            shift, said = 0.14 * (i - (len(shown) - 1) / 2), f"{label(name)}, RL on {label(cue)}<br>"
+            marks = [
+                Mark(x + shift, value, f"{said}{step.replace('<br>', ' ')}: {number(value)}")
+                for x, (step, value) in enumerate(zip(steps, values, strict=True))
             ]
             colours = [cue_colour(cue, cues), *[cue_colour(repair.harmed_cue, cues)] * (len(steps) - 1)]
             marker = {"color": colours, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 10}
             look: dict[str, Any] = {"marker": marker, "name": label(name), "legendgroup": name}
-            x = [x + 0.14 * (i - (len(shown) - 1) / 2) for x in range(len(steps))]
             panel = Panel(figure, 1, column)
-            columns(panel, values, x, hover, whisker=(1.5, 4, None), showlegend=panel.first, **look)
+            columns(panel, marks, whisker=(1.5, 4, None), showlegend=panel.first, **look)
     across(Panel(figure), steps, showgrid=None)
     figure.update_yaxes(range=[-0.04, 1.04])
     figure.update_yaxes(title_text="expected accuracy<br>(held-out questions)", col=1)

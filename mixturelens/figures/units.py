@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mixturelens.figures.marks import controls, dots, line
+from mixturelens.figures.marks import Mark, controls, dots, line
 from mixturelens.figures.panels import (
     Panel,
     beside,
+    between,
     entry,
     number_axis,
     panels,
@@ -116,18 +117,20 @@ def _sides(table: Table) -> tuple[str, str]:
 
 def _effects(panel: Panel, scores: Sequence[UnitScore], mark: _Mark) -> None:
     """One effect of every unit, in the colour of its kind; the first mark has the stronger whiskers."""
-    values: list[Interval] = [getattr(each, mark.field) for each in scores]
     colours = [UNITS[each.unit.kind] for each in scores]
     first = mark is _MARKS[0]
     edge = {"width": 1, "color": INK} if first else {"width": 2.5, "color": colours}
-    hover = [
-        f"{label(str(each.unit), 60)}, best of {each.among}<br>{mark.name}: {number(value)}<br>"
-        f"AUROC {number(each.auroc)}"
-        for each, value in zip(scores, values, strict=True)
+    marks = [
+        Mark(y + mark.lift, value := getattr(each, mark.field), _said(each, f"{mark.name}: {number(value)}"))
+        for y, each in enumerate(scores)
     ]
     look: dict[str, Any] = {"name": mark.field, "showlegend": False, "whisker": (2, 5) if first else (1.5, 3)}
     look["marker"] = {"color": colours, "symbol": mark.symbol, "size": mark.size, "line": edge}
-    dots(panel, values, [y + mark.lift for y in range(len(scores))], hover, **look)
+    dots(panel, marks, **look)
+
+
+def _said(score: UnitScore, effect: str) -> str:
+    return f"{label(str(score.unit), 60)}, best of {score.among}<br>{effect}<br>AUROC {number(score.auroc)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -182,21 +185,10 @@ def _one_and_many(
     rows = list(enumerate(kinds))
     _rings(panel, [(y, many[kind], many[kind].patch) for y, kind in rows if kind in many], span)
     ones = [(y, one[kind]) for y, kind in rows if kind in one]
-    hover = [
-        f"{label(str(each.unit), 60)}, best of {each.among}<br>{number(each.patch)}<br>AUROC {number(each.auroc)}"
-        for _, each in ones
-    ]
-    marker = {"symbol": "diamond", "size": 13, "line": {"width": 1, "color": INK}}
-    marker["color"] = [UNITS[each.unit.kind] for _, each in ones]
-    dots(
-        panel,
-        [each.patch for _, each in ones],
-        [y for y, _ in ones],
-        hover,
-        marker=marker,
-        name="one",
-        showlegend=False,
-    )
+    colours = [UNITS[each.unit.kind] for _, each in ones]
+    marker = {"symbol": "diamond", "size": 13, "line": {"width": 1, "color": INK}, "color": colours}
+    marks = [Mark(y, each.patch, _said(each, number(each.patch))) for y, each in ones]
+    dots(panel, marks, marker=marker, name="one", showlegend=False)
 
 
 def _rings(
@@ -204,24 +196,17 @@ def _rings(
 ) -> None:
     """Sets of units as rings; their number is beside the ring where the ends of the axis are `named`."""
     low, high = named or (0.0, 1.0)
-    values = [value for _, _, value in sets]
-    look: dict[str, Any] = {"symbol": "circle", "size": 12, "color": "white", "opacity": 1}
-    look["line"] = {"width": 3, "color": [UNITS[each.kind] for _, each, _ in sets]}
-    dots(
-        panel,
-        values,
-        [y for y, _, _ in sets],
-        [f"{_count(each)}, of {each.among}<br>{number(value)}<br>{_listed(each)}" for _, each, value in sets],
-        whisker=(1.5, 4),
-        mode="markers+text",
-        text=[_count(each) if named else "" for _, each, _ in sets],
-        textposition=[_beside_ring(((value.value or 0.0) - low) / (high - low)) for value in values],
-        textfont={"size": 12, "color": INK},
-        cliponaxis=False,
-        marker=look,
-        name="together",
-        showlegend=False,
-    )
+    marks = [
+        Mark(y, value, f"{_count(each)}, of {each.among}<br>{number(value)}<br>{_listed(each)}")
+        for y, each, value in sets
+    ]
+    edge = {"width": 3, "color": [UNITS[each.kind] for _, each, _ in sets]}
+    marker = {"symbol": "circle", "size": 12, "color": "white", "opacity": 1, "line": edge}
+    text = [_count(each) if named else "" for _, each, _ in sets]
+    places = [_beside_ring(((value.value or 0.0) - low) / (high - low)) for *_, value in sets]
+    words = {"text": text, "textposition": places, "textfont": {"size": 12, "color": INK}, "cliponaxis": False}
+    look: dict[str, Any] = {"mode": "markers+text", "name": "together", "showlegend": False, **words}
+    dots(panel, marks, whisker=(1.5, 4), marker=marker, **look)
 
 
 def _count(several: Several) -> str:
@@ -290,9 +275,7 @@ def clamping(record: FeatureRecord, repair: RepairRecord | None = None) -> Figur
     bare = {"showgrid": False, "zeroline": False, "showticklabels": False}
     figure.update_yaxes(range=[len(lines) - 0.45, -0.55], **bare, **change.at)
     rule(gap, x=1, below=True, dash="dot")
-    for y in range(1, len(lines)):
-        if lines[y].concept != lines[y - 1].concept:
-            rule(Panel(figure), y=y - 0.5, color="#BBBBBB")
+    between(Panel(figure), [each.concept for each in lines], color="#BBBBBB")
     beside(change, "<b>gap closed</b>", [_closed(each) for each in lines])
     return figure
 
@@ -344,14 +327,14 @@ def _words(line: _ClampLine) -> str:
 
 def _clamped(panel: Panel, lines: Sequence[_ClampLine], field: str) -> None:
     """Units as diamonds in the colour of their kind, repairs of heads as white squares."""
-    values: list[Interval] = [getattr(each, field) for each in lines]
     units = [bool(each.concept) for each in lines]
     said = "gap closed" if field == "gap" else "change"
-    hover = [
-        f"{label(str(each.what), 60)}<br>{said} {number(value)}"
-        + (f"<br>{label(each.words, 90)}" if each.words else "")
-        for each, value in zip(lines, values, strict=True)
-    ]
+    marks = []
+    for y, each in enumerate(lines):
+        value = getattr(each, field)
+        words = f"<br>{label(each.words, 90)}" if each.words else ""
+        hover = f"{label(str(each.what), 60)}<br>{said} {number(value)}{words}"
+        marks.append(Mark(y - 0.16 * (each.several is not None), value, hover))
     marker = {
         "color": [UNITS[each.kind] if each.concept else "white" for each in lines],
         "symbol": ["diamond" if unit else "square" for unit in units],
@@ -359,8 +342,7 @@ def _clamped(panel: Panel, lines: Sequence[_ClampLine], field: str) -> None:
         "opacity": 1,
         "line": {"width": [1 if unit else 2 for unit in units], "color": INK},
     }
-    places = [y - 0.16 * (each.several is not None) for y, each in enumerate(lines)]
-    dots(panel, values, places, hover, marker=marker, name=field, showlegend=False)
+    dots(panel, marks, marker=marker, name=field, showlegend=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -378,8 +360,7 @@ def _controls(panel: Panel, random: Sequence[Sequence[float | None]], name: str,
 def _name_rows(panel: Panel, rows: Sequence[tuple[str, Unit | str]]) -> None:
     """A kind, as plotly shows it, and below it the unit itself."""
     row_axis(panel, [f"{kind}<br>{label(str(what), _NAME)}" for kind, what in rows])
-    for y in range(1, len(rows)):
-        rule(panel, y=y - 0.5, below=True, color="#E6E6E6")
+    between(panel, range(len(rows)), below=True, color="#E6E6E6")
 
 
 def _symbols(figure: Figure, symbols: Sequence[tuple[str, str, str]]) -> None:

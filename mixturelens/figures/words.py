@@ -70,6 +70,7 @@ def cue_title(cue: str, columns: int) -> str:
 
 
 def policy_name(policy: str) -> str:
+    """A policy as legends name it, and completions of none."""
     return "other (no known policy)" if policy == OTHER else f"policy {label(policy)}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixturelens.figures.heat import across
-from mixturelens.figures.marks import columns, points
+from mixturelens.figures.marks import Mark, columns, points
 from mixturelens.figures.panels import Panel, panels
 from mixturelens.figures.style import GREY, INK, jitter
 from mixturelens.figures.words import label, number
@@ -47,11 +47,12 @@ def _seeds(panel: Panel, quantity: str, by_arm: Arms) -> None:
 
 
 def _means(panel: Panel, quantity: str, by_arm: Arms) -> None:
-    means = [mean for _, mean in by_arm.values()]
-    said = zip(by_arm, means, strict=True)
-    hover = [f"{label(name)}<br>{label(quantity, 60)}: {number(mean)}" for name, mean in said]
+    marks = [
+        Mark(x, mean, f"{label(name)}<br>{label(quantity, 60)}: {number(mean)}")
+        for x, (name, (_, mean)) in enumerate(by_arm.items())
+    ]
     look: dict[str, Any] = {"marker": {"color": INK, "symbol": "diamond", "size": 11}, "name": "mean, 95% over seeds"}
-    columns(panel, means, range(len(means)), hover, whisker=(2, 6), showlegend=panel.first, **look)
+    columns(panel, marks, whisker=(2, 6), showlegend=panel.first, **look)
 
 
 def _lines(quantity: str) -> str:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixturelens.figures.marks import band, columns, line, whiskers
-from mixturelens.figures.panels import Panel
-from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour, style
+from mixturelens.figures.marks import Mark, band, columns, line, whiskers
+from mixturelens.figures.panels import Panel, panels
+from mixturelens.figures.style import GREY, INK, SYMBOLS, cue_colour
 from mixturelens.figures.words import label, number
 from mixturelens.types import Interval
 
@@ -34,13 +34,11 @@ def forecast(record: ForecastRecord) -> Figure:
 
     Probabilities; bands and whiskers are the record's intervals over questions, of the forecast and of what happened.
     """
-    from plotly.subplots import make_subplots
-
     count = len(record.off) + 1
     titles = [*(f"cue {label(cue)}, without a clock" for cue in record.off), "step by step"]
-    figure = make_subplots(rows=1, cols=count, column_titles=titles, horizontal_spacing=0.2 / count)
-    style(figure, 540)
-    figure.update_layout(margin={"t": 40, "b": 160}, legend={"y": 0, "yanchor": "bottom"})
+    margin, spacing = {"t": 40, "b": 160}, 0.2 / count
+    figure = panels((1, count), [], 540, margin, column_titles=titles, horizontal_spacing=spacing)
+    figure.update_layout(legend={"y": 0, "yanchor": "bottom"})
     points = record.happened.points if record.happened else ()
     on = [point.accuracy[record.trained_cue] for point in points]
     for column, (cue, curves) in enumerate(record.off.items(), start=1):
@@ -74,11 +72,12 @@ def _by_step(panel: Panel, record: ForecastRecord, i: int) -> None:
     y = [value.value for value in expected]
     line(panel, steps, y, hover, line={"color": colour, "width": 2}, name=f"forecast, cue {label(cue)}")
     points = record.happened.points if record.happened else ()
-    values = [point.accuracy[cue] for point in points]
-    hover = [f"cue {label(cue)}, step {p.step}<br>{number(v)}" for p, v in zip(points, values, strict=True)]
+    marks = [
+        Mark(p.step, value := p.accuracy[cue], f"cue {label(cue)}, step {p.step}<br>{number(value)}") for p in points
+    ]
     look: dict[str, Any] = {"marker": {"color": colour, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 7}}
     look |= {"name": f"measured, cue {label(cue)}", "showlegend": cue == record.trained_cue}
-    columns(panel, values, [point.step for point in points], hover, whisker=(1.5, 3, None), **look)
+    columns(panel, marks, whisker=(1.5, 3, None), **look)
 
 
 def drifts(columns: Mapping[str, Sequence[ForecastRecord]], cue: str) -> Figure:
@@ -87,13 +86,10 @@ def drifts(columns: Mapping[str, Sequence[ForecastRecord]], cue: str) -> Figure:
 
     Probabilities with the records' intervals over questions.
     """
-    from plotly.subplots import make_subplots
-
     spacing = {"vertical_spacing": 0.09, "horizontal_spacing": 0.13 / len(columns)}
-    shared = {"shared_xaxes": True, "shared_yaxes": True}
-    figure = make_subplots(rows=2, cols=len(columns), column_titles=list(columns), **spacing, **shared)
-    style(figure, 680)
-    figure.update_layout(margin={"t": 34, "b": 110, "l": 90}, legend={"y": 0, "yanchor": "bottom"})
+    shared = {"shared_xaxes": True, "shared_yaxes": True, "column_titles": list(columns)}
+    figure = panels((2, len(columns)), [], 680, {"t": 34, "b": 110, "l": 90}, **spacing, **shared)
+    figure.update_layout(legend={"y": 0, "yanchor": "bottom"})
     for column, records in enumerate(columns.values(), start=1):
         for row in (1, 2):
             for i, record in enumerate(records):
@@ -146,6 +142,6 @@ def _measured(
     panel: Panel, on: Sequence[Interval], off: Sequence[Interval], where: Sequence[str], marker: Any, **look: Any
 ) -> None:
     """Points with crosses for intervals: accuracy under both cues at each step."""
-    hover = [f"{w}<br>{number(x)}: {number(y)}" for w, x, y in zip(where, on, off, strict=True)]
+    marks = [Mark(x.value, y, f"{w}<br>{number(x)}: {number(y)}") for w, x, y in zip(where, on, off, strict=True)]
     look = {"marker": {**marker, "size": 6}, "legendgroup": look["name"], "error_x": whiskers(on, 1, 0, None), **look}
-    columns(panel, off, [value.value for value in on], hover, whisker=(1, 0, None), **look)
+    columns(panel, marks, whisker=(1, 0, None), **look)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from mixturelens.figures.heat import HeatCell, across, heat, outline
-from mixturelens.figures.marks import columns, dots, points
+from mixturelens.figures.heat import HeatCell, across, heat, outline, scale
+from mixturelens.figures.marks import Mark, columns, dots, points
 from mixturelens.figures.panels import Panel, entry, panels, row_axis, rule, shade
-from mixturelens.figures.style import GREY, INK, NEGATIVE, POSITIVE, ROUTER, SCALE, SPECIALIST
+from mixturelens.figures.style import GREY, INK, NEGATIVE, POSITIVE, ROUTER, SPECIALIST
 from mixturelens.figures.words import DASH, label, number
 from mixturelens.types import NOT_MEASURED, Interval, VerdictWord
 
@@ -62,10 +62,9 @@ def confusion(halves: Sequence[Verdicts]) -> Figure:
     figure.update_layout(showlegend=False)
     # ticks at the top stand between the panel and its title
     figure.update_annotations(yshift=32)
-    colours = {"zmin": 0, "zmax": 1, "colorscale": [list(stop) for stop in SCALE], "showscale": False}
     for column, sums in enumerate(halves, start=1):
         panel = Panel(figure, 1, column)
-        heat(panel, [_confused(sums, truth) for truth in WORDS], 15, xgap=3, ygap=3, **colours)
+        heat(panel, [_confused(sums, truth) for truth in WORDS], 15, xgap=3, ygap=3, showscale=False, **scale(0, 1))
         for place in range(len(WORDS)):
             outline(panel, place, place, (0.48, 0.47), 1.5)
         across(panel, WORDS, tickfont={"size": 12}, tickangle=0, side="top", zeroline=False)
@@ -158,11 +157,11 @@ def _true(panel: Panel, pairs: Sequence[Scored], word: VerdictWord) -> None:
     if not pairs:
         return
     colour, symbol = _LOOKS[word]
-    found = [_true_and_measured(each, panel.column) for each in pairs]
+    marks = [Mark(*_true_and_measured(each, panel.column), _hover(each)) for each in pairs]
     symbols = [symbol + ("-open" if each.half == "open" else "") for each in pairs]
     marker = {"color": colour, "symbol": symbols, "size": 9, "line": {"width": 1.5, "color": colour}}
     look: dict[str, Any] = {"marker": marker, "showlegend": False, "whisker": (1.2, 3, colour)}
-    columns(panel, [measured for _, measured in found], [x for x, _ in found], [_hover(each) for each in pairs], **look)
+    columns(panel, marks, **look)
 
 
 def _rings(panel: Panel, found: Sequence[tuple[float | None, Interval]]) -> None:
@@ -225,7 +224,7 @@ def coverage(found: Sequence[Coverage]) -> Figure:
         for name, colour, symbol in _CASES:
             drawn = [each for each in found if each.quantity == quantity and _case(each) == name]
             marker = {"color": colour, "symbol": symbol, "size": 9}
-            _held(panel, drawn, [names.index(each.pair) for each in drawn], name == _OFF, marker)
+            _held(panel, drawn, names, name == _OFF, marker)
         shade(panel, BAND, "#DCEFEA")
         rule(panel, x=NOMINAL, below=True, color=_DARK)
     for name, colour, symbol in _CASES:
@@ -236,21 +235,22 @@ def coverage(found: Sequence[Coverage]) -> Figure:
     return figure
 
 
-def _held(panel: Panel, drawn: Sequence[Coverage], places: Sequence[float], off: bool, marker: dict[str, Any]) -> None:
+def _held(panel: Panel, drawn: Sequence[Coverage], rows: Sequence[str], off: bool, marker: dict[str, Any]) -> None:
     """How often the truth was held; without whiskers where that is `off` the axis."""
     from mixturelens.lab.proving.score import wilson
 
-    spread = [wilson(round(each.held * each.suites), each.suites) for each in drawn]
-    hover = [
-        f"<b>{label(each.pair, 60)}</b>, {each.quantity}: {number(each.truth, 4)}<br>{each.suites} suites: "
-        f"held by {number(value)}<br>intervals above {number(each.above)}, below {number(each.below)}, "
-        f"mean width {number(each.width, 4)}"
-        for each, value in zip(drawn, spread, strict=True)
-    ]
+    marks = []
+    for each in drawn:
+        value = wilson(round(each.held * each.suites), each.suites)
+        said = (
+            f"<b>{label(each.pair, 60)}</b>, {each.quantity}: {number(each.truth, 4)}<br>{each.suites} suites: "
+            f"held by {number(value)}<br>intervals above {number(each.above)}, below {number(each.below)}, "
+            f"mean width {number(each.width, 4)}"
+        )
+        marks.append(Mark(rows.index(each.pair), Interval(value=_LEFT) if off else value, said))
     text = [_bold(number(each.held, 2), not each.boundary) if off else "" for each in drawn]
     look = {"mode": "markers+text", "text": text, "textposition": "middle right", "marker": marker, "showlegend": False}
-    values = [Interval(value=_LEFT) for _ in drawn] if off else spread
-    dots(panel, values, places, hover, whisker=(1.5, 3, None), **look)
+    dots(panel, marks, whisker=(1.5, 3, None), **look)
 
 
 def _bold(text: str, so: bool) -> str:
@@ -309,14 +309,13 @@ def _scores(panel: Panel, scores: Sequence[MethodScore], name: str, chance: Meth
 
     values = [metric(each, name) for each in scores]
     for bad, colour, symbol in ((False, NEGATIVE, "circle"), (True, POSITIVE, "circle-open")):
-        drawn = [y for y, each in enumerate(scores) if (each.method in BROKEN) == bad]
-        hover = [
-            f"<b>{label(scores[y].method, 60)}</b>, {scores[y].contrast}, {scores[y].organisms} organisms<br>"
-            f"{METRICS[name]} {number(values[y])}"
-            for y in drawn
-        ]
+        marks = []
+        for y, (each, value) in enumerate(zip(scores, values, strict=True)):
+            if (each.method in BROKEN) == bad:
+                first = f"<b>{label(each.method, 60)}</b>, {each.contrast}, {each.organisms} organisms"
+                marks.append(Mark(y, value, f"{first}<br>{METRICS[name]} {number(value)}"))
         marker = {"color": colour, "symbol": symbol, "size": 9, "line": {"width": 2, "color": colour}}
-        dots(panel, [values[y] for y in drawn], drawn, hover, whisker=(1.5, 4, None), marker=marker)
+        dots(panel, marks, whisker=(1.5, 4, None), marker=marker)
     none = [y for y, value in enumerate(values) if not value.measured]
     dashes = {"mode": "text", "text": [DASH] * len(none), "textfont": {"color": GREY, "size": 16}}
     points(panel, [0.5] * len(none), none, None, **dashes)

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mixturelens.figures.marks import columns
-from mixturelens.figures.panels import Panel
-from mixturelens.figures.style import INK, SYMBOLS, cue_colour, new_figure, style
+from mixturelens.figures.marks import Mark, columns
+from mixturelens.figures.panels import Panel, panels
+from mixturelens.figures.style import INK, SYMBOLS, cue_colour, new_figure
 from mixturelens.figures.words import cue_title, label, number
 
 if TYPE_CHECKING:
@@ -81,8 +81,6 @@ def schedule(records: Mapping[str, StructureRecord]) -> Figure:
     Probabilities with the record's intervals over questions. The background has the colour of the cues that a phase
     trains on; objectives have the colour of their cue. The objective of a cue that no phase trains on is not drawn.
     """
-    from plotly.subplots import make_subplots
-
     first = next(iter(records.values()))
     cues = first.cues
     objectives = list(dict.fromkeys(regime for pair in first.pairs for regime in (pair.first, pair.second)))
@@ -94,9 +92,8 @@ def schedule(records: Mapping[str, StructureRecord]) -> Figure:
     }
     spacing = {"horizontal_spacing": 0.03, "vertical_spacing": 0.12 / len(records)}
     shared = {"shared_xaxes": True, "shared_yaxes": True}
-    figure = make_subplots(rows=len(records), cols=len(cues), **titles, **spacing, **shared)
-    style(figure, 130 + 170 * len(records))
-    figure.update_layout(margin={"t": 84})
+    size, height = (len(records), len(cues)), 130 + 170 * len(records)
+    figure = panels(size, [], height, {"t": 84}, **titles, **spacing, **shared)
     for row, record in enumerate(records.values(), start=1):
         ends = [0]
         for point in record.checkpoints[1:]:
@@ -124,14 +121,14 @@ def _phases(panel: Panel, record: StructureRecord, ends: Sequence[int]) -> None:
 def _paid(panel: Panel, record: StructureRecord, cue: str, objectives: Sequence[str], ends: Sequence[int]) -> None:
     """A line an objective: what it would pay under a cue."""
     for i, objective in enumerate(objectives):
-        values = [point.earned[cue][objective] for point in record.checkpoints]
         name = f"would be paid by the objective of {label(objective)}"
-        hover = [
-            f"cue {label(cue)}, after {label(point.name)}<br>{name}: {number(value)}"
-            for point, value in zip(record.checkpoints, values, strict=True)
-        ]
+        marks = []
+        for end, point in zip(ends, record.checkpoints, strict=True):
+            value = point.earned[cue][objective]
+            said = f"cue {label(cue)}, after {label(point.name)}<br>{name}: {number(value)}"
+            marks.append(Mark(end, value, said))
         colour = cue_colour(objective, record.cues)
         look: dict[str, Any] = {"mode": "lines+markers", "line": {"color": colour, "width": 2}}
         look |= {"marker": {"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 7}, "name": name, "legendgroup": name}
         legend = panel.row == panel.column == 1
-        columns(panel, values, ends, hover, whisker=(1.5, 3, colour), showlegend=legend, **look)
+        columns(panel, marks, whisker=(1.5, 3, colour), showlegend=legend, **look)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from mixturelens.figures.heat import EMPTY, HeatCell, heat
+from mixturelens.figures.heat import EMPTY, HeatCell, heat, scale
 from mixturelens.figures.heat import across as names
 from mixturelens.figures.panels import Panel, panels, row_axis, stacked
 from mixturelens.figures.style import DIVERGING, SCALE
@@ -107,8 +107,8 @@ def _draw_numbers(panel: Panel, each: NumberMap, said: Sequence[Sequence[str]], 
         ]
         for row in zip(each.cells, said, strict=True)
     ]
-    scale = [list(stop) for stop in (SCALE if each.low >= 0 else DIVERGING)]
-    heat(panel, cells, 13, colorscale=scale, zmin=each.low, zmax=each.high, **_LOOK)
+    colours = scale(each.low, each.high, SCALE if each.low >= 0 else DIVERGING)
+    heat(panel, cells, 13, **colours, **_LOOK)
 
 
 def _draw_words(panel: Panel, each: WordMap, said: Sequence[Sequence[str]], roomy: bool) -> None:
