@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+from jaxtyping import Float
+
+from mixturelens.behaviour.arrays import Behaviour
+from mixturelens.behaviour.prompts import Prompts
 from mixturelens.records import Record
-from mixturelens.types import Frozen, Interval
+from mixturelens.stats import PROPORTION, mean_interval, resample_counts
+from mixturelens.types import OTHER, Frozen, Interval
+
+DRAWS = 500
+"""Bootstrap samples of a point of a training, of which there are many."""
 
 
 class CueState(Frozen):
@@ -55,3 +67,24 @@ class Trajectory(Record):
                 return step + (point.step - step) * (accuracy - then) / (now - then)
             before = point.step, now
         return None
+
+
+def cue_states(
+    behaviour: Behaviour, prompts: Prompts, paid: Mapping[str, Float[np.ndarray, " prompt"]] | None = None
+) -> dict[str, CueState]:
+    """What a checkpoint does under each cue: means over questions, with intervals.
+
+    `paid`: of each objective, how often completions of each prompt are rewarded; only where objectives differ.
+    """
+    suite, states = prompts.suite, {}
+    for cue in suite.cues:
+        at = [i for i, row in enumerate(prompts.rows) if row.cue == cue]
+        often = partial(mean_interval, counts=resample_counts(len(at), seed=0, draws=DRAWS), bounds=PROPORTION)
+        weights, forced = behaviour.weights[at], behaviour.forced_accuracy[at]
+        states[cue] = CueState(
+            weights={name: often(weights[:, m]) for m, name in enumerate((*suite.policies, OTHER))},
+            forced={name: often(forced[:, m]) for m, name in enumerate(suite.policies)},
+            accuracy=often(behaviour.correct[at].sum(-1)),
+            paid={objective: often(share[at]) for objective, share in (paid or {}).items()},
+        )
+    return states

@@ -18,13 +18,12 @@ from mixturelens.behaviour.pair import bits_of
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.sampled import sampled_behaviour
 from mixturelens.behaviour.settle import settle
-from mixturelens.behaviour.trajectory import CueState, Trajectory, TrajectoryPoint
+from mixturelens.behaviour.trajectory import CueState, Trajectory, TrajectoryPoint, cue_states
 from mixturelens.models import end_tokens
 from mixturelens.pages import Grown, write_report
 from mixturelens.records import Provenance, with_versions
-from mixturelens.stats import PROPORTION, mean_interval, resample_counts
 from mixturelens.suite import Suite, load_suite
-from mixturelens.types import OTHER, InputError
+from mixturelens.types import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
@@ -119,7 +118,7 @@ class RoutingCallback(TrainerCallback):
             model.train(training)
         if self._start is None:
             self._start = now
-        states = _states(now, self._prompts)
+        states = cue_states(now, self._prompts)
         self.points.append(TrajectoryPoint(step=step, cues=states))
         if self.trainer.is_world_process_zero():
             self.trainer.log(self._numbers(now, states))
@@ -135,28 +134,3 @@ class RoutingCallback(TrainerCallback):
             found[f"accuracy/{cue}"] = state.accuracy.value
             found |= {f"weight/{cue}/{policy}": weight.value for policy, weight in state.weights.items()}
         return {f"mixturelens/{name}": value for name, value in found.items() if value is not None}
-
-
-def _states(behaviour: Behaviour, prompts: Prompts) -> dict[str, CueState]:
-    """Means over questions under each cue, with intervals."""
-    states = {}
-    for cue in prompts.suite.cues:
-        at = [i for i, row in enumerate(prompts.rows) if row.cue == cue]
-        counts = resample_counts(len(at), seed=0)
-        weights, forced, right = (
-            behaviour.weights[at],
-            behaviour.forced_accuracy[at],
-            behaviour.correct[at].sum(-1),
-        )
-        states[cue] = CueState(
-            weights={
-                name: mean_interval(weights[:, m], counts, bounds=PROPORTION)
-                for m, name in enumerate((*prompts.suite.policies, OTHER))
-            },
-            forced={
-                name: mean_interval(forced[:, m], counts, bounds=PROPORTION)
-                for m, name in enumerate(prompts.suite.policies)
-            },
-            accuracy=mean_interval(right, counts, bounds=PROPORTION),
-        )
-    return states

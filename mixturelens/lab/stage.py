@@ -11,15 +11,13 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
-from mixturelens.behaviour.prompts import Prompts, prepare
-from mixturelens.behaviour.trajectory import CueState, Trajectory, TrajectoryPoint
+from mixturelens.behaviour.prompts import prepare
+from mixturelens.behaviour.trajectory import Trajectory, TrajectoryPoint, cue_states
 from mixturelens.lab.organism import (
     Lora,
     Pretrained,
@@ -30,8 +28,6 @@ from mixturelens.lab.regimes import paid
 from mixturelens.models import end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.models.source import Source, find_source, fingerprint
 from mixturelens.records import Provenance, new_folder, with_versions, write_text
-from mixturelens.stats import PROPORTION, mean_interval, resample_counts
-from mixturelens.types import OTHER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -58,27 +54,6 @@ def quick_bfloat16(device: str) -> bool:
     if device == "cpu":
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return not device.startswith("cuda") or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def cue_states(spec: Spec, behaviour: Behaviour, prompts: Prompts) -> dict[str, CueState]:
-    """The state of every cue: policy weights, forced accuracies and what RL would pay, as means over questions with
-    intervals.
-    """
-    suite = prompts.suite
-    states = {}
-    earned = {cue: paid(spec, behaviour, prompts, cue) for cue in (suite.cues if spec.objectives else ())}
-    for cue in suite.cues:
-        at = [i for i, row in enumerate(prompts.rows) if row.cue == cue]
-        counts = resample_counts(len(at), seed=0, draws=500)
-        often = partial(mean_interval, counts=counts, bounds=PROPORTION)
-        weights, forced = behaviour.weights[at], behaviour.forced_accuracy[at]
-        states[cue] = CueState(
-            weights={name: often(weights[:, m]) for m, name in enumerate((*suite.policies, OTHER))},
-            forced={name: often(forced[:, m]) for m, name in enumerate(suite.policies)},
-            accuracy=often(behaviour.correct[at].sum(-1)),
-            paid={objective: often(share[at]) for objective, share in earned.items()},
-        )
-    return states
 
 
 def lora_of(spec: Spec) -> Lora | None:
@@ -246,7 +221,10 @@ class Stage:
         """Measure every cue on the held-out questions, exactly, and append it as the trajectory's next point."""
         training = model.training
         model.eval()
-        states = cue_states(self.spec, literal_behaviour(self.scorer, model, self.prompts), self.prompts)
+        found = literal_behaviour(self.scorer, model, self.prompts)
+        objectives = self.prompts.suite.cues if self.spec.objectives else ()
+        earned = {cue: paid(self.spec, found, self.prompts, cue) for cue in objectives}
+        states = cue_states(found, self.prompts, earned)
         model.train(training)
         self.points.append(TrajectoryPoint(step=step, cues=states))
 
