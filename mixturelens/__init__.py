@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mixturelens.models.pair import Budget, Pair
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.pipeline import (
+        card,
         circuit,
         decompose,
         discover,
@@ -52,6 +53,7 @@ _FOUND_IN = {
     "models.pair": ("Budget", "Pair"),
     "patching.record": ("PatchingRecord",),
     "pipeline": (
+        "card",
         "circuit",
         "decompose",
         "discover",
@@ -89,6 +91,7 @@ __all__ = [
     "RunError",
     "Suite",
     "VerdictRecord",
+    "card",
     "circuit",
     "decompose",
     "discover",

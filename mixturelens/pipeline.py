@@ -38,7 +38,7 @@ from mixturelens.types import InputError
 from mixturelens.unfinished import Unfinished, whole
 
 if TYPE_CHECKING:
-    from mixturelens.pages import Grown
+    from mixturelens.pages import Findings, Grown
 
 Say = Callable[[str], None]
 R = TypeVar("R", bound=Record)
@@ -326,11 +326,33 @@ def report(
     It goes to `path`, by default `report.html` in the folder of the first; `grown`: how they were made, where that is
     known.
     """
-    from mixturelens.pages import Findings, Grown, write_report
+    from mixturelens.pages import Grown, write_report
 
     several = [pairs] if isinstance(pairs, Pair) else list(pairs)
+    found = _findings(several, seed, say)
+    file = Path(path) if path is not None else several[0].out / "report.html"
+    return write_report(file, found, grown or Grown(title=found[0].name))
+
+
+def card(
+    pairs: Pair | Sequence[Pair],
+    path: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    say: Say | None = None,
+) -> Path:
+    """Write a card that goes with a checkpoint: the verdicts in Markdown, with their records in its front matter."""
+    from mixturelens.pages import write_card
+
+    return write_card(Path(path), _findings([pairs] if isinstance(pairs, Pair) else pairs, seed, say))
+
+
+def _findings(pairs: Sequence[Pair], seed: int, say: Say | None) -> list[Findings]:
+    """What has been measured of each pair; its verdict is made where it is not there."""
+    from mixturelens.pages import Findings
+
     found = []
-    for pair in several:
+    for pair in pairs:
         judged, expected = verdict(pair, seed=seed, say=say), provenance_of(pair, seed)
         found.append(
             Findings(
@@ -345,5 +367,4 @@ def report(
                 repair=kept(RepairRecord, pair.records / "repair.json", expected),
             )
         )
-    file = Path(path) if path is not None else several[0].out / "report.html"
-    return write_report(file, found, grown or Grown(title=several[0].name))
+    return found

@@ -275,8 +275,13 @@ def gate(
     )
 
 
+Card = Annotated[
+    Path | None, typer.Option("--card", metavar="FILE", help="Also a card in Markdown, to go with a checkpoint.")
+]
+
+
 @_on_pairs
-def report(pairs: list[Pair], options: Options) -> tuple[list[VerdictRecord], Callable[[], None]]:
+def report(pairs: list[Pair], options: Options, card: Card = None) -> tuple[list[VerdictRecord], Callable[[], None]]:
     """Write one HTML page, readable without a network, with the answer in words on top."""
 
     run = _run_of(pairs[0])
@@ -286,7 +291,8 @@ def report(pairs: list[Pair], options: Options) -> tuple[list[VerdictRecord], Ca
         from mixturelens.lab import runs
 
         page = runs.report(run, pairs, **options)
-    return [ml.verdict(pair, **options) for pair in pairs], lambda: print(page)
+    written = [page] if card is None else [page, ml.card(pairs, card, **options)]
+    return [ml.verdict(pair, **options) for pair in pairs], lambda: print(*written, sep="\n")
 
 
 @app.command()

@@ -250,7 +250,7 @@ def _pair(found: Findings) -> dict[str, object]:
         ],
         "notes": [*verdict.notes, *((*check.misspelled, *check.hints) if check is not None else ())],
         "examples": _examples(verdict),
-        "falsify": _falsify(verdict),
+        "falsify": falsify(verdict),
         "thresholds": [(key, f"{value:g}") for key, value in t.model_dump().items()],
         "provenance": _provenance_rows(verdict.provenance),
     }
@@ -404,7 +404,7 @@ def _by_samples(check: SampleCheck) -> Control:
     )
 
 
-def _falsify(verdict: VerdictRecord) -> list[str]:
+def falsify(verdict: VerdictRecord) -> list[str]:
     """What would have to be seen for the verdict to be wrong, with the numbers that were seen."""
     t, share = verdict.thresholds, show_interval(verdict.routing_share)
     by_word = {
