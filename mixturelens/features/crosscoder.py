@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -109,20 +110,20 @@ class Crosscoder:
     def dictionary(self) -> Dictionary:
         """The same as a dictionary of both activations side by side, [S | R]: 2 d numbers a row."""
         return Dictionary(
-            read=self.encoder.flatten(0, 1).T,
+            read=rearrange(self.encoder, "model d latent -> latent (model d)"),
             offset=-self.b_enc,
             threshold=self.threshold / self.norms.sum(1),
-            write=self.decoder.flatten(1),
-            bias=self.bias.flatten(),
+            write=rearrange(self.decoder, "latent model d -> latent (model d)"),
+            bias=rearrange(self.bias, "model d -> (model d)"),
         )
 
     def encode(self, x: Float[Tensor, "row model d"]) -> Float[Tensor, "row latent"]:
         """How strongly each latent fires on each row of both checkpoints' activations; 0 where it does not."""
-        return self.dictionary.encode(x.flatten(1))
+        return self.dictionary.encode(rearrange(x, "row model d -> row (model d)"))
 
     def decode(self, f: Float[Tensor, "row latent"]) -> Float[Tensor, "row model d"]:
         """Both checkpoints' activations as the latents reconstruct them, biases included."""
-        return self.dictionary.decode(f).unflatten(1, self.bias.shape)
+        return rearrange(self.dictionary.decode(f), "row (model d) -> row model d", model=len(self.bias))
 
     def to(self, device: str) -> Crosscoder:
         """The same crosscoder on another device."""
@@ -276,7 +277,7 @@ class _Course:
         self.unused = torch.zeros(self.width, dtype=torch.long, device=x.device)
 
     def scaled(self, x: Float[Tensor, "row model d"]) -> Float[Tensor, "row both"]:
-        return ((x.float() - self.mean) * self.scale[:, None]).flatten(1)
+        return rearrange((x.float() - self.mean) * self.scale[:, None], "row model d -> row (model d)")
 
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(1_000_003 * self.seed + step)
@@ -288,7 +289,8 @@ class _Course:
     def products(self, x: Float[Tensor, "row both"]) -> tuple[Float[Tensor, "row latent"], Float[Tensor, "row latent"]]:
         """Latents before the choice, and what they are chosen by: times the sum of their decoders' norms."""
         f = torch.addmm(self.weights["b_enc"], x, self.weights["encoder"].T)
-        return f, f * self.weights["decoder"].unflatten(1, (2, -1)).norm(dim=2).sum(1)
+        each = rearrange(self.weights["decoder"], "latent (model d) -> latent model d", model=2)
+        return f, f * each.norm(dim=2).sum(1)
 
     def kept(self, x: Float[Tensor, "row both"]) -> KeptLatents:
         f, by = self.products(x)
@@ -339,13 +341,15 @@ class _Course:
         for step in range(CALIBRATION):
             x = self.scaled(self.activations.batch(self.steps + step, self.batch, self.seed))
             least.append(smallest_kept(self.products(x)[1], self.k))
-        models = (2, self.activations.dim)
-        encoder = self.weights["encoder"].T.unflatten(0, models) * self.scale[:, None, None]
+        encoder = rearrange(self.weights["encoder"], "latent (model d) -> model d latent", model=2)
+        encoder = encoder * self.scale[:, None, None]
+        decoder = rearrange(self.weights["decoder"], "latent (model d) -> latent model d", model=2)
+        bias = rearrange(self.weights["bias"], "(model d) -> model d", model=2)
         return Crosscoder(
             encoder=encoder.contiguous(),
             b_enc=self.weights["b_enc"] - torch.einsum("md,mdl->l", self.mean, encoder),
-            decoder=(self.weights["decoder"].unflatten(1, models) / self.scale[:, None]).contiguous(),
-            bias=self.mean + self.weights["bias"].unflatten(0, models) / self.scale[:, None],
+            decoder=(decoder / self.scale[:, None]).contiguous(),
+            bias=self.mean + bias / self.scale[:, None],
             scale=self.scale,
             threshold=float(np.mean(least)),
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -174,7 +175,7 @@ def transplant(
         raise InputError(
             f"activations have shapes {list(x_s.shape)} and {list(x_r.shape)}; both need {crosscoder.dim} dimensions"
         )
-    both = torch.stack([x_s, x_r], -2).flatten(-2).to(crosscoder.bias.dtype)
+    both = rearrange([x_s, x_r], "model ... d -> ... (model d)").to(crosscoder.bias.dtype)
     f = crosscoder.dictionary.part(units).encode(both)
     own = SIDES.index(side)
     x = (x_s, x_r)[own]

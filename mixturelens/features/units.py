@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -343,7 +344,8 @@ def best_head(trial: Trial) -> UnitScore:
     judged = trial.shares(heads_alone(trial.judge, sites))
     here = trial.at(sites[best])
     mean = here.choose.clean.values.mean((0, 1))
-    sets = [run.values.flatten(0, 1) for run in (here.choose.clean, here.choose.corrupt)]
+    runs = (here.choose.clean, here.choose.corrupt)
+    sets = [rearrange(run.values, "question position d -> (question position) d") for run in runs]
     eraser = leace(torch.cat(sets), torch.arange(2, device=mean.device).flip(0).repeat_interleave(len(sets[0])))
     others = [i for i in range(len(sites)) if i != best]
     drawn = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -30,7 +31,9 @@ def directions(scene: Scene) -> tuple[Dictionary, tuple[str, ...]]:
     they read is counted from its mean over both sides, so that ablating one puts this mean in place of it. Raises
     InputError where both sides have the same activations.
     """
-    clean, corrupt = (run.values.flatten(0, 1) for run in (scene.clean, scene.corrupt))
+    clean, corrupt = (
+        rearrange(run.values, "question position d -> (question position) d") for run in (scene.clean, scene.corrupt)
+    )
     x = torch.cat([clean, corrupt])
     labels = (torch.arange(len(x), device=x.device) < len(clean)).long()
     probe = fit_logistic(x[None], labels[None])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -239,8 +240,8 @@ class Engine:
         if given.get("position_ids") is not None:
             given["position_ids"] = mine(given["position_ids"][:, at])
         if given.get("alibi") is not None:  # [row x head, 1, key]
-            slopes = given["alibi"].view(len(self.base), -1, 1, self.width)
-            given["alibi"] = slopes[rows, :, :, :upto].flatten(0, 1)
+            slopes = rearrange(given["alibi"], "(row head) one key -> row head one key", row=len(self.base))
+            given["alibi"] = rearrange(slopes[rows, :, :, :upto], "row head one key -> (row head) one key")
         if given.get("cache_position") is not None:
             given["cache_position"] = given["cache_position"][at]
         if given.get("position_embeddings") is not None:

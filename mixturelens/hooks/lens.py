@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -409,7 +410,7 @@ class Lens:
         module, weight = self.output_projection(layer)
         if type(module).__name__ != "Conv1D":
             weight = weight.T  # Linear stores [out, in], Conv1D [in, out]
-        return weight.detach().unflatten(0, (self.heads, self.d_head))
+        return rearrange(weight.detach(), "(head d_head) d_model -> head d_head d_model", head=self.heads)
 
     def written(self, layer: int, z: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "row pos head d_model"]:
         """What each head adds to the residual stream; over heads it sums to what attention adds, up to a bias.
@@ -527,7 +528,8 @@ class Lens:
             index = torch.arange(weight.numel(), device=weight.device).view_as(weight)
             if type(module).__name__ == "Conv1D":
                 weight, index = weight.T, index.T
-            return name, index.unflatten(0, (heads, -1)), weight.unflatten(0, (heads, -1))
+            pattern = "(head d_head) ... -> head d_head ..."
+            return name, rearrange(index, pattern, head=heads), rearrange(weight, pattern, head=heads)
         # one parameter holds all three: ask the bridge to split numbers that say where they come from
         joint = cast(nn.Module, attention.qkv.original_component)
         name, fused = self._parameters.get(id(joint.weight)), cast(nn.Parameter, joint.weight)
@@ -540,7 +542,8 @@ class Lens:
             index = parts["qkv".index(which)].weight.detach().long()
         finally:
             fused.data = kept
-        return name, index.unflatten(0, (heads, -1)), kept.view(-1)[index].unflatten(0, (heads, -1))
+        of_heads = rearrange(index, "(head d_head) ... -> head d_head ...", head=heads)
+        return name, of_heads, kept.view(-1)[of_heads]
 
 
 def _some_tokens(model: Any) -> Int[Tensor, "1 pos"]:

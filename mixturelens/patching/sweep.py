@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -224,7 +225,8 @@ def _replace(site: Site, mask: Bool[Tensor, "row pos"], source: Mapping[tuple[in
 
     def at(activation: Tensor) -> Tensor:
         if site.component == "pattern":
-            activation = activation.transpose(1, 2)  # of a query, as everything else is of a position
+            # of a query, as everything else is of a position
+            activation = rearrange(activation, "row head query key -> row query head key")
         return activation if unit is None else activation[:, :, unit]
 
     def edit(activation: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -193,7 +194,9 @@ def _noting(
     def noter(key: Key) -> Edit:
         def note(activation: Tensor) -> None:
             for group, (rows, columns) in places.items():
-                noted[group][..., keys[key]] = activation[rows, columns].flatten(2)
+                noted[group][..., keys[key]] = rearrange(
+                    activation[rows, columns], "row position ... -> row position (...)"
+                )
 
         return note
 

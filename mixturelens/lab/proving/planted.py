@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -149,31 +150,37 @@ class _Block:
     """What the MLP writes with, and the biases of both outputs."""
 
 
+_HEADS = "(head d) ... -> head d ..."
+"""Channels that heads have side by side, head by head; a view, so that weights can be planted through it."""
+
+
 def _blocks(model: Any) -> Iterator[_Block]:
     kind = model.config.model_type
     if kind == "gpt2":
         for block in model.transformer.h:
             at, mlp = block.attn, block.mlp
-            joint = [each.unflatten(0, (3, HEADS, -1)) for each in (at.c_attn.weight.data.T, at.c_attn.bias.data)]
-            o = at.c_proj.weight.data.unflatten(0, (HEADS, -1))
+            both = (at.c_attn.weight.data.T, at.c_attn.bias.data)
+            joint = [rearrange(each, "(qkv head d) ... -> qkv head d ...", qkv=3, head=HEADS) for each in both]
+            o = rearrange(at.c_proj.weight.data, _HEADS, head=HEADS)
             out = mlp.c_proj.weight.data, mlp.c_proj.bias.data, at.c_proj.bias.data
             yield _Block(tuple(zip(*joint, strict=True)), o, (mlp.c_fc.weight.data.T,), out)
     elif kind == "gpt_neox":
         for block in model.gpt_neox.layers:
             at, mlp = block.attention, block.mlp
             fused = at.query_key_value
-            joint = [each.data.unflatten(0, (HEADS, 3, -1)).transpose(0, 1) for each in (fused.weight, fused.bias)]
-            o = at.dense.weight.data.T.unflatten(0, (HEADS, -1))
+            both = (fused.weight.data, fused.bias.data)
+            joint = [rearrange(each, "(head qkv d) ... -> qkv head d ...", qkv=3, head=HEADS) for each in both]
+            o = rearrange(at.dense.weight.data.T, _HEADS, head=HEADS)
             out = mlp.dense_4h_to_h.weight.data.T, mlp.dense_4h_to_h.bias.data, at.dense.bias.data
             yield _Block(tuple(zip(*joint, strict=True)), o, (mlp.dense_h_to_4h.weight.data,), out)
     else:
         for block in model.model.layers:
             at, mlp = block.self_attn, block.mlp
             channels = tuple(
-                tuple(each.data.unflatten(0, (-1, at.head_dim)) for each in module.parameters())
+                tuple(rearrange(each.data, _HEADS, d=at.head_dim) for each in module.parameters())
                 for module in (at.q_proj, at.k_proj, at.v_proj)
             )
-            o = at.o_proj.weight.data.T.unflatten(0, (HEADS, -1))
+            o = rearrange(at.o_proj.weight.data.T, _HEADS, head=HEADS)
             yield _Block(
                 channels, o, (mlp.gate_proj.weight.data, mlp.up_proj.weight.data), (mlp.down_proj.weight.data.T,)
             )
