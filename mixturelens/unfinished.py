@@ -60,17 +60,19 @@ class Unfinished:
             return measure()
         file = self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
         if file.is_file():
-            return kind.model_validate_json(file.read_text(encoding="utf-8"))
+            return kind.model_validate(json.loads(file.read_text(encoding="utf-8")))
         found = measure()
         self._start()
-        write_text(file, found.model_dump_json())
+        write_text(file, json.dumps(found.model_dump(mode="json")))
         return found
 
     def arrays(self, name: str, measure: Callable[[], Arrays]) -> Arrays:
         """A part that is arrays by name: read back, or measured. What is new is written every few seconds."""
+        if self._folder is None:
+            return measure()
         if name not in self._known:
             self._known[name] = self._new[name] = measure()
-            if self._folder is not None and time.monotonic() - self._written > EVERY:
+            if time.monotonic() - self._written > EVERY:
                 self.write()
         return self._known[name]
 

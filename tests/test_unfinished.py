@@ -65,6 +65,7 @@ def test_without_a_folder_nothing_is_kept() -> None:
     parts = Unfinished(None, "this")
     assert parts.value("part", Part, lambda: Part(number=1)).number == 1
     assert parts.arrays("a", lambda: {"x": np.ones(1)})["x"] == 1
+    assert parts.arrays("a", lambda: {"x": np.zeros(1)})["x"] == 0
     parts.write()
     parts.done()
 
