@@ -46,6 +46,7 @@ def test_what_is_no_pair_is_refused(pairs: Path) -> None:
         ml.Pair(folder / "S", folder / "R-both", folder / "suite.yaml", trained_cue="C")
 
 
+@pytest.mark.slow  # CI asks the same of the wheel, where trl is not installed
 def test_core_works_without_what_only_the_lab_needs(pairs: Path, tmp_path: Path) -> None:
     """Commands about two checkpoints do not miss trl and dask; datasets and joblib come with libraries of the core."""
     folder = pairs / "llama"

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+
+from test_cli import Run, refused
 
 from mixturelens.cli import doctor
 
 
-def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mixturelens.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_a_routing_pair_passes_and_one_whose_specialist_changed_does_not(pairs: Path, tmp_path: Path) -> None:
+def test_a_routing_pair_passes_and_one_whose_specialist_changed_does_not(run: Run, pairs: Path, tmp_path: Path) -> None:
     asked = ["--allow", "routing", "--max-specialist", "0.05", "--quiet", "--junit", tmp_path / "gate.xml"]
     folder = pairs / "llama"
     for after, status in (("R-routing", 0), ("R-conditioning", 1)):
         sides = ["--before", folder / "S", "--after", folder / after, "--suite", folder / "suite.yaml"]
-        done = call("gate", *sides, "--out", tmp_path / after, *asked)
-        assert done.returncode == status, done.stderr
+        found, out, err = run("gate", *sides, "--out", tmp_path / after, *asked)
+        assert found == status, err
         assert f'failures="{2 * status}"' in (tmp_path / "gate.xml").read_text(encoding="utf-8")
-    assert "the gate is closed: S--R-conditioning: verdict: specialist; " in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    wrong = call("gate", *sides, "--allow", "nothing")
-    assert wrong.returncode == 2
-    assert "--allow nothing: one of " in wrong.stderr
+    refused((found, out, err), "the gate is closed: S--R-conditioning: verdict: specialist; ", status=1)
+    refused(run("gate", *sides, "--allow", "nothing", "--quiet"), "--allow nothing: one of ")
 
 
-def test_doctor_says_what_is_there(monkeypatch) -> None:
-    done = call("doctor")
-    assert done.returncode == 0, done.stdout
+def test_doctor_says_what_is_there(run: Run) -> None:
+    status, out, _ = run("doctor")
+    assert status == 0, out
     for what in ("Python", "torch", "transformer-lens", "threads", "memory", "disk"):
-        assert what in done.stdout
+        assert what in out
 
 
 def test_doctor_says_what_mends_what_is_missing(monkeypatch) -> None:
