@@ -95,7 +95,8 @@ def circuit(circuits: Sequence[RoutingCircuit]) -> Figure:
     layout = _Layout([edge for edges in shown for edge in edges.values()], layers, positions)
     beside = _WIDE / max(len(circuits), 1) / max(layout.width, 1) >= _SLOT
     rows, columns = (1, len(circuits)) if beside else (len(circuits), 1)
-    labels, axis, below = token_axis(words, _WIDE / max(columns, 1) / max(positions, 1))
+    narrowest = min(layout.slots, default=1) / max(layout.width, 1)  # where nothing happens there is little room
+    labels, axis, below = token_axis(words, narrowest * _WIDE / max(columns, 1))
     inner, spacing = stacked(rows, (46 if layout.top < 12 else 34) * (layout.top + 1), below + 70)
     titles = [_title(of, len(edges)) for of, edges in zip(circuits, shown, strict=True)]
     more = {"horizontal_spacing": 0.02, "vertical_spacing": spacing}
