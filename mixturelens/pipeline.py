@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 R = TypeVar("R", bound=Record)
+Measured = TypeVar("Measured", PatchingRecord, CircuitRecord, ProbingRecord, GraftRecord, FeatureRecord, RepairRecord)
+"""Records of instruments, which say what is missing."""
 
 
 def discover(
@@ -245,14 +247,14 @@ def decompose(
 
 def _instrument(
     pair: Pair,
-    kind: type[R],
+    kind: type[Measured],
     name: str,
-    make: Callable[[Pair, BehaviourRecord, Unfinished], R],
-    current: Callable[[R], bool] = lambda _: True,
+    make: Callable[[Pair, BehaviourRecord, Unfinished], Measured],
+    current: Callable[[Measured], bool] = lambda _: True,
     *,
     seed: int,
     say: Say | None,
-) -> R:
+) -> Measured:
     """The record of an instrument that needs a pair and its behaviour: the one on disk if current, or made anew.
 
     What is measured on the way is kept in a folder beside the record until that is written: an instrument that was
@@ -265,13 +267,16 @@ def _instrument(
     expected = provenance_of(pair, seed)
     file = pair.records / f"{name}.json"
     there = kept(kind, file, expected)
-    if there is not None and current(there) and whole(getattr(there, "missing", ())):
+    if there is not None and current(there) and whole(there.missing):
         return there
     measured = measure(pair, seed=seed, say=say)
     parts = Unfinished(pair.records / f".{name}", expected.model_dump_json())
     record = make(pair, measured, parts).model_copy(update={"provenance": expected})
     record.save(file)
-    parts.done()
+    if whole(record.missing):
+        parts.done()
+    else:
+        parts.write()
     return record
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 
 from mixturelens.records import write_bytes, write_text
 from mixturelens.types import Frozen, InputError
@@ -18,6 +20,8 @@ from mixturelens.types import Frozen, InputError
 EVERY = 5.0
 """Seconds between two times that arrays are written: what a kill can cost."""
 
+ABOUT = "about"
+"""File that says, hashed, what the parts are about."""
 FAILED = "failed"
 """How a record says that a part ended in an error, and not in what its pair does not allow."""
 
@@ -38,17 +42,14 @@ class Unfinished:
     """
 
     def __init__(self, folder: Path | None, about: str) -> None:
-        self._folder = folder
-        self.failed = False
+        self._folder, self._about = folder, hashlib.sha256(about.encode()).hexdigest()
         self._new: dict[str, Arrays] = {}
         self._known: dict[str, Arrays] = {}
         self._written = time.monotonic()
         if folder is None or not folder.is_dir():
-            self._about = about
             return
-        self._about = about
-        file = folder / "about.json"
-        if not file.is_file() or file.read_text(encoding="utf-8") != _digest(about):
+        file = folder / ABOUT
+        if not file.is_file() or file.read_text(encoding="utf-8") != self._about:
             shutil.rmtree(folder)
             return
         for each in sorted(folder.glob("*.safetensors")):
@@ -60,7 +61,8 @@ class Unfinished:
             return measure()
         file = self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
         if file.is_file():
-            return kind.model_validate(json.loads(file.read_text(encoding="utf-8")))
+            with contextlib.suppress(ValidationError):  # of code that has changed since: measured again
+                return kind.model_validate(json.loads(file.read_text(encoding="utf-8")))
         found = measure()
         self._start()
         write_text(file, json.dumps(found.model_dump(mode="json")))
@@ -90,37 +92,40 @@ class Unfinished:
         write_bytes(self._folder / f"{number:06d}.safetensors", save(flat))
         self._new, self._written = {}, time.monotonic()
 
-    def attempt(self, what: str, measure: Callable[[], T], missing: list[str]) -> T | None:
-        """Measure a part that must not cost the others: what a pair does not allow, or what fails, goes to `missing`.
-
-        A part that failed (memory ran out, say) is tried again when the instrument is run again; one that the pair does
-        not allow is not.
-        """
-        try:
-            return measure()
-        except InputError as error:
-            missing.append(f"{what}: {error}")
-        except Exception as error:  # whatever it is, what was measured beside it is kept
-            self.failed = True
-            said = (str(error).strip() or "no message").splitlines()[0]
-            missing.append(f"{what}: {FAILED} ({type(error).__name__}: {said}); run again to try it once more")
-        return None
-
     def done(self) -> None:
-        """The record is written: where it is whole, its parts are not needed any more."""
-        if self.failed:
-            self.write()
-        elif self._folder is not None:
+        """The record is whole, and written: its parts are not needed any more."""
+        if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
         assert self._folder is not None
-        if not (self._folder / "about.json").is_file():
-            write_text(self._folder / "about.json", _digest(self._about))
+        if not (self._folder / ABOUT).is_file():
+            write_text(self._folder / ABOUT, self._about)
 
 
-def _digest(about: str) -> str:
-    return json.dumps(hashlib.sha256(about.encode()).hexdigest())
+NOTHING_KEPT = Unfinished(None, "")
+"""Where nobody gives a folder."""
+
+
+def attempt(what: str, measure: Callable[[], T], missing: list[str]) -> T | None:
+    """Measure a part that must not cost the others: what its pair does not allow, or what fails, goes to `missing`.
+
+    A record in which a part failed (memory ran out, say) is not `whole`: the part is tried again when the instrument is
+    run again. One that the pair does not allow is not.
+    """
+    try:
+        return measure()
+    except InputError as error:
+        missing.append(f"{what}: {error}")
+    except Exception as error:  # whatever it is, what was measured beside it is kept
+        said = (str(error).strip() or "no message").splitlines()[0]
+        missing.append(f"{what}: {FAILED} ({type(error).__name__}: {said}); run again to try it once more")
+    return None
+
+
+def whole(missing: Iterable[str]) -> bool:
+    """Whether nothing of a record failed, by what it says is missing."""
+    return not any(f": {FAILED} (" in line for line in missing)
 
 
 def _unpacked(file: Path) -> dict[str, Arrays]:
@@ -131,12 +136,3 @@ def _unpacked(file: Path) -> dict[str, Arrays]:
         part, _, key = name.rpartition("\n")
         found.setdefault(part, {})[key] = value
     return dict(found)
-
-
-def whole(missing: Iterable[str]) -> bool:
-    """Whether nothing of a record failed, by what it says is missing."""
-    return not any(f": {FAILED} (" in line for line in missing)
-
-
-NOTHING_KEPT = Unfinished(None, "")
-"""Where nobody gives a folder."""

@@ -14,7 +14,7 @@ from mixturelens.types import InputError, RunError
 
 if TYPE_CHECKING:
     from mixturelens.models import How
-    from mixturelens.suite import PromptRow, Suite
+    from mixturelens.suite import Suite
 
 commands = typer.Typer(name="suite", help="Start a behaviour suite, or check one.", no_args_is_help=True)
 app.add_typer(commands)
@@ -110,22 +110,22 @@ def check(
 
 def _written(suite: Suite, before: str, after: str | None, how: How, seed: int) -> tuple[list[tuple[str, ...]], int]:
     """Completions of some prompts under each cue with their labels, and how many of them follow no known policy."""
+    from mixturelens.behaviour.forced import texts_of
     from mixturelens.behaviour.likelihood import Scorer
+    from mixturelens.behaviour.plan import first_questions
+    from mixturelens.behaviour.prompts import prepare
     from mixturelens.models import Pair
-    from mixturelens.spelling import encode_prompts
     from mixturelens.types import OTHER
 
-    asked = list(dict.fromkeys(row.id for row in suite.neutral))[:SHOWN]
-    pair = Pair(before, after, suite.model_copy(update={"prompts": _of(suite, asked)}), **how)
-    contexts = encode_prompts(pair.suite, pair.suite.prompts, pair.tokenizer)
+    pair = Pair(before, after, first_questions(suite, SHOWN), **how)
+    prompts = prepare(pair.suite, pair.suite.neutral, pair.tokenizer)
     scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
+    limits = [suite.max_new_tokens] * len(prompts.rows)
     rows, other = [], 0
     for side, model in zip(pair.sides, pair.models(), strict=True):
-        found = scorer.sample(model, contexts, SHOWN, [suite.max_new_tokens] * len(contexts), seed)
-        for i, tokens in zip(found.context, found.tokens, strict=True):
-            row = pair.suite.prompts[int(i)]
-            written = [token for token in tokens if token not in scorer.ends]
-            text = str(pair.tokenizer.decode(written, skip_special_tokens=True))
+        drawn = scorer.sample(model, prompts.contexts, SHOWN, limits, seed)
+        for i, text in zip(drawn.context, texts_of(scorer, prompts, drawn), strict=True):
+            row = prompts.rows[int(i)]
             label = suite.label(text, row)
             other += label.policy == OTHER
             right = "yes" if suite.correct(label.rest, row) else "no"
@@ -133,7 +133,3 @@ def _written(suite: Suite, before: str, after: str | None, how: How, seed: int) 
             cut = shown if len(shown) <= WIDE else f"{shown[: WIDE - 1]}…"
             rows.append((side, row.cue, row.id, label.policy or "-", label.behaviour or "-", right, cut))
     return rows, other
-
-
-def _of(suite: Suite, questions: list[str]) -> tuple[PromptRow, ...]:
-    return tuple(row for row in suite.neutral if row.id in questions)

@@ -53,6 +53,7 @@ from mixturelens.spelling import encode_prompts
 from mixturelens.stats import half_of, too_few
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import InputError, Side, Site
+from mixturelens.unfinished import attempt
 
 Say = Callable[[str], None]
 T = TypeVar("T")
@@ -265,11 +266,7 @@ class _Study:
         """What this pair does not allow must not cost the rest."""
         if self.say:
             self.say(what)
-        try:
-            return work()
-        except InputError as error:
-            self.missing.append(f"{what}: {error}")
-            return None
+        return attempt(what, work, self.missing)
 
     @property
     def share(self) -> float:

@@ -58,7 +58,7 @@ from mixturelens.models.cost import check_memory, size_of
 from mixturelens.stats import PROPORTION, half_of, interval, mean_interval, resample_counts, resampled_mean, too_few
 from mixturelens.suite import PromptRow, wordings
 from mixturelens.types import NOT_MEASURED, Interval
-from mixturelens.unfinished import NOTHING_KEPT, Unfinished
+from mixturelens.unfinished import NOTHING_KEPT, Unfinished, attempt
 
 SHARED = 64
 """Questions, at most, of Shapley shares, which try every set of components."""
@@ -118,18 +118,14 @@ def graft_record(
     judge = Judge(cells, policies, bench.readings(()), bench.readings(changed), cells.grid)
     missing: list[str] = list(planned.missing)
 
-    def attempt(what: str, work: Callable[[], T]) -> T | None:
-        """What this model does not allow must not cost the rest."""
-        return settings.parts.attempt(what, work, missing) if changed else None
-
     trial, searched = GraftTrial(bench, judge), planned.searched is not None and bool(changed)
     if searched:
         trial = _few(trial, planned.searched or 0)
         trial.bench.begin()
     path = None
-    if planned.path:
+    if planned.path and changed:
         say("attribution along the path")
-        path = attempt("path attribution", lambda: _path(trial, policies, searched, settings.parts))
+        path = attempt("path attribution", lambda: _path(trial, policies, searched, settings.parts), missing)
     unsettled = [line.metric for line in _sums(path) if not settled(line)]
     if unsettled:
         missing.append(f"path attribution: its parts do not add up to the change of {', '.join(unsettled)}")
@@ -173,9 +169,10 @@ def graft_record(
     say("noise of the size of R's change")
     noise = null(trial, seed)
     at: dict[tuple[str, ...], Readings] = {}
-    if planned.positions:
-        say("grafts at some positions")
-        at = attempt("grafts at some positions", lambda: _placed(s, r, trial.bench.cells, settings.parts)) or {}
+    if planned.positions and changed:
+        what = "grafts at some positions"
+        say(what)
+        at = attempt(what, lambda: _placed(s, r, trial.bench.cells, settings.parts), missing) or {}
     rollback = None
     if factorial is not None:
         say("rollback")
@@ -250,13 +247,15 @@ def _on(trial: GraftTrial, index: Int[np.ndarray, "question cue"]) -> GraftTrial
 
 
 def _path(trial: GraftTrial, policies: tuple[str, str], large: bool, parts: Unfinished) -> Attribution:
+    nodes = (FEW_NODES, 3 * FEW_NODES) if large else ()
+
     def measure() -> dict[str, np.ndarray]:
-        found = attribute(trial.bench, policies, *((FEW_NODES, 3 * FEW_NODES) if large else ()))
+        found = attribute(trial.bench, policies, *nodes)
         words = json.dumps([found.names, found.parts, found.questions]).encode()
         arrays = {"values": found.values, "change": found.change, "points": np.array([found.points])}
         return {**arrays, "words": np.frombuffer(words, np.uint8)}
 
-    found = parts.arrays(f"{trial.bench.cells.digest} path", measure)
+    found = parts.arrays(f"{trial.bench.cells.digest} path {nodes}", measure)
     parts.write()
     names, of, questions = (tuple(words) for words in json.loads(found["words"].tobytes()))
     return Attribution(names, of, questions, found["values"], found["change"], int(found["points"][0]))

@@ -15,6 +15,7 @@ from mixturelens.behaviour.grid import grid_of
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.pair import bits_of
+from mixturelens.behaviour.plan import first_questions
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.sampled import sampled_behaviour
 from mixturelens.behaviour.settle import settle
@@ -66,8 +67,7 @@ class RoutingCallback(TrainerCallback):
         whole = suite if isinstance(suite, Suite) else load_suite(Path(suite))
         if whole.table is not None:
             raise InputError("RoutingCallback: policies that announce nothing cannot be watched; use `verdict`")
-        asked = list(dict.fromkeys(row.id for row in whole.neutral))[:questions]
-        self.suite = whole.model_copy(update={"prompts": tuple(row for row in whole.neutral if row.id in asked)})
+        self.suite = first_questions(whole, questions)
         self.page = Path(page) if page is not None else None
         self.points: list[TrajectoryPoint] = []
         self._start: Behaviour | None = None

@@ -39,7 +39,7 @@ from mixturelens.patching.sweep import (
 )
 from mixturelens.stats import FEWEST, interval, mean_interval, resample_counts, too_few
 from mixturelens.types import Frozen, Side, Site
-from mixturelens.unfinished import NOTHING_KEPT, Unfinished
+from mixturelens.unfinished import NOTHING_KEPT, Unfinished, attempt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,12 +102,12 @@ def patching_record(
         f"patching {line}" for line in dict.fromkeys(line for each in lenses.values() for line in left_out(each))
     ]
 
-    def attempt(what: str, work: Callable[[], PatchedContrast]) -> None:
+    def part(what: str, work: Callable[[], PatchedContrast]) -> None:
         """What cannot be measured on this pair is said, and the rest is measured."""
         say(what)
         name = f"{what}, {plan.questions} questions{', everywhere' if plan.exhaustive else ''}"
         kept = functools.partial(settings.parts.value, name, PatchedContrast, work)
-        found = settings.parts.attempt(what, kept, missing)
+        found = attempt(what, kept, missing)
         if found is not None:
             sweeps.extend(found.sweeps)
             readers.extend(found.readers)
@@ -151,10 +151,10 @@ def patching_record(
         return PatchedContrast(sweeps=(_sweep(found, same, "after", "denoise", seed, tokenizer, unseen, **words),))
 
     for side in lenses:
-        attempt(f"patching the cue, {side}", functools.partial(of_cue, side))
+        part(f"patching the cue, {side}", functools.partial(of_cue, side))
         if hinted:
-            attempt(f"patching the hint, {side}", functools.partial(of_hint, side))
-    attempt("patching S into R", of_checkpoints)
+            part(f"patching the hint, {side}", functools.partial(of_hint, side))
+    part("patching S into R", of_checkpoints)
     return PatchingRecord(
         trained_cue=harm.trained_cue,
         harmed_cue=harm.harmed_cue,

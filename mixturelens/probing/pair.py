@@ -27,6 +27,7 @@ from mixturelens.probing.shift import shifts
 from mixturelens.probing.subspace import find_subspace, subspace_tokens
 from mixturelens.stats import too_few
 from mixturelens.types import NOT_MEASURED, InputError, Interval, Side, Site
+from mixturelens.unfinished import attempt
 
 Say = Callable[[str], None]
 
@@ -112,12 +113,9 @@ def probing_record(
     left = [plan.tokens]
     """Tokens that erasing and subspaces may still take."""
 
-    def attempt(what: str, work: Callable[[], object]) -> None:
+    def part(what: str, work: Callable[[], object]) -> None:
         say(what)
-        try:
-            work()
-        except InputError as error:
-            problems.append(f"{what}: {error}")
+        attempt(what, work, problems)
 
     def erase(cue: Contrasts) -> None:
         erasing = eraser_of(cue)
@@ -185,19 +183,19 @@ def probing_record(
 
     def of_cue(harm: Harm) -> None:
         cue = cue_contrasts(suite, tokenizer, harm.policy, harm.cues, harm.shows)
-        attempt("erasing the cue", lambda: erase(cue))
-        attempt("erasing the cue where it is used", lambda: erase_used(cue))
+        part("erasing the cue", lambda: erase(cue))
+        part("erasing the cue where it is used", lambda: erase_used(cue))
         made.clear()
-        attempt("subspace of the cue", lambda: subspace("cue", cue))
+        part("subspace of the cue", lambda: subspace("cue", cue))
 
     def of_selector() -> None:
         cue = behaviour.trained_cue or suite.cues[0]
         subspace("selector", hint_contrasts(suite, tokenizer, cue, *policies))
 
-    attempt("the cue contrast", lambda: of_cue(find_harm(behaviour)))
+    part("the cue contrast", lambda: of_cue(find_harm(behaviour)))
     if suite.hinted:
-        attempt("subspace of the selector", of_selector)
-        attempt(
+        part("subspace of the selector", of_selector)
+        part(
             "shift of neutral prompts",
             lambda: moved.extend(shifts(lenses["before"], lenses["after"], suite, policies, seed)),
         )

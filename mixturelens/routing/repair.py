@@ -32,6 +32,7 @@ from mixturelens.routing.edit import edited, fit_edit, shrunk
 from mixturelens.routing.tries import brief, make_plan
 from mixturelens.stats import PROPORTION, interval, too_few
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
+from mixturelens.unfinished import attempt
 
 RepairKind = Literal["interchange", "zero", "mean", "steer", "edit", "reroute"]
 """`interchange`: the cue reader's output is that of the trained cue; `zero`, `mean` (over all cues equally): it is
@@ -261,10 +262,8 @@ def repair_record(
     missing += plan.missing
     for kind, way in ways.items():
         say(f"repair: {kind}")
-        try:
-            repairs.append(way())
-        except InputError as error:  # one way that this suite does not allow must not cost the others
-            missing.append(f"{kind}: {error}")
+        done = attempt(kind, way, missing)
+        repairs += [] if done is None else [done]
     works = [
         each for each in repairs if each.kind == "edit" and each.gap_closed.low is not None and each.gap_closed.low > 0
     ]
