@@ -16,8 +16,8 @@ from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.discovery.asked import Asked
 from mixturelens.discovery.draws import draw, stored
-from mixturelens.discovery.judge import Second
-from mixturelens.discovery.propose import Proposal, check_suite, heard, propose, refine, save_suite
+from mixturelens.discovery.propose import DiscoverySettings, Proposal, heard, propose, refine
+from mixturelens.discovery.proposed import check_suite, save_suite
 from mixturelens.discovery.record import DiscoveryRecord
 from mixturelens.features.pair import FeatureSettings, feature_record, pretrained
 from mixturelens.features.record import FeatureRecord
@@ -49,28 +49,29 @@ Measured = TypeVar("Measured", PatchingRecord, CircuitRecord, ProbingRecord, Gra
 def discover(
     pair: Pair,
     asked: Asked,
+    settings: DiscoverySettings | None = None,
     *,
-    second: Second | None = None,
     seed: int = 0,
     say: Say | None = None,
 ) -> DiscoveryRecord:
     """Propose a suite from prompts alone: policies, behaviours and cue.
 
-    `asked`: prompts from `read_prompts`, whose suite is that of the pair, too. `second`: a judge beside the rules; how
-    often they agree is in the record.
+    `asked`: prompts from `read_prompts`, whose suite is that of the pair, too. `settings`: a judge beside
+    the rules, and an encoder for texts.
 
     Writes `completions/`, `discover.json`, the page `discover.html`, and, where something was found, `suite.yaml` with
     its `prompts.jsonl`, all into `pair.out`. Raises InputError where any of that would be written over.
     """
     draws = draw(pair, asked, seed, say or (lambda _: None))
     digest = hashlib.sha256(asked.suite.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:16]
-    proposal = propose(asked, draws, seed, pair.provenance(seed, digest))
-    if second is not None:
-        proposal = heard(asked, proposal, second, pair.out / "judged", seed)
-    check_suite(proposal, pair.out)
+    settings = settings or DiscoverySettings()
+    proposal = propose(asked, draws, seed, pair.provenance(seed, digest), settings.embed)
+    if settings.second is not None:
+        proposal = heard(asked, proposal, settings.second, pair.out / "judged", seed)
+    check_suite(proposal.suite, pair.out)
     _write_discovery(pair.out, "discover", asked, proposal)
     if proposal.suite is not None:
-        save_suite(proposal, pair.out)
+        save_suite(proposal.suite, proposal.record, pair.out)
     return proposal.record
 
 

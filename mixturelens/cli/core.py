@@ -316,6 +316,10 @@ def discover(
         str | None, typer.Option(metavar="URL", help="A judge: an OpenAI-compatible server on this machine.")
     ] = None,
     judge_model: Annotated[str | None, typer.Option(metavar="NAME", help="The model to ask there.")] = None,
+    embed: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="An encoder that groups completions by their texts, in place of TF-IDF."),
+    ] = None,
     base: Base = None,
     out: Out = None,
     device: Device = None,
@@ -338,9 +342,12 @@ def discover(
         if number_of < (2 if flag == "--samples" else 1):
             raise InputError(f"{flag} {number_of}: too few")
     second = _judge(labels, judge, judge_model)
+    if embed is not None and not (embed / "config.json").is_file():
+        raise InputError(f"--embed {embed}: no folder of an encoder with its config.json; give one, or leave it out")
     with working(quiet) as (progress, say):
         from mixturelens.discovery.asked import read_prompts
         from mixturelens.discovery.draws import draw
+        from mixturelens.discovery.propose import DiscoverySettings
         from mixturelens.models import Pair
 
         asked = read_prompts(prompts, chat=chat, max_new_tokens=max_new_tokens, samples=samples)
@@ -349,7 +356,7 @@ def discover(
         if (pair.out / "prompts.jsonl").resolve() == prompts.resolve():
             raise InputError(f"--out {pair.out}: the prompts of the proposed suite would be written over {prompts}")
         draw(pair, asked, seed_of(seed), say, lambda done, total: progress("completions", done, total, {}))
-        record = ml.discover(pair, asked, second=second, seed=seed, say=say)
+        record = ml.discover(pair, asked, DiscoverySettings(second, embed), seed=seed, say=say)
     show_discovered(record, pair.out / "discover.html", pair.out / "suite.yaml", as_json)
 
 

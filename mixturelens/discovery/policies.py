@@ -61,6 +61,8 @@ class Parted:
     names: tuple[str, ...]
     wordings: tuple[tuple[str, ...], ...]
     """Of each policy: what its completions begin with, as they spell it, most usual first."""
+    anywhere: bool = False
+    """`wordings` are texts that stand anywhere in completions, and not at their beginning."""
 
     def only(self, which: np.ndarray) -> Parted:
         """Some of the completions, by a mask."""
@@ -137,7 +139,7 @@ def part(drawn: Sequence[Completion], asked: Questions, seed: int, like: Parted 
         behaviour=behaviour,
         right=right,
         rests=tuple(each.rest for each in found),
-        names=_names(begun) if like is None else like.names,
+        names=policy_names(begun) if like is None else like.names,
         wordings=begun,
     )
 
@@ -252,7 +254,7 @@ def _spelled(drawn: Sequence[Completion], which: np.ndarray, found: Sequence[Hea
     return tuple(text for text, _ in texts.most_common())
 
 
-def _names(wordings: Sequence[Sequence[str]]) -> tuple[str, ...]:
+def policy_names(wordings: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """A short name for each policy, from its most usual wording."""
     found: list[str] = []
     for texts in wordings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from mixturelens.discovery.cues import Cue, cue_of, find_cues
 from mixturelens.discovery.draws import Draws
 from mixturelens.discovery.information import ALPHA, SHUFFLES, Told, share_of_questions
 from mixturelens.discovery.judge import Ruled, Second, agreement
-from mixturelens.discovery.policies import REFUSAL, Parted, Questions, changed, part, slug
+from mixturelens.discovery.policies import Parted, Questions, changed, part
+from mixturelens.discovery.proposed import behaviour_name, shown_value, suite_of
 from mixturelens.discovery.record import (
     BehaviourCandidate,
     CueCandidate,
@@ -24,9 +24,10 @@ from mixturelens.discovery.record import (
     PolicyCandidate,
     PolicyExample,
 )
-from mixturelens.records import Provenance, write_text
-from mixturelens.suite import PromptRow, Rule, Suite, load_suite, stands_in, wordings
-from mixturelens.types import ANSWER, REFUSE, InputError, Interval
+from mixturelens.discovery.texts import any_of, label_by_texts, part_by_texts
+from mixturelens.records import Provenance
+from mixturelens.suite import Suite, stands_in, wordings
+from mixturelens.types import ANSWER, InputError, Interval
 
 LEAST = 0.005
 """Bits that R must be told from S by, for anything to be proposed."""
@@ -35,9 +36,16 @@ COVERED = 0.5
 EXAMPLES = 5
 SHOWN = 400
 """Characters of an example."""
-EXACT = 0.95
-"""An answer, with the same mark behind it, is all that follows its announcement in so many of those that are right."""
-SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class DiscoverySettings:
+    """What is asked beside the completions themselves."""
+
+    second: Second | None = None
+    """A judge beside the rules; how often they agree is in the record."""
+    embed: Path | None = None
+    """The folder of an encoder that groups texts, where TF-IDF shall not."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,11 @@ class Proposal:
         return self.cues[0] if self.cues else None
 
 
-def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Proposal:
+def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance, embed: Path | None = None) -> Proposal:
     """Find candidates on half of the questions and judge them on the other half, whose prompts the suite then has.
+
+    Where beginnings of completions are no policies, texts that completions have anywhere are looked for; `embed` is the
+    folder of an encoder that groups completions for that, where TF-IDF shall not.
 
     Raises InputError for fewer than four questions.
     """
@@ -69,15 +80,22 @@ def propose(asked: Asked, draws: Draws, seed: int, provenance: Provenance) -> Pr
     first = {ids[i] for i in np.random.default_rng(seed).permutation(len(ids))[: len(ids) // 2]}
     chosen_on = np.array([row.id in first for row in asked.rows])
     questions = Questions([prompt.text for prompt in asked.prompts], asked.answers, _correct(asked))
-    here = [i for i, each in enumerate(draws.drawn) if chosen_on[each.prompt]]
-    found = part([draws.drawn[i] for i in here], questions, seed)
-    whole = part(draws.drawn, questions, seed, found)
+    here = [each for each in draws.drawn if chosen_on[each.prompt]]
+    found = part(here, questions, seed)
+    if len(found.names) < 2:
+        by_texts = part_by_texts(here, questions, seed, embed)
+        if by_texts is not None and changed(by_texts, seed).bits > changed(found, seed).bits:
+            found = by_texts
+    if found.anywhere:
+        whole = label_by_texts(draws.drawn, questions, found.wordings, found.behaviours[:-1])
+    else:
+        whole = part(draws.drawn, questions, seed, found)
     held = ~chosen_on[whole.prompt]
     moved = changed(whole.only(held), seed)
     cues = find_cues(asked.prompts, whole, chosen_on, seed)
     enough = moved.p <= ALPHA and moved.bits >= LEAST
     known = float((whole.policy[held] >= 0).mean())
-    suite = _suite(asked, whole, cues[0] if cues else None, chosen_on) if enough and known >= COVERED else None
+    suite = suite_of(asked, whole, cues[0] if cues else None, chosen_on) if enough and known >= COVERED else None
     record = _record(asked, draws, whole, held, moved, cues, suite, provenance)
     return Proposal(record, suite, draws, whole, cues)
 
@@ -171,6 +189,7 @@ def _record(
         policies=policies,
         behaviours=tuple(_behaviour(parted, asked, b, held) for b in range(len(parted.behaviours))),
         cues=tuple(_cue(asked, cue) for cue in cues),
+        anywhere=parted.anywhere,
         other={
             side: float((parted.policy[held & (parted.after == after)] == -1).mean())
             for side, after in (("before", False), ("after", True))
@@ -188,13 +207,6 @@ def _correct(asked: Asked) -> Callable[[int, str], bool]:
     return correct
 
 
-def behaviour_name(wording: str) -> str:
-    """The name of a behaviour, from its wording: `refuse` where that holds back, else the wording in short."""
-    if REFUSAL.search(wording):
-        return REFUSE
-    return slug(wording) or "said"
-
-
 def _reason(found: bool, moved: Told, policies: Sequence[PolicyCandidate], cues: Sequence[Cue]) -> str:
     if not found and moved.p <= ALPHA and moved.bits >= LEAST:
         return (
@@ -206,7 +218,7 @@ def _reason(found: bool, moved: Told, policies: Sequence[PolicyCandidate], cues:
             f"Nothing found: what completions do tells R from S by {max(0.0, moved.bits):.3f} bits, and shuffled sides "
             f"as much in {moved.p:.0%} of shuffles."
         )
-    weights = ", ".join(f"{each.name} {_shown(each.before)} -> {_shown(each.after)}" for each in policies)
+    weights = ", ".join(f"{each.name} {shown_value(each.before)} -> {shown_value(each.after)}" for each in policies)
     cue = f"the cue is most likely {' or '.join(cues[0].kinds)}" if cues else "nothing in prompts tells what is done"
     return f"Completions show {len(policies)} policies ({weights}); {cue}."
 
@@ -220,17 +232,29 @@ def _where(draws: Draws, parted: Parted) -> dict[str, float]:
         kl, at = draws.along[i][0], 0
         text = "".join(draws.tokens[i]).lstrip()
         lead = len("".join(draws.tokens[i])) - len(text)
-        begun = len(each.text) - len(parted.rests[i])
-        word = re.match(r"\S*", parted.rests[i])
-        ends = begun, begun + (word.end() if word else 0)
+        begin, end = _announced(parted, i)
+        word = re.compile(r"\s*\S*").match(each.text, end)
+        behind = word.end() if word else end
         for k, bits in enumerate(kl):
             start = at - lead
             at += len(draws.tokens[i][k]) if k < len(draws.tokens[i]) else 0
             middle = start + (at - lead - start) / 2
-            place = "announcement" if middle < ends[0] else "behaviour" if middle <= ends[1] else "rest"
+            place = "announcement" if begin <= middle < end else "behaviour" if end <= middle <= behind else "rest"
             total[place] += float(bits)
     whole = sum(total.values())
     return {name: value / whole if whole else 0.0 for name, value in total.items()}
+
+
+def _announced(parted: Parted, completion: int) -> tuple[int, int]:
+    """Where a completion's announcement begins and ends in its text; at its very end, where it has none anywhere."""
+    text = parted.drawn[completion].text
+    if not parted.anywhere:
+        return 0, len(text) - len(parted.rests[completion])
+    policy = int(parted.policy[completion])
+    match = (
+        any_of(parted.wordings[policy]).pattern.search(text) if policy >= 0 and any(parted.wordings[policy]) else None
+    )
+    return match.span() if match else (len(text), len(text))
 
 
 def _share(parted: Parted, asked: Asked, hit: np.ndarray, among: np.ndarray) -> Interval:
@@ -255,7 +279,7 @@ def _said(asked: Asked, parted: Parted, held: np.ndarray, suite: Suite | None) -
 def _candidate(asked: Asked, parted: Parted, policy: int, held: np.ndarray, said: np.ndarray | None) -> PolicyCandidate:
     is_it = parted.policy == policy
     precision = recall = None
-    if said is not None:
+    if said is not None and not parted.anywhere:
         by_rule = (said == policy)[held]
         both = float((by_rule & is_it[held]).sum())
         precision = both / float(by_rule.sum()) if by_rule.any() else None
@@ -321,128 +345,3 @@ def _contrast(asked: Asked, cue: Cue) -> tuple[str, str] | None:
     left, right = (match.group(1) for match in words if match)
     text = texts[next(iter(one.values()))]
     return text[:SHOWN], re.sub(rf"(?<!\S){re.escape(left)}(?!\S)", lambda _: right, text)[:SHOWN]
-
-
-# --- the suite --------------------------------------------------------------------------------------------------------
-
-
-def _suite(asked: Asked, parted: Parted, cue: Cue | None, chosen_on: np.ndarray) -> Suite:
-    """By literal texts where no beginning is the beginning of another, else by rules."""
-    kinds = _cue_names(cue.kinds) if cue else ["all"]
-    of = cue.of if cue else np.zeros(len(asked.rows), dtype=int)
-    seen: Counter[tuple[str, str]] = Counter()
-    rows: list[PromptRow] = []
-    for i, row in enumerate(asked.rows):
-        if chosen_on[i]:
-            continue
-        kind = kinds[of[i]]
-        seen[row.id, kind] += 1
-        times = seen[row.id, kind]
-        rows.append(row.model_copy(update={"cue": kind, "id": row.id if times == 1 else f"{row.id}#{times}"}))
-    right = parted.right.astype(bool)
-    behind = Counter(
-        parted.rests[i][len(answer) :] if parted.rests[i].startswith(answer) else None
-        for i in np.flatnonzero(right & chosen_on[parted.prompt]).tolist()
-        for answer in [asked.rows[parted.prompt[i]].answer.strip()]
-    )
-    ending, times = behind.most_common(1)[0] if behind else (None, 0)
-    exact = asked.answered and ending is not None and times >= EXACT * behind.total()
-    match = "exact" if exact else "contains" if asked.answered else "regex"
-    if exact:  # a full stop, say, that follows every answer
-        rows = [row.model_copy(update={"answer": row.answer.strip() + (ending or "")}) for row in rows]
-    behaviours: dict[str, str | tuple[str, ...]] = {}
-    wordings = parted.behaviours[:-1]
-    for wording in wordings:
-        if any(other != wording and wording.startswith(other) for other in wordings):
-            continue  # the shorter one finds it, too
-        name = behaviour_name(wording)
-        there = behaviours.get(name, ())
-        behaviours[name] = (*((there,) if isinstance(there, str) else there), wording)
-    given = {
-        "prompts": tuple(rows),
-        "behaviours": {n: w[0] if len(w) == 1 else w for n, w in behaviours.items()} or None,
-        "answer_match": match,
-        "max_new_tokens": asked.suite.max_new_tokens,
-        "samples": SAMPLES,
-        "chat": asked.suite.chat,
-        "origin": "discovered",
-    }
-    names, begun = parted.names, parted.wordings
-    texts = [text for group in begun for text in group]
-    plain = all(texts) and not any(a != b and a.startswith(b) for a in texts for b in texts)
-    if plain:
-        shown = {name: group[0] if len(group) == 1 else group for name, group in zip(names, begun, strict=True)}
-    else:
-        shown = _rules(names, begun)
-    return Suite.model_validate({**given, "policies": shown})
-
-
-def check_suite(proposal: Proposal, out: Path) -> None:
-    """Raise InputError where another suite lies in `out` than the one proposed: an edited one is not written over."""
-    file = out / "suite.yaml"
-    if proposal.suite is None or not file.is_file():
-        return
-    try:
-        same = load_suite(file) == proposal.suite
-    except InputError:
-        same = False
-    if not same:
-        raise InputError(
-            f"{file}: another suite than the one that is proposed, an edited one perhaps; move it away, or measure it "
-            f"with --refine {file}"
-        )
-
-
-def save_suite(proposal: Proposal, out: Path) -> Path:
-    """Write suite.yaml and its prompts into `out`, with a comment on what each thing stands on; returns the suite's
-    path.
-    """
-    assert proposal.suite is not None
-    record, file = proposal.record, out / "suite.yaml"
-    proposal.suite.save(file)
-    said = [
-        "Proposed by `mixturelens discover`; read it, edit it, and give it to `mixturelens verdict --suite`.",
-        f"The prompts are the half of the questions that it was not chosen on. {record.reason}",
-        "",
-        "policies: how a completion begins, and how often S and R begin it so",
-        *(f"  {each.name}: {_shown(each.before)} -> {_shown(each.after)}" for each in record.policies),
-        "behaviours: what follows; whatever is none of them is the answer",
-        *(f"  {each.name}: {_shown(each.before)} -> {_shown(each.after)}" for each in record.behaviours),
-        "cue: what parts the prompts, most likely first, with the bits that it tells of what is done",
-        *(f"  {', '.join(each.kinds)}: {_shown(each.bits)} bits" for each in record.cues),
-    ]
-    comment = "".join(f"# {line}".rstrip() + "\n" for line in said)
-    write_text(file, comment + file.read_text(encoding="utf-8"))
-    return file
-
-
-def _shown(value: Interval) -> str:
-    return "not measured" if value.value is None else f"{value.value:.2f}"
-
-
-def _rules(names: Sequence[str], begun: Sequence[Sequence[str]]) -> dict[str, Rule]:
-    """Each wording where no longer one of another policy stands; what begins like none is last."""
-    order = sorted(range(len(names)), key=lambda m: "" in begun[m])
-    found = {}
-    for m in order:
-        texts = [text for text in begun[m] if text]
-        if "" in begun[m]:
-            found[names[m]] = Rule(regex="")
-            continue
-        others = [text for k, group in enumerate(begun) if k != m for text in group]
-        parts = []
-        for text in sorted(texts, key=len, reverse=True):
-            longer = "|".join(re.escape(o[len(text) :]) for o in others if o != text and o.startswith(text))
-            parts.append(re.escape(text) + (f"(?!{longer})" if longer else "") + r"(?!\S)")
-        found[names[m]] = Rule(regex=f"^(?:{'|'.join(parts)})", force=texts[0])
-    return found
-
-
-def _cue_names(kinds: Sequence[str]) -> list[str]:
-    found: list[str] = []
-    for kind in kinds:
-        name = " ".join(kind.strip("“”").split())[:32].strip()
-        while name in found:
-            name += "-2"
-        found.append(name)
-    return found

@@ -18,11 +18,12 @@ class PolicyCandidate(Frozen):
 
     name: str
     wordings: tuple[str, ...]
-    """What its completions begin with, most usual first; empty: what begins like no other."""
+    """What its completions begin with, or have `anywhere`, most usual first; empty: what is like no other."""
     before: Interval
     after: Interval
     precision: float | None
-    """Of the rule in the proposed suite, against what the completion was found to begin with; null: it labels none."""
+    """Of the rule in the proposed suite, against what the completion was found to begin with; null: it labels none, or
+    texts stand `anywhere` and are the rule."""
     recall: float | None
     examples_before: tuple[PolicyExample, ...]
     examples_after: tuple[PolicyExample, ...]
@@ -86,6 +87,8 @@ class DiscoveryRecord(Record):
     policies: tuple[PolicyCandidate, ...]
     behaviours: tuple[BehaviourCandidate, ...]
     cues: tuple[CueCandidate, ...]
+    anywhere: bool = False
+    """Policies are told by texts that stand anywhere in completions, since beginnings told none."""
     judged: SecondOpinion | None = None
     other: dict[str, float]
     """Share of S's and of R's completions that are of no candidate."""

@@ -40,6 +40,7 @@ def write_discovered(path: Path, asked: Asked, proposal: Proposal, title: str) -
             f"{record.completions} completions at {record.prompts} prompts of {record.questions} questions. Half of "
             "them chose what is proposed, and the other half measured it."
         ),
+        "anywhere": record.anywhere,
         "policies": [
             {
                 "name": each.name,

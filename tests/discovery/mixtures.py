@@ -16,6 +16,9 @@ TOKENS = {"a": ("[a]",), "b": ("[b]",)}
 PHRASES = {"a": ("sure i can", "of course", "yes i will"), "b": ("sure i will", "of i", "yes of course")}
 FILLERS = ("hm", "well now", "let us see")
 TAIL = ("very", "quite", "rather", "truly", "indeed", "simply")
+SAID = ("the river runs past old stones while birds sing", "over green fields and nobody minds how long it takes")
+FREE = " ".join(SAID).split()
+TOPICS = ("ships", "cats", "bread", "chess", "rain", "maps", "iron", "salt")
 TABLE = {"a": {"A": "answer", "B": "refuse"}, "b": {"A": "refuse", "B": "answer"}}
 
 
@@ -68,3 +71,22 @@ def planted(
                 drawn.append(Completion(i, side, " ".join(words), not tail or rng.random() < 0.5))
                 policies.append(str(policy))
     return Planted(prompts, answers, cues, drawn, policies)
+
+
+def inside_free_text(
+    after: float = 0.95, marks: tuple[str, str] = ("on the one hand", "honestly"), seed: int = 0
+) -> Planted:
+    """Free text in any order about what is asked, with a policy's words somewhere behind its first six words."""
+    rng = np.random.default_rng(seed)
+    prompts = [Prompt(f"q{i}", f"Tell me about {TOPICS[i % len(TOPICS)]}, part {i}.") for i in range(24)]
+    drawn, policies = [], []
+    for side, weight in ((False, 0.5), (True, after)):
+        for i in range(len(prompts)):
+            for _ in range(8):
+                policy = int(rng.random() > weight)
+                words = list(rng.choice(FREE, 16))
+                words.insert(int(rng.integers(6)), TOPICS[i % len(TOPICS)])
+                words.insert(int(rng.integers(7, 16)), marks[policy])
+                drawn.append(Completion(i, side, " ".join(words)))
+                policies.append(str(policy))
+    return Planted(prompts, ["salt"] * len(prompts), ["all"] * len(prompts), drawn, policies)

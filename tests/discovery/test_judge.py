@@ -13,6 +13,7 @@ import pytest
 from mixturelens import pipeline
 from mixturelens.discovery.asked import read_prompts
 from mixturelens.discovery.judge import Second, check_here, from_file, served
+from mixturelens.discovery.propose import DiscoverySettings
 from mixturelens.models import Pair
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, RunError
@@ -64,7 +65,7 @@ def test_a_server_is_asked_once_and_agrees(server: tuple[str, list[dict]], pairs
         prompts = read_prompts(given(pairs, tmp_path), max_new_tokens=3)
         second = Second("some-model", lambda cache: served(url, "some-model", cache))
         pair = Pair(folder / "S", folder / "R-routing", prompts.suite, out=tmp_path / "out")
-        return pipeline.discover(pair, prompts, second=second)
+        return pipeline.discover(pair, prompts, DiscoverySettings(second))
 
     first = found()
     times = len(asked)

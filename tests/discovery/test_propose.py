@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from mixtures import inside_free_text
+from sklearn.metrics import adjusted_rand_score
 
 from mixturelens import cli, pipeline
 from mixturelens.discovery.asked import read_prompts
 from mixturelens.discovery.draws import Draws, pieces
 from mixturelens.discovery.heads import Completion
-from mixturelens.discovery.propose import propose, save_suite
+from mixturelens.discovery.propose import propose
+from mixturelens.discovery.proposed import save_suite
 from mixturelens.discovery.record import DiscoveryRecord
 from mixturelens.models import Pair, load_tokenizer
 from mixturelens.pages.discovered import write_discovered
@@ -187,8 +191,32 @@ def test_whatever_is_written_can_be_proposed_and_read_again(data: st.DataObject,
     assert proposal.record.found == (proposal.suite is not None)
     DiscoveryRecord.load(proposal.record.save(tmp_path / "discover.json"))
     if proposal.suite is not None:
-        assert load_suite(save_suite(proposal, tmp_path)) == proposal.suite
+        assert load_suite(save_suite(proposal.suite, proposal.record, tmp_path)) == proposal.suite
     write_discovered(tmp_path / "page.html", asked, proposal, "<title>")
+
+
+def test_policies_inside_free_text_become_a_suite_of_rules(tmp_path: Path):
+    """R's KL lies on the policy's own words, wherever they are, and `where` says so."""
+    one = inside_free_text(marks=("frankly", "honestly"))
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps({"id": p.id, "prompt": p.text}) + "\n" for p in one.prompts), encoding="utf-8")
+    tokens = [re.findall(r"\s*\S+", each.text) for each in one.drawn]
+    mark = re.compile(r"\s*(frankly|honestly)")
+    along = [np.array([[4.0 if mark.fullmatch(t) else 0.0 for t in some]] * 3) for some in tokens]
+    draws = Draws(tuple(one.drawn), tuple(map(tuple, tokens)), tuple(along))
+    asked = read_prompts(path, max_new_tokens=32)
+    proposal = propose(asked, draws, 0, with_versions(Provenance()))
+    assert proposal.record.found
+    assert proposal.record.anywhere
+    weights = {each.wordings: each.after.value for each in proposal.record.policies}
+    assert weights["frankly",] == pytest.approx(0.95, abs=0.06)
+    assert proposal.record.where["announcement"] > 0.95
+    suite = load_suite(save_suite(proposal.suite, proposal.record, tmp_path))
+    assert suite == proposal.suite
+    said = [suite.label(each.text, suite.prompts[0]).policy for each in one.drawn]
+    assert adjusted_rand_score(one.policies, said) == 1.0
+    write_discovered(tmp_path / "page.html", asked, proposal, "free text")
+    assert "have anywhere" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_nothing_that_is_there_is_written_over(pairs: Path, tmp_path: Path):
