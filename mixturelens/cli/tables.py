@@ -301,6 +301,8 @@ def show_forecasts(records: list[ForecastRecord]) -> None:
 
 def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
     """Print both cues' accuracies after every repair, the gap it closes, and where the repaired checkpoint lies."""
+    from mixturelens.models.source import ADAPTER
+
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         cues = (record.harmed_cue, record.trained_cue)
@@ -311,7 +313,14 @@ def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
             rows.append((pair.name, each.kind, *state, _interval(each.gap_closed), number(each.random.median)))
     print_table(("pair", "repair", "harmed cue", "trained cue", "gap closed", "random places, median"), rows)
     for pair, record in zip(pairs, records, strict=True):
-        written = f"repaired checkpoint: {pair.made('repaired')}" if record.checkpoint else "no repaired checkpoint"
+        folder = pair.made("repaired")
+        kind = "adapter" if (folder / ADAPTER).is_file() else "checkpoint"
+        written = f"repaired {kind} (edit): {folder}"
+        if record.checkpoint is None:
+            written = (
+                "no repaired checkpoint: of these repairs only an edit is one of weights, and none closed the gap for "
+                "sure; the others act on activations at some tokens"
+            )
         print(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; {written}")
     show_missing(pairs, records)
 

@@ -18,12 +18,14 @@ from mixturelens.behaviour.prompts import Prompts
 from mixturelens.behaviour.record import BehaviourRecord, TableCell
 from mixturelens.behaviour.repair_questions import WORTH, Ground, make_ground, scale_of
 from mixturelens.contrasts import cue_contrasts, policy_tokens
+from mixturelens.grafting.components import State
 from mixturelens.grafting.graft import save_with
 from mixturelens.hooks.batches import sides
 from mixturelens.hooks.engine import no_gradient_for
 from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Lens, lens_of, tokens
 from mixturelens.models import Pair
+from mixturelens.models.adapter import save_adapter
 from mixturelens.models.cost import check_memory
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.patching.sweep import Bench, find_reader, head_sites
@@ -98,7 +100,8 @@ class RepairRecord(Record):
     missing: tuple[str, ...] = ()
     """Ways to repair that this suite does not allow, and why."""
     checkpoint: str | None = None
-    """Folder of the repaired plain checkpoint; null where the edit closes no gap for sure, and none is kept."""
+    """Folder of the repaired checkpoint, an adapter where R is one; null where the edit closes no gap for sure: none is
+    kept."""
 
     @property
     def best(self) -> Repair | None:
@@ -129,7 +132,7 @@ class RepairSettings:
     """The cue reader that it found is taken, and only questions are asked that it asked, in the same halves; None: the
     reader is looked for."""
     save_to: Path | None = None
-    """Folder of the repaired plain checkpoint; None: it is not kept."""
+    """Folder of the repaired checkpoint; None: it is not kept."""
 
 
 def repair_record(
@@ -268,8 +271,7 @@ def repair_record(
         each for each in repairs if each.kind == "edit" and each.gap_closed.low is not None and each.gap_closed.low > 0
     ]
     if save_to is not None and works:
-        weights = edited(lens, fit_edit(ground, heads))
-        save_with(pair.model("after"), weights, lens.tokenizer, save_to)
+        missing += _save(pair, edited(lens, fit_edit(ground, heads)), save_to)
     return RepairRecord(
         trained_cue=harm.trained_cue,
         harmed_cue=harm.harmed_cue,
@@ -285,6 +287,19 @@ def repair_record(
         missing=(*missing, *too_few("repairs", len(scale.grid.index))),
         checkpoint=save_to.name if save_to is not None and works else None,
     )
+
+
+def _save(pair: Pair, weights: State, folder: Path) -> list[str]:
+    """Write R with edited weights: as an adapter where R is one and the edit can join it, and why not otherwise."""
+    missing, after = [], pair.after
+    if after is not None and after.is_adapter:
+        try:
+            save_adapter(after, weights, pair.tokenizer, folder)
+            return []
+        except InputError as error:
+            missing.append(f"repaired adapter: {error}; a checkpoint with all weights was written instead")
+    save_with(pair.model("after"), weights, pair.tokenizer, folder)
+    return missing
 
 
 def _at_head(kind: str, head: Site, trained_cue: str) -> Intervention:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mixturelens.behaviour.harmed import find_harm
@@ -120,6 +121,39 @@ def test_the_repaired_folder_is_a_plain_checkpoint_that_does_what_the_record_say
     assert changed
     assert len(changed) <= 2 * len(layers)
     assert all(any(word in name for word in ("k_proj", "v_proj", "c_attn", "query_key_value")) for name in changed)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
+def test_the_repair_of_an_adapter_is_an_adapter(
+    repaired: tuple[str, RepairRecord, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R as an adapter, on a base that lacks what it adds: what is written there is what is written of R as a folder."""
+    shape, _, out = repaired
+    if shape != "llama":
+        pytest.skip("tests/models/test_adapter.py has the shapes")
+    folder = PAIRS / shape
+    base: Any = load_model(folder / "R-routing")
+    modules = ["q_proj", "v_proj", "down_proj"]
+    torch.manual_seed(0)
+    under: Any = get_peft_model(base, LoraConfig(r=2, target_modules=modules, init_lora_weights=False))
+    under.save_pretrained(str(tmp_path / "R"))
+    for module in base.modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer.weight.data -= module.get_delta_weight("default")
+    under.unload().save_pretrained(tmp_path / "base")
+    load_tokenizer(folder / "S").save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(repair, "RANDOM", 1)
+    monkeypatch.setattr(repair, "DIRECTIONS", 1)
+    pair = Pair(folder / "S", tmp_path / "R", load_suite(folder), base=tmp_path / "base", out=tmp_path / "out")
+    record = repair_record(pair, _measured(folder, "R-routing"), RepairSettings(save_to=tmp_path / "repaired"))
+    assert record.checkpoint == "repaired"
+    assert not [line for line in record.missing if "adapter" in line]
+    loaded = PeftModel.from_pretrained(load_model(tmp_path / "base"), str(tmp_path / "repaired")).eval()
+    ids = torch.tensor([load_tokenizer(folder / "S").encode(row.text) for row in pair.suite.neutral[:2]])
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            loaded(input_ids=ids).logits, load_model(out)(input_ids=ids).logits, atol=2e-3, rtol=1e-3
+        )
 
 
 def test_the_record_round_trips(repaired: tuple[str, RepairRecord, Path], tmp_path: Path) -> None:
