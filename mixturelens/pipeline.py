@@ -284,6 +284,8 @@ def _instrument(
 def provenance_of(pair: Pair, seed: int) -> Provenance:
     """What a record about this pair, made now with this seed, says of where it comes from."""
     said = pair.suite.model_dump_json(exclude_defaults=True)
+    if pair.completions is not None:
+        said += pair.completions.digest
     digest = hashlib.sha256(said.encode()).hexdigest()[:16]
     return pair.provenance(seed, digest)
 

@@ -20,8 +20,9 @@ from mixturelens.behaviour.arrays import Behaviour, Change
 from mixturelens.behaviour.likelihood import Model, Scorer
 from mixturelens.behaviour.literal import literal_behaviour, literal_change
 from mixturelens.behaviour.prompts import Prompts
-from mixturelens.behaviour.sampled import enumerated_change, sampled_behaviour, sampled_change
+from mixturelens.behaviour.sampled import enumerated_change, given_change, sampled_behaviour, sampled_change
 from mixturelens.behaviour.unannounced import attributed
+from mixturelens.completions import GivenCompletions
 
 ENUMERATE_AT_MOST = 4000
 """Completions a prompt, up to which all of them are enumerated."""
@@ -45,4 +46,16 @@ def measure_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts
         change = literal_change(scorer, before, after, prompts, seed)
     else:
         change = sampled_change(scorer, before, after, prompts, seed)
+    return _attributed(prompts, change)
+
+
+def measure_given(
+    scorer: Scorer, models: tuple[Model, Model], prompts: Prompts, given: GivenCompletions, seed: int = 0
+) -> Change:
+    """What changed from S to R (`models`), from completions that were sampled elsewhere. What is put in place is drawn
+    with `seed`."""
+    return _attributed(prompts, given_change(scorer, models, prompts, given, seed))
+
+
+def _attributed(prompts: Prompts, change: Change) -> Change:
     return replace(change, before=attributed(prompts, change.before), after=attributed(prompts, change.after))

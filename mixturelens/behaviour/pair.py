@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from mixturelens.behaviour.forced import label_completions, texts_of
 from mixturelens.behaviour.grid import Grid, grid_of
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
 from mixturelens.behaviour.literal import literal_behaviour, measured_again
-from mixturelens.behaviour.measure import measure, measure_change
+from mixturelens.behaviour.measure import measure, measure_change, measure_given
 from mixturelens.behaviour.plan import first_questions, make_plan
 from mixturelens.behaviour.prompts import ASIDE, Prompts, check_texts, prepare
 from mixturelens.behaviour.record import (
@@ -28,8 +28,9 @@ from mixturelens.behaviour.record import (
     Nats,
 )
 from mixturelens.behaviour.sampled import Nulls, nulls
-from mixturelens.behaviour.settle import SampleCheck, check_by_samples, settle
+from mixturelens.behaviour.settle import SampleCheck, check_by_samples, foreign_completions, settle
 from mixturelens.behaviour.unannounced import Explained, attributed, explain, identify
+from mixturelens.completions import GivenCompletions
 from mixturelens.models import Pair
 from mixturelens.models.cost import check_memory
 from mixturelens.models.noise import noised
@@ -85,6 +86,7 @@ def behaviour_record(
             seed,
             noise=functools.partial(noised, models, seed) if len(models) > 1 else None,
             progress=progress,
+            given=pair.completions,
         )
     return record.model_copy(
         update={
@@ -113,6 +115,7 @@ def _measured(
     seed: int,
     noise: Callable[[], Model] | None = None,
     progress: Progress | None = None,
+    given: GivenCompletions | None = None,
 ) -> BehaviourRecord:
     """`noise` gives S with noise, for a null; it comes last, since it may be written over the models."""
     say = progress or (lambda _: None)
@@ -142,7 +145,10 @@ def _measured(
             **common,
         )
     before, after = models
-    change = measure_change(scorer, before, after, prompts, seed)
+    if given is None:
+        change = measure_change(scorer, before, after, prompts, seed)
+    else:
+        change = measure_given(scorer, (before, after), prompts, given, seed)
     notes = _silent(suite, [change.before, change.after])
     explained = _explained(change, grid, suite)
     bits, per_cue_bits, shares = bits_of(change.bits, grid, suite, explained)
@@ -154,7 +160,11 @@ def _measured(
     say("controls")
     drawn = nulls(scorer, before, after, prompts, seed + 11)
     measured: dict[Side, Behaviour] = {"before": change.before, "after": change.after}
-    check = check_by_samples(prompts, {side: (measured[side], *drawn.drawn[side]) for side in measured})
+    beside: dict[Side, Any] = {side: (measured[side], *drawn.drawn[side]) for side in measured}
+    check = check_by_samples(prompts, beside)
+    if given is not None:
+        foreign = foreign_completions(prompts, beside)
+        check = check.model_copy(update={"foreign": foreign, "agrees": check.agrees and not foreign})
     say("hinted prompts")
     hinted = _hinted(scorer, models, suite, tokenizer, seed)
     controls = _controls(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +15,8 @@ from mixturelens.behaviour.likelihood import Completions, Model, Scorer
 from mixturelens.behaviour.prompts import ASIDE, Prompts
 from mixturelens.behaviour.split import class_terms, nat_terms, skill_term
 from mixturelens.behaviour.unannounced import attributed
-from mixturelens.types import Side
+from mixturelens.completions import GivenCompletions
+from mixturelens.types import InputError, Side
 
 ENOUGH = 240
 """Completions of a checkpoint that are enough for controls."""
@@ -97,9 +99,16 @@ class _Pool:
 
 
 def _draw_pool(scorer: Scorer, before: Model, after: Model, prompts: Prompts, n: int, seed: int) -> _Pool:
-    number = len(prompts.rows)
-    limits = [prompts.suite.max_new_tokens] * number
+    limits = [prompts.suite.max_new_tokens] * len(prompts.rows)
     pools = [scorer.sample(model, prompts.contexts, n, limits, seed + k) for k, model in enumerate((after, before))]
+    return _pool_of(scorer, (before, after), prompts, pools, n)
+
+
+def _pool_of(
+    scorer: Scorer, models: tuple[Model, Model], prompts: Prompts, pools: Sequence[Completions], n: int
+) -> _Pool:
+    """`pools` are n completions of each prompt of R, and of S."""
+    number, (before, after) = len(prompts.rows), models
     tokens = [pool.tokens[x * n + i] for x in range(number) for pool in pools for i in range(n)]
     context = np.repeat(np.arange(number), 2 * n)
     log_r, log_s, kl = scorer.compare(after, before, [prompts.contexts[i] for i in context], tokens)
@@ -152,8 +161,45 @@ def sampled_change(scorer: Scorer, before: Model, after: Model, prompts: Prompts
     Bits stand on those alone. For nats, completions of either are weighed under both (balance heuristic, Veach and
     Guibas 1995), which says the less the less they overlap.
     """
-    n = prompts.suite.samples
-    pool = _draw_pool(scorer, before, after, prompts, n, seed)
+    pool = _draw_pool(scorer, before, after, prompts, prompts.suite.samples, seed)
+    return _change_of(scorer, (before, after), prompts, pool, seed)
+
+
+def given_change(
+    scorer: Scorer, models: tuple[Model, Model], prompts: Prompts, given: GivenCompletions, seed: int
+) -> Change:
+    """What changed from S to R (`models`), from completions of each checkpoint that were sampled elsewhere.
+
+    What is put in place is drawn here, as in `sampled_change`: nobody else has put it in place. Bits stand on what the
+    texts say; nats on their tokens as the tokenizer spells them, which a model may have written in another way.
+    """
+    pools = [spelled(scorer, prompts, given, side) for side in ("after", "before")]
+    pool = _pool_of(scorer, models, prompts, pools, prompts.suite.samples)
+    return _change_of(scorer, models, prompts, pool, seed)
+
+
+def spelled(scorer: Scorer, prompts: Prompts, given: GivenCompletions, side: Side) -> Completions:
+    """Completions that were given of one checkpoint, as tokens, prompt by prompt; cut where a drawn one would be."""
+    context, tokens = [], []
+    ends, tokenizer = sorted(scorer.ends), prompts.tokenizer
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in scorer.ends else ends[0]
+    for i, row in enumerate(prompts.rows):
+        lead = prompts.suite.spelling.lead.get(row.cue, ("",))[0]
+        for text, ended in given.texts[side][row.id, row.cue]:
+            ids = tokenizer.encode(text if text[:1].isspace() else lead + text, add_special_tokens=False)
+            if any(each >= scorer.vocabulary for each in ids):
+                raise InputError(
+                    f"completions of {row.id!r} {side}: {text[:40]!r} has tokens that the models do not have"
+                )
+            at = next((k for k, each in enumerate(ids) if each in scorer.ends), len(ids))
+            whole = [*ids[:at], end] if ended or at < len(ids) else ids
+            context.append(i)
+            tokens.append(whole[: prompts.suite.max_new_tokens])
+    return Completions(np.array(context), tokens)
+
+
+def _change_of(scorer: Scorer, models: tuple[Model, Model], prompts: Prompts, pool: _Pool, seed: int) -> Change:
+    n, (before, after) = pool.number, models
     s, r = (
         _side(scorer, before, prompts, pool, "before", seed + 3),
         _side(scorer, after, prompts, pool, "after", seed + 4),

@@ -138,6 +138,8 @@ class SampleCheck(Frozen):
     disagreements: tuple[Disagreement, ...] = ()
     misspelled: tuple[str, ...] = ()
     """Announcements that many completions show in another spelling, or behind other words."""
+    foreign: tuple[str, ...] = ()
+    """Where completions that were given show something else than completions that the checkpoints write here."""
     hints: tuple[str, ...] = ()
     """What other completions of no known policy look like, where there are many."""
     examples: dict[str, dict[str, tuple[str, ...]]] = {}
@@ -207,6 +209,38 @@ def check_by_samples(
         hints=tuple(hints),
         examples=examples,
     )
+
+
+def foreign_completions(
+    prompts: Prompts, sides: Mapping[Side, tuple[Behaviour, np.ndarray, Labelled, list[str]]]
+) -> tuple[str, ...]:
+    """Where given completions, whose frequencies are each side's behaviour, differ from those that were drawn here.
+
+    They are held against each other on the same prompts, policy by policy (behaviour by behaviour where policies
+    announce nothing), by Fisher's exact test. `sides` is as in `check_by_samples`.
+    """
+    from scipy.stats import fisher_exact
+
+    suite, found = prompts.suite, []
+    names = [f"policy {name}" for name in (*suite.policies, OTHER)] if suite.table is None else suite.behaviour_names
+    cue_of = np.array([suite.cues.index(row.cue) for row in prompts.rows])
+    for side, (behaviour, context, label, _) in sides.items():
+        given = behaviour.weights if suite.table is None else behaviour.classes.sum((1, 2))
+        shown = label.policy if suite.table is None else label.behaviour
+        for c, cue in enumerate(suite.cues):
+            mine = np.flatnonzero(cue_of[context] == c)
+            at = np.unique(context[mine])
+            total = suite.samples * len(at)
+            for k, name in enumerate(names) if len(mine) else ():
+                counts = [round(suite.samples * float(given[at, k].sum())), int((shown[mine] == k).sum())]
+                shares = [counts[0] / total, counts[1] / len(mine)]
+                table = [[counts[0], total - counts[0]], [counts[1], len(mine) - counts[1]]]
+                if abs(shares[0] - shares[1]) >= ODD and float(fisher_exact(table)[1]) < UNLIKELY:
+                    found.append(
+                        f"under {cue} {side}, {shares[0]:.2f} of those given show {name}, and {shares[1]:.2f} of those "
+                        "that it writes here"
+                    )
+    return tuple(found)
 
 
 def _contradicted(expected: float, seen: int, number: int) -> bool:

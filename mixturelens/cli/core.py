@@ -14,6 +14,7 @@ from mixturelens.cli.shared import (
     After,
     Base,
     Before,
+    Completions,
     Device,
     DeviceMap,
     Dtype,
@@ -75,6 +76,7 @@ class Given(NamedTuple):
     dtype: Dtype = None
     minutes: Minutes = None
     memory: Memory = None
+    completions: Completions = None
 
     def pairs(self) -> list[Pair]:
         """RUN, or --before [--after] --suite, but not both."""
@@ -88,7 +90,7 @@ class Given(NamedTuple):
 
             if self.before or self.after or self.suite:
                 raise InputError("give either RUN or --before/--after/--suite, not both")
-            for name in ("out", "base", "device_map"):
+            for name in ("out", "base", "device_map", "completions"):
                 if getattr(self, name) is not None:
                     flag = f"--{name.replace('_', '-')}"
                     raise InputError(
@@ -99,7 +101,7 @@ class Given(NamedTuple):
             raise InputError("give a RUN folder, or --before SRC [--after SRC] --suite FILE")
         from mixturelens.models import Pair
 
-        how = {**how, "base": self.base, "device_map": self.device_map}
+        how = {**how, "base": self.base, "device_map": self.device_map, "completions": self.completions}
         return [Pair(self.before, self.after, self.suite, trained_cue=self.trained_cue, out=self.out, **how)]
 
 
@@ -324,6 +326,7 @@ def discover(
     out: Out = None,
     device: Device = None,
     dtype: Dtype = None,
+    completions: Completions = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -352,6 +355,7 @@ def discover(
 
         asked = read_prompts(prompts, chat=chat, max_new_tokens=max_new_tokens, samples=samples)
         how: How = {"base": base, "device": device_of(device), "dtype": "float32" if dtype is None else dtype}
+        how["completions"] = completions
         pair = Pair(before, after, asked.suite, out=out, **how)
         if (pair.out / "prompts.jsonl").resolve() == prompts.resolve():
             raise InputError(f"--out {pair.out}: the prompts of the proposed suite would be written over {prompts}")

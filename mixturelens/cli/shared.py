@@ -41,6 +41,14 @@ DeviceMap = Annotated[
 SuiteFile = Annotated[Path | None, typer.Option("--suite", metavar="FILE", help="Behaviour suite of the pair.")]
 TrainedCue = Annotated[str | None, typer.Option(help="Cue that RL trained on, where the suite does not say.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go; default: under artifacts/.")]
+Completions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--completions",
+        metavar="[SIDE=]FILE",
+        help="Completions sampled elsewhere (JSON lines or an Inspect log), in place of sampling; may be repeated.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU when there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed of samples and bootstrap.")]
 Minutes = Annotated[float | None, typer.Option(help="Time that an instrument may take: with less it looks at less.")]

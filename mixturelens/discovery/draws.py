@@ -17,6 +17,8 @@ import numpy as np
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.logits import BATCH_BYTES
 from mixturelens.behaviour.plan import DISTINCT
+from mixturelens.behaviour.prompts import Prompts, prepare
+from mixturelens.behaviour.sampled import spelled
 from mixturelens.discovery.asked import Asked
 from mixturelens.discovery.heads import Completion
 from mixturelens.models import Pair
@@ -52,7 +54,11 @@ def draw(pair: Pair, asked: Asked, seed: int, say: Say, progress: Progress | Non
     Raises InputError where completions of something else are stored.
     """
     folder = pair.out / "completions"
-    said = str(pair.provenance(seed, asked.suite.model_dump_json()))
+    given = pair.completions
+    if given is not None and len(pair.suite.prompts) < len(asked.rows):
+        first = next(row for row in asked.rows if row not in pair.suite.prompts)
+        raise InputError(f"--completions: prompt {first.id!r} has none of one side; give some of both at every prompt")
+    said = str(pair.provenance(seed, asked.suite.model_dump_json() + (given.digest if given is not None else "")))
     key = hashlib.sha256(said.encode()).hexdigest()[:16]
     numbers = range(0, len(asked.rows), PART)
     files = [folder / f"{start // PART:04d}-{key}.parquet" for start in numbers]
@@ -67,7 +73,8 @@ def draw(pair: Pair, asked: Asked, seed: int, say: Say, progress: Progress | Non
         models = pair.models()
         scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
         for number, (start, file) in enumerate(todo):
-            rows = _drawn(pair, models, scorer, contexts[start : start + PART], seed + 2 * start)
+            part = prepare(pair.suite, asked.rows[start : start + PART], pair.tokenizer)
+            rows = _drawn(pair, models, scorer, part, seed + 2 * start)
             _write(file, [{**row, "prompt": start + row["prompt"]} for row in rows])
             if progress is not None:
                 progress(min(len(asked.rows), (number + 1) * PART), min(len(asked.rows), len(todo) * PART))
@@ -94,15 +101,17 @@ def stored(out: Path) -> tuple[Asked, Draws]:
     return Asked.from_json(asked.read_text(encoding="utf-8")), _read(files)
 
 
-def _drawn(
-    pair: Pair, models: tuple[Any, ...], scorer: Scorer, contexts: list[list[int]], seed: int
-) -> list[dict[str, Any]]:
+def _drawn(pair: Pair, models: tuple[Any, ...], scorer: Scorer, prompts: Prompts, seed: int) -> list[dict[str, Any]]:
     """A row for each completion of each side: its text and tokens, and how the two sides part along it."""
+    contexts, given, sides = prompts.contexts, pair.completions, tuple(pair.sides)
     limits = [pair.suite.max_new_tokens] * len(contexts)
     rows: list[dict[str, Any]] = []
     with scorer.once():
         for after, model in enumerate(models):
-            found = scorer.sample(model, contexts, pair.suite.samples, limits, seed + after)
+            if given is None:
+                found = scorer.sample(model, contexts, pair.suite.samples, limits, seed + after)
+            else:
+                found = spelled(scorer, prompts, given, sides[after])
             owners = [contexts[int(i)] for i in found.context]
             along = scorer.steps(models[0], models[1], owners, found.tokens)
             for i, tokens, numbers in zip(found.context, found.tokens, along, strict=True):

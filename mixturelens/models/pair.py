@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from pydantic import Field
 
+from mixturelens.completions import with_completions
 from mixturelens.models.load import (
     DEVICE_MAPS,
     DTYPES,
@@ -72,6 +73,8 @@ class How(TypedDict, total=False):
     """Spreads a model over devices (behaviour and verdict alone): auto, balanced or sequential."""
     budget: Budget | None
     """What an instrument may take."""
+    completions: Sequence[str] | None
+    """Files of completions that were sampled elsewhere; `before=FILE` or `after=FILE` where a file does not say."""
 
 
 class Pair:
@@ -105,6 +108,11 @@ class Pair:
         if self.device_map not in (None, *DEVICE_MAPS):
             raise InputError(f"--device-map {self.device_map}: one of {', '.join(DEVICE_MAPS)}")
         self.suite = _suite(suite, trained_cue)
+        self.completions = None
+        if how.get("completions"):
+            if after is None:
+                raise InputError("--completions are of two checkpoints: give --after")
+            self.suite, self.completions = with_completions(self.suite, how.get("completions") or ())
         self.before = find_source(before, base)
         self.after = None if after is None else find_source(after, base)
         if base is not None and not any(source.is_adapter for source in self.sides.values()):
@@ -259,7 +267,8 @@ class Pair:
     @cached_property
     def differences(self) -> tuple[str, ...]:
         """What differs between S and R and may matter, one sentence each, with what it was evened out to."""
-        said = [
+        said = [] if self.completions is None else list(self.completions.notes)
+        said += [
             f"{side}: a LoRA adapter, applied on the weights that lie beside it"
             for side, source in self.sides.items()
             if source.base is not None and source.base.folder == source.folder

@@ -187,13 +187,16 @@ def _contradiction(record: BehaviourRecord) -> str | None:
     check = record.check
     if check is None or check.agrees:
         return None
+    if check.foreign:
+        return f"the completions given are not what the checkpoints write at temperature 1: {check.foreign[0]}"
+    said = "its texts are not what the checkpoints write"
     if check.misspelled:
-        return check.misspelled[0]
+        return f"{said}: {check.misspelled[0]}"
     worst = check.disagreements[0]
-    shown = check.examples.get(worst.checkpoint, {}).get(worst.cue, ())
+    shown = ", ".join(map(shorten, check.examples.get(worst.checkpoint, {}).get(worst.cue, ())))
     return (
-        f"under {worst.cue} {worst.checkpoint}, {worst.what} has probability {worst.literal:.2f} as the suite spells "
-        f"it, and {worst.sampled:.2f} of the completions show it; they look like {', '.join(map(shorten, shown))}"
+        f"{said}: under {worst.cue} {worst.checkpoint}, {worst.what} has probability {worst.literal:.2f} as the suite "
+        f"spells it, and {worst.sampled:.2f} of the completions show it; they look like {shown}"
     )
 
 
@@ -201,7 +204,7 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
     """(verdict, why not more) in the fixed order: can the suite say, did anything change, what."""
     contradiction = _contradiction(record)
     if contradiction is not None:
-        return "inconclusive", f"its texts are not what the checkpoints write: {contradiction}"
+        return "inconclusive", contradiction
     for when, coverage in record.coverage.items():
         if coverage.low is None and record.questions < t.questions:
             continue  # one question has no interval: there are too few
