@@ -108,6 +108,20 @@ def check(
         )
 
 
+@commands.command()
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A suite's YAML file, or its folder.")],
+    inspect: Annotated[Path, typer.Option(metavar="DIR", help="Where the task of Inspect goes.")],
+) -> None:
+    """Write a suite as a task of Inspect, which labels completions as the suite does."""
+    from mixturelens.inspect_task import write_inspect_task
+    from mixturelens.suite import load_suite
+
+    for said in write_inspect_task(load_suite(file), inspect):
+        print(f"note: {said}", file=sys.stderr)
+    print(f"inspect eval {inspect / 'task.py'} --model hf/local -M model_path=CHECKPOINT --log-format json")
+
+
 def _written(suite: Suite, before: str, after: str | None, how: How, seed: int) -> tuple[list[tuple[str, ...]], int]:
     """Completions of some prompts under each cue with their labels, and how many of them follow no known policy."""
     from mixturelens.behaviour.forced import texts_of
