@@ -174,7 +174,9 @@ def _inspect_log(path: Path) -> dict[str, Any] | None:
     try:
         content = path.read_bytes()
         if content.startswith(b"PK\x03\x04"):
-            raise InputError(f"{path}: an .eval file; write it as JSON first: inspect log convert --to json")
+            raise InputError(
+                f"{path}: an .eval file; write it as JSON first: inspect log convert --to json --output-dir DIR FILE"
+            )
         data = json.loads(content.decode("utf-8-sig"))
     except (OSError, ValueError):
         return None  # JSON lines; whatever is wrong with them is said line by line
