@@ -434,3 +434,14 @@ def test_run_and_pair_together(run: Run, tmp_path: Path) -> None:
 def test_importing_the_command_line_runs_nothing():
     # whoever walks the package, as a build check does, imports this module too
     assert importlib.import_module("mixturelens.cli.__main__").main
+
+
+def test_the_shell_completes_commands_and_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_MIXTURELENS_COMPLETE", "complete_bash")
+    for words, at, expected in (("mixturelens ver", "1", "verdict"), ("mixturelens repair --tr", "2", "--trained-cue")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", at)
+        status, out, _ = run()
+        assert (status, out.split()) == (0, [expected])
+    monkeypatch.setenv("_MIXTURELENS_COMPLETE", "source_bash")
+    assert "complete -o default -F _mixturelens_completion mixturelens" in run()[1]

@@ -16,7 +16,7 @@ _LAB = ("trl", "datasets", "joblib", "dask", "distributed")
 def main() -> None:
     """Entry point: bad input is one line on standard error and status 2, a failed run status 1."""
     try:
-        app()
+        app(prog_name="mixturelens")
     except InputError as error:
         _fail(str(error), 2)
     except RunError as error:

@@ -20,7 +20,6 @@ app = typer.Typer(
     name="mixturelens",
     help="Did post-training change the router, or the specialists?",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

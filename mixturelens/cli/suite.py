@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mixturelens.models import How
     from mixturelens.suite import Suite
 
-commands = typer.Typer(name="suite", help="Start a behaviour suite, or check one.", no_args_is_help=True)
+commands = typer.Typer(name="suite", help="Start, check or export a behaviour suite.", no_args_is_help=True)
 app.add_typer(commands)
 
 SHOWN = 2
