@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import ValidationError
 
+from mixturelens.files import read_json
 from mixturelens.types import Frozen, InputError
 
 _LIBRARIES = ("mixturelens", "torch", "transformers", "trl")
@@ -96,15 +97,9 @@ class Record(Frozen):
 
         Raises InputError that names the file and the first offending key.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such record; run the command that writes it first") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not a JSON record ({error}); delete it and run again") from None
-        if not isinstance(data, dict) or data.get("kind") != cls.KIND:
-            found = data.get("kind") if isinstance(data, dict) else type(data).__name__
-            raise InputError(f"{path}: holds a {found!r} record, expected {cls.KIND!r}")
+        data = read_json(path, "no such record; run the command that writes it first")
+        if data.get("kind") != cls.KIND:
+            raise InputError(f"{path}: holds a {data.get('kind')!r} record, expected {cls.KIND!r}")
         if data.get("version") == cls.VERSION - 1:
             data = cls.upgraded(data)
         if data.get("version") != cls.VERSION:

@@ -7,15 +7,14 @@ between them; `Spelling` holds it, and `behaviour.settle` finds it by looking at
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mixturelens.suite import Chat, PromptRow, Spelling, Suite, wordings
-from mixturelens.types import InputError, loading
+from mixturelens.suite import PromptRow, Spelling, Suite, wordings
+from mixturelens.templates import chat_text
+from mixturelens.types import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,8 +23,6 @@ Ids = tuple[int, ...]
 
 SPACES = ("", " ", "\n")
 """Whitespace that models write before a word, beside what the suite itself gives."""
-TODAY = datetime.datetime(2025, 1, 1, 12, 0)
-"""The date for templates that insert today's, so that numbers do not change overnight."""
 
 
 def every_spelling(suite: Suite) -> Spelling:
@@ -47,45 +44,6 @@ def every_spelling(suite: Suite) -> Spelling:
 def prompt_text(suite: Suite, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the tokenizer is given: the prompt, or its messages through the chat template."""
     return row.text if suite.chat is None else chat_text(suite.chat, row, tokenizer)
-
-
-def chat_text(chat: Chat, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A prompt through the chat template; a last message of the assistant is left open, to be continued.
-
-    Raises InputError naming the prompt for whatever the template does not take.
-    """
-    if not tokenizer.chat_template:
-        raise InputError("the suite has `chat:`, but the tokenizer has no chat template; remove `chat:` or add one")
-    messages = list(row.messages or ({"role": "user", "content": row.text},))
-    if chat.system is not None:
-        messages = [{"role": "system", "content": chat.system}, *messages]
-    opened = messages[-1]["role"] == "assistant"
-    with loading(f"prompt {row.id!r} under cue {row.cue!r}", "the chat template fails on it"), _one_date():
-        text = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=not opened,
-            continue_final_message=opened,
-            **chat.template_kwargs,
-        )
-    return str(text)
-
-
-@contextlib.contextmanager
-def _one_date() -> Iterator[None]:
-    """Templates ask for today's date; they all get the same one."""
-    from transformers.utils import chat_template_utils
-
-    class Fixed(datetime.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime.datetime:
-            return TODAY
-
-    kept, chat_template_utils.datetime = chat_template_utils.datetime, Fixed  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        chat_template_utils.datetime = kept  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def prompt_ids(suite: Suite, row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -6,8 +6,8 @@ tokenizers: `spelling` makes token ids of it.
 
 from __future__ import annotations
 
+import itertools
 import json
-import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,11 +15,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from mixturelens.files import dump_yaml, json_lines, read_yaml
 from mixturelens.records import first_problem, write_text
+from mixturelens.rules import compiled, search, without
 from mixturelens.types import ANSWER, ERR, OTHER, Frozen, InputError, PolicyTable
-from mixturelens.yaml_json import dump_yaml, half_a_character, json_lines, read_yaml
 
 
 class PromptRow(Frozen):
@@ -43,6 +53,8 @@ class PromptRow(Frozen):
                 if key not in message:
                     known = ", ".join(map(repr, message)) or "nothing"
                     raise ValueError(f"messages.{number}: has {known} and no {key!r}; give `role` and `content`")
+            if not message["role"].strip():
+                raise ValueError(f"messages.{number}.role: is empty; say who speaks (user, assistant, system)")
         if self.messages is not None and not self.messages:
             raise ValueError("messages: empty; give at least one message")
         text = self.text
@@ -59,29 +71,19 @@ class PromptRow(Frozen):
         return "\n".join(message.get("content", "") for message in self.messages or ())
 
 
-def _pattern(value: str, where: str) -> re.Pattern[str]:
-    try:
-        return re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{where}: not a regular expression ({error}): {value!r}") from None
+def _regex(value: str) -> str:
+    compiled(value)
+    return value
+
+
+Regex = Annotated[str, AfterValidator(_regex)]
 
 
 class Rule(Frozen):
     """Completions that a regular expression finds. `force` is a text that puts the policy in place."""
 
-    regex: str
+    regex: Regex
     force: str | None = None
-
-    @field_validator("regex")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        _pattern(value, "regex")
-        return value
-
-    @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """The regular expression, compiled."""
-        return re.compile(self.regex)
 
 
 class Row(Frozen):
@@ -89,6 +91,9 @@ class Row(Frozen):
 
     table: dict[str, str]
 
+
+CUES = 1000
+"""Cues of a suite, at most."""
 
 Shown = str | tuple[str, ...] | Rule
 """How a completion shows its policy or behaviour: a literal prefix, several wordings, or a rule."""
@@ -150,13 +155,7 @@ class Chat(Frozen):
 class Strip(Frozen):
     """What is cut out of a completion before it is judged: the thought of a thinking model, say."""
 
-    regex: str
-
-    @field_validator("regex")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        _pattern(value, "regex")
-        return value
+    regex: Regex
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,8 @@ class Suite(Frozen):
     trained_cue: str | None = None
     answer_match: Literal["exact", "contains", "regex"] = "exact"
     """`contains`: as words of their own, so that `4` is not in `14`."""
-    max_new_tokens: int = Field(default=16, ge=1, strict=True)
-    samples: int = Field(default=8, ge=1, strict=True)
+    max_new_tokens: int = Field(default=16, ge=1, le=100_000, strict=True)
+    samples: int = Field(default=8, ge=1, le=10_000, strict=True)
     chat: Chat | None = None
     strip: Strip | None = None
     ends: Literal["either", "before", "after"] | tuple[str, ...] = "either"
@@ -220,13 +219,19 @@ class Suite(Frozen):
         yield from _overlaps("behaviours", self.behaviours or {})
         if self.trained_cue is not None and self.trained_cue not in self.cues:
             yield f"trained_cue: no prompt has cue {self.trained_cue!r}"
+        if len(self.cues) > CUES:
+            yield f"prompts: {len(self.cues)} cues; a cue is what many prompts share, and {CUES} are read at most"
         if not self.neutral:
             yield "prompts: every prompt has a hint; behaviour is measured on prompts without one"
             return
         yield from self._problems_of_rows()
         for name, shown in self.policies.items():
             if isinstance(shown, Rule) and shown.force is not None:
-                found = self.label(shown.force, self.neutral[0]).policy
+                try:
+                    found = self.label(shown.force, self.neutral[0]).policy
+                except InputError as error:
+                    yield f"policies.{name}.force: {error}"
+                    continue
                 if found != name:
                     yield f"policies.{name}.force: {shown.force!r} shows policy {found!r}, not {name!r}"
         yield from self._problems_of_prompts()
@@ -253,9 +258,9 @@ class Suite(Frozen):
                 yield f"prompts: {row.id!r} has messages, but the suite has no `chat:`; add `chat: {{}}`"
             if self.answer_match == "regex":
                 try:
-                    re.compile(row.answer)
-                except re.error as error:
-                    yield f"answer of {row.id!r}: not a regular expression ({error}): {row.answer!r}"
+                    compiled(row.answer)
+                except ValueError as error:
+                    yield f"answer of {row.id!r}: {error}"
 
     def _problems_of_rows(self) -> Iterator[str]:
         rows = {name: shown.table for name, shown in self.policies.items() if isinstance(shown, Row)}
@@ -327,7 +332,7 @@ class Suite(Frozen):
 
         Where policies announce nothing, all of the completion is judged.
         """
-        text = (completion if self.strip is None else re.sub(self.strip.regex, "", completion)).strip()
+        text = (completion if self.strip is None else without(self.strip.regex, completion)).strip()
         for policy, shown in self.policies.items():
             if isinstance(shown, Row):
                 return Label(None, 0, self._behaviour(text, row), text)
@@ -353,7 +358,7 @@ class Suite(Frozen):
             return rest.strip() == row.answer.strip()
         if self.answer_match == "contains":
             return stands_in(row.answer.strip(), rest)
-        return re.search(row.answer, rest) is not None
+        return search(row.answer, rest) is not None
 
     # --- files --------------------------------------------------------------------------------------------------------
 
@@ -418,9 +423,6 @@ def suite_mapping(path: Path) -> dict[str, Any]:
     data = read_yaml(path, "no such suite file")
     if not isinstance(data, dict) or not isinstance(data.get("prompts"), str):
         raise InputError(f"{path}: a suite is a mapping with `prompts: FILE.jsonl` and `policies:`")
-    half = half_a_character(data)
-    if half is not None:
-        raise InputError(f"{path}: {half}")
     return data
 
 
@@ -439,7 +441,7 @@ def _load_prompts(path: Path) -> tuple[PromptRow, ...]:
 def _find(shown: Shown, text: str) -> tuple[int, str] | None:
     """(wording, what follows) where the text shows this policy or behaviour."""
     if isinstance(shown, Rule):
-        match = shown.pattern.search(text)
+        match = search(shown.regex, text)
         # a rule that matches somewhere inside says nothing about where the announcement ends
         return None if match is None else (0, text[match.end() :].strip() if match.start() == 0 else text)
     for wording, literal in enumerate(wordings(shown)):
@@ -467,12 +469,15 @@ def _overlaps(where: str, shown: dict[str, Shown]) -> Iterator[str]:
             rules[value.regex] = name
         else:
             texts += [(name, text.strip()) for text in wordings(value)]
-    for i, (name, text) in enumerate(texts):
+    for name, text in texts:
         if not text:
             yield f"{where}: {name!r} has an empty text; every completion begins with it"
-        for other_name, other in texts[:i] if text else ():
-            if other and (text.startswith(other) or other.startswith(text)):
-                yield (
-                    f"{where}: {name!r} and {other_name!r} overlap: one of {other!r} and {text!r} begins "
-                    "with the other; make them distinct"
-                )
+    # in the order of the alphabet, whatever begins with a text stands right behind it
+    order = sorted((i for i, (_, text) in enumerate(texts) if text), key=lambda i: texts[i][1])
+    for pair in itertools.pairwise(order):
+        (other_name, other), (name, text) = (texts[i] for i in sorted(pair))
+        if text.startswith(other) or other.startswith(text):
+            yield (
+                f"{where}: {name!r} and {other_name!r} overlap: one of {other!r} and {text!r} begins "
+                "with the other; make them distinct"
+            )

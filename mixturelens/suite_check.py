@@ -6,15 +6,14 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import yaml
 from pydantic import ValidationError
 
+from mixturelens.files import json_objects, yaml_lines
 from mixturelens.records import problems_of
 from mixturelens.suite import PromptRow, Rule, Suite, suite_mapping
 from mixturelens.types import InputError
-from mixturelens.yaml_json import json_objects
 
 FEW = 8
 """Questions under which no verdict is given."""
@@ -44,7 +43,7 @@ def check_suite_file(path: Path) -> tuple[Suite | None, list[Problem]]:
     except InputError as error:
         line = re.search(r"line (\d+)", str(error))
         return None, [Problem(path, int(line[1]) if line else None, str(error).removeprefix(f"{path}: "))]
-    lines = _lines(path)
+    lines = yaml_lines(path)
     prompts = path.parent / data["prompts"]
     rows, at, found = _rows(prompts)
     context: list[str] = []
@@ -117,24 +116,6 @@ def _rows(path: Path) -> tuple[list[PromptRow], list[int], list[Problem]]:
     if not rows and not found:
         found.append(Problem(path, None, "holds no prompts"))
     return rows, at, found
-
-
-def _lines(path: Path) -> dict[tuple[str, ...], int]:
-    """Line of every key of a YAML file, by the keys that lead to it."""
-    found: dict[tuple[str, ...], int] = {}
-
-    def walk(node: Any, at: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                found[(*at, str(key.value))] = key.start_mark.line + 1
-                walk(value, (*at, str(key.value)))
-        elif isinstance(node, yaml.SequenceNode):
-            for i, value in enumerate(node.value):
-                found[(*at, str(i))] = value.start_mark.line + 1
-                walk(value, (*at, str(i)))
-
-    walk(yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader), ())
-    return found
 
 
 def _line(lines: Mapping[tuple[str, ...], int], where: str) -> int | None:

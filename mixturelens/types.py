@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
@@ -20,11 +21,33 @@ OTHER = "other"
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class InputError(Exception):
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+SAID = 2000
+"""Characters of a message: a prompt may be a book."""
+
+
+def shown(text: str) -> str:
+    r"""A text on one line, as a terminal may show it: what would move its cursor or turn its writing round is escaped.
+
+    >>> shown("plain, \x1b[31mred")
+    'plain, \\x1b[31mred'
+    """
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class _Said(Exception):
+    """An error whose message is one line, however long the texts are that it quotes, and safe to print."""
+
+    def __init__(self, message: str = "") -> None:
+        line = shown(" ".join(part.strip() for part in str(message).splitlines()))
+        super().__init__(line if len(line) <= SAID else f"{line[: SAID - 500]} ... {line[-490:]}")
+
+
+class InputError(_Said):
     """Bad input: says what is wrong, where, and what to do. The command line exits with status 2."""
 
 
-class RunError(Exception):
+class RunError(_Said):
     """The run itself failed. The command line exits with status 1."""
 
 
@@ -32,7 +55,7 @@ class RunError(Exception):
 def loading(where: object, what: str) -> Iterator[None]:
     """Turn any error of a library that reads other people's files into an InputError of one line.
 
-    `where` names the file, and `what` says what could not be done.
+    `where` names the file, and `what` says what could not be done, and perhaps what to do.
 
     >>> with loading("S", "no model"):
     ...     {}["hidden_act"]
@@ -43,10 +66,39 @@ def loading(where: object, what: str) -> Iterator[None]:
         yield
     except (InputError, MemoryError):
         raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = lines[0] if lines else ""
-        raise InputError(f"{where}: {what} ({type(error).__name__}: {said})") from None
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        raise InputError(_met(where, what, error)) from None
+
+
+@contextlib.contextmanager
+def running(where: object, what: str) -> Iterator[None]:
+    """The same for work of which other work must not suffer: any error but an InputError becomes a RunError.
+
+    >>> with running("a part", "failed"):
+    ...     [][0]
+    Traceback (most recent call last):
+    mixturelens.types.RunError: a part: failed (IndexError: list index out of range)
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        raise RunError(_met(where, what, error)) from error
+
+
+def _is_failure(error: BaseException) -> bool:
+    """All but a wish to stop; a panic of a library in Rust (tokenizers, safetensors) is no Exception for Python."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _met(where: object, what: str, error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{where}: {what} ({type(error).__name__}: {lines[0] if lines else 'no message'})"
 
 
 class Frozen(BaseModel):

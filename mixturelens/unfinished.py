@@ -14,8 +14,9 @@ from typing import TypeVar
 import numpy as np
 from pydantic import ValidationError
 
+from mixturelens.files import read_json, read_text
 from mixturelens.records import write_bytes, write_text
-from mixturelens.types import Frozen, InputError
+from mixturelens.types import Frozen, InputError, RunError, loading, running
 
 EVERY = 5.0
 """Seconds between two times that arrays are written: what a kill can cost."""
@@ -49,7 +50,7 @@ class Unfinished:
         if folder is None or not folder.is_dir():
             return
         file = folder / ABOUT
-        if not file.is_file() or file.read_text(encoding="utf-8") != self._about:
+        if not file.is_file() or read_text(file, "is gone") != self._about:
             shutil.rmtree(folder)
             return
         for each in sorted(folder.glob("*.safetensors")):
@@ -61,8 +62,8 @@ class Unfinished:
             return measure()
         file = self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
         if file.is_file():
-            with contextlib.suppress(ValidationError):  # of code that has changed since: measured again
-                return kind.model_validate(json.loads(file.read_text(encoding="utf-8")))
+            with contextlib.suppress(ValidationError, InputError):  # of code that has changed since: measured again
+                return kind.model_validate(read_json(file, "is gone", foreign=True))  # infinities are kept as they are
         found = measure()
         self._start()
         write_text(file, json.dumps(found.model_dump(mode="json")))
@@ -114,12 +115,12 @@ def attempt(what: str, measure: Callable[[], T], missing: list[str]) -> T | None
     run again. One that the pair does not allow is not.
     """
     try:
-        return measure()
+        with running(what, FAILED):
+            return measure()
     except InputError as error:
         missing.append(f"{what}: {error}")
-    except Exception as error:  # whatever it is, what was measured beside it is kept
-        said = (str(error).strip() or "no message").splitlines()[0]
-        missing.append(f"{what}: {FAILED} ({type(error).__name__}: {said}); run again to try it once more")
+    except RunError as error:
+        missing.append(f"{error}; run again to try it once more")
     return None
 
 
@@ -132,7 +133,8 @@ def _unpacked(file: Path) -> dict[str, Arrays]:
     from safetensors.numpy import load_file
 
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name, value in load_file(file).items():
-        part, _, key = name.rpartition("\n")
-        found.setdefault(part, {})[key] = value
+    with loading(file, "not the arrays of a part; delete its folder to measure it anew"):
+        for name, value in load_file(file).items():
+            part, _, key = name.rpartition("\n")
+            found.setdefault(part, {})[key] = value
     return dict(found)

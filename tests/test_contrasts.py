@@ -17,8 +17,9 @@ from mixturelens.contrasts import (
 )
 from mixturelens.lab.organism import build_suite, build_tokenizer, load_spec
 from mixturelens.models import load_tokenizer
-from mixturelens.spelling import chat_text, encode_prompts
+from mixturelens.spelling import encode_prompts
 from mixturelens.suite import Suite, load_suite
+from mixturelens.templates import chat_text
 from mixturelens.types import InputError
 
 PAIRS = Path(__file__).parent / "pairs"

@@ -7,7 +7,7 @@ import sys
 
 from mixturelens.cli import core, doctor, lab, suite  # noqa: F401  (they add their commands)
 from mixturelens.cli.shared import app
-from mixturelens.types import InputError, RunError
+from mixturelens.types import InputError, RunError, shown
 
 _LAB = ("trl", "datasets", "joblib", "dask", "distributed")
 """What `pip install 'mixturelens[lab]'` brings."""
@@ -29,11 +29,18 @@ def main() -> None:
         if error.name not in _LAB:
             raise
         _fail(f"{error.name} is not installed, which only the laboratory needs: pip install 'mixturelens[lab]'", 2)
-    except Exception as error:
-        # safetensors reports a full disk as an error of its own
-        if "No space left on device" in str(error):
-            _fail(*_explain(OSError(errno.ENOSPC, "No space left on device")))
-        raise
+    except MemoryError:
+        _fail("memory ran out; give --memory, fewer prompts, or a machine with more", 1)
+    except _of_safetensors() as error:  # which reports a full disk as an error of its own
+        if "No space left on device" not in str(error):
+            raise
+        _fail(*_explain(OSError(errno.ENOSPC, "No space left on device")))
+
+
+def _of_safetensors() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError
 
 
 def _explain(error: OSError) -> tuple[str, int]:
@@ -48,5 +55,5 @@ def _explain(error: OSError) -> tuple[str, int]:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"mixturelens: {' '.join(message.split())}", file=sys.stderr)
+    print(shown(f"mixturelens: {' '.join(message.split())}"), file=sys.stderr)
     raise SystemExit(status)

@@ -46,6 +46,7 @@ from mixturelens.cli.tables import (
     show_probing,
     show_repairs,
     show_verdicts,
+    tell,
 )
 from mixturelens.types import InputError, RunError, VerdictWord
 
@@ -154,7 +155,7 @@ def behaviour(pairs: list[Pair], options: Options) -> tuple[list[BehaviourRecord
 
     def show() -> None:
         for pair, record in zip(pairs, records, strict=True):
-            print(f"{pair.name}: {record.questions} questions, {record.method}")
+            tell(f"{pair.name}: {record.questions} questions, {record.method}")
             show_behaviour(record)
 
     return records, show
@@ -181,7 +182,7 @@ def patch(
         show_patching(pairs, records)
         for pair, record, circuit in zip(pairs, records, circuits, strict=True):
             for reason in (*record.missing, *(f"circuit of the {why}" for why in circuit.missing)):
-                print(f"{pair.name}: not measured: {reason}")
+                tell(f"{pair.name}: not measured: {reason}")
 
     return records, show
 
@@ -272,7 +273,7 @@ def gate(
     ]
     if failed:
         raise RunError(f"the gate is closed: {'; '.join(failed)}")
-    return records, lambda: print(
+    return records, lambda: tell(
         "The gate is open: " + ", ".join(f"{p.name} {r.verdict}" for p, r in zip(pairs, records, strict=True))
     )
 
@@ -294,7 +295,7 @@ def report(pairs: list[Pair], options: Options, card: Card = None) -> tuple[list
 
         page = runs.report(run, pairs, **options)
     written = [page] if card is None else [page, ml.card(pairs, card, **options)]
-    return [ml.verdict(pair, **options) for pair in pairs], lambda: print(*written, sep="\n")
+    return [ml.verdict(pair, **options) for pair in pairs], lambda: tell("\n".join(map(str, written)))
 
 
 @app.command()
@@ -341,9 +342,12 @@ def discover(
         return
     if before is None or after is None or prompts is None:
         raise InputError("give --before SRC, --after SRC and --prompts FILE; or --refine SUITE")
-    for flag, number_of in (("--samples", samples), ("--max-new-tokens", max_new_tokens)):
-        if number_of < (2 if flag == "--samples" else 1):
-            raise InputError(f"{flag} {number_of}: too few")
+    for flag, given, least, most in (
+        ("--samples", samples, 2, 10_000),
+        ("--max-new-tokens", max_new_tokens, 1, 100_000),
+    ):
+        if not least <= given <= most:
+            raise InputError(f"{flag} {given}: give {least} to {most}")
     second = _judge(labels, judge, judge_model)
     if embed is not None and not (embed / "config.json").is_file():
         raise InputError(f"--embed {embed}: no folder of an encoder with its config.json; give one, or leave it out")

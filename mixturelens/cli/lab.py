@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixturelens.cli.shared import Device, Json, Out, Quiet, Seed, app, device_of, working
+from mixturelens.cli.shared import Device, Json, Out, Quiet, Seed, app, device_of, seed_of, working
 from mixturelens.cli.tables import (
     number,
     print_json,
@@ -20,8 +20,9 @@ from mixturelens.cli.tables import (
     show_story,
     show_structure,
     show_sweep,
+    tell,
 )
-from mixturelens.types import InputError, RunError
+from mixturelens.types import InputError, RunError, shown
 
 
 @app.command()
@@ -43,9 +44,9 @@ def demo(out: Out = None, device: Device = None, quiet: Quiet = False) -> None:
         repaired = [ml.repair(pair, say=say) for pair in pairs]
         verdicts = [ml.verdict(pair) for pair in pairs]  # now with what the weights say
         page = runs.report(folder, pairs)
-    print(f"{verdicts[0].reason}\n")
+    tell(f"{verdicts[0].reason}\n")
     show_story(pairs, verdicts, repaired)
-    print(f"Everything else is on the page: {page}")
+    tell(f"Everything else is on the page: {page}")
 
 
 @app.command()
@@ -67,7 +68,7 @@ def train(
     if list_recipes:
         width = max(map(len, recipes()))
         for name, description in recipes().items():
-            print(f"{name:{width}} {description}")
+            tell(f"{name:{width}} {description}")
         return
     loaded = load_spec(spec, **({} if seed is None else {"seed": seed}))
     if settings:
@@ -83,22 +84,19 @@ def train(
             weights = " ".join(f"{name} {value.value:.3f}" for name, value in state.weights.items())
             rows.append((trajectory.stage, str(trajectory.steps), cue, weights, number(state.accuracy.value)))
     print_table(("stage", "steps", "cue", "weights", "accuracy"), rows)
-    print(f"\nRun: {folder}")
+    tell(f"\nRun: {folder}")
 
 
 def _settings(given: list[str]) -> dict[str, Any]:
     """KEY=VALUE, with a value as YAML has it."""
-    import yaml
+    from mixturelens.files import yaml_of
 
     found = {}
     for each in given:
         key, equals, value = each.partition("=")
         if not equals or not key:
             raise InputError(f"--set {each}: give KEY=VALUE, as rl.steps=20")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            found[key] = value
+        found[key] = yaml_of(value, f"--set {key}")
     return found
 
 
@@ -116,7 +114,7 @@ def structure(
     from mixturelens.lab.structure import StructureSettings
 
     with working(quiet) as (_, say):
-        record = runs.structure(run, StructureSettings(end, device=device_of(device), seed=seed), say)
+        record = runs.structure(run, StructureSettings(end, device=device_of(device), seed=seed_of(seed)), say)
     if as_json:
         print_json([record], None)
     else:
@@ -135,7 +133,7 @@ def forecast(
     from mixturelens.lab import runs
 
     with working(quiet) as (_, say):
-        records = runs.forecast(run, device=device_of(device), seed=seed, say=say)
+        records = runs.forecast(run, device=device_of(device), seed=seed_of(seed), say=say)
     if as_json:
         print_json(records, run)
     else:
@@ -160,7 +158,7 @@ def score(
         print_json([record], None)
         return
     show_score(record)
-    print(f"\nReport: {page}")
+    tell(f"\nReport: {page}")
 
 
 @app.command()
@@ -187,9 +185,9 @@ def sweep(
         print_json([record], None)
     else:
         show_sweep(record)
-        print(f"\nTable: {page.with_name('table.parquet')}\nReport: {page}")
+        tell(f"\nTable: {page.with_name('table.parquet')}\nReport: {page}")
     for cell, why in record.failed.items():
-        print(f"{cell}: {why}", file=sys.stderr)
+        print(shown(f"{cell}: {why}"), file=sys.stderr)
     if record.failed:
         raise RunError(f"{len(record.failed)} of {record.cells} cells failed; the same command tries them again")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixturelens.types import InputError
+from mixturelens.types import InputError, shown
 
 if TYPE_CHECKING:
     from mixturelens.models import Budget
@@ -134,7 +134,7 @@ def working(quiet: bool) -> Iterator[tuple[Callable[[str, int, int, dict[str, fl
         began: dict[str, tuple[float, int]] = {}
 
         def progress(stage: str, step: int, steps: int, numbers: dict[str, float]) -> None:
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+            said = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
             if not live:
                 # a log gets a line now and then instead of a bar, and an early one where it will take long
                 now = time.monotonic()
@@ -142,13 +142,13 @@ def working(quiet: bool) -> Iterator[tuple[Callable[[str, int, int, dict[str, fl
                 left = (now - start) / max(1, step - first) * (steps - step)
                 if step % max(1, steps // 8) == 0 or (step == first + 1 and left > LONG):
                     also = f"  {said_time(left)} left" if left > LONG else ""
-                    console.print(f"{stage} {step}/{steps}  {shown}{also}", highlight=False)
+                    console.print(shown(f"{stage} {step}/{steps}  {said}{also}"), highlight=False, markup=False)
                 return
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=steps, numbers="")
-            bar.update(tasks[stage], completed=step, numbers=shown)
+            bar.update(tasks[stage], completed=step, numbers=said)
 
         def say(text: str) -> None:
-            console.print(text if text.startswith("note: ") else f"measuring: {text}", style="dim", markup=False)
+            console.print(shown(text if text.startswith("note: ") else f"measuring: {text}"), style="dim", markup=False)
 
         yield progress, say

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixturelens.cli.shared import After, Base, Before, Device, Dtype, Quiet, Seed, app, device_of, seed_of, working
-from mixturelens.cli.tables import print_table
-from mixturelens.types import InputError, RunError
+from mixturelens.cli.tables import print_table, tell
+from mixturelens.types import InputError, RunError, shown
 
 if TYPE_CHECKING:
     from mixturelens.models import How
@@ -70,7 +70,7 @@ def init(
         raise InputError(f"{' and '.join(there)}: there already; nothing was written")
     for file, text in files.items():
         write_text(file, text)
-    print(f"{folder / 'suite.yaml'} and its prompts.jsonl: edit them, then `mixturelens suite check {folder}`")
+    tell(f"{folder / 'suite.yaml'} and its prompts.jsonl: edit them, then `mixturelens suite check {folder}`")
 
 
 @commands.command()
@@ -89,13 +89,13 @@ def check(
 
     suite, problems = check_suite_file(file)
     for problem in problems:
-        print(f"mixturelens: {problem}", file=sys.stderr)
+        print(shown(f"mixturelens: {problem}"), file=sys.stderr)
     if suite is None:
         raise SystemExit(2)
     questions = len({row.id for row in suite.neutral})
-    print(f"{file}: {questions} questions under {len(suite.cues)} cues ({', '.join(suite.cues)}); nothing is wrong.")
+    tell(f"{file}: {questions} questions under {len(suite.cues)} cues ({', '.join(suite.cues)}); nothing is wrong.")
     for said in pitfalls(suite):
-        print(f"note: {said}")
+        tell(f"note: {said}")
     if before is None:
         return
     how: How = {"base": base, "device": device_of(device), "dtype": "float32" if dtype is None else dtype}
@@ -143,7 +143,7 @@ def _written(suite: Suite, before: str, after: str | None, how: How, seed: int) 
             label = suite.label(text, row)
             other += label.policy == OTHER
             right = "yes" if suite.correct(label.rest, row) else "no"
-            shown = ascii(text.strip())[1:-1] if not text.isprintable() else text.strip()
-            cut = shown if len(shown) <= WIDE else f"{shown[: WIDE - 1]}…"
+            said = shown(text.strip())
+            cut = said if len(said) <= WIDE else f"{said[: WIDE - 1]}…"
             rows.append((side, row.cue, row.id, label.policy or "-", label.behaviour or "-", right, cut))
     return rows, other

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixturelens.types import shown
+
 if TYPE_CHECKING:
     from mixturelens.behaviour.record import BehaviourRecord
     from mixturelens.discovery.record import DiscoveryRecord
@@ -25,11 +27,19 @@ if TYPE_CHECKING:
     from mixturelens.routing.verdict import VerdictRecord
 
 
+def tell(text: str, end: str = "\n") -> None:
+    """Print lines on standard output, in which names and texts of other people move no cursor."""
+    print("\n".join(map(shown, text.split("\n"))), end=end)
+
+
 def print_json(records: list[Any], run: Path | None) -> None:
     """The record, or for a RUN with several pairs a list of them."""
     typed: list[Record] = records
     texts = [json.loads(record.to_json()) for record in typed]
-    print(json.dumps(texts if run is not None and len(texts) > 1 else texts[0], indent=1, ensure_ascii=False))
+    found = texts if run is not None and len(texts) > 1 else texts[0]
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    plain = all(line == shown(line) for line in text.split("\n"))
+    print(text if plain else json.dumps(found, indent=1))
 
 
 def number(value: float | None) -> str:
@@ -52,9 +62,9 @@ def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in header:
-        table.add_column(Text(name))  # not as markup: R[g] is a name
+        table.add_column(Text(shown(name)))  # not as markup: R[g] is a name
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(shown(cell)) for cell in row))
     # a pipe has no width: do not wrap a table that goes into a file
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
@@ -76,9 +86,9 @@ def show_behaviour(record: BehaviourRecord) -> None:
 
 def _show_notes(record: BehaviourRecord | VerdictRecord) -> None:
     for note in record.notes:
-        print(f"note: {note}")
+        tell(f"note: {note}")
     for hint in (*record.check.misspelled, *record.check.hints) if record.check is not None else ():
-        print(f"note: {hint}")
+        tell(f"note: {hint}")
 
 
 def show_verdicts(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
@@ -94,7 +104,7 @@ def show_verdicts(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
         rows.append((pair.name, record.verdict, _interval(record.routing_share), bits, accuracy))
     print_table(("pair", "verdict", "routing share", "bits: routing / specialist", "accuracy before -> after"), rows)
     for pair, record in zip(pairs, verdicts, strict=True):
-        print(f"{pair.name}: {record.reason}")
+        tell(f"{pair.name}: {record.reason}")
         _show_notes(record)
 
 
@@ -180,7 +190,7 @@ def show_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
     for pair, record in zip(pairs, records, strict=True):
         if record.rollback is not None and record.rollback.checkpoint is not None:
             parts = ", ".join(record.rollback.components)
-            print(f"{pair.name}: R rolled back in {parts}: {pair.made('rollback')}")
+            tell(f"{pair.name}: R rolled back in {parts}: {pair.made('rollback')}")
     show_missing(pairs, records)
 
 
@@ -193,7 +203,7 @@ def show_mechanism(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
         if found.verdict is None:
             continue
         agrees = "agrees" if found.agrees else f"behaviour says {record.verdict}"
-        print(f"{pair.name}: the mechanism says {found.verdict} ({agrees}): {found.reason}")
+        tell(f"{pair.name}: the mechanism says {found.verdict} ({agrees}): {found.reason}")
 
 
 def show_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
@@ -216,7 +226,7 @@ def show_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
     for pair, record in zip(pairs, records, strict=True):
         for sae in record.saes:
             for note in sae.notes:
-                print(f"{pair.name}: note: SAE of {sae.site}: {note}")
+                tell(f"{pair.name}: note: SAE of {sae.site}: {note}")
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for table in record.tables:
@@ -257,7 +267,7 @@ def show_missing(
     """Print what each record could not measure, and why: one line a reason."""
     for pair, record in zip(pairs, records, strict=True):
         for reason in record.missing:
-            print(f"{pair.name}: not measured: {reason}")
+            tell(f"{pair.name}: not measured: {reason}")
 
 
 def show_forecasts(records: list[ForecastRecord]) -> None:
@@ -285,14 +295,14 @@ def show_forecasts(records: list[ForecastRecord]) -> None:
         print_table(header, rows)
     for record in records:
         for reason in record.missing:
-            print(f"RL on {record.trained_cue}: {reason}")
+            tell(f"RL on {record.trained_cue}: {reason}")
         if record.happened is None:
-            print(f"RL on {record.trained_cue} is not done yet: nothing to compare")
+            tell(f"RL on {record.trained_cue} is not done yet: nothing to compare")
         elif record.happened.clock.covered is None:
-            print(f"RL on {record.trained_cue}: no measured step lies away from both ends, so none is compared")
+            tell(f"RL on {record.trained_cue}: no measured step lies away from both ends, so none is compared")
         else:
             clock = record.happened.clock
-            print(
+            tell(
                 f"RL on {record.trained_cue}, its own accuracy step by step: mean error "
                 f"{number(clock.errors['forecast'])}, covered {number(clock.covered)}; "
                 f"forced accuracy moved by {number(record.happened.specialists)}"
@@ -321,7 +331,7 @@ def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
                 "no repaired checkpoint: of these repairs only an edit is one of weights, and none closed the gap for "
                 "sure; the others act on activations at some tokens"
             )
-        print(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; {written}")
+        tell(f"{pair.name}: cue reader {' + '.join(map(str, record.heads))}; {written}")
     show_missing(pairs, records)
 
 
@@ -342,12 +352,12 @@ def show_discovered(record: DiscoveryRecord, page: Path, suite: Path, as_json: b
     if as_json:
         print_json([record], None)
         return
-    print(record.reason)
+    tell(record.reason)
     if record.found:
         _show_proposal(record)
-    print(f"\n{page}")
+    tell(f"\n{page}")
     if record.found:
-        print(f"{suite}: read it, edit it, and give it to `mixturelens verdict --suite`")
+        tell(f"{suite}: read it, edit it, and give it to `mixturelens verdict --suite`")
 
 
 def _show_proposal(record: DiscoveryRecord) -> None:
@@ -362,12 +372,12 @@ def _show_proposal(record: DiscoveryRecord) -> None:
     ]
     print_table(("", "name", "wordings", "before", "after"), rows)
     for cue in record.cues:
-        print(f"cue: {' | '.join(cue.kinds)}: {_interval(cue.bits)} bits")
+        tell(f"cue: {' | '.join(cue.kinds)}: {_interval(cue.bits)} bits")
     spent = ", ".join(f"{name} {share:.0%}" for name, share in record.where.items())
     if record.judged is not None:
         said = f"{record.judged.completions} completions"
-        print(f"{record.judged.by} agrees with the rules in {_interval(record.judged.agreement)} of {said}")
-    print(f"of {record.nats:.2f} nats between R and S along a completion: {spent}")
+        tell(f"{record.judged.by} agrees with the rules in {_interval(record.judged.agreement)} of {said}")
+    tell(f"of {record.nats:.2f} nats between R and S along a completion: {spent}")
 
 
 def show_structure(record: StructureRecord) -> None:
@@ -378,22 +388,22 @@ def show_structure(record: StructureRecord) -> None:
         shares = [_interval(getattr(each.shares, name)) for name in names]
         rows.append((f"{each.first}, {each.second}", each.structure, *shares))
     print_table(("regimes", "structure", *names), rows)
-    print(f"structure: {record.structure} " + " | ".join(", ".join(group) for group in record.groups))
-    print(f"retention: {', '.join(f'{cue} {_interval(value)}' for cue, value in record.retention.items())}")
-    print(f"fragility: {_interval(record.fragility)}")
+    tell(f"structure: {record.structure} " + " | ".join(", ".join(group) for group in record.groups))
+    tell(f"retention: {', '.join(f'{cue} {_interval(value)}' for cue, value in record.retention.items())}")
+    tell(f"fragility: {_interval(record.fragility)}")
     for each in record.culled:
         gone = ", ".join(f"{_interval(value)} under {cue}" for cue, value in each.under.items())
-        print(f"culled by {each.phase} of what {each.trait} pays: {gone}")
+        tell(f"culled by {each.phase} of what {each.trait} pays: {gone}")
     for each in record.pairs:
         if each.mechanism is not None:
             found = each.mechanism
-            print(
+            tell(
                 f"{each.first}, {each.second}: decoded {_interval(found.decoded)} (shuffled {number(found.shuffled)}), "
                 f"router {' + '.join(map(str, found.heads)) or '-'} carries {_interval(found.carried)} "
                 f"(best others {_interval(found.rival)}), overlap {_interval(found.overlap)}"
             )
     for reason in record.missing:
-        print(f"not measured: {reason}")
+        tell(f"not measured: {reason}")
 
 
 WORDS = ("routing", "specialist", "both", "neither", "inconclusive")
@@ -401,11 +411,11 @@ WORDS = ("routing", "specialist", "both", "neither", "inconclusive")
 
 def show_score(record: ScoreRecord) -> None:
     """Confusion matrices, and how each method finds planted addresses."""
-    print(f"{record.done} of {record.cells} pairs are scored")
+    tell(f"{record.done} of {record.cells} pairs are scored")
     for sums in record.verdicts:
-        print(f"\n{sums.instrument} verdict, {sums.half} half: right on {_interval(sums.right)} of {sums.pairs} pairs;")
-        print(f"{sums.false_alarms} of {sums.nothing} called changed where nothing had; ", end="")
-        print(f"{sums.near_ok} of {sums.near} near misses right or inconclusive")
+        tell(f"\n{sums.instrument} verdict, {sums.half} half: right on {_interval(sums.right)} of {sums.pairs} pairs;")
+        tell(f"{sums.false_alarms} of {sums.nothing} called changed where nothing had; ", end="")
+        tell(f"{sums.near_ok} of {sums.near} near misses right or inconclusive")
         rows = [
             (truth, *(str(said.get(word, 0) or "") for word in WORDS))
             for truth, said in ((word, sums.confusion[word]) for word in WORDS if word in sums.confusion)
@@ -421,14 +431,14 @@ def show_score(record: ScoreRecord) -> None:
         )
     held = [each.held for each in record.coverage if not each.boundary]
     if held:
-        print(f"95% intervals hold the truth in {min(held):.3f} to {max(held):.3f} of suites ({len(held)} cases)")
+        tell(f"95% intervals hold the truth in {min(held):.3f} to {max(held):.3f} of suites ({len(held)} cases)")
     for each in record.broken:
         caught = "caught" if each.caught else "NOT CAUGHT"
-        print(f"broken on purpose, {each.name}: {caught} ({each.sound:.2f} -> {each.broken:.2f})")
+        tell(f"broken on purpose, {each.name}: {caught} ({each.sound:.2f} -> {each.broken:.2f})")
     for reason in record.failed:
-        print(f"not scored: {reason}")
+        tell(f"not scored: {reason}")
     for each in record.mistakes:
-        print(f"wrong: {each.instrument} verdict on {each.pair}: {each.verdict}, truth {each.truth}. {each.reason}")
+        tell(f"wrong: {each.instrument} verdict on {each.pair}: {each.verdict}, truth {each.truth}. {each.reason}")
 
 
 def show_sweep(record: SweepRecord) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from mixturelens.discovery.cues import Prompt
+from mixturelens.files import json_lines
 from mixturelens.records import first_problem
 from mixturelens.suite import Chat, PromptRow, Rule, Suite
 from mixturelens.types import InputError
-from mixturelens.yaml_json import json_lines
 
 ANY = r"\S"
 """The answer where a user gives none, as a regular expression: whatever is said counts as right."""
@@ -33,14 +33,13 @@ class Asked:
     answered: bool
 
     def to_json(self) -> str:
-        """All of it as one JSON object, which `from_json` reads back."""
+        """All of it as one JSON object, which `from_data` reads back."""
         data = {"suite": self.suite.model_dump(mode="json"), "fields": self.fields, "answered": self.answered}
         return json.dumps(data, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Asked:
-        """What `to_json` wrote."""
-        data = json.loads(text)
+    def from_data(cls, data: Mapping[str, Any]) -> Asked:
+        """What `to_json` wrote, as data."""
         fields = tuple(tuple((name, value) for name, value in each) for each in data["fields"])
         return cls(Suite.model_validate(data["suite"]), fields, data["answered"])
 
@@ -87,14 +86,17 @@ def read_prompts(path: Path, *, chat: bool = False, max_new_tokens: int = 64, sa
     if 0 < len(without) < len(answered):
         raise InputError(f"{without[0]} has no `answer`, but others have; give all or none")
     through = chat or any(row.messages is not None for row in rows)
-    suite = Suite(
-        prompts=tuple(rows),
-        policies={"any": Rule(regex="")},
-        answer_match="regex" if without else "contains",
-        max_new_tokens=max_new_tokens,
-        samples=samples,
-        chat=Chat() if through else None,
-    )
+    try:
+        suite = Suite(
+            prompts=tuple(rows),
+            policies={"any": Rule(regex="")},
+            answer_match="regex" if without else "contains",
+            max_new_tokens=max_new_tokens,
+            samples=samples,
+            chat=Chat() if through else None,
+        )
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_problem(error)}") from None
     return Asked(suite, tuple(fields), not without)
 
 

@@ -21,11 +21,12 @@ from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.behaviour.sampled import spelled
 from mixturelens.discovery.asked import Asked
 from mixturelens.discovery.heads import Completion
+from mixturelens.files import read_json
 from mixturelens.models import Pair
 from mixturelens.models.cost import Estimate, Work, estimate
 from mixturelens.records import write_text
 from mixturelens.spelling import encode_prompts
-from mixturelens.types import InputError, RunError
+from mixturelens.types import InputError, loading
 
 PART = 16
 """Prompts whose completions are stored together."""
@@ -98,7 +99,9 @@ def stored(out: Path) -> tuple[Asked, Draws]:
         raise InputError(
             f"{out}: holds no completions; run `mixturelens discover --before S --after R` with --out {out}"
         )
-    return Asked.from_json(asked.read_text(encoding="utf-8")), _read(files)
+    with loading(asked, "not what was asked; run `mixturelens discover` again"):
+        given = Asked.from_data(read_json(asked, "is gone"))
+    return given, _read(files)
 
 
 def _drawn(pair: Pair, models: tuple[Any, ...], scorer: Scorer, prompts: Prompts, seed: int) -> list[dict[str, Any]]:
@@ -163,14 +166,12 @@ def _read(files: list[Path]) -> Draws:
 
     drawn, tokens, along = [], [], []
     for file in files:
-        try:
-            frame = pandas.read_parquet(file)
-        except (OSError, ValueError) as error:
-            raise RunError(f"{file}: cannot be read ({error}); delete it, and run again") from None
-        for row in _rows(frame):
-            drawn.append(Completion(int(row["prompt"]), bool(row["after"]), row["text"].strip(), bool(row["ended"])))
-            tokens.append(tuple(row["tokens"]))
-            along.append(np.array([row["kl"], row["entropy_before"], row["entropy_after"]]))
+        with loading(file, "cannot be read; delete it, and run again"):
+            for row in _rows(pandas.read_parquet(file)):
+                ended = bool(row["ended"])
+                drawn.append(Completion(int(row["prompt"]), bool(row["after"]), row["text"].strip(), ended))
+                tokens.append(tuple(row["tokens"]))
+                along.append(np.array([row["kl"], row["entropy_before"], row["entropy_after"]]))
     return Draws(tuple(drawn), tuple(tokens), tuple(along))
 
 

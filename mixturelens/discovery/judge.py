@@ -20,6 +20,7 @@ import numpy as np
 from mixturelens.discovery.asked import Asked
 from mixturelens.discovery.information import share_of_questions
 from mixturelens.discovery.record import SecondOpinion
+from mixturelens.files import read_text
 from mixturelens.records import write_text
 from mixturelens.types import OTHER, InputError, RunError, loading
 
@@ -90,7 +91,7 @@ def served(url: str, model: str, cache: Path) -> Judge:
             if not client:
                 client.append(_client())
             write_text(file, _ask(client[0], url, model, asked))
-        said = file.read_text(encoding="utf-8").lower()
+        said = read_text(file, "is gone").lower()
         named = [name for name in candidates if name.lower() in said]
         return max(named, key=len, default=OTHER)
 

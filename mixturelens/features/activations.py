@@ -24,7 +24,7 @@ from mixturelens.models import end_tokens
 from mixturelens.records import Record
 from mixturelens.spelling import encode_prompts
 from mixturelens.suite import PromptRow, Suite
-from mixturelens.types import PER_HEAD, Component, InputError, Site
+from mixturelens.types import PER_HEAD, Component, InputError, Site, loading
 
 MEMORY = 1 << 30
 """Bytes of activations that are held in memory, unless asked otherwise."""
@@ -384,15 +384,13 @@ def _stored(
 
 def _mapped(file: Path, store: Store, rows: int) -> Float[Tensor, "row model d"]:
     """A shard as a tensor whose pages are read when they are asked for."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not file.is_file():
         raise InputError(f"{file} is missing; delete the folder and collect again")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            of, part = (opened.metadata() or {}).get("of"), opened.get_tensor("activations")
-    except SafetensorError as error:
-        raise InputError(f"{file}: not a shard of activations ({error}); delete it and collect again") from None
+    what = "not a shard of activations; delete it and collect again"
+    with loading(file, what), safe_open(file, framework="pt") as opened:
+        of, part = (opened.metadata() or {}).get("of"), opened.get_tensor("activations")
     if of != store.digest or part.shape != (rows, len(store.weights), store.dim):
         raise InputError(f"{file} holds activations of other weights, texts or another site; give another folder")
     return part

@@ -26,8 +26,9 @@ from torch import Tensor
 from mixturelens.features.batchtopk import KeptLatents, gradients, smallest_kept
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import WIDTH, Training
+from mixturelens.files import read_json
 from mixturelens.records import new_folder
-from mixturelens.types import InputError, Side
+from mixturelens.types import InputError, Side, loading
 
 RATE, DECAY, WARM_UP = 3e-3, 0.2, 50
 """Adam's rate; the share of the steps over which it falls to a tenth at the end, and the steps in which it rises."""
@@ -151,21 +152,16 @@ def load_crosscoder(folder: Path) -> Crosscoder:
 
 
 def _load(folder: Path) -> tuple[Crosscoder, dict[str, Any]]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     for name in (FILE, SETTINGS):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; a crosscoder is a folder of {FILE} and {SETTINGS}")
-    try:
-        told = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    told = read_json(folder / SETTINGS, "is gone")
+    with loading(folder / SETTINGS, "not the settings of a crosscoder"):
         threshold, settings = float(told["threshold"]), dict(told["trained"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{folder / SETTINGS}: not the settings of a crosscoder ({error})") from None
-    try:
+    with loading(folder / FILE, "not a safetensors file"):
         tensors = load_file(folder / FILE)
-    except SafetensorError as error:
-        raise InputError(f"{folder / FILE}: not a safetensors file ({error})") from None
     names = [field.name for field in fields(Crosscoder) if field.name != "threshold"]
     if set(tensors) != set(names):
         raise InputError(f"{folder / FILE}: holds {sorted(tensors)}, expected {sorted(names)}")

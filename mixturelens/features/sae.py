@@ -37,6 +37,7 @@ from mixturelens.features.effort import Training
 from mixturelens.features.record import Quality
 from mixturelens.features.saved import load_sae, read_config
 from mixturelens.features.splice import BothModels, Spliced, own
+from mixturelens.files import read_json
 from mixturelens.hooks.lens import Lens
 from mixturelens.records import new_folder, write_text
 from mixturelens.stats import interval, resample_counts, resampled_mean, share
@@ -258,7 +259,7 @@ def _resume(trainer: Any, work: Path, made: dict[str, Any]) -> int:
     found = {}
     for folder in work.glob("step-*"):
         file = folder / "progress.json"
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == made:
+        if file.is_file() and read_json(file, "is gone", foreign=True) == made:
             found[int(folder.name.split("-")[1])] = folder
         else:
             shutil.rmtree(folder)

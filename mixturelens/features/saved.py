@@ -7,7 +7,6 @@ features compete, and normalisations read each token at its own scale.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mixturelens.features.dictionary import Dictionary, Norm
-from mixturelens.types import Component, InputError
+from mixturelens.files import read_json
+from mixturelens.types import Component, InputError, loading
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 
@@ -171,16 +171,13 @@ def _dictionary(
 
 
 def _weights(folder: Path, architecture: str, d: int, width: int) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     file = folder / WEIGHTS
-    try:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; is the SAE whole?")
+    with loading(file, "not a safetensors file"):
         weights = {name: value.float() for name, value in load_file(file).items()}
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; is the SAE whole?") from None
-    except SafetensorError as error:
-        raise InputError(f"{file}: not a safetensors file ({error})") from None
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d, width), "W_dec": (width, d), "b_dec": (d,)}
     own = {
         "gated": ("b_gate", "b_mag", "r_mag"),
@@ -203,12 +200,12 @@ def _weights(folder: Path, architecture: str, d: int, width: int) -> dict[str, T
 
 def _factor(folder: Path) -> float | None:
     """What a trainer's checkpoint multiplies activations by, from the file that lies beside the weights."""
-    try:
-        found = json.loads((folder / SCALER).read_text(encoding="utf-8"))["scaling_factor"]
-    except FileNotFoundError:
+    if not (folder / SCALER).is_file():
         return None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{folder / SCALER}: holds no scaling_factor") from None
+    held = read_json(folder / SCALER, "is gone", foreign=True)
+    if "scaling_factor" not in held:
+        raise InputError(f"{folder / SCALER}: holds no scaling_factor")
+    found = held["scaling_factor"]
     if found is not None and not (isinstance(found, int | float) and 0 < found < float("inf")):
         raise InputError(f"{folder / SCALER}: scaling_factor is {found!r}, where a number above 0 is needed")
     return found
@@ -219,12 +216,4 @@ def read_config(folder: Path) -> dict[str, Any]:
     mapping.
     """
     file = folder / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{file}: no such file; an SAE is a folder with {CONFIG} and {WEIGHTS}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: holds a {type(config).__name__}, where a configuration is a mapping")
-    return config
+    return read_json(file, f"no such file; an SAE is a folder with {CONFIG} and {WEIGHTS}", foreign=True)

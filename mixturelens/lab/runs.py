@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Unpack
 
 from mixturelens import pipeline
 from mixturelens.behaviour.trajectory import Trajectory
+from mixturelens.files import read_json
 from mixturelens.lab.forecast import ForecastRecord, Point, RlStart, compare, forecast_records
 from mixturelens.lab.organism import (
-    ModelSpec,
+    Pretrained,
     Spec,
     build_model,
     build_suite,
@@ -39,29 +39,27 @@ from mixturelens.suite import PromptRow
 from mixturelens.types import InputError
 
 
-def start_run(spec: Spec, out: Path) -> None:
-    """Make the folder of a run, or recognise it. Raises InputError if it holds another run or something else."""
-    file = out / "spec.json"
-    if file.is_file():
+def check_run(spec: Spec, out: Path) -> None:
+    """Raise InputError if the folder holds another run than this one, or something else."""
+    if (out / "spec.json").is_file():
         there = load_run(out)
         if there != spec:
             raise InputError(f"{out} holds another run ({_difference(there, spec)}); give another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty and holds no run; give another --out")
-    else:
-        write_text(file, spec.model_dump_json(indent=1) + "\n")
+
+
+def start_run(spec: Spec, out: Path) -> None:
+    """Make the folder of a run, or recognise it. Raises InputError as `check_run` does."""
+    check_run(spec, out)
+    write_text(out / "spec.json", spec.model_dump_json(indent=1) + "\n")
 
 
 def load_run(run: Path) -> Spec:
-    """The spec of a run folder."""
-    try:
-        data = json.loads((run / "spec.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        what = "it has no spec.json" if run.is_dir() else "no such folder"
-        raise InputError(f"{run}: not a run folder ({what}); make one with `mixturelens train`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{run / 'spec.json'}: not JSON ({error})") from None
-    return parse_spec(data, str(run / "spec.json"))
+    """The spec of a run folder. Raises InputError for a folder that is none."""
+    file = run / "spec.json"
+    what = "it has no spec.json" if run.is_dir() else "no such folder"
+    return parse_spec(read_json(file, f"not a run folder ({what}); make one with `mixturelens train`"), str(file))
 
 
 def _difference(there: Spec, wanted: Spec) -> str:
@@ -79,15 +77,20 @@ def _difference(there: Spec, wanted: Spec) -> str:
 
 def train(spec: Spec, out: Path, device: str = "cpu", progress: Progress | None = None) -> list[Trajectory]:
     """Grow the organism: base, SFT, RL on each cue from SFT's checkpoint, phases. Resumes where it was stopped."""
-    start_run(spec, out)
-    build_suite(spec).save(out / "suite.yaml")
-    base = out / "checkpoints" / "base"
-    if isinstance(spec.model, ModelSpec) and not base.exists():
+    check_run(spec, out)
+    suite, base, made = build_suite(spec), out / "checkpoints" / "base", None
+    if isinstance(spec.model, Pretrained):
+        Pair(spec.model.pretrained, None, suite, out=out)
+    elif not base.exists():
         tokenizer = build_tokenizer(spec)
-        model = build_model(spec, tokenizer)
+        made = build_model(spec, tokenizer), tokenizer
+    # from here on nothing of the spec can be refused: a folder is left only by a run that began
+    start_run(spec, out)
+    suite.save(out / "suite.yaml")
+    if made is not None:
         with new_folder(base) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            for each in made:
+                each.save_pretrained(folder)
     return [train_stage(spec, name, out, device, progress) for name in ("sft", *spec.stages)]
 
 

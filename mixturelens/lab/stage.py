@@ -18,6 +18,7 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.trajectory import Trajectory, TrajectoryPoint, cue_states
+from mixturelens.files import read_json
 from mixturelens.lab.organism import (
     Lora,
     Pretrained,
@@ -28,6 +29,7 @@ from mixturelens.lab.regimes import paid
 from mixturelens.models import end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.models.source import Source, find_source, fingerprint
 from mixturelens.records import Provenance, new_folder, with_versions, write_text
+from mixturelens.types import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -250,9 +252,11 @@ class Stage:
         write_text(checkpoint / "progress.json", json.dumps(state))
 
     def _restore(self, checkpoint: Path) -> None:
-        state = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        self.points = [TrajectoryPoint.model_validate(point) for point in state["points"]]
-        self.reward, self.no_signal = state["reward"], state["no_signal"]
+        file = checkpoint / "progress.json"
+        state = read_json(file, "is gone", foreign=True)
+        with loading(file, "not the progress of a stage; delete its folder to begin the stage anew"):
+            self.points = [TrajectoryPoint.model_validate(point) for point in state["points"]]
+            self.reward, self.no_signal = list(state["reward"]), list(state["no_signal"])
 
     def _last_complete(self) -> Path | None:
         """The latest trainer checkpoint that was written to its end; those that were not are removed."""

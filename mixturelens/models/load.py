@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
+import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mixturelens.models.source import ADAPTER_WEIGHTS, CONFIG, Source, find_source, read_json, weight_files
+from mixturelens.files import WRITTEN, read_json, read_text
+from mixturelens.limits import limited
+from mixturelens.models.source import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    INDEX,
+    Source,
+    content_of,
+    find_source,
+    settings,
+    tensors_of,
+    weight_files,
+)
 from mixturelens.types import InputError, loading
 
 if TYPE_CHECKING:
@@ -28,6 +44,10 @@ _HARMLESS = re.compile(
 """Tensors that some savers store beside a model's own: masks, tables of rotations, the value head of RL."""
 
 
+PADDED = 1_000_000
+"""Tokens of a text, at most."""
+EXPERTS = 4096
+"""Experts of a layer, at most."""
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 
 
@@ -40,10 +60,40 @@ def load_tokenizer(source: Source | Path) -> PreTrainedTokenizerBase:
 
     source = find_source(source)
     folder = tokenizer_folder(source) or source.weights
+    whole = folder / "tokenizer.json"
     with loading(folder, "no tokenizer could be loaded"):
-        if (folder / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check_tokenizer(folder)
+        if whole.is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            tokenizer.backend_tokenizer.no_padding()
+            tokenizer.backend_tokenizer.no_truncation()  # a prompt is read to its end
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
+            raise InputError(f"{folder}: its chat template is no text; mend tokenizer_config.json")
+        tokenizer.decode(tokenizer.encode("\n"))  # what is broken in every text fails here
+    return tokenizer
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Refuse files whose size no tokenizer has, and padding that would take all memory before it can be turned off."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            settings(folder / name)
+    for template in (folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")):
+        if template.is_file():
+            read_text(template, "is gone", WRITTEN)
+    file = folder / "tokenizer.json"
+    if file.is_file() and not _bounded_padding(file, content_of(file)):
+        raise InputError(f"{file}: pads texts to more than {PADDED} tokens; set its padding to null")
+
+
+@functools.lru_cache(maxsize=64)
+def _bounded_padding(file: Path, content: str) -> bool:
+    padding = read_json(file, "is gone", foreign=True).get("padding")
+    numbers = [padding.get("pad_to_multiple_of"), padding.get("strategy")] if isinstance(padding, dict) else []
+    numbers += [each for strategy in numbers if isinstance(strategy, dict) for each in strategy.values()]
+    return all(each <= PADDED for each in numbers if isinstance(each, (int, float)))
 
 
 def tokenizer_folder(source: Source) -> Path | None:
@@ -97,7 +147,44 @@ def skeleton(source: Source | Path) -> nn.Module:
     config = load_config(source)
     _any_attention(config)
     with loading(source.weights, "cannot be loaded as a causal language model"), torch.device("meta"):
+        _check_counts(source.weights, config)
         return AutoModelForCausalLM.from_config(config)
+
+
+def _check_counts(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse a config that asks for more parts than its weights have tensors: making them would take forever."""
+    tensors = _tensors(folder)
+    for key, value in config.get_text_config().to_dict().items():
+        most = len(tensors) if "layer" in key else EXPERTS if "expert" in key or "block" in key else math.inf
+        if isinstance(value, int) and key.strip("_").startswith(("n_", "num_")) and value > most:
+            raise InputError(f"{folder}: {key} is {value} in {CONFIG}, and the weights have {len(tensors)} tensors")
+
+
+def _tensors(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's weights, without the prefix of a wrapper."""
+    held = {name: shape for file in weight_files(folder) for name, shape in tensors_of(file).items()}
+    prefix = _prefix(held)
+    return {name.removeprefix(prefix): shape for name, shape in held.items()}
+
+
+def _check_weights(source: Source, dtype: torch.dtype, device: str) -> None:
+    """Refuse weights of other shapes than the config's, and more than the machine has memory, before they are read."""
+    model = skeleton(source)
+    held = _tensors(source.folder)
+    for name, tensor in sorted(model.state_dict().items()):
+        if name in held and held[name] != tuple(tensor.shape):
+            raise _misshapen(source, name, held[name], tensor.shape)
+    needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())) * dtype.itemsize
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if device == "cpu" and needed > there:
+        raise InputError(
+            f"{source}: takes {needed / 1e9:.0f} GB of memory, and this machine has {there / 1e9:.0f}; give a smaller "
+            "model, --dtype bfloat16, or a --device with more"
+        )
+
+
+def _misshapen(source: Source, name: str, held: Sequence[int], needed: Sequence[int]) -> InputError:
+    return InputError(f"{source}: {name} has shape {list(held)}, and {CONFIG} asks for {list(needed)}")
 
 
 def _any_attention(config: PretrainedConfig) -> None:
@@ -127,6 +214,8 @@ def load_model(
     _any_attention(config)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     placed = {} if device_map is None else {"device_map": device_map}
+    if device_map is None:
+        _check_weights(source, wanted, device)
     with (
         loading(source, "cannot be loaded as a causal language model"),
         _without_adapter(source.folder) as folder,
@@ -152,15 +241,14 @@ def load_model(
 
 
 def _wrapper(folder: Path) -> dict[str, str] | None:
-    """What to take off the names of weights that were saved from inside a wrapper (torch.compile, data parallel)."""
-    from safetensors import safe_open
+    """What to take off the names of weights that were saved from inside a wrapper."""
+    prefix = _prefix(tensors_of(weight_files(folder)[0]))
+    return {f"^{re.escape(prefix)}": ""} if prefix else None
 
-    with safe_open(weight_files(folder)[0], framework="pt") as file:
-        names = list(file.keys())
-    for prefix in _WRAPPERS:
-        if names and all(name.startswith(prefix) for name in names):
-            return {f"^{re.escape(prefix)}": ""}
-    return None
+
+def _prefix(names: Collection[str]) -> str:
+    """What stands before all names of weights that were saved from inside a wrapper (torch.compile, data parallel)."""
+    return next((each for each in _WRAPPERS if names and all(name.startswith(each) for name in names)), "")
 
 
 @contextlib.contextmanager
@@ -170,7 +258,7 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory() as kept:
-        beside = [folder / name for name in (CONFIG, "generation_config.json", "model.safetensors.index.json")]
+        beside = [folder / name for name in (CONFIG, "generation_config.json", INDEX)]
         for file in (*weight_files(folder), *beside):
             if file.is_file():
                 Path(kept, file.name).symlink_to(file.resolve())
@@ -180,7 +268,7 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 def _check_keys(source: Source, info: dict[str, Any]) -> None:
     mismatched: list[tuple[str, Sequence[int], Sequence[int]]] = sorted(info.get("mismatched_keys") or [])
     for name, held, needed in mismatched:
-        raise InputError(f"{source}: {name} has shape {list(held)}, and {CONFIG} asks for {list(needed)}")
+        raise _misshapen(source, name, held, needed)
     for problem in ("missing_keys", "unexpected_keys"):
         names = sorted(name for name in info.get(problem) or () if not _HARMLESS.search(name))
         if names:
@@ -198,22 +286,33 @@ def _check_finite(source: Source, model: nn.Module) -> None:
 def with_adapters(model: PreTrainedModel, adapters: dict[str, Source]) -> Any:
     """The model under peft, with LoRA adapters by name. Raises InputError for adapters that do not fit it."""
     from peft import PeftModel
-    from safetensors import safe_open
 
     under: Any = model
     for name, source in adapters.items():
         with loading(source, f"the adapter does not fit its base {source.weights}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft, about transformers
+            _check_patterns(source, model)
             device = str(next(model.parameters()).device)
             if isinstance(under, PeftModel):
                 under.load_adapter(str(source.folder), adapter_name=name, torch_device=device)
             else:
                 under = PeftModel.from_pretrained(under, str(source.folder), adapter_name=name, torch_device=device)
-            with safe_open(source.folder / ADAPTER_WEIGHTS, framework="pt") as file:
-                held = set(file.keys())
+            held = set(tensors_of(source.folder / ADAPTER_WEIGHTS))
         _check_adapter_keys(source, held, under, name)
         _check_finite(source, under)
     return under.eval()
+
+
+def _check_patterns(source: Source, model: nn.Module) -> None:
+    """Try the patterns of an adapter on the names of its base's modules, where that can be stopped."""
+    config = settings(source.folder / ADAPTER)
+    patterns = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    patterns += [key for each in ("rank_pattern", "alpha_pattern") for key in config.get(each) or ()]
+    with limited():
+        for pattern in (each for each in patterns if isinstance(each, str)):
+            compiled = re.compile(rf"(.*\.)?({pattern})")
+            for name, _ in model.named_modules():
+                compiled.fullmatch(name)
 
 
 def _check_adapter_keys(source: Source, held: set[str], model: Any, name: str) -> None:
@@ -251,7 +350,7 @@ def named_ends(source: Source) -> tuple[int, ...]:
     """
     for folder in source.folders:
         for name in ("generation_config.json", CONFIG):
-            found = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+            found = settings(folder / name).get("eos_token_id") if (folder / name).is_file() else None
             if found is not None:
                 ids: Sequence[Any] = found if isinstance(found, list) else [found]
                 if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in ids):

@@ -29,9 +29,10 @@ from mixturelens.models.load import (
 )
 from mixturelens.models.source import Source, content_of, find_source, fingerprint, leaves_base, weight_files
 from mixturelens.records import Provenance, with_versions
-from mixturelens.spelling import TODAY, Speller, prompt_text
+from mixturelens.spelling import Speller, prompt_text
 from mixturelens.suite import Spelling, Suite, literal_texts, load_suite, wordings
-from mixturelens.types import Frozen, InputError, Side
+from mixturelens.templates import TODAY
+from mixturelens.types import Frozen, InputError, Side, loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -404,7 +405,8 @@ class Pair:
         tokenizers = list(self._tokenizers.values()) or [self.tokenizer]
         room = self.positions
         for number, (text, where) in enumerate(texts.items()):
-            spelled = [_ids(tokenizer, text, special) for tokenizer in tokenizers]
+            with loading(where, "the tokenizer fails on it"):
+                spelled = [_ids(tokenizer, text, special) for tokenizer in tokenizers]
             if len(set(spelled)) > 1:
                 words = [w for w in text.split() if len({_ids(t, w, False) for t in tokenizers}) > 1]
                 first = f", first at {words[0]!r}" if words else ""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
+import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixturelens.files import MADE, read_json
 from mixturelens.types import InputError, loading
 
 CONFIG, ADAPTER, INDEX = "config.json", "adapter_config.json", "model.safetensors.index.json"
@@ -31,6 +32,10 @@ BESIDE = (
     ADAPTER,
 )
 """Small files that decide what a checkpoint does, beside its weights."""
+
+ITERATIONS = 1000
+"""That an adapter's start may take."""
+_SIZES = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
 _HUB = re.compile(
     r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<subfolder>[\w./-]+))?"
@@ -89,7 +94,8 @@ def _find(
         raise InputError(f"{folder}: an adapter that stands on itself")
     if not (folder / ADAPTER).is_file():
         return Source(check_folder(folder), name)
-    config = read_json(folder / ADAPTER)
+    check_beside(folder)
+    config = settings(folder / ADAPTER)
     _check_adapter(folder, config)
     if base is not None:
         return Source(folder, name, _find(base, None, (*above, folder.resolve())))
@@ -100,7 +106,7 @@ def _find(
         raise InputError(f"{folder}: a LoRA adapter whose {ADAPTER} names no base; give --base")
     beside = folder / named
     try:
-        return Source(folder, name, _find(beside if beside.is_dir() else named, None, (*above, folder.resolve())))
+        return Source(folder, name, _find(beside if os.path.isdir(beside) else named, None, (*above, folder.resolve())))
     except InputError as error:
         raise InputError(
             f"{folder}: a LoRA adapter whose base {named!r} cannot be used ({error}); give --base"
@@ -110,9 +116,9 @@ def _find(
 def _locate(given: str) -> tuple[Path, str]:
     """(folder, name) of a path, or of a snapshot of the hub: from its cache, where there is no network."""
     path = Path(given)
-    if path.is_dir():
+    if os.path.isdir(path):  # which takes any text for an answer
         return path, path.resolve().name
-    if path.exists():
+    if os.path.exists(path):
         raise InputError(f"{given}: a file; give the folder of a checkpoint, or a hub id (org/name)")
     found = _HUB.fullmatch(given)
     if found is None:
@@ -125,15 +131,11 @@ def _snapshot(given: str, repository: str, revision: str | None, subfolder: str 
 
     inside = f"{subfolder.strip('/')}/" if subfolder else ""
     wanted = [*BESIDE, INDEX, "model*.safetensors", ADAPTER_WEIGHTS]
-    try:
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    where = "in the cache of the hub, which is all that HF_HUB_OFFLINE allows" if offline else "on the hub"
+    what = f"no such folder, and no such model {where}; check the name, download it first, or log in where it is gated"
+    with loading(given, what):
         root = snapshot_download(repository, revision=revision, allow_patterns=[f"{inside}{name}" for name in wanted])
-    except Exception as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-        where = "in the cache of the hub, which is all that HF_HUB_OFFLINE allows" if offline else "on the hub"
-        raise InputError(
-            f"{given}: no such folder, and no such model {where} ({type(error).__name__}); check the name, download it "
-            "first, or log in where it is gated"
-        ) from None
     folder = Path(root, inside)
     if not folder.is_dir() or {"/", ".."} & set(Path(subfolder or "").parts):
         raise InputError(f"{given}: the repository has no folder {subfolder!r}")
@@ -150,7 +152,8 @@ def check_folder(path: Path) -> Path:
         if gguf:
             raise InputError(f"{path}: {gguf[0]} is a quantised file; give the folder of the model it was made from")
         raise InputError(f"{path}: not a model folder (it has no {CONFIG})")
-    config = read_json(path / CONFIG)
+    check_beside(path)
+    config = settings(path / CONFIG)
     if "auto_map" in config:
         raise InputError(
             f"{path}: the model needs code from its folder (auto_map), which is never run; if its model_type "
@@ -188,6 +191,29 @@ def _check_adapter(folder: Path, config: dict[str, Any]) -> None:
         pickled = (folder / "adapter_model.bin").is_file()
         why = "adapter_model.bin is a pickle, which can run code when loaded" if pickled else f"no {ADAPTER_WEIGHTS}"
         raise InputError(f"{folder}: a LoRA adapter without safetensors ({why}); save it again with save_pretrained")
+    file = folder / ADAPTER
+    for name in ("megatron_config", "layer_replication"):
+        if config.get(name):
+            raise InputError(f"{file}: {name} makes another model than its base; merge the adapter into it first")
+    with loading(folder, f"{ADAPTER_WEIGHTS} cannot be read"):
+        shapes = tensors_of(folder / ADAPTER_WEIGHTS)
+    held = max((shape[0] for name, shape in shapes.items() if "_A." in name or name.endswith("_A")), default=0)
+    ranks, alphas = ([config.get(key), *_values(config.get(each))] for key, each in _SIZES)
+    for key, numbers, most in (("r", ranks, held), ("lora_alpha", alphas, math.inf)):
+        for number in numbers:
+            fits = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
+            if number is not None and not (fits and number <= most):
+                raise InputError(
+                    f"{file}: {key} is {number!r}, and the weights have rank {held}; save the adapter again"
+                )
+    if int((re.findall(r"niter_(\d+)", str(config.get("init_lora_weights"))) or [0])[0]) > ITERATIONS:
+        raise InputError(
+            f"{file}: init_lora_weights asks for more than {ITERATIONS} iterations; save the adapter again"
+        )
+
+
+def _values(pattern: object) -> list[Any]:
+    return list(pattern.values()) if isinstance(pattern, dict) else []
 
 
 def leaves_base(adapter: Source) -> bool:
@@ -195,15 +221,10 @@ def leaves_base(adapter: Source) -> bool:
 
     Some adapters change the base's biases, some take their own starting values off it, and some replace its weights.
     """
-    from safetensors import safe_open
-
-    config = read_json(adapter.folder / ADAPTER)
+    config = settings(adapter.folder / ADAPTER)
     begun, copied = config.get("init_lora_weights", True), config.get("modules_to_save") or ()
-    with (
-        loading(adapter, f"{ADAPTER_WEIGHTS} cannot be read"),
-        safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file,
-    ):
-        names = list(file.keys())
+    with loading(adapter, f"{ADAPTER_WEIGHTS} cannot be read"):
+        names = list(tensors_of(adapter.folder / ADAPTER_WEIGHTS))
     return (
         config.get("bias", "none") == "none"
         and (not isinstance(begun, str) or begun == "gaussian")
@@ -222,7 +243,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         return []
-    names = read_json(index).get("weight_map")
+    names = settings(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{index}: no index of shards (it has no weight_map)")
     files = []
@@ -236,15 +257,38 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises InputError naming the file where it is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: holds {json.dumps(data)[:40]}, where an object is needed")
-    return data
+def settings(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint, as other libraries write them. Raises InputError naming it where it is none."""
+    return read_json(path, "no such file; is the checkpoint whole?", foreign=True)
+
+
+def check_beside(folder: Path) -> None:
+    """Raise InputError where a small file of a checkpoint is none, or a link to something else outside its folder.
+
+    What it says goes into checkpoints that are written, and a link could carry a secret there. A link to a file of the
+    same name is a checkpoint put together from others, and one to a blob is the cache of the hub.
+    """
+    home = folder.resolve()
+    for name in (*BESIDE, INDEX):
+        file = folder / name
+        if not os.path.lexists(file):
+            continue
+        if not file.is_file():
+            raise InputError(f"{file}: no regular file, and one is needed")
+        target = file.resolve()
+        blob = target.parent.name == "blobs" and (target.parent.parent / "snapshots").is_dir()
+        if not (blob or target.name == name or target.is_relative_to(home)):
+            raise InputError(f"{file}: a link out of its folder, to {target}; copy the file there, if it is meant")
+        if target.stat().st_size > MADE:
+            raise InputError(f"{file}: larger than any such file is ({target.stat().st_size} bytes)")
+
+
+def tensors_of(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file, from its header alone."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
 
 
 def fingerprint(source: Source | Path) -> str:

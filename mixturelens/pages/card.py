@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixturelens.figures import show_interval
+from mixturelens.files import dump_yaml
 from mixturelens.pages.page import Findings, falsify
 from mixturelens.records import write_text
 from mixturelens.types import NOT_MEASURED
-from mixturelens.yaml_json import dump_yaml
 
 
 def write_card(path: Path, findings: Sequence[Findings]) -> Path:

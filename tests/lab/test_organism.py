@@ -346,8 +346,11 @@ def test_tied_embeddings_are_one_parameter():
         ({"config": "LamaConfig"}, "model.config: transformers has no config class 'LamaConfig'"),
         ({"config": "AutoModel"}, "model.config: transformers has no config class 'AutoModel'"),
         ({"sizes": {"hiden_size": 4}}, "model.sizes: LlamaConfig has no setting 'hiden_size'"),
-        ({"config": "GPT2Config", "sizes": {"n_embd": 15, "n_head": 2}}, "model: GPT2Config with these sizes: "),
-        ({"config": "ViTConfig", "sizes": {}}, "model: ViTConfig with these sizes: "),
+        (
+            {"config": "GPT2Config", "sizes": {"n_embd": 15, "n_head": 2}},
+            "model: GPT2Config makes no network of these sizes (ValueError: ",
+        ),
+        ({"config": "ViTConfig", "sizes": {}}, "model: ViTConfig makes no network of these sizes (ValueError: "),
     ],
 )
 def test_bad_models_are_refused_by_name(model: dict[str, Any], message: str):

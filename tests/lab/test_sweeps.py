@@ -258,7 +258,7 @@ def test_what_fails_is_reported_tried_again_and_harms_no_other(tmp_path, trainin
     record, page = run_sweep(write(tmp_path, grid), out, Workers(jobs=1))
     names = [f"small--rl.steps={steps}--seed={seed}" for steps in (2, 0) for seed in (0, 1)]
     assert list(record.failed) == names[1:]
-    assert record.failed[names[1]] == "RuntimeError: of its own"
+    assert record.failed[names[1]] == f"{names[1]}: failed (RuntimeError: of)"
     assert "rl.steps: Input should be greater than or equal to 1" in record.failed[names[2]]
     assert [row["cell"] for row in record.rows] == names[:1]
     assert "in verdict" in (out / "failed" / f"{names[1]}.txt").read_text()

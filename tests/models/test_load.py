@@ -154,6 +154,8 @@ def test_a_chat_template_is_loaded(pairs: Path):
 
 def test_a_folder_without_a_tokenizer_is_refused(copy: Path):
     (copy / "tokenizer.json").write_text("{")
+    assert refused(load_tokenizer, copy).startswith(f"{copy / 'tokenizer.json'}: not JSON (")
+    (copy / "tokenizer.json").write_text("{}")
     assert refused(load_tokenizer, copy).startswith(f"{copy}: no tokenizer could be loaded (")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()

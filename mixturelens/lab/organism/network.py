@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mixturelens.lab.organism.spec import EOS, PAD, UNK, Freezable, Pretrained, Spec
-from mixturelens.types import InputError
+from mixturelens.types import InputError, loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+LAYERS, LARGEST, NUMBERS = 200, 1_000_000, 500_000_000
+"""Of a network that is grown from nothing, at most: layers, any one size, and parameters with tables."""
 
 
 def build_tokenizer(spec: Spec, beside: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -28,35 +32,50 @@ def build_tokenizer(spec: Spec, beside: Sequence[str] = ()) -> PreTrainedTokeniz
 
 
 def build_model(spec: Spec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The untrained network of the spec, in fp32, from the spec's seed. Raises InputError for an unknown size."""
+    """The untrained network of the spec, in fp32, from the spec's seed.
+
+    Raises InputError for sizes that make no network, or one that is larger than any that is grown from nothing.
+    """
     import torch
     import transformers
 
     network = spec.model
     if isinstance(network, Pretrained):
         raise InputError(f"model.pretrained: {network.pretrained} is there, and not built")
-    config_class = getattr(transformers, network.config, None)
-    if not (isinstance(config_class, type) and issubclass(config_class, transformers.PretrainedConfig)):
+    with loading("model.config", f"transformers has no config class {network.config!r}"):
+        config_class = getattr(transformers, network.config, None)
+        known = config_class() if isinstance(config_class, type) else None
+    if config_class is None or not isinstance(known, transformers.PretrainedConfig):
         raise InputError(f"model.config: transformers has no config class {network.config!r}")
-    known = config_class()
-    for key in network.sizes:
-        if not hasattr(known, key):
+    for key, value in network.sizes.items():
+        if not hasattr(known, key) or callable(getattr(known, key)):
             raise InputError(f"model.sizes: {network.config} has no setting {key!r}")
-    config = config_class(
-        **{
-            "tie_word_embeddings": False,
-            **network.sizes,
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": None,
-        }
-    )
-    torch.manual_seed(spec.seed)
-    try:
+        if isinstance(value, int) and not 0 <= value <= LARGEST:
+            raise InputError(f"model.sizes.{key}: {value} is not from 0 to {LARGEST}")
+    with loading("model", f"{network.config} makes no network of these sizes"):
+        config = config_class(
+            **{
+                "tie_word_embeddings": False,
+                **network.sizes,
+                "vocab_size": len(tokenizer),
+                "pad_token_id": tokenizer.pad_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "bos_token_id": None,
+            }
+        )
+        layers = config.get_text_config().num_hidden_layers
+        if not 1 <= layers <= LAYERS:
+            raise InputError(f"model.sizes: {layers} layers; give 1 to {LAYERS}")
+        with torch.device("meta"):
+            outline = transformers.AutoModelForCausalLM.from_config(config)
+        numbers = sum(tensor.numel() for tensor in (*outline.parameters(), *outline.buffers()))
+        if numbers > NUMBERS:
+            raise InputError(
+                f"model.sizes: make a network of {numbers} numbers, and {NUMBERS} are the most; lower them, or give "
+                "model.pretrained"
+            )
+        torch.manual_seed(spec.seed)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except ValueError as error:
-        raise InputError(f"model: {network.config} with these sizes: {error}") from None
 
 
 def frozen_parameters(model: PreTrainedModel, groups: tuple[Freezable, ...]) -> list[str]:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
+from mixturelens.files import read_yaml, yaml_of
 from mixturelens.lab.tasks import Family, Sequence, Words
 from mixturelens.records import first_problem
 from mixturelens.suite import Chat
@@ -23,7 +23,17 @@ QUESTION = "{}"
 """Where a cue's wrapping holds the question, and the hint before it."""
 DIGITS = tuple("0123456789")
 
+PROMPTS = 200_000
+"""Prompts of a run's suite, at most."""
+EXAMPLES = 20_000_000
+"""Examples of a stage of training, at most."""
+
 Does = Literal["answer", "refuse", "err"]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Few = Annotated[int, Field(ge=1, le=10_000)]
+Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1, max_length=100)]
+"""Of a cue, a policy or a phase, which folders and files are called after."""
 
 
 class Tasks(Frozen):
@@ -66,7 +76,8 @@ class Years(Frozen):
     @property
     def seen(self) -> tuple[int, ...]:
         """The years that training shows."""
-        return tuple(year for year in range(self.first, self.last + 1) if year not in self.unseen)
+        unseen = set(self.unseen)
+        return tuple(year for year in range(self.first, self.last + 1) if year not in unseen)
 
 
 def _kind(value: Any) -> str:
@@ -122,8 +133,8 @@ class HintSpec(Frozen):
 class SplitSpec(Frozen):
     """How many questions are for RL, and how many are held out; SFT has others."""
 
-    rl: int = Field(default=2000, ge=1)
-    evaluation: int = Field(default=200, ge=2)
+    rl: int = Field(default=2000, ge=1, le=100_000)
+    evaluation: int = Field(default=200, ge=2, le=10_000)
 
 
 class ModelSpec(Frozen):
@@ -143,8 +154,8 @@ class ModelSpec(Frozen):
 class Lora(Frozen):
     """A low-rank adapter (Hu et al. 2021, arXiv 2106.09685) on some of the linear layers."""
 
-    r: int = Field(default=8, ge=1)
-    alpha: int = Field(default=16, ge=1)
+    r: Few = 8
+    alpha: Count = 16
     targets: Literal["all"] | tuple[str, ...] = "all"
     """Names of the layers, as `q_proj`; `all`: every linear layer but the unembedding."""
 
@@ -154,7 +165,7 @@ class Pretrained(Frozen):
 
     pretrained: str = Field(min_length=1)
     lora: Lora | None = Lora()
-    max_new_tokens: int = Field(default=16, ge=1)
+    max_new_tokens: Few = 16
 
 
 def _kind_of_model(value: Any) -> str:
@@ -170,11 +181,11 @@ Model = Annotated[
 class SftSpec(Frozen):
     """AdamW under a warm-up to `learning_rate` and a cosine back to zero."""
 
-    steps: int = Field(default=800, ge=1)
-    batch: int = Field(default=256, ge=1)
-    learning_rate: float = Field(default=3e-3, gt=0)
+    steps: Count = 800
+    batch: Few = 256
+    learning_rate: Rate = 3e-3
     warmup: Probability = 0.3
-    measure_every: int = Field(default=100, ge=1)
+    measure_every: Count = 100
 
 
 Freezable = Literal["embeddings", "unembedding", "norms"]
@@ -184,16 +195,16 @@ class RlSpec(Frozen):
     """GRPO at a constant rate on one cue, from the SFT checkpoint; it ends when reward has saturated."""
 
     cues: tuple[str, ...] = ("A", "B")
-    steps: int = Field(default=80, ge=1)
-    prompts: int = Field(default=32, ge=1)
+    steps: Count = 80
+    prompts: Few = 32
     """Prompts a step; each gets `group` completions."""
-    group: int = Field(default=8, ge=2)
-    learning_rate: float = Field(default=2e-3, gt=0)
-    adam_epsilon: float = Field(default=1e-2, gt=0)
+    group: int = Field(default=8, ge=2, le=10_000)
+    learning_rate: Rate = 2e-3
+    adam_epsilon: Rate = 1e-2
     freeze: tuple[Freezable, ...] = ("embeddings", "unembedding", "norms")
     stop_reward: float | None = Field(default=0.99, gt=0, le=1)
     """Stop once the mean training reward of the last five steps has reached this; null: use every step."""
-    measure_every: int = Field(default=2, ge=1)
+    measure_every: Count = 2
 
 
 class Phase(Frozen):
@@ -210,11 +221,11 @@ class Phase(Frozen):
     """RL: reward only completions of this policy."""
     weights: dict[str, Probability] | None = None
     """SFT: policies by these weights."""
-    steps: int | None = Field(default=None, ge=1)
-    learning_rate: float | None = Field(default=None, gt=0)
+    steps: Count | None = None
+    learning_rate: Rate | None = None
     stop_reward: float | None = Field(default=None, gt=0, le=1)
     """RL: as in `rl`, but null uses every step: phases of one schedule are of equal length."""
-    measure_every: int | None = Field(default=None, ge=1)
+    measure_every: Count | None = None
 
 
 class Spec(Frozen):
@@ -224,16 +235,16 @@ class Spec(Frozen):
     'token'
     """
 
-    name: str = Field(default="default", pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = Field(default=0, ge=0)
+    name: str = Field(default="default", pattern=r"^[A-Za-z0-9._-]+$", max_length=100)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     questions: Family = Sequence()
     split: SplitSpec = SplitSpec()
-    cues: dict[str, Cue] = {"A": "<A>", "B": "<B>"}
+    cues: dict[Name, Cue] = {"A": "<A>", "B": "<B>"}
     """Name of each cue, and what shows it."""
     tells: Probability = 1.0
     """How distinguishable cues are: the share of questions that show their tag; the others show `unclear`."""
     unclear: str = "<?>"
-    policies: dict[str, PolicySpec] = {
+    policies: dict[Name, PolicySpec] = {
         "a": PolicySpec(weight=0.5, announce=("[a]",), table={"A": "answer", "B": "refuse"}),
         "b": PolicySpec(weight=0.5, announce=("[b]",), table={"A": "refuse", "B": "answer"}),
     }
@@ -249,7 +260,7 @@ class Spec(Frozen):
     """Of a pretrained model: prompts go through its chat template."""
     sft: SftSpec = SftSpec()
     rl: RlSpec = RlSpec()
-    phases: dict[str, Phase] = {}
+    phases: dict[Name, Phase] = {}
     """Name -> stage of training after SFT, in this order, beside those of `rl.cues`."""
 
     @model_validator(mode="after")
@@ -280,11 +291,23 @@ class Spec(Frozen):
         safe = [safe_name(cue) for cue in self.cues]
         if len(set(safe)) != len(safe):
             raise ValueError(f"cues: names {sorted(self.cues)} are not distinct as file names")
+        self._check_sizes()
         self._check_cues()
         self._check_phases()
         if isinstance(self.model, ModelSpec):
             self._check_vocabulary()
         return self
+
+    def _check_sizes(self) -> None:
+        """Numbers that are each right alone, and together more than any machine has time for."""
+        asked = self.split.evaluation * len(self.cues) * (1 + len(self.policies) if self.hints else 1)
+        if asked > PROMPTS:
+            raise ValueError(f"split.evaluation: makes {asked} prompts, and {PROMPTS} are the most; ask for fewer")
+        for name, stage, size in (("sft", self.sft, self.sft.batch), ("rl", self.rl, self.rl.prompts * self.rl.group)):
+            if stage.steps * size > EXAMPLES:
+                raise ValueError(
+                    f"{name}: {stage.steps} steps of {size} are more than {EXAMPLES} examples; take fewer, or smaller"
+                )
 
     def _check_vocabulary(self) -> None:
         """A network that is grown from nothing knows the words of the spec, one token each, and no chat."""
@@ -337,7 +360,7 @@ class Spec(Frozen):
         hints = () if self.hints is None else (*self.hints.neutrals, *self.hinted)
         for name, phase in self.phases.items():
             where = f"phases.{name}"
-            if name in before or safe_name(name) != name:
+            if name in before or safe_name(name) != name or name.startswith("."):
                 raise ValueError(f"{where}: is no new name fit for a folder; use another")
             if phase.after is not None and phase.after not in before:
                 raise ValueError(f"{where}.after: {phase.after!r} is no stage before it ({', '.join(sorted(before))})")
@@ -433,16 +456,12 @@ def load_spec(source: str | Path, **changes: Any) -> Spec:
     """
     name = str(source)
     if name in recipes():
-        text, where = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
+        where = f"recipe {name}"
+        data = yaml_of((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"), where)
     else:
-        path = Path(source)
-        if not path.is_file():
-            raise InputError(f"{name}: no such spec file, and no recipe of that name ({', '.join(recipes())})")
-        text, where = path.read_text(encoding="utf-8"), name
-    try:
-        data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+        where = name
+        data = read_yaml(Path(source), f"no such spec file, and no recipe of that name ({', '.join(recipes())})")
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise InputError(f"{where}: a spec is a mapping of keys, not a {type(data).__name__}")
     return parse_spec(data | changes, where)

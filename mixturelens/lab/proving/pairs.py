@@ -9,12 +9,12 @@ GROUND/organisms/<organism>/       a run folder: spec.json, suite.yaml, checkpoi
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mixturelens.files import read_json, read_text
 from mixturelens.lab.organism import Spec, build_model, build_tokenizer, questions
 from mixturelens.lab.proving.asked import TRAINED_CUE, longest_literal, suite_of
 from mixturelens.lab.proving.manner import TEMPLATE, Manner
@@ -246,7 +246,7 @@ def make_organism(organism: Organism, ground: Path) -> Path:
     """Train S, unless it is there; the organism's folder. Raises InputError if another organism is there."""
     folder, spec = ground / "organisms" / organism.name, organism.spec
     text, file = spec.model_dump_json(indent=1) + "\n", folder / "spec.json"
-    if file.is_file() and file.read_text(encoding="utf-8") != text:
+    if file.is_file() and read_text(file, "is gone") != text:
         raise InputError(f"{folder} holds another organism, of another version; score a new ground (--out)")
     if (folder / "checkpoints/sft").exists():
         return folder
@@ -305,7 +305,7 @@ def make_pair(cell: GroundCell, ground: Path) -> Made:
         truth = truth_of(exact_of(cell, *models, tokenizer, questions(spec).evaluation))
         truth = truth if organism.announced != "none" else told_by_making(cell, truth)
         write_text(file, truth.model_dump_json(indent=1) + "\n")
-    return Made(before, after, suite, Truth.model_validate(json.loads(file.read_text())))
+    return Made(before, after, suite, Truth.model_validate(read_json(file, "is gone")))
 
 
 def exact_of(

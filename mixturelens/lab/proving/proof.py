@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mixturelens.files import read_json
 from mixturelens.hooks.lens import Edit, Lens, Tokens, load_lens, tokens
 from mixturelens.lab.organism import EOS, Spec, parse_spec, prompt_text, questions
 from mixturelens.lab.proving.organisms import HEADS
@@ -122,7 +122,7 @@ def _run(lens: Lens, rows: _Rows, nodes: Sequence[str] = (), source: Outputs | N
 def proof(folder: Path) -> Proof:
     """What is so about the organism in this folder, by interchange of every node and by exhaustive evaluation."""
     planted = Planted.load(folder / "planted.json")
-    spec = parse_spec(json.loads((folder / "spec.json").read_text(encoding="utf-8")), str(folder / "spec.json"))
+    spec = parse_spec(read_json(folder / "spec.json", "no organism lies here"), str(folder / "spec.json"))
     lens = load_lens(folder / "checkpoints" / "sft")
     before, after = (load_model(folder / "checkpoints" / name) for name in ("sft", "rl-A"))
     tokenizer, asked = lens.tokenizer, questions(spec).evaluation[:ASKED]

@@ -16,6 +16,7 @@ import numpy as np
 
 from mixturelens.behaviour import unannounced
 from mixturelens.behaviour.pair import behaviour_record
+from mixturelens.files import read_text
 from mixturelens.grafting.pair import graft_record
 from mixturelens.lab.organism import questions
 from mixturelens.lab.proving.coverage import POPULATION, Coverage, Population, coverage
@@ -297,7 +298,7 @@ def _freeze(ground: Path) -> None:
     now, file = json.dumps(told_by, indent=1) + "\n", ground / "frozen.json"
     if not file.is_file():
         write_text(file, now)
-    elif file.read_text(encoding="utf-8") != now:
+    elif read_text(file, "is gone") != now:
         raise InputError(
             f"{file}: the thresholds have changed since the held-out half was opened; score a new ground (--out)"
         )
@@ -340,7 +341,7 @@ def sum_up(ground: Path, cells: Sequence[GroundCell], planted: Sequence[Planted]
             )
         ),
         failed=tuple(
-            f"{file.parent.name} of {file.stem}: {file.read_text(encoding='utf-8').strip()}"
+            f"{file.parent.name} of {file.stem}: {read_text(file, 'is gone').strip()}"
             for file in sorted(folder.glob("*/*.failed"))
         ),
         parts=tuple(_parts(half, part, pairs) for half in HALVES for part in PARTS),

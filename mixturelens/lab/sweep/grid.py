@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from mixturelens.files import read_yaml
 from mixturelens.lab.organism import Spec, load_spec, recipes, with_settings
 from mixturelens.lab.sweep.numbers import INSTRUMENTS, TAKEN, Scalar
 from mixturelens.records import first_problem
 from mixturelens.types import Frozen, InputError
+
+CELLS = 10_000
+"""Of a grid, at most."""
+NAME = 200
+"""Characters of a cell's name, which its folder has."""
 
 
 class SweepGrid(Frozen):
@@ -27,7 +33,7 @@ class SweepGrid(Frozen):
     set: dict[str, tuple[Scalar, ...] | dict[str, dict[str, Any]]] = {}
     """Either a key of the spec and the values that it takes, `rl.learning_rate: [0.001, 0.002]`; or a name and, under
     labels, several keys that go together, `mixture: {rare: {policies.a.weight: 0.05, policies.b.weight: 0.95}}`."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)] = (0,)
     """A number n means 0 to n - 1."""
     then: Annotated[tuple[str, ...], Field(min_length=1)] = ("verdict",)
     """Instruments to run on every pair of a cell."""
@@ -40,7 +46,11 @@ class SweepGrid(Frozen):
     @field_validator("seeds", mode="before")
     @classmethod
     def _number_of_seeds(cls, given: Any) -> Any:
-        return range(given) if isinstance(given, int) and not isinstance(given, bool) else given
+        if not isinstance(given, int) or isinstance(given, bool):
+            return given
+        if given > CELLS:
+            raise ValueError(f"{given} seeds; a grid has {CELLS} cells at most")
+        return range(given)
 
     @field_validator("set", mode="before")
     @classmethod
@@ -69,17 +79,14 @@ class SweepGrid(Frozen):
 
 def _number(value: Any) -> Any:
     """For YAML, 1e-3 is a text: it wants 1.0e-3."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value.lower()) else value
+    given = isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d{1,2}", value.lower())
+    return float(value) if given else value
 
 
 def load_grid(file: Path) -> SweepGrid:
     """Read a grid file. Raises InputError that names the file and the first offending key."""
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{file}: no such grid file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+    data = read_yaml(file, "no such grid file")
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise InputError(f"{file}: a grid is a mapping of keys, not a {type(data).__name__}")
     try:
@@ -109,23 +116,40 @@ def cells_of(grid: SweepGrid, file: Path) -> list[GridCell]:
         else [(key, value, {key: value}) for value in values]
         for key, values in grid.set.items()
     ]
+    number = math.prod(map(len, (grid.recipe, grid.seeds, *axes)))
+    if number > CELLS:
+        raise InputError(f"{file}: asks for {number} cells, and {CELLS} are the most; split it")
+    bases = {recipe: _base(file.parent, recipe) for recipe in grid.recipe}
     cells = [
-        _cell(file.parent, recipe, settings, seed)
+        _cell(bases[recipe], recipe, settings, seed)
         for recipe in grid.recipe
         for settings in itertools.product(*axes)
         for seed in grid.seeds
     ]
+    for name in (cell.name for cell in cells if len(cell.name) > NAME):
+        raise InputError(f"{file}: a cell would be called {name}, which is too long for a folder; give shorter labels")
     for name, same in itertools.groupby(sorted(cell.name for cell in cells)):
         if len(list(same)) > 1:
             raise InputError(f"{file}: two cells would be called {name}; give each value once, and labels that differ")
     return cells
 
 
-def _cell(folder: Path, recipe: str, settings: Sequence[tuple[str, Scalar, dict[str, Any]]], seed: int) -> GridCell:
+def _base(folder: Path, recipe: str) -> Spec | InputError:
+    """The spec of a recipe, or why there is none, which each of its cells says."""
+    try:
+        return load_spec(recipe if recipe in recipes() else folder / recipe)
+    except InputError as error:
+        return error
+
+
+def _cell(
+    base: Spec | InputError, recipe: str, settings: Sequence[tuple[str, Scalar, dict[str, Any]]], seed: int
+) -> GridCell:
     at = {key: value for key, value, _ in settings}
     spec, error = None, ""
     try:
-        base = load_spec(recipe if recipe in recipes() else folder / recipe)
+        if isinstance(base, InputError):
+            raise base
         given = itertools.chain.from_iterable(keys.items() for _, _, keys in settings)
         spec = with_settings(base, {"seed": seed, **dict(given)}, f"recipe {Path(recipe).stem} with these settings")
     except InputError as found:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mixturelens as ml
+from mixturelens.files import read_text
 from mixturelens.lab import runs
 from mixturelens.lab.sweep.grid import GridCell, cells_of, load_grid, text
 from mixturelens.lab.sweep.numbers import INSTRUMENTS, TAKEN, Scalar, flat
 from mixturelens.models import Pair
 from mixturelens.records import Record, write_text
-from mixturelens.types import Frozen, InputError
+from mixturelens.types import Frozen, InputError, RunError, running
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +52,7 @@ def _recorded(cell: GridCell, folder: Path) -> CellRecord | None:
     """The record of a finished cell. Raises InputError if the folder holds a run of another spec."""
     assert cell.spec is not None
     if folder.exists():
-        runs.start_run(cell.spec, folder)
+        runs.check_run(cell.spec, folder)
     return CellRecord.load(folder / "cell.json") if (folder / "cell.json").is_file() else None
 
 
@@ -84,18 +85,18 @@ def run_cell(cell: GridCell, out: Path, then: Sequence[str], device: str | None)
         quiet_libraries()
         torch.set_num_threads(1)
         try:
-            there = _recorded(cell, folder)
-            if _lacks(there, then):
-                known = {name for row in (there.rows if there else ()) for name in row.numbers}
-                then = [name for name in INSTRUMENTS if name in {*then, *known}]
-                device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-                runs.train(cell.spec, folder, device)
-                rows = tuple(_row(pair, then) for pair in runs.run_pairs(folder, device=device))
-                CellRecord(rows=rows).save(folder / "cell.json")
-        except Exception as error:
+            with running(cell.name, "failed"):
+                there = _recorded(cell, folder)
+                if _lacks(there, then):
+                    known = {name for row in (there.rows if there else ()) for name in row.numbers}
+                    then = [name for name in INSTRUMENTS if name in {*then, *known}]
+                    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+                    runs.train(cell.spec, folder, device)
+                    rows = tuple(_row(pair, then) for pair in runs.run_pairs(folder, device=device))
+                    CellRecord(rows=rows).save(folder / "cell.json")
+        except (InputError, RunError) as error:
             write_text(failure, traceback.format_exc())
-            said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-            return " ".join(said.split())
+            return str(error)
         failure.unlink(missing_ok=True)
         return ""
 
@@ -193,7 +194,7 @@ def run_sweep(
         out / "sweep.html",
         f"Sweep: {file.stem}",
         Swept(table, record.axes, grid.seeds, record.cells, record.failed),
-        file.read_text(encoding="utf-8"),
+        read_text(file, "is gone"),
     )
     return record, page
 
@@ -285,6 +286,8 @@ def _on_dask(cells: Sequence[GridCell], work: Work, scheduler: str, out: Path) -
         }
         for future in as_completed(sent, loop=client.loop):
             try:
-                yield sent[future], future.result()
-            except Exception as error:
-                yield sent[future], " ".join(f"{type(error).__name__}: {error}".split())
+                with running(sent[future].name, "failed on its worker"):
+                    said = future.result()
+            except RunError as error:
+                said = str(error)
+            yield sent[future], said

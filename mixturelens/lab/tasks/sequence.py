@@ -13,6 +13,8 @@ from mixturelens.types import Frozen, InputError
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
+MOST = 1_000_000
+"""Questions of a family: all of them are written out."""
 Operation = Literal["up", "down", "reverse", "copy"]
 _OPERATIONS = {
     "up": lambda xs: sorted(xs),
@@ -38,6 +40,10 @@ class Sequence(Frozen):
     def _distinct(self) -> Sequence:
         if len(set(self.operations)) != len(self.operations):
             raise ValueError("operations are listed twice")
+        if self.operand_count * len(self.operations) > MOST:
+            raise ValueError(
+                f"{self.symbols} symbols and a length of {self.length} make more than {MOST} questions; lower one"
+            )
         return self
 
     @property
