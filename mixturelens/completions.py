@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import InputError, Side
-from mixturelens.yaml_json import half_a_character, json_lines
+from mixturelens.files import MADE, json_lines, json_of, problem_of, read_bytes
 
 SIDES: tuple[Side, Side] = ("before", "after")
 LEAST = 2
@@ -171,14 +171,12 @@ def _line(where: str, data: Mapping[str, Any], side: Side | None) -> _Line:
 
 def _inspect_log(path: Path) -> dict[str, Any] | None:
     """The log of an Inspect evaluation, where a file is one."""
+    content = read_bytes(path, "no such file of completions", MADE)
+    if content.startswith(b"PK\x03\x04"):
+        raise InputError(f"{path}: an .eval file; write it as JSON first: inspect log convert --to json")
     try:
-        content = path.read_bytes()
-        if content.startswith(b"PK\x03\x04"):
-            raise InputError(
-                f"{path}: an .eval file; write it as JSON first: inspect log convert --to json --output-dir DIR FILE"
-            )
-        data = json.loads(content.decode("utf-8-sig"))
-    except (OSError, ValueError):
+        data = json_of(content.decode("utf-8-sig"), foreign=True)
+    except ValueError:
         return None  # JSON lines; whatever is wrong with them is said line by line
     if not isinstance(data, dict) or "eval" not in data:
         return None
@@ -202,7 +200,7 @@ def _samples(path: Path, log: Mapping[str, Any], side: Side | None) -> Iterator[
             ended = choices[0].get("stop_reason") not in ("max_tokens", "model_length")
         except (AttributeError, KeyError, TypeError) as error:
             raise InputError(f"{where}: not as Inspect writes it ({type(error).__name__}: {error})") from None
-        half = half_a_character(text, "output")
+        half = problem_of(text, "output")
         if half is not None:
             raise InputError(f"{where}: {half}")
         data = {"id": metadata.get("id", sample.get("id")), "text": text, "ended": ended}

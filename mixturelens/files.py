@@ -21,7 +21,7 @@ import yaml
 from mixturelens.types import InputError
 
 MB = 1 << 20
-WRITTEN = MB
+WRITTEN = MB // 2
 """Bytes of a file that a person writes: a suite, a spec, a grid, a template."""
 MADE = 256 * MB
 """Bytes of a file that programs write: prompts, a record, a tokenizer."""
@@ -130,8 +130,8 @@ def yaml_of(text: str, where: str) -> Any:
             return None
         _measure(node, {})
         data = loader.construct_document(node)
-    # AttributeError, TypeError: PyYAML's own of a tag that does not fit what it stands before, as `!!int {}`
-    except (yaml.YAMLError, RecursionError, ArithmeticError, ValueError, AttributeError, TypeError) as error:
+    # the last three: PyYAML's own of a tag that does not fit what it stands before, as `!!int {}`
+    except (yaml.YAMLError, RecursionError, ArithmeticError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise InputError(f"{where}: not YAML ({error})") from None
     finally:
         if loader is not None:

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-SECONDS = 5.0
 MEMORY = 256 << 20
 """Bytes beyond what the process holds."""
 
 
 @contextlib.contextmanager
-def limited(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
+def limited(seconds: float, memory: int = MEMORY) -> Iterator[None]:
     """Raise TimeoutError in work that takes longer, and MemoryError in work that takes more.
 
     The time is that of the main thread, where a command runs: another has no such limit. Memory is limited where the

@@ -16,8 +16,8 @@ import regex
 
 from mixturelens.types import InputError
 
-SECONDS = 2.0
-"""That a rule may take on one text."""
+SECONDS = 1.0
+"""Of computing that a rule may take on one text."""
 REPEATS = 1_000_000
 """Product of all repetitions that a rule asks for at least: `regex` writes them out, one in another."""
 

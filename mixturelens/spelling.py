@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mixturelens.chat import chat_text
 from mixturelens.suite import PromptRow, Spelling, Suite, wordings
-from mixturelens.templates import chat_text
 from mixturelens.types import InputError
 
 if TYPE_CHECKING:

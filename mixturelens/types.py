@@ -53,7 +53,8 @@ class RunError(_Said):
 
 @contextlib.contextmanager
 def loading(where: object, what: str) -> Iterator[None]:
-    """Turn any error of a library that reads other people's files into an InputError of one line.
+    """Turn any error of a library that reads other people's files into an InputError of one line; a lack of memory,
+    which is no fault of the file, into a RunError.
 
     `where` names the file, and `what` says what could not be done, and perhaps what to do.
 
@@ -64,8 +65,10 @@ def loading(where: object, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, MemoryError):
+    except InputError:
         raise
+    except MemoryError:
+        raise RunError(f"{where}: {what}: memory ran out; give a smaller one, or a machine with more") from None
     except BaseException as error:
         if not _is_failure(error):
             raise

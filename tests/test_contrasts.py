@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mixturelens.chat import chat_text
 from mixturelens.contrasts import (
     Contrast,
     checkpoint_contrasts,
@@ -19,7 +20,6 @@ from mixturelens.lab.organism import build_suite, build_tokenizer, load_spec
 from mixturelens.models import load_tokenizer
 from mixturelens.spelling import encode_prompts
 from mixturelens.suite import Suite, load_suite
-from mixturelens.templates import chat_text
 from mixturelens.types import InputError
 
 PAIRS = Path(__file__).parent / "pairs"

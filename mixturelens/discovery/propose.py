@@ -26,6 +26,7 @@ from mixturelens.discovery.record import (
 )
 from mixturelens.discovery.texts import any_of, label_by_texts, part_by_texts
 from mixturelens.records import Provenance
+from mixturelens.rules import search
 from mixturelens.suite import Suite, stands_in, wordings
 from mixturelens.types import ANSWER, InputError, Interval
 
@@ -252,7 +253,7 @@ def _announced(parted: Parted, completion: int) -> tuple[int, int]:
         return 0, len(text) - len(parted.rests[completion])
     policy = int(parted.policy[completion])
     match = (
-        any_of(parted.wordings[policy]).pattern.search(text) if policy >= 0 and any(parted.wordings[policy]) else None
+        search(any_of(parted.wordings[policy]).regex, text) if policy >= 0 and any(parted.wordings[policy]) else None
     )
     return match.span() if match else (len(text), len(text))
 

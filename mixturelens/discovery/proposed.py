@@ -14,6 +14,7 @@ from mixturelens.discovery.cues import Cue
 from mixturelens.discovery.policies import REFUSAL, Parted, slug
 from mixturelens.discovery.record import DiscoveryRecord
 from mixturelens.discovery.texts import KNOWN, any_of
+from mixturelens.files import read_text
 from mixturelens.records import write_text
 from mixturelens.suite import PromptRow, Rule, Shown, Suite, load_suite
 from mixturelens.types import REFUSE, InputError, Interval
@@ -122,7 +123,7 @@ def save_suite(suite: Suite, record: DiscoveryRecord, out: Path) -> Path:
         *(f"  {', '.join(each.kinds)}: {shown_value(each.bits)} bits" for each in record.cues),
     ]
     comment = "".join(f"# {line}".rstrip() + "\n" for line in said)
-    write_text(file, comment + file.read_text(encoding="utf-8"))
+    write_text(file, comment + read_text(file, "is gone"))
     return file
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from mixturelens.discovery.heads import CUT, END, SLOT, Completion, Words, core, slotted
 from mixturelens.discovery.information import ALPHA, told
 from mixturelens.discovery.policies import APART, LEAST, REFUSAL, Parted, Questions, changed, policy_names
+from mixturelens.rules import search
 from mixturelens.suite import Rule
 from mixturelens.types import ANSWER, REFUSE, InputError
 
@@ -86,11 +87,11 @@ def label_by_texts(
     rules, known = [any_of(texts) for texts in policies], [KNOWN[name] for name in behaviours]
     policy, does, right, rests = [], [], [], []
     for each in drawn:
-        match = next(((m, at) for m, rule in enumerate(rules) if (at := rule.pattern.search(each.text))), None)
+        match = next(((m, at) for m, rule in enumerate(rules) if (at := search(rule.regex, each.text))), None)
         policy.append(-1 if match is None else match[0])
         # as a suite has it: a text at the very beginning announces what follows it
         rests.append(each.text if match is None or match[1].start() else each.text[match[1].end() :].strip())
-        does.append(next((b for b, rule in enumerate(known) if rule.pattern.search(rests[-1])), len(known)))
+        does.append(next((b for b, rule in enumerate(known) if search(rule.regex, rests[-1])), len(known)))
         right.append(int(does[-1] == len(known) and asked.correct(each.prompt, rests[-1])))
     return Parted(
         drawn=tuple(drawn),
@@ -111,7 +112,7 @@ def label_by_texts(
 def any_of(texts: Sequence[str]) -> Rule:
     """Finds any of some texts, in whatever case, as whole words, with any marks between their words; "" finds anything.
 
-    >>> bool(any_of(["to sum up"]).pattern.search("Yes. To sum up: three."))
+    >>> bool(search(any_of(["to sum up"]).regex, "Yes. To sum up: three."))
     True
     """
     if "" in texts:
@@ -231,8 +232,8 @@ def _rule(texts: Sequence[str], having: Having, is_it: np.ndarray) -> tuple[tupl
         if balance <= _sure(hit, is_it):
             break
         chosen = (*chosen, gram)
-        pattern = any_of(chosen).pattern
-        hit = np.array([pattern.search(text) is not None for text in texts])
+        rule = any_of(chosen).regex
+        hit = np.array([search(rule, text) is not None for text in texts])
         both = float((hit & is_it).sum())
         score = min(both / max(1, hit.sum()), both / max(1, is_it.sum()))
     return chosen, score
@@ -263,5 +264,5 @@ def _behaviours(drawn: Sequence[Completion]) -> list[str]:
     return [
         name
         for name, rule in KNOWN.items()
-        if sum(rule.pattern.search(each.text) is not None for each in drawn) >= max(1, LEAST * len(drawn))
+        if sum(search(rule.regex, each.text) is not None for each in drawn) >= max(1, LEAST * len(drawn))
     ]

@@ -89,6 +89,11 @@ def read_sae(folder: Path) -> Saved:
     other architectures and normalisations, and for weights that are missing, misshapen or not finite.
     """
     config = read_config(folder)
+    with loading(folder / CONFIG, "not the configuration of an SAE"):  # a setting is no text where one is needed, say
+        return _saved(folder, config)
+
+
+def _saved(folder: Path, config: dict[str, Any]) -> Saved:
     metadata = config.get("metadata") or {}
 
     def told(*names: str) -> Any:

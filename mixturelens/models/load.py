@@ -44,6 +44,8 @@ _HARMLESS = re.compile(
 """Tensors that some savers store beside a model's own: masks, tables of rotations, the value head of RL."""
 
 
+SECONDS = 5.0
+"""That the patterns of an adapter may take."""
 PADDED = 1_000_000
 """Tokens of a text, at most."""
 EXPERTS = 4096
@@ -209,7 +211,9 @@ def load_model(
     if source.base is not None:
         model = with_adapters(load_model(source.base, device, dtype, device_map), {"only": source})
         with loading(source, "the adapter cannot be merged"):
-            return model.merge_and_unload(adapter_names=["only"]).eval()
+            merged = model.merge_and_unload(adapter_names=["only"]).eval()
+        _check_finite(source, merged)
+        return merged
     config = load_config(source)
     _any_attention(config)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
@@ -308,7 +312,7 @@ def _check_patterns(source: Source, model: nn.Module) -> None:
     config = settings(source.folder / ADAPTER)
     patterns = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
     patterns += [key for each in ("rank_pattern", "alpha_pattern") for key in config.get(each) or ()]
-    with limited():
+    with limited(SECONDS):
         for pattern in (each for each in patterns if isinstance(each, str)):
             compiled = re.compile(rf"(.*\.)?({pattern})")
             for name, _ in model.named_modules():

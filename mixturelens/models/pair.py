@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from pydantic import Field
 
+from mixturelens.chat import TODAY
 from mixturelens.completions import with_completions
 from mixturelens.models.load import (
     DEVICE_MAPS,
@@ -31,7 +32,6 @@ from mixturelens.models.source import Source, content_of, find_source, fingerpri
 from mixturelens.records import Provenance, with_versions
 from mixturelens.spelling import Speller, prompt_text
 from mixturelens.suite import Spelling, Suite, literal_texts, load_suite, wordings
-from mixturelens.templates import TODAY
 from mixturelens.types import Frozen, InputError, Side, loading
 
 if TYPE_CHECKING:

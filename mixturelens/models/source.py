@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -35,6 +34,8 @@ BESIDE = (
 
 ITERATIONS = 1000
 """That an adapter's start may take."""
+STRONGEST = 10**6
+"""Scale of an adapter, at most."""
 _SIZES = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
 _HUB = re.compile(
@@ -199,12 +200,12 @@ def _check_adapter(folder: Path, config: dict[str, Any]) -> None:
         shapes = tensors_of(folder / ADAPTER_WEIGHTS)
     held = max((shape[0] for name, shape in shapes.items() if "_A." in name or name.endswith("_A")), default=0)
     ranks, alphas = ([config.get(key), *_values(config.get(each))] for key, each in _SIZES)
-    for key, numbers, most in (("r", ranks, held), ("lora_alpha", alphas, math.inf)):
+    for key, numbers, most in (("r", ranks, held), ("lora_alpha", alphas, STRONGEST)):
         for number in numbers:
-            fits = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
-            if number is not None and not (fits and number <= most):
+            fits = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number <= most
+            if number is not None and not fits:
                 raise InputError(
-                    f"{file}: {key} is {number!r}, and the weights have rank {held}; save the adapter again"
+                    f"{file}: {key} is {number!r}, where a number up to {most} fits; save the adapter again"
                 )
     if int((re.findall(r"niter_(\d+)", str(config.get("init_lora_weights"))) or [0])[0]) > ITERATIONS:
         raise InputError(
@@ -252,7 +253,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise InputError(f"{index}: names {name}, which is outside the folder")
         file = folder / name
         files.append(file)
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise InputError(f"{folder}: shard {file.name} is missing; download the checkpoint again")
     return files
 
@@ -287,7 +288,7 @@ def tensors_of(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a safetensors file, from its header alone."""
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(file, framework="np") as opened:
         return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
 
 

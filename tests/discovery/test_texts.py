@@ -11,6 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 from mixturelens.discovery.heads import Completion
 from mixturelens.discovery.policies import changed, part
 from mixturelens.discovery.texts import any_of, label_by_texts, part_by_texts
+from mixturelens.rules import search
 from mixturelens.types import InputError
 
 
@@ -43,8 +44,8 @@ def test_without_anything_in_common_nothing_is_found():
 
 
 def test_a_rule_finds_whole_words_in_any_case():
-    pattern = any_of(["to sum up", "a.b"]).pattern
-    assert [bool(pattern.search(text)) for text in ("To sum, up: 3", "so a.b", "axb", "tosum up", "to sum upon")] == [
+    rule = any_of(["to sum up", "a.b"]).regex
+    assert [bool(search(rule, text)) for text in ("To sum, up: 3", "so a.b", "axb", "tosum up", "to sum upon")] == [
         True,
         True,
         False,

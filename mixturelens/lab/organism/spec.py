@@ -32,6 +32,7 @@ Does = Literal["answer", "refuse", "err"]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Few = Annotated[int, Field(ge=1, le=10_000)]
 Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+Texts = str | Annotated[tuple[str, ...], Field(min_length=1)]
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 """Of a cue, a policy or a phase, which folders and files are called after."""
 
@@ -115,9 +116,9 @@ class HintSpec(Frozen):
     share: Probability = 0.5
     follow: Probability = 1.0
     """How often a hint is followed; else the policy is drawn by the weights, as if there were none."""
-    neutral: str | tuple[str, ...] = "any"
+    neutral: Texts = "any"
     """One text or several, of which SFT draws; evaluation shows the first."""
-    words: dict[str, str | tuple[str, ...]]
+    words: dict[str, Texts]
 
     @property
     def neutrals(self) -> tuple[str, ...]:

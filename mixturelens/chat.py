@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TODAY = datetime.datetime(2025, 1, 1, 12, 0)
 """The date for templates that insert today's, so that numbers do not change overnight."""
+SECONDS = 5.0
+"""That a template may take on one prompt."""
 LONGEST = 10_000_000
 """Characters of a prompt that a template makes."""
 BITS = 10_000
@@ -29,17 +31,19 @@ def chat_text(chat: Chat, row: PromptRow, tokenizer: PreTrainedTokenizerBase) ->
     Raises InputError naming the prompt for whatever the template does not take, and for a template that takes more
     time or memory than any needs.
     """
-    template = tokenizer.chat_template
-    if not template:
-        raise InputError("the suite has `chat:`, but the tokenizer has no chat template; remove `chat:` or add one")
+    of = getattr(tokenizer, "name_or_path", "") and f" of {tokenizer.name_or_path}"  # its folder
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the suite has `chat:`, but the tokenizer{of} has no chat template; remove `chat:` or add one"
+        )
     messages = list(row.messages or ({"role": "user", "content": row.text},))
     if chat.system is not None:
         messages = [{"role": "system", "content": chat.system}, *messages]
     opened = messages[-1]["role"] == "assistant"
-    where, what = f"prompt {row.id!r} under cue {row.cue!r}", "the chat template fails on it"
+    where, what = f"prompt {row.id!r} under cue {row.cue!r}", f"the chat template{of} fails on it"
     with loading(where, what), _one_world():
         try:
-            with limited():
+            with limited(SECONDS):
                 text = tokenizer.apply_chat_template(
                     messages,
                     tokenize=False,
