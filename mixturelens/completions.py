@@ -1,7 +1,8 @@
 """Completions that were sampled elsewhere: by a server, say, or in an Inspect evaluation. They take the place of draws.
 
 A file is JSON lines, {"id": "q1", "cue": "A", "side": "before", "text": "..."}, or an evaluation log of Inspect.
-`prompt` names a prompt as well as `cue` does; `"ended": false` says that the text was cut off.
+`prompt` names a prompt as well as `cue` does; `"ended": false` says that the text was cut off. A folder is one that
+`discover` left, whose completions of the suite's prompts are taken.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mixturelens.files import MADE, json_lines, json_of, problem_of, read_bytes, read_json
 from mixturelens.suite import PromptRow, Suite
-from mixturelens.types import InputError, Side
-from mixturelens.files import MADE, json_lines, json_of, problem_of, read_bytes
+from mixturelens.types import InputError, Side, loading
 
 SIDES: tuple[Side, Side] = ("before", "after")
 LEAST = 2
@@ -44,15 +45,17 @@ class GivenCompletions:
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def with_completions(suite: Suite, files: Sequence[str]) -> tuple[Suite, GivenCompletions]:
+def with_completions(suite: Suite, files: Sequence[str]) -> tuple[Suite, GivenCompletions | None]:
     """The suite as far as files of completions cover it, and the completions of its prompts.
 
     A file is FILE, `before=FILE` or `after=FILE`, which says whose completions they are where the file does not. The
     suite keeps the questions of which every prompt has completions of both sides, and asks for as many `samples` as the
     prompt with the fewest has. Raises InputError naming file and line for what cannot be read or is no prompt of the
-    suite, and for a suite of literal texts, where nothing is sampled.
+    suite, and for a suite of literal texts, where nothing is sampled: a folder is then None.
     """
     if suite.literal:
+        if all(Path(given).is_dir() for given in files):
+            return suite, None  # what `discover` left is given with whatever suite it proposed
         raise InputError(
             "--completions: the suite's policies, behaviours and answers are literal texts, whose probabilities are "
             "computed exactly; completions take the place of samples, which rules need"
@@ -62,7 +65,13 @@ def with_completions(suite: Suite, files: Sequence[str]) -> tuple[Suite, GivenCo
     for given in files:
         before, equals, rest = given.partition("=")
         side: Side | None = next((each for each in SIDES if equals and each == before), None)
-        for line in _lines(Path(rest if side else given), side):
+        path = Path(rest if side else given)
+        if path.is_dir():
+            for row, of, text in _stored(path, suite):
+                if side in (None, of):
+                    found[of].setdefault((row.id, row.cue), []).append(text)
+            continue
+        for line in _lines(path, side):
             row = finder.row(line)
             found[line.side].setdefault((row.id, row.cue), []).append(GivenText(line.text, line.ended))
     for side in SIDES:
@@ -143,6 +152,30 @@ def _lines(path: Path, side: Side | None) -> Iterator[_Line]:
         if not isinstance(data, dict):
             raise InputError(f"{where}: a completion is an object with `id`, `cue` or `prompt`, `side` and `text`")
         yield _line(where, data, side)
+
+
+def _stored(folder: Path, suite: Suite) -> list[tuple[PromptRow, Side, GivenText]]:
+    """Completions that `discover` stored in a folder, at prompts that the suite has as well, as it asks them."""
+    import pandas
+
+    folder = folder / "completions" if (folder / "completions").is_dir() else folder
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise InputError(f"--completions {folder}: no folder that `discover` left; give that folder, or a file")
+    rows = {(row.prompt, _said(row.messages)): row for row in suite.neutral}
+    with loading(f"--completions {folder}", "not as `discover` leaves it; run that again"):
+        asked = read_json(folder / "asked.json", "is gone; run `discover` again")["suite"]["prompts"]
+        at = [rows.get((each.get("prompt"), _said(each.get("messages")))) for each in asked]
+        frames = [pandas.read_parquet(file, columns=["prompt", "after", "text", "ended"]) for file in files]
+        return [
+            (row, SIDES[bool(after)], GivenText(str(text), bool(ended)))
+            for prompt, after, text, ended in pandas.concat(frames).itertuples(index=False)
+            if (row := at[prompt]) is not None
+        ]
+
+
+def _said(messages: Sequence[Mapping[str, str]] | None) -> str:
+    return json.dumps([[each["role"], each["content"]] for each in messages or ()])
 
 
 def _line(where: str, data: Mapping[str, Any], side: Side | None) -> _Line:

@@ -221,6 +221,38 @@ def test_discovery_reads_them_in_place_of_drawing(
         drawn([line for line in given if line["id"] != "q00"], tmp_path / "other")
 
 
+def test_what_discovery_stored_is_used_again(pairs: Path, suite: Suite, tmp_path: Path) -> None:
+    """The folder gives what a file of the same completions gives, at the prompts that the suite has."""
+    prompts, folder = tmp_path / "prompts.jsonl", pairs / "chat"
+    write(prompts, [{"id": row.id, "messages": row.messages} for row in reversed(suite.neutral)])
+    asked = read_prompts(prompts, max_new_tokens=suite.max_new_tokens, samples=3)
+    draws = draw(Pair(folder / "S", folder / "R", asked.suite, out=tmp_path / "found"), asked, 0, print)
+    half = suite.model_copy(update={"prompts": suite.prompts[:12]})
+    known = {(row.id, row.text): row for row in half.neutral}
+    same = [
+        {"id": row.id, "cue": row.cue, "side": ("before", "after")[each.after], "text": each.text, "ended": each.ended}
+        for each in draws.drawn
+        if (row := known.get((asked.rows[each.prompt].id, asked.rows[each.prompt].text))) is not None
+    ]
+    narrowed, stored = with_completions(half, [str(tmp_path / "found")])
+    again, read = with_completions(half, [write(tmp_path / "same.jsonl", same)])
+    assert stored is not None
+    assert read is not None
+    assert narrowed == again
+    assert narrowed.samples == 3
+    assert {side: {key: [(t.text.strip(), t.ended) for t in some] for key, some in of.items()}
+            for side, of in stored.texts.items()} == {
+        side: {key: [(t.text, t.ended) for t in some] for key, some in of.items()} for side, of in read.texts.items()
+    }  # fmt: skip
+    literal = load_suite(pairs / "llama")
+    assert with_completions(literal, [str(tmp_path / "found")]) == (literal, None)
+    with pytest.raises(InputError, match="no folder that `discover` left"):
+        with_completions(half, [str(tmp_path)])
+    (tmp_path / "found/completions/asked.json").write_text("{}")
+    with pytest.raises(InputError, match="not as `discover` leaves it"):
+        with_completions(half, [str(tmp_path / "found")])
+
+
 def test_on_the_command_line(pairs: Path, lines: list[dict[str, Any]], run: Run, tmp_path: Path) -> None:
     folder = pairs / "chat"
     file = tmp_path / "c.jsonl"

@@ -72,7 +72,7 @@ def test_any_error_of_a_library_becomes_one_line():
 
 
 def test_nothing_stands_beside_the_doors():
-    """Text comes in by `files`, weights and tables by libraries in `loading`; nobody else takes any error for theirs."""
+    """Text comes in by `files`, weights and tables by libraries in `loading`; nobody else takes all errors."""
     folder = Path(mixturelens.__file__).parent
     opened = re.compile(r"\.read_text\(|\.read_bytes\(|(?<!def )(?<![.\w])open\(|json\.load\(|yaml\.(safe_)?load\(")
     reads, takes = set(), set()

@@ -357,7 +357,8 @@ def show_discovered(record: DiscoveryRecord, page: Path, suite: Path, as_json: b
         _show_proposal(record)
     tell(f"\n{page}")
     if record.found:
-        tell(f"{suite}: read it, edit it, and give it to `mixturelens verdict --suite`")
+        tell(f"{suite}: read it, edit it, and give it to `mixturelens verdict --suite`; where it has rules,")
+        tell(f"with --completions {page.parent}, so that nothing is sampled twice")
 
 
 def _show_proposal(record: DiscoveryRecord) -> None:
