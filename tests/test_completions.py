@@ -153,6 +153,8 @@ def test_logs_of_inspect_say_the_same(suite: Suite, lines: list[dict[str, Any]],
         files.append(f"{side}={tmp_path / side}.json")
     _, found = with_completions(suite, files)
     _, expected = with_completions(suite, [write(tmp_path / "c.jsonl", lines)])
+    assert found is not None
+    assert expected is not None
     assert found == expected
     assert found.digest == expected.digest
 
@@ -163,6 +165,7 @@ def test_what_is_not_covered_is_left_out_and_said(suite: Suite, lines: list[dict
     some = [line for line in lines if (line["id"], line["cue"], line["side"]) != (first, cue, "after")]
     some.remove(next(line for line in some if line["id"] == second))
     smaller, found = with_completions(suite, [write(tmp_path / "c.jsonl", some)])
+    assert found is not None
     assert first not in {row.id for row in smaller.prompts}
     assert len({row.id for row in smaller.prompts}) == 11
     assert smaller.samples == 15

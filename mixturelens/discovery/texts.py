@@ -208,7 +208,7 @@ def _grouped(
     own = vectors - (sums / np.bincount(of)[:, None])[of]
     if len(np.unique(own.round(9), axis=0)) < number:
         return np.zeros(len(own), dtype=int)
-    return KMeans(number, n_init=4, random_state=seed).fit_predict(own)
+    return KMeans(number, n_init=4, random_state=seed).fit_predict(own)  # pyright: ignore[reportArgumentType]
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
