@@ -32,7 +32,7 @@ from mixturelens.behaviour.settle import SampleCheck, check_by_samples, foreign_
 from mixturelens.behaviour.unannounced import Explained, attributed, explain, identify
 from mixturelens.completions import GivenCompletions
 from mixturelens.models import Pair
-from mixturelens.models.cost import check_memory
+from mixturelens.models.cost import announced, check_memory
 from mixturelens.models.noise import noised
 from mixturelens.stats import interval, map_draws
 from mixturelens.suite import Rule, Suite, wordings
@@ -70,7 +70,7 @@ def behaviour_record(
         say(f"note: {line}")
     # refuse a bad suite, and what does not fit, before the weights are read
     plan = make_plan(pair, check_texts(suite, suite.neutral, tokenizer))
-    say(f"behaviour: {plan.takes}")
+    say(announced("behaviour", plan.takes))
     check_memory(pair, plan.takes, "behaviour")
     suite = first_questions(suite, plan.questions)
     models = pair.models()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_type
 import typer
 
 import mixturelens as ml
+from mixturelens.cli.progress import working
 from mixturelens.cli.shared import (
     After,
     Base,
@@ -33,7 +34,6 @@ from mixturelens.cli.shared import (
     budget_of,
     device_of,
     seed_of,
-    working,
 )
 from mixturelens.cli.tables import (
     print_json,

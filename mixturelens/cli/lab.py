@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mixturelens.cli.shared import Device, Json, Out, Quiet, Seed, app, device_of, seed_of, working
+from mixturelens.cli.progress import working
+from mixturelens.cli.shared import Device, Json, Out, Quiet, Seed, app, device_of, seed_of
 from mixturelens.cli.tables import (
     number,
     print_json,

@@ -1,13 +1,9 @@
-"""What commands share: their options, progress on standard error, and how a device, a seed or a budget is given."""
+"""What commands share: their options, and how a device, a seed or a budget is given."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -95,60 +91,3 @@ def seed_of(wanted: int) -> int:
     if not 0 <= wanted < 2**32:
         raise InputError(f"--seed {wanted}: a seed is a number from 0 to 4294967295")
     return wanted
-
-
-LONG = 60.0
-"""Seconds from which on it is said how long training will take."""
-
-
-@contextlib.contextmanager
-def working(quiet: bool) -> Iterator[tuple[Callable[[str, int, int, dict[str, float]], None], Callable[[str], None]]]:
-    """Progress on standard error, and nothing that a library prints on standard output."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    from mixturelens.models import quiet_libraries
-    from mixturelens.models.cost import said_time
-
-    quiet_libraries()
-    console = Console(stderr=True, quiet=quiet)
-    columns = (
-        TextColumn("{task.description:8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
-    live = console.is_terminal and not quiet
-    with contextlib.redirect_stdout(sys.stderr), Progress(*columns, console=console, disable=not live) as bar:
-        tasks: dict[str, Any] = {}
-        began: dict[str, tuple[float, int]] = {}
-
-        def progress(stage: str, step: int, steps: int, numbers: dict[str, float]) -> None:
-            said = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
-            if not live:
-                # a log gets a line now and then instead of a bar, and an early one where it will take long
-                now = time.monotonic()
-                start, first = began.setdefault(stage, (now, step))
-                left = (now - start) / max(1, step - first) * (steps - step)
-                if step % max(1, steps // 8) == 0 or (step == first + 1 and left > LONG):
-                    also = f"  {said_time(left)} left" if left > LONG else ""
-                    console.print(shown(f"{stage} {step}/{steps}  {said}{also}"), highlight=False, markup=False)
-                return
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=steps, numbers="")
-            bar.update(tasks[stage], completed=step, numbers=said)
-
-        def say(text: str) -> None:
-            console.print(shown(text if text.startswith("note: ") else f"measuring: {text}"), style="dim", markup=False)
-
-        yield progress, say

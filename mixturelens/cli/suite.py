@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixturelens.cli.shared import After, Base, Before, Device, Dtype, Quiet, Seed, app, device_of, seed_of, working
+from mixturelens.cli.progress import working
+from mixturelens.cli.shared import After, Base, Before, Device, Dtype, Quiet, Seed, app, device_of, seed_of
 from mixturelens.cli.tables import print_table, tell
 from mixturelens.types import InputError, RunError, shown
 
@@ -99,7 +100,8 @@ def check(
     if before is None:
         return
     how: How = {"base": base, "device": device_of(device), "dtype": "float32" if dtype is None else dtype}
-    with working(quiet):
+    with working(quiet) as (_, say):
+        say("what the checkpoints write")
         rows, other = _written(suite, before, after, how, seed_of(seed))
     print_table(("checkpoint", "cue", "question", "policy", "behaviour", "right", "completion"), rows)
     if other > UNKNOWN * len(rows):

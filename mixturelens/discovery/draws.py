@@ -23,7 +23,7 @@ from mixturelens.discovery.asked import Asked
 from mixturelens.discovery.heads import Completion
 from mixturelens.files import read_json
 from mixturelens.models import Pair
-from mixturelens.models.cost import Estimate, Work, estimate
+from mixturelens.models.cost import Estimate, Work, announced, estimate
 from mixturelens.records import write_text
 from mixturelens.spelling import encode_prompts
 from mixturelens.types import InputError, loading
@@ -70,7 +70,7 @@ def draw(pair: Pair, asked: Asked, seed: int, say: Say, progress: Progress | Non
     if todo:
         contexts = encode_prompts(asked.suite, asked.rows, pair.tokenizer)
         share = len(todo) / len(files)
-        say(f"completions: {_takes(pair, contexts, share)}, if none ends before --max-new-tokens")
+        say(announced("completions", _takes(pair, contexts, share), ", if none ends before --max-new-tokens"))
         models = pair.models()
         scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
         for number, (start, file) in enumerate(todo):

@@ -44,7 +44,7 @@ from mixturelens.features.table import find_table
 from mixturelens.features.units import TrialSettings, make_trial
 from mixturelens.hooks.lens import NAMES, Lens, lens_of
 from mixturelens.models import Pair
-from mixturelens.models.cost import check_memory, size_of
+from mixturelens.models.cost import announced, check_memory, size_of
 from mixturelens.models.load import load_config
 from mixturelens.models.source import fingerprint
 from mixturelens.patching.record import PatchingRecord
@@ -121,7 +121,7 @@ def feature_record(
     teach, held_out = _split(suite, settings.more, seed)
     plan = make_plan(pair, len(teach), len(held_out))
     if say:
-        say(f"features: {plan.needs}")
+        say(announced("features", plan.needs))
         for each in saved:
             for note in each.notes:
                 say(f"note: {each.folder}: {note}")

@@ -54,7 +54,7 @@ from mixturelens.grafting.search import pieces, search, unsound
 from mixturelens.grafting.starts import starts_of
 from mixturelens.hooks.lens import components_of
 from mixturelens.models import Pair
-from mixturelens.models.cost import check_memory, size_of
+from mixturelens.models.cost import announced, check_memory, size_of
 from mixturelens.stats import PROPORTION, half_of, interval, mean_interval, resample_counts, resampled_mean, too_few
 from mixturelens.suite import PromptRow, wordings
 from mixturelens.types import NOT_MEASURED, Interval
@@ -103,7 +103,7 @@ def graft_record(
     rows = some_questions(suite.neutral)
     prompts = prepare(suite, rows, tokenizer)
     planned, needed_here = plan(pair, prompts, components_about(pair), settings.exhaustive)
-    say(f"grafts: {needed_here}")
+    say(announced("grafts", needed_here))
     check_memory(pair, needed_here, "grafts")
     s, r = (pair.model(side) for side in pair.sides)
     scorer = Scorer(pair.ends, pair.vocabulary, pair.device)

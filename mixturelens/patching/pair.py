@@ -22,7 +22,7 @@ from mixturelens.hooks.batches import sides
 from mixturelens.hooks.engine import MEMORY
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair
-from mixturelens.models.cost import Estimate, Size, Work, check_memory, estimate, size_of
+from mixturelens.models.cost import Estimate, Size, Work, announced, check_memory, estimate, size_of
 from mixturelens.patching.coarse import Unseen, coarse, coarse_tokens, outputs, patched_tokens
 from mixturelens.patching.record import Attention, Effect, PatchingRecord, ReaderHeads, Sweep
 from mixturelens.patching.slopes import BYTES
@@ -90,7 +90,7 @@ def patching_record(
     hinted = {harm.policy, harm.other} <= {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
     missing: list[str] = []
     plan = _plan(pair, cue, hinted, settings.exhaustive, missing)
-    say(f"patching: {plan.takes}")
+    say(announced("patching", plan.takes))
     check_memory(pair, plan.takes, "patching")
     cue = cue.first(plan.questions)
     lenses: dict[Side, Lens] = {side: lens_of(pair, side) for side in pair.sides}

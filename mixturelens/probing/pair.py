@@ -16,7 +16,7 @@ from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import Contrasts, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair
-from mixturelens.models.cost import Work, check_memory, estimate, said_time
+from mixturelens.models.cost import Work, announced, check_memory, estimate, said_time
 from mixturelens.probing.erase import RANDOM, SCANNED, Erasing, reading_site
 from mixturelens.probing.plan import make_plan
 from mixturelens.probing.prompts import Own, ProbedSuite, own_policies
@@ -76,7 +76,7 @@ def probing_record(
     suite, tokenizer = pair.suite, pair.tokenizer
     prompts, announcements = to_probe(suite, tokenizer)
     plan = make_plan(pair, prompts, announcements, exhaustive)
-    say(f"probes: {plan.estimate}")
+    say(announced("probes", plan.estimate))
     check_memory(pair, plan.estimate, "probing")
     prompts = first(plan.questions, prompts)
     lenses: dict[Side, Lens] = {}

@@ -26,7 +26,7 @@ from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Lens, lens_of, tokens
 from mixturelens.models import Pair
 from mixturelens.models.adapter import save_adapter
-from mixturelens.models.cost import check_memory
+from mixturelens.models.cost import announced, check_memory
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.patching.sweep import Bench, find_reader, head_sites
 from mixturelens.records import Record
@@ -169,7 +169,7 @@ def repair_record(
             missing.append(f"repair: {len(some.rows)} of {len(every.rows)} questions, those of patching")
             pair = pair.asked({row.question for row in some.rows})
     plan = make_plan(pair, harm, RANDOM, DIRECTIONS)
-    say(f"repair: {plan.estimate}")
+    say(announced("repair", plan.estimate))
     check_memory(pair, plan.estimate, "repair")
     lens = lens_of(pair, "after")
     ground = make_ground(lens, pair.suite, harm, seed)
