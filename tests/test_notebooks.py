@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -24,6 +25,17 @@ def outputs(script: Path) -> list[dict]:
 def test_every_notebook_has_its_script():
     assert SCRIPTS
     assert {file.stem for file in FOLDER.glob("*.ipynb")} == {file.stem for file in SCRIPTS}
+
+
+@each
+def test_the_first_cell_installs_what_is_missing_and_needs_no_magic(script: Path):
+    """It is plain Python, the same in all, and so runs in Jupyter, VS Code and Colab."""
+    first, *rest = [cell for cell in script.read_text(encoding="utf-8").split("# %%\n")[1:] if cell.strip()]
+    install = first.split("\n# %%")[0].strip()
+    assert 'importlib.util.find_spec("mixturelens") is None' in install
+    assert install == SCRIPTS[0].read_text(encoding="utf-8").split("# %%\n")[1].split("\n# %%")[0].strip()
+    ast.parse(install)
+    assert '"colab" if "google.colab" in sys.modules' in rest[0]  # which draws no plotly of the usual kind
 
 
 @each

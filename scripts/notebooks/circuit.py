@@ -28,10 +28,22 @@
 # procedure gives where it should give nothing.
 
 # %%
+# Jupyter, VS Code, Colab: installs mixturelens where it is missing, from the clone that this notebook lies in. Colab
+# begins empty: first clone the repository there, `!git clone ADDRESS mixturelens` and `%cd mixturelens`.
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = next((at for at in (Path.cwd(), *Path.cwd().parents) if (at / "artifacts" / "reference").is_dir()), None)
+assert ROOT is not None, "run this inside a clone of the repository: its artifacts/ are read here"
+if importlib.util.find_spec("mixturelens") is None:
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", f"{ROOT}[lab]"])
+
+# %%
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import plotly.io
@@ -64,9 +76,9 @@ from mixturelens.types import Interval, Intervention, Site
 
 quiet_libraries()
 torch.set_num_threads(1)  # the same numbers everywhere
-plotly.io.renderers.default = "plotly_mimetype"  # small files; drawn by JupyterLab and VS Code, without a network
+# small files; drawn by JupyterLab and VS Code, without a network
+plotly.io.renderers.default = "colab" if "google.colab" in sys.modules else "plotly_mimetype"
 
-ROOT = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "artifacts" / "reference").is_dir())
 RUN = ROOT / "artifacts" / "reference"
 
 
