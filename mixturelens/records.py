@@ -140,8 +140,8 @@ def problems_of(error: ValidationError) -> Iterator[tuple[str, str]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either there whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write a file so that it is either there whole or not at all. A byte of a path that is no text is escaped."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

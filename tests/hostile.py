@@ -133,11 +133,15 @@ def _grid(folder: Path) -> bool:
 
 def _record(folder: Path) -> bool:
     from mixturelens.behaviour.record import BehaviourRecord
+    from mixturelens.behaviour.trajectory import Trajectory
+    from mixturelens.patching.record import PatchingRecord
+    from mixturelens.routing.circuit import CircuitRecord
     from mixturelens.routing.verdict import VerdictRecord
 
-    judged = os.path.lexists(folder / "verdict.json")
-    record = VerdictRecord.load(folder / "verdict.json") if judged else BehaviourRecord.load(folder / "behaviour.json")
-    return bool(json.loads(record.to_json()))
+    kinds = (BehaviourRecord, CircuitRecord, PatchingRecord, VerdictRecord, Trajectory)
+    files = [folder / f"{'sft' if kind is Trajectory else kind.KIND}.json" for kind in kinds]
+    [(kind, file)] = [(k, file) for k, file in zip(kinds, files, strict=True) if os.path.lexists(file)]
+    return bool(json.loads(kind.load(file).to_json()))
 
 
 def _sae(folder: Path) -> bool:
@@ -242,6 +246,9 @@ KINDS = (
     Kind(_make_grid, "grid.yaml", _grid),
     Kind(_copy(_MEASURED, "verdict.json"), "verdict.json", _record),
     Kind(_copy(_MEASURED, "behaviour.json"), "behaviour.json", _record),
+    Kind(_copy(_MEASURED, "patching.json"), "patching.json", _record),
+    Kind(_copy(_MEASURED, "circuit.json"), "circuit.json", _record),
+    Kind(_copy(RECORDS / "trajectory", "sft.json"), "sft.json", _record),
     Kind(_make_sae, "cfg.json", _sae),
     Kind(_make_sae, "sae_weights.safetensors", _sae),
     Kind(_copy(CHAT), "config.json", _pair),

@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
+import os
 import random
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hostile import KINDS, Kind, spoil
-from hypothesis import HealthCheck, given, settings
+import typer
+from hostile import KINDS, PAIRS, RECORDS, Kind, spoil
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import mixturelens as ml
+from mixturelens import cli
+from mixturelens.cli.shared import app
+from mixturelens.lab import runs
 from mixturelens.limits import limited
 from mixturelens.types import InputError, RunError, shown
 
+MANY = settings(deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+"""What fails is one file; to shrink a draw of it would take minutes, and make it no clearer."""
 SECONDS = 15.0
 MEMORY = 3 << 30
 
@@ -39,7 +50,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
     """Work that must end: what does not listen ends the tests, with the place where it was."""
-    faulthandler.dump_traceback_later(120, exit=True)
+    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
     try:
         with limited(SECONDS, MEMORY), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of libraries, about what they were given
@@ -79,14 +90,171 @@ def one(valid: Path, number: int, pick: Callable[[int], int]) -> None:
         shutil.rmtree(folder)
 
 
-@settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(MANY, max_examples=240)
 @given(st.integers(0, len(KINDS) - 1), st.randoms(use_true_random=False))
 def test_what_is_spoiled_is_read_or_refused(valid: Path, number: int, draw: random.Random):
     one(valid, number, draw.randrange)
 
 
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+PAIR = ("--before", "pair/S", "--after", "pair/S", "--suite", "pair/suite.yaml", "--trained-cue", "A")
+ON_PAIRS = ("behaviour", "verdict", "patch", "probe", "graft", "features", "repair", "gate", "report")
+COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
+    **{(name,): PAIR for name in ON_PAIRS},
+    ("verdict",): ("run",),
+    ("discover",): (*PAIR[:4], "--prompts", "pair/prompts.jsonl", "--max-new-tokens", "8"),
+    ("train",): ("default", "--out", "new", "--set", "rl.steps=3"),
+    ("structure",): ("run",),
+    ("forecast",): ("run",),
+    ("sweep",): ("grid.yaml", "--out", "new"),
+    ("suite", "check"): ("pair/suite.yaml", *PAIR[:4]),
+    ("suite", "init"): ("new",),
+}
+"""Command -> arguments with which it does what it should."""
+
+
+@functools.cache
+def options(command: tuple[str, ...]) -> list[str]:
+    """Every option of a command."""
+    found: Any = typer.main.get_command(app)
+    for name in command:
+        found = found.commands[name]
+    return [name for parameter in found.params for name in parameter.opts if name.startswith("--")] or ["--nothing"]
+
+
+WORDS = (
+    *(
+        "",
+        " ",
+        "0",
+        "-1",
+        "1",
+        "7",
+        "1e9",
+        "inf",
+        "-inf",
+        "nan",
+        "9" * 30,
+        "9" * 5000,
+        "x",
+        "\x1b[31m",
+        "\u202e",
+        "\udcff",
+    ),
+    *(
+        "a" * 300,
+        "a" * 5000,
+        "a/b",
+        "org/none@x:y",
+        "..",
+        "../..",
+        "/dev/zero",
+        "/dev/null/x",
+        "pipe",
+        "file",
+        "folder",
+    ),
+    *("cpu", "cuda", "meta", "float16", "auto", "A", "neither", "http://127.0.0.1:1/v1", "http://example.org/v1", "--"),
+    *("file:x", "rl.steps=0", "=", "a.b=c", "rl=[", "seed=.nan", "model.sizes.hidden_size=1", "name=..", "pair", "run"),
+)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to call commands in: a pair, a run, and odd files. What would take long says that it was reached."""
+    home = tmp_path_factory.mktemp("desk")
+    shutil.copytree(PAIRS / "llama", home / "pair", ignore=shutil.ignore_patterns("R-*"))
+    shutil.copytree(RECORDS, home / "run", ignore=shutil.ignore_patterns("seeds", "records", "*.html", "trajectory"))
+    os.mkfifo(home / "pipe")
+    (home / "file").write_text("{")
+    (home / "grid.yaml").write_text("set: {rl.steps: [2, 4]}")
+    (home / "folder").mkdir()
+    return home
+
+
+@pytest.fixture
+def reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise RunError("reached")
+
+    for name in ("measure", "verdict", "patch", "circuit", "probe", "graft", "decompose", "repair", "report", "card"):
+        monkeypatch.setattr(ml, name, stop)
+    for name in ("discover", "refine_discovery"):
+        monkeypatch.setattr(ml, name, stop)
+    for name in ("train_stage", "forecast_records", "structure_record"):
+        monkeypatch.setattr(runs, name, stop)
+    monkeypatch.setattr("mixturelens.discovery.draws.draw", stop)
+    monkeypatch.setattr("mixturelens.lab.sweep.run._here", stop)
+    monkeypatch.setattr("mixturelens.cli.suite._written", stop)
+
+
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+def test_what_is_right_is_done(desk: Path, reached: None, capsys: pytest.CaptureFixture[str]):
+    for command, usual in COMMANDS.items():
+        status, err = done(desk, [*command, *usual], capsys)
+        assert status == 0 or err.strip().endswith("mixturelens: reached"), (command, err)
+
+
+def call(desk: Path, pick: Callable[[int], int], capsys: pytest.CaptureFixture[str]) -> None:
+    command = list(COMMANDS)[pick(len(COMMANDS))]
+    arguments = list(COMMANDS[command])
+    for _ in range(1 + pick(3)):
+        word, how = WORDS[pick(len(WORDS))], pick(5)
+        if how == 0 and arguments:
+            del arguments[pick(len(arguments))]
+        elif how <= 2 and arguments:
+            arguments[pick(len(arguments))] = word
+        else:
+            option = options(command)[pick(len(options(command)))]
+            arguments += [option, word] if pick(8) else [option]
+    done(desk, [*command, *arguments], capsys)
+
+
+def done(desk: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Call a command; its status, and what it says on standard error. What it leaves is taken away."""
+    before = set(desk.rglob("*"))
+    status = 0
+    with watched(), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(desk)
+        patch.setattr(sys, "argv", ["mixturelens", *arguments])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+    _, err = capsys.readouterr()
+    left = set(desk.rglob("*")) - before
+    for path in sorted(left, reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    assert status in (0, 1, 2), arguments
+    if status:
+        lines = err.strip().splitlines()
+        assert lines[-1].startswith(("mixturelens: ", "Error: ", "Usage: ")) or "--help" in err, (arguments, err)
+        assert all(line == shown(line) for line in lines if line.startswith("mixturelens: ")), arguments
+    assert not (status == 2 and left), (arguments, left)
+    return status, err
+
+
+@settings(MANY, max_examples=60)
+@given(draw=st.randoms(use_true_random=False))
+def test_whatever_is_given_as_arguments_is_done_or_refused(
+    desk: Path, reached: None, capsys: pytest.CaptureFixture[str], draw: random.Random
+):
+    call(desk, draw.randrange, capsys)
+
+
+# --- many -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@settings(MANY, max_examples=10_000)
 @given(st.integers(0, len(KINDS) - 1), st.randoms(use_true_random=False))
-def test_what_is_spoiled_is_read_or_refused_however_it_is_spoiled(valid: Path, number: int, draw: random.Random):
+def test_ten_thousand_that_are_spoiled(valid: Path, number: int, draw: random.Random):
     one(valid, number, draw.randrange)
+
+
+@pytest.mark.slow
+@settings(MANY, max_examples=2_000)
+@given(draw=st.randoms(use_true_random=False))
+def test_two_thousand_calls(desk: Path, reached: None, capsys: pytest.CaptureFixture[str], draw: random.Random):
+    call(desk, draw.randrange, capsys)

@@ -144,3 +144,8 @@ def test_provenance_names_the_versions_that_produced_numbers():
     assert (found.before, found.after, found.seed) == ("sft@1", "rl@2", 7)
     assert set(found.versions) == {"mixturelens", "torch", "transformers", "trl"}
     assert with_versions(Provenance(before="sft@1")).after is None
+
+
+def test_a_byte_of_a_path_that_is_no_text_is_escaped(tmp_path: Path):
+    write_text(tmp_path / "file.json", '{"name": "\udcff"}')
+    assert (tmp_path / "file.json").read_text() == '{"name": "\\udcff"}'
