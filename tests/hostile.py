@@ -140,7 +140,8 @@ def _record(folder: Path) -> bool:
 
     kinds = (BehaviourRecord, CircuitRecord, PatchingRecord, VerdictRecord, Trajectory)
     files = [folder / f"{'sft' if kind is Trajectory else kind.KIND}.json" for kind in kinds]
-    [(kind, file)] = [(k, file) for k, file in zip(kinds, files, strict=True) if os.path.lexists(file)]
+    there = [at for at, file in enumerate(files) if os.path.lexists(file)] or [0]
+    kind, file = kinds[there[0]], files[there[0]]
     return bool(json.loads(kind.load(file).to_json()))
 
 
