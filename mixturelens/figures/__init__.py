@@ -13,7 +13,7 @@ from mixturelens.figures.patching import WORTH, patching_map, patching_maps
 from mixturelens.figures.probing import readability, readable, shifts
 from mixturelens.figures.repair import reaching, repair_nulls, repairs
 from mixturelens.figures.splits import accuracy_split, bits_split
-from mixturelens.figures.style import cue_colour, figure_html, is_rl, plotly_script, policy_colour
+from mixturelens.figures.style import cue_colour, figure_json, is_rl, plotly_script, policy_colour
 from mixturelens.figures.tables import policy_table, regimes
 from mixturelens.figures.trajectories import accuracy_along_rl, before_after, trajectory
 from mixturelens.figures.transfer import transfer, transfer_table
@@ -45,7 +45,7 @@ __all__ = [
     "factorial",
     "faithfulness",
     "feature_change",
-    "figure_html",
+    "figure_json",
     "firing",
     "head_effects",
     "is_rl",

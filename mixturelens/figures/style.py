@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -93,16 +94,16 @@ def style(figure: Figure, height: int) -> Figure:
     return figure
 
 
-def figure_html(figure: Figure, name: str) -> str:
-    """A figure as a `<div id=name>` for a page that holds `plotly_script()`."""
+def figure_json(figure: Figure) -> str:
+    """A figure as plotly.js reads it: `{"data": [...], "layout": {...}}`."""
     import plotly.io
 
-    config = {"displaylogo": False, "responsive": True, "displayModeBar": False}
-    return plotly.io.to_html(figure, config=config, full_html=False, include_plotlyjs=False, div_id=name)
+    return plotly.io.to_json(figure, validate=False)
 
 
+@functools.cache
 def plotly_script() -> str:
-    """plotly.js itself, for the inside of a `<script>` element."""
+    """plotly.js itself, of the version that is installed."""
     from plotly.offline import get_plotlyjs
 
     return get_plotlyjs()

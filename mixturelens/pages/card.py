@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mixturelens.figures import show_interval
 from mixturelens.files import dump_yaml
-from mixturelens.pages.page import Findings, falsify
+from mixturelens.pages.pair import Findings, falsify
 from mixturelens.records import write_text
 from mixturelens.types import NOT_MEASURED
 

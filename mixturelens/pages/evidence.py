@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mixturelens.routing.mechanism import Mechanism
     from mixturelens.routing.verdict import VerdictRecord
 
+_READABLE = "the stronger the colour of a cell, the better a probe reads that target there."
 _DETAILED = ("cue", "log-odds")
 """Targets shown for every component: what the router reads, and what it decides."""
 
@@ -103,11 +104,19 @@ def _readouts(record: ProbingRecord, pictures: Pictures) -> Group:
     )
     asked = "; ".join(f"{readout.target}: {readout.rows}" for readout in record.readouts)
     found = [
-        pictures.add(figures.readable(record), f"The residual stream. {how} Of which prompts: {asked}.", whiskers=False)
+        pictures.add(
+            figures.readable(record),
+            f"The residual stream. {how} Of which prompts: {asked}.",
+            read=_READABLE,
+            whiskers=False,
+        )
     ]
     found += [
         pictures.add(
-            figures.readability(record, target), f"{target}, in every part of every layer. {how}", whiskers=False
+            figures.readability(record, target),
+            f"{target}, in every part of every layer. {how}",
+            read=_READABLE,
+            whiskers=False,
         )
         for target in _DETAILED
         if record.readout(target) is not None
@@ -135,6 +144,7 @@ def _erasure(record: ProbingRecord, cues: Sequence[str], pictures: Pictures) -> 
         figures.erasure(record, cues),
         f"Used where the cue reader reads: {used}; readable but unused: {unused}.{absent} "
         f"Grey: random directions of equal rank, erased at the same sites. {checks}",
+        read="a site far from where nothing was erased is one that the policy takes the cue from.",
     )
     return Group(
         "Reading is not use",
@@ -165,6 +175,7 @@ def _subspaces(record: ProbingRecord, pictures: Pictures) -> Group:
         "Share of pairs in which the model does what the source asks for once its coordinates in the subspace are put "
         "into the base prompt. Diamonds: learnt on half of S's questions, tested on the other half. Upright line: the "
         "model on the source itself, the most that could be reached.",
+        read="a diamond far right of its grey points is a subspace that carries what was exchanged.",
     )
     return Group(
         "The subspace that carries it",
@@ -182,6 +193,7 @@ def _shifts(record: ProbingRecord, pictures: Pictures) -> Group:
         figures.shifts(record),
         f"What RL added to the activations of neutral prompts, beside what a hint for {policy} rather than {other} "
         "adds in S. Written out: beyond what random halves of prompts differ by, with an interval without 0.",
+        read="the stronger the colour, the more RL's shift points the way that the hint does.",
         whiskers=False,
     )
     return Group(
@@ -251,11 +263,13 @@ def _components(name: str, record: GraftRecord, pictures: Pictures) -> Group:
             "Routing: share of R's change of the log-odds between the two policies. Yellow: suffices and is not "
             "needed, so that other parts hold the same change. Crosses: Shapley shares, which add up to 1. Below the "
             f"line: groups, of which only whether they suffice was measured.{_searched(record)}",
+            read="a part whose filled mark lies at 1 makes S choose as R does all by itself; at 0 it does nothing.",
         ),
         pictures.add(
             figures.components({name: record}, "weight"),
             f"The same of the weight of policy {record.policies[0]} as a probability. It saturates, so that several "
             "parts can each be enough.",
+            read="as the figure before, in probabilities: far right is enough, at 0 does nothing.",
         ),
     ]
     if record.after.specialists.measured:
@@ -263,6 +277,7 @@ def _components(name: str, record: GraftRecord, pictures: Pictures) -> Group:
             pictures.add(
                 figures.components({name: record}, "specialists"),
                 "Specialists: the same share of R's change of what policies do, once in place.",
+                read="a part at 1 brings all of the change in what policies do; at 0 it leaves them as they were.",
             )
         )
     return Group(
@@ -280,6 +295,7 @@ def _plane(record: GraftRecord, pictures: Pictures) -> Group:
         figures.plane(record),
         "Nats that each part adds on the way from S to R: to the choice (across, mean over cues), and to the "
         "log-probability of what a policy does under a cue (up). All parts together add up to the whole change.",
+        read="parts along the horizontal line change what is chosen; parts off it change what a policy does.",
     )
     return Group(
         "Routing against specialists",
@@ -301,6 +317,7 @@ def _factorial(record: GraftRecord, pictures: Pictures) -> Group:
         f"Selector: {', '.join(of.selector)}, the fewest parts that carry the change of the weight on one half of the "
         f"questions, judged here on the other ({of.questions} questions).{enough} Bits from S, question by question: "
         "0 as S; dashed: noise of the size of all of R's change.",
+        read="where only the router changed, selectors of R lie far right in the choice and at 0 in what policies do.",
     )
     return Group(
         "Selector and rest, two by two",
@@ -318,6 +335,7 @@ def _placed(record: GraftRecord, pictures: Pictures) -> Group:
         "R's weights at these tokens only, S's at all others. last: the prompt's last token, where the policy is "
         "chosen; policy: its announcement; answer: what follows. Bits from S, question by question; dashed: noise of "
         "the size of all of R's change, at all tokens.",
+        read="the row that lies farthest right names the tokens at which R's weights make the difference.",
     )
     return Group(
         "At which tokens the weights matter",
@@ -371,6 +389,7 @@ def _evidence(mechanism: Mechanism, pictures: Pictures) -> Picture:
         figures.evidence(mechanism),
         "Each line of evidence, in bits from S: 0 if one completion says nothing, 1 if it tells for sure. Grey: what "
         "random changes of the same size do. All of R's weights decide; a part says which of them it is.",
+        read="a diamond right of its grey marks is a change that random weights of the same size do not make.",
     )
 
 

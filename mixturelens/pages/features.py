@@ -133,12 +133,14 @@ def _units(record: of.FeatureRecord, pictures: Pictures) -> Group:
         "Rings: the fewest that move 0.9 of it together, on the questions that chose them; “not enough”: no set that "
         "was tried does, and this one moves most. AUROC: how well the one tells the two sides apart. Grey: as many "
         "others of like strength.",
+        read="a diamond near 1 is one unit that carries the contrast alone; a ring near 1 needs the others of its set.",
     )
     picture = pictures.add(
         figures.best_units(record),
         "The best ones again, in full. Diamonds: the unit's activation is that of the clean side; squares: it "
         "is the clean side's mean; crosses: what is lost without it. Grey: other units of the same kind and like "
         "strength, patched. AUROC: how well its activation alone tells the two sides apart.",
+        read="the farther right a mark, the more of the contrast that one unit moves, far from grey if it is special.",
     )
     return Group(
         "Which unit carries it",
@@ -162,6 +164,7 @@ def _clamping(record: of.FeatureRecord, repair: RepairRecord | None, pictures: P
         "Share of the accuracy lost under the harmed cue that comes back with one unit of R clamped, nothing trained, "
         "and what it costs under the trained cue. Rings: all units of the set above clamped; their number stands with "
         f"the gap they close. Grey: controls, clamped (others of like strength, random directions).{beside}",
+        read="left panel, far right: the lost accuracy is back; right panel, at 0: it cost nothing elsewhere.",
     )
     return Group(
         "One unit, clamped; or several at once",
@@ -183,12 +186,14 @@ def _changes(changes: Sequence[of.SiteChange], pictures: Pictures) -> Group:
                 f"{change.site}: R's activation of these features put into S, and how far S then is from itself, in "
                 "bits, question by question. One scale for all three terms. Grey: random other "
                 "features of like strength, as many.",
+                read="bars in the first panel alone are features that RL used to change the choice, and nothing else.",
             )
         )
         found.append(
             pictures.add(
                 figures.firing(change),
                 f"{change.site}: the same features in S and in R, by number. On the dotted line: as before.",
+                read="a point above the dotted line fires more, or more strongly, after RL than before.",
                 whiskers=False,
             )
         )
@@ -214,6 +219,7 @@ def crosscoders(records: Mapping[str, of.FeatureRecord], pictures: Pictures) -> 
         "other checkpoint's activations it explains (latent scaling). Causal: of those of R alone that were taken out "
         "one by one, the ones without which R does something else, beyond nearly all matched shared ones. Bits: R "
         "without all latents of its own, against R.",
+        read="short bars say that one checkpoint has next to no direction of its own.",
     )
     return Group(
         "Latents that one checkpoint has alone",

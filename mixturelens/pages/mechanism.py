@@ -157,6 +157,7 @@ def _maps(record: PatchingRecord, kind: Kind, pictures: Pictures) -> Group:
         pictures.add(
             figures.patching_maps(record, kind, component),
             f"{what} Written out: effects of at least {figures.WORTH:g} whose interval excludes 0.{differ}",
+            read="the stronger the colour of a cell, the more of the contrast moves with that one place.",
             whiskers=False,
         )
         for component, what in _MAPS
@@ -168,6 +169,7 @@ def _maps(record: PatchingRecord, kind: Kind, pictures: Pictures) -> Group:
                 figures.head_effects(sweep),
                 "What each channel of a head carries, at all positions at once: queries, keys and pattern say where "
                 "a head looks, values what it takes from there.",
+                read="one row a head: the channel farthest right is the way in which this head carries the contrast.",
             )
             for sweep in record.sweeps
             if sweep.kind == kind and sweep.direction == "denoise"
@@ -187,7 +189,10 @@ def _maps(record: PatchingRecord, kind: Kind, pictures: Pictures) -> Group:
 
 def _attention(record: PatchingRecord, cues: Sequence[str], pictures: Pictures) -> Group:
     picture = pictures.add(
-        figures.attention(record, cues), "Mean attention over questions; each cue adds up to 1.", whiskers=False
+        figures.attention(record, cues),
+        "Mean attention over questions; each cue adds up to 1.",
+        read="a tall bar is a token that the head looks at; where colours differ, it looks elsewhere by cue.",
+        whiskers=False,
     )
     return Group(
         "What the reader heads look at",
@@ -208,6 +213,7 @@ def _circuits(circuits: Sequence[RoutingCircuit], pictures: Pictures) -> Group:
             "Width: share of the contrast; dashed: a head carries it from one token to another; yellow: S and R "
             f"differ. Hover for numbers.{_complete([of for of in circuits if of.kind == kind])}"
             f"{_verified([of for of in circuits if of.kind == kind])}",
+            read="follow thick lines from the tokens at the bottom to the logits on top: they carry the contrast.",
             whiskers=False,
         )
         for kind in kinds
@@ -218,6 +224,7 @@ def _circuits(circuits: Sequence[RoutingCircuit], pictures: Pictures) -> Group:
             "What is left of the contrast when only the strongest edges (or as many random ones) keep their clean "
             "values. CPR: area under the curve over the share of edges, the higher the better; CMD: area between the "
             f"curve and 1, the lower the better. Bands: {figures.INTERVALS}. A circuit without edges keeps 0.",
+            read="the sooner a line climbs to 1, the fewer edges carry the contrast; grey is as many edges at random.",
             whiskers=False,
         )
     )
@@ -297,11 +304,13 @@ def repaired(name: str, record: RepairRecord, threshold: float, pictures: Pictur
             "Accuracy under each cue before RL, after it, and after each repair of R without training. Dotted: what "
             "the best policy of S, put in place, reaches under the harmed cue; gap closed says how much of the way "
             "from R to there a repair goes. If the skill was gone and not only unused, no repair could come near it.",
+            read="a repair has worked where its mark under the harmed cue is back near the dotted line.",
         ),
         pictures.add(
             figures.repair_nulls(record),
             "The same repair at random places of equal size. If they did as well as the cue "
             "reader (grey points at the diamond), the repair would say nothing about where the router is.",
+            read="the diamond is the repair, grey points are the same done elsewhere: far apart, the place matters.",
         ),
     ]
     damage = [moved for repair in record.repairs for moved in _damage(record, repair, threshold)]

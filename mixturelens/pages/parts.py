@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import base64
+import functools
+import gzip
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mixturelens import figures
@@ -16,29 +18,50 @@ if TYPE_CHECKING:
 
 
 class Picture(NamedTuple):
-    """A figure as HTML, with the text below it."""
+    """A figure of a page: where plotly draws it, and the text below it."""
 
-    html: str
+    number: int
+    height: int
+    """Pixels, which are kept for it until it is drawn."""
     caption: str
+    read: str
+    """One sentence for a reader who sees such a figure for the first time."""
 
 
 class Pictures:
-    """Figures as HTML under ids that are the same on every run, so that equal records give equal pages."""
+    """The figures of a page, numbered as they come, so that equal records give equal pages."""
 
-    def __init__(self, numbers: Iterator[int] | None = None, few: str = "") -> None:
-        self.numbers, self.few = numbers or itertools.count(1), few
+    def __init__(self, drawn: list[str] | None = None, few: str = "") -> None:
+        self._drawn, self.few = [] if drawn is None else drawn, few
 
     def about(self, missing: Sequence[str]) -> Pictures:
         """The same figures, each of which says so where it stands on too few questions, as its record does."""
-        return Pictures(self.numbers, "".join(f" {line}." for line in said_too_few(missing)))
+        return Pictures(self._drawn, "".join(f" {line}." for line in said_too_few(missing)))
 
-    def add(self, figure: Figure, caption: str, *, whiskers: bool = True) -> Picture:
-        """Draw a figure under the next id, with its caption.
+    def add(self, figure: Figure, caption: str, *, read: str, whiskers: bool = True) -> Picture:
+        """Keep a figure under the next number, with its caption.
 
-        `whiskers`: it shows intervals, and the caption says which.
+        `read`: how to read it, one sentence. `whiskers`: it shows intervals, and the caption says which.
         """
         caption += (f" Whiskers: {figures.INTERVALS}." if whiskers else "") + self.few
-        return Picture(figures.figure_html(figure, f"figure-{next(self.numbers)}"), caption)
+        self._drawn.append(figures.figure_json(figure))
+        layout: dict[str, int] = figure.to_plotly_json()["layout"]
+        return Picture(len(self._drawn), layout.get("height", 450), caption, read)
+
+    def packed(self) -> dict[str, str]:
+        """What the page's script unpacks and draws: plotly.js, and all figures; nothing where there are none."""
+        if not self._drawn:
+            return {}
+        return {"plotly": _packed_once(figures.plotly_script()), "drawn": _pack(f"[{','.join(self._drawn)}]")}
+
+
+def _pack(text: str) -> str:
+    """Text as gzip in base64, a quarter of its size or less: browsers unpack it, and no markup can be in it."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode("ascii")
+
+
+_packed_once = functools.lru_cache(maxsize=1)(_pack)
+"""The same for a text that every page has."""
 
 
 class Control(NamedTuple):
@@ -66,8 +89,8 @@ class Group(NamedTuple):
     pictures: list[Picture]
 
 
-def render(template: str, context: Mapping[str, object]) -> str:
-    """A page, whole; what a template asks for and nobody gave is an error."""
+def render(template: str, context: Mapping[str, object], pictures: Pictures | None = None) -> str:
+    """A page, whole, with its pictures; what a template asks for and nobody gave is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -77,4 +100,5 @@ def render(template: str, context: Mapping[str, object]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(context)
+    packed = {} if pictures is None else pictures.packed()
+    return environment.get_template(template).render({**context, "packed": packed})

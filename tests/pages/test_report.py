@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -36,6 +37,7 @@ class Page(HTMLParser):
         self.scripts: list[str] = []
         self.ids: list[str] = []
         self.text = ""
+        self.source = text
         self._inside = ""
         self.feed(text)
 
@@ -347,7 +349,7 @@ def test_every_card_has_an_address_and_the_index_leads_to_it(whole):
     page = Page(whole)
     anchors = [name for name in page.ids if name.startswith("feature-")]
     assert anchors == ["feature-1-L1-resid_pre-policy-17", "feature-1-L1-resid_pre-policy-3"]
-    assert page.links == ["data:,", *(f"#{name}" for name in anchors)]
+    assert [link for link in page.links if link.startswith("#feature-")] == [f"#{name}" for name in anchors]
     twins = features.featured("x", 2, make_features(cards=(make_card(), make_card(), make_card(1))), None, Pictures())
     assert [card.anchor[-4:] for card in twins.cards] == ["y-17", "7--2", "cy-1"]
 
@@ -384,7 +386,7 @@ def test_features_without_tables_changes_or_crosscoders(tmp_path):
     words = section(text, "features")
     assert words.endswith("watched Not measured: no SAE.")
     assert "falsify" not in words
-    assert Page(text).links == ["data:,"]
+    assert "#feature-" not in "".join(Page(text).links)
     assert "Random features" not in text
 
 
@@ -437,13 +439,40 @@ def section(text: str, name: str) -> str:
     return " ".join(Page(section_html(text, name)).text.split())
 
 
+def unpacked(page: Page, name: str) -> str:
+    """What a script of the page holds, as the page itself unpacks it."""
+    (packed,) = re.findall(rf'<script type="application/gzip" id="{name}">(.*?)</script>', page.source, re.DOTALL)
+    return gzip.decompress(base64.b64decode(packed)).decode()
+
+
 def test_page_needs_no_network_and_holds_plotly_once(tmp_path):
     page = Page(write(tmp_path / "report.html"))
-    assert page.links == ["data:,"]
+    assert not [link for link in page.links if not link.startswith(("data:", "#"))]
+    assert unpacked(page, "plotly") == figures.plotly_script()
     assert sum(len(script) > 1_000_000 for script in page.scripts) == 1
     # two along RL, one before and after, two splits, two tables, two trajectories
     shown = [name for name in page.ids if name.startswith("figure-")]
-    assert len(shown) == len(set(shown)) == 8
+    assert len(shown) == len(set(shown)) == len(json.loads(unpacked(page, "drawn"))) == 8
+
+
+def test_a_page_that_people_send_each_other_is_small(whole):
+    assert len(whole.encode()) < 5_000_000
+
+
+def test_every_figure_says_how_to_read_it(whole):
+    captions = re.findall(r"<figcaption.*?</figcaption>", whole, re.DOTALL)
+    assert len(captions) == whole.count("<figure>")
+    for number, caption in enumerate(captions, start=1):
+        words = " ".join(Page(caption).text.split())
+        assert re.match(rf"Figure {number}. How to read it: [^.]+[.:]", words), words
+
+
+def test_the_page_begins_in_plain_words(whole):
+    words = " ".join(Page(whole).text.split())
+    top = words[: words.index("Selector changed")]
+    assert "A language model can hold several ways of acting at once" in top
+    assert "watched : training changed which policy is chosen, and what the policies do as well" in top
+    assert "Under cue B right answers went from" in top
 
 
 def test_pages_of_equal_records_are_equal(tmp_path):
@@ -455,7 +484,7 @@ def test_hostile_names_stay_text(whole, tmp_path):
     assert hostile.tags == plain.tags
     assert hostile.links == plain.links
     assert HOSTILE in hostile.text
-    assert not any(re.search(r"</?script|<img", script) for script in hostile.scripts[1:])
+    assert not any(re.search(r"</?script|<img", script) for script in hostile.scripts)
 
 
 def test_page_without_pairs_or_trajectories(tmp_path):
@@ -471,54 +500,8 @@ def test_a_failed_page_leaves_the_old_one(tmp_path, monkeypatch):
     def fail(*_: object) -> str:
         raise RuntimeError("no figure")
 
-    monkeypatch.setattr(figures, "figure_html", fail)
+    monkeypatch.setattr(figures, "figure_json", fail)
     with pytest.raises(RuntimeError, match="no figure"):
         write(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.browser
-# hostile names ask for all that plain ones do, and more
-@pytest.mark.parametrize("hostile", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_browser_draws_all_figures_without_network_or_complaint(tmp_path, hostile):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no browser: install Debian's chromium (apt-get install chromium)")
-    path = tmp_path / "report.html"
-    write(path, hostile=hostile, mechanism=True)
-    done = subprocess.run(
-        [
-            chromium,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--no-first-run",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            "--enable-logging=stderr",
-            "--v=0",
-            "--virtual-time-budget=10000",
-            "--dump-dom",
-            path.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    page = Page(done.stdout)
-    # cue: two maps, two of heads; hint: two maps; attention; two circuits, faithfulness; repairs and their nulls
-    mechanism = 4 + 2 + 1 + 3 + 2
-    # readouts and two in detail, erasure, subspaces, shifts; components twice, plane, factorial, positions; evidence
-    evidence = 3 + 1 + 1 + 1 + 5 + 1
-    # units, clamping, what RL changed and how it fires, crosscoders
-    features = 3 + 2 + 1
-    assert done.stdout.count('class="plot-container plotly"') == 8 + mechanism + evidence + features
-    assert "<title>owned" not in done.stdout
-    assert "img" not in page.tags
-    assert page.tags.count("a") == len(re.findall(r'<a href="#feature-1-[\w-]+">', done.stdout)) == 2

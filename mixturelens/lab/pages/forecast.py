@@ -52,6 +52,7 @@ def _one(record: ForecastRecord, pictures: Pictures) -> Forecast:
         forecast(record),
         f"RL on cue {record.trained_cue}, from S and the reward alone; points: what RL did. Bands: 95% of runs that "
         "sample as RL does, from questions drawn anew and other kernels.",
+        read="a forecast holds where the points, which RL made, stay inside its band.",
     )
     compared = 0 if record.happened is None else len(record.happened.compared)
     return Forecast(record.trained_cue, [picture], list(record.off), errors, compared, _assumptions(record))

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixturelens import figures
 from mixturelens.figures import DASH, show, show_interval
 from mixturelens.lab.figures import score as draw
 from mixturelens.pages.parts import Picture, Pictures, number, render
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     from mixturelens.lab.proving.proof import Proof
     from mixturelens.lab.proving.record import ScoreRecord, Verdicts
 
+_SHARES = "a point on the diagonal was measured as it truly is."
+_CONFUSION = "right verdicts lie on the outlined diagonal; everything off it is a mistake."
 _NAMES = {"behavioural": "The behavioural verdict", "mechanism": "The mechanism's verdict"}
 Cell = str | tuple[str, str]
 """Of a table: words, or a number and its interval."""
@@ -31,7 +32,7 @@ def write_score(path: Path, record: ScoreRecord) -> Path:
         "answer": answer(record),
         "missed": missing(record),
         "verdicts": [_verdict(name, record, pictures) for name in _NAMES],
-        "shares": [pictures.add(draw.shares(record), _shares_caption(record))] if record.pairs else [],
+        "shares": [pictures.add(draw.shares(record), _shares_caption(record), read=_SHARES)] if record.pairs else [],
         "numbers_head": ("quantity", *(f"{half} half" for half in _halves(record))),
         "numbers": _numbers(record),
         "coverage": [_coverage(record, pictures)] if record.coverage else [],
@@ -60,9 +61,8 @@ def write_score(path: Path, record: ScoreRecord) -> Path:
         "parts_head": ("what changed", "half", "pairs", "right", "wrong", "cannot tell"),
         "parts": _parts(record),
         "provenance": [("device", record.provenance.device), *record.provenance.versions.items()],
-        "plotly_script": figures.plotly_script(),
     }
-    write_text(path, render("score.html.j2", context))
+    write_text(path, render("score.html.j2", context, pictures))
     return path
 
 
@@ -170,7 +170,7 @@ def _broken_line(record: ScoreRecord) -> str:
 def _verdict(instrument: str, record: ScoreRecord, pictures: Pictures) -> tuple[str, list[str], list[Picture]]:
     halves = [each for each in record.verdicts if each.instrument == instrument]
     caption = f"{_NAMES[instrument]}: counts of pairs; colours are shares of a row; dashes: no such pair."
-    figure = pictures.add(draw.confusion(halves), caption, whiskers=False)
+    figure = pictures.add(draw.confusion(halves), caption, read=_CONFUSION, whiskers=False)
     return _NAMES[instrument], [_sentence(each) for each in halves], [figure]
 
 
@@ -223,6 +223,7 @@ def _coverage(record: ScoreRecord, pictures: Pictures) -> Picture:
         f"Share of resampled suites whose interval holds the truth. Shaded: {draw.BAND[0]:g} to {draw.BAND[1]:g}. "
         "Whiskers: 95% binomial, of so many suites (Wilson). Open diamonds: the truth lies at a boundary. Red: left of "
         "the axis; the number is bold where the truth is at no boundary.",
+        read="intervals do what they promise where points lie in the shaded band.",
         whiskers=False,
     )
 
@@ -232,6 +233,7 @@ def _methods(record: ScoreRecord, pictures: Pictures) -> Picture:
         draw.methods(record.methods),
         "Means over organisms that did not choose the cut; seconds are those of one organism, all nodes. Dashed: "
         "random scores. Open: broken on purpose. Whiskers: 95% bootstrap over organisms.",
+        read="the farther right a method, the better it finds what was planted.",
         whiskers=False,
     )
 

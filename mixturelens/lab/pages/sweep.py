@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mixturelens import figures
 from mixturelens.figures import DASH, show
 from mixturelens.lab.figures.sweep import Axis, NumberMap, Spread, WordMap, heat_maps
 from mixturelens.pages.parts import Picture, Pictures, number, render
@@ -51,9 +50,8 @@ def write_sweep(path: Path, title: str, swept: Swept, grid: str) -> Path:
         "rows_head": ("cell", "after", *(name for name, _, _ in columns(table).values())),
         "rows": [_row(row, table) for row in table.to_dict("records")],
         "grid": grid,
-        "plotly_script": figures.plotly_script(),
     }
-    write_text(path, render("sweep.html.j2", context))
+    write_text(path, render("sweep.html.j2", context, pictures))
     return path
 
 
@@ -156,7 +154,7 @@ def _figure(
         Axis(across, [_text(value) for value in axes[across]]),
         Axis(up, [_text(value) for value in axes[up]]) if up else Axis("", [""]),
     )
-    return pictures.add(figure, caption, whiskers=False)
+    return pictures.add(figure, caption, read="a cell is one setting: the greener, the nearer to 1.", whiskers=False)
 
 
 def _row(row: Mapping[Any, Any], table: pd.DataFrame) -> tuple[str | tuple[str, str], ...]:
