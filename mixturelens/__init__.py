@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mixturelens.pipeline import (
         card,
         circuit,
+        compare,
         decompose,
         discover,
         graft,
@@ -55,6 +56,7 @@ _FOUND_IN = {
     "pipeline": (
         "card",
         "circuit",
+        "compare",
         "decompose",
         "discover",
         "graft",
@@ -93,6 +95,7 @@ __all__ = [
     "VerdictRecord",
     "card",
     "circuit",
+    "compare",
     "decompose",
     "discover",
     "graft",

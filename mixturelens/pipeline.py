@@ -38,7 +38,7 @@ from mixturelens.types import InputError
 from mixturelens.unfinished import Unfinished, whole
 
 if TYPE_CHECKING:
-    from mixturelens.pages import Findings, Grown
+    from mixturelens.pages import ComparisonRecord, Findings, Grown
 
 Say = Callable[[str], None]
 R = TypeVar("R", bound=Record)
@@ -340,6 +340,23 @@ def report(
     found = _findings(several, seed, say)
     file = Path(path) if path is not None else several[0].out / "report.html"
     return write_report(file, found, grown or Grown(title=found[0].name))
+
+
+def compare(
+    left: str | os.PathLike[str], right: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
+) -> tuple[ComparisonRecord, Path]:
+    """Compare what was measured in two output folders, by their records alone; the record, and the page about it.
+
+    Both go to `out`, by default a folder of its own under artifacts/. Raises InputError where a folder has no verdict,
+    or the two have no pair in common.
+    """
+    from mixturelens.pages import compare, write_comparison
+
+    record = compare(Path(left), Path(right))
+    named = "--against--".join(name.replace("/", "-") for name in (record.left, record.right))
+    folder = Path("artifacts") / named if out is None else Path(out)
+    record.save(folder / "comparison.json")
+    return record, write_comparison(folder / "report.html", record)
 
 
 def card(

@@ -242,3 +242,22 @@ def map_draws(
     """Interval of a function of several resampled means, such as a ratio; the means are per bootstrap sample."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return interval(function(*means), counts)
+
+
+def difference(left: Interval, right: Interval) -> Interval:
+    """right - left of two numbers that were measured apart, with the interval that follows from theirs.
+
+    The ends of both are combined by MOVER (Zou and Donner 2008, doi 10.1002/sim.3095), as if the two were independent:
+    where both were asked the same questions, the interval is wider than it need be. Not measured where either is not.
+
+    >>> difference(Interval(value=0.5, low=0.2, high=0.6), Interval(value=1.0, low=0.6, high=1.3))
+    Interval(value=0.5, low=0.0876894374, high=0.9242640687)
+    """
+    if None in (left.value, left.low, left.high, right.value, right.low, right.high):
+        return NOT_MEASURED
+    assert left.value is not None
+    assert right.value is not None
+    below = math.hypot(right.value - (right.low or 0.0), (left.high or 0.0) - left.value)
+    above = math.hypot((right.high or 0.0) - right.value, left.value - (left.low or 0.0))
+    value = right.value - left.value
+    return Interval(value=round(value, 10), low=round(value - below, 10), high=round(value + above, 10))

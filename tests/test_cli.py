@@ -21,6 +21,7 @@ from mixturelens.lab.organism import RECIPES
 
 PAIRS = Path(__file__).with_name("pairs")
 TINY = Path(__file__).with_name("tiny.yaml")
+REFERENCE = Path(__file__).parents[1] / "artifacts" / "reference"
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -253,6 +254,22 @@ def test_the_report_is_one_page(run: Run, tmp_path: Path) -> None:
     page = Path(out.strip())
     assert page == tmp_path / "report.html"
     assert "routing" in page.read_text(encoding="utf-8")
+    status, out, err = run("report", tmp_path, REFERENCE, "--out", tmp_path / "both", "--quiet", "--json")
+    assert status == 2, err
+    assert "no pair of one name" in err
+
+
+def test_two_output_folders_are_compared_by_their_records(run: Run, tmp_path: Path) -> None:
+    status, out, err = run("report", REFERENCE, REFERENCE / ".." / "real" / "real-1", "--quiet")
+    refused((status, out, err), "no pair of one name", "sft--rl-A", "sft--rl-xml")
+    real = REFERENCE.parent / "real"
+    status, out, err = run("report", real / "real-0", real / "real-1", "--out", tmp_path / "both", "--quiet", "--json")
+    assert status == 0, err
+    record = json.loads(out)
+    assert (record["kind"], record["left"], record["right"]) == ("comparison", "real-0", "real-1")
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"comparison.json", "report.html"}
+    refused(run("report", real / "real-0", real / "real-1", "--before", "S"), "report A B", "--out")
+    refused(run("report", real / "real-0", tmp_path / "none"), tmp_path / "none", "no verdict")
 
 
 # --- bad checkpoints --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from mixturelens.models import How, Pair
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.probing.record import ProbingRecord
+    from mixturelens.records import Record
     from mixturelens.routing.repair import RepairRecord
     from mixturelens.routing.verdict import VerdictRecord
 
@@ -109,19 +111,19 @@ class Given(NamedTuple):
 Options = dict[str, Any]
 """`seed` and `say` for the instruments."""
 Work = Callable[..., tuple[list[Any], Callable[[], None]]]
-"""Takes the pairs and Options, and perhaps options of its own."""
+"""Takes Given (or the pairs) and Options, and perhaps options of its own."""
 
 
-def _on_pairs(work: Work) -> Work:
-    """Make a command of a function that measures pairs: it returns their records, and what prints them for people.
+def _on_given(work: Work) -> Work:
+    """Make a command of a function of Given and Options: it returns records, and what prints them for people.
 
-    Its parameters behind `pairs` and `options` are options of that command alone.
+    Its parameters behind these two are options of that command alone.
     """
 
     def command(seed: Seed = 0, as_json: Json = False, quiet: Quiet = False, **options: Any) -> None:
         given = Given(**{name: options.pop(name) for name in Given._fields})
         with working(quiet) as (_, say):
-            records, show = work(given.pairs(), {"seed": seed_of(seed), "say": say}, **options)
+            records, show = work(given, {"seed": seed_of(seed), "say": say}, **options)
         if as_json:
             print_json(records, given.run)
         else:
@@ -139,6 +141,17 @@ def _on_pairs(work: Work) -> Work:
     vars(command)["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command(work.__name__, help=work.__doc__)(command)
+    return work
+
+
+def _on_pairs(work: Work) -> Work:
+    """The same of a function of the pairs that are given, and of Options."""
+
+    @functools.wraps(work)
+    def on_pairs(given: Given, options: Options, **own: Any) -> tuple[list[Any], Callable[[], None]]:
+        return work(given.pairs(), options, **own)
+
+    _on_given(on_pairs)
     return work
 
 
@@ -283,10 +296,19 @@ Card = Annotated[
 ]
 
 
-@_on_pairs
-def report(pairs: list[Pair], options: Options, card: Card = None) -> tuple[list[VerdictRecord], Callable[[], None]]:
-    """Write one HTML page, readable without a network, with the answer in words on top."""
+Against = Annotated[
+    Path | None, typer.Argument(metavar="[OTHER]", help="A second output folder: compare what was measured in both.")
+]
 
+
+@_on_given
+def report(
+    given: Given, options: Options, card: Card = None, against: Against = None
+) -> tuple[list[Record], Callable[[], None]]:
+    """Write one HTML page, readable without a network, with the answer in words on top; or one that compares two."""
+    if against is not None:
+        return _comparison(given, against, card)
+    pairs = given.pairs()
     run = _run_of(pairs[0])
     if run is None:
         page = ml.report(pairs, **options)
@@ -296,6 +318,18 @@ def report(pairs: list[Pair], options: Options, card: Card = None) -> tuple[list
         page = runs.report(run, pairs, **options)
     written = [page] if card is None else [page, ml.card(pairs, card, **options)]
     return [ml.verdict(pair, **options) for pair in pairs], lambda: tell("\n".join(map(str, written)))
+
+
+def _comparison(given: Given, against: Path, card: Path | None) -> tuple[list[Record], Callable[[], None]]:
+    """Two output folders: nothing is measured, and no checkpoint is needed."""
+    if (
+        given.run is None
+        or card is not None
+        or any(getattr(given, name) for name in Given._fields[1:] if name != "out")
+    ):
+        raise InputError("report A B compares two output folders by their records: beside them only --out can be given")
+    record, page = ml.compare(given.run, against, given.out)
+    return [record], lambda: print(page)
 
 
 @app.command()

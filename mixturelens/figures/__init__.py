@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mixturelens.figures.circuits import circuit
+from mixturelens.figures.compared import compared
 from mixturelens.figures.curves import faithfulness
 from mixturelens.figures.erasure import erasure, subspaces
 from mixturelens.figures.features import crosscoder, feature_change, firing
@@ -37,6 +38,7 @@ __all__ = [
     "bits_split",
     "circuit",
     "clamping",
+    "compared",
     "components",
     "crosscoder",
     "cue_colour",

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_compared import make_run
 from test_report import write
+
+import mixturelens as ml
 
 pytestmark = pytest.mark.browser
 
@@ -104,3 +107,12 @@ def figures_fit_on_paper(page: Opened) -> None:
     page.tab.emulate_media(media="screen")
     page.tab.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.tab.evaluate(widths) == before
+
+
+def test_a_comparison_keeps_nobody_out(chromium: Any, tmp_path: Path) -> None:
+    _, path = ml.compare(make_run(tmp_path / "one"), make_run(tmp_path / "two", share=0.7), tmp_path / "out")
+    page = Opened(chromium, path, **LOOKS["phone"])
+    assert page.tab.locator(".plot-container.plotly").count() == 1
+    assert page.violations() == []
+    assert page.said == []
+    assert page.asked == [path.as_uri()]
