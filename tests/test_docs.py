@@ -114,7 +114,7 @@ def parse(command: Any, words: list[str]) -> None:
 def test_what_is_not_there_is_found(tmp_path: Path) -> None:
     program: Any = typer.main.get_command(app)
     parse(program, ["verdict", "--before", "S", "--after", "R", "--suite", "suite.yaml"])
-    for wrong in (["verdicts", "RUN"], ["verdict", "RUN", "--befor"], ["verdict", "--out"], ["report", "a", "b"]):
+    for wrong in (["verdicts", "RUN"], ["verdict", "RUN", "--befor"], ["verdict", "--out"], ["report", "a", "b", "c"]):
         with pytest.raises(AssertionError):
             parse(program, wrong)
     page = tmp_path / "page.md"

@@ -57,7 +57,10 @@
     plot.dataset.at = at;
     const { subplot, ...point } = points[at];
     Plotly.Fx.hover(plot, [point], [subplot]);
-    live.textContent = [...plot.querySelectorAll(".hoverlayer text")].map((text) => text.textContent).join(" ");
+    setTimeout(() => { // plotly shows a label so many milliseconds after the last one
+      const lines = [...plot.querySelectorAll(".hoverlayer text tspan.line, .hoverlayer text:not(:has(tspan.line))")];
+      live.textContent = lines.map((line) => line.textContent).join(", ");
+    }, 120);
   };
 
   const paper = (on) => {

@@ -91,6 +91,7 @@ def arrow_keys_say_points(page: Opened) -> None:
     said = []
     for key in ("Home", "ArrowRight", "End", "ArrowLeft", "ArrowRight"):
         page.tab.keyboard.press(key)
+        page.tab.wait_for_timeout(200)
         said.append(page.tab.locator("#live").inner_text())
     assert all(said)
     assert said[0] != said[2] == said[4]
