@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
     from mixturelens.models.pair import Budget, Pair
+    from mixturelens.pages.circuit import circuit_view
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.pipeline import (
         card,
@@ -52,6 +53,7 @@ _FOUND_IN = {
     "features.record": ("FeatureRecord",),
     "grafting.record": ("GraftRecord",),
     "models.pair": ("Budget", "Pair"),
+    "pages.circuit": ("circuit_view",),
     "patching.record": ("PatchingRecord",),
     "pipeline": (
         "card",
@@ -95,6 +97,7 @@ __all__ = [
     "VerdictRecord",
     "card",
     "circuit",
+    "circuit_view",
     "compare",
     "decompose",
     "discover",

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.probing.record import ProbingRecord
     from mixturelens.records import Record
+    from mixturelens.routing.circuit import CircuitRecord
     from mixturelens.routing.repair import RepairRecord
     from mixturelens.routing.verdict import VerdictRecord
 
@@ -198,6 +199,40 @@ def patch(
                 tell(f"{pair.name}: not measured: {reason}")
 
     return records, show
+
+
+Export = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--export",
+        metavar="FILE",
+        help="Write it as .svg, .pdf, .png, .html, or as .json for circuit-tracer and Neuronpedia; may be repeated.",
+    ),
+]
+Contrast = Annotated[
+    str | None, typer.Option("--contrast", metavar="KIND", help="cue or hint; default: the first that there is.")
+]
+Shown = Annotated[int, typer.Option("--edges", help="Edges of each side in a picture, the strongest first.")]
+GraphSide = Annotated[str, typer.Option("--side", help="before or after: the checkpoint of a .json.")]
+
+
+@_on_given
+def circuit(
+    given: Given,
+    options: Options,
+    exhaustive: Exhaustive = False,
+    export: Export = None,
+    contrast: Contrast = None,
+    edges: Shown = 40,
+    side: GraphSide = "after",
+) -> tuple[list[CircuitRecord], Callable[[], None]]:
+    """Show the routing circuit before and after, and write it as a picture or as a graph. RUN: any output folder."""
+    from mixturelens.cli.circuit import asked, circuits_given, export_circuits, show_circuits
+
+    wanted = asked(export or (), contrast, edges, side)
+    found = circuits_given(given, {"exhaustive": exhaustive, **options})
+    written = export_circuits(found, wanted)
+    return [each.record for each in found.values()], lambda: show_circuits(found, wanted, written)
 
 
 @_on_pairs

@@ -1,4 +1,6 @@
-"""Records to plotly figures: the only importer of plotly. Every number drawn is a number of the record."""
+"""Records to plotly figures (circuits: to SVG), by the only importer of plotly. Every number drawn is a number of the
+record.
+"""
 
 from typing import TYPE_CHECKING
 

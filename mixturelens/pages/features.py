@@ -236,11 +236,16 @@ def crosscoders(records: Mapping[str, of.FeatureRecord], pictures: Pictures) -> 
 
 def _cards(cards: Sequence[of.Card], number_of: int) -> list[_Card]:
     """Every card under an anchor of its own."""
-    found: list[_Card] = []
+    return [_card(card, anchor) for card, anchor in zip(cards, anchors(cards, number_of), strict=True)]
+
+
+def anchors(cards: Sequence[of.Card], number_of: int) -> list[str]:
+    """Addresses of a pair's cards on the page; `number_of` as for `featured`."""
+    found: list[str] = []
     for card in cards:
         anchor = f"feature-{number_of}-{_slug(str(card.unit).replace(' feature', ''))}"
-        taken = sum(each.anchor == anchor or each.anchor.startswith(f"{anchor}--") for each in found)
-        found.append(_card(card, f"{anchor}--{taken + 1}" if taken else anchor))
+        taken = sum(each == anchor or each.startswith(f"{anchor}--") for each in found)
+        found.append(f"{anchor}--{taken + 1}" if taken else anchor)
     return found
 
 

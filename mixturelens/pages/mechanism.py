@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mixturelens import figures
 from mixturelens.figures import DASH, SIDES, show, show_interval
+from mixturelens.pages.circuit import circuit_view
+from mixturelens.pages.features import anchors
 from mixturelens.pages.parts import Control, Group, Picture, Pictures, number
 from mixturelens.routing.circuit import CARRIES
 
 if TYPE_CHECKING:
     from mixturelens.contrasts import Kind
+    from mixturelens.pages.pair import Findings
     from mixturelens.patching.record import PatchingRecord, ReaderHeads
     from mixturelens.routing.circuit import CircuitRecord, Overlap, RoutingCircuit
     from mixturelens.routing.repair import Repair, RepairRecord
     from mixturelens.types import Component, Site
 
+_FOLLOW = "follow thick lines from the tokens at the bottom to the logits on top: they carry the contrast."
 RANDOM = 0.05
 """Largest p of the repair among random ones: an error of 5%, as everywhere."""
 ALIKE = 20
@@ -91,16 +95,9 @@ class Repaired(NamedTuple):
     missing: tuple[str, ...]
 
 
-def where(
-    name: str,
-    record: PatchingRecord | None,
-    circuits: CircuitRecord | None,
-    cues: Sequence[str],
-    pictures: Pictures,
-) -> Where:
-    """The section about what patching and circuits say of a pair. `cues`: all of the suite, which their colours go
-    by.
-    """
+def where(found: Findings, number_of: int, pictures: Pictures) -> Where:
+    """The section about what patching and circuits say of a pair; `number_of`: its number on the page."""
+    record, circuits, cues = found.patching, found.circuit, found.behaviour.cues
     missing = () if record is None else record.missing
     unmapped = () if circuits is None else tuple(f"circuit of the {why}" for why in circuits.missing)
     groups, pictures = [], pictures.about((*missing, *unmapped))
@@ -108,10 +105,10 @@ def where(
         groups += [_maps(record, kind, pictures) for kind in ("cue", "hint", "checkpoint") if _sweeps(record, kind)]
         if record.attention:
             groups.append(_attention(record, cues, pictures))
-    if circuits is not None:
-        groups.append(_circuits(circuits.circuits, pictures))
+    if circuits is not None and circuits.circuits:
+        groups.append(_circuits(found, circuits, number_of, pictures))
     overlaps = [] if circuits is None else [_alike(each) for each in circuits.overlaps if each.size == ALIKE]
-    return Where(name, groups, [] if record is None else _readers(record), overlaps, (*missing, *unmapped))
+    return Where(found.name, groups, [] if record is None else _readers(record), overlaps, (*missing, *unmapped))
 
 
 def _alike(overlap: Overlap) -> _Alike:
@@ -204,20 +201,19 @@ def _attention(record: PatchingRecord, cues: Sequence[str], pictures: Pictures) 
     )
 
 
-def _circuits(circuits: Sequence[RoutingCircuit], pictures: Pictures) -> Group:
-    kinds = list(dict.fromkeys(of.kind for of in circuits))
-    found = [
-        pictures.add(
-            figures.circuit([of for of in circuits if of.kind == kind]),
+def _circuits(of_pair: Findings, record: CircuitRecord, number_of: int, pictures: Pictures) -> Group:
+    circuits = record.circuits
+    links = [] if of_pair.features is None else anchors(of_pair.features.cards, number_of)
+    found = []
+    for kind in dict.fromkeys(of.kind for of in circuits):
+        view = circuit_view(record, kind, patching=of_pair.patching, features=of_pair.features, anchors=links)
+        shown = [of for of in circuits if of.kind == kind]
+        caption = (
             f"The {kind} contrast: each line runs from who writes (below) to who reads (above), at one token. "
             "Width: share of the contrast; dashed: a head carries it from one token to another; yellow: S and R "
-            f"differ. Hover for numbers.{_complete([of for of in circuits if of.kind == kind])}"
-            f"{_verified([of for of in circuits if of.kind == kind])}",
-            read="follow thick lines from the tokens at the bottom to the logits on top: they carry the contrast.",
-            whiskers=False,
+            f"differ.{_complete(shown)}{_verified(shown)}"
         )
-        for kind in kinds
-    ]
+        found.append(pictures.draw(view.html, caption, read=_FOLLOW))
     found.append(
         pictures.add(
             figures.faithfulness(circuits),

@@ -57,8 +57,8 @@ def write_report(path: Path, findings: Sequence[Findings], grown: Grown) -> Path
         "split": _splits(verdicts, pictures) if findings else [],
         "tables": [_table(each, pictures) for each in findings if each.behaviour.table],
         "where": [
-            mechanism.where(each.name, each.patching, each.circuit, each.behaviour.cues, pictures)
-            for each in findings
+            mechanism.where(each, i, pictures)
+            for i, each in enumerate(findings, start=1)
             if each.patching or each.circuit
         ],
         "reading": [

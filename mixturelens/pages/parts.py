@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import gzip
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mixturelens import figures
@@ -26,6 +26,8 @@ class Picture(NamedTuple):
     caption: str
     read: str
     """One sentence for a reader who sees such a figure for the first time."""
+    html: str = ""
+    """Of a figure that plotly does not draw."""
 
 
 class Pictures:
@@ -48,9 +50,15 @@ class Pictures:
         layout: dict[str, int] = figure.to_plotly_json()["layout"]
         return Picture(len(self._drawn), layout.get("height", 450), caption, read)
 
+    def draw(self, html: Callable[[str], str], caption: str, *, read: str) -> Picture:
+        """Keep a figure that is an element of its own under the next number: `html` makes it, of its id."""
+        self._drawn.append("null")
+        number = len(self._drawn)
+        return Picture(number, 0, caption + self.few, read, html(f"figure-{number}"))
+
     def packed(self) -> dict[str, str]:
         """What the page's script unpacks and draws: plotly.js, and all figures; nothing where there are none."""
-        if not self._drawn:
+        if set(self._drawn) <= {"null"}:
             return {}
         return {"plotly": _packed_once(figures.plotly_script()), "drawn": _pack(f"[{','.join(self._drawn)}]")}
 

@@ -36,6 +36,8 @@ from mixturelens.patching.attribution import (
 from mixturelens.patching.graph import Graph, edge_graph, masked
 from mixturelens.patching.sweep import APART, Direction, patch
 from mixturelens.records import Record
+from mixturelens.routing.looks import Look, looks
+from mixturelens.routing.overlap import Overlap, overlaps
 from mixturelens.stats import FEWEST, apart, interval, resample_counts, resampled_mean, share, too_few
 from mixturelens.types import NOT_MEASURED, Frozen, InputError, Interval, RunError, Side, Site
 
@@ -43,10 +45,6 @@ SHOWN = 120
 """Edges, at most, that a record holds: the strongest."""
 DRAWS = 400
 """Bootstrap samples of a circuit: there are many edges."""
-COMPARED = (10, 20, 50, 100)
-"""Sizes at which two circuits are compared."""
-MOST = 0.4
-"""Share of all edges up to which it says anything that two circuits share them."""
 VERIFIED = 48
 """Heads and MLPs, at most, that are patched exactly: the strongest by slopes. Two directions of so many are 96 runs, as
 many as the slopes take (STEPS forwards and backwards), and of most runs only the later layers are computed."""
@@ -164,20 +162,10 @@ class RoutingCircuit(Frozen):
     missed: Missed | None = None
     nodes: tuple[CircuitNode, ...]
     edges: tuple[CircuitEdge, ...]
+    looks: tuple[Look, ...] = ()
+    """Of every head from every position at which it is a sender of `edges`; none in records from before they were
+    kept."""
     faithfulness: FaithfulnessCurve
-
-
-class Overlap(Frozen):
-    """How many of their strongest edges the circuits of two checkpoints share, on the same contrasts."""
-
-    kind: Kind
-    left: str
-    right: str
-    size: int
-    jaccard: Interval
-    """Shared edges over edges of either: 1 if the two are the same."""
-    chance: float
-    """What two random circuits of this size share."""
 
 
 class CircuitRecord(Record):
@@ -250,11 +238,11 @@ def circuit_record(
                 missing.append(f"{each.kind}, {name}: {error}")
                 continue
             found.setdefault(each.kind, {})[name] = scores.per_question[:, graph.exists]
-    overlaps = [overlap for kind in ("cue", "hint") for overlap in _overlaps(kind, found.get(kind, {}), seed)]
+    alike = [each for kind in ("cue", "hint") for each in overlaps(kind, found.get(kind, {}), seed, DRAWS)]
     compared = tuple(fingerprint(other.after) for other in also.values() if other.after is not None)
     # each is ranked by one half of its questions and judged on the other
     missing += too_few(" and ".join(found), *(each.questions // 2 for each in circuits))
-    return CircuitRecord(circuits=tuple(circuits), overlaps=tuple(overlaps), compared=compared, missing=tuple(missing))
+    return CircuitRecord(circuits=tuple(circuits), overlaps=tuple(alike), compared=compared, missing=tuple(missing))
 
 
 def routing_circuit(
@@ -327,6 +315,7 @@ def _circuit(
     ranking = scores.per_question[contrasts.rows_of(0)].mean(0)
     few = resample_counts(len(judge), seed)
     curve = faithfulness(graph, judge, ranking, few, Circuits(effort.fractions, range(effort.random)))
+    writers = {(graph.writers[writer], position) for position, writer, _ in edges.tolist()}
     total = len(graph)
     random = [[one.kept[i] for one in curve.random] for i in range(len(curve.edges))]
     return RoutingCircuit(
@@ -349,6 +338,7 @@ def _circuit(
             )
             for i, (position, writer, reader) in enumerate(edges.tolist())
         ),
+        looks=looks(graph.lens, on, writers),
         faithfulness=FaithfulnessCurve(
             sizes=curve.edges,
             fractions=tuple(round(size / total, 6) for size in curve.edges),
@@ -421,32 +411,3 @@ def _envelope(values: Sequence[Interval]) -> Interval:
         return NOT_MEASURED
     value, low, high = zip(*known, strict=True)
     return Interval(value=round(float(np.mean(value)), 10), low=min(low), high=max(high))
-
-
-def _overlaps(kind: Kind, found: dict[str, Float[Tensor, "row edge"]], seed: int) -> list[Overlap]:
-    """Every two checkpoints: the Jaccard index of their strongest edges, resampled over questions."""
-    names = list(found)
-    result = []
-    for i, left in enumerate(names):
-        for right in names[i + 1 :]:
-            flat = [found[name] for name in (left, right)]
-            edges = flat[0].shape[1]
-            counts = resample_counts(len(flat[0]), seed, draws=DRAWS)
-            draws = [np.abs(resampled_mean(each.double().numpy(), counts)) for each in flat]
-            for size in COMPARED:
-                if size > MOST * edges:
-                    continue
-                tops = [np.argpartition(-each, size, axis=1)[:, :size] for each in draws]
-                shared = np.array([len(np.intersect1d(x, y)) for x, y in zip(*tops, strict=True)])
-                expected = size * size / edges
-                result.append(
-                    Overlap(
-                        kind=kind,
-                        left=left,
-                        right=right,
-                        size=size,
-                        jaccard=interval(shared / (2 * size - shared), counts),
-                        chance=round(expected / (2 * size - expected), 6),
-                    )
-                )
-    return result
