@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
@@ -121,8 +122,8 @@ def interval(
     Interval(value=50.0, low=2.5, high=97.5)
     """
     value = float(draws[0])
-    usable = draws[1:][np.isfinite(draws[1:])]
-    if not np.isfinite(value) or not len(usable):
+    usable = _ordered(draws)
+    if not math.isfinite(value) or not len(usable):
         return NOT_MEASURED
     questions = None if counts is None else counts.shape[1]
     least, most = bounds or (-math.inf, math.inf)
@@ -130,7 +131,7 @@ def interval(
     if questions == 1 and not ends:
         return Interval(value=round(value, digits))
     low, high = _percentiles(usable)
-    if counts is not None and 1 < counts.shape[1] < FEW:
+    if counts is not None and 1 < counts.shape[1] < FEW and usable[0] < usable[-1]:
         wide = _t(counts.shape[1]) * _standard_error(usable, counts)
         low, high = min(low, value - wide), max(high, value + wide)
     if questions is not None and ends:
@@ -140,6 +141,7 @@ def interval(
     return Interval(value=value, low=low, high=high)
 
 
+@functools.cache
 def _t(questions: int) -> float:
     """Student's t of so many questions, for the level of all intervals."""
     from scipy.special import stdtrit
@@ -147,28 +149,44 @@ def _t(questions: int) -> float:
     return float(stdtrit(questions - 1, (1 + LEVEL) / 2))
 
 
-def _standard_error(draws: Float[np.ndarray, " usable"], counts: Int[np.ndarray, "draw question"]) -> float:
+def _ordered(draws: Float[np.ndarray, " draw"]) -> Float[np.ndarray, " usable"]:
+    """The draws behind the estimate that are defined, in order."""
+    return np.sort(draws[1:][np.isfinite(draws[1:])])
+
+
+def _quantile(ordered: Float[np.ndarray, " usable"], share: float) -> float:
+    """Between two draws, in proportion: what `np.quantile` says, which orders them anew every time."""
+    place = share * (len(ordered) - 1)
+    below = min(int(place), max(0, len(ordered) - 2))
+    low, high = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)])
+    return low + (high - low) * (place - below)
+
+
+def _standard_error(ordered: Float[np.ndarray, " usable"], counts: Int[np.ndarray, "draw question"]) -> float:
     """Of a sample of full size, from draws of smaller ones; their outermost say nothing (see `MOST_SKEWED`)."""
-    spread = np.clip(draws, *np.percentile(draws, [2.5, 97.5])).std()
-    return float(spread * (counts[1:].sum(1).mean() / (counts.shape[1] - 1)) ** 0.5)
+    spread = np.clip(ordered, _quantile(ordered, 0.025), _quantile(ordered, 0.975)).std()
+    drawn = counts[1:].sum() / (len(counts) - 1)
+    return float(spread * (drawn / (counts.shape[1] - 1)) ** 0.5)
 
 
-def _percentiles(draws: Float[np.ndarray, " draw"]) -> tuple[float, float]:
+def _percentiles(ordered: Float[np.ndarray, " usable"]) -> tuple[float, float]:
     """The ends of what holds LEVEL of the draws, moved where they are skewed."""
-    low, high = np.percentile(draws, [100 * NORMAL.cdf(_moved(sign * TAIL, draws)) for sign in (-1, 1)])
-    return float(low), float(high)
+    if ordered[0] == ordered[-1]:
+        return float(ordered[0]), float(ordered[0])
+    a = max(-MOST_SKEWED, min(MOST_SKEWED, _skewness(ordered))) / 6
+    # BCa's places, in normal units, of what would be at -TAIL and TAIL in draws without skew
+    low, high = (a + (a + z) / (1 - a * (a + z)) for z in (-TAIL, TAIL))
+    return _quantile(ordered, NORMAL.cdf(low)), _quantile(ordered, NORMAL.cdf(high))
 
 
-def _moved(z: float, draws: Float[np.ndarray, " draw"]) -> float:
-    """BCa's place, in normal units, of what would be at z in draws without skew."""
-    off = draws - draws.mean()
+def _skewness(ordered: Float[np.ndarray, " usable"]) -> float:
+    """0 where draws differ by no more than rounding."""
+    off = ordered - ordered.mean()
     spread = off.std()
-    if not spread > 1e-12 * np.abs(draws).max():
-        return z
+    if not spread > 1e-12 * max(abs(ordered[0]), abs(ordered[-1])):
+        return 0.0
     off = off / spread  # before the cube, which of tiny numbers is zero
-    skewness = float((off * off * off).mean())
-    a = max(-MOST_SKEWED, min(MOST_SKEWED, skewness)) / 6
-    return a + (a + z) / (1 - a * (a + z))
+    return float((off * off * off).mean())
 
 
 def mean_interval(
@@ -212,7 +230,7 @@ def apart(whole: Float[np.ndarray, " draw"], least: float) -> bool:
     >>> apart(np.array([0.6, 0.7, 0.8]), least=0.5), apart(np.array([0.1, -0.2, 0.3]), least=0.5)
     (True, False)
     """
-    usable = whole[1:][np.isfinite(whole[1:])]
+    usable = _ordered(whole)
     if not np.isfinite(whole[0]) or not len(usable):
         return False
     low, high = _percentiles(usable)

@@ -53,7 +53,8 @@ def label_completions(
     policies = [*suite.policies, OTHER]
     names = suite.behaviour_names
     memo: dict[tuple[str, str | None], tuple[tuple[int, int, int], str]] = {}
-    found = np.zeros((len(drawn.tokens), 4), dtype=int)
+    right: dict[tuple[str, str], bool] = {}
+    found: list[tuple[int, int, int, bool]] = []
     for i, text in enumerate(texts_of(scorer, prompts, drawn)):
         if forced is not None:
             text = f"{forced[i]}{'' if text[:1].isspace() or forced[i][-1:].isspace() else ' '}{text}"
@@ -65,8 +66,11 @@ def label_completions(
             m = 0 if label.policy is None else policies.index(label.policy)
             memo[key] = (m, label.wording, max(b, 0)), label.rest
         label_of, rest = memo[key]
-        found[i] = *label_of, suite.correct(rest, row)
-    return Labelled(found[:, 0], found[:, 1], found[:, 2], found[:, 3].astype(bool))
+        if (rest, row.answer) not in right:
+            right[rest, row.answer] = suite.correct(rest, row)
+        found.append((*label_of, right[rest, row.answer]))
+    policy, wording, behaviour, correct = np.array(found, dtype=int).reshape(-1, 4).T
+    return Labelled(policy, wording, behaviour, correct.astype(bool))
 
 
 def draw_forced(

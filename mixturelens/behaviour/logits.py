@@ -195,15 +195,16 @@ def _whole_rows(models: Sequence[Model], contexts: Sequence[Ids], continuations:
         width = max(lengths[i] for i in rows)
         first = min(starts[i] for i in rows) - 1
         steps = max(1, *(len(continuations[i]) for i in rows))
-        ids, real = (torch.zeros(len(rows), width, dtype=kind) for kind in (torch.long, torch.bool))
-        targets = torch.full((len(rows), steps), -100, dtype=torch.long)
-        at = torch.zeros(len(rows), steps, dtype=torch.long)
-        for row, i in enumerate(rows):
-            ids[row, : lengths[i]] = torch.tensor([*contexts[i], *(max(t, 0) for t in continuations[i])])
-            real[row, : lengths[i]] = True
-            count = len(continuations[i])
-            targets[row, :count] = torch.tensor(list(continuations[i]))
-            at[row, :count] = torch.arange(count) + starts[i] - 1 - first
+        # lists first: a tensor of each row takes longer than the forward of a small model
+        filled, aimed, placed = [], [], []
+        for i in rows:
+            known, count = continuations[i], len(continuations[i])
+            filled.append([*contexts[i], *(max(t, 0) for t in known), *[END] * (width - lengths[i])])
+            aimed.append([*known, *[-100] * (steps - count)])
+            at = starts[i] - 1 - first
+            placed.append([*range(at, at + count), *[0] * (steps - count)])
+        ids, targets, at = (torch.tensor(each, dtype=torch.long) for each in (filled, aimed, placed))
+        real = ids != END
         keep = torch.arange(first, width - 1) if width - 1 > first else torch.arange(first, width)
         found = []
         with torch.inference_mode():  # not around the yield: it would hold for the caller, too
