@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixturelens.types import InputError, shown
+from mixturelens.types import InputError
 
 if TYPE_CHECKING:
     from mixturelens.models import Budget
