@@ -59,3 +59,13 @@ def test_what_is_announced_says_how_long_it_takes() -> None:
     assert isinstance(line, Announced)
     assert (line, line.seconds) == ("repair: about 3 min, at most 1.0 GB, if so", 200.0)
     assert announced("repair", Estimate(seconds=3.0, memory=1e9)).seconds is None
+
+
+def test_a_command_that_has_said_nothing_yet_says_that_it_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "TICK", 0.05)
+    with working(quiet=False) as (_, say):
+        time.sleep(0.2)
+        say("behaviour")
+    assert capsys.readouterr().err.splitlines() == ["loading libraries and checkpoints", "measuring: behaviour"]

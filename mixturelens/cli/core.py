@@ -84,8 +84,14 @@ class Given(NamedTuple):
 
     def pairs(self) -> list[Pair]:
         """RUN, or --before [--after] --suite, but not both."""
+        pairs = self._named()
+        device = device_of(self.device)  # imports torch: whatever is wrong with files has been said before
+        for pair in pairs:
+            pair.device = device
+        return pairs
+
+    def _named(self) -> list[Pair]:
         how: How = {
-            "device": device_of(self.device),
             "dtype": "float32" if self.dtype is None else self.dtype,
             "budget": budget_of(self.minutes, self.memory),
         }
@@ -427,11 +433,12 @@ def discover(
         from mixturelens.models import Pair
 
         asked = read_prompts(prompts, chat=chat, max_new_tokens=max_new_tokens, samples=samples)
-        how: How = {"base": base, "device": device_of(device), "dtype": "float32" if dtype is None else dtype}
+        how: How = {"base": base, "dtype": "float32" if dtype is None else dtype}
         how["completions"] = completions
         pair = Pair(before, after, asked.suite, out=out, **how)
         if (pair.out / "prompts.jsonl").resolve() == prompts.resolve():
             raise InputError(f"--out {pair.out}: the prompts of the proposed suite would be written over {prompts}")
+        pair.device = device_of(device)
         draw(pair, asked, seed_of(seed), say, lambda done, total: progress("completions", done, total, {}))
         record = ml.discover(pair, asked, DiscoverySettings(second, embed), seed=seed, say=say)
     show_discovered(record, pair.out / "discover.html", pair.out / "suite.yaml", as_json)

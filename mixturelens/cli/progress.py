@@ -17,6 +17,8 @@ TICK = 1.0
 """Seconds after which a terminal shows again how long work has taken."""
 BEAT = 30.0
 """Seconds after which a log says again what is going on."""
+LOADING = "loading libraries and checkpoints"
+"""What a command does at first: importing torch and transformers alone takes seconds."""
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as progress(stage, step, steps, numbers)."""
 Say = Callable[[str], None]
@@ -59,9 +61,9 @@ class _Screen:
         self.console, self.bars = console, bars
         self.tasks: dict[str, Any] = {}
         self.began: dict[str, tuple[float, int]] = {}
-        self.what = ""
+        self.what = LOADING
         """The work that was announced last, and what it does now (empty: work that counts its steps, or none)."""
-        self.step = ""
+        self.step, self.told = "", False
         self.start = self.last = time.monotonic()
         self.seconds: float | None = None
         """What the announced work takes in all."""
@@ -90,7 +92,7 @@ class _Screen:
             seconds = getattr(text, "seconds", None)
             self.last = time.monotonic()
             what, _, step = text.partition(": ")
-            if seconds is not None or not self.what:
+            if seconds is not None or self.what in ("", LOADING):
                 self._end()
                 self.what, self.start, self.seconds = what, self.last, seconds
             self.step = "" if seconds is not None else step if what == self.what else text
@@ -126,6 +128,9 @@ class _Screen:
         if self.bars is not None:
             total = None if self.seconds is None else max(self.seconds, gone)
             self._bar(self.what, total, completed=gone, done="", left=left, numbers=self.step)
+        elif self.what == LOADING and not self.told:
+            self.told = True
+            self._print(LOADING, "dim")
         elif now - self.last >= BEAT:
             self.last = now
             also = f", {left}" if left else ""
