@@ -23,7 +23,7 @@ from mixturelens.types import InputError
 MB = 1 << 20
 WRITTEN = MB // 2
 """Bytes of a file that a person writes: a suite, a spec, a grid, a template."""
-MADE = 256 * MB
+MADE = 128 * MB
 """Bytes of a file that programs write: prompts, a record, a tokenizer."""
 DEEP = 64
 """Levels of lists and mappings in one another."""
@@ -286,7 +286,8 @@ def json_objects(path: Path, missing: str) -> Iterator[tuple[int, Any]]:
     `missing` is said where there is no such file. Raises InputError for a file that cannot be read.
     """
     # not splitlines: a text may hold separators of lines that JSON does not escape
-    for number, line in enumerate(read_text(path, missing, MADE).split("\n"), start=1):
+    lines = (found[0] for found in re.finditer(r"[^\n]*\n?", read_text(path, missing, MADE)))
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield number, json_of(line)

@@ -581,7 +581,7 @@ def test_chat_templates_that_differ_are_said_and_chosen(pairs: Path, tmp_path: P
         assert pair.tokenizer.chat_template == templates["after"]
         assert pair.differences[0].startswith("chat templates differ; that of after is used")
     (R / "chat_template.jinja").unlink()
-    assert "the tokenizer has no chat template; remove `chat:` or add one" in refused(opened, "before")
+    assert "has no chat template; remove `chat:` or add one" in refused(opened, "before")
     # and where prompts are plain texts, templates are nothing to a suite
     row = suite.prompts[0].model_copy(update={"messages": None, "prompt": "what colour is the sky?"})
     (R / "chat_template.jinja").write_text(templates["after"])
