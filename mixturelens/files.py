@@ -44,17 +44,20 @@ def read_bytes(path: Path, missing: str, most: int = WRITTEN) -> bytes:
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(handle, "rb") as stream:
+        try:
             status = os.fstat(handle)
+            if stat.S_ISDIR(status.st_mode):
+                raise InputError(f"{path}: a folder, and a file is needed")
             if not stat.S_ISREG(status.st_mode):
                 raise InputError(f"{path}: no regular file, and one is needed; copy what it gives into a file")
             if status.st_size > most:
                 raise InputError(f"{path}: has {status.st_size} bytes, and {most} are read at most; give a smaller one")
-            return stream.read(most + 1)
+            with os.fdopen(handle, "rb", closefd=False) as stream:
+                return stream.read(most + 1)
+        finally:
+            os.close(handle)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: {missing}") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: a folder, and a file is needed") from None
     except (OSError, ValueError) as error:  # no permission, a link to itself, a name that cannot be one
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 

@@ -90,7 +90,7 @@ def one(valid: Path, number: int, pick: Callable[[int], int]) -> None:
         shutil.rmtree(folder)
 
 
-@settings(MANY, max_examples=240)
+@settings(MANY, max_examples=240, derandomize=True)
 @given(st.integers(0, len(KINDS) - 1), st.randoms(use_true_random=False))
 def test_what_is_spoiled_is_read_or_refused(valid: Path, number: int, draw: random.Random):
     one(valid, number, draw.randrange)
@@ -234,7 +234,7 @@ def done(desk: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     return status, err
 
 
-@settings(MANY, max_examples=60)
+@settings(MANY, max_examples=60, derandomize=True)
 @given(draw=st.randoms(use_true_random=False))
 def test_whatever_is_given_as_arguments_is_done_or_refused(
     desk: Path, reached: None, capsys: pytest.CaptureFixture[str], draw: random.Random
