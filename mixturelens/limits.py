@@ -16,9 +16,10 @@ MEMORY = 256 << 20
 
 @contextlib.contextmanager
 def limited(seconds: float, memory: int = MEMORY) -> Iterator[None]:
-    """Raise TimeoutError in work that takes longer, and MemoryError in work that takes more.
+    """Raise TimeoutError in work that computes for longer, and MemoryError in work that takes more.
 
-    The time is that of the main thread, where a command runs: another has no such limit. Memory is limited where the
+    Time is what the process computes, however busy the machine is; and it is limited in the main thread alone, where a
+    command runs. Memory is limited where the
     system lets a process limit itself (Linux).
     """
     with contextlib.ExitStack() as stack:
@@ -32,15 +33,15 @@ def limited(seconds: float, memory: int = MEMORY) -> Iterator[None]:
 @contextlib.contextmanager
 def _timed(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"takes more than {seconds:g} s")
+        raise TimeoutError(f"takes more than {seconds:g} s of computing")
 
-    handler = signal.signal(signal.SIGALRM, stop)
-    left, every = signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler = signal.signal(signal.SIGVTALRM, stop)
+    left, every = signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, left, every)  # whoever set one before goes on waiting
-        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_VIRTUAL, left, every)  # whoever set one before goes on waiting
+        signal.signal(signal.SIGVTALRM, handler)
 
 
 @contextlib.contextmanager

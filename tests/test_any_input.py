@@ -33,7 +33,7 @@ from mixturelens.types import InputError, RunError, shown
 
 MANY = settings(deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 """What fails is one file; to shrink a draw of it would take minutes, and make it no clearer."""
-SECONDS = 15.0
+SECONDS = 30.0
 MEMORY = 3 << 30
 
 
@@ -50,7 +50,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
     """Work that must end: what does not listen ends the tests, with the place where it was."""
-    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(300, exit=True, file=sys.__stderr__)
     try:
         with limited(SECONDS, MEMORY), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of libraries, about what they were given

@@ -52,10 +52,10 @@ def through(template: str, **template_kwargs: object) -> str:
 )
 def test_a_template_that_takes_all_time_or_memory_is_stopped_and_named(template: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(chat, "SECONDS", SECONDS)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InputError, match=r"^prompt 'q' under cue 'A': the chat template fails on it \(") as caught:
         through(template)
-    assert time.monotonic() - began < 10 * SECONDS
+    assert time.process_time() - began < 10 * SECONDS
     assert "\n" not in str(caught.value)
 
 
@@ -91,12 +91,12 @@ def test_a_usual_template_says_what_it_says():
 def test_nobody_elses_alarm_is_taken():
     def handler(*_: object) -> None: ...
 
-    kept = signal.signal(signal.SIGALRM, handler)
+    kept = signal.signal(signal.SIGVTALRM, handler)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 100)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 100)
         through("x")
-        assert signal.getsignal(signal.SIGALRM) is handler
-        assert 90 < signal.getitimer(signal.ITIMER_REAL)[0] <= 100
+        assert signal.getsignal(signal.SIGVTALRM) is handler
+        assert 90 < signal.getitimer(signal.ITIMER_VIRTUAL)[0] < 101
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, kept)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, kept)
