@@ -23,7 +23,7 @@ from mixturelens.discovery.information import ALPHA, told
 from mixturelens.discovery.policies import APART, LEAST, REFUSAL, Parted, Questions, changed, policy_names
 from mixturelens.rules import search
 from mixturelens.suite import Rule
-from mixturelens.types import ANSWER, REFUSE, InputError
+from mixturelens.types import ANSWER, REFUSE, loading
 
 GROUPS = 5
 """Groups that are looked for, at most."""
@@ -177,11 +177,9 @@ def _embedded(texts: Sequence[str], encoder: Path) -> Float[np.ndarray, "complet
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    try:
+    with loading(f"--embed {encoder}", "cannot be loaded as an encoder; leave it out"):
         tokenizer: Any = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
-        model = AutoModel.from_pretrained(encoder, local_files_only=True).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--embed {encoder}: cannot be loaded as an encoder ({error}); leave it out") from None
+        model = AutoModel.from_pretrained(encoder, local_files_only=True, use_safetensors=True).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     distinct = sorted(set(texts), key=len)
     found: dict[str, np.ndarray] = {}
