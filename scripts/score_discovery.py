@@ -21,6 +21,7 @@ from mixturelens.discovery.asked import read_prompts
 from mixturelens.discovery.draws import Draws, stored
 from mixturelens.discovery.propose import propose
 from mixturelens.lab.proving.pairs import GroundCell, grid, make_pair
+from mixturelens.lab.runs import run_pairs
 from mixturelens.models import Pair
 from mixturelens.records import Provenance, Record, with_versions, write_text
 from mixturelens.suite import Suite
@@ -58,6 +59,8 @@ class Scores(Record):
     INDENT = None
 
     pairs: tuple[Scored, ...]
+    pretrained: tuple[Scored, ...] = ()
+    """Pairs of pretrained models."""
 
 
 def cells(half: str) -> list[GroundCell]:
@@ -72,39 +75,64 @@ def cells(half: str) -> list[GroundCell]:
 def ask(suite: Suite, path: Path) -> Path:
     """The neutral prompts of a suite and their answers, in any order but that of their cues."""
     rows = [suite.neutral[i] for i in np.random.default_rng(0).permutation(len(suite.neutral))]
-    lines = [{"id": row.id, "prompt": row.text, "answer": row.answer} for row in rows]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    system = suite.chat.system if suite.chat else None
+    said: list[dict[str, object]] = []
+    for row in rows:
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": row.text}]
+        said.append({"id": row.id, **({"messages": turns} if system else {"prompt": row.text}), "answer": row.answer})
+    write_text(path, "".join(json.dumps(line) + "\n" for line in said))
     return path
 
 
 def score(cell: GroundCell, ground: Path) -> Scored:
+    """One pair of the proving ground, whose truth was enumerated."""
+    made = make_pair(cell, ground)
+    suite = made.load_suite()
+    pair = Pair(made.before, made.after, suite, out=ground / "discovered" / cell.key)
+    return score_pair(pair, cell.name, made.truth.verdict, (cell.tokens or suite.max_new_tokens, 16))
+
+
+def score_run(run: Path, base: str | None) -> list[Scored]:
+    """Every pair of a run of a pretrained model: its policies are those of the suite that it was trained with."""
+    found = []
+    for grown in run_pairs(run, base=base):
+        pair = Pair(grown.before, grown.after, grown.suite, out=run / "discovered" / grown.name)
+        name = f"{run.name}, {grown.name.removeprefix('sft--')}"
+        found.append(score_pair(pair, name, "not enumerated", (grown.suite.max_new_tokens, 8)))
+    return found
+
+
+def score_pair(pair: Pair, name: str, truth: str, size: tuple[int, int]) -> Scored:
+    """What is found from the prompts of a pair alone, beside what its suite says. Its folder keeps all that is made.
+
+    `size`: tokens of a completion, at most, and completions of each side at a prompt.
+    """
     from sklearn.metrics import adjusted_rand_score
 
-    made = make_pair(cell, ground)
-    true, out = made.load_suite(), ground / "discovered" / cell.key
+    true, out = pair.suite, pair.out
+    templated = true.chat is not None and true.chat.system is None  # messages are anyway
     given = ask(true, out / "given.jsonl")
-    tokens = cell.tokens or true.max_new_tokens
-    chat = true.chat is not None
-    asked = read_prompts(given, chat=chat, max_new_tokens=tokens, samples=16)
-    record = ml.discover(Pair(made.before, made.after, asked.suite, out=out), asked)
+    asked = read_prompts(given, chat=templated, max_new_tokens=size[0], samples=size[1])
+    record = ml.discover(Pair(pair.before, pair.after, asked.suite, out=out), asked)
     _, draws = stored(out)
     proposal = propose(asked, draws, 0, record.provenance)
     rows = {row.text: row for row in true.neutral}
-    labels = [true.label(each.text, rows[asked.rows[each.prompt].text]).policy for each in draws.drawn]
-    cues = [rows[row.text].cue for row in asked.rows]
+    own = [rows[prompt.text] for prompt in asked.prompts]
+    labels = [true.label(each.text, own[each.prompt]).policy for each in draws.drawn]
+    cues = [row.cue for row in own]
     place = next((k for k, c in enumerate(proposal.cues, 1) if adjusted_rand_score(cues, c.of) >= FOUND), None)
     held = {row.id for row in (proposal.suite.prompts if proposal.suite else asked.rows)}
     again = true.model_copy(update={"prompts": tuple(row for row in true.prompts if row.id in held)})
     again.save(out / "true" / "suite.yaml")
     verdicts = [
-        ml.verdict(Pair(made.before, made.after, file, out=out / name)).verdict
-        for name, file in (("of-true", out / "true" / "suite.yaml"), ("of-found", out / "suite.yaml"))
-        if name == "of-true" or record.found
+        ml.verdict(Pair(pair.before, pair.after, file, out=out / part)).verdict
+        for part, file in (("of-true", out / "true" / "suite.yaml"), ("of-found", out / "suite.yaml"))
+        if part == "of-true" or record.found
     ]
     return Scored(
         provenance=with_versions(Provenance(before=record.provenance.before, after=record.provenance.after)),
-        pair=cell.name,
-        truth=made.truth.verdict,
+        pair=name,
+        truth=truth,
         found=record.found,
         policies=len(record.policies),
         rand=float(adjusted_rand_score(labels, proposal.parted.policy)),
@@ -174,23 +202,35 @@ def main() -> None:
     parser.add_argument("--only", default="", help="Pairs whose name holds this.")
     parser.add_argument("--keep", action="store_true", help="Keep the scores, and write them into docs/discover.md.")
     parser.add_argument("--null", type=Path, metavar="FOUND", help="Instead: the nulls of what discover left there.")
+    parser.add_argument("--run", type=Path, action="append", help="Instead: the pairs of runs of a pretrained model.")
+    parser.add_argument("--base", help="The weights that the adapters of these runs are applied on.")
     arguments = parser.parse_args()
     if arguments.null is not None:
         print(", ".join(f"{name}: found in {times} of {NULLS}" for name, times in nulls(arguments.null, NULLS).items()))
         return
-    done = []
-    for cell in cells(arguments.half):
-        if arguments.only not in cell.name:
-            continue
-        file = arguments.ground / "discovered" / f"{cell.key}.json"
-        if not file.is_file():
-            score(cell, arguments.ground).save(file)
-        done.append(Scored.load(file))
-        print(table(done[-1:]).splitlines()[-1], flush=True)
-    print(summary(done))
+    kept = Scores.load(KEPT) if KEPT.is_file() else Scores(pairs=())
+    if arguments.run:
+        done = [each for run in arguments.run for each in score_run(run, arguments.base)]
+        print(table(done))
+        kept = kept.model_copy(update={"pretrained": tuple(done)})
+    else:
+        done = []
+        for cell in cells(arguments.half):
+            if arguments.only not in cell.name:
+                continue
+            file = arguments.ground / "discovered" / f"{cell.key}.json"
+            if not file.is_file():
+                score(cell, arguments.ground).save(file)
+            done.append(Scored.load(file))
+            print(table(done[-1:]).splitlines()[-1], flush=True)
+        print(summary(done))
+        kept = kept.model_copy(update={"pairs": tuple(done)})
     if arguments.keep:
-        Scores(pairs=tuple(done)).save(KEPT)
-        put("discovery", f"{summary(done)}\n\n{table(done)}", "score_discovery", PAGE)
+        kept.save(KEPT)
+        if arguments.run:
+            put("pretrained", table(kept.pretrained), "score_discovery", PAGE)
+        else:
+            put("discovery", f"{summary(kept.pairs)}\n\n{table(kept.pairs)}", "score_discovery", PAGE)
 
 
 if __name__ == "__main__":
