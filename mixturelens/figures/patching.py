@@ -28,7 +28,8 @@ _Cell = tuple[int, int | None]
 def patching_map(sweep: Sweep, component: Component) -> Figure:
     """Effects of one component, shares of the contrast: positions across, layers (and heads) up.
 
-    Written out: what is at least WORTH and whose interval over questions excludes 0.
+    Written out: what is at least WORTH and whose interval over questions excludes 0. Raises ValueError for a component
+    that was not patched at single positions.
     """
     return _maps([[sweep]], component)
 
@@ -50,6 +51,8 @@ def _maps(rows: Sequence[Sequence[Sweep]], component: Component) -> Figure:
     """A row of maps for each row of sweeps, all with the same rows of cells and on one scale."""
     grids = [[grid for sweep in row if (grid := _grid(sweep, component)).effects] for row in rows]
     grids = [row for row in grids if row]
+    if not grids:
+        raise ValueError(f"nothing to draw: {component} was not patched at any position")
     every = [grid for row in grids for grid in row]
     columns = max((len(row) for row in grids), default=1)
     cells = list(dict.fromkeys(cell for grid in every for cell, _ in grid.effects))

@@ -48,7 +48,9 @@ from IPython.display import Image, Markdown, display
 import mixturelens as ml
 from mixturelens import figures
 from mixturelens.behaviour.trajectory import Trajectory
+from mixturelens.models import quiet_libraries
 
+quiet_libraries()
 # small files; drawn by JupyterLab and VS Code, without a network
 plotly.io.renderers.default = "colab" if "google.colab" in sys.modules else "plotly_mimetype"
 
