@@ -139,7 +139,7 @@ class _Screen:
 
     def _print(self, text: str, style: str = "") -> None:
         """A line, in which names and texts of other people move no cursor."""
-        self.console.print(shown(text), style=style, markup=False, highlight=False)
+        self.console.print(shown(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _bar(self, name: str, total: float | None, **state: Any) -> None:
         if name not in self.tasks:

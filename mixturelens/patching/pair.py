@@ -204,7 +204,10 @@ def _plan(pair: Pair, cue: Contrasts, hinted: bool, exhaustive: bool, missing: l
     if questions < len(cue.rows):
         why = f"--minutes {allowed:g}" if questions < min(len(cue.rows), QUESTIONS) else "--exhaustive takes all"
         missing.append(f"patching: {questions} of {len(cue.rows)} questions ({why})")
-    return _Plan(exhaustive, questions, takes(questions))
+    least = takes(questions)
+    if allowed is not None and least.seconds > 60 * allowed:
+        missing.append(f"--minutes {allowed:g}: patching takes {least} at least")
+    return _Plan(exhaustive, questions, least)
 
 
 def _held(size: Size, contrasts: Contrasts, exhaustive: bool) -> float:

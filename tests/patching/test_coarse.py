@@ -12,10 +12,11 @@ import torch
 from mixturelens.contrasts import Contrasts, checkpoint_contrasts, cue_contrasts
 from mixturelens.hooks.batches import sides
 from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.models import Budget, Pair
 from mixturelens.patching import coarse as room
 from mixturelens.patching import sweep
 from mixturelens.patching.coarse import coarse, coarse_tokens, outputs, patched_tokens
-from mixturelens.patching.pair import shared_spans
+from mixturelens.patching.pair import _plan, shared_spans
 from mixturelens.patching.slopes import strengths
 from mixturelens.patching.sweep import Bench, Direction, find_reader, head_sites, jointly, patch
 from mixturelens.stats import resample_counts
@@ -187,3 +188,12 @@ def test_slopes_behind_kept_keys_are_those_of_whole_prompts(shape: str) -> None:
     torch.testing.assert_close(
         strengths(lens, on, late), strengths(lens, on, [*late, *early])[: len(late)], atol=1e-4, rtol=1e-3
     )
+
+
+def test_minutes_that_are_too_few_for_any_patching_are_said(pairs: Path) -> None:
+    suite = load_suite(pairs / "llama")
+    pair = Pair(pairs / "llama" / "S", pairs / "llama" / "R-routing", suite, budget=Budget(minutes=1e-9))
+    missing: list[str] = []
+    plan = _plan(pair, cue_contrasts(suite, pair.tokenizer, "a", ("A", "B"), "refuse"), False, True, missing)
+    assert plan.questions < len(suite.neutral)
+    assert missing[-1].startswith("--minutes 1e-09: patching takes ")
