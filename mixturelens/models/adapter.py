@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixturelens.models.load import load_model, with_adapters
-from mixturelens.models.source import ADAPTER, Source, leaves_base, read_json
+from mixturelens.models.source import ADAPTER, Source, leaves_base, settings
 from mixturelens.records import new_folder
 from mixturelens.types import InputError, loading
 
@@ -34,7 +34,7 @@ def save_adapter(
     """
     if source.base is None:
         raise InputError(f"{source}: no adapter")
-    config = read_json(source.folder / ADAPTER)
+    config = settings(source.folder / ADAPTER)
     if not leaves_base(source) or config.get("use_dora") or config.get("modules_to_save"):
         raise InputError("R's adapter does more than add low-rank products to its base")
     with warnings.catch_warnings():
