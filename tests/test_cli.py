@@ -272,6 +272,27 @@ def test_two_output_folders_are_compared_by_their_records(run: Run, tmp_path: Pa
     refused(run("report", real / "real-0", tmp_path / "none"), tmp_path / "none", "no verdict")
 
 
+def test_the_circuit_is_shown_and_written_from_records_alone(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "records" / "sft--rl-A"
+    shutil.copytree(REFERENCE / "records" / "sft--rl-A", folder)
+    asked = ("circuit", tmp_path / "out", "--contrast", "hint", "--quiet")
+    status, out, err = run(*asked, "--export", tmp_path / "c.svg", "--export", tmp_path / "c.json", "--side", "before")
+    assert status == 0, err
+    assert "L2.mlp → logits" in out
+    assert "cue: the strongest" not in out
+    assert out.rstrip().endswith(f"{tmp_path / 'c.svg'}\n{tmp_path / 'c.json'}")
+    graph = json.loads((tmp_path / "c.json").read_text())
+    assert (graph["metadata"]["slug"], graph["metadata"]["scan"].split("@")[0]) == ("c", "sft")
+    shutil.copytree(folder, folder.with_name("other"))
+    assert run(*asked, "--export", tmp_path / "d.svg")[0] == 0
+    assert {path.name for path in tmp_path.glob("d*")} == {"d-other.svg", "d-sft--rl-A.svg"}
+    refused(run(*asked, "--export", tmp_path / "c.jpg"), "c.jpg", ".svg, .pdf")
+    refused(run("circuit", tmp_path / "out", "--contrast", "cues"), "--contrast cues", "cue or hint")
+    refused(run("circuit", tmp_path / "out", "--side", "S"), "--side S", "before or after")
+    refused(run("circuit", tmp_path / "out", "--edges", "0"), "--edges 0")
+    refused(run("circuit", tmp_path / "none"), "none", "no circuit", "mixturelens patch")
+
+
 # --- bad checkpoints --------------------------------------------------------------------------------------------------
 
 

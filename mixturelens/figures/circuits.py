@@ -318,7 +318,7 @@ class _Canvas:
         ]
         unsure = not edge.score.excludes(0.0)
         said = [
-            f"{edge.sender} → {edge.receiver} at {self.words[edge.position]}",
+            f"{edge.sender} → {edge.receiver} at {_short(self.words[edge.position], 40)}",
             f"score {show_interval(edge.score)}",
         ]
         marked = False
@@ -356,7 +356,7 @@ class _Canvas:
         name, at, rank = where
         x, y = self.layout.place(name, at)
         ink = GREY if node is not None and node.used is False else INK
-        said = f"{name} at {self.words[at]}"
+        said = f"{name} at {_short(self.words[at], 40)}"
         marked = node is not None and there is not None and changed(node.score, there.score)
         if node is not None:
             said += f": {show_interval(node.score)} through it, patched {show_interval(node.patched)}"

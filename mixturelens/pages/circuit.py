@@ -69,30 +69,26 @@ class CircuitView:
         """For viewers that show no frames."""
         return self.drawing.svg(EDGES)
 
-    def save(self, path: Path, size: int = EDGES, side: Side = "after") -> Path:
+    def save(self, path: str | Path, size: int = EDGES, side: Side = "after") -> Path:
         """Write it as .svg, .pdf, .png (with the strongest `size` edges of each side) or .html, by the name's ending;
         as .json, the graph of one side as circuit-tracer and Neuronpedia read it.
 
         Raises InputError as `check_export` does.
         """
+        path = Path(path)
+        check_export(path)
         kind = path.suffix.lower()
         if kind == ".svg":
             write_text(path, self.drawing.svg(size) + "\n")
         elif kind == ".html":
-            page = render(
-                "circuit_alone.html.j2", {"title": "The routing circuit", "circuit": self.html("circuit", size)}
-            )
-            write_text(path, page)
-        elif kind in (".pdf", ".png"):
-            check_export(path)
+            write_text(path, self.page(size))
+        elif kind == ".json":
+            write_text(path, json.dumps(self.graph(path.stem, side), indent=1, ensure_ascii=False) + "\n")
+        else:
             import vl_convert
 
             drawn = self.drawing.svg(size)
             write_bytes(path, vl_convert.svg_to_pdf(drawn) if kind == ".pdf" else vl_convert.svg_to_png(drawn, _PIXELS))
-        elif kind == ".json":
-            write_text(path, json.dumps(self.graph(path.stem, side), indent=1, ensure_ascii=False) + "\n")
-        else:
-            check_export(path)
         return path
 
     def graph(self, slug: str, side: Side = "after") -> dict[str, object]:

@@ -10,7 +10,6 @@ from test_figures import HOSTILE, around, drawn, panel, same
 
 from mixturelens import figures
 from mixturelens.behaviour.record import TableCell
-from mixturelens.figures.style import GREY
 from mixturelens.patching.record import Attention, Effect, PatchingRecord, ReaderHeads, Sweep
 from mixturelens.routing.circuit import (
     CircuitEdge,
@@ -332,86 +331,6 @@ def test_repair_nulls_draw_every_random_place_and_the_repair_itself():
     assert list(points.y) == list(figures.repair_nulls(record).data[-2].y), "jitter is the same every time"
 
 
-def edges_of(figure, column: int) -> dict[str, tuple[str, float]]:
-    """Hover of an edge -> colour and width."""
-    return {
-        text: (trace.line.color, trace.line.width)
-        for trace in panel(figure, 1, column)
-        if trace.name == "edges" and trace.hoverinfo == "text"
-        for text in trace.hovertext
-    }
-
-
-def test_circuit_draws_edges_by_width_sign_and_change():
-    figure = figures.circuit(make_circuits()[:2])
-    edges = edges_of(figure, 1)
-    assert {text.split("<br>")[0] for text in edges} == {
-        "input → L0.h1.k at position 0",
-        "L0.h1 → L0.mlp at position 2",
-        "L0.mlp → logits at position 2",
-    }
-    by_sender = {text.split(" ")[0]: shown for text, shown in edges.items()}
-    assert by_sender["input"][1] > by_sender["L0.h1"][1] > by_sender["L0.mlp"][1]
-    assert by_sender["input"][0] == by_sender["L0.h1"][0] != by_sender["L0.mlp"][0]
-    assert any("score 0.200 [0.190, 0.210]<br>other side 0.400 [0.390, 0.410]" in text for text in edges)
-    # only the edge whose score moved is marked, on both sides: one line with one break
-    for column in (1, 2):
-        halos = [trace for trace in panel(figure, 1, column) if trace.name == "edges" and trace.hoverinfo == "skip"]
-        assert [list(trace.y).count(None) for trace in halos] == [1]
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_circuit_links_where_a_head_reads_to_where_it_writes(shared):
-    figure = figures.circuit(make_circuits(shared=shared)[:1])
-    (link,) = [trace for trace in figure.data if trace.name == "attention"]
-    (nodes,) = [trace for trace in figure.data if trace.name == "nodes"]
-    places = {text.split(" ")[0]: (x, y) for text, x, y in zip(nodes.hovertext, nodes.x, nodes.y, strict=True)}
-    assert places["input"][1] < places["L0.mlp"][1] < places["logits"][1]
-    heads = [(x, y) for text, x, y in zip(nodes.hovertext, nodes.x, nodes.y, strict=True) if " (position 2)" in text]
-    assert (link.x[-2], link.y[-2]) in heads
-    assert link.x[0] < link.x[-2]
-    assert (link.y[0], link.y[-2]) == (1, 1)
-
-
-def test_edges_that_exact_patching_refutes_are_dotted():
-    """Those into a head that moves nothing and out of it."""
-    figure = figures.circuit([make_verified()])
-    drawn = {
-        text.split(" ")[0]: (trace.line.dash, trace.opacity < 1, text)
-        for trace in figure.data
-        if trace.name == "edges"
-        for text in trace.hovertext
-    }
-    assert {sender: shown[0] for sender, shown in drawn.items()} == {"input": "dot", "L0.h1": "dot", "L0.mlp": "solid"}
-    says = "slope alone: patching L0.h1 moves under 0.01<br>patched exactly 0.001 [0, 0.002]<br>needed 0 "
-    assert all((dash == "dot") == faint == (says in text) for dash, faint, text in drawn.values())
-    (nodes,) = (trace for trace in figure.data if trace.name == "nodes")
-    greyed = {
-        text.split(" ")[0] for text, ink in zip(nodes.hovertext, nodes.textfont.color, strict=True) if ink == GREY
-    }
-    assert greyed == {"L0.h1"}
-    assert any("patched exactly 0.500 [0.490, 0.510]<br>needed 0.900 [0.890, 0.910]" in t for t in nodes.hovertext)
-    assert "slope alone: patching moves under 0.01" in {trace.name for trace in figure.data}
-
-
-def test_where_nothing_was_patched_nothing_is_refuted():
-    figure = figures.circuit([make_circuit()])
-    assert {trace.line.dash for trace in figure.data if trace.name == "edges"} == {"solid"}
-    assert not any("slope alone" in (trace.name or "") for trace in figure.data)
-
-
-def test_circuit_shows_the_strongest_and_what_the_other_side_shows():
-    def many(side: str, sign: int) -> RoutingCircuit:
-        edges = [
-            CircuitEdge(sender="input", receiver="L0.mlp", position=p, score=around(0.5 + sign * 0.001 * p, 0.0001))
-            for p in range(100)
-        ]
-        return make_circuit(side=side).model_copy(update={"edges": tuple(edges), "labels": ("x",) * 100})
-
-    figure = figures.circuit([many("before", 1), many("after", -1)])
-    assert [len({t.split("<br>")[0] for t in edges_of(figure, 1)})] == [80]
-
-
 def test_faithfulness_draws_found_against_random_by_size():
     figure = figures.faithfulness(make_circuits())
     assert {axis.type for axis in figure.select_xaxes()} == {"log"}
@@ -444,7 +363,6 @@ def test_names_of_the_mechanism_are_shown_literally():
         figures.attention(record, ("<A>", HOSTILE)),
         figures.repairs(repair),
         figures.repair_nulls(repair),
-        figures.circuit(circuits[:2]),
         figures.faithfulness(circuits),
     ]
     for figure in drawn:

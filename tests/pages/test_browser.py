@@ -12,9 +12,14 @@ from test_compared import make_run
 from test_report import write
 
 import mixturelens as ml
+from mixturelens.features.record import FeatureRecord
+from mixturelens.routing.circuit import CircuitRecord
 
 pytestmark = pytest.mark.browser
 
+READY = "querySelector('html[data-ready], main > .circuit[data-started]')"
+"""What is there once all is drawn."""
+REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference" / "records" / "sft--rl-A"
 MISSING = "not installed: pip install 'mixturelens[dev]'"
 
 
@@ -29,7 +34,7 @@ class Opened:
         self.tab.on("pageerror", lambda error: self.said.append(str(error)))
         self.tab.on("request", lambda request: self.asked.append(request.url))
         self.tab.goto(path.as_uri())
-        self.tab.wait_for_function("document.documentElement.dataset.ready === 'yes'", timeout=60_000)
+        self.tab.wait_for_function(f"document.{READY}", timeout=60_000)
 
     def violations(self) -> list[str]:
         """What axe-core finds that keeps people from using the page: serious and critical violations."""
@@ -117,3 +122,74 @@ def test_a_comparison_keeps_nobody_out(chromium: Any, tmp_path: Path) -> None:
     assert page.violations() == []
     assert page.said == []
     assert page.asked == [path.as_uri()]
+
+
+def test_a_circuit_has_a_slider_hover_and_click(chromium: Any, tmp_path: Path) -> None:
+    """The reference run's: sizes, what hangs together with a node, and what is behind one."""
+    record, features = (kind.load(REFERENCE / f"{kind.KIND}.json") for kind in (CircuitRecord, FeatureRecord))
+    path = ml.circuit_view(record, "hint", features=features).save(tmp_path / "circuit.html")
+    page = Opened(chromium, path, color_scheme="dark")
+    tab = page.tab
+    before, after = (tab.locator(f"[data-side={side}]") for side in ("before", "after"))
+    shown, slider = ".edge[data-rank]:not([display])", tab.locator("input[type=range]")
+    first = [side.locator(shown).count() for side in (before, after)]
+    assert all(40 <= count < 60 for count in first), "the 40 strongest of either side, on both"
+
+    slider.focus()
+    for _ in range(37):
+        tab.keyboard.press("ArrowLeft")
+    assert tab.locator("output").inner_text() == "3"
+    assert [side.locator(shown).count() for side in (before, after)] == [4, 4]
+    drawn = {node.get_attribute("data-node") for node in after.locator(".node:not([display])").all()}
+    assert drawn == {"input@1", "L0.h3@1", "L2.h0@7", "L2.h1@7", "L2.mlp@7", "logits@7"}
+    slider.fill("120")
+    assert before.locator(shown).count() == 120
+
+    slider.fill("40")
+    head = after.locator('[data-node="L2.h0@7"]')
+    head.hover()
+    assert "L2.h0 at =" in tab.locator(".tip").inner_text()
+    faded = after.locator(".edge.faded:not([display])").count()
+    assert 0 < faded < first[1]
+    assert before.locator(".faded").count() == 0
+    edge = after.locator('.edge[data-from="L2.mlp@7"][data-to="logits@7"] .line')
+    edge.hover(force=True)
+    assert "score 0.759 [0.753, 0.763]" in tab.locator(".tip").inner_text()
+    tab.mouse.move(2, 2)
+    assert tab.locator(".tip").is_hidden()
+    assert tab.locator(".faded:visible").count() == 0 or tab.locator("svg.near").count() == 0
+
+    head.click()
+    panel = tab.locator(".panel")
+    said = panel.inner_text()
+    look = next(
+        e for of in record.circuits[2:] if of.kind == "hint" for e in of.looks if (e.head, e.position) == ("L2.h0", 7)
+    )
+    assert "L2.h0 at = (position 7)" in said
+    assert "R (after): where L2.h0 looks from =" in said
+    assert f"{look.clean[1]:.2f}" in said
+    assert "L2.attn_out@7 feature 60" in said
+    assert "L2.h0 → L2.mlp at =; score 0.465" in said
+
+    head.press("ArrowUp")
+    tab.keyboard.press("Enter")
+    assert "L2.mlp at =" in panel.inner_text()
+    tab.keyboard.press("Escape")
+    assert panel.is_hidden()
+    head.click()
+    assert page.violations() == []
+    assert page.said == []
+    assert page.asked == [path.as_uri()]
+
+
+def test_two_circuits_of_a_notebook_leave_each_other_alone(chromium: Any, tmp_path: Path) -> None:
+    record = CircuitRecord.load(REFERENCE / "circuit.json")
+    frames = "".join(ml.circuit_view(record, kind)._repr_html_() for kind in ("cue", "hint"))
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<!doctype html><title>A notebook</title><main>{frames}</main>", encoding="utf-8")
+    tab = chromium.new_page()
+    tab.goto(path.as_uri())
+    one, other = (tab.frame_locator("iframe").nth(i) for i in (0, 1))
+    one.locator("input[type=range]").fill("2")
+    assert one.locator("output").inner_text() == "2"
+    assert other.locator("output").inner_text() == "40"

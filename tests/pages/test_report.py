@@ -213,13 +213,13 @@ def test_page_says_where_the_router_is(whole):
 
 def test_the_page_says_which_slopes_exact_patching_refutes():
     def caption(circuit: RoutingCircuit) -> str:
-        record = CircuitRecord(circuits=(circuit,), overlaps=())
-        return mechanism.where("pair", None, record, ("A", "B"), Pictures()).groups[0].pictures[0].caption
+        found = Findings("pair", *make_pair(), circuit=CircuitRecord(circuits=(circuit,), overlaps=()))
+        return mechanism.where(found, 1, Pictures()).groups[0].pictures[0].caption
 
     said = caption(make_verified())
     assert "S (before): 1 of 2 heads and MLPs move at least 0.01" in said
     assert said.endswith("slopes alone speak for L0.h1 (slopes 0.200, patched 0.001, needed 0), drawn dotted.")
-    assert caption(make_circuit()).endswith("Hover for numbers.")  # of a record from before they were patched
+    assert caption(make_circuit()).endswith("yellow: S and R differ.")  # of a record from before they were patched
 
 
 def test_sections_of_the_mechanism_appear_only_with_their_records(tmp_path):
