@@ -13,6 +13,7 @@ from mixturelens.types import InputError
 
 if TYPE_CHECKING:
     from mixturelens.cli.core import Given
+    from mixturelens.contrasts import Kind
     from mixturelens.features.record import FeatureRecord
     from mixturelens.pages.circuit import CircuitView
     from mixturelens.patching.record import PatchingRecord
@@ -27,7 +28,7 @@ class Asked(NamedTuple):
     """What to show and to write."""
 
     files: Sequence[Path]
-    kind: Literal["cue", "hint"] | None
+    kind: Kind | None
     edges: int
     side: Literal["before", "after"]
 
@@ -39,7 +40,7 @@ class Found(NamedTuple):
     patching: PatchingRecord | None
     features: FeatureRecord | None
 
-    def view(self, kind: Literal["cue", "hint"] | None) -> CircuitView:
+    def view(self, kind: Kind | None) -> CircuitView:
         """To look at, with what the other records say of its nodes."""
         return ml.circuit_view(self.record, kind, patching=self.patching, features=self.features)
 
@@ -105,7 +106,9 @@ def show_circuits(found: Mapping[str, Found], wanted: Asked, written: Sequence[P
     for name, each in found.items():
         for reason in each.record.missing:
             print(f"{name}: not measured: circuit of the {reason}")
-        kinds = dict.fromkeys(of.kind for of in each.record.circuits if wanted.kind in (None, of.kind))
+        kinds: dict[Kind, None] = dict.fromkeys(
+            of.kind for of in each.record.circuits if wanted.kind in (None, of.kind)
+        )
         for kind in kinds:
             drawing = each.view(kind).drawing
             strongest = sorted(drawing.ranks, key=lambda key: drawing.ranks[key])[:_ROWS]

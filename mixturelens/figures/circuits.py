@@ -6,9 +6,9 @@ The drawing is whole without a script: that of a page shows more or fewer of its
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mixturelens.figures.style import GREY, INK, NEGATIVE, POSITIVE, apart
 from mixturelens.figures.words import DASH, SIDES, show_interval
@@ -396,7 +396,7 @@ class _Canvas:
         return lines
 
 
-def _least(found: dict, key: object, rank: int) -> None:
+def _least(found: dict[Any, int], key: object, rank: int) -> None:
     found[key] = min(rank, found.get(key, rank))
 
 
@@ -409,12 +409,12 @@ def _text(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def behind(circuits: Sequence[RoutingCircuit]) -> Mapping[str, object]:
+def behind(circuits: Sequence[RoutingCircuit]) -> dict[str, dict[str, Any]]:
     """What is behind each node of each side, for a script to show: numbers, edges, and where a head looks."""
     return {of.checkpoint: _behind(of) for of in circuits}
 
 
-def _behind(of: RoutingCircuit) -> dict[str, object]:
+def _behind(of: RoutingCircuit) -> dict[str, Any]:
     looks = {f"{look.head}@{look.position}": [look.clean, look.corrupt] for look in of.looks}
     nodes = {
         node.name: [show_interval(node.score), show_interval(node.patched), show_interval(node.needed)]

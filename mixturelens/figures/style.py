@@ -98,7 +98,7 @@ def figure_json(figure: Figure) -> str:
     """A figure as plotly.js reads it: `{"data": [...], "layout": {...}}`."""
     import plotly.io
 
-    return plotly.io.to_json(figure, validate=False)
+    return str(plotly.io.to_json(figure, validate=False))
 
 
 @functools.cache

@@ -44,7 +44,7 @@ class CircuitView:
 
     def html(self, name: str, size: int = EDGES) -> str:
         """The drawing as an element of a page that holds `circuit.css` and, behind it, `circuit.js`."""
-        sides = {side: dict(of) for side, of in behind(self.drawing.circuits).items()}
+        sides = behind(self.drawing.circuits)
         for side, looks in self.looks.items():
             if side in sides:
                 sides[side]["looks"] = {**looks, **sides[side]["looks"]}
@@ -140,7 +140,7 @@ def circuit_view(
 
 def circuits_of(record: CircuitRecord, kind: Kind | None = None) -> list[RoutingCircuit]:
     """Those on one kind of contrast: S, then R. Raises InputError where there are none."""
-    kinds = list(dict.fromkeys(of.kind for of in record.circuits))
+    kinds: list[Kind] = list(dict.fromkeys(of.kind for of in record.circuits))
     if (kind or next(iter(kinds), None)) not in kinds:
         why = "; ".join(record.missing) or "it was not looked for"
         raise InputError(f"there is no circuit{f' of the {kind}' if kind else ''} ({why})")

@@ -205,7 +205,8 @@ def _circuits(of_pair: Findings, record: CircuitRecord, number_of: int, pictures
     circuits = record.circuits
     links = [] if of_pair.features is None else anchors(of_pair.features.cards, number_of)
     found = []
-    for kind in dict.fromkeys(of.kind for of in circuits):
+    kinds: dict[Kind, None] = dict.fromkeys(of.kind for of in circuits)
+    for kind in kinds:
         view = circuit_view(record, kind, patching=of_pair.patching, features=of_pair.features, anchors=links)
         shown = [of for of in circuits if of.kind == kind]
         caption = (

@@ -183,10 +183,15 @@
         }
         panel.append(list);
       }
+      /* a head's keys and values come in at other tokens than that at which it writes */
+      const here = node.dataset.node;
+      const moved = [...sideOf(node).querySelectorAll(".moves")].filter(visible);
+      const reads = new Set([here, ...moved.filter((each) => each.dataset.to === here).map((each) => each.dataset.from)]);
+      const writes = new Set([here, ...moved.filter((each) => each.dataset.from === here).map((each) => each.dataset.to)]);
       const side = edges.filter((edge) => visible(edge) && sideOf(edge) === sideOf(node));
       const both = make("div", undefined, "two");
-      both.append(lines("It reads", side.filter((edge) => edge.dataset.to === node.dataset.node)));
-      both.append(lines("It is read by", side.filter((edge) => edge.dataset.from === node.dataset.node)));
+      both.append(lines("It reads", side.filter((edge) => reads.has(edge.dataset.to))));
+      both.append(lines("It is read by", side.filter((edge) => writes.has(edge.dataset.from))));
       panel.append(both);
     };
 

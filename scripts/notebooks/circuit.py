@@ -68,7 +68,7 @@ from mixturelens.models import end_tokens, quiet_libraries
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.record import ReaderHeads
 from mixturelens.patching.sweep import find_reader, head_sites, jointly
-from mixturelens.routing.circuit import routing_circuit
+from mixturelens.routing.circuit import CircuitRecord, routing_circuit
 from mixturelens.routing.repair import repair_record
 from mixturelens.stats import interval, resample_counts, resampled_mean
 from mixturelens.suite import Suite
@@ -271,12 +271,12 @@ table(
 #
 # Patching tells which places matter; attribution with integrated gradients (EAP-IG) scores every *edge*: what one head
 # or MLP writes, as one other reads it. Below, the strongest edges in S and in R, on the cue contrast. A column is a
-# token, a row a layer; hover for scores.
+# token, a row a layer; hover for scores, and click a node for where it looks. The slider shows fewer edges or more.
 
 # %%
 some = cue.first(48)
 circuits = [routing_circuit(before, some, "before"), routing_circuit(after, some, "after")]
-figures.circuit(circuits).show()
+ml.circuit_view(CircuitRecord(circuits=tuple(circuits), overlaps=()))
 
 # %% [markdown]
 # Is that the circuit, or just a picture? Keep the strongest edges only, replace all others by those of the other
