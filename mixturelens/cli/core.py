@@ -14,13 +14,17 @@ import mixturelens as ml
 from mixturelens.cli.progress import working
 from mixturelens.cli.shared import (
     After,
+    Against,
     Base,
     Before,
     Completions,
+    Contrast,
     Device,
     DeviceMap,
     Dtype,
     Exhaustive,
+    Export,
+    GraphSide,
     Json,
     Memory,
     Minutes,
@@ -29,6 +33,7 @@ from mixturelens.cli.shared import (
     Run,
     Saes,
     Seed,
+    Shown,
     SuiteFile,
     TrainedCue,
     app,
@@ -207,21 +212,6 @@ def patch(
     return records, show
 
 
-Export = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--export",
-        metavar="FILE",
-        help="Write it as .svg, .pdf, .png, .html, or as .json for circuit-tracer and Neuronpedia; may be repeated.",
-    ),
-]
-Contrast = Annotated[
-    str | None, typer.Option("--contrast", metavar="KIND", help="cue or hint; default: the first that there is.")
-]
-Shown = Annotated[int, typer.Option("--edges", help="Edges of each side in a picture, the strongest first.")]
-GraphSide = Annotated[str, typer.Option("--side", help="before or after: the checkpoint of a .json.")]
-
-
 @_on_given
 def circuit(
     given: Given,
@@ -334,11 +324,6 @@ def gate(
 
 Card = Annotated[
     Path | None, typer.Option("--card", metavar="FILE", help="Also a card in Markdown, to go with a checkpoint.")
-]
-
-
-Against = Annotated[
-    Path | None, typer.Argument(metavar="[OTHER]", help="A second output folder: compare what was measured in both.")
 ]
 
 

@@ -55,6 +55,22 @@ Saes = Annotated[
         "--sae", metavar="FOLDER", help="Pretrained SAE in SAELens' format, instead of ours; may be repeated."
     ),
 ]
+Export = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--export",
+        metavar="FILE",
+        help="Write it as .svg, .pdf, .png, .html, or as .json for circuit-tracer and Neuronpedia; may be repeated.",
+    ),
+]
+Contrast = Annotated[
+    str | None, typer.Option("--contrast", metavar="KIND", help="cue or hint; default: the first that there is.")
+]
+Shown = Annotated[int, typer.Option("--edges", help="Edges of each side in a picture, the strongest first.")]
+GraphSide = Annotated[str, typer.Option("--side", help="before or after: the checkpoint of a .json.")]
+Against = Annotated[
+    Path | None, typer.Argument(metavar="[OTHER]", help="A second output folder: compare what was measured in both.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the record, and nothing else, on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
 

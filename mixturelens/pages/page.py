@@ -13,6 +13,7 @@ from mixturelens.pages import features as units
 from mixturelens.pages.pair import Findings, in_words
 from mixturelens.pages.parts import Picture, Pictures, render
 from mixturelens.pages.plainly import plainly
+from mixturelens.pages.reading import reading
 from mixturelens.records import write_text
 from mixturelens.routing.verdict import VerdictRecord
 
@@ -62,9 +63,7 @@ def write_report(path: Path, findings: Sequence[Findings], grown: Grown) -> Path
             if each.patching or each.circuit
         ],
         "reading": [
-            evidence.reading(each.name, each.probing, each.behaviour.cues, pictures)
-            for each in findings
-            if each.probing
+            reading(each.name, each.probing, each.behaviour.cues, pictures) for each in findings if each.probing
         ],
         "changing": [evidence.changing(each.name, each.graft, pictures) for each in findings if each.graft],
         "featured": [

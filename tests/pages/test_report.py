@@ -23,6 +23,7 @@ from mixturelens.features.record import FiringExample
 from mixturelens.grafting.record import Null
 from mixturelens.pages import Findings, Grown, evidence, features, mechanism, write_report
 from mixturelens.pages.parts import Pictures
+from mixturelens.pages.reading import reading
 from mixturelens.routing.circuit import CircuitRecord, RoutingCircuit
 from mixturelens.types import Interval
 
@@ -258,7 +259,7 @@ def test_page_says_what_is_read_and_what_is_used(whole):
     assert "Used where the cue reader reads: L0.resid_pre@0; readable but unused: L2.resid_post@8." in words
     for name in ("used", "unused"):
         assert f"Manipulation check where the cue is {name}: it is erased (left of its gap on questions" in words
-    lacking = evidence.reading("x", make_probing(unused=None, readouts=()), ("A", "B"), Pictures())
+    lacking = reading("x", make_probing(unused=None, readouts=()), ("A", "B"), Pictures())
     assert "No site was found where the cue is surely erased and unused" in lacking.groups[0].pictures[0].caption
 
 
