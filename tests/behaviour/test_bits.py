@@ -191,7 +191,7 @@ def expected(samples: int, p: np.ndarray, q: np.ndarray) -> np.ndarray:
     every = (samples + 1, samples + 1, 2)
     found = js_of_samples(np.broadcast_to(shares[:, None], every), np.broadcast_to(shares[None], every), samples)
     chances = [binom.pmf(np.arange(samples + 1), samples, each[:, None]) for each in (p, q)]
-    return np.einsum("pa,qb,ab->pq", *chances, found)
+    return chances[0] @ found @ chances[1].T
 
 
 def exact(p: np.ndarray, q: np.ndarray) -> np.ndarray:

@@ -28,6 +28,11 @@ TRUTH = {
     for name, truth in json.loads(file.read_text()).items()
 }
 every_pair = pytest.mark.parametrize(("shape", "name"), TRUTH, ids=lambda x: x)
+QUICK = {(shape, name) for shape, name in TRUTH if name == "R-routing"} | {
+    ("llama", "R-both"), ("gpt2", "R-skill"), ("qwen2", "R-conditioning"), ("gpt_neox", "R-neither"),
+    ("llama", "R-routing-mild"), ("gpt2", "R-routing-other"), ("gpt_neox", "R-routing-dormant"),
+}  # fmt: skip
+"""Every shape and every kind of change."""
 BITS = ("routing", "conditioning", "specialist", "dormant")
 EVERY = 10**9
 """Completions, of which no suite here has as many: all are enumerated."""
@@ -98,7 +103,9 @@ def check_verdict(found: BehaviourRecord, name: str, truth: str) -> None:
         assert verdict.verdict == truth
 
 
-@every_pair
+@pytest.mark.parametrize(
+    ("shape", "name"), [each if each in QUICK else pytest.param(*each, marks=pytest.mark.slow) for each in TRUTH]
+)
 def test_enumeration_is_the_truth(load_pair, no_controls, shape: str, name: str):
     pair, truth = load_pair(shape, name), TRUTH[shape, name]
     scorer = remembering(pair.scorer.ends, pair.scorer.vocabulary)

@@ -225,8 +225,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("spelling", "chat"), CASES, ids=[f"{s}-{'chat' if c else 'plain'}" for s, c in CASES])
-@pytest.mark.parametrize("shape", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize(
+    ("shape", "spelling", "chat"),
+    [
+        *(("llama", *case) for case in CASES),  # how texts are spelled is of no account to a shape
+        *((shape, *case) for shape in ("qwen2", "gemma3") for case in (("words", False), ("tight_bytes", True))),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "chat" if x else "plain",
+)
 def test_the_verdict_is_that_of_plain_torch(shape: str, spelling: str, chat: bool, run: Run, tmp_path: Path) -> None:
     tokenizer = put(shape, spelling, chat, tmp_path)
     true = plain(shape, prompt_ids(shape, tokenizer, chat))

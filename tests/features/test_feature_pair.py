@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from stored import behaviour_of
 
-from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.features import change, exclusive, pair, together, units
 from mixturelens.features.pair import FeatureSettings, feature_record
@@ -180,7 +180,7 @@ def test_a_site_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_chat_pair_with_rules_says_what_it_does_not_allow(tmp_path: Path):
     folder = PAIRS / "chat"
     suite = part_of(folder, 6).model_copy(update={"samples": 4})
-    behaviour = behaviour_record(Pair(folder / "S", folder / "R", suite))
+    behaviour = behaviour_of("chat", "R")
     zero, one = (Interval(value=x, low=x, high=x) for x in (0.0, 1.0))
     site = Site(layer=1, component="resid_pre", position="last")
     sweep = Sweep(

@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from stored import behaviour_of
 
-from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.grafting.announced import TEXTS, _told_apart, as_announced
 from mixturelens.grafting.pair import graft_record
@@ -62,7 +62,7 @@ def test_rules_are_no_reason_to_say_nothing(pairs: Path, tmp_path: Path):
     folder = pairs / "chat"
     suite = load_suite(folder)
     pair = Pair(folder / "S", folder / "R", suite)
-    behaviour = behaviour_record(pair)
+    behaviour = behaviour_of("chat", "R")
     found = graft_record(pair, behaviour)
     assert GraftRecord.load(found.save(tmp_path / "graft.json")) == found
     assert set(found.texts["comply"]) == {"sure", "of course"}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stored import behaviour_of
 
 from mixturelens.behaviour.bits import js
 from mixturelens.behaviour.harmed import gained_and_lost
@@ -378,9 +379,8 @@ def test_bad_input_is_refused(pairs: Path):
         gained_and_lost(alone)
     with pytest.raises(InputError, match="two policies at least"):
         gained_and_lost(alone.model_copy(update={"policies": ("a",)}))
-    pair = behaviour_record(Pair(folder / "S", folder / "R-routing", suite))
-    assert gained_and_lost(pair) == ("a", "b")
-    assert gained_and_lost(behaviour_record(Pair(folder / "S", folder / "S", suite))) == ("a", "b")
+    assert gained_and_lost(behaviour_of("llama", "R-routing")) == ("a", "b")
+    assert gained_and_lost(behaviour_of("llama", "S")) == ("a", "b")
     with pytest.raises(InputError, match="are not a pair"):
         Pair(folder / "S", pairs / "qwen2" / "S", suite)
 

@@ -134,19 +134,19 @@ def test_in_any_order_and_in_any_parts(shape: str):
     sites, source, expected, spans = compared(shape)
     order = torch.randperm(len(sites), generator=torch.Generator().manual_seed(1)).tolist()
     steps: list[tuple[int, int]] = []
-    for memory, some in ((1, order[:60]), (1 << 18, order[:200])):  # one patch of one row at a time; a few
+    for memory, some in ((1, order[:24]), (1 << 18, order[:160])):  # one patch of one row at a time; a few
         found = Engine(lens, both.corrupt, spans, memory=memory).sweep(
             [sites[i] for i in some], source, both.metric, lambda done, total: steps.append((done, total))
         )
         torch.testing.assert_close(found, expected[some], **EXACT)
-    assert steps[0] == (1, 60 * len(both.corrupt))
-    assert steps[-1] == (200 * len(both.corrupt),) * 2
+    assert steps[0] == (1, 24 * len(both.corrupt))
+    assert steps[-1] == (160 * len(both.corrupt),) * 2
 
 
 @every_shape
 def test_padded_is_unpadded(shape: str):
     lens, _ = setting(shape)
-    rows = random_rows([4, 7, 9, 7, 5])
+    rows = random_rows([4, 9, 7])
     spans = [{"early": (0, 1), "late": (len(row) - 2,), "last": (len(row) - 1,)} for row in rows]
     metric = lambda logits, _: logits[:, 11] - logits[:, 15]  # noqa: E731
     sites = every_kind(lens, ("early", "late", "last", 1, None))
@@ -208,7 +208,7 @@ def tasks(draw: st.DrawFn) -> tuple[list[int], list[Site], int, int]:
 
 
 @given(tasks())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_set_of_sites_of_any_batch(task):
     lengths, sites, memory, seed = task
     lens, batch = deep_lens(), tokens(random_rows(lengths, seed))

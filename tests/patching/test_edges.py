@@ -40,10 +40,10 @@ REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference"
 
 @functools.cache
 def organism(name: str) -> tuple[Graph, Sides]:
-    """The S of a stored pair; or a checkpoint of the reference organism, on 40 of its questions."""
+    """The S of a stored pair; or a checkpoint of the reference organism, on 24 of its questions."""
     suite, folder = (PAIRS / name, PAIRS / name / "S") if name in SHAPES else (REFERENCE, REFERENCE / name)
     lens = load_lens(folder)
-    on = sides(lens, cue_contrasts(load_suite(suite), lens.tokenizer, "a", ("A", "B")).first(40))
+    on = sides(lens, cue_contrasts(load_suite(suite), lens.tokenizer, "a", ("A", "B")).first(24))
     return edge_graph(lens, on), on
 
 
@@ -145,6 +145,7 @@ def test_the_masked_run_is_what_its_gradient_says_where_edges_are_half_patched()
 @pytest.mark.parametrize("shape", SHAPES)
 def test_padding_and_chunks_change_nothing(shape: str, monkeypatch):
     graph, on = organism(shape)
+    on = on.part(slice(8))
     ids = [batch.ids.tolist() for batch in (on.clean, on.corrupt)]
     # every other question loses a word of its question, on both sides
     clean, corrupt = ([row if i % 2 else [*row[:3], *row[4:]] for i, row in enumerate(side)] for side in ids)
@@ -329,6 +330,7 @@ def test_questions_that_do_not_close_are_given_more_steps(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["llama", "checkpoints/sft"])
 def test_attribution_ranks_edges_as_exact_patches_do(name: str):
     graph, on = organism(name)
+    on = on.part(slice(12))
     patched = exact(graph, on).mean(0)
     for scores, method in ((eap(graph, on).mean, "EAP"), (eap_ig(graph, on).mean, "EAP-IG")):
         signed = spearman(scores[graph.exists], patched[graph.exists])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from stored import behaviour_of
 
-from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import load_lens
 from mixturelens.models import Budget, Pair
+from mixturelens.probing import erase, pair, readouts
 from mixturelens.probing.erase import Erasing
 from mixturelens.probing.pair import least_used, probing_record, scan
 from mixturelens.probing.plan import ProbingPlan, make_plan
@@ -21,11 +23,25 @@ from mixturelens.suite import load_suite
 from mixturelens.types import InputError, Interval, Site
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fewer_nulls() -> Iterator[None]:
+    """Random directions, shuffles and draws, as few as show that they are there."""
+    with pytest.MonkeyPatch.context() as fewer:
+        for module, sizes in {
+            erase: {"RANDOM": 4},
+            pair: {"RANDOM": 4},
+            readouts: {"SHUFFLES": 1, "DRAWS": 100},
+        }.items():
+            for name, number in sizes.items():
+                fewer.setattr(module, name, number)
+        yield
+
+
 @pytest.fixture(scope="module")
 def routing() -> ProbingRecord:
     folder = Path(__file__).parents[1] / "pairs" / "llama"
     suite = load_suite(folder)
-    behaviour = behaviour_record(Pair(folder / "S", folder / "R-routing", suite))
+    behaviour = behaviour_of("llama", "R-routing")
     reader = (Site(layer=0, component="z", head=0, position="policy"),)
     return probing_record(Pair(folder / "S", folder / "R-routing", suite), behaviour, reader)
 
@@ -61,7 +77,7 @@ def test_it_round_trips(routing: ProbingRecord, tmp_path: Path) -> None:
 def test_without_a_reader_the_rest_is_measured_and_the_reason_said() -> None:
     folder = Path(__file__).parents[1] / "pairs" / "gpt2"
     suite = load_suite(folder)
-    behaviour = behaviour_record(Pair(folder / "S", folder / "R-conditioning", suite))
+    behaviour = behaviour_of("gpt2", "R-conditioning")
     unknown = InputError("none was found")
     found = probing_record(Pair(folder / "S", folder / "R-conditioning", suite), behaviour, unknown)
     assert found.used is None
@@ -108,8 +124,8 @@ def planned(tmp_path: Path, budget: Budget | None = None, **shape: int) -> Probi
         LlamaConfig(**{**old, **shape}).save_pretrained(folder)
         (folder / "model.safetensors").touch()
     suite = load_suite(source)
-    pair = Pair(tmp_path / "S", tmp_path / "R", suite, budget=budget or Budget())
-    return make_plan(pair, *to_probe(suite, pair.tokenizer))
+    opened = Pair(tmp_path / "S", tmp_path / "R", suite, budget=budget or Budget())
+    return make_plan(opened, *to_probe(suite, opened.tokenizer))
 
 
 def test_eight_billion_parameters_are_estimated_without_weights(tmp_path: Path) -> None:
@@ -137,10 +153,10 @@ def test_with_fewer_minutes_fewer_questions_are_asked_and_that_is_said(tmp_path:
 def test_too_little_memory_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     folder = Path(__file__).parents[1] / "pairs" / "llama"
     suite = load_suite(folder)
-    behaviour = behaviour_record(Pair(folder / "S", folder / "R-routing", suite))
-    pair = Pair(folder / "S", folder / "R-routing", suite, budget=Budget(memory=0.01))
+    behaviour = behaviour_of("llama", "R-routing")
+    narrow = Pair(folder / "S", folder / "R-routing", suite, budget=Budget(memory=0.01))
     with pytest.raises(InputError, match=r"probing needs .* GB, and --memory allows 0\.01"):
-        probing_record(pair, behaviour)
+        probing_record(narrow, behaviour)
 
 
 # --- erasing in a few layers ------------------------------------------------------------------------------------------
@@ -150,7 +166,7 @@ def test_a_scan_of_some_layers_finds_what_a_scan_of_all_finds_and_says_what_it_l
     folder = Path(__file__).parents[2] / "artifacts" / "reference"
     suite = load_suite(folder)
     lens = load_lens(folder / "checkpoints" / "rl-A")
-    cue = cue_contrasts(suite, lens.tokenizer, "a", ("A", "B"), "refuse").first(40)
+    cue = cue_contrasts(suite, lens.tokenizer, "a", ("A", "B"), "refuse").first(20)
     prompts, _ = to_probe(suite, lens.tokenizer)
     where = sites_of(lens, prompts)
     sure = Interval(value=1.0, low=1.0, high=1.0)

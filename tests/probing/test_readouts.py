@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference"
 PAIRS = Path(__file__).parents[1] / "pairs"
 
 Found = tuple[tuple[Site, ...], tuple[str, ...], dict[str, Readout], tuple[str, ...]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fewer_draws() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as fewer:
+        fewer.setattr(readouts_module, "DRAWS", 100)
+        yield
 
 
 @functools.cache
@@ -163,7 +171,7 @@ def test_what_the_reference_organism_must_show():
 def test_s_given_twice_and_the_same_seed_give_the_same_numbers():
     folder = REFERENCE / "checkpoints" / "sft"
     behaviour = BehaviourRecord.load(REFERENCE / "records" / "sft--rl-A" / "behaviour.json")
-    suite = few(load_suite(REFERENCE / "suite.yaml"), 16)
+    suite = few(load_suite(REFERENCE / "suite.yaml"), 10)
     first = read(folder, folder, suite, behaviour)
     for each in first[2].values():
         assert each.before == each.after == each.carried

@@ -95,7 +95,8 @@ def test_pairs_are_of_other_questions_and_ask_for_either_concept_equally_often()
 
 
 def test_the_cue_in_a_pair(monkeypatch):
-    monkeypatch.setattr(subspace, "STEPS", 30)
+    for name, number in {"STEPS": 30, "RANDOM": 6, "SHUFFLES": 2}.items():
+        monkeypatch.setattr(subspace, name, number)
     lens, contrasts = setting("llama")
     after = load_lens(PAIRS / "llama" / "R-routing")
     found = find_subspace(lens, after, contrasts, "cue", seed=3)
@@ -104,7 +105,7 @@ def test_the_cue_in_a_pair(monkeypatch):
     assert len(found.directions) == found.dimensions
     directions = torch.tensor(found.directions)
     torch.testing.assert_close(directions @ directions.T, torch.eye(found.dimensions), atol=1e-5, rtol=0)
-    assert (len(found.random["before"]), len(found.shuffled["after"])) == (16, 4)
+    assert (len(found.random["before"]), len(found.shuffled["after"])) == (6, 2)
     assert found.accuracy["before"].value > 0.9
     assert found.margin["before"].low > 0.05
     best = max(*found.random["before"], *found.shuffled["before"])
@@ -112,7 +113,8 @@ def test_the_cue_in_a_pair(monkeypatch):
 
 
 def test_cue_and_selector_of_the_reference(monkeypatch):
-    monkeypatch.setattr(subspace, "STEPS", 40)
+    for name, number in {"STEPS": 40, "RANDOM": 6, "SHUFFLES": 2}.items():
+        monkeypatch.setattr(subspace, name, number)
     before, after = reference()
     suite = load_suite(REFERENCE)
     cue = cue_contrasts(suite, before.tokenizer, "a", ("A", "B"), "refuse").first(80)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from stored import behaviour_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.contrasts import Contrast, Contrasts, cue_contrasts
 from mixturelens.hooks.batches import sides
 from mixturelens.hooks.lens import Lens, load_lens
@@ -35,7 +35,7 @@ def record() -> CircuitRecord:
     folder = PAIRS / "llama"
     suite = load_suite(folder)
     pair = Pair(folder / "S", folder / "R-routing", suite)
-    measured = behaviour_record(pair)
+    measured = behaviour_of("llama", "R-routing")
     also = {name: Pair(folder / "S", folder / after, suite) for name, after in (("again", "S"), ("skill", "R-skill"))}
     return circuit_record(pair, measured, CircuitSettings(also))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stored import behaviour_of
 
-from mixturelens.behaviour.pair import behaviour_record
 from mixturelens.features.record import FeatureRecord, MovedFeature, SiteChange, Terms
 from mixturelens.grafting.pair import graft_record
 from mixturelens.grafting.record import Effects, Factorial, Graft, GraftRecord, Null
@@ -271,7 +271,7 @@ def verdict_on(name: str) -> tuple[VerdictRecord, GraftRecord]:
     shape, after = name.split("/")
     suite = load_suite(PAIRS / shape)
     pair = Pair(PAIRS / shape / "S", PAIRS / shape / after, suite)
-    behaviour = behaviour_record(pair)
+    behaviour = behaviour_of(shape, after)
     grafted = graft_record(pair, behaviour)
     return judge(behaviour, graft=grafted), grafted
 

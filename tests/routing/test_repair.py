@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from stored import behaviour_of
 from transformers import AutoModelForCausalLM
 
 from mixturelens.behaviour.harmed import find_harm
 from mixturelens.behaviour.measure import measure
-from mixturelens.behaviour.pair import behaviour_record
-from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.behaviour.repair_questions import make_ground
 from mixturelens.grafting.graft import written
 from mixturelens.hooks.lens import load_lens
@@ -42,7 +40,7 @@ def repaired(
     shape = request.param
     folder = PAIRS / shape
     suite = load_suite(folder)
-    measured = _measured(folder, "R-routing")
+    measured = behaviour_of(folder.name, "R-routing")
     out = tmp_path_factory.mktemp(shape) / "repaired"
     fewer = pytest.MonkeyPatch()
     fewer.setattr(repair, "RANDOM", 6)
@@ -166,7 +164,7 @@ def test_an_edit_changes_how_the_cue_is_read_and_little_else(shape: str) -> None
     folder = PAIRS / shape
     suite = load_suite(folder)
     lens = load_lens(folder / "S")
-    harm = find_harm(_measured(folder, "R-routing"))
+    harm = find_harm(behaviour_of(folder.name, "R-routing"))
     ground = make_ground(lens, suite, harm, seed=0)
     heads = [Site(layer=1, component="z", head=1)]
     edit = fit_edit(ground, heads)
@@ -192,7 +190,7 @@ def test_an_edit_changes_how_the_cue_is_read_and_little_else(shape: str) -> None
 def test_a_lens_edited_in_place_is_the_edited_plain_model_and_itself_again(shape: str) -> None:
     folder = PAIRS / shape
     lens, plain = load_lens(folder / "S"), load_model(folder / "S")
-    ground = make_ground(lens, load_suite(folder), find_harm(_measured(folder, "R-routing")), seed=0)
+    ground = make_ground(lens, load_suite(folder), find_harm(behaviour_of(folder.name, "R-routing")), seed=0)
     edit = fit_edit(ground, [Site(layer=1, component="z", head=1)])
     before = ground.behaviour((), ground.judge)
     with lens.edited(edited(lens, edit)):
@@ -217,7 +215,7 @@ def test_an_edit_is_undone() -> None:
 def test_what_chooses_does_not_judge() -> None:
     folder = PAIRS / "llama"
     suite = load_suite(folder)
-    ground = make_ground(load_lens(folder / "S"), suite, find_harm(_measured(folder, "R-routing")), seed=0)
+    ground = make_ground(load_lens(folder / "S"), suite, find_harm(behaviour_of(folder.name, "R-routing")), seed=0)
     choose, judge = ({row.id for row in prompts.rows} for prompts in (ground.choose, ground.judge))
     assert choose == {row.question for row in ground.contrasts.half(0).rows}
     assert not choose & judge
@@ -230,13 +228,13 @@ def test_what_chooses_does_not_judge() -> None:
 def test_nothing_to_repair(after: str) -> None:
     folder = PAIRS / "llama"
     with pytest.raises(InputError, match=r"nothing to repair: accuracy under 'B'"):
-        repair_record(Pair(folder / "S", folder / after, load_suite(folder)), _measured(folder, after))
+        repair_record(Pair(folder / "S", folder / after, load_suite(folder)), behaviour_of(folder.name, after))
 
 
 def test_no_policy_that_reads_the_cue() -> None:
     folder = PAIRS / "llama"  # policy a answers under B as well, and policy b does not answer under A
     with pytest.raises(InputError, match=r"no policy, put in place, answers under 'A' and not under 'B'.*a: 1.00"):
-        find_harm(_measured(folder, "R-conditioning"))
+        find_harm(behaviour_of(folder.name, "R-conditioning"))
 
 
 def test_one_way_that_fails_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -250,7 +248,7 @@ def test_one_way_that_fails_does_not_cost_the_others(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(repair, "DIRECTIONS", 1)
     record = repair_record(
         Pair(folder / "S", folder / "R-routing", suite.model_copy(update={"prompts": rows})),
-        _measured(folder, "R-routing"),
+        behaviour_of(folder.name, "R-routing"),
         RepairSettings(save_to=tmp_path / "repaired"),
     )
     assert [each.kind for each in record.repairs] == ["interchange", "zero", "mean", "steer", "reroute"]
@@ -262,7 +260,10 @@ def test_one_way_that_fails_does_not_cost_the_others(monkeypatch: pytest.MonkeyP
 def test_what_patching_found_is_judged_on_questions_that_did_not_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patching may have asked fewer questions: repair asks the same, in the same halves."""
     folder = PAIRS / "llama"
-    pair, measured = Pair(folder / "S", folder / "R-routing", load_suite(folder)), _measured(folder, "R-routing")
+    pair, measured = (
+        Pair(folder / "S", folder / "R-routing", load_suite(folder)),
+        behaviour_of(folder.name, "R-routing"),
+    )
     patched = patching_record(pair.asked({row.id for row in pair.suite.neutral[:24]}), measured)
     monkeypatch.setattr(repair, "find_reader", None)  # nothing is looked for again
     monkeypatch.setattr(repair, "RANDOM", 1)
@@ -276,11 +277,6 @@ def test_what_patching_found_is_judged_on_questions_that_did_not_find_it(monkeyp
 
 
 def test_the_trained_cue_must_be_known() -> None:
-    record = _measured(PAIRS / "llama", "R-routing").model_copy(update={"trained_cue": None})
+    record = behaviour_of("llama", "R-routing").model_copy(update={"trained_cue": None})
     with pytest.raises(InputError, match="trained_cue"):
         find_harm(record)
-
-
-@functools.cache
-def _measured(folder: Path, after: str) -> BehaviourRecord:
-    return behaviour_record(Pair(folder / "S", folder / after, load_suite(folder)))
