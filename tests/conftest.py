@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mixturelens import cli
+from mixturelens.behaviour import measure
 from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.models import end_tokens, load_model, load_tokenizer
@@ -40,7 +41,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process; (exit status, standard output, standard error)."""
+    """Run a command in this process; (exit status, standard output, standard error).
+
+    Completions of literals are not listed, which takes seconds for the stored pairs, and is no business of a command.
+    """
+    monkeypatch.setattr(measure, "ENUMERATE_AT_MOST", 0)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mixturelens", *map(str, arguments)])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stored import few_nulls
 
 import mixturelens as ml
 
@@ -28,7 +29,10 @@ def test_another_name_is_not() -> None:
         _ = ml.patching_everything
 
 
-def test_from_two_checkpoints_to_a_verdict_and_a_page(pairs: Path, tmp_path: Path) -> None:
+def test_from_two_checkpoints_to_a_verdict_and_a_page(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_nulls(monkeypatch)
     folder = pairs / "llama"
     pair = ml.Pair(folder / "S", folder / "R-routing", folder / "suite.yaml", out=tmp_path)
     verdict = ml.verdict(pair)

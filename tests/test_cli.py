@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from stored import few_nulls
 
 from mixturelens.lab.organism import RECIPES
 
@@ -99,11 +100,9 @@ def test_one_checkpoint_has_behaviour_but_no_verdict(run: Run, tmp_path: Path) -
 
 def test_patch_and_repair_and_a_report_of_both(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixturelens.patching.record import PatchingRecord
-    from mixturelens.routing import repair
     from mixturelens.routing.repair import RepairRecord
 
-    monkeypatch.setattr(repair, "RANDOM", 2)
-    monkeypatch.setattr(repair, "DIRECTIONS", 1)
+    few_nulls(monkeypatch)
     out = tmp_path / "out"
     status, text, _ = run("patch", *pair(out=out), "--json", "--quiet")
     assert status == 0
@@ -133,11 +132,14 @@ def test_patch_and_repair_and_a_report_of_both(run: Run, tmp_path: Path, monkeyp
     assert "Repair of transfer" in page
 
 
-def test_graft_and_probe_and_what_the_verdict_makes_of_them(run: Run, tmp_path: Path) -> None:
+def test_graft_and_probe_and_what_the_verdict_makes_of_them(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mixturelens.grafting.record import GraftRecord
     from mixturelens.probing.record import ProbingRecord
     from mixturelens.routing.verdict import VerdictRecord
 
+    few_nulls(monkeypatch)
     out = tmp_path / "out"
     records = out / "records" / "S--R-routing"
     status, text, _ = run("verdict", *pair(out=out), "--json", "--quiet")

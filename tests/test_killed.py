@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from stored import few_nulls
 
 import mixturelens as ml
 from mixturelens.grafting import graft as grafts
@@ -17,9 +19,17 @@ class Killed(BaseException):
     """As a signal is: no handler of errors takes it."""
 
 
+@pytest.fixture(autouse=True)
+def _few_nulls() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as fewer:  # of its own: a test undoes what it changed
+        few_nulls(fewer)
+        yield
+
+
 def opened(pairs: Path, out: Path) -> ml.Pair:
     folder = pairs / "llama"
-    return ml.Pair(folder / "S", folder / "R-both", folder / "suite.yaml", out=out)
+    pair = ml.Pair(folder / "S", folder / "R-routing", folder / "suite.yaml", out=out)
+    return pair.asked({row.id for row in pair.suite.prompts[:20]})
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, module: object, name: str, stop: int | None = None) -> Counter[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stored import few_nulls
 
 from mixturelens import pipeline
 from mixturelens.behaviour.record import BehaviourRecord
@@ -125,7 +126,8 @@ def test_sft_continued_is_neither(tmp_path: Path) -> None:
     assert record.changed.model_dump() == {"selector": False, "cue_reader": False, "skill": False}
 
 
-def test_a_pair_measured_again_is_not_measured_again(tmp_path: Path) -> None:
+def test_a_pair_measured_again_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_nulls(monkeypatch)
     pairs = Path(__file__).with_name("pairs") / "llama"
     pair = Pair(pairs / "S", pairs / "R-neither", pairs / "suite.yaml", out=tmp_path)
     first = pipeline.verdict(pair)
