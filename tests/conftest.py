@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start: two of them share the cores
 
+import checker  # noqa: F401  # before anything that it checks
 import pytest
 import torch
 

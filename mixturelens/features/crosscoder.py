@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ Progress = Callable[[int, int, dict[str, float]], None]
 SIDES: tuple[Side, Side] = ("before", "after")
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Activations of S and R at one site on the same tokens, in batches: a pure function of step and seed."""
 

@@ -29,7 +29,7 @@ class Resampled:
 
     odds: Float[np.ndarray, "draw cue"]
     """log c_p / c_o."""
-    weights: Float[np.ndarray, "draw cue policy"]
+    weights: Float[np.ndarray, "draw cue choice"]
     """Of the known policies, and last what is left: `other`."""
     done: Float[np.ndarray, "draw cue policy"]
     """Log-probability of the usual completion."""

@@ -379,7 +379,7 @@ class Engine:
         self,
         site: Site,
         values: Float[Tensor, "run column size"],
-        rows: Int[Tensor, " run"],
+        rows: Int[Tensor, " row"],
     ) -> Float[Tensor, "run vocabulary"]:
         """Logits of the last column with `values` at one site of these rows; differentiable in `values`.
 
@@ -499,7 +499,7 @@ class Engine:
         source: Source,
         start: int,
         final: bool,
-    ) -> Float[Tensor, "run window d_model"]:
+    ) -> Float[Tensor, "job window d_model"]:
         """Behind their first layer, what the groups have become; outputs change their own columns alone."""
         every = rows.repeat(len(groups))
         after = self._resid[layer + 1][every, -1:] if final else self._resid[layer + 1][every, start - self.width :]

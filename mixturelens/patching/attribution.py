@@ -141,7 +141,7 @@ class _InputLine:
     corrupt: Float[Tensor, "row pos d_model"]
     difference: Float[Tensor, "row pos d_model"]
 
-    def gradients(self, points: Sequence[float], rows: Sequence[int]) -> list[Float[Tensor, "part pos reader d_model"]]:
+    def gradients(self, points: Sequence[float], rows: Sequence[int]) -> list[Float[Tensor, "part pos _reader d_model"]]:
         """Means over points of the line of `_gradients`, of some rows."""
         at, on = list(rows), self.on.part(rows)
         total: list[Tensor] = []
@@ -157,7 +157,7 @@ class _InputLine:
             clean, corrupt = (self.on.metric(run_graph(self.graph, side)) for side in (self.on.clean, self.on.corrupt))
         return clean - corrupt
 
-    def missed(self, gradients: Sequence[Float[Tensor, "row pos reader d_model"]]) -> Float[Tensor, " row"]:
+    def missed(self, gradients: Sequence[Float[Tensor, "row pos _reader d_model"]]) -> Float[Tensor, " row"]:
         found = sum(torch.einsum("rpd,rpvd->r", self.difference, each) for each in gradients)
         return (found - self.change).abs() / self.change.abs().clamp(min=LEAST)
 
@@ -169,7 +169,7 @@ def _middles(steps: int) -> list[float]:
 @torch.enable_grad()
 def _gradients(
     graph: Graph, on: Sides, start: Float[Tensor, "row pos d_model"]
-) -> tuple[Float[Tensor, "row pos reader d_model"], ...]:
+) -> tuple[Float[Tensor, "row pos _reader d_model"], ...]:
     """Gradients of each row's metric in what every group of readers reads, in a run from `start`."""
     seen: dict[Readers, Tensor] = {}
 
@@ -213,7 +213,7 @@ def patch_paths(graph: Graph, on: Sides, paths: Sequence[tuple[str, Sequence[str
     return _drops(graph, on, edges)
 
 
-def _drops(graph: Graph, on: Sides, groups: Sequence[Int[Tensor, "edge 2"]]) -> Float[Tensor, "row group"]:
+def _drops(graph: Graph, on: Sides, groups: Sequence[Int[Tensor, "_edge 2"]]) -> Float[Tensor, "row group"]:
     """What the metric loses when the edges of each group are patched together."""
     masks = torch.ones(len(groups) + 1, *graph.exists.shape)  # the last one leaves every edge in place
     for mask, edges in zip(masks, groups, strict=False):

@@ -413,7 +413,7 @@ class _Fitted:
 
 
 def _fit(
-    metric: Metric, features: Float[Tensor, "site row feature"], rows: Int[np.ndarray, " row"], labels: np.ndarray
+    metric: Metric, features: Float[Tensor, "site row feature"], rows: Int[np.ndarray, " fit"], labels: np.ndarray
 ) -> _Fitted | None:
     """Probes on every site; None where there are not two classes to tell apart."""
     classes, numbers = np.unique(labels, return_inverse=True)

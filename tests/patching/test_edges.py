@@ -40,10 +40,10 @@ REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference"
 
 @functools.cache
 def organism(name: str) -> tuple[Graph, Sides]:
-    """The S of a stored pair; or a checkpoint of the reference organism, on 24 of its questions."""
+    """The S of a stored pair; or a checkpoint of the reference organism, on 40 of its questions."""
     suite, folder = (PAIRS / name, PAIRS / name / "S") if name in SHAPES else (REFERENCE, REFERENCE / name)
     lens = load_lens(folder)
-    on = sides(lens, cue_contrasts(load_suite(suite), lens.tokenizer, "a", ("A", "B")).first(24))
+    on = sides(lens, cue_contrasts(load_suite(suite), lens.tokenizer, "a", ("A", "B")).first(40))
     return edge_graph(lens, on), on
 
 

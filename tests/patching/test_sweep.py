@@ -299,8 +299,7 @@ def test_what_cannot_be_patched_is_left_out_of_the_record_and_named(monkeypatch)
     able = Lens.why_not
     monkeypatch.setattr(Lens, "why_not", lambda lens, c: "nobody listens" if c == "pattern" else able(lens, c))
     pair = Pair(PAIRS / "llama" / "S", PAIRS / "llama" / "R-routing", load_suite(PAIRS / "llama"))
-    some = pair.asked({row.id for row in pair.suite.neutral[:20]})
-    record = patching_record(some, behaviour_of("llama", "R-routing"))
+    record = patching_record(pair, behaviour_of("llama", "R-routing"))
     assert record.missing[0] == "patching pattern: nobody listens"
     patched = {effect.site.component for sweep in record.sweeps for effect in sweep.effects}
     assert patched == {"resid_pre", "attn_out", "mlp_out", "z", "q", "k", "v"}
