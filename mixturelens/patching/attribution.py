@@ -141,7 +141,9 @@ class _InputLine:
     corrupt: Float[Tensor, "row pos d_model"]
     difference: Float[Tensor, "row pos d_model"]
 
-    def gradients(self, points: Sequence[float], rows: Sequence[int]) -> list[Float[Tensor, "part pos _reader d_model"]]:
+    def gradients(
+        self, points: Sequence[float], rows: Sequence[int]
+    ) -> list[Float[Tensor, "part pos _reader d_model"]]:
         """Means over points of the line of `_gradients`, of some rows."""
         at, on = list(rows), self.on.part(rows)
         total: list[Tensor] = []

@@ -143,7 +143,7 @@ def test_the_repair_of_an_adapter_is_an_adapter(
     monkeypatch.setattr(repair, "RANDOM", 1)
     monkeypatch.setattr(repair, "DIRECTIONS", 1)
     pair = Pair(folder / "S", tmp_path / "R", load_suite(folder), base=tmp_path / "base", out=tmp_path / "out")
-    record = repair_record(pair, _measured(folder, "R-routing"), RepairSettings(save_to=tmp_path / "repaired"))
+    record = repair_record(pair, behaviour_of("llama", "R-routing"), RepairSettings(save_to=tmp_path / "repaired"))
     assert record.checkpoint == "repaired"
     assert not [line for line in record.missing if "adapter" in line]
     loaded = PeftModel.from_pretrained(load_model(tmp_path / "base"), str(tmp_path / "repaired")).eval()
