@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -26,6 +27,12 @@ from mixturelens.suite import Suite, load_suite
 torch.set_num_threads(1)
 
 PAIRS = Path(__file__).parent / "pairs"
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays until the end: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class Pair(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-import subprocess
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -152,13 +152,18 @@ def graft() -> GraftRecord:
     return pipeline.graft(PAIR)
 
 
-def test_a_wrong_prediction_is_a_result_and_no_error_from_the_command_line(tmp_path: Path):
+def test_a_wrong_prediction_is_a_result_and_no_error_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """The unembedding of the reference is frozen in RL, so that it cannot carry anything."""
     out, name = tmp_path / "record.json", "the_unembedding_chooses"
-    command = [sys.executable, "-m", f"probes.{name}", str(REFERENCE), "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "holds: no. In sft--rl-A the unembedding alone carries 0.000" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["probe", str(REFERENCE), "--out", str(out)])
+    with monkeypatch.context() as anew:  # what `python -m` does, where libraries are there already
+        anew.delitem(sys.modules, f"probes.{name}")
+        runpy.run_module(f"probes.{name}", run_name="__main__", alter_sys=True)
+    done = capsys.readouterr()
+    assert done.err == ""
+    assert "holds: no. In sft--rl-A the unembedding alone carries 0.000" in done.out
     record = ProbeRecord.load(out)
     assert record == first(name)[0]
     assert record.holds is False

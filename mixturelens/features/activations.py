@@ -76,7 +76,7 @@ class Store(Record):
 class Activations:
     """Rows (tokens) of activations, in one part or several."""
 
-    parts: tuple[Float[Tensor, "row model d"], ...]
+    parts: tuple[Float[Tensor, "_row model d"], ...]
     digest: str = ""
     """Of the weights, texts and site that they come from."""
 

@@ -157,11 +157,11 @@ class _Moments:
 @torch.no_grad()
 def transplant(
     crosscoder: Crosscoder,
-    x_s: Float[Tensor, "*batch d"],
-    x_r: Float[Tensor, "*batch d"],
+    x_s: Float[Tensor, "*before d"],
+    x_r: Float[Tensor, "*after d"],
     latents: Sequence[int] | Int[Tensor, " part"],
     side: Side = "after",
-) -> Float[Tensor, "*batch d"]:
+) -> Float[Tensor, "*before d"]:
     """The activations of R (with `side` before: of S) without what these latents write there: x - sum_i f_i d_i.
 
     f is read from both checkpoints' activations on the same tokens. Everything that the crosscoder does not describe

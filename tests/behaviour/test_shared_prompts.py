@@ -90,8 +90,7 @@ def test_shared_rows_say_what_whole_rows_say(shape: str, same: bool, monkeypatch
             np.testing.assert_allclose(other, one, atol=1e-5)
 
 
-@pytest.mark.parametrize("same", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "same"), [*((shape, False) for shape in SHAPES), (next(iter(SHAPES)), True)])
 def test_samples_are_as_frequent_as_they_are_probable(shape: str, same: bool) -> None:
     model, heads, scorer, number = make(shape), prompts(same, 3), Scorer((END_ID,), VOCABULARY), 4000
     with torch.no_grad():

@@ -95,14 +95,20 @@ def whole(tmp_path_factory) -> str:
     return write(tmp_path_factory.mktemp("report") / "report.html", mechanism=True)
 
 
-def test_page_tells_the_story_in_order(tmp_path):
-    text = write(tmp_path / "report.html")
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> str:
+    """The page without instruments."""
+    return write(tmp_path_factory.mktemp("plain") / "report.html")
+
+
+def test_page_tells_the_story_in_order(plain):
+    text = plain
     sections = re.findall(r'<section id="(\w+)">', text)
     assert sections == ["answer", "headline", "numbers", "split", "policies", "trajectories", "controls", "method"]
 
 
-def test_page_says_what_the_records_say(tmp_path):
-    page = Page(write(tmp_path / "report.html"))
+def test_page_says_what_the_records_say(plain):
+    page = Page(plain)
     record, verdict = make_pair()
     assert verdict.reason in page.text
     assert figures.show_interval(verdict.routing_share) in page.text
@@ -481,9 +487,9 @@ def test_pages_of_equal_records_are_equal(tmp_path):
 
 
 def test_hostile_names_stay_text(whole, tmp_path):
-    plain, hostile = Page(whole), Page(write(tmp_path / "report.html", hostile=True, mechanism=True))
-    assert hostile.tags == plain.tags
-    assert hostile.links == plain.links
+    usual, hostile = Page(whole), Page(write(tmp_path / "report.html", hostile=True, mechanism=True))
+    assert hostile.tags == usual.tags
+    assert hostile.links == usual.links
     assert HOSTILE in hostile.text
     assert not any(re.search(r"</?script|<img", script) for script in hostile.scripts)
 

@@ -308,15 +308,13 @@ def test_questions_that_do_not_close_are_given_more_steps(monkeypatch: pytest.Mo
         torch.testing.assert_close(scores.missed, found, atol=1e-4, rtol=1e-3)
         return found
 
-    refined = eap_ig(graph, on)
-    assert missed(refined).max() < 0.02
     points = []
     slopes = attribution._gradients
     monkeypatch.setattr(attribution, "_gradients", lambda graph, on, x: points.append(len(on)) or slopes(graph, on, x))
-    again = eap_ig(graph, on)
+    refined = eap_ig(graph, on)
+    assert missed(refined).max() < 0.02
     assert points[:32] == [len(on)] * 32  # those that close already are left alone
     assert 0 < max(points[32:]) < len(on)
-    torch.testing.assert_close(again.per_question, refined.per_question)
     monkeypatch.setattr(attribution, "MOST", 32)
     plain = eap_ig(graph, on)
     assert missed(plain).max() > 0.1
@@ -327,10 +325,9 @@ def test_questions_that_do_not_close_are_given_more_steps(monkeypatch: pytest.Mo
     assert missed(eap(graph, on)).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["llama", "checkpoints/sft"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("checkpoints/sft", marks=pytest.mark.slow)])
 def test_attribution_ranks_edges_as_exact_patches_do(name: str):
     graph, on = organism(name)
-    on = on.part(slice(12))
     patched = exact(graph, on).mean(0)
     for scores, method in ((eap(graph, on).mean, "EAP"), (eap_ig(graph, on).mean, "EAP-IG")):
         signed = spearman(scores[graph.exists], patched[graph.exists])
@@ -340,7 +337,7 @@ def test_attribution_ranks_edges_as_exact_patches_do(name: str):
         assert strength > 0.65
 
 
-@pytest.mark.parametrize("name", ["checkpoints/sft", "checkpoints/rl-A"])
+@pytest.mark.parametrize("name", [pytest.param("checkpoints/sft", marks=pytest.mark.slow), "checkpoints/rl-A"])
 def test_a_tenth_of_the_edges_does_it_and_a_random_tenth_does_not(name: str):
     graph, on = organism(name)
     counts = resample_counts(len(on), 0)
