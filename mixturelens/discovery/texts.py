@@ -54,7 +54,7 @@ def part_by_texts(drawn: Sequence[Completion], asked: Questions, seed: int, embe
     said = [frozenset(_grams(path)) for path in slotted(drawn, asked.prompts, asked.answers)]
     prompt, side = np.array([each.prompt for each in drawn]), np.array([each.after for each in drawn])
     having, texts = _having(said), [each.text for each in drawn]
-    vectors = _counted(having) if embed is None else _embedded(texts, embed)
+    vectors = _counted(having, len(drawn)) if embed is None else _embedded(texts, embed)
     groupings = [_grouped(vectors, prompt, number, seed) for number in range(2, GROUPS + 1)]
     groupings += [having[moved]] if (moved := _most_moved(having, prompt, side)) else []
     found = [
@@ -142,12 +142,15 @@ def _having(said: Sequence[frozenset[str]]) -> dict[str, Bool[np.ndarray, " comp
     return {gram: np.array([gram in some for some in said]) for gram, n in usual.most_common(SEEN) if n >= least}
 
 
-def _counted(having: Having) -> Float[np.ndarray, "completion feature"]:
-    """TF-IDF of texts, in its directions of the most variance."""
+def _counted(having: Having, number: int) -> Float[np.ndarray, "completion feature"]:
+    """TF-IDF of the texts of a `number` of completions, in its directions of the most variance."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfTransformer
 
-    counts = np.stack([has for has in having.values() if not has.all()] or [np.zeros(1)], axis=1).astype(float)
+    telling = [has for has in having.values() if not has.all()]
+    if not telling:
+        return np.zeros((number, 1))
+    counts = np.stack(telling, axis=1).astype(float)
     size = min(DIRECTIONS, counts.shape[1] - 1, counts.shape[0] - 1)
     if size < 1:
         return counts

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from hollow import hollow
 
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.features.effort import SHARES, make_plan, share_of, work_of
@@ -64,7 +65,7 @@ def test_eight_billion_parameters_are_estimated_without_weights(tmp_path: Path):
             if file.name.startswith("tokenizer"):
                 (tmp_path / name / file.name).write_bytes(file.read_bytes())
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-        (tmp_path / name / "model.safetensors").write_bytes(b"")
+        hollow(tmp_path / name)
     plan = make_plan(Pair(tmp_path / "S", tmp_path / "R", load_suite(REFERENCE), dtype="bfloat16"), 60, 60)
     assert 32e9 < plan.needs.memory < 45e9
     assert plan.share == SHARES[-1]

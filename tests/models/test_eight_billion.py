@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hollow import hollow
 from transformers import LlamaConfig
 
 from mixturelens.behaviour.pair import behaviour_record
@@ -17,7 +16,6 @@ from mixturelens.features.pair import FeatureSettings, feature_record
 from mixturelens.grafting.pair import graft_record
 from mixturelens.models import Budget, Pair
 from mixturelens.models.cost import size_of
-from mixturelens.models.load import skeleton
 from mixturelens.patching.pair import patching_record
 from mixturelens.probing.pair import probing_record
 from mixturelens.routing.repair import repair_record
@@ -54,20 +52,8 @@ def large(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     for side in "SR":
         shutil.copytree(pairs / "chat" / "S", root / side)
         SHAPE.save_pretrained(root / side)
-        _hollow(root / side)
+        hollow(root / side)
     return Pair(root / "S", root / "R", load_suite(pairs / "chat"), dtype="bfloat16", budget=Budget(memory=1.0))
-
-
-def _hollow(folder: Path) -> None:
-    header, end = {}, 0
-    for name, parameter in skeleton(folder).named_parameters():
-        size = 2 * parameter.numel()
-        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
 
 
 @pytest.fixture(scope="module")

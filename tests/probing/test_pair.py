@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hollow import hollow
 from stored import behaviour_of
 
 from mixturelens.contrasts import cue_contrasts
@@ -110,7 +111,7 @@ def test_least_used_wants_to_be_sure() -> None:
 
 
 def planned(tmp_path: Path, budget: Budget | None = None, **shape: int) -> ProbingPlan:
-    """The plan of a pair that has a config and a tokenizer, and no weights at all."""
+    """The plan of a pair that has a config and a tokenizer, and a hole for weights."""
     from transformers import LlamaConfig
 
     source = Path(__file__).parents[1] / "pairs" / "llama"
@@ -122,7 +123,7 @@ def planned(tmp_path: Path, budget: Budget | None = None, **shape: int) -> Probi
                 shutil.copy(file, folder / file.name)
         old = LlamaConfig.from_pretrained(source / "S").to_dict()
         LlamaConfig(**{**old, **shape}).save_pretrained(folder)
-        (folder / "model.safetensors").touch()
+        hollow(folder)
     suite = load_suite(source)
     opened = Pair(tmp_path / "S", tmp_path / "R", suite, budget=budget or Budget())
     return make_plan(opened, *to_probe(suite, opened.tokenizer))
