@@ -78,7 +78,7 @@ def compare_folders(left: Path, right: Path) -> Iterator[str]:
             yield f"{name}: not in {missing[0]}"
             continue
         records = [_read(files[name]) for files in sides]
-        for line in differences(*records):
+        for line in differences(records[0], records[1]):
             yield f"{name}: {line}"
 
 
