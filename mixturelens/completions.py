@@ -162,20 +162,16 @@ def _stored(folder: Path, suite: Suite) -> list[tuple[PromptRow, Side, GivenText
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise InputError(f"--completions {folder}: no folder that `discover` left; give that folder, or a file")
-    rows = {(row.prompt, _said(row.messages)): row for row in suite.neutral}
+    rows = {row.turns: row for row in suite.neutral}
     with loading(f"--completions {folder}", "not as `discover` leaves it; run that again"):
         asked = read_json(folder / "asked.json", "is gone; run `discover` again")["suite"]["prompts"]
-        at = [rows.get((each.get("prompt"), _said(each.get("messages")))) for each in asked]
+        at = [rows.get(PromptRow.model_validate(each).turns) for each in asked]
         frames = [pandas.read_parquet(file, columns=["prompt", "after", "text", "ended"]) for file in files]
         return [
             (row, SIDES[bool(after)], GivenText(str(text), bool(ended)))
             for prompt, after, text, ended in pandas.concat(frames).itertuples(index=False)
             if (row := at[prompt]) is not None
         ]
-
-
-def _said(messages: Sequence[Mapping[str, str]] | None) -> str:
-    return json.dumps([[each["role"], each["content"]] for each in messages or ()])
 
 
 def _line(where: str, data: Mapping[str, Any], side: Side | None) -> _Line:

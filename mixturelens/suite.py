@@ -64,6 +64,12 @@ class PromptRow(Frozen):
         return self
 
     @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """(role, text) of each turn; a prompt without messages is one turn of the user."""
+        said = self.messages or ({"role": "user", "content": self.text},)
+        return tuple((turn["role"], turn["content"]) for turn in said)
+
+    @property
     def text(self) -> str:
         """The words of the prompt, without any chat template."""
         if self.prompt is not None:

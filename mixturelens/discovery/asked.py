@@ -60,8 +60,8 @@ class Asked:
         """
         found = []
         for row, fields in zip(self.rows, self.fields, strict=True):
-            system = "\n".join(text for role, text in turns(row) if role == "system")
-            text = "\n".join(text for role, text in turns(row) if role != "system")
+            system = "\n".join(text for role, text in row.turns if role == "system")
+            text = "\n".join(text for role, text in row.turns if role != "system")
             found.append(Prompt(row.id, text, system, fields))
         return found
 
@@ -98,11 +98,6 @@ def read_prompts(path: Path, *, chat: bool = False, max_new_tokens: int = 64, sa
     except ValidationError as error:
         raise InputError(f"{path}: {first_problem(error)}") from None
     return Asked(suite, tuple(fields), not without)
-
-
-def turns(row: PromptRow) -> tuple[tuple[str, str], ...]:
-    """(role, text) of each turn of a prompt; a prompt without messages is one turn of the user."""
-    return tuple((turn["role"], turn["content"]) for turn in row.messages or ({"role": "user", "content": row.text},))
 
 
 def _row(data: Mapping[str, Any], times: Counter[str], where: str) -> PromptRow:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixturelens.discovery.asked import Asked, turns
+from mixturelens.discovery.asked import Asked
 from mixturelens.discovery.cues import Cue, cue_of, find_cues
 from mixturelens.discovery.draws import Draws
 from mixturelens.discovery.information import ALPHA, SHUFFLES, Told, share_of_questions
@@ -108,8 +108,8 @@ def heard(asked: Asked, proposal: Proposal, second: Second, folder: Path, seed: 
     """
     if proposal.suite is None:
         return proposal
-    parted, asks = proposal.parted, {turns(row) for row in proposal.suite.prompts}
-    asked_there = [turns(row) in asks for row in asked.rows]
+    parted, asks = proposal.parted, {row.turns for row in proposal.suite.prompts}
+    asked_there = [row.turns in asks for row in asked.rows]
     held = [i for i, each in enumerate(parted.drawn) if asked_there[each.prompt] and parted.policy[i] >= 0]
     candidates = {
         each.name: [example.completion for example in (*each.examples_before, *each.examples_after)]
@@ -125,8 +125,8 @@ def refine(asked: Asked, draws: Draws, suite: Suite, seed: int, provenance: Prov
 
     Raises InputError where none of its prompts is among those that completions were drawn at.
     """
-    at = {turns(row): row for row in suite.neutral}
-    row_of = {i: at[turns(row)] for i, row in enumerate(asked.rows) if turns(row) in at}
+    at = {row.turns: row for row in suite.neutral}
+    row_of = {i: at[row.turns] for i, row in enumerate(asked.rows) if row.turns in at}
     if not row_of:
         raise InputError("--refine: no prompt of the suite is one that completions were drawn at")
     kept = [i for i, each in enumerate(draws.drawn) if each.prompt in row_of]
@@ -268,10 +268,10 @@ def _said(asked: Asked, parted: Parted, held: np.ndarray, suite: Suite | None) -
     """The policy that the suite's rules give to each held-out completion, as `parted` counts; None without one."""
     if suite is None:
         return None
-    rows = {turns(row): row for row in suite.prompts}
+    rows = {row.turns: row for row in suite.prompts}
     said = np.full(len(held), -1)
     for i in np.flatnonzero(held).tolist():
-        row = rows.get(turns(asked.rows[parted.drawn[i].prompt]), suite.prompts[0])
+        row = rows.get(asked.rows[parted.drawn[i].prompt].turns, suite.prompts[0])
         policy = suite.label(parted.drawn[i].text, row).policy
         said[i] = parted.names.index(policy) if policy in parted.names else -1
     return said
