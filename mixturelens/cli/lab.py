@@ -29,21 +29,20 @@ from mixturelens.types import InputError, RunError, shown
 @app.command()
 def demo(out: Out = None, device: Device = None, quiet: Quiet = False) -> None:
     """Train the formatting-tag organism, say what RL did to it, find the router, repair it, and write a report."""
+    import os
+
     import mixturelens as ml
+    from mixturelens.lab import demo as lab_demo
     from mixturelens.lab import runs
-    from mixturelens.lab.organism import load_spec
 
     folder = out or Path("artifacts/demo")
     with working(quiet) as (progress, say):
         where = device_of(device)
-        runs.train(load_spec("default"), folder, where, progress)
-        pairs = runs.run_pairs(folder, device=where)
-        for pair in pairs:
-            for instrument in (ml.patch, ml.graft, ml.probe):
-                instrument(pair, say=say)
-            ml.circuit(pair, pairs, say=say)
-        repaired = [ml.repair(pair, say=say) for pair in pairs]
-        verdicts = [ml.verdict(pair) for pair in pairs]  # now with what the weights say
+        jobs = min(2, os.cpu_count() or 1) if where == "cpu" else 1
+        pairs = lab_demo.demo(folder, where, jobs, progress, say)
+        repaired = [ml.repair(pair) for pair in pairs]
+        verdicts = [ml.verdict(pair) for pair in pairs]  # with what the weights say
+        say("report")
         page = runs.report(folder, pairs)
     tell(f"{verdicts[0].reason}\n")
     show_story(pairs, verdicts, repaired)

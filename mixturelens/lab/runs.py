@@ -27,7 +27,7 @@ from mixturelens.lab.organism import (
 from mixturelens.lab.pages.forecast import forecasts
 from mixturelens.lab.proving.record import ScoreRecord
 from mixturelens.lab.proving.score import run_score
-from mixturelens.lab.stage import Progress
+from mixturelens.lab.stage import Progress, alone
 from mixturelens.lab.structure import StructureRecord, StructureSettings, structure_record
 from mixturelens.lab.training import train_stage
 from mixturelens.models import How, Pair
@@ -75,8 +75,16 @@ def _difference(there: Spec, wanted: Spec) -> str:
     return f"{key}: {left.get(key)}, not {right.get(key)}"
 
 
-def train(spec: Spec, out: Path, device: str = "cpu", progress: Progress | None = None) -> list[Trajectory]:
-    """Grow the organism: base, SFT, RL on each cue from SFT's checkpoint, phases. Resumes where it was stopped."""
+def train(
+    spec: Spec, out: Path, device: str = "cpu", progress: Progress | None = None, jobs: int = 1
+) -> list[Trajectory]:
+    """Grow the organism: base, SFT, RL on each cue from SFT's checkpoint, phases. Resumes where it was stopped.
+
+    With more than one of `jobs`, that many stages that start from SFT are trained at once, each in a process of its
+    own, which shows no progress.
+    """
+    from joblib import Parallel, delayed
+
     check_run(spec, out)
     suite, base, made = build_suite(spec), out / "checkpoints" / "base", None
     if isinstance(spec.model, Pretrained):
@@ -91,7 +99,16 @@ def train(spec: Spec, out: Path, device: str = "cpu", progress: Progress | None 
         with new_folder(base) as folder:
             for each in made:
                 each.save_pretrained(folder)
+    if jobs > 1:
+        train_stage(spec, "sft", out, device, progress)
+        first = [name for name, (start, _) in spec.stages.items() if start == "sft"]
+        Parallel(n_jobs=jobs)(delayed(_train_alone)(spec, name, out, device) for name in first)
     return [train_stage(spec, name, out, device, progress) for name in ("sft", *spec.stages)]
+
+
+def _train_alone(spec: Spec, name: str, out: Path, device: str) -> None:
+    alone()
+    train_stage(spec, name, out, device)
 
 
 def run_pairs(run: Path, **how: Unpack[How]) -> list[Pair]:

@@ -58,6 +58,15 @@ def quick_bfloat16(device: str) -> bool:
     return not device.startswith("cuda") or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def alone() -> None:
+    """What a process says first that works beside others: small networks gain nothing by a second thread, and lose much
+    where cores are shared."""
+    import torch
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+
+
 def lora_of(spec: Spec) -> Lora | None:
     """The adapter that is trained, where it is not the whole network."""
     return spec.model.lora if isinstance(spec.model, Pretrained) else None

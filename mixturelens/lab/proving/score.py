@@ -50,7 +50,8 @@ from mixturelens.lab.proving.record import (
 )
 from mixturelens.lab.proving.sabotage import broken_methods, broken_verdicts
 from mixturelens.lab.proving.truth import CELL, LEAST, TEXT, TOLERANCE, Truth
-from mixturelens.models import load_tokenizer, quiet_libraries
+from mixturelens.lab.stage import alone
+from mixturelens.models import load_tokenizer
 from mixturelens.models.source import fingerprint
 from mixturelens.records import Provenance, Record, with_versions, write_text
 from mixturelens.routing.verdict import DEFAULT_THRESHOLDS, judge
@@ -269,27 +270,19 @@ def _do(steps: list[Step], ground: Path, jobs: int, progress: Progress | None, w
 
 
 def _organism(organism: Organism, ground: Path) -> None:
-    _alone()
+    alone()
     make_organism(organism, ground)
 
 
 def _step(work: Callable[[Any, Path], Record], of: Any, file: Path, ground: Path) -> None:
     """What cannot be scored is written down beside, and tried again by the next run; the rest goes on."""
-    _alone()
+    alone()
     failure = file.with_suffix(".failed")
     try:
         work(of, ground).save(file)
         failure.unlink(missing_ok=True)
     except (InputError, RunError) as error:
         write_text(failure, f"{error}\n")
-
-
-def _alone() -> None:
-    """Small networks gain nothing by a second thread, and lose much where cores are shared."""
-    import torch
-
-    quiet_libraries()
-    torch.set_num_threads(1)
 
 
 def _freeze(ground: Path) -> None:
