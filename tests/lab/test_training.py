@@ -190,7 +190,7 @@ def test_phases_train_one_after_another_and_are_measured_by_every_objective(
     short = tiny.model_dump(mode="json")
     short |= {"objectives": {"B": "refuse"}, "rl": {**short["rl"], "cues": []}}
     short["phases"] = {
-        "one": {"cues": ["B", "A"], "steps": 2, "hint": "be-a"},
+        "one": {"cues": ["B", "A"], "steps": 6, "hint": "be-a"},
         "two": {"train": "sft", "cues": ["A"], "weights": {"b": 1.0}, "steps": 30, "measure_every": 15},
         "three": {"cues": ["B"], "steps": 2, "after": "sft", "policy": "a"},
     }
