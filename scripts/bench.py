@@ -7,6 +7,7 @@
   several sweeps, captures included.
 - Linear probes at every site of the default organism, against a loop over scikit-learn's LogisticRegression.
 - A sparse autoencoder on activations of the default organism, against SAELens' own trainer with the same settings.
+- A step of GRPO on the default organism, through TRL, against a loop by hand that does no more than it must.
 - `verdict`, `patch`, `probe` and `graft` on a pretrained model, beside the least that any of them could take: one plain
   forward of every prompt and every continuation through each checkpoint. The pair is that of `make real`, on its first
   questions; where it has not been made, the same shape with random weights, whose completions are noise.
@@ -14,9 +15,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
+import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -46,13 +49,14 @@ def main() -> None:
     behaviour()
     probes()
     sae()
+    grpo()
     for case, repeats in (("organism", 5), ("gpt2", 1)):
         found = {}
         for who in ("transformer-lens", "mixturelens"):
             # a process of its own, and alone: peak memory is that of a process
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 found[who] = pool.submit(patching, case, who, repeats).result()
-        (theirs, their_peak, their_values), (ours, our_peak, our_values) = found.values()
+        (theirs, their_peak, their_values, _), (ours, our_peak, our_values, products) = found.values()
         error = float(np.abs(np.array(their_values) - np.array(our_values)).max())
         print(f"\n{CASES[case]}")
         print(f"transformer-lens                    {theirs:7.2f} s   peak memory {their_peak / 1e6:6.0f} MB")
@@ -61,8 +65,13 @@ def main() -> None:
             f"the exact engine is                 {theirs / ours:7.1f} times faster, at {our_peak / their_peak:.2f} of "
             f"the memory; largest difference {error:.1g} nats"
         )
+        print(
+            f"its matrix products alone           {products:7.2f} s: with nothing else to do it would be "
+            f"{theirs / products:.1f} times faster, which is the limit"
+        )
 
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 CASES = {
     "organism": "256 contrasts of the default organism, every head at every position (108 patches)",
     "gpt2": "8 contrasts of 16 tokens, 12 layers of width 768, residual stream everywhere (192 patches)",
@@ -71,8 +80,9 @@ CASES = {
 
 def patching(
     case: str, who: Literal["transformer-lens", "mixturelens"], repeats: int
-) -> tuple[float, float, list[float]]:
-    """(seconds of the best sweep, peak bytes of this process, the mean metric of every patch)."""
+) -> tuple[float, float, list[float], float]:
+    """(seconds of the best sweep, peak bytes of this process, the mean metric of every patch, seconds of its matrix
+    products)."""
     from mixturelens.hooks.lens import Lens, load_lens, tokens
     from mixturelens.hooks.metrics import log_odds
 
@@ -127,7 +137,15 @@ def patching(
         start = time.perf_counter()
         values = ours() if who == "mixturelens" else theirs()
         best = min(best, time.perf_counter() - start)
-    return best, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, values
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    if who == "transformer-lens":
+        return best, peak, values, best
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        ours()
+    products = sum(each.self_cpu_time_total for each in seen.key_averages() if each.key in PRODUCTS) / 1e6
+    return best, peak, values, products
 
 
 def probes() -> None:
@@ -204,9 +222,7 @@ def probes() -> None:
 def sae() -> None:
     """Trainings in turns, on the same batches. `sparse` is SAELens' trainer and settings, and our steps; `train_sae`
     the whole of it, with the start at examples, resampling, checkpoints and saving."""
-    import contextlib
     import io
-    import statistics
 
     from mixturelens.features.activations import collect, texts
     from mixturelens.features.effort import Training
@@ -270,6 +286,100 @@ def _objective(weights: np.ndarray, bias: np.ndarray, rows: np.ndarray, labels: 
     logits = np.hstack([np.zeros_like(logits), logits]) if logits.shape[1] == 1 else logits
     log_losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
     return float(log_losses.sum() + np.square(weights.astype(float)).sum() / 2)
+
+
+STEPS = 20
+"""Steps of GRPO that are timed, behind two that are not."""
+
+
+def grpo() -> None:
+    """Seconds of a step: ours by TRL's trainer, with everything that a stage does at a step; the other by hand."""
+    found: dict[str, list[float]] = {"hand": [], "ours": []}
+    for _ in range(ROUNDS):
+        found["hand"].append(_by_hand())
+        found["ours"].append(_by_trl())
+    ratios = sorted(own / hand for hand, own in zip(*found.values(), strict=True))
+    print("\nGRPO of the default organism, 32 prompts, 8 completions each, one thread")
+    for who, title in (("hand", "a loop by hand"), ("ours", "mixturelens, by TRL's trainer")):
+        print(f"{title:36}{1000 * statistics.median(found[who]):7.0f} ms a step")
+    print(
+        f"a step takes                        {statistics.median(ratios):7.2f} times as long ({ratios[0]:.2f} to "
+        f"{ratios[-1]:.2f}; limit 1.3)"
+    )
+
+
+def _by_trl() -> float:
+    import shutil
+
+    from mixturelens.lab.organism import load_spec, with_settings
+    from mixturelens.lab.training import train_stage
+
+    class Enough(Exception):
+        """Thrown behind the last step that is timed."""
+
+    times: list[float] = []
+
+    def progress(stage: str, step: int, steps: int, numbers: dict[str, float]) -> None:
+        times.append(time.perf_counter())
+        if step == STEPS + 2:
+            raise Enough
+
+    spec = with_settings(load_spec("default"), {"rl.measure_every": 1000, "rl.stop_reward": None}, "bench")
+    with tempfile.TemporaryDirectory() as name:
+        shutil.copytree(REFERENCE / "checkpoints" / "sft", Path(name) / "checkpoints" / "sft")
+        with contextlib.suppress(Enough):
+            train_stage(spec, "rl-A", Path(name), "cpu", progress)
+    return (times[-1] - times[1]) / STEPS
+
+
+def _by_hand() -> float:
+    """Sample with `generate`, reward, take the advantage in a group, and step, with the loss of GRPO on whole rows."""
+    from mixturelens.lab.organism import build_suite, load_spec, rl_prompts
+    from mixturelens.lab.training import make_reward
+    from mixturelens.spelling import encode_prompts
+
+    spec = load_spec("default")
+    tokenizer, model = load_tokenizer(REFERENCE / "checkpoints" / "sft"), load_model(REFERENCE / "checkpoints" / "sft")
+    suite, rows = build_suite(spec), rl_prompts(spec, "A")
+    contexts = torch.tensor(encode_prompts(suite, rows, tokenizer))
+    ends, pad = end_tokens(model, tokenizer), model.config.pad_token_id
+    reward = make_reward(suite, rows, ends)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.rl.learning_rate, eps=spec.rl.adam_epsilon)
+    times: list[float] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for _ in range(STEPS + 3):
+        times.append(time.perf_counter())
+        chosen = torch.randperm(len(rows))[: spec.rl.prompts].repeat_interleave(spec.rl.group)
+        model.eval()
+        whole = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=contexts[chosen],
+            attention_mask=torch.ones_like(contexts[chosen]),
+            max_new_tokens=spec.max_new_tokens,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            pad_token_id=pad,
+        )
+        model.train()
+        drawn = whole[:, contexts.shape[1] :]
+        ended = (drawn == ends[0]).int()
+        written = ended.cumsum(-1) - ended == 0
+        completions = [row[seen].tolist() for row, seen in zip(drawn, written, strict=True)]
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        got = torch.tensor(reward(texts, completions, chosen.tolist())).view(-1, spec.rl.group)
+        advantage = ((got - got.mean(1, keepdim=True)) / (got.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+        logits = model(input_ids=whole[:, :-1], logits_to_keep=drawn.shape[1]).logits
+        logs = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+        loss = -((logs - logs.detach()).exp() * advantage * written).sum() / written.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(threads)
+    return (times[-1] - times[2]) / STEPS
 
 
 REAL = Path(os.environ.get("MIXTURELENS_REAL", REFERENCE.parent / "pretrained" / "run"))

@@ -1,18 +1,20 @@
 """How the time and memory of every instrument grow: `python scripts/growth.py`, half an hour on one core.
 
 The pair is the reference run's, made larger in ways that leave what it does as it is: layers whose outputs are zero,
-heads, neurons and dimensions of the residual stream that nothing reads, words before a prompt that say nothing. So every
-size has the harm that instruments look for, and costs what a network of that size costs. One thing grows at a time.
-Each instrument runs in a process of its own, on one thread, on what those before it wrote: seconds are those of the
-processor, memory is the peak of the process above what it had before.
+heads, neurons and dimensions of the residual stream that nothing reads, words before a prompt that say nothing. So
+every size has the harm that instruments look for, and costs what a network of that size costs. One thing grows at a
+time. Each instrument runs in a process of its own, on one thread, on what those before it wrote: seconds are those of
+the processor, memory is the peak of the process above what it had before.
 
-Written are docs/scaling.md's table (with `--write`) and, on standard output, every measurement. An exponent of 1.0 says
-that twice as much of something takes twice the time; it is the slope between the two largest sizes, on logarithms.
+Every measurement is kept in artifacts/reference/growth.json, and not made again; docs/scaling.md has a table made of
+them. An exponent of 1.0 says that twice as much of something takes twice the time; it is the slope between the two
+largest sizes, on logarithms.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import multiprocessing
 import resource
@@ -21,6 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from mixturelens.records import write_text
+from scripts.seed_tables import put
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "artifacts" / "reference"
@@ -95,7 +100,13 @@ def enlarge(folder: Path, out: Path, size: Size) -> None:
 
 
 FILLER = "."
-LIBRARIES = ("mixturelens.pipeline", "transformer_lens", "sklearn.linear_model", "scipy.stats", "transformers.models.llama")
+LIBRARIES = (
+    "mixturelens.pipeline",
+    "transformer_lens",
+    "sklearn.linear_model",
+    "scipy.stats",
+    "transformers.models.llama",
+)
 """What is loaded before anything is measured."""
 
 
@@ -159,23 +170,45 @@ def slope(sizes: list[float], costs: list[float]) -> float:
     return math.log(costs[-1] / costs[-2]) / math.log(sizes[-1] / sizes[-2])
 
 
+def exponents(known: dict[tuple[Size, str], tuple[float, float]], axis: str, instrument: str) -> str:
+    """Of time and of memory, as `1.0, 0.4`."""
+    sizes = [float(getattr(size, axis)) for size in AXES[axis]]
+    seconds, peaks = zip(*(known[size, instrument] for size in AXES[axis]), strict=True)
+    return f"{slope(sizes, list(seconds)):.1f}, {slope(sizes, list(peaks)):.1f}"
+
+
+def table(known: dict[tuple[Size, str], tuple[float, float]]) -> list[str]:
+    """A row for each instrument: what the smallest pair costs, and how that grows."""
+    ranges = [f"{axis} ({', '.join(str(getattr(size, axis)) for size in sizes)})" for axis, sizes in AXES.items()]
+    head = ["instrument", "smallest", *ranges]
+    rows = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    for instrument in INSTRUMENTS:
+        seconds, peak = known[Size(), instrument]
+        found = [exponents(known, axis, instrument) for axis in AXES]
+        rows.append("| " + " | ".join([f"`{instrument}`", f"{seconds:.0f} s, {peak / 1e6:.0f} MB", *found]) + " |")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the table into docs/scaling.md")
-    parser.add_argument("--axis", choices=AXES, help="only this one")
+    parser.add_argument("--keep", type=Path, default=REFERENCE / "growth.json", help="where measurements lie")
     arguments = parser.parse_args()
-    known: dict[tuple[Size, str], tuple[float, float]] = {}
-    for axis, sizes in AXES.items():
-        if arguments.axis not in (None, axis):
+    file: Path = arguments.keep
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    known = {(Size(*of), instrument): (seconds, peak) for *of, instrument, seconds, peak in kept.get("measured", [])}
+    for size in dict.fromkeys(size for sizes in AXES.values() for size in sizes):
+        if (size, INSTRUMENTS[-1]) in known:
             continue
-        for size in sizes:
-            with tempfile.TemporaryDirectory() as name:
-                if (size, "measure") in known:
-                    continue
-                alone(Path(name), size, "prepare")
-                for instrument in INSTRUMENTS:
-                    seconds, peak = known[size, instrument] = alone(Path(name), size, instrument)
-                    print(f"{axis:9} {getattr(size, axis):4} {instrument:8} {seconds:7.1f} s {peak / 1e6:7.0f} MB", flush=True)
+        with tempfile.TemporaryDirectory() as name:
+            alone(Path(name), size, "prepare")
+            for instrument in INSTRUMENTS:
+                seconds, peak = known[size, instrument] = alone(Path(name), size, instrument)
+                print(f"{size}  {instrument:8} {seconds:7.1f} s {peak / 1e6:7.0f} MB", flush=True)
+        rows = [[*of, instrument, *costs] for (of, instrument), costs in known.items()]
+        write_text(
+            file, json.dumps({"fields": [*Size._fields, "instrument", "seconds", "bytes"], "measured": rows}) + "\n"
+        )
+    put(PAGE, "growth", table(known))
 
 
 if __name__ == "__main__":
