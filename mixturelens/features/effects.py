@@ -20,7 +20,8 @@ from mixturelens.contrasts import Contrasts
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.splice import At
 from mixturelens.hooks.batches import sides
-from mixturelens.hooks.engine import Columns, Engine, Spans
+from mixturelens.hooks.columns import Columns, Spans
+from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
 from mixturelens.patching.sweep import APART

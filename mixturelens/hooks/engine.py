@@ -4,96 +4,31 @@ A patch at layer l and positions from p on leaves everything before it as it was
 each patched run only the layers from l and the positions from p are computed, with the keys and values of earlier
 positions taken from the unpatched run; the last layer is computed where the logits are read, and nowhere else. Patches
 that start at the same position go through a layer together, those of later layers joining those of earlier ones.
-
-Blocks are the model's own, called with the arguments that the model itself gave them, cut to the positions in question.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixturelens.hooks.lens import FOREIGN, Edit, Lens, Tokens
-from mixturelens.types import PER_HEAD, Component, InputError, RunError, Site
+from mixturelens.hooks.columns import Columns, Spans
+from mixturelens.hooks.lens import Edit, Lens, Tokens
+from mixturelens.hooks.unpatched import NOTHING, Unpatched, Watched
+from mixturelens.types import PER_HEAD, Component, InputError, Site
 
 MEMORY = 192 << 20
 """Bytes that the patched runs in flight may take, unless asked otherwise."""
-TOLERANCE = 1e-4
-"""Largest difference of a logit, relative to the largest logit, at which the engine takes itself to be exact."""
 
 TOGETHER: tuple[Component, ...] = ("z", "attn_out", "mlp_out")
 """Components of which several sites can be replaced at once."""
 
 Metric = Callable[[Float[Tensor, "part vocabulary"], Int[Tensor, " part"]], Float[Tensor, " part"]]
 Source = Mapping[tuple[int, Component], Tensor]
-Spans = Mapping[str, Sequence[int]]
-
-
-class Columns:
-    """Where the positions of a batch lie, row by row: as columns, counted with the padding."""
-
-    def __init__(self, base: Tokens, spans: Sequence[Spans] | None = None) -> None:
-        self.real, self.spans = base.real, spans
-        self.width = base.real.shape[1]
-        self._skip = (~base.real).sum(1).tolist()
-
-    def of(self, position: str | int | None, row: int) -> tuple[int, ...]:
-        """The columns of a position in one row. Raises InputError if the row has no such span or token."""
-        skip = self._skip[row]
-        if position is None:
-            return tuple(range(skip, self.width))
-        if isinstance(position, int):
-            at: Sequence[int] = (position,)
-        else:
-            spans = self.spans[row] if self.spans is not None else {}
-            if position not in spans:
-                raise InputError(f"row {row} has no span {position!r}; it has {', '.join(sorted(spans)) or 'none'}")
-            at = spans[position]
-        if not at:
-            raise InputError(f"row {row}: span {position!r} is empty: no token lies in it")
-        if not all(0 <= i < self.width - skip for i in at):
-            raise InputError(f"row {row}: position {position} is outside its {self.width - skip} tokens")
-        return tuple(sorted(skip + i for i in at))
-
-    def mask(self, position: str | int | None) -> Bool[Tensor, "row pos"]:
-        """True at the columns of a position, in every row."""
-        chosen = torch.zeros_like(self.real)
-        for row in range(len(chosen)):
-            chosen[row, list(self.of(position, row))] = True
-        return chosen
-
-
-class _Keys:
-    """Stands in for the model's key-value cache: says what the queries of this call may attend to."""
-
-    is_compileable = False
-
-    def __init__(self, complete: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-        self._complete = complete
-
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return self._complete(key, value)
-
-
-class _KeysKnown(Exception):
-    """Ends a block once its keys and values are known."""
-
-
-class Watched(NamedTuple):
-    """Activations of the base run that an engine keeps: what of which layer, and from which column on."""
-
-    places: Sequence[tuple[int, Component]] = ()
-    first: int = 0
-
-
-NOTHING = Watched()
 
 
 class Engine:
@@ -124,188 +59,8 @@ class Engine:
         self.lens, self.base, self.memory = lens, base, memory
         self.width = base.ids.shape[1]
         self._columns = Columns(base, spans)
-        self._watched = watch
-        self.seen: dict[tuple[int, Component], Tensor] = {}
-        with torch.no_grad():  # not inference mode: `logits_with` computes gradients through what is kept
-            try:
-                self._run_base()
-                self._check()
-                if watch.first:  # nothing before is ever patched
-                    self._resid = [stream[:, watch.first :].clone() for stream in self._resid]
-            except torch.OutOfMemoryError:
-                raise
-            except FOREIGN as error:
-                why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                raise RunError(
-                    f"the blocks of {type(lens.model).__name__} cannot be called alone ({why}): no exact engine"
-                ) from None
-
-    # --- the unpatched run ------------------------------------------------------------------------------------------
-
-    def _run_base(self) -> None:
-        from transformers import Cache, DynamicCache
-
-        blocks = list(self.lens.bridge.blocks)
-        arguments: list[dict[str, Any]] = []
-
-        def keep(block: Any) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
-            names = list(inspect.signature(type(block.original_component).forward).parameters)[1:]
-
-            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                arguments.append({**dict(zip(names, args, strict=False)), **kwargs})
-
-            return hook
-
-        handles = [block.register_forward_pre_hook(keep(block), with_kwargs=True) for block in blocks]
-        final: list[Tensor] = []
-        cache = DynamicCache()
-        try:
-            last = (self.lens.point(self.lens.layers - 1, "resid_post"), final.append)
-            watched = self.lens.keeping(self._watched.places, self.seen, self._watched.first)
-            output = self.lens.forward(self.base, [last, *watched], past_key_values=cache, use_cache=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.logits: Float[Tensor, "row vocabulary"] = output.logits[:, -1]
-        if any("hidden_states" not in given for given in arguments):
-            raise RunError(f"the blocks of {type(self.lens.model).__name__} take no `hidden_states`: no exact engine")
-        self._resid: list[Float[Tensor, "row pos d_model"]] = [given.pop("hidden_states") for given in arguments]
-        self._resid.append(final[0])
-        self._keys = [cast(tuple[Tensor, Tensor], (layer.keys, layer.values)) for layer in cast(Any, cache.layers)]
-        self._arguments = [self._understood(given, Cache) for given in arguments]
-
-    def _understood(self, given: dict[str, Any], cache_class: type) -> dict[str, Any]:
-        """The arguments of a block; tensors that the engine would not know how to cut are refused."""
-        positional = ("attention_mask", "position_ids", "cache_position")
-        for name, value in given.items():
-            if isinstance(value, Tensor) and name not in (*positional, "alibi"):
-                raise RunError(f"the blocks of {type(self.lens.model).__name__} take {name!r}, which cannot be cut")
-        named = {name: value for name, value in given.items() if not isinstance(value, cache_class)}
-        caches = [name for name, value in given.items() if isinstance(value, cache_class)]
-        if len(caches) != 1:
-            raise RunError(f"the blocks of {type(self.lens.model).__name__} take no key-value cache: no exact engine")
-        named["_cache"] = caches[0]
-        if named.get("attention_mask") is None:
-            allowed = torch.ones(self.width, self.width, dtype=torch.bool, device=self.base.ids.device).tril()
-            least = torch.finfo(self._resid[0].dtype).min
-            named["attention_mask"] = torch.where(allowed, 0.0, least)[None, None]
-        return named
-
-    def _check(self) -> None:
-        """Blocks called alone, from the middle of the prompt on, must give the model's own logits."""
-        rows = torch.arange(min(2, len(self.base)), device=self.base.ids.device)
-        start = self.width // 2
-        hidden = self._resid[0][rows, start:]
-        for layer in range(self.lens.layers):
-            hidden = self._advance(layer, hidden, rows, start)
-        found, expected = self._logits(hidden), self.logits[rows]
-        error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-        if not error < TOLERANCE:
-            raise RunError(
-                f"the blocks of {type(self.lens.model).__name__}, called alone, give other logits than the model "
-                f"(relative difference {error:.2g}); the patch engine does not support this architecture"
-            )
-        self._apart = all(self._same_apart(layer, rows) for layer in range(self.lens.layers))
-
-    def _same_apart(self, layer: int, rows: Int[Tensor, " run"]) -> bool:
-        """Whether columns that are no neighbours can go through a block together: GPT-Neo's count from the last one."""
-        columns = sorted({0, self.width - 1})
-        found = self._block(layer, self._resid[layer][rows][:, columns], rows, columns, self._unchanged(layer, rows))
-        expected = self._resid[layer + 1][rows][:, columns]
-        return float((found - expected).abs().max()) < TOLERANCE * max(1.0, float(expected.abs().max()))
-
-    # --- pieces of a run --------------------------------------------------------------------------------------------
-
-    def _block(
-        self,
-        layer: int,
-        hidden: Float[Tensor, "run window d_model"],
-        rows: Int[Tensor, " run"],
-        columns: Sequence[int] | slice,
-        keys: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        edits: Sequence[tuple[Any, Edit]] = (),
-    ) -> Float[Tensor, "run window d_model"]:
-        """One block at some columns of some rows, which attend to what `keys` says (all columns up to the last)."""
-        window = list(range(self.width))[columns] if isinstance(columns, slice) else list(columns)
-        upto = window[-1] + 1
-        # a slice is a view where a list would be a copy
-        at = slice(window[0], upto) if window == list(range(window[0], upto)) else window
-
-        def mine(value: Tensor) -> Tensor:
-            return value if len(value) == 1 else value[rows]
-
-        given = dict(self._arguments[layer])
-        given[given.pop("_cache")] = _Keys(keys)
-        given["attention_mask"] = mine(given["attention_mask"][:, :, at, :upto])
-        if given.get("position_ids") is not None:
-            given["position_ids"] = mine(given["position_ids"][:, at])
-        if given.get("alibi") is not None:  # [row x head, 1, key]
-            slopes = rearrange(given["alibi"], "(row head) one key -> row head one key", row=len(self.base))
-            given["alibi"] = rearrange(slopes[rows, :, :, :upto], "row head one key -> (row head) one key")
-        if given.get("cache_position") is not None:
-            given["cache_position"] = given["cache_position"][at]
-        if given.get("position_embeddings") is not None:
-            given["position_embeddings"] = tuple(mine(part[:, at]) for part in given["position_embeddings"])
-        with self.lens.hooked(edits):
-            output = self.lens.bridge.blocks[layer](hidden_states=hidden, **given)
-        return output[0] if isinstance(output, tuple) else output
-
-    def _advance(
-        self,
-        layer: int,
-        hidden: Float[Tensor, "run window d_model"],
-        rows: Int[Tensor, " run"],
-        start: int,
-        edits: Sequence[tuple[Any, Edit]] = (),
-    ) -> Float[Tensor, "run window_after d_model"]:
-        """Through one layer, from column `start` on. After the last layer only the last column is left."""
-        if layer == self.lens.layers - 1:
-            return self._read(hidden, rows, range(start, self.width), edits)
-
-        def keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            before = [part[rows, :, :start] for part in self._keys[layer]]
-            return torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
-
-        return self._block(layer, hidden, rows, slice(start, None), keys, edits)
-
-    def _read(
-        self,
-        changed: Float[Tensor, "run column d_model"],
-        rows: Int[Tensor, " run"],
-        columns: Sequence[int],
-        edits: Sequence[tuple[Any, Edit]] = (),
-    ) -> Float[Tensor, "run 1 d_model"]:
-        """The last layer at the last column alone, where its input changed at `columns`.
-
-        Of the other changed columns only keys and values are needed, so their block is left once those are known.
-        """
-        layer, last = self.lens.layers - 1, self.width - 1
-        earlier = [column for column in columns if column != last]
-        found: list[Tensor] = []
-        if earlier:
-
-            def stop(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-                found.extend((key, value))
-                raise _KeysKnown
-
-            with contextlib.suppress(_KeysKnown):
-                self._block(layer, changed[:, : len(earlier)], rows, earlier, stop)
-
-        def keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            whole = [part[rows] for part in self._keys[layer]]
-            for part, new in zip(whole, (key, value), strict=True):
-                part[:, :, last:] = new
-            for part, new in zip(whole, found, strict=False):
-                part[:, :, earlier] = new
-            return whole[0], whole[1]
-
-        hidden = changed[:, -1:] if last in columns else self._resid[layer][rows, -1:]
-        return self._block(layer, hidden, rows, [last], keys, edits)
-
-    def _logits(self, hidden: Float[Tensor, "run window d_model"]) -> Float[Tensor, "run vocabulary"]:
-        return self.lens.unembed(hidden[:, -1:])[:, 0]
-
-    # --- patches ----------------------------------------------------------------------------------------------------
+        self._run = Unpatched(lens, base, watch)
+        self.logits, self.seen = self._run.logits, self._run.seen
 
     def sweep(
         self,
@@ -368,7 +123,7 @@ class Engine:
         with torch.inference_mode():
             for columns, rows, numbers in self._places(firsts):
                 for part, some in self._parts(columns[0], rows, numbers):
-                    values = metric(self._logits(run(some, columns, part)), part.repeat(len(some)))
+                    values = metric(self._run.logits_of(run(some, columns, part)), part.repeat(len(some)))
                     result[torch.tensor(some, device=device)[:, None], part] = values.view(len(some), -1).float()
                     done += values.numel()
                     if progress:
@@ -411,7 +166,7 @@ class Engine:
                 given[(slice(None), list(columns), *unit)] = values[run]
                 source: Source = {(site.layer, site.component): given}
                 place = torch.arange(len(same), device=rows.device)
-                found.append(self._logits(self._together([site], columns, rows[run], source, place)))
+                found.append(self._run.logits_of(self._together([site], columns, rows[run], source, place)))
         order = torch.tensor([run for same in runs.values() for run in same], device=rows.device)
         return torch.cat(found)[order.argsort()]
 
@@ -459,7 +214,7 @@ class Engine:
         running = 0
         for layer in range(sites[0].layer, self.lens.layers):
             if hidden:
-                hidden = [self._advance(layer, torch.cat(hidden), rows.repeat(running), columns[0])]
+                hidden = [self._run.advance(layer, torch.cat(hidden), rows.repeat(running), columns[0])]
             entering = [site for site in sites if site.layer == layer]
             for same in _runs(entering):
                 hidden.append(self._enter(same, columns, rows.repeat(len(same)), places.repeat(len(same)), source))
@@ -480,7 +235,7 @@ class Engine:
                 own = [[site for site in group if site.layer == layer] for group in groups[:running]]
                 inside = [0] if final else [c - start for c in at]
                 edits = self._group_edits(own, rows, at, inside, source) if at else []
-                hidden = self._advance(layer, hidden, rows.repeat(running), start, edits)
+                hidden = self._run.advance(layer, hidden, rows.repeat(running), start, edits)
             entering = [group for group in groups[running:] if min(site.layer for site in group) == layer]
             if entering:
                 own = [[site for site in group if site.layer == layer] for group in entering]
@@ -502,14 +257,14 @@ class Engine:
     ) -> Float[Tensor, "job window d_model"]:
         """Behind their first layer, what the groups have become; outputs change their own columns alone."""
         every = rows.repeat(len(groups))
-        after = self._resid[layer + 1][every, -1:] if final else self._resid[layer + 1][every, start - self.width :]
+        after = self._run.resid[layer + 1][every, -1 if final else start - self.width :]
         if not at:
             return after
         through, inside = self._through(at)
         edits = self._group_edits(groups, rows, at, inside, source)
-        unchanged = self._unchanged(layer, every, at[-1] + 1)
-        changed = self._block(
-            layer, self._resid[layer][every][:, self._from_end(through)], every, through, unchanged, edits
+        unchanged = self._run.unchanged(layer, every, at[-1] + 1)
+        changed = self._run.block(
+            layer, self._run.resid[layer][every][:, self._from_end(through)], every, through, unchanged, edits
         )[:, inside]
         if final:
             return changed
@@ -536,7 +291,7 @@ class Engine:
             run = torch.cat([torch.arange(len(rows), device=device) + n * len(rows) for n, _ in members])[:, None]
             taken = rows.repeat(len(members))[:, None]
             units = [site.head for _, site in members]
-            given = source[members[0][1].layer, component].to(self._resid[0].dtype)
+            given = source[members[0][1].layer, component].to(self._run.resid[0].dtype)
             at: tuple[Any, ...] = (place,)
             of: tuple[Any, ...] = (column,)
             if component in PER_HEAD:
@@ -562,28 +317,22 @@ class Engine:
         layer, component, start = sites[0].layer, sites[0].component, columns[0]
         final = layer == self.lens.layers - 1
         at = list(columns)
-        given = source[layer, component].to(self._resid[layer].dtype)
+        given = source[layer, component].to(self._run.resid[layer].dtype)
         if component == "resid_pre":
             if final:
-                return self._read(given[places][:, self._from_end(at)], rows, columns)
-            hidden = self._resid[layer][rows, start - self.width :]
+                return self._run.at_last(given[places][:, self._from_end(at)], rows, columns)
+            hidden = self._run.resid[layer][rows, start - self.width :]
             hidden[:, [c - start for c in at]] = given[places][:, self._from_end(at)]
-            return self._advance(layer, hidden, rows, start)
+            return self._run.advance(layer, hidden, rows, start)
         if component in ("k", "v"):
-            # every query from here on sees it
-            def keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-                before = [part[rows, :, :start] for part in self._keys[layer]]
-                return torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
-
             edit = self._edit(sites, places, at, [c - start for c in at], given)
-            hidden = self._block(
-                layer, self._resid[layer][rows, start - self.width :], rows, slice(start, None), keys, [edit]
-            )
+            hidden = self._run.resid[layer][rows, start - self.width :]
+            hidden = self._run.onwards(layer, hidden, rows, start, [edit])  # every query from here on sees it
             return hidden[:, -1:] if final else hidden
         # everything else changes its own columns alone, and in the last layer only the last one is read
         if final:
             at = [c for c in at if c == self.width - 1]
-        after = self._resid[layer + 1][rows, -1:] if final else self._resid[layer + 1][rows, start - self.width :]
+        after = self._run.resid[layer + 1][rows, -1 if final else start - self.width :]
         if not at:
             return after
         if component == "resid_post":
@@ -591,9 +340,9 @@ class Engine:
         else:
             through, inside = self._through(at)
             edit = self._edit(sites, places, at, inside, given)
-            unchanged = self._unchanged(layer, rows, at[-1] + 1)
-            hidden = self._resid[layer][rows][:, self._from_end(through)]
-            changed = self._block(layer, hidden, rows, through, unchanged, [edit])[:, inside]
+            unchanged = self._run.unchanged(layer, rows, at[-1] + 1)
+            hidden = self._run.resid[layer][rows][:, self._from_end(through)]
+            changed = self._run.block(layer, hidden, rows, through, unchanged, [edit])[:, inside]
         if final:
             return changed
         after[:, [c - start for c in at]] = changed
@@ -605,19 +354,8 @@ class Engine:
 
     def _through(self, at: list[int]) -> tuple[list[int], list[int]]:
         """The columns that go through a block so that those at `at` are right, and where among them these lie."""
-        through = at if self._apart else list(range(at[0], at[-1] + 1))
+        through = at if self._run.apart else list(range(at[0], at[-1] + 1))
         return through, [through.index(c) for c in at]
-
-    def _unchanged(
-        self, layer: int, rows: Int[Tensor, " run"], upto: int | None = None
-    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Attention to the keys and values of the unpatched run."""
-
-        def keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            before = [part[rows, :, :upto] for part in self._keys[layer]]
-            return before[0], before[1]
-
-        return keys
 
     def _edit(
         self,

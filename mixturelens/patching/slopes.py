@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixturelens.hooks.batches import Sides
-from mixturelens.hooks.engine import Columns, no_gradient_for
+from mixturelens.hooks.columns import Columns
+from mixturelens.hooks.engine import no_gradient_for
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.types import Component, Site
 

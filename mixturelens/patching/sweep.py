@@ -15,9 +15,11 @@ from torch import Tensor
 
 from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.batches import Sides, sides
-from mixturelens.hooks.engine import MEMORY, TOGETHER, Columns, Engine, Source, Watched
+from mixturelens.hooks.columns import Columns
+from mixturelens.hooks.engine import MEMORY, TOGETHER, Engine, Source
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
+from mixturelens.hooks.unpatched import Watched
 from mixturelens.stats import resample_counts, resampled_mean, share
 from mixturelens.types import PER_HEAD, Component, InputError, RunError, Site
 

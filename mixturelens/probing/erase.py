@@ -17,7 +17,8 @@ from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare, without_answers
 from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.batches import Sides, sides
-from mixturelens.hooks.engine import Columns, Engine, Spans
+from mixturelens.hooks.columns import Columns, Spans
+from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.intervened import Intervened, known_prompts
 from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Edit, Lens, Tokens

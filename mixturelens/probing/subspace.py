@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mixturelens.contrasts import Contrasts, aligned
 from mixturelens.hooks.batches import Sides, sides
-from mixturelens.hooks.engine import Columns, Engine
+from mixturelens.hooks.columns import Columns
+from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import Lens, Tokens
 from mixturelens.hooks.metrics import LogOdds
 from mixturelens.probing.record import Concept, Subspace

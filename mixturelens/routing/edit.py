@@ -8,7 +8,7 @@ import torch
 
 from mixturelens.behaviour.repair_questions import Ground
 from mixturelens.hooks.batches import sides
-from mixturelens.hooks.engine import Columns
+from mixturelens.hooks.columns import Columns
 from mixturelens.hooks.lens import Lens
 from mixturelens.types import InputError, Site
 

@@ -17,7 +17,8 @@ import torch
 import transformers
 
 from mixturelens.hooks.batches import Sides
-from mixturelens.hooks.engine import Columns, Engine
+from mixturelens.hooks.columns import Columns
+from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import NAMES, Lens, Tokens, tokens
 from mixturelens.hooks.metrics import log_odds
 from mixturelens.models import load_tokenizer
