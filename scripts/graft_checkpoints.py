@@ -21,7 +21,7 @@ from mixturelens.grafting.components import parts, weights_of
 from mixturelens.grafting.graft import written
 from mixturelens.grafting.pair import GraftSettings, graft_record
 from mixturelens.grafting.record import Effects
-from mixturelens.hooks.lens import components_of
+from mixturelens.hooks.weights import components_of
 from mixturelens.models import Pair, quiet_libraries
 from mixturelens.stats import PROPORTION, interval
 from mixturelens.suite import load_suite

@@ -13,6 +13,7 @@ from mixturelens.features.clamps import Clamp, clamped, set_to
 from mixturelens.features.effects import Scene, heads_alone, joint_effects, sites_together
 from mixturelens.features.record import Several, Unit, UnitKind
 from mixturelens.features.units import Place, Pool, Trial, promising_heads
+from mixturelens.hooks.weights import output_weights
 from mixturelens.patching.sweep import ENOUGH, head_sites
 from mixturelens.stats import interval, resample_counts
 from mixturelens.types import NOT_MEASURED, InputError, Site
@@ -68,7 +69,7 @@ def fewest_heads(trial: Trial) -> Several:
     strong = []
     for site in sites:
         clean, corrupt = (run.seen[site.layer, "z"][:, :, site.head or 0] for run in (scene.clean, scene.corrupt))
-        writes = trial.lens.output_weights(site.layer)[site.head or 0]
+        writes = output_weights(trial.lens, site.layer)[site.head or 0]
         strong.append(float(((clean - corrupt) @ writes.float()).norm(dim=-1).mean()))
     tried = promising_heads(scene, sites)
     alone = np.full(len(sites), -np.inf)

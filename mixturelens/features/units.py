@@ -31,6 +31,7 @@ from mixturelens.features.record import Unit, UnitScore
 from mixturelens.features.splice import At
 from mixturelens.features.vectors import neurons, strength
 from mixturelens.hooks.lens import Lens
+from mixturelens.hooks.weights import neuron_weights
 from mixturelens.patching.sweep import APART, head_sites
 from mixturelens.probing.leace import leace
 from mixturelens.probing.scores import auroc
@@ -183,7 +184,7 @@ def pool_of_neurons(trial: Trial, layers: Sequence[int]) -> Pool:
     scene, lens, position = trial.choose, trial.lens, trial.judge.site.position
     keys: list[At] = [(layer, "neurons") for layer in layers]
     change = [scene.clean.seen[key] - scene.corrupt.seen[key] for key in keys]
-    writes = [lens.neuron_weights(layer).float().norm(dim=1) for layer in layers]
+    writes = [neuron_weights(lens, layer).float().norm(dim=1) for layer in layers]
     strong = torch.cat([(each.abs().mean((0, 1)) * norm) for each, norm in zip(change, writes, strict=True)])
     strong = strong.double().cpu().numpy()
     size = change[0].shape[-1]

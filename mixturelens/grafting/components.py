@@ -28,7 +28,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def parts(components: Mapping[str, tuple[str, ...]], before: State, after: State) -> tuple[Part, ...]:
     """Every component and how far it moved: the norm of R - S over the norm of S, in the order given.
 
-    `components` are those of `hooks.lens.Lens.components`.
+    `components` are those of `hooks.weights.lens_components`.
 
     >>> import torch
     >>> one, two = torch.ones(4), torch.full((4,), 1.5)

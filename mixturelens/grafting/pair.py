@@ -52,7 +52,7 @@ from mixturelens.grafting.record import (
 )
 from mixturelens.grafting.search import pieces, search, unsound
 from mixturelens.grafting.starts import starts_of
-from mixturelens.hooks.lens import components_of
+from mixturelens.hooks.weights import components_of
 from mixturelens.models import Pair
 from mixturelens.models.cost import announced, check_memory, size_of
 from mixturelens.stats import PROPORTION, half_of, interval, mean_interval, resample_counts, resampled_mean, too_few

@@ -172,7 +172,9 @@ class _WeightLine:
         parameters = dict(model.named_parameters())
         for name in named:
             if name not in parameters or name not in before or name not in after:
-                raise InputError(f"parts: the model has no parameter {name!r}; name those of Lens.components()")
+                raise InputError(
+                    f"parts: the model has no parameter {name!r}; name those of hooks.weights.lens_components"
+                )
         self.before = {name: before[name].to(parameter) for name, parameter in parameters.items()}
         self.after = {name: after[name].to(parameter) for name, parameter in parameters.items()}
         self.changed = [name for name in parameters if not torch.equal(self.before[name], self.after[name])]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -33,9 +31,6 @@ NAMES: Mapping[Component, str] = {
 }
 """Component -> what transformer-lens calls its hook point inside a block."""
 
-FINAL: Mapping[str, str] = {"final_norm": "ln_final", "unembed": "unembed"}
-"""Component behind the last block -> what transformer-lens calls its module."""
-
 PROBED = 6
 """Tokens of the prompt with which a lens is held against its model, and sites are tried."""
 SAME = 1e-3
@@ -50,18 +45,6 @@ FOREIGN = (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeE
 
 Edit = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns the one to put in its place, or None to leave it."""
-
-
-Reads = Callable[[Float[Tensor, "row pos reader d_model"]], Tensor]
-"""From what readers read of the residual stream, each for itself, to what they make of it."""
-
-
-@dataclass(frozen=True)
-class Forks:
-    """Which inputs of a block the bridge can change for one reader alone: those of heads, and that of the MLP."""
-
-    heads: bool
-    mlp: bool
 
 
 @dataclass(frozen=True)
@@ -115,7 +98,9 @@ class Lens:
     def __init__(self, model: Any, tokenizer: Any, device: str = "cpu") -> None:
         from transformer_lens.model_bridge import TransformerBridge
 
-        self._parameters = {id(value): name for name, value in model.named_parameters()}  # before the bridge moves in
+        self.parameter_names = {
+            id(value): name for name, value in model.named_parameters()
+        }  # before the bridge moves in
         ids = _some_tokens(model)
         with torch.no_grad():
             plain = model(input_ids=ids, use_cache=False).logits[0]
@@ -378,172 +363,9 @@ class Lens:
 
         return [(self.point(*key), keep(key)) for key in dict.fromkeys(components)]
 
-    def components(self) -> dict[str, tuple[str, ...]]:
-        """Component -> names of the plain model's parameters, each of them once, in the order of the network.
-
-        `embed`, `pos_embed`, `L0.attn`, `L0.mlp`, `L0.norms`, ..., `final_norm`, `unembed`, and `other` for what the
-        bridge knows by no such name. A tied embedding belongs to `embed`, and there is no `unembed`.
-
-        >>> load_lens(Path("checkpoints/sft")).components()["L0.mlp"]  # doctest: +SKIP
-        ('model.layers.0.mlp.gate_proj.weight', 'model.layers.0.mlp.up_proj.weight', ...)
-        """
-        modules: list[tuple[str, nn.Module | None]] = [
-            ("embed", getattr(self.bridge, "embed", None)),
-            ("pos_embed", getattr(self.bridge, "pos_embed", None)),
-        ]
-        for layer, block in enumerate(self.bridge.blocks):
-            modules += [(f"L{layer}.{name}", getattr(block, name, None)) for name in ("attn", "mlp")]
-            modules += [(f"L{layer}.norms", module) for name, module in block.named_children() if name.startswith("ln")]
-        modules += [(name, getattr(self.bridge, at, None)) for name, at in FINAL.items()]
-        owner: dict[str, str] = {}
-        for component, module in modules:
-            for parameter in module.parameters() if module is not None else ():
-                name = self._parameters.get(id(parameter))
-                if name is not None:  # the bridge holds copies of its own, too
-                    owner.setdefault(name, component)
-        order = dict.fromkeys([*(component for component, _ in modules), "other"])
-        found = {c: tuple(n for n in self._parameters.values() if owner.get(n, "other") == c) for c in order}
-        return {component: names for component, names in found.items() if names}
-
-    def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """What each head writes: its share of the output projection, as a view of the model's own weights."""
-        module, weight = self.output_projection(layer)
-        if type(module).__name__ != "Conv1D":
-            weight = weight.T  # Linear stores [out, in], Conv1D [in, out]
-        return rearrange(weight.detach(), "(head d_head) d_model -> head d_head d_model", head=self.heads)
-
-    def written(self, layer: int, z: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "row pos head d_model"]:
-        """What each head adds to the residual stream; over heads it sums to what attention adds, up to a bias.
-
-        Where attention's output passes a norm, z must be that of all heads: the norm divides their sum by its root mean
-        square, token by token, and a head's share is what it writes divided by that number, as it is in this run.
-        """
-        heads = torch.einsum("rphe,hed->rphd", z, self.output_weights(layer))
-        block = self.bridge.blocks[layer]
-        behind = [norm for name in ("ln1_post", "ln1") if (norm := getattr(block, name, None)) is not None]
-        norm = next((each for each in behind if each.hook_out is self.point(layer, "attn_out")), None)
-        if norm is None:
-            return heads * float(getattr(block, "residual_contribution_scale", 1.0))
-        plain = norm.original_component
-        whole = heads.sum(2)
-        weighed = whole * plain(torch.ones_like(whole[:1, :1]))  # its weights, up to one number
-        scale = (plain(whole) * weighed).sum(-1) / weighed.square().sum(-1).clamp(min=1e-30)
-        return heads * plain(torch.ones_like(whole[:1, :1]))[:, :, None] * scale[..., None, None]
-
-    def forks(self, layer: int) -> Forks:
-        """Which inputs of a block the bridge can change for one reader alone; `reads` stands in for the others."""
-        from transformer_lens.model_bridge.generalized_components import (
-            ALiBiJointQKVAttentionBridge,
-            BlockBridge,
-            JointQKVAttentionBridge,
-            PositionEmbeddingsAttentionBridge,
-        )
-
-        block = self.bridge.blocks[layer]
-        attention = getattr(block, "attn", None)
-        wired = type(block).forward is BlockBridge.forward  # it keeps the stream from before the norm
-        able = isinstance(attention, (JointQKVAttentionBridge, PositionEmbeddingsAttentionBridge))
-        return Forks(
-            heads=wired and able and not isinstance(attention, ALiBiJointQKVAttentionBridge),
-            mlp=wired and (getattr(block, "ln2", None) is not None or block.mlp_reads_resid_directly),
-        )
-
-    def reads(self, layer: int, what: Literal["q", "k", "v", "mlp"]) -> Reads:
-        """A function from the residual stream to queries, keys, values or the MLP's input, through the norm before
-        them.
-
-        Raises RunError where they have no norm of their own in front.
-        """
-        block = self.bridge.blocks[layer]
-        before = getattr(block, "ln2", None) if what == "mlp" else None
-        before = before or getattr(block, "ln1", None)  # parallel blocks may have one norm for both
-        if before is None:
-            kind = type(self.model).__name__
-            raise RunError(f"the lens shows no input of {what} on {kind}: there is no norm in front of it")
-        norm = before.original_component
-        if what == "mlp":
-            return norm
-        weights = self.projection(layer, what)[2]
-        bias = getattr(getattr(block.attn, what).original_component, "bias", None)
-
-        def read(stream: Tensor) -> Tensor:
-            found = torch.einsum("rphd,hed->rphe", norm(stream), weights)
-            return found if bias is None else found + bias.detach().view(weights.shape[:2])
-
-        return read
-
-    def neuron_weights(self, layer: int) -> Float[Tensor, "neuron d_model"]:
-        """What each hidden neuron of an MLP writes, as a view of the model's own weights."""
-        module = cast(nn.Module, self.bridge.blocks[layer].mlp.out.original_component)
-        weight = cast(Tensor, module.weight).detach()
-        return weight if type(module).__name__ == "Conv1D" else weight.T
-
-    def output_projection(self, layer: int) -> tuple[nn.Module, Tensor]:
-        """The module that all heads of a layer write through, and its weights."""
-        module = cast(nn.Module, self.bridge.blocks[layer].attn.o.original_component)
-        return module, cast(Tensor, module.weight)
-
-    @contextlib.contextmanager
-    def edited(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Put other values into some of the plain model's parameters, by name, for the length of a block; no model is
-        copied.
-        """
-        old = {name: self.get_parameter(name).detach().clone() for name in weights}
-        try:
-            self._write(weights)
-            yield
-        finally:
-            self._write(old)
-
     def get_parameter(self, name: str) -> nn.Parameter:
         """A parameter, by the plain model's name for it. Raises KeyError if there is none."""
-        return {self._parameters.get(id(each)): each for each in self.model.parameters()}[name]
-
-    @torch.no_grad()
-    def _write(self, weights: Mapping[str, Tensor]) -> None:
-        for name, values in weights.items():
-            self.get_parameter(name).copy_(values)
-        for block in self.bridge.blocks:
-            joint = getattr(getattr(block.attn, "qkv", None), "original_component", None)
-            if joint is not None and self._parameters.get(id(joint.weight)) in weights:  # the bridge runs copies of it
-                attention = cast(Any, block.attn)
-                parts = attention.split_qkv_matrix(attention.original_component)
-                for which, part in zip("qkv", parts, strict=True):
-                    cast(Tensor, getattr(attention, which).original_component.weight).copy_(part.weight)
-
-    def projection(
-        self, layer: int, which: Literal["q", "k", "v"]
-    ) -> tuple[str, Int[Tensor, "head d_head d_model"], Float[Tensor, "head d_head d_model"]]:
-        """Weights of the queries, keys or values of every head in a layer.
-
-        Returns the plain model's name of the parameter that holds them, the flat index of each weight in it, and the
-        weights. Raises RunError if the parameter cannot be found.
-        """
-        attention = self.bridge.blocks[layer].attn
-        heads = self.heads if which == "q" else self.kv_heads
-        module = cast(nn.Module, getattr(attention, which).original_component)
-        weight = cast(Tensor, module.weight).detach()
-        name = self._parameters.get(id(module.weight))
-        if name is not None:
-            index = torch.arange(weight.numel(), device=weight.device).view_as(weight)
-            if type(module).__name__ == "Conv1D":
-                weight, index = weight.T, index.T
-            pattern = "(head d_head) ... -> head d_head ..."
-            return name, rearrange(index, pattern, head=heads), rearrange(weight, pattern, head=heads)
-        # one parameter holds all three: ask the bridge to split numbers that say where they come from
-        joint = cast(nn.Module, attention.qkv.original_component)
-        name, fused = self._parameters.get(id(joint.weight)), cast(nn.Parameter, joint.weight)
-        if name is None:
-            raise RunError(f"the {which} projection of layer {layer} is not a parameter of {type(self.model).__name__}")
-        kept = fused.data
-        try:
-            fused.data = torch.arange(kept.numel(), dtype=torch.float64, device=kept.device).view_as(kept)
-            parts = attention.split_qkv_matrix(attention.original_component)
-            index = parts["qkv".index(which)].weight.detach().long()
-        finally:
-            fused.data = kept
-        of_heads = rearrange(index, "(head d_head) ... -> head d_head ...", head=heads)
-        return name, of_heads, kept.view(-1)[of_heads]
+        return {self.parameter_names.get(id(each)): each for each in self.model.parameters()}[name]
 
 
 def _some_tokens(model: Any) -> Int[Tensor, "1 pos"]:
@@ -570,16 +392,3 @@ def lens_of(pair: Pair, side: Side) -> Lens:
     if pair.device_map is not None:
         raise InputError("--device-map spreads a model over devices; hooks need it on one: give --device instead")
     return Lens(pair.model(side), pair.tokenizer, pair.device)
-
-
-def components_of(model: Any, tokenizer: Any) -> dict[str, tuple[str, ...]]:
-    """What `Lens.components` says of a plain model, which is left as it is: the bridge is given its shape alone.
-
-    >>> components_of(load_model(Path("checkpoints/sft")), tokenizer)["L0.mlp"]  # doctest: +SKIP
-    ('model.layers.0.mlp.gate_proj.weight', 'model.layers.0.mlp.up_proj.weight', ...)
-    """
-    hollow: dict[int, Any] = {
-        id(value): nn.Parameter(torch.zeros((), dtype=value.dtype).expand(value.shape), requires_grad=False)
-        for value in model.parameters()
-    }
-    return Lens(copy.deepcopy(model, hollow), tokenizer).components()

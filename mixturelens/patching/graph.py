@@ -24,7 +24,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mixturelens.hooks.batches import Sides
-from mixturelens.hooks.lens import NAMES, Edit, Lens, Reads, Tokens
+from mixturelens.hooks.lens import NAMES, Edit, Lens, Tokens
+from mixturelens.hooks.weights import Reads, forks_of, head_writes, reads
 from mixturelens.types import InputError, RunError
 
 CHUNK = 2**25
@@ -113,7 +114,7 @@ def edge_graph(lens: Lens, on: Sides) -> Graph:
     parallel = not lens.has("resid_mid")
     write("blocks.0.hook_resid_pre", ["input"])
     for layer in range(lens.layers):
-        block, mlp, forks = f"blocks.{layer}", [f"L{layer}.mlp"], lens.forks(layer)
+        block, mlp, forks = f"blocks.{layer}", [f"L{layer}.mlp"], forks_of(lens, layer)
         heads = [f"L{layer}.h{head}" for head in range(lens.heads)]
         shared = heads if lens.kv_heads == lens.heads else [f"L{layer}.kv{head}" for head in range(lens.kv_heads)]
         entering, middle = f"{block}.{NAMES['resid_pre']}", f"{block}.{NAMES['resid_mid']}"
@@ -122,7 +123,7 @@ def edge_graph(lens: Lens, on: Sides) -> Graph:
             if forks.heads:
                 read(f"{block}.attn.hook_{channel}_input", names)
             else:
-                read(f"{block}.{NAMES[channel]}", names, entering, lens.reads(layer, channel))
+                read(f"{block}.{NAMES[channel]}", names, entering, reads(lens, layer, channel))
         if not parallel:
             write(f"{block}.attn.hook_z", heads, layer)
         # in parallel blocks the MLP reads what its layer's heads read
@@ -130,7 +131,7 @@ def edge_graph(lens: Lens, on: Sides) -> Graph:
             read(f"{block}.hook_mlp_in", mlp)
         else:
             at, stream = ("mlp.hook_in", entering) if parallel else ("ln2.hook_out", middle)
-            read(f"{block}.{at}", mlp, stream, lens.reads(layer, "mlp"))
+            read(f"{block}.{at}", mlp, stream, reads(lens, layer, "mlp"))
         if parallel:
             write(f"{block}.attn.hook_z", heads, layer)
         write(f"{block}.hook_mlp_out", mlp)
@@ -235,7 +236,7 @@ def _hand_over(read: Read, group: Readers, streams: dict[Any, Tensor], x: Tensor
 
 
 def _note(lens: Lens, live: dict[int, Tensor], group: Writers, x: Tensor) -> None:
-    live[group.start] = x[:, :, None] if group.layer is None else lens.written(group.layer, x)
+    live[group.start] = x[:, :, None] if group.layer is None else head_writes(lens, group.layer, x)
 
 
 def _before(live: dict[int, Tensor], reach: int) -> Float[Tensor, "row pos writer d_model"]:

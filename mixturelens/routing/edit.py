@@ -10,6 +10,7 @@ from mixturelens.behaviour.repair_questions import Ground
 from mixturelens.hooks.batches import sides
 from mixturelens.hooks.columns import Columns
 from mixturelens.hooks.lens import Lens
+from mixturelens.hooks.weights import projection
 from mixturelens.types import InputError, Site
 
 RIDGE = 0.01
@@ -50,7 +51,7 @@ def fit_edit(ground: Ground, heads: Sequence[Site]) -> WeightEdit:
         read = torch.linalg.pinv(moved @ away, hermitian=True) @ away.T
         shared = {int(head.head or 0) * lens.kv_heads // lens.heads for head in heads if head.layer == layer}
         for which in ("k", "v"):
-            name, index, weights = lens.projection(layer, which)
+            name, index, weights = projection(lens, layer, which)
             for head in shared:
                 new = weights[head].double() + weights[head].double() @ (target - moved).T @ read
                 old = edit.get(name, (index.new_empty(0), weights.new_empty(0)))

@@ -24,6 +24,7 @@ from mixturelens.hooks.batches import sides
 from mixturelens.hooks.engine import no_gradient_for
 from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Lens, lens_of, tokens
+from mixturelens.hooks.weights import rewritten
 from mixturelens.models import Pair
 from mixturelens.models.adapter import save_adapter
 from mixturelens.models.cost import announced, check_memory
@@ -223,7 +224,7 @@ def repair_record(
 
     def by_edit() -> Repair:
         def with_edit(group: Sequence[Site], prompts: Prompts) -> Behaviour:
-            with lens.edited(edited(lens, fit_edit(ground, group))):
+            with rewritten(lens, edited(lens, fit_edit(ground, group))):
                 # other weights leave other keys and values behind
                 return replace(ground, kept=KeptBeginnings(lens)).behaviour((), prompts)
 

@@ -8,6 +8,7 @@ import torch
 from mixturelens.grafting.components import parts, weights_of
 from mixturelens.grafting.graft import written
 from mixturelens.hooks.lens import load_lens
+from mixturelens.hooks.weights import lens_components
 from mixturelens.models import load_model
 
 
@@ -23,7 +24,7 @@ def test_change_is_relative_to_what_was_there():
 def test_what_did_not_change_has_no_change(pairs, shape: str):
     folder = pairs / shape / "S"
     weights = weights_of(load_model(folder))
-    components = load_lens(folder).components()
+    components = lens_components(load_lens(folder))
     found = parts(components, weights, weights)
     assert all(part.change == 0 for part in found)
     assert sum(part.parameters for part in found) == sum(w.numel() for w in weights.values())

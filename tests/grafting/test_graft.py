@@ -37,6 +37,7 @@ from mixturelens.grafting.pair import GraftSettings, graft_record, some_question
 from mixturelens.grafting.readings import Readings, make_cells
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.hooks.lens import load_lens
+from mixturelens.hooks.weights import lens_components
 from mixturelens.models import Pair, end_tokens, load_model, load_tokenizer
 from mixturelens.suite import load_suite
 from mixturelens.types import NOT_MEASURED, InputError
@@ -58,7 +59,7 @@ def bench_of(pairs: Path, shape: str, after: str, prompts: int = 8) -> tuple[Wor
     suite, tokenizer = load_suite(folder), load_tokenizer(folder / "S")
     scorer = Scorer(end_tokens(s, tokenizer), s.config.vocab_size)
     cells = make_cells(prepare(suite, suite.neutral[:prompts], tokenizer), s, scorer)
-    return WorkingModel(s, weights_of(s), weights_of(r), load_lens(folder / "S").components(), cells), s, r
+    return WorkingModel(s, weights_of(s), weights_of(r), lens_components(load_lens(folder / "S")), cells), s, r
 
 
 def judge_of(bench: WorkingModel) -> Judge:
@@ -286,7 +287,7 @@ def test_random_weights_do_not_move_the_routing_of_the_reference():
     before, after = weights_of(s), weights_of(r)
     changed = {
         name: members
-        for name, members in load_lens(sft).components().items()
+        for name, members in lens_components(load_lens(sft)).items()
         if any(not torch.equal(before[each], after[each]) for each in members)
     }
     bench = WorkingModel(s, before, after, changed, cells)
@@ -327,7 +328,7 @@ def test_record_of_routing(pairs: Path, tmp_path: Path):
     # the rollback is a plain checkpoint: S's selector, R's rest
     assert found.rollback.checkpoint == "rollback"
     rolled, s, r = (weights_of(load_model(f)) for f in (tmp_path / "rollback", folder / "S", folder / "R-routing"))
-    owner = {name: c for c, names in load_lens(folder / "S").components().items() for name in names}
+    owner = {name: c for c, names in lens_components(load_lens(folder / "S")).items() for name in names}
     for name, values in rolled.items():
         assert torch.equal(values, (s if owner[name] in found.rollback.components else r)[name])
     load_tokenizer(tmp_path / "rollback")

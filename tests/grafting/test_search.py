@@ -26,7 +26,7 @@ from mixturelens.grafting.readings import make_cells, read, read_weights
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.grafting.search import MATTERS, pieces, search, unsound
 from mixturelens.grafting.starts import starts_of
-from mixturelens.hooks.lens import components_of
+from mixturelens.hooks.weights import components_of
 from mixturelens.models import Budget, Pair, end_tokens, load_model, load_tokenizer
 from mixturelens.models.cost import size_of
 from mixturelens.suite import load_suite

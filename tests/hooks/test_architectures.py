@@ -21,6 +21,7 @@ from mixturelens.hooks.columns import Columns
 from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import NAMES, Lens, Tokens, tokens
 from mixturelens.hooks.metrics import log_odds
+from mixturelens.hooks.weights import head_writes, lens_components, projection
 from mixturelens.models import load_tokenizer
 from mixturelens.patching.graph import edge_graph, written
 from mixturelens.patching.sweep import all_sites, left_out
@@ -236,7 +237,7 @@ def test_logits_are_those_of_the_plain_model(name: str):
 
 def module_of(name: str, weight: torch.Tensor) -> Any:
     """The plain model's module that owns a weight of the lens' model."""
-    return plain_model(name).get_submodule(lens_on(name)._parameters[id(weight)].rpartition(".")[0])
+    return plain_model(name).get_submodule(lens_on(name).parameter_names[id(weight)].rpartition(".")[0])
 
 
 def plainly(name: str, module: Any, edit: Callable[[torch.Tensor], None]) -> torch.Tensor:
@@ -277,7 +278,7 @@ def test_the_engine_is_a_hook_set_by_hand_on_the_plain_model(name: str):
     found = Engine(lens, BATCH, SPANS).sweep(PLAINLY, source, whole_logits())
     for number, site in enumerate(PLAINLY):
         if site.component == "z":
-            module = module_of(name, lens.output_projection(site.layer)[1])
+            module = module_of(name, lens.bridge.blocks[site.layer].attn.o.original_component.weight)
             unit = slice(2 * lens.d_head, 3 * lens.d_head)
         elif site.component == "neurons":
             module = module_of(name, lens.bridge.blocks[site.layer].mlp.out.original_component.weight)
@@ -389,7 +390,7 @@ def test_the_stream_is_the_sum_of_what_is_written(name: str):
 def test_what_heads_write_sums_to_what_attention_adds(name: str):
     lens = lens_on(name)
     found = lens.capture(BATCH, [(1, "z"), (1, "attn_out")])[0]
-    shares = lens.written(1, found[1, "z"])
+    shares = head_writes(lens, 1, found[1, "z"])
     torch.testing.assert_close(shares.sum(2), found[1, "attn_out"], **EXACT)
     without = lens.bridge.blocks[1].attn.o.original_component.weight  # the same direction as what was written, per head
     plainly_written = torch.einsum("rphe,hed->rphd", found[1, "z"], without.detach().T.unflatten(0, (lens.heads, -1)))
@@ -404,10 +405,10 @@ def test_what_heads_write_sums_to_what_attention_adds(name: str):
 def test_parameters_have_a_component_and_weight_edits_arrive(name: str):
     """An edit of one head's keys in the plain model, fused or not, is what the lens shows of it."""
     lens, model = lens_on(name), plain_model(name)
-    components = lens.components()
+    components = lens_components(lens)
     assert sorted(n for names in components.values() for n in names) == sorted(n for n, _ in model.named_parameters())
     for which in ("q", "k", "v"):
-        where, index, weights = lens.projection(1, which)
+        where, index, weights = projection(lens, 1, which)
         parameter = model.get_parameter(where)
         assert where in components["L1.attn"]
         torch.testing.assert_close(parameter.detach().reshape(-1)[index], weights)

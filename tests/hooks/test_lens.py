@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mixturelens.hooks.lens import NAMES, Lens, load_lens, tokens
+from mixturelens.hooks.weights import lens_components, neuron_weights, output_weights
 from mixturelens.models import load_model, load_tokenizer
 from mixturelens.types import InputError, RunError, Site
 
@@ -119,7 +120,7 @@ def test_components_are_what_they_are_called(shape: str):
         if lens.has("resid_mid"):
             torch.testing.assert_close(here["resid_mid"], middle, **EXACT)
         torch.testing.assert_close(middle + here["mlp_out"], here["resid_post"], **EXACT)
-        written = torch.einsum("rphd,hdm->rpm", here["z"], lens.output_weights(layer))
+        written = torch.einsum("rphd,hdm->rpm", here["z"], output_weights(lens, layer))
         torch.testing.assert_close(
             written - written[:1, :1], here["attn_out"] - here["attn_out"][:1, :1], **EXACT
         )  # up to a bias
@@ -133,7 +134,7 @@ def test_what_neurons_write_is_the_output_of_the_mlp(shape: str):
     found, _ = lens.capture(tokens(ROWS), [(layer, name) for layer in range(2) for name in ("neurons", "mlp_out")])
     for layer in range(2):
         module = modules[names.get(shape, "model.layers.{}.mlp.down_proj").format(layer)]
-        weights = lens.neuron_weights(layer)
+        weights = neuron_weights(lens, layer)
         assert weights.shape == (lens.d_mlp, lens.d_model)
         assert not weights.requires_grad
         bias = 0 if module.bias is None else module.bias.detach()
@@ -296,7 +297,7 @@ def test_a_model_without_a_bridge_is_refused(monkeypatch):
 @every_shape
 def test_components_are_all_parameters_once(shape: str):
     lens, model = lens_of(shape), plain_model(shape)
-    found = lens.components()
+    found = lens_components(lens)
     names = [name for members in found.values() for name in members]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     blocks = [f"L{layer}.{part}" for layer in range(2) for part in ("attn", "mlp", "norms")]
@@ -312,7 +313,7 @@ def test_components_are_all_parameters_once(shape: str):
 
 
 def test_a_tied_embedding_is_one_component():
-    found = load_lens(PAIRS / "chat" / "S").components()
+    found = lens_components(load_lens(PAIRS / "chat" / "S"))
     assert "unembed" not in found
     assert found["embed"] == ("model.embed_tokens.weight",)
 
@@ -321,4 +322,4 @@ def test_a_parameter_that_the_bridge_does_not_know_is_other():
     model = load_model(PAIRS / "llama" / "S")
     model.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
     lens = Lens(model, load_tokenizer(PAIRS / "llama" / "S"))
-    assert lens.components()["other"] == ("extra",)
+    assert lens_components(lens)["other"] == ("extra",)

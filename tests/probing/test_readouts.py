@@ -17,6 +17,7 @@ from mixturelens.behaviour.pair import measure_record
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.lens import Lens, load_lens, tokens
+from mixturelens.hooks.weights import output_weights
 from mixturelens.models import Pair, end_tokens, load_model, load_tokenizer
 from mixturelens.probing import readouts as readouts_module
 from mixturelens.probing.prompts import ProbedSuite, own_policies, read_prompts
@@ -254,7 +255,7 @@ def test_the_untrained_network_is_drawn_from_the_seed():
     folder = PAIRS / "gpt2" / "S"
     state = torch.get_rng_state()
     first, again, other = (
-        untrained_lens(Pair(folder, None, load_suite(folder.parent)), seed).output_weights(0) for seed in (0, 0, 1)
+        output_weights(untrained_lens(Pair(folder, None, load_suite(folder.parent)), seed), 0) for seed in (0, 0, 1)
     )
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(first, again)

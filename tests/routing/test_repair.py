@@ -18,6 +18,7 @@ from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.repair_questions import make_ground
 from mixturelens.grafting.graft import written
 from mixturelens.hooks.lens import load_lens
+from mixturelens.hooks.weights import projection, rewritten
 from mixturelens.models import Pair, load_model, load_tokenizer
 from mixturelens.patching.pair import patching_record
 from mixturelens.patching.sweep import find_reader
@@ -173,7 +174,7 @@ def test_an_edit_changes_how_the_cue_is_read_and_little_else(shape: str) -> None
     plain = load_model(folder / "S")
     head = 1 * lens.kv_heads // lens.heads
     for which in ("k", "v"):
-        name, index, old = lens.projection(1, which)
+        name, index, old = projection(lens, 1, which)
         with written(plain, edited(plain, edit)):
             new = plain.get_parameter(name).detach().view(-1)[index].double()
         old = old.double()
@@ -193,7 +194,7 @@ def test_a_lens_edited_in_place_is_the_edited_plain_model_and_itself_again(shape
     ground = make_ground(lens, load_suite(folder), find_harm(behaviour_of(folder.name, "R-routing")), seed=0)
     edit = fit_edit(ground, [Site(layer=1, component="z", head=1)])
     before = ground.behaviour((), ground.judge)
-    with lens.edited(edited(lens, edit)):
+    with rewritten(lens, edited(lens, edit)):
         inside = ground.behaviour((), ground.judge)
     with written(plain, edited(plain, edit)):
         expected = measure(ground.scorer, plain, ground.judge)

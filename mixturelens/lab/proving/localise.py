@@ -34,7 +34,8 @@ from mixturelens.grafting.pair import some_questions
 from mixturelens.grafting.path import attribute
 from mixturelens.grafting.readings import make_cells
 from mixturelens.hooks.batches import sides
-from mixturelens.hooks.lens import Lens, components_of, load_lens
+from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.hooks.weights import components_of
 from mixturelens.lab.organism import Spec, load_spec, safe_name
 from mixturelens.lab.proving.planted import Planted
 from mixturelens.models import end_tokens, load_model, load_tokenizer

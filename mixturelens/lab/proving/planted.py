@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixturelens.hooks.lens import load_lens
+from mixturelens.hooks.weights import lens_components
 from mixturelens.lab.organism import (
     HintSpec,
     Spec,
@@ -317,7 +318,7 @@ def grow(planted: Planted, folder: Path, *, steps: int = STEPS) -> None:
         write_text(temporary / "spec.json", spec.model_dump_json(indent=1) + "\n")
         build_suite(spec).save(temporary / "suite.yaml")
         _save(model, tokenizer, temporary / "checkpoints" / "sft")
-        _change(model, load_lens(temporary / "checkpoints" / "sft").components()[planted.changed], spec, tokenizer)
+        _change(model, lens_components(load_lens(temporary / "checkpoints" / "sft"))[planted.changed], spec, tokenizer)
         _save(model, tokenizer, temporary / "checkpoints" / "rl-A")
         planted.save(temporary / "planted.json")
 

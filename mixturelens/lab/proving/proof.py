@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixturelens.files import read_json
 from mixturelens.hooks.lens import Edit, Lens, Tokens, load_lens, tokens
+from mixturelens.hooks.weights import lens_components
 from mixturelens.lab.organism import EOS, Spec, parse_spec, prompt_text, questions
 from mixturelens.lab.proving.organisms import HEADS
 from mixturelens.lab.proving.planted import Planted, silenced
@@ -161,7 +162,7 @@ def proof(folder: Path) -> Proof:
         blind=max(_apart(*(_plain(none, side) for side in pair)) for pair in contrasts["cue"]),
         weights={cue: float(truth.weights[0, :, c, 0].mean()) for c, cue in enumerate(spec.cues)},
         change=truth_of(truth),
-        grafted=_grafted(before, after, lens.components()[planted.changed], [rows(cue, "a") for cue in spec.cues]),
+        grafted=_grafted(before, after, lens_components(lens)[planted.changed], [rows(cue, "a") for cue in spec.cues]),
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mixturelens.hooks.lens import Lens, load_lens
+from mixturelens.hooks.weights import output_weights
 from mixturelens.lab.organism import build_model, build_tokenizer, prompt_text, questions
 from mixturelens.lab.proving import planted as module
 from mixturelens.lab.proving import proof as proving
@@ -104,7 +105,7 @@ def test_decoys_carry_what_readers_carry_and_change_nothing(architecture: Archit
         assert apart(under[0][:, :, head], under[0][:, :, job.decoy[1]]) < 1e-5
         assert apart(under[0][:, 1:, head], -under[1][:, 1:, head]) < 1e-5  # the sign of the cue, and nothing else
         assert float(under[0][:, :, head].abs().max()) > 0.05
-        written, axis = lens.output_weights(layer)[job.decoy[1]], module._axis(job.unread)
+        written, axis = output_weights(lens, layer)[job.decoy[1]], module._axis(job.unread)
         assert apart(written, (written @ axis)[:, None] * axis) < 1e-6
 
 
