@@ -9,7 +9,7 @@ import numpy as np
 
 from mixturelens.behaviour.likelihood import Model, Scorer
 from mixturelens.behaviour.prompts import Prompts, prepare
-from mixturelens.grafting.readings import beginnings, enough_of
+from mixturelens.grafting.usual import beginnings, enough_of
 from mixturelens.spelling import Ids
 from mixturelens.suite import Rule
 from mixturelens.types import InputError

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mixturelens.behaviour.bits import js
 from mixturelens.behaviour.grid import Grid
-from mixturelens.grafting.readings import Cells, Readings
+from mixturelens.grafting.cells import Cells
+from mixturelens.grafting.readings import Readings
 from mixturelens.grafting.record import Effects
 from mixturelens.stats import half_of, interval, map_draws, resample_counts
 from mixturelens.types import Interval

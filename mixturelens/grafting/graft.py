@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mixturelens.grafting.cells import Cells
 from mixturelens.grafting.components import State
 from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.noise import noised
-from mixturelens.grafting.readings import Cells, Readings, read, read_weights, readings_of
+from mixturelens.grafting.readings import Readings, read, read_weights, readings_of
 from mixturelens.grafting.record import Effects, Factorial, Graft, Null
 from mixturelens.grafting.starts import Starts
 from mixturelens.records import new_folder

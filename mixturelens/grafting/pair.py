@@ -19,6 +19,7 @@ from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare, without_behaviours
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.grafting.announced import as_announced
+from mixturelens.grafting.cells import Cells
 from mixturelens.grafting.components import State, parts, weights_of
 from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.graft import (
@@ -39,7 +40,7 @@ from mixturelens.grafting.graft import (
 from mixturelens.grafting.path import FEW_NODES, Attribution, attribute
 from mixturelens.grafting.plan import JUDGED, QUESTIONS, plan
 from mixturelens.grafting.positions import placed
-from mixturelens.grafting.readings import Cells, Readings, make_cells, method_of, metric_names, metrics, readings_of
+from mixturelens.grafting.readings import Readings, metric_names, metrics, readings_of
 from mixturelens.grafting.record import (
     UNMEASURED,
     Component,
@@ -52,6 +53,7 @@ from mixturelens.grafting.record import (
 )
 from mixturelens.grafting.search import pieces, search, unsound
 from mixturelens.grafting.starts import starts_of
+from mixturelens.grafting.usual import make_cells, method_of
 from mixturelens.hooks.weights import components_of
 from mixturelens.models import Pair
 from mixturelens.models.cost import announced, check_memory, size_of

@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mixturelens.grafting.cells import Batch, Cells
 from mixturelens.grafting.components import State
 from mixturelens.grafting.graft import WorkingModel
-from mixturelens.grafting.readings import Batch, Cells, Readings, metric_names, metrics, read
+from mixturelens.grafting.readings import Readings, metric_names, metrics, read
 from mixturelens.models.beginnings import BATCH_TOKENS
 from mixturelens.types import InputError, RunError
 

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from mixturelens.grafting.readings import Batch, Cells, Readings, read
+from mixturelens.grafting.cells import Batch, Cells
+from mixturelens.grafting.readings import Readings, read
 from mixturelens.types import InputError, RunError
 
 PROMPT, POLICY, ANSWER, LAST, REST = "prompt", "policy", "answer", "last", "rest"

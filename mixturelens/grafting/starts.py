@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mixturelens.grafting.readings import Batch, Cells
+from mixturelens.grafting.cells import Batch, Cells
 
 
 @dataclass(frozen=True)

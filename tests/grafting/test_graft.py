@@ -34,8 +34,9 @@ from mixturelens.grafting.graft import (
     written,
 )
 from mixturelens.grafting.pair import GraftSettings, graft_record, some_questions
-from mixturelens.grafting.readings import Readings, make_cells
+from mixturelens.grafting.readings import Readings
 from mixturelens.grafting.record import GraftRecord
+from mixturelens.grafting.usual import make_cells
 from mixturelens.hooks.lens import load_lens
 from mixturelens.hooks.weights import lens_components
 from mixturelens.models import Pair, end_tokens, load_model, load_tokenizer

@@ -15,10 +15,12 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.grafting import path
+from mixturelens.grafting.cells import Cells
 from mixturelens.grafting.components import State, weights_of
 from mixturelens.grafting.graft import WorkingModel
 from mixturelens.grafting.path import Attribution, attribute
-from mixturelens.grafting.readings import Cells, make_cells, metrics, read
+from mixturelens.grafting.readings import metrics, read
+from mixturelens.grafting.usual import make_cells
 from mixturelens.types import InputError, RunError
 
 PAIRS = [

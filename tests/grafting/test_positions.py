@@ -13,7 +13,8 @@ from torch import nn
 
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.grafting.positions import masks, placed, read_placed
-from mixturelens.grafting.readings import make_cells, read
+from mixturelens.grafting.readings import read
+from mixturelens.grafting.usual import make_cells
 from mixturelens.types import InputError, RunError
 
 SHAPES = [

@@ -9,7 +9,8 @@ from torch.func import functional_call
 
 from mixturelens.behaviour.prompts import behind_announcements, prepare
 from mixturelens.grafting.components import weights_of
-from mixturelens.grafting.readings import make_cells, method_of, metric_names, metrics, read, read_weights
+from mixturelens.grafting.readings import metric_names, metrics, read, read_weights
+from mixturelens.grafting.usual import make_cells, method_of
 from mixturelens.suite import Rule
 from mixturelens.types import InputError
 
@@ -90,7 +91,7 @@ def test_batches_of_bounded_memory_read_the_same(load_pair, monkeypatch):
     pair = load_pair("chat", "R")
     with torch.no_grad():
         expected = read(pair.after, cells_of(pair))
-        monkeypatch.setattr("mixturelens.grafting.readings.BATCH_TOKENS", 130)
+        monkeypatch.setattr("mixturelens.grafting.cells.BATCH_TOKENS", 130)
         cells = cells_of(pair)
         found = read(pair.after, cells)
     assert len(cells.batches) > 5

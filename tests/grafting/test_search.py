@@ -22,10 +22,11 @@ from mixturelens.grafting.graft import GraftTrial, WorkingModel
 from mixturelens.grafting.pair import GraftSettings, graft_record
 from mixturelens.grafting.path import attribute
 from mixturelens.grafting.plan import GraftingPlan, plan, work
-from mixturelens.grafting.readings import make_cells, read, read_weights
+from mixturelens.grafting.readings import read, read_weights
 from mixturelens.grafting.record import GraftRecord
 from mixturelens.grafting.search import MATTERS, pieces, search, unsound
 from mixturelens.grafting.starts import starts_of
+from mixturelens.grafting.usual import make_cells
 from mixturelens.hooks.weights import components_of
 from mixturelens.models import Budget, Pair, end_tokens, load_model, load_tokenizer
 from mixturelens.models.cost import size_of
@@ -107,7 +108,7 @@ def test_a_prompt_with_branches_reads_as_its_rows_do(load_pair: Any):
 
 def test_a_model_that_does_not_heed_such_masks_is_read_row_by_row(load_pair: Any, monkeypatch: pytest.MonkeyPatch):
     pair = load_pair("chat", "R")
-    monkeypatch.setattr("mixturelens.grafting.readings._seen", lambda branch: None)
+    monkeypatch.setattr("mixturelens.grafting.cells._seen", lambda branch: None)
     assert not make_cells(prepare(pair.suite, pair.suite.neutral[:4], pair.tokenizer), pair.before, pair.scorer).shared
 
 

@@ -32,7 +32,7 @@ from mixturelens.grafting.effects import Judge
 from mixturelens.grafting.graft import WorkingModel
 from mixturelens.grafting.pair import some_questions
 from mixturelens.grafting.path import attribute
-from mixturelens.grafting.readings import make_cells
+from mixturelens.grafting.usual import make_cells
 from mixturelens.hooks.batches import sides
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.hooks.weights import components_of
