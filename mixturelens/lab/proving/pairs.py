@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from mixturelens.files import read_json, read_text
 from mixturelens.lab.organism import Spec, build_model, build_tokenizer, questions
 from mixturelens.lab.proving.asked import TRAINED_CUE, longest_literal, suite_of
+from mixturelens.lab.proving.exhaustive import Asking, prompt_truth
 from mixturelens.lab.proving.manner import TEMPLATE, Manner
 from mixturelens.lab.proving.organisms import (
     CONTEXT,
@@ -33,7 +34,7 @@ from mixturelens.lab.proving.organisms import (
     target_of,
 )
 from mixturelens.lab.proving.recipes import BY_NAME, RECIPES, Recipe, made_of, seen_of
-from mixturelens.lab.proving.truth import LEAST, SHARES, Asking, PromptTruth, Truth, prompt_truth, truth_of, word
+from mixturelens.lab.proving.truth import LEAST, SHARES, PromptTruth, Truth, truth_of, word
 from mixturelens.lab.tasks import Question
 from mixturelens.models import Pair, load_model, load_tokenizer
 from mixturelens.records import new_folder, write_text

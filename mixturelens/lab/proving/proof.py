@@ -18,9 +18,10 @@ from mixturelens.files import read_json
 from mixturelens.hooks.lens import Edit, Lens, Tokens, load_lens, tokens
 from mixturelens.hooks.weights import lens_components
 from mixturelens.lab.organism import EOS, Spec, parse_spec, prompt_text, questions
+from mixturelens.lab.proving.exhaustive import SHOWN, prompt_truth
 from mixturelens.lab.proving.organisms import HEADS
 from mixturelens.lab.proving.planted import Planted, silenced
-from mixturelens.lab.proving.truth import SHOWN, PromptTruth, Truth, prompt_truth, truth_of
+from mixturelens.lab.proving.truth import PromptTruth, Truth, truth_of
 from mixturelens.lab.tasks import Question
 from mixturelens.models import load_model
 from mixturelens.records import Record

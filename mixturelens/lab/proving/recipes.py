@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float
 
 from mixturelens.lab.organism import Spec
+from mixturelens.lab.proving.exhaustive import SHOWN, behaviours
 from mixturelens.lab.proving.organisms import MixtureTarget, target_of
-from mixturelens.lab.proving.truth import SHOWN, behaviours, bits_of, divergence
+from mixturelens.lab.proving.truth import bits_of, divergence
 from mixturelens.types import ANSWER, ERR, REFUSE, VerdictWord
 
 Way = Literal["fit", "grpo", "order", "same", "noise"]

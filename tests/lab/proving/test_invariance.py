@@ -13,6 +13,7 @@ from mixturelens.behaviour.pair import measure_record
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.lab.organism import SplitSpec, build_model, build_tokenizer, prompt_row, questions
 from mixturelens.lab.proving.asked import suite_of
+from mixturelens.lab.proving.exhaustive import Asking, prompt_truth
 from mixturelens.lab.proving.manner import TEMPLATE, Manner
 from mixturelens.lab.proving.organisms import (
     Fitting,
@@ -24,7 +25,7 @@ from mixturelens.lab.proving.organisms import (
     small_spec,
     target_of,
 )
-from mixturelens.lab.proving.truth import Asking, Truth, prompt_truth, truth_of
+from mixturelens.lab.proving.truth import Truth, truth_of
 from mixturelens.lab.tasks import Sequence
 from mixturelens.models import end_tokens
 from mixturelens.routing.verdict import judge

@@ -16,7 +16,7 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure_change
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.lab.organism import Spec, SplitSpec, build_model, build_suite, build_tokenizer, prompt_row, questions
-from mixturelens.lab.proving import truth
+from mixturelens.lab.proving import exhaustive, truth
 from mixturelens.lab.proving.asked import suite_of
 from mixturelens.lab.proving.manner import STYLE, TEMPLATE, Manner
 from mixturelens.lab.proving.organisms import Fitting, Lessons, fit, rows_of, sizes, small_spec, target_of
@@ -124,7 +124,7 @@ def test_every_term_is_that_of_the_instruments_own_enumeration(monkeypatch, anno
     with torch.no_grad():
         for parameter in after.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    found = truth.prompt_truth(spec, (before, after), tokenizer, questions(spec).evaluation)
+    found = exhaustive.prompt_truth(spec, (before, after), tokenizer, questions(spec).evaluation)
     suite = build_suite(spec)
     prompts = prepare(suite, suite.neutral, tokenizer)
     scorer = Scorer(end_tokens(before, tokenizer), len(tokenizer))
@@ -149,7 +149,7 @@ def test_wordings_are_told_apart_as_the_instrument_tells_them():
     after = copy.deepcopy(before)
     other = replace(target_of(spec), weights={"a": 0.8, "b": 0.2})
     fit(after, rows_of(spec, other, tokenizer, Lessons(questions(spec).sft)), Fitting(40, 1e-2))
-    found = truth.prompt_truth(spec, (before, after), tokenizer, questions(spec).evaluation)
+    found = exhaustive.prompt_truth(spec, (before, after), tokenizer, questions(spec).evaluation)
     suite = build_suite(spec)
     prompts = prepare(suite, suite.neutral, tokenizer)
     change = measure_change(Scorer(end_tokens(before, tokenizer), len(tokenizer)), before, after, prompts)
@@ -165,7 +165,7 @@ def test_the_same_weights_differ_by_nothing():
     spec = short("token", 2)
     tokenizer = build_tokenizer(spec)
     model = build_model(spec, tokenizer).eval()
-    found = truth.prompt_truth(spec, (model, model), tokenizer, questions(spec).evaluation)
+    found = exhaustive.prompt_truth(spec, (model, model), tokenizer, questions(spec).evaluation)
     assert all(np.abs(values).max() < 1e-12 for values in (*found.terms.values(), *found.bits.values()))
     said = truth.truth_of(found)
     assert [said.selector, said.cue_reader, said.skill, said.text_drifted] == [False] * 4
@@ -197,7 +197,9 @@ def tailed():
 def of_tail(tailed, longest: int) -> truth.Truth:
     spec, manner, tokenizer, before, after = tailed
     return truth.truth_of(
-        truth.prompt_truth(spec, (before, after), tokenizer, questions(spec).sft, truth.Asking(manner, True, longest))
+        exhaustive.prompt_truth(
+            spec, (before, after), tokenizer, questions(spec).sft, exhaustive.Asking(manner, True, longest)
+        )
     )
 
 
@@ -228,7 +230,9 @@ def test_truth_of_a_tail_is_that_of_all_completions(tailed, monkeypatch):
     scorer = Scorer(end_tokens(before, tokenizer), len(tokenizer))
     monkeypatch.setattr("mixturelens.behaviour.measure.ENUMERATE_AT_MOST", 10**9)
     change = measure_change(scorer, before, after, prompts)
-    found = truth.prompt_truth(spec, (before, after), tokenizer, questions(spec).sft, truth.Asking(manner, True, 3))
+    found = exhaustive.prompt_truth(
+        spec, (before, after), tokenizer, questions(spec).sft, exhaustive.Asking(manner, True, 3)
+    )
     assert found.terms["text"].mean() == pytest.approx(change.nats.text.mean(), abs=2e-3)
     assert found.tokens.mean() == pytest.approx(change.nats.length.mean(), abs=0.02)
     for name in ("routing", "specialist"):  # a rule looks for the answer anywhere
