@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from mixturelens.lab.proving.coverage import Coverage
-    from mixturelens.lab.proving.localise import MethodScore
+    from mixturelens.lab.proving.judged import MethodScore
     from mixturelens.lab.proving.record import Scored, ScoreRecord, Verdicts
     from mixturelens.routing.verdict import Thresholds
 
@@ -237,7 +237,7 @@ def coverage(found: Sequence[Coverage]) -> Figure:
 
 def _held(panel: Panel, drawn: Sequence[Coverage], rows: Sequence[str], off: bool, marker: dict[str, Any]) -> None:
     """How often the truth was held; without whiskers where that is `off` the axis."""
-    from mixturelens.lab.proving.score import wilson
+    from mixturelens.lab.proving.sums import wilson
 
     marks = []
     for each in drawn:

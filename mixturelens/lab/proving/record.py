@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixturelens.lab.proving.coverage import Coverage
-from mixturelens.lab.proving.localise import MethodScore
+from mixturelens.lab.proving.judged import MethodScore
 from mixturelens.lab.proving.pairs import Half
 from mixturelens.lab.proving.planted import Planted
 from mixturelens.lab.proving.proof import Proof

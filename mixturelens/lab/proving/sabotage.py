@@ -14,7 +14,8 @@ from mixturelens.behaviour import pair
 from mixturelens.behaviour.arrays import Change
 from mixturelens.behaviour.bits import bit_terms
 from mixturelens.behaviour.split import class_terms
-from mixturelens.lab.proving.localise import INTACT, MethodScore
+from mixturelens.lab.proving.judged import MethodScore
+from mixturelens.lab.proving.localise import INTACT
 from mixturelens.lab.proving.pairs import GroundCell, make_pair
 from mixturelens.lab.proving.record import Broken
 from mixturelens.lab.proving.truth import TOLERANCE

@@ -8,10 +8,11 @@ import pytest
 
 from mixturelens.lab.figures import score as draw
 from mixturelens.lab.proving.coverage import Coverage
-from mixturelens.lab.proving.localise import Kind, MethodScore
+from mixturelens.lab.proving.judged import MethodScore
+from mixturelens.lab.proving.localise import Kind
 from mixturelens.lab.proving.pairs import Half
 from mixturelens.lab.proving.record import Broken, Mistake, Numbers, Scored, ScoreRecord, Verdicts
-from mixturelens.lab.proving.score import wilson
+from mixturelens.lab.proving.sums import wilson
 from mixturelens.routing.verdict import DEFAULT_THRESHOLDS
 from mixturelens.types import Interval
 

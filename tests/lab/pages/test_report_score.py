@@ -13,7 +13,7 @@ from mixturelens import figures
 from mixturelens.lab.pages.score import answer, missing, score_markdown, write_score
 from mixturelens.lab.proving.planted import plan
 from mixturelens.lab.proving.proof import Proof
-from mixturelens.lab.proving.score import HALVES
+from mixturelens.lab.proving.sums import HALVES
 
 
 def make_proof() -> Proof:

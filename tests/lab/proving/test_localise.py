@@ -12,18 +12,8 @@ import torch
 
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.lab.proving import localise as at
-from mixturelens.lab.proving.localise import (
-    BROKEN,
-    METHODS,
-    Case,
-    Found,
-    best_cut,
-    cases,
-    chance,
-    judge,
-    localise,
-    score,
-)
+from mixturelens.lab.proving.judged import best_cut, chance, judge, score
+from mixturelens.lab.proving.localise import BROKEN, METHODS, Case, Found, cases, localise
 from mixturelens.lab.proving.planted import Planted
 from mixturelens.patching.sweep import find_reader
 from mixturelens.probing import subspace

@@ -13,16 +13,8 @@ from mixturelens.lab.proving.manner import Manner
 from mixturelens.lab.proving.organisms import small_spec, target_of
 from mixturelens.lab.proving.pairs import QUICK, GroundCell, Organism, grid, make_pair, near, told_by_making
 from mixturelens.lab.proving.recipes import RECIPES, made_of, seen_of
-from mixturelens.lab.proving.score import (
-    ASKED_OF,
-    COVERED,
-    COVERED_BY_RULES,
-    HALVES,
-    PLANTED,
-    covered,
-    has_mechanism,
-    opened,
-)
+from mixturelens.lab.proving.score import ASKED_OF, COVERED, COVERED_BY_RULES, PLANTED, covered, has_mechanism
+from mixturelens.lab.proving.sums import HALVES, opened
 from mixturelens.lab.proving.truth import Truth, word
 from mixturelens.types import InputError, RunError
 

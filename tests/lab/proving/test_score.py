@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from truths import make_truth
 
-from mixturelens.lab.proving import score
+from mixturelens.lab.proving import score, sums
 from mixturelens.lab.proving.pairs import QUICK
 from mixturelens.lab.proving.record import PairScore
 from mixturelens.records import Provenance, with_versions
@@ -55,39 +55,39 @@ def test_a_confusion_matrix_by_hand():
         pair("both", "inconclusive", near=True),
         pair("both", "routing", near=True),
     ]
-    sums = score._verdicts("behavioural", "open", [(p, p.verdict) for p in said])
-    assert sums.confusion == {"routing": {"routing": 1, "both": 1}, "neither": {"specialist": 1, "inconclusive": 1}}
-    assert (sums.pairs, sums.near, sums.near_ok) == (4, 2, 1)
-    untold = score._verdicts("behavioural", "open", [(pair("both", "routing", told=False), "routing")])
+    found = sums._verdicts("behavioural", "open", [(p, p.verdict) for p in said])
+    assert found.confusion == {"routing": {"routing": 1, "both": 1}, "neither": {"specialist": 1, "inconclusive": 1}}
+    assert (found.pairs, found.near, found.near_ok) == (4, 2, 1)
+    untold = sums._verdicts("behavioural", "open", [(pair("both", "routing", told=False), "routing")])
     assert (untold.pairs, untold.untold, untold.untold_ok) == (0, 1, 0)
-    assert (sums.false_alarms, sums.nothing) == (1, 2)
-    assert sums.right.value == 0.25
+    assert (found.false_alarms, found.nothing) == (1, 2)
+    assert found.right.value == 0.25
 
 
 def test_near_misses_may_be_inconclusive_and_others_may_not():
-    assert score._mistake(pair("both", "inconclusive", near=True), "behavioural", "inconclusive", "") is None
-    mistake = score._mistake(pair("both", "inconclusive"), "behavioural", "inconclusive", "too few")
+    assert not sums._wrong(pair("both", "inconclusive", near=True), "inconclusive")
+    mistake = sums._mistake(pair("both", "inconclusive"), "behavioural", "inconclusive", "too few")
     assert mistake is not None
     assert mistake.reason == "too few"
 
 
 def test_numbers_are_held_to_the_truth():
-    wrong = pair("both", "both", bits=dict.fromkeys(score.QUANTITIES[:5], Interval(value=0.9, low=0.8, high=1.0)))
-    sums = score._numbers("open", "routing", [pair("both", "both"), wrong])
-    assert (sums.pairs, sums.held.value) == (2, 0.5)
-    assert score._numbers("open", "text", [wrong]).held.value == 1.0
+    wrong = pair("both", "both", bits=dict.fromkeys(sums.QUANTITIES[:5], Interval(value=0.9, low=0.8, high=1.0)))
+    found = sums._numbers("open", "routing", [pair("both", "both"), wrong])
+    assert (found.pairs, found.held.value) == (2, 0.5)
+    assert sums._numbers("open", "text", [wrong]).held.value == 1.0
     nothing = pair("neither", "neither").model_copy(update={"truth": make_truth("neither", 0.5, moved=0.001)})
-    assert score._numbers("open", "routing_share", [pair("both", "both"), nothing]).pairs == 1
+    assert sums._numbers("open", "routing_share", [pair("both", "both"), nothing]).pairs == 1
     erring = pair("both", "both").model_copy(update={"truth": make_truth("both", skill=True)})
-    assert score._numbers("open", "text", [erring]).pairs == 0  # what is said where S never errs
+    assert sums._numbers("open", "text", [erring]).pairs == 0  # what is said where S never errs
 
 
 def test_what_changed_is_held_to_the_truth_part_by_part():
     unsaid = pair("both", "both", changed=Changed(selector=None, cue_reader=True, skill=False))
-    sums = score._parts("open", "selector", [pair("both", "both"), unsaid])
-    assert (sums.pairs, sums.right, sums.unsaid) == (2, 1, 1)
-    assert score._parts("open", "cue_reader", [unsaid]).right == 0
-    assert score._parts("open", "text_drifted", [unsaid]).right == 1
+    found = sums._parts("open", "selector", [pair("both", "both"), unsaid])
+    assert (found.pairs, found.right, found.unsaid) == (2, 1, 1)
+    assert sums._parts("open", "cue_reader", [unsaid]).right == 0
+    assert sums._parts("open", "text_drifted", [unsaid]).right == 1
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_what_changed_is_held_to_the_truth_part_by_part():
     ],
 )
 def test_near_misses_of_a_part_are_those_of_its_own_number(part: str, truth, expected: bool):
-    assert score.near_part(truth, part) is expected
+    assert sums.near_part(truth, part) is expected
 
 
 def test_what_cannot_be_scored_is_said_and_the_rest_goes_on(tmp_path: Path):
@@ -119,7 +119,8 @@ def test_what_cannot_be_scored_is_said_and_the_rest_goes_on(tmp_path: Path):
 
 
 def test_broken_patching_is_told_by_its_own_number():
-    from mixturelens.lab.proving.localise import INTACT, MethodScore
+    from mixturelens.lab.proving.judged import MethodScore
+    from mixturelens.lab.proving.localise import INTACT
     from mixturelens.lab.proving.sabotage import broken_methods
 
     def found(method: str, auroc: float, iou: float) -> MethodScore:
@@ -140,8 +141,8 @@ def test_broken_patching_is_told_by_its_own_number():
 
 
 def test_wilson_of_none_is_not_measured():
-    assert not score.wilson(0, 0).measured
-    assert score.wilson(20, 20).low == pytest.approx(0.839)
+    assert not sums.wilson(0, 0).measured
+    assert sums.wilson(20, 20).low == pytest.approx(0.839)
 
 
 def test_thresholds_stay_as_they_were_when_the_other_half_was_opened(tmp_path: Path, monkeypatch):
@@ -166,5 +167,5 @@ def test_the_quick_ground_from_end_to_end(tmp_path: Path, monkeypatch):
     assert all(numbers.held.value == 1.0 for numbers in record.numbers)
     assert [each.caught for each in record.broken] == [True, True, True]
     assert steps[-1][1:] == (2, 2)
-    monkeypatch.setattr(score, "score_pair", lambda *_: pytest.fail("scored again"))
-    assert score.sum_up(tmp_path, QUICK, ()).verdicts == record.verdicts
+    monkeypatch.setitem(score.WORK, "verdict", lambda *_: pytest.fail("scored again"))
+    assert sums.sum_up(tmp_path, QUICK, ()).verdicts == record.verdicts
