@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mixturelens.shown import Rule, wordings
 from mixturelens.spelling import Ids, Speller, check_spelling, encode_prompts, prompt_text
 from mixturelens.stats import half_of
-from mixturelens.suite import PromptRow, Rule, Suite, wordings
+from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import ERR, InputError
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mixturelens.chat import chat_text
-from mixturelens.suite import PromptRow, Spelling, Suite, wordings
+from mixturelens.shown import wordings
+from mixturelens.suite import PromptRow, Spelling, Suite
 from mixturelens.types import InputError
 
 if TYPE_CHECKING:

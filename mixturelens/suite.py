@@ -6,20 +6,15 @@ tokenizers: `spelling` makes token ids of it.
 
 from __future__ import annotations
 
-import itertools
 import json
-import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -29,6 +24,7 @@ from pydantic import (
 from mixturelens.files import dump_yaml, json_lines, read_yaml
 from mixturelens.records import first_problem, write_text
 from mixturelens.rules import compiled, search, without
+from mixturelens.shown import Policy, Regex, Row, Rule, Shown, find_in, overlaps, stands_in, wordings
 from mixturelens.types import ANSWER, ERR, OTHER, Frozen, InputError, PolicyTable
 
 
@@ -77,49 +73,8 @@ class PromptRow(Frozen):
         return "\n".join(message.get("content", "") for message in self.messages or ())
 
 
-def _regex(value: str) -> str:
-    compiled(value)
-    return value
-
-
-Regex = Annotated[str, AfterValidator(_regex)]
-
-
-class Rule(Frozen):
-    """Completions that a regular expression finds. `force` is a text that puts the policy in place."""
-
-    regex: Regex
-    force: str | None = None
-
-
-class Row(Frozen):
-    """A policy that announces nothing: only its row of the policy table is known, cue -> behaviour."""
-
-    table: dict[str, str]
-
-
 CUES = 1000
 """Cues of a suite, at most."""
-
-Shown = str | tuple[str, ...] | Rule
-"""How a completion shows its policy or behaviour: a literal prefix, several wordings, or a rule."""
-
-
-def _kind(value: Any) -> str:
-    """So that a mistake in a row is named as one."""
-    return "row" if isinstance(value, Row) or (isinstance(value, Mapping) and "table" in value) else "shown"
-
-
-Policy = Annotated[Annotated[Shown, Tag("shown")] | Annotated[Row, Tag("row")], Discriminator(_kind)]
-
-
-def wordings(shown: Shown | Row) -> tuple[str, ...]:
-    """Texts that put a policy in place; empty for a rule without `force`, and for a policy that announces nothing."""
-    if isinstance(shown, Row):
-        return ()
-    if isinstance(shown, Rule):
-        return (shown.force,) if shown.force is not None else ()
-    return (shown,) if isinstance(shown, str) else shown
 
 
 class Spelling(Frozen):
@@ -221,8 +176,8 @@ class Suite(Frozen):
             yield f"policies: {OTHER!r} is kept for completions of no known policy; rename it"
         if self.behaviours and ANSWER in self.behaviours:
             yield f"behaviours: {ANSWER!r} is what matches no other behaviour; leave it out"
-        yield from _overlaps("policies", {name: s for name, s in self.policies.items() if not isinstance(s, Row)})
-        yield from _overlaps("behaviours", self.behaviours or {})
+        yield from overlaps("policies", {name: s for name, s in self.policies.items() if not isinstance(s, Row)})
+        yield from overlaps("behaviours", self.behaviours or {})
         if self.trained_cue is not None and self.trained_cue not in self.cues:
             yield f"trained_cue: no prompt has cue {self.trained_cue!r}"
         if len(self.cues) > CUES:
@@ -342,7 +297,7 @@ class Suite(Frozen):
         for policy, shown in self.policies.items():
             if isinstance(shown, Row):
                 return Label(None, 0, self._behaviour(text, row), text)
-            found = _find(shown, text)
+            found = find_in(shown, text)
             if found is not None:
                 wording, rest = found
                 return Label(policy, wording, self._behaviour(rest, row), rest)
@@ -352,7 +307,7 @@ class Suite(Frozen):
         if self.behaviours is None:
             return None
         for behaviour, shown in self.behaviours.items():
-            if _find(shown, rest) is not None:
+            if find_in(shown, rest) is not None:
                 return behaviour
         if ERR in self.behaviour_names and row.err is not None and rest == row.err.strip():
             return ERR
@@ -378,30 +333,6 @@ class Suite(Frozen):
         rest = self.model_dump(mode="json", exclude={"prompts"}, exclude_none=True)
         rest = {key: value for key, value in rest.items() if key not in _DERIVED or value != _default(key)}
         write_text(path, dump_yaml({"prompts": prompts_name, **rest}))
-
-
-def stands_in(answer: str, text: str) -> bool:
-    """Whether the answer stands in the text as words of its own: `4` not in `14` or `4.5`, `imp` not in `simply`."""
-    start = text.find(answer)
-    while start >= 0:
-        end = start + len(answer)
-        if not _goes_on(text[:start][::-1], answer[:1]) and not _goes_on(text[end:], answer[-1:]):
-            return True
-        start = text.find(answer, start + 1)
-    return False
-
-
-def _goes_on(beside: str, edge: str) -> bool:
-    """Whether what stands beside the edge of an answer, nearest first, is of the same word or number."""
-    if edge.isdigit() and beside[:1] in (".", ",") and beside[1:2].isdigit():
-        return True
-    return bool(beside) and all(map(_spells_words, (beside[0], edge)))
-
-
-def _spells_words(char: str) -> bool:
-    """Letters, marks and digits; but not those without case (Chinese, Thai, Arabic), as words need no space there."""
-    category = unicodedata.category(char)
-    return category[0] in "LMN" and category != "Lo"
 
 
 _DERIVED = ("ends", "spelling", "origin")
@@ -444,46 +375,9 @@ def _load_prompts(path: Path) -> tuple[PromptRow, ...]:
     return tuple(rows)
 
 
-def _find(shown: Shown, text: str) -> tuple[int, str] | None:
-    """(wording, what follows) where the text shows this policy or behaviour."""
-    if isinstance(shown, Rule):
-        match = search(shown.regex, text)
-        # a rule that matches somewhere inside says nothing about where the announcement ends
-        return None if match is None else (0, text[match.end() :].strip() if match.start() == 0 else text)
-    for wording, literal in enumerate(wordings(shown)):
-        if text.startswith(literal.strip()):
-            return wording, text[len(literal.strip()) :].strip()
-    return None
-
-
 def literal_texts(suite: Suite) -> tuple[str, ...]:
     """Every literal of a suite, once: announcements, behaviours, answers."""
     shown = [*suite.policies.values(), *(suite.behaviours or {}).values()]
     texts = [text for each in shown for text in wordings(each)]
     texts += [text for row in suite.prompts for text in (row.answer, row.err) if text]
     return tuple(dict.fromkeys(texts))
-
-
-def _overlaps(where: str, shown: dict[str, Shown]) -> Iterator[str]:
-    """Literals of which one begins with another, and rules given twice, make labels ambiguous."""
-    texts: list[tuple[str, str]] = []
-    rules: dict[str, str] = {}
-    for name, value in shown.items():
-        if isinstance(value, Rule):
-            if value.regex in rules:
-                yield f"{where}: {name!r} and {rules[value.regex]!r} overlap: the same rule {value.regex!r}"
-            rules[value.regex] = name
-        else:
-            texts += [(name, text.strip()) for text in wordings(value)]
-    for name, text in texts:
-        if not text:
-            yield f"{where}: {name!r} has an empty text; every completion begins with it"
-    # in the order of the alphabet, whatever begins with a text stands right behind it
-    order = sorted((i for i, (_, text) in enumerate(texts) if text), key=lambda i: texts[i][1])
-    for pair in itertools.pairwise(order):
-        (other_name, other), (name, text) = (texts[i] for i in sorted(pair))
-        if text.startswith(other) or other.startswith(text):
-            yield (
-                f"{where}: {name!r} and {other_name!r} overlap: one of {other!r} and {text!r} begins "
-                "with the other; make them distinct"
-            )

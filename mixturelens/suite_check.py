@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from mixturelens.files import json_objects, yaml_lines
 from mixturelens.records import problems_of
-from mixturelens.suite import PromptRow, Rule, Suite, suite_mapping
+from mixturelens.shown import Rule
+from mixturelens.suite import PromptRow, Suite, suite_mapping
 from mixturelens.types import InputError
 
 FEW = 8

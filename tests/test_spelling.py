@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from mixturelens.behaviour.prompts import prepare
+from mixturelens.shown import Rule
 from mixturelens.spelling import Announced, Speller, check_spelling, encode_prompts, every_spelling, prompt_text
-from mixturelens.suite import Rule, Spelling, Suite, load_suite
+from mixturelens.suite import Spelling, Suite, load_suite
 from mixturelens.types import InputError
 
 PROMPT = "<A> say x y ->"

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mixturelens.models import load_tokenizer
+from mixturelens.shown import Rule, wordings
 from mixturelens.spelling import check_spelling, encode_prompts
-from mixturelens.suite import Label, PromptRow, Rule, Suite, load_suite, wordings
+from mixturelens.suite import Label, PromptRow, Suite, load_suite
 from mixturelens.types import InputError
 
 TABLE = "prompts: prompts.jsonl\nbehaviours: {refuse: sorry}\npolicies: "

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from mixturelens.behaviour.likelihood import Completions, Model, Scorer
 from mixturelens.behaviour.prompts import Prompts, behind_announcements, owners, room_behind
-from mixturelens.suite import wordings
+from mixturelens.shown import wordings
 from mixturelens.types import OTHER
 
 FORCED_SAMPLES, ENOUGH = 4, 240

@@ -15,8 +15,8 @@ from mixturelens.behaviour.likelihood import Ids, Model, Scorer
 from mixturelens.behaviour.prompts import ASIDE, Announcement, Placed, Prompts, behind_announcements, ended
 from mixturelens.behaviour.split import nat_terms
 from mixturelens.behaviour.unannounced import attributed
+from mixturelens.shown import wordings
 from mixturelens.spelling import Speller
-from mixturelens.suite import wordings
 from mixturelens.types import ERR
 
 

@@ -34,8 +34,9 @@ from mixturelens.completions import GivenCompletions
 from mixturelens.models import Pair
 from mixturelens.models.cost import announced, check_memory
 from mixturelens.models.noise import noised
+from mixturelens.shown import Rule, wordings
 from mixturelens.stats import interval, map_draws
-from mixturelens.suite import Rule, Suite, wordings
+from mixturelens.suite import Suite
 from mixturelens.types import NOT_MEASURED, OTHER, Interval, Side
 
 if TYPE_CHECKING:

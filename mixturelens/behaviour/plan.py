@@ -9,7 +9,8 @@ from mixturelens.behaviour.logits import BATCH_BYTES
 from mixturelens.models import Pair
 from mixturelens.models.beginnings import KEPT_BYTES, LONG, tree
 from mixturelens.models.cost import Estimate, Work, estimate, size_of
-from mixturelens.suite import Suite, wordings
+from mixturelens.shown import wordings
+from mixturelens.suite import Suite
 
 TIMES = 2.0
 """How often a completion is gone through: as it is scored, and as it is drawn and weighed."""

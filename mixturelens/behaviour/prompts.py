@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mixturelens.behaviour.logits import END
+from mixturelens.shown import wordings
 from mixturelens.spelling import (
     Ids,
     Speller,
@@ -17,7 +18,7 @@ from mixturelens.spelling import (
     normalised_row,
     normalised_suite,
 )
-from mixturelens.suite import PromptRow, Suite, wordings
+from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import ERR, InputError
 
 if TYPE_CHECKING:

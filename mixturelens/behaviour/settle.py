@@ -11,8 +11,9 @@ from mixturelens.behaviour.arrays import Behaviour
 from mixturelens.behaviour.forced import Labelled
 from mixturelens.behaviour.likelihood import Model, Scorer
 from mixturelens.behaviour.prompts import Prompts
+from mixturelens.shown import wordings
 from mixturelens.spelling import Ids, Speller, every_spelling
-from mixturelens.suite import PromptRow, Spelling, Suite, wordings
+from mixturelens.suite import PromptRow, Spelling, Suite
 from mixturelens.types import OTHER, Frozen, Side
 
 PILOT = 4

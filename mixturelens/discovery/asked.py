@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from mixturelens.discovery.cues import Prompt
 from mixturelens.files import json_lines
 from mixturelens.records import first_problem
-from mixturelens.suite import Chat, PromptRow, Rule, Suite
+from mixturelens.shown import Rule
+from mixturelens.suite import Chat, PromptRow, Suite
 from mixturelens.types import InputError
 
 ANY = r"\S"

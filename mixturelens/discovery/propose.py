@@ -27,7 +27,8 @@ from mixturelens.discovery.record import (
 from mixturelens.discovery.texts import any_of, label_by_texts, part_by_texts
 from mixturelens.records import Provenance
 from mixturelens.rules import search
-from mixturelens.suite import Suite, stands_in, wordings
+from mixturelens.shown import stands_in, wordings
+from mixturelens.suite import Suite
 from mixturelens.types import ANSWER, InputError, Interval
 
 LEAST = 0.005

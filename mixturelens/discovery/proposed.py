@@ -16,7 +16,8 @@ from mixturelens.discovery.record import DiscoveryRecord
 from mixturelens.discovery.texts import KNOWN, any_of
 from mixturelens.files import read_text
 from mixturelens.records import write_text
-from mixturelens.suite import PromptRow, Rule, Shown, Suite, load_suite
+from mixturelens.shown import Rule, Shown
+from mixturelens.suite import PromptRow, Suite, load_suite
 from mixturelens.types import REFUSE, InputError, Interval
 
 EXACT = 0.95

@@ -22,7 +22,7 @@ from mixturelens.discovery.heads import CUT, END, SLOT, Completion, Words, core,
 from mixturelens.discovery.information import ALPHA, told
 from mixturelens.discovery.policies import APART, LEAST, REFUSAL, Parted, Questions, changed, policy_names
 from mixturelens.rules import search
-from mixturelens.suite import Rule
+from mixturelens.shown import Rule
 from mixturelens.types import ANSWER, REFUSE, loading
 
 GROUPS = 5

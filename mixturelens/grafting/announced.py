@@ -10,8 +10,8 @@ import numpy as np
 from mixturelens.behaviour.likelihood import Model, Scorer
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.grafting.usual import beginnings, enough_of
+from mixturelens.shown import Rule
 from mixturelens.spelling import Ids
-from mixturelens.suite import Rule
 from mixturelens.types import InputError
 
 PROMPTS, SAMPLES = 32, 4

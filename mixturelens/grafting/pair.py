@@ -57,8 +57,9 @@ from mixturelens.grafting.usual import make_cells, method_of
 from mixturelens.hooks.weights import components_of
 from mixturelens.models import Pair
 from mixturelens.models.cost import announced, check_memory, size_of
+from mixturelens.shown import wordings
 from mixturelens.stats import PROPORTION, half_of, interval, mean_interval, resample_counts, resampled_mean, too_few
-from mixturelens.suite import PromptRow, wordings
+from mixturelens.suite import PromptRow
 from mixturelens.types import NOT_MEASURED, Interval
 from mixturelens.unfinished import NOTHING_KEPT, Unfinished, attempt
 

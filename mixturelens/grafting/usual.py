@@ -18,7 +18,8 @@ from mixturelens.contrasts import span_positions
 from mixturelens.grafting.cells import Cells
 from mixturelens.grafting.readings import read
 from mixturelens.models.beginnings import BATCH_TOKENS, LONG, keeps
-from mixturelens.suite import Rule, Suite, wordings
+from mixturelens.shown import Rule, wordings
+from mixturelens.suite import Suite
 from mixturelens.types import InputError
 
 ROUNDING = 1e-4

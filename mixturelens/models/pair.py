@@ -30,8 +30,9 @@ from mixturelens.models.load import (
 )
 from mixturelens.models.source import Source, content_of, find_source, fingerprint, leaves_base, weight_files
 from mixturelens.records import Provenance, with_versions
+from mixturelens.shown import wordings
 from mixturelens.spelling import Speller, prompt_text
-from mixturelens.suite import Spelling, Suite, literal_texts, load_suite, wordings
+from mixturelens.suite import Spelling, Suite, literal_texts, load_suite
 from mixturelens.types import Frozen, InputError, Side, loading
 
 if TYPE_CHECKING:

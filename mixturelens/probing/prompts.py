@@ -15,9 +15,10 @@ from mixturelens.contrasts import span_positions
 from mixturelens.hooks.lens import Lens
 from mixturelens.models import end_tokens
 from mixturelens.probing.record import Metric
+from mixturelens.shown import Rule, wordings
 from mixturelens.spelling import Ids, Speller, check_spelling, encode_prompts
 from mixturelens.stats import half_of
-from mixturelens.suite import PromptRow, Rule, Suite, wordings
+from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import InputError, Side
 
 Group = Literal["neutral", "placed", "hinted"]

@@ -9,8 +9,9 @@ from mixturelens.behaviour.arrays import BitTerms
 from mixturelens.behaviour.averages import bits_of
 from mixturelens.behaviour.bits import js, js_of_samples
 from mixturelens.behaviour.grid import Grid
+from mixturelens.shown import Rule
 from mixturelens.stats import interval, resample_counts, resampled_mean
-from mixturelens.suite import PromptRow, Rule, Suite
+from mixturelens.suite import PromptRow, Suite
 
 QUESTIONS, REPEATS = 60, 300
 

@@ -32,8 +32,9 @@ from mixturelens.features.record import Terms
 from mixturelens.features.splice import At, BothModels, Crossing, Splice, Spliced, own, whole
 from mixturelens.hooks.lens import Lens, load_lens, tokens
 from mixturelens.models import end_tokens
+from mixturelens.shown import Rule
 from mixturelens.stats import half_of, interval
-from mixturelens.suite import Rule, Suite, load_suite
+from mixturelens.suite import Suite, load_suite
 from mixturelens.types import InputError, Side
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ from mixturelens.features.sites import ARRIVED, CARRIES, NAMED, QUESTIONS, arriv
 from mixturelens.features.splice import Crossing, whole
 from mixturelens.hooks.lens import load_lens
 from mixturelens.patching.record import Effect, PatchingRecord, Sweep
-from mixturelens.suite import Rule, load_suite
+from mixturelens.shown import Rule
+from mixturelens.suite import load_suite
 from mixturelens.types import NOT_MEASURED, InputError, Interval, Site
 
 REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference"

@@ -11,7 +11,7 @@ from mixturelens.behaviour.prompts import behind_announcements, prepare
 from mixturelens.grafting.components import weights_of
 from mixturelens.grafting.readings import metric_names, metrics, read, read_weights
 from mixturelens.grafting.usual import make_cells, method_of
-from mixturelens.suite import Rule
+from mixturelens.shown import Rule
 from mixturelens.types import InputError
 
 SHAPES = [

@@ -13,7 +13,8 @@ import numpy as np
 
 from mixturelens.lab.organism.spec import QUESTION, Phase, PolicySpec, Spec, System, Tasks, Years
 from mixturelens.lab.tasks import Question, Split
-from mixturelens.suite import PromptRow, Row, Suite
+from mixturelens.shown import Row
+from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import ANSWER, ERR, REFUSE, InputError
 
 MONTHS = (

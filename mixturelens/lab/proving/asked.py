@@ -6,7 +6,8 @@ import re
 
 from mixturelens.lab.organism import Spec, build_suite
 from mixturelens.lab.proving.manner import Manner
-from mixturelens.suite import Chat, Rule, Suite
+from mixturelens.shown import Rule
+from mixturelens.suite import Chat, Suite
 from mixturelens.types import REFUSE
 
 TRAINED_CUE = "A"
