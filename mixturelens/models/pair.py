@@ -17,6 +17,15 @@ from pydantic import Field
 
 from mixturelens.chat import TODAY
 from mixturelens.completions import with_completions
+from mixturelens.models.alike import (
+    Shapes,
+    check_shapes,
+    check_surplus,
+    config_differences,
+    positions_of,
+    same_weights,
+    shapes_of,
+)
 from mixturelens.models.load import (
     DEVICE_MAPS,
     DTYPES,
@@ -24,32 +33,17 @@ from mixturelens.models.load import (
     load_model,
     load_tokenizer,
     named_ends,
-    skeleton,
     tokenizer_folder,
     with_adapters,
 )
-from mixturelens.models.source import Source, content_of, find_source, fingerprint, leaves_base, weight_files
+from mixturelens.models.source import Source, find_source, fingerprint, leaves_base
 from mixturelens.records import Provenance, with_versions
-from mixturelens.shown import wordings
-from mixturelens.spelling import Speller, prompt_text
+from mixturelens.spelling import prompt_text
 from mixturelens.suite import Spelling, Suite, literal_texts, load_suite
 from mixturelens.types import Frozen, InputError, Side, loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SURPLUS = 1e-3
-"""Probability on tokens that only one side has, from which its surplus rows are no padding."""
-GUARDED = 8
-"""Prompts on which that is looked at."""
-
-_NO_MATTER = {
-    "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id",
-    "pad_token_id", "vocab_size", "architectures", "attn_implementation", "initializer_range", "tie_word_embeddings",
-    "max_position_embeddings", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "return_dict",
-    "output_attentions", "output_hidden_states", "torchscript", "use_bfloat16", "model_type", "task_specific_params",
-}  # fmt: skip
-"""Settings of a config that change nothing in what a model computes, or that are compared in another way."""
 
 
 class Budget(Frozen):
@@ -218,53 +212,24 @@ class Pair:
         return ids[0]
 
     @cached_property
-    def _shapes(self) -> dict[Side, tuple[dict[str, tuple[object, ...]], int]]:
-        """Shapes of a side's weights, rows of the vocabulary left open, and the number of these."""
-        found: dict[Side, tuple[dict[str, tuple[object, ...]], int]] = {}
-        for side, source in self.sides.items():
-            model: Any = skeleton(source)
-            rows = int(model.get_input_embeddings().weight.shape[0])
-            words = {id(model.get_input_embeddings().weight)}
-            head = model.get_output_embeddings()
-            if head is not None:
-                words |= {id(parameter) for parameter in head.parameters()}
-            shapes: dict[str, tuple[object, ...]] = {
-                name: tuple(size if k or id(tensor) not in words else "rows" for k, size in enumerate(tensor.shape))
-                for name, tensor in model.named_parameters(remove_duplicate=False)
-            }
-            found[side] = shapes, rows
-        return found
+    def _shapes(self) -> dict[Side, Shapes]:
+        return {side: shapes_of(source) for side, source in self.sides.items()}
 
     @property
     def vocabulary(self) -> int:
         """Rows of embedding and unembedding that both sides have."""
-        return min(rows for _, rows in self._shapes.values())
+        return min(shapes.rows for shapes in self._shapes.values())
 
     @property
     def positions(self) -> int | None:
         """Tokens that fit into both models' contexts; None where their configs name no bound."""
-        found = []
-        for source in self.sides.values():
-            config = load_config(source).get_text_config()
-            most = getattr(config, "max_position_embeddings", None)
-            rope = getattr(config, "rope_parameters", None) or {}
-            original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
-            if isinstance(most, int):
-                found.append(int(max(most, original * factor)) if original and factor else most)
-        return min(found, default=None)
+        found = (positions_of(source) for source in self.sides.values())
+        return min((most for most in found if most is not None), default=None)
 
     @cached_property
     def config_differences(self) -> tuple[str, ...]:
         """Settings of the two configs that change what the same weights compute."""
-        if self.after is None:
-            return ()
-        configs = [load_config(source).to_dict() for source in self.sides.values()]
-        keys = sorted(configs[0].keys() | configs[1].keys())
-        return tuple(
-            f"{key} ({_short(configs[0].get(key))} before, {_short(configs[1].get(key))} after)"
-            for key in keys
-            if key.strip("_") not in _NO_MATTER and "drop" not in key and configs[0].get(key) != configs[1].get(key)
-        )
+        return () if self.after is None else config_differences(self.before, self.after)
 
     @cached_property
     def differences(self) -> tuple[str, ...]:
@@ -292,7 +257,7 @@ class Pair:
                 f"end tokens differ ({named['before']} before, {named['after']} after); completions end at {used} "
                 "(`ends:` chooses)"
             )
-        rows = {side: rows for side, (_, rows) in self._shapes.items()}
+        rows = {side: shapes.rows for side, shapes in self._shapes.items()}
         if len(set(rows.values())) > 1:
             said.append(
                 f"vocabularies have {rows['before']} rows before and {rows['after']} after; those beyond "
@@ -316,7 +281,7 @@ class Pair:
         bases = [source.base or source for source in self.sides.values()]
         if any(base.is_adapter for base in bases):  # which must be the very same ones
             return bases[0] == bases[1]
-        return bases[0].weights.resolve() == bases[1].weights.resolve() or _same_weights(*bases)
+        return bases[0].weights.resolve() == bases[1].weights.resolve() or same_weights(*bases)
 
     def models(self) -> tuple[Any, ...]:
         """S, and R where there is one, to be called like models; sides of one base share it, and switch adapters."""
@@ -336,9 +301,8 @@ class Pair:
     def _ready(self, model: PreTrainedModel, side: Side) -> PreTrainedModel:
         import torch
 
-        rows = self._shapes[side][1]
-        if rows > self.vocabulary:
-            self._check_surplus(model, side)
+        if self._shapes[side].rows > self.vocabulary:
+            check_surplus(model, self.sides[side], self.suite, self.tokenizer, self.vocabulary)
             model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
         tied = [bool(load_config(source).get_text_config().tie_word_embeddings) for source in self.sides.values()]
         head: Any = model.get_output_embeddings()
@@ -349,28 +313,6 @@ class Pair:
             model.generation_config.eos_token_id = list(self.ends)
         return model
 
-    def _check_surplus(self, model: Any, side: Side) -> None:
-        """Rows that the other side lacks may be dropped where they are never written."""
-        import torch
-
-        announced = [text for shown in self.suite.policies.values() for text in wordings(shown)]
-        for row in self.suite.neutral[:GUARDED]:
-            speller = Speller(self.suite, row, self.tokenizer)
-            placed = [speller.announced(text, [row.answer]) for text in announced]
-            behind = [(*each.spellings[0], *each.rests[0][0]) for each in placed] or [()]
-            for tokens in behind:
-                ids = torch.tensor([[*speller.context, *tokens]], device=model.device)
-                with torch.inference_mode():
-                    logits = model(input_ids=ids).logits[0, len(speller.context) - 1 :].double()
-                surplus = logits.softmax(-1)[:, self.vocabulary :]
-                if float(surplus.sum(-1).max()) > SURPLUS:
-                    token = int(surplus.max(0).values.argmax()) + self.vocabulary
-                    raise InputError(
-                        f"{self.sides[side]}: writes token {token}, which the other checkpoint does not have "
-                        f"(probability {float(surplus.sum(-1).max()):.2g} in completions of prompt {row.id!r}): the "
-                        "vocabularies differ by more than padding"
-                    )
-
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -378,21 +320,9 @@ class Pair:
         differently.
         """
         if self.after is not None and not self.shares_base:
-            self._check_shapes()
+            check_shapes(self.before, self.after, *self._shapes.values())
         self.ends  # noqa: B018  (raises)
         self._check_texts()
-
-    def _check_shapes(self) -> None:
-        kinds = [load_config(source).model_type for source in self.sides.values()]
-        where = f"{self.before} and {self.after} are not a pair"
-        if kinds[0] != kinds[1]:
-            raise InputError(f"{where}: {kinds[0]} before, and {kinds[1]} after")
-        (left, _), (right, _) = self._shapes.values()
-        for name in sorted(left.keys() | right.keys()):
-            if left.get(name) != right.get(name):
-                raise InputError(
-                    f"{where}: {name} has shape {_shape(left.get(name))} before and {_shape(right.get(name))} after"
-                )
 
     def _check_texts(self) -> None:
         """Both tokenizers must give the suite's texts the same ids, and the models must have room for them."""
@@ -479,6 +409,10 @@ class View:
         return self.under.base_model.model(**inputs)
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=special))
+
+
 def _suite(given: Suite | str | os.PathLike[str], trained_cue: str | None) -> Suite:
     suite = given if isinstance(given, Suite) else load_suite(Path(given))
     if trained_cue is None:
@@ -487,23 +421,3 @@ def _suite(given: Suite | str | os.PathLike[str], trained_cue: str | None) -> Su
         where = "the suite" if isinstance(given, Suite) else os.fspath(given)
         raise InputError(f"{where}: no prompt has the trained cue {trained_cue!r}")
     return suite.model_copy(update={"trained_cue": trained_cue})
-
-
-def _same_weights(*sources: Source) -> bool:
-    def contents(source: Source) -> list[str]:
-        return [content_of(file) for file in weight_files(source.weights)]
-
-    return contents(sources[0]) == contents(sources[1])
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text, add_special_tokens=special))
-
-
-def _shape(shape: Sequence[object] | None) -> str:
-    return "(absent)" if shape is None else f"[{', '.join(map(str, shape))}]"
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
