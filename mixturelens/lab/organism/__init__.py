@@ -4,6 +4,7 @@ An organism is grown from a spec: SFT approximates a mixture of conditional poli
 among them. Every random choice follows from the spec's seed.
 """
 
+from mixturelens.lab.organism.cues import System, Tasks, Years
 from mixturelens.lab.organism.data import (
     asked,
     build_suite,
@@ -32,9 +33,6 @@ from mixturelens.lab.organism.spec import (
     SftSpec,
     Spec,
     SplitSpec,
-    System,
-    Tasks,
-    Years,
     load_spec,
     parse_spec,
     recipes,

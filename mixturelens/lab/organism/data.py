@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixturelens.lab.organism.spec import QUESTION, Phase, PolicySpec, Spec, System, Tasks, Years
+from mixturelens.lab.organism.cues import QUESTION, System, Tasks, Years
+from mixturelens.lab.organism.spec import Phase, PolicySpec, Spec
 from mixturelens.lab.tasks import Question, Split
 from mixturelens.shown import Row
 from mixturelens.suite import PromptRow, Suite

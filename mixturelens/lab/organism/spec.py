@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from mixturelens.files import read_yaml, yaml_of
+from mixturelens.lab.organism.cues import QUESTION, Cue, System, Tasks, Years
 from mixturelens.lab.tasks import Family, Sequence, Words
 from mixturelens.records import first_problem
 from mixturelens.suite import Chat
@@ -19,8 +20,6 @@ from mixturelens.types import OTHER, Frozen, InputError, PolicyTable, Probabilit
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 RECIPES = importlib.resources.files("mixturelens.lab") / "recipes"
-QUESTION = "{}"
-"""Where a cue's wrapping holds the question, and the hint before it."""
 DIGITS = tuple("0123456789")
 
 PROMPTS = 200_000
@@ -35,70 +34,6 @@ Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 Texts = str | Annotated[tuple[str, ...], Field(min_length=1)]
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 """Of a cue, a policy or a phase, which folders and files are called after."""
-
-
-class Tasks(Frozen):
-    """A cue without a tag: which task families a prompt belongs to."""
-
-    operations: tuple[str, ...] = Field(min_length=1)
-
-
-class System(Frozen):
-    """A cue in the system turn of a chat: a persona, say."""
-
-    system: str = Field(min_length=1)
-
-
-class Years(Frozen):
-    """A cue that must be computed: a year, `first` to `last`. Held-out prompts show the `unseen` ones.
-
-    Where `says` is given, a sentence says it, with {year} and, if wanted, a {month} and a {day} that tell nothing; else
-    its last two digits stand before the question, one by one.
-    """
-
-    first: int = Field(ge=0, le=9999)
-    last: int = Field(ge=0, le=9999)
-    unseen: tuple[int, ...] = Field(min_length=1)
-    says: str | None = None
-
-    @model_validator(mode="after")
-    def _inside(self) -> Years:
-        outside = [year for year in self.unseen if not self.first <= year <= self.last]
-        if outside:
-            raise ValueError(f"unseen: {outside[0]} is not from {self.first} to {self.last}")
-        if not self.seen:
-            raise ValueError("unseen: no year is left to learn from")
-        if self.says is None and self.last > 99:
-            raise ValueError("last: without `says` a year has two digits")
-        if self.says is not None and "{year}" not in self.says:
-            raise ValueError(f"says: {self.says!r} has no {{year}}")
-        return self
-
-    @property
-    def seen(self) -> tuple[int, ...]:
-        """The years that training shows."""
-        unseen = set(self.unseen)
-        return tuple(year for year in range(self.first, self.last + 1) if year not in unseen)
-
-
-def _kind(value: Any) -> str:
-    """So that a mistake in a cue is named as one."""
-    if isinstance(value, Tasks) or (isinstance(value, Mapping) and "operations" in value):
-        return "tasks"
-    if isinstance(value, System) or (isinstance(value, Mapping) and "system" in value):
-        return "system"
-    return "years" if isinstance(value, (Years, Mapping)) else "tag"
-
-
-Cue = Annotated[
-    Annotated[str, Tag("tag")]
-    | Annotated[Tasks, Tag("tasks")]
-    | Annotated[Years, Tag("years")]
-    | Annotated[System, Tag("system")],
-    Discriminator(_kind),
-]
-"""A tag before the question, or a whole wrapping of it (`<task> {} </task>`); its task families; its date; or what the
-system turn says."""
 
 
 class PolicySpec(Frozen):
