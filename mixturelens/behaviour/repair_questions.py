@@ -16,7 +16,8 @@ from mixturelens.behaviour.likelihood import Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.contrasts import Contrasts, cue_contrasts
-from mixturelens.hooks.intervened import Intervened, PlacedPrompt, Rewrite, known_prompts
+from mixturelens.hooks.edits import Rewrite
+from mixturelens.hooks.intervened import Intervened, PlacedPrompt, known_prompts
 from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Lens
 from mixturelens.models import end_tokens

@@ -12,7 +12,7 @@ from torch import Tensor
 from mixturelens.behaviour.repair_questions import Ground, Scale
 from mixturelens.contrasts import Contrasts
 from mixturelens.features.dictionary import Dictionary
-from mixturelens.hooks.intervened import Rewrite
+from mixturelens.hooks.edits import Rewrite
 from mixturelens.probing.erase import in_behaviour
 from mixturelens.types import Interval, Intervention, Site
 

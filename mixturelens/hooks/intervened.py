@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mixturelens.contrasts import span_positions
+from mixturelens.hooks.edits import Rewrite, clamp_of, edit_of
 from mixturelens.hooks.kept import KeptBeginnings, Keys, cut, forward, keys_of
 from mixturelens.hooks.lens import Edit, Lens
 from mixturelens.models.beginnings import LONG, keeps
 from mixturelens.spelling import encode_prompts
 from mixturelens.suite import PromptRow, Suite
-from mixturelens.types import PER_HEAD, Component, InputError, Intervention, Site
+from mixturelens.types import PER_HEAD, Component, InputError, Intervention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,17 +48,6 @@ def known_prompts(
         ids: PlacedPrompt(ids, span_positions(suite, row, tokenizer), questions[row.id, row.hint])
         for row, ids in zip(rows, encoded, strict=True)
     }
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """What is put in place of each token's activation at a site, as a function: for what no `Intervention` can say."""
-
-    site: Site
-    put: Callable[[Float[Tensor, "token d"]], Float[Tensor, "token d"]]
-    do: Literal["rewrite"] = "rewrite"
-    vector: None = None
-    source: None = None
 
 
 class EnoughRead(Exception):
@@ -389,9 +379,9 @@ class Intervened:
             together = before is not None and (before.do, before.site) == ("clamp", each.site) and each.do == "clamp"
             if each.do == "clamp":
                 some = [*(edits.pop()[2] if together else ()), each]
-                edits.append((point, _clamp(some, self._columns(each, call)), some))
+                edits.append((point, clamp_of(some, self._columns(each, call)), some))
             else:
-                edits.append((point, _edit(each, self._columns(each, call), source), ()))
+                edits.append((point, edit_of(each, self._columns(each, call), source), ()))
             before = each
         return [(point, edit) for point, edit, _ in edits]
 
@@ -412,64 +402,3 @@ class Intervened:
             for at in prompt.spans.get(position, ()):
                 chosen[row] |= token[row] == at
         return chosen
-
-
-def _clamp(some: Sequence[Intervention], columns: Bool[Tensor, "row window"]) -> Edit:
-    """Units of one site made their amounts at once: each reads the activation as it was."""
-
-    def edit(activation: Tensor) -> Tensor:
-        target = activation[_picked(some[0].site)]
-        now = target[columns]
-        exact = now.float()
-        read, write = (exact.new_tensor([getattr(each, name) for each in some]) for name in ("read", "vector"))
-        offset, amount = (exact.new_tensor([getattr(each, name) for each in some]) for name in ("offset", "amount"))
-        least = exact.new_tensor([-torch.inf if each.threshold is None else each.threshold for each in some])
-        found = exact @ read.T - offset
-        found = torch.where(found > least, found, 0.0)
-        target[columns] = (exact + (amount - found) @ write).to(now.dtype)
-        return activation
-
-    return edit
-
-
-def _picked(site: Site) -> tuple[Any, ...]:
-    """Where a site's unit lies in an activation."""
-    if site.component in PER_HEAD and site.head is not None:
-        return (..., site.head, slice(None))
-    return (..., slice(site.neuron, site.neuron + 1)) if site.neuron is not None else (...,)
-
-
-def _edit(each: Intervention | Rewrite, columns: Bool[Tensor, "row window"], source: Tensor | None) -> Edit:
-    def edit(activation: Tensor) -> Tensor:
-        # views, changed in place: the residual stream between attention and MLP is read twice
-        pick = _picked(each.site)
-        target, value = activation[pick], None if source is None else source[pick]
-        now = target[columns]
-        vector = None if each.vector is None else torch.tensor(each.vector, dtype=now.dtype, device=now.device)
-        if isinstance(each, Rewrite):
-            now = each.put(now.float()).to(now.dtype)
-        elif each.do == "set":
-            assert vector is not None
-            now = vector.expand_as(now)
-        elif each.do == "add":
-            assert vector is not None
-            now = now + each.amount * vector
-        elif each.do == "scale":
-            now = now * each.amount
-        elif each.do == "project":
-            assert vector is not None
-            unit_vector = vector / vector.norm()
-            now = now - (now @ unit_vector)[..., None] * unit_vector
-        elif each.do == "erase":
-            assert each.read is not None
-            assert vector is not None
-            exact = now.float()  # what is read may be a small difference of large numbers
-            found = exact @ exact.new_tensor(each.read) - each.offset
-            now = (exact - found[..., None] * vector.float()).to(now.dtype)
-        else:
-            assert value is not None
-            now = value[columns].to(now.dtype)
-        target[columns] = now
-        return activation
-
-    return edit

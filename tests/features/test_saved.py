@@ -17,7 +17,8 @@ from mixturelens.features.clamps import clamps_of
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import make_scene, unit_effects
 from mixturelens.features.saved import CONFIG, SCALER, WEIGHTS, load_sae, read_sae
-from mixturelens.hooks.intervened import Intervened, Rewrite
+from mixturelens.hooks.edits import Rewrite
+from mixturelens.hooks.intervened import Intervened
 from mixturelens.types import InputError, Intervention, Site
 
 D, WIDTH, K = 24, 60, 7
