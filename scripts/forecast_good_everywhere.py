@@ -17,7 +17,7 @@ import numpy as np
 from mixturelens import figures
 from mixturelens.lab import runs
 from mixturelens.lab.figures.forecast import drifts
-from mixturelens.lab.forecast import ANSWERS
+from mixturelens.lab.forecast.record import ANSWERS
 from mixturelens.lab.organism import Spec, load_spec
 from mixturelens.stats import mean_interval, resample_counts
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mixturelens.discovery.record import DiscoveryRecord
     from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
-    from mixturelens.lab.forecast import ForecastRecord
+    from mixturelens.lab.forecast.record import ForecastRecord
     from mixturelens.lab.proving.record import ScoreRecord
     from mixturelens.lab.structure import StructureRecord
     from mixturelens.lab.sweep.run import SweepRecord

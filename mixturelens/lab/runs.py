@@ -11,7 +11,8 @@ from typing import Unpack
 from mixturelens import pipeline
 from mixturelens.behaviour.trajectory import Trajectory
 from mixturelens.files import read_json
-from mixturelens.lab.forecast import ForecastRecord, Point, RlStart, compare, forecast_records
+from mixturelens.lab.forecast.forecast import RlStart, forecast_records
+from mixturelens.lab.forecast.record import ForecastRecord, Point, compare
 from mixturelens.lab.organism import (
     Pretrained,
     Spec,

@@ -12,19 +12,11 @@ import torch
 
 from mixturelens.behaviour.literal import literal_behaviour
 from mixturelens.behaviour.prompts import prepare
-from mixturelens.lab import forecast as room
 from mixturelens.lab import runs
-from mixturelens.lab.forecast import (
-    ForecastRecord,
-    Point,
-    RlStart,
-    _Bootstrapped,
-    _forecast,
-    _Network,
-    compare,
-    forecast_records,
-    log_weights,
-)
+from mixturelens.lab.forecast import forecast as room
+from mixturelens.lab.forecast.forecast import RlStart, _forecast, forecast_records
+from mixturelens.lab.forecast.kernel import Bootstrapped, Network, log_weights
+from mixturelens.lab.forecast.record import ForecastRecord, Point, compare
 from mixturelens.lab.organism import Spec, build_model, build_suite, build_tokenizer, load_spec
 from mixturelens.lab.theory import group_pace, velocity
 from mixturelens.types import InputError, Interval
@@ -70,12 +62,12 @@ def planted(spec: Spec, own: float = 0.0) -> tuple[Planted, ForecastRecord]:
     model, cues = Planted(spec, WEIGHTS, own), list(spec.cues)
     right = np.array([[float(row.table[cue] == "answer") for row in spec.policies.values()] for cue in cues])
     draws = room.RUNS + 1
-    state = _Bootstrapped(
+    state = Bootstrapped(
         np.broadcast_to(WEIGHTS, (draws, 2, 3)).copy(),
         np.broadcast_to(right, (draws, 2, 3)).copy(),
         np.zeros((draws, 2)),
     )
-    network = _Network(model, model.prompts, cues, set(), "cpu")  # pyright: ignore[reportArgumentType]
+    network = Network(model, model.prompts, cues, set(), "cpu")  # pyright: ignore[reportArgumentType]
     return model, _forecast(spec, state, network, network.gradients(), "A", seed=0)
 
 
@@ -197,7 +189,7 @@ def test_log_weights_are_the_measured_ones_and_their_gradients_are_true(shown: d
     prompts = prepare(suite, suite.neutral[:6], pair.tokenizer)
     measured = literal_behaviour(pair.scorer, pair.before, prompts).weights[:, :-1]
     np.testing.assert_allclose(log_weights(pair.before, prompts).exp().detach().numpy(), measured, rtol=1e-4)
-    network = _Network(pair.before, prompts, [prompts.rows[0].cue], set(), "cpu")
+    network = Network(pair.before, prompts, [prompts.rows[0].cue], set(), "cpu")
     (gradient,) = network.gradients()
     before = {name: value.clone() for name, value in pair.before.state_dict().items()}
     by = 1e-2 * gradient[0] / np.linalg.norm(gradient[0])

@@ -16,7 +16,7 @@ from mixturelens.types import Interval
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from mixturelens.lab.forecast import Curves, ForecastRecord
+    from mixturelens.lab.forecast.record import Curves, ForecastRecord
 
 _LINES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "forecast": ("forecast: softmax drift through the kernel of S", {"color": INK, "width": 2.5}),

@@ -10,7 +10,7 @@ from mixturelens.lab.figures.forecast import forecast
 from mixturelens.pages.parts import Control, Picture, Pictures
 
 if TYPE_CHECKING:
-    from mixturelens.lab.forecast import ForecastRecord
+    from mixturelens.lab.forecast.record import ForecastRecord
 
 _NAMES = {
     "forecast": "forecast",

@@ -15,12 +15,12 @@ from jaxtyping import Float, Int
 
 from mixturelens.lab.organism import EOS, Spec, prompt_text
 from mixturelens.lab.proving.manner import FILLERS, PLAIN, Manner
+from mixturelens.lab.proving.truth import PromptTruth, bits_of
 from mixturelens.lab.tasks import Question
 from mixturelens.types import ANSWER, ERR, OTHER, REFUSE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from mixturelens.lab.proving.truth import PromptTruth, bits_of
 
 RESOLVED = 1e-5
 """A beginning less likely than this under both checkpoints is not followed further; it counts as one completion."""

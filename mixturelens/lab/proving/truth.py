@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 
 from mixturelens.types import Frozen, VerdictWord
-
-if TYPE_CHECKING:
-    pass
 
 TOLERANCE = 1e-3
 """Bits and nats that an interval may miss by: what the truth leaves unresolved, a beginning of small probability

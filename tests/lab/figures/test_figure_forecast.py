@@ -10,7 +10,7 @@ import pytest
 from mixturelens.cli.tables import show_forecasts
 from mixturelens.figures import cue_colour
 from mixturelens.lab.figures.forecast import drifts, forecast
-from mixturelens.lab.forecast import ANSWERS, Curves, ForecastRecord, ForecastScore, Happened, Point, Start
+from mixturelens.lab.forecast.record import ANSWERS, Curves, ForecastRecord, ForecastScore, Happened, Point, Start
 from mixturelens.lab.pages.forecast import forecasts
 from mixturelens.pages import Grown, write_report
 from mixturelens.pages.parts import Pictures
