@@ -21,9 +21,10 @@ from mixturelens.figures import show, show_interval
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair, quiet_libraries
 from mixturelens.patching.sweep import find_reader
-from mixturelens.probing.erase import Erasing, reading_site
+from mixturelens.probing.erase import Erasing
 from mixturelens.probing.pair import READABLE, least_used
 from mixturelens.probing.prompts import Own, ProbedSuite, own_policies
+from mixturelens.probing.reader import reading_site
 from mixturelens.probing.reading import Reading, read
 from mixturelens.probing.readouts import Network, readouts, sites_of, to_probe, untrained_lens
 from mixturelens.probing.record import Erasure, ProbingRecord, Readout, Subspace

@@ -10,19 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from mixturelens.cli.lab_tables import show_forecasts, show_score, show_structure, show_sweep
 from mixturelens.cli.progress import working
 from mixturelens.cli.shared import Device, Json, Out, Quiet, Seed, app, device_of, seed_of
-from mixturelens.cli.tables import (
-    number,
-    print_json,
-    print_table,
-    show_forecasts,
-    show_score,
-    show_story,
-    show_structure,
-    show_sweep,
-    tell,
-)
+from mixturelens.cli.tables import number, print_json, print_table, show_story, tell
 from mixturelens.types import InputError, RunError, shown
 
 

@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from mixturelens.discovery.record import DiscoveryRecord
     from mixturelens.features.record import FeatureRecord
     from mixturelens.grafting.record import GraftRecord
-    from mixturelens.lab.forecast.record import ForecastRecord
-    from mixturelens.lab.proving.record import ScoreRecord
-    from mixturelens.lab.structure import StructureRecord
-    from mixturelens.lab.sweep.run import SweepRecord
     from mixturelens.models import Pair
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.probing.record import ProbingRecord
@@ -47,7 +43,7 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _interval(value: Any) -> str:
+def ranged(value: Any) -> str:
     if value.value is None or value.low is None:
         return number(value.value)
     return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
@@ -79,7 +75,7 @@ def show_behaviour(record: BehaviourRecord) -> None:
                 continue
             weights = " ".join(f"{name} {value:.3f}" for name, value in side.weights.items())
             forced = " ".join(f"{name} {number(value)}" for name, value in side.accuracy.items())
-            rows.append((cue, when, weights, forced, _interval(side.intervals["overall"])))
+            rows.append((cue, when, weights, forced, ranged(side.intervals["overall"])))
     print_table(("cue", "", "weights", "forced accuracy", "expected accuracy"), rows)
     _show_notes(record)
 
@@ -101,7 +97,7 @@ def show_verdicts(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
             if state.after is not None
         )
         bits = f"{number(record.bits.routing.value)} / {number(record.bits.specialist.value)}"
-        rows.append((pair.name, record.verdict, _interval(record.routing_share), bits, accuracy))
+        rows.append((pair.name, record.verdict, ranged(record.routing_share), bits, accuracy))
     print_table(("pair", "verdict", "routing share", "bits: routing / specialist", "accuracy before -> after"), rows)
     for pair, record in zip(pairs, verdicts, strict=True):
         tell(f"{pair.name}: {record.reason}")
@@ -115,7 +111,7 @@ def show_patching(pairs: list[Pair], records: list[PatchingRecord]) -> None:
         for reader in record.readers:
             heads = " + ".join(str(head) for head in reader.heads)
             which = f"{reader.kind} reader, {reader.checkpoint}"
-            rows.append((pair.name, which, heads, _interval(reader.effect), _interval(reader.margin)))
+            rows.append((pair.name, which, heads, ranged(reader.effect), ranged(reader.margin)))
     print_table(("pair", "what", "heads", "effect, held out", "margin over the next"), rows)
 
 
@@ -127,7 +123,7 @@ def show_probing(pairs: list[Pair], records: list[ProbingRecord]) -> None:
             best = readout.best
             if best is None:
                 continue
-            numbers = [_interval(column.at(best)) for column in (readout.before, readout.after, readout.carried)]
+            numbers = [ranged(column.at(best)) for column in (readout.before, readout.after, readout.carried)]
             null = f"{number(readout.shuffled_high)} / {number(readout.untrained[best])}"
             rows.append((pair.name, readout.target, readout.metric, str(record.sites[best]), *numbers, null))
     header = ("pair", "target", "score", "best site in S", "S", "R", "S's probe on R", "shuffled 95% / untrained")
@@ -139,8 +135,8 @@ def show_probing(pairs: list[Pair], records: list[ProbingRecord]) -> None:
                 null = f"{min(erased.random):.3f} to {max(erased.random):.3f}" if erased.random else "-"
                 rows.append(
                     (
-                        *(pair.name, what, str(erased.site), _interval(erased.readable)),
-                        *(_interval(erased.gap), _interval(erased.left), null),
+                        *(pair.name, what, str(erased.site), ranged(erased.readable)),
+                        *(ranged(erased.gap), ranged(erased.left), null),
                     )
                 )
     header = ("pair", "cue erased", "site", "AUROC", "of the cue left (check)", "difference left", "random directions")
@@ -152,7 +148,7 @@ def show_probing(pairs: list[Pair], records: list[ProbingRecord]) -> None:
                 null = f"{max(each.random[side]):.3f} / {max(each.shuffled[side]):.3f}"
                 where = f"{each.site}, {each.dimensions} dim."
                 sign = number(each.by_sign[side].value) if side in each.by_sign else "-"
-                rows.append((pair.name, each.concept, where, side, _interval(each.accuracy[side]), sign, null))
+                rows.append((pair.name, each.concept, where, side, ranged(each.accuracy[side]), sign, null))
     header = ("pair", "subspace", "site", "checkpoint", "interchange accuracy", "by sign", "best random / shuffled")
     print_table(header, rows)
     show_missing(pairs, records)
@@ -166,9 +162,9 @@ def show_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for each in record.components if record.search is None else record.search.blocks:
-            effects = [_interval(each.suffices.routing), _interval(each.without.routing)]
+            effects = [ranged(each.suffices.routing), ranged(each.without.routing)]
             own = next((c for c in record.components if c.name == each.name), None)
-            others = [_interval(own.routing), _interval(own.shapley)] if own else ["-", "-"]
+            others = [ranged(own.routing), ranged(own.shapley)] if own else ["-", "-"]
             rows.append((pair.name, each.name, *effects, *others))
     print_table(("pair", "component", "S + R[g]", "R - R[g]", "path attribution, nats", "Shapley share"), rows)
     rows = []
@@ -181,7 +177,13 @@ def show_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
                 ("both", record.factorial.both),
             ):
                 rows.append(
-                    (pair.name, what, _interval(effects.weight), _interval(effects.chosen), _interval(effects.done))
+                    (
+                        pair.name,
+                        what,
+                        ranged(effects.weight),
+                        ranged(effects.chosen),
+                        ranged(effects.done),
+                    )
                 )
             noise = (number(record.null.chosen), number(record.null.done))
             rows.append((pair.name, "noise of the size of R's change", "", *noise))
@@ -219,7 +221,7 @@ def show_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
                         f"{sae.site} {'of S' if sae.pretrained is None else sae.pretrained} on "
                         + ("S" if side == "before" else "R"),
                         *numbers,
-                        _interval(found.loss_recovered),
+                        ranged(found.loss_recovered),
                     )
                 )
     print_table(("pair", "SAE", "variance explained", "active", "dead", "loss recovered"), rows)
@@ -232,13 +234,13 @@ def show_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
         for table in record.tables:
             for score in table.scores:
                 most = max(score.random, default=None)
-                gap = _interval(score.gap_closed)
-                numbers = (number(score.auroc.value), _interval(score.patch), number(most), gap)
+                gap = ranged(score.gap_closed)
+                numbers = (number(score.auroc.value), ranged(score.patch), number(most), gap)
                 rows.append((pair.name, table.concept, str(score.unit), *numbers))
             for some in table.several:
                 most = max(some.random, default=None)
                 what = f"{len(some.units)} {some.kind}s together" + ("" if some.enough else " (more are needed)")
-                numbers = ("", _interval(some.patch), number(most), _interval(some.gap_closed))
+                numbers = ("", ranged(some.patch), number(most), ranged(some.gap_closed))
                 rows.append((pair.name, table.concept, what, *numbers))
     print_table(("pair", "carries", "best unit", "AUROC", "patched", "random, most", "gap closed, clamped"), rows)
     rows = []
@@ -249,7 +251,7 @@ def show_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
                 ("all features", change.every),
                 ("all of R's activations", change.whole),
             ):
-                numbers = (_interval(terms.routing), _interval(terms.conditioning), _interval(terms.skill))
+                numbers = (ranged(terms.routing), ranged(terms.conditioning), ranged(terms.skill))
                 rows.append((pair.name, f"{change.site}: {name}", *numbers))
     print_table(("pair", "R's values in S", "routing, bits", "conditioning, bits", "skill, bits"), rows)
     rows = []
@@ -270,45 +272,6 @@ def show_missing(
             tell(f"{pair.name}: not measured: {reason}")
 
 
-def show_forecasts(records: list[ForecastRecord]) -> None:
-    """Print what each cue is forecast to do halfway up the trained cue's rise, beside two drifts and two nulls.
-
-    Where RL has been run, a second table holds the errors of the forecasts.
-    """
-    rows = []
-    for record in records:
-        half = len(record.on) // 2
-        for cue, curves in record.off.items():
-            answers = (curves.softmax, curves.replicator, curves.constant, curves.renormalised)
-            numbers = (_interval(curves.forecast[half]), *(number(answer[half]) for answer in answers))
-            rows.append((f"RL on {record.trained_cue}", number(record.on[half]), cue, *numbers))
-    header = ("", "trained cue at", "cue", "forecast", "softmax", "replicator", "as in S", "renormalised")
-    print_table(header, rows)
-    rows = [
-        (f"RL on {record.trained_cue}", cue, *map(number, (*score.errors.values(), score.covered)))
-        for record in records
-        if record.happened is not None
-        for cue, score in record.happened.scores.items()
-    ]
-    if rows:
-        header = ("mean error", "cue", "forecast", "softmax", "replicator", "as in S", "renormalised", "covered")
-        print_table(header, rows)
-    for record in records:
-        for reason in record.missing:
-            tell(f"RL on {record.trained_cue}: {reason}")
-        if record.happened is None:
-            tell(f"RL on {record.trained_cue} is not done yet: nothing to compare")
-        elif record.happened.clock.covered is None:
-            tell(f"RL on {record.trained_cue}: no measured step lies away from both ends, so none is compared")
-        else:
-            clock = record.happened.clock
-            tell(
-                f"RL on {record.trained_cue}, its own accuracy step by step: mean error "
-                f"{number(clock.errors['forecast'])}, covered {number(clock.covered)}; "
-                f"forced accuracy moved by {number(record.happened.specialists)}"
-            )
-
-
 def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
     """Print both cues' accuracies after every repair, the gap it closes, and where the repaired checkpoint lies."""
     from mixturelens.models.source import ADAPTER
@@ -320,7 +283,7 @@ def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
         rows.append((pair.name, "none", *state, "-", "-"))
         for each in record.repairs:
             state = [f"{cue} {number(each.accuracy[cue].value)}" for cue in cues]
-            rows.append((pair.name, each.kind, *state, _interval(each.gap_closed), number(each.random.median)))
+            rows.append((pair.name, each.kind, *state, ranged(each.gap_closed), number(each.random.median)))
     print_table(("pair", "repair", "harmed cue", "trained cue", "gap closed", "random places, median"), rows)
     for pair, record in zip(pairs, records, strict=True):
         folder = pair.made("repaired")
@@ -368,90 +331,14 @@ def _show_proposal(record: DiscoveryRecord) -> None:
     shown += [(each.name, each.wording or "(what is none)", each.before, each.after) for each in record.behaviours]
     policies = len(record.policies)
     rows = [
-        ("policy" if i < policies else "behaviour", name, text, _interval(before), _interval(after))
+        ("policy" if i < policies else "behaviour", name, text, ranged(before), ranged(after))
         for i, (name, text, before, after) in enumerate(shown)
     ]
     print_table(("", "name", "wordings", "before", "after"), rows)
     for cue in record.cues:
-        tell(f"cue: {' | '.join(cue.kinds)}: {_interval(cue.bits)} bits")
+        tell(f"cue: {' | '.join(cue.kinds)}: {ranged(cue.bits)} bits")
     spent = ", ".join(f"{name} {share:.0%}" for name, share in record.where.items())
     if record.judged is not None:
         said = f"{record.judged.completions} completions"
-        tell(f"{record.judged.by} agrees with the rules in {_interval(record.judged.agreement)} of {said}")
+        tell(f"{record.judged.by} agrees with the rules in {ranged(record.judged.agreement)} of {said}")
     tell(f"of {record.nats:.2f} nats between R and S along a completion: {spent}")
-
-
-def show_structure(record: StructureRecord) -> None:
-    """The structure of a schedule: what two regimes' behaviour is made of, and the router between them."""
-    names = ("generality", "conditionality", "oscillation", "fixed")
-    rows = []
-    for each in record.pairs:
-        shares = [_interval(getattr(each.shares, name)) for name in names]
-        rows.append((f"{each.first}, {each.second}", each.structure, *shares))
-    print_table(("regimes", "structure", *names), rows)
-    tell(f"structure: {record.structure} " + " | ".join(", ".join(group) for group in record.groups))
-    tell(f"retention: {', '.join(f'{cue} {_interval(value)}' for cue, value in record.retention.items())}")
-    tell(f"fragility: {_interval(record.fragility)}")
-    for each in record.culled:
-        gone = ", ".join(f"{_interval(value)} under {cue}" for cue, value in each.under.items())
-        tell(f"culled by {each.phase} of what {each.trait} pays: {gone}")
-    for each in record.pairs:
-        if each.mechanism is not None:
-            found = each.mechanism
-            tell(
-                f"{each.first}, {each.second}: decoded {_interval(found.decoded)} (shuffled {number(found.shuffled)}), "
-                f"router {' + '.join(map(str, found.heads)) or '-'} carries {_interval(found.carried)} "
-                f"(best others {_interval(found.rival)}), overlap {_interval(found.overlap)}"
-            )
-    for reason in record.missing:
-        tell(f"not measured: {reason}")
-
-
-WORDS = ("routing", "specialist", "both", "neither", "inconclusive")
-
-
-def show_score(record: ScoreRecord) -> None:
-    """Confusion matrices, and how each method finds planted addresses."""
-    tell(f"{record.done} of {record.cells} pairs are scored")
-    for sums in record.verdicts:
-        tell(f"\n{sums.instrument} verdict, {sums.half} half: right on {_interval(sums.right)} of {sums.pairs} pairs;")
-        tell(f"{sums.false_alarms} of {sums.nothing} called changed where nothing had; ", end="")
-        tell(f"{sums.near_ok} of {sums.near} near misses right or inconclusive")
-        rows = [
-            (truth, *(str(said.get(word, 0) or "") for word in WORDS))
-            for truth, said in ((word, sums.confusion[word]) for word in WORDS if word in sums.confusion)
-        ]
-        print_table(("truth", *WORDS), rows)
-    if record.methods:
-        print_table(
-            ("method", "looks for", "AUROC", "best is planted", "IoU", "decoys rejected", "seconds"),
-            [
-                (m.method, m.contrast, *(_interval(x) for x in (m.auroc, m.top, m.iou, m.decoys)), f"{m.seconds:.2f}")
-                for m in record.methods
-            ],
-        )
-    held = [each.held for each in record.coverage if not each.boundary]
-    if held:
-        tell(f"95% intervals hold the truth in {min(held):.3f} to {max(held):.3f} of suites ({len(held)} cases)")
-    for each in record.broken:
-        caught = "caught" if each.caught else "NOT CAUGHT"
-        tell(f"broken on purpose, {each.name}: {caught} ({each.sound:.2f} -> {each.broken:.2f})")
-    for reason in record.failed:
-        tell(f"not scored: {reason}")
-    for each in record.mistakes:
-        tell(f"wrong: {each.instrument} verdict on {each.pair}: {each.verdict}, truth {each.truth}. {each.reason}")
-
-
-def show_sweep(record: SweepRecord) -> None:
-    """A line for each checkpoint after training: verdict, routing share, accuracy under each cue."""
-    rows = []
-    for row in record.rows:
-        accuracy = "  ".join(
-            f"{name.split('.', 1)[1].removesuffix('.after')} {value:.3f}"
-            for name, value in row.items()
-            if name.startswith("accuracy.") and name.endswith(".after") and isinstance(value, float)
-        )
-        share = row.get("routing_share")
-        known = number(share) if isinstance(share, float) else "-"
-        rows.append((str(row["cell"]), str(row["after"]), str(row.get("verdict", "-")), known, accuracy))
-    print_table(("cell", "after", "verdict", "routing share", "accuracy after"), rows)

@@ -50,9 +50,6 @@ RANDOM = 16
 """Random erasers that an erasure is compared with, in behaviour."""
 SOME = 32
 """Judging questions, at most, that random erasers are tried on: they are many, and say no more than where chance is."""
-READER = 0.5
-"""Least share of the contrast that keys and values at one span carry, for it to be where heads take the cue from."""
-
 Place = tuple[int, Component, str | int | None]
 """Layer, component and position of a site."""
 Acts = Mapping[Place, Tensor]
@@ -422,39 +419,3 @@ def in_behaviour(site: Site, contrasts: Contrasts) -> Site:
     first = contrasts.rows[0].spans.get("policy", (len(contrasts.rows[0].clean),))[0]
     behind = site.position == "policy" or (isinstance(site.position, int) and site.position >= first)
     return site.model_copy(update={"position": "completion"}) if behind else site
-
-
-# --- where the cue reader reads ---------------------------------------------------------------------------------------
-
-
-def reading_site(lens: Lens, heads: Sequence[Site], contrasts: Contrasts) -> Site:
-    """Where the cue reader's heads take the cue from: the residual stream before their layer, at one span.
-
-    It is the span whose keys and values (those that the heads use), taken from the clean run into the corrupt one, move
-    the metric most; `cue` if none moves it by READER of the difference. The layer is that of the first head.
-    """
-    layer = min(int(head.layer) for head in heads)
-    both = sides(lens, contrasts.half(0))
-    names = set.intersection(*(set(spans) for spans in both.spans)) - {"policy"}
-    spans = sorted(names, key=lambda name: tuple(both.spans[0][name]))
-    tried = []
-    for name in spans:
-        for component in ("k", "v"):
-            shared = {int(head.head or 0) * lens.kv_heads // lens.heads for head in heads if head.layer == layer}
-            tried += [Site(layer=layer, component=component, head=head, position=name) for head in sorted(shared)]
-    default = Site(layer=layer, component="resid_pre", position="cue" if "cue" in names else "last")
-    if not tried:
-        return default
-    source, goal = lens.capture(both.clean, [(layer, "k"), (layer, "v")])
-    try:
-        engine = Engine(lens, both.corrupt, both.corrupt_spans)
-    except RunError:
-        return default
-    base = both.metric(engine.logits)
-    moved = engine.sweep(tried, source, both.metric) - base
-    whole = float((both.metric(goal) - base).mean())
-    effect = dict.fromkeys(spans, 0.0)
-    for site, value in zip(tried, moved.mean(1).tolist(), strict=True):
-        effect[str(site.position)] += value / whole if whole else 0.0
-    best = max(spans, key=lambda name: effect[name])
-    return default.model_copy(update={"position": best}) if effect[best] >= READER else default

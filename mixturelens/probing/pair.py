@@ -17,9 +17,10 @@ from mixturelens.contrasts import Contrasts, cue_contrasts, hint_contrasts
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair
 from mixturelens.models.cost import Work, announced, check_memory, estimate, said_time
-from mixturelens.probing.erase import RANDOM, SCANNED, Erasing, reading_site
+from mixturelens.probing.erase import RANDOM, SCANNED, Erasing
 from mixturelens.probing.plan import make_plan
 from mixturelens.probing.prompts import Own, ProbedSuite, own_policies
+from mixturelens.probing.reader import reading_site
 from mixturelens.probing.reading import Reading, read
 from mixturelens.probing.readouts import Network, Sites, first, readouts, sites_of, to_probe, untrained_lens
 from mixturelens.probing.record import Concept, ErasedSite, Erasure, ProbingRecord, Shift, Subspace

@@ -7,7 +7,7 @@ same probes on the same network with random weights, S's probes on shuffled labe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -33,10 +33,11 @@ from mixturelens.probing.reading import Reading
 from mixturelens.probing.record import Column, Metric, Readout
 from mixturelens.probing.scores import accuracy, auroc, r_squared
 from mixturelens.probing.solve import Probe, fit_logistic, fit_ridge
+from mixturelens.probing.turning import turning
 from mixturelens.spelling import Ids
 from mixturelens.stats import PROPORTION, interval, resample_counts
 from mixturelens.suite import Suite
-from mixturelens.types import Component, Interval, Side, Site
+from mixturelens.types import Component, Side, Site
 
 STREAM: tuple[Component, ...] = ("resid_pre", "resid_mid", "resid_post", "mlp_out")
 SHUFFLES = 4
@@ -46,9 +47,6 @@ MEMORY = 256 << 20
 """Bytes of activations that probes are fitted on at a time."""
 MANY = 1000
 """Sites from which not all of them are probed, unless asked for."""
-STEP = 0.05
-"""Least difference between two scores that counts as a change."""
-
 Network = Literal["before", "after", "untrained"]
 Answered = Literal["before", "after", "carried", "untrained"]
 
@@ -198,42 +196,6 @@ def readouts(
         readouts=tuple(_readout(target, tables[target.name], counts) for target in targets),
         missing=tuple(dict.fromkeys(missing)),
     )
-
-
-def turning(sites: Sequence[Site], stream: Set[Site], found: Sequence[Readout]) -> set[tuple[int, str | int | None]]:
-    """Layers and positions in which what can be read from the residual stream changes.
-
-    That is where the score behind a layer surely differs from that before it, in S or in R; where R begins to differ
-    from S, or to be like it again; or where a target is readable for the first time. `found` are readouts in the order
-    of `sites`, and `stream` the sites of the residual stream.
-    """
-    places: set[tuple[int, str | int | None]] = set()
-    positions = dict.fromkeys(site.position for site in sites)
-    number = {site: i for i, site in enumerate(sites)}
-    for readout, position in itertools.product(found, positions):
-        levels = [s for s in sites if s in stream and s.position == position]
-        rows = [(readout.before.at(number[s]), readout.after.at(number[s])) for s in levels]
-        floor = readout.chance if readout.shuffled_high is None else max(readout.chance, readout.shuffled_high)
-
-        def shows(score: Interval, floor: float = floor) -> bool:
-            return score.low is not None and score.low > floor
-
-        for site, was, now in zip(levels[1:], rows, rows[1:], strict=False):
-            changed = any(_apart(x, y) for x, y in zip(was, now, strict=True))
-            parted = _apart(*was) != _apart(*now)
-            read = any(shows(y) and not shows(x) for x, y in zip(was, now, strict=True))
-            if changed or parted or read:
-                places.add((site.layer, position))
-    return places
-
-
-def _apart(one: Interval, other: Interval) -> bool:
-    """Whether two scores surely differ, by more than STEP."""
-    if one.value is None or other.value is None:
-        return one.value is not other.value
-    if one.low is None or one.high is None or other.low is None or other.high is None:
-        return False
-    return (one.high < other.low or other.high < one.low) and abs(one.value - other.value) >= STEP
 
 
 def _chunks(sites: Sequence[Site], each: int) -> Iterator[list[Site]]:

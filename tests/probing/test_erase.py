@@ -14,8 +14,9 @@ from mixturelens.hooks.batches import sides
 from mixturelens.hooks.lens import Lens, load_lens
 from mixturelens.patching.sweep import find_reader
 from mixturelens.probing import erase
-from mixturelens.probing.erase import Erasing, reading_site
+from mixturelens.probing.erase import Erasing
 from mixturelens.probing.leace import leace, random_erasers
+from mixturelens.probing.reader import reading_site
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, Site
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixturelens.cli.tables import show_forecasts
+from mixturelens.cli.lab_tables import show_forecasts
 from mixturelens.figures import cue_colour
 from mixturelens.lab.figures.forecast import drifts, forecast
 from mixturelens.lab.forecast.record import ANSWERS, Curves, ForecastRecord, ForecastScore, Happened, Point, Start
