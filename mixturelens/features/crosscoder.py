@@ -7,15 +7,8 @@ latents exclusive that are not.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,9 +19,7 @@ from torch import Tensor
 from mixturelens.features.batchtopk import KeptLatents, gradients, smallest_kept
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import WIDTH, Training
-from mixturelens.files import read_json
-from mixturelens.records import new_folder
-from mixturelens.types import InputError, Side, loading
+from mixturelens.types import InputError, Side
 
 RATE, DECAY, WARM_UP = 3e-3, 0.2, 50
 """Adam's rate; the share of the steps over which it falls to a tenth at the end, and the steps in which it rises."""
@@ -42,13 +33,8 @@ SAMPLED = 4
 """Batches that the scale of activations, first latents and resampled ones are taken from."""
 CALIBRATION = 16
 """Batches over which the threshold of the trained crosscoder is averaged."""
-SAVE_EVERY = 300
-"""Steps between two saved states."""
-FILE, SETTINGS = "crosscoder.safetensors", "crosscoder.json"
 
 
-Progress = Callable[[int, int, dict[str, float]], None]
-"""Called as progress(step, steps, numbers)."""
 SIDES: tuple[Side, Side] = ("before", "after")
 
 
@@ -129,80 +115,22 @@ class Crosscoder:
 
     def to(self, device: str) -> Crosscoder:
         """The same crosscoder on another device."""
-        return Crosscoder(
-            **{name: value.to(device) for name, value in self._tensors().items()}, threshold=self.threshold
-        )
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "threshold"}
-
-    def save(self, folder: Path, settings: Mapping[str, Any] | None = None) -> Path:
-        """Write `folder`, whole or not at all; `settings` say what it was trained on."""
-        from safetensors.torch import save_file
-
-        with new_folder(folder) as new:
-            save_file({name: value.contiguous() for name, value in self._tensors().items()}, new / FILE)
-            text = json.dumps({"threshold": self.threshold, "trained": dict(settings or {})}, indent=1, allow_nan=False)
-            (new / SETTINGS).write_text(text + "\n", encoding="utf-8")
-        return folder
+        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "threshold"}
+        return replace(self, **tensors)
 
 
-def load_crosscoder(folder: Path) -> Crosscoder:
-    """What `save` wrote. Raises InputError naming the file that is missing, or does not fit."""
-    return _load(folder)[0]
-
-
-def _load(folder: Path) -> tuple[Crosscoder, dict[str, Any]]:
-    from safetensors.torch import load_file
-
-    for name in (FILE, SETTINGS):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file; a crosscoder is a folder of {FILE} and {SETTINGS}")
-    told = read_json(folder / SETTINGS, "is gone")
-    with loading(folder / SETTINGS, "not the settings of a crosscoder"):
-        threshold, settings = float(told["threshold"]), dict(told["trained"])
-    with loading(folder / FILE, "not a safetensors file"):
-        tensors = load_file(folder / FILE)
-    names = [field.name for field in fields(Crosscoder) if field.name != "threshold"]
-    if set(tensors) != set(names):
-        raise InputError(f"{folder / FILE}: holds {sorted(tensors)}, expected {sorted(names)}")
-    if tensors["encoder"].ndim != 3 or tensors["encoder"].shape[0] != 2:
-        raise InputError(
-            f"{folder / FILE}: encoder has shape {list(tensors['encoder'].shape)}, expected [2, d, latent]"
-        )
-    models, d, width = tensors["encoder"].shape
-    expected = {"b_enc": [width], "decoder": [width, models, d], "bias": [models, d], "scale": [models]}
-    for name, shape in expected.items():
-        if list(tensors[name].shape) != shape:
-            raise InputError(f"{folder / FILE}: {name} has shape {list(tensors[name].shape)}, expected {shape}")
-    for name, value in tensors.items():
-        if not bool(value.isfinite().all()):
-            raise InputError(f"{folder / FILE}: {name} holds numbers that are not finite")
-    return Crosscoder(**tensors, threshold=threshold), settings
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def train_crosscoder(
-    activations: Stream,
-    training: Training | None = None,
-    folder: Path | None = None,
-    progress: Progress | None = None,
-) -> Crosscoder:
+def train_crosscoder(activations: Stream, training: Training | None = None) -> Crosscoder:
     """A BatchTopK crosscoder of S and R, by Adam on the mean squared error of both.
 
     In every batch the k * batch largest products f * (|d_S| + |d_R|) are kept (arXiv 2504.02922), of activations that
     are centred and scaled to vary equally in both checkpoints. Latents begin as activations of
     single tokens; those that fire no more take over what is badly reconstructed.
 
-    The same seed gives the same numbers. With a `folder` the result is saved there, and a training that was killed goes
-    on, from a state in a hidden folder beside it, to the same numbers to the bit; one that is there is loaded. Raises
-    InputError for sizes that cannot be, constant activations, or a folder with a crosscoder of something else.
+    The same seed gives the same numbers. Raises InputError for sizes that cannot be, and constant activations.
     """
     training = training or Training()
     width = WIDTH * activations.dim if training.width is None else training.width
-    k, steps, batch, seed = int(training.k), training.steps, training.batch, training.seed
+    k, steps, batch = int(training.k), training.steps, training.batch
     if not 1 <= k <= width or k != training.k or steps < 1 or batch < 1:
         raise InputError(
             f"a crosscoder of {width} latents, {training.k:g} a row, {steps} steps of {batch} rows: all are whole "
@@ -210,51 +138,21 @@ def train_crosscoder(
         )
     if not len(activations):
         raise InputError("there are no activations to train a crosscoder on")
-    first = activations.batch(0, SAMPLED * batch, seed)
-    if first.shape[1:] != (2, activations.dim):
-        raise InputError(f"a crosscoder takes activations [row, 2, {activations.dim}], not {list(first.shape)}")
-    settings = {
-        "width": width,
-        "k": k,
-        "steps": steps,
-        "batch": batch,
-        "seed": seed,
-        "rows": len(activations),
-        "activations": hashlib.sha256(first.cpu().float().numpy().tobytes()).hexdigest()[:16],
-    }
-    if folder is not None and folder.exists():
-        there, about = _load(folder)
-        if about != settings:
-            differ = next(name for name in settings if about.get(name) != settings[name])
-            raise InputError(
-                f"{folder} holds another crosscoder ({differ}: {about.get(differ)}, not {settings[differ]}); "
-                "give another folder"
-            )
-        return there.to(str(first.device))
-    course = _Course(activations, first, settings)
-    work = folder and folder.with_name(f".{folder.name}.training")
-    if work is not None:
-        course.resume(work)
+    course = _Course(activations, training, width)
     while course.step < steps:
-        error = course.advance()
-        if progress is not None:
-            progress(course.step, steps, {"unexplained": error})
-        if work is not None and course.step % SAVE_EVERY == 0 and course.step < steps:
-            course.save(work)
-    crosscoder = course.finished()
-    if folder is not None and work is not None:
-        crosscoder.save(folder, settings)
-        shutil.rmtree(work, ignore_errors=True)
-    return crosscoder
+        course.advance()
+    return course.finished()
 
 
 class _Course:
     """Everything that a step changes, and nothing else: what it draws follows from seed and step."""
 
-    def __init__(self, activations: Stream, first: Float[Tensor, "row model d"], settings: Mapping[str, Any]) -> None:
-        self.activations, self.settings = activations, settings
-        self.width, self.k, self.batch, self.seed = (settings[name] for name in ("width", "k", "batch", "seed"))
-        self.steps, self.step = settings["steps"], 0
+    def __init__(self, activations: Stream, training: Training, width: int) -> None:
+        self.activations, self.width, self.k = activations, width, int(training.k)
+        self.steps, self.batch, self.seed, self.step = training.steps, training.batch, training.seed, 0
+        first = activations.batch(0, SAMPLED * self.batch, self.seed)
+        if first.shape[1:] != (2, activations.dim):
+            raise InputError(f"a crosscoder takes activations [row, 2, {activations.dim}], not {list(first.shape)}")
         first = first.float()
         self.mean = first.mean(0)
         varies = (first - self.mean).square().sum(2).mean(0)
@@ -294,8 +192,8 @@ class _Course:
         rows, latents = (by >= smallest_kept(by, self.k)).nonzero(as_tuple=True)
         return KeptLatents(rows, latents, f[rows, latents], len(x))
 
-    def advance(self) -> float:
-        """One step of Adam; returns the share of the batch's variance that was not explained."""
+    def advance(self) -> None:
+        """One step of Adam."""
         x = self.scaled(self.activations.batch(self.step, self.batch, self.seed))
         kept = self.kept(x)
         error = kept.decode(self.weights["decoder"]) + self.weights["bias"] - x
@@ -310,7 +208,6 @@ class _Course:
         self.step += 1
         if self.step % RESAMPLE_EVERY == 0 and self.step < RESAMPLE_UNTIL * self.steps:
             self.resample()
-        return float(error.square().mean())
 
     def resample(self) -> None:
         """Latents that fire no more take over examples, drawn in proportion to their squared error."""
@@ -350,41 +247,3 @@ class _Course:
             scale=self.scale,
             threshold=float(np.mean(least)),
         )
-
-    # --- a state that a killed training goes on from ---
-
-    def _state(self) -> dict[str, Tensor]:
-        moments = {
-            f"{name}.{key}": self.optimizer.state[weight][key]
-            for name, weight in self.weights.items()
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
-        return {**self.weights, **moments, "unused": self.unused}
-
-    def save(self, work: Path) -> None:
-        """The state, in a file that is there whole or not at all."""
-        from safetensors.torch import save_file
-
-        work.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=work, suffix=".part")
-        os.close(handle)
-        told = {"step": str(self.step), "settings": json.dumps(self.settings)}
-        save_file({name: value.contiguous() for name, value in self._state().items()}, temporary, told)
-        os.replace(temporary, work / "state.safetensors")
-
-    def resume(self, work: Path) -> None:
-        """Go on from a saved state; one of another training is left alone and written over."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(work / "state.safetensors", framework="pt") as file:
-                told = file.metadata() or {}
-                if json.loads(told.get("settings", "null")) != self.settings:
-                    return
-                state = {name: file.get_tensor(name).to(self.mean.device) for name in file.keys()}  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError):
-            return
-        self.step, self.unused = int(told["step"]), state["unused"]
-        for name, weight in self.weights.items():
-            weight.copy_(state[name])
-            self.optimizer.state[weight] = {key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}

@@ -1,4 +1,4 @@
-"""A planted exclusive feature is found, one that both checkpoints have is not, and a killed training goes on."""
+"""A planted exclusive feature is found, and one that both checkpoints have is not."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixturelens.features import crosscoder as module
 from mixturelens.features.activations import collect, texts
 from mixturelens.features.batchtopk import KeptLatents, gradients, smallest_kept
 from mixturelens.features.crosscoder import (
-    FILE,
-    SETTINGS,
     Crosscoder,
-    load_crosscoder,
     train_crosscoder,
 )
 from mixturelens.features.effort import Training
@@ -291,102 +286,7 @@ def test_transplant_takes_out_what_latents_write():
     torch.testing.assert_close(whole, r - crosscoder.decode(f.flatten(0, 1))[:, 1].view(5, 3, 4) + crosscoder.bias[1])
 
 
-# --- saving, resuming, refusing ---------------------------------------------------------------------------------------
-
-
-def tensors(crosscoder: Crosscoder) -> list[Tensor]:
-    return [crosscoder.encoder, crosscoder.b_enc, crosscoder.decoder, crosscoder.bias, crosscoder.scale]
-
-
-def same(a: Crosscoder, b: Crosscoder) -> bool:
-    return a.threshold == b.threshold and all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step: int):
-    def progress(now: int, steps: int, numbers: dict[str, float]) -> None:
-        if now == step:
-            raise Killed
-
-    return progress
-
-
-def test_a_killed_training_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "SAVE_EVERY", 20)
-    monkeypatch.setattr(module, "RESAMPLE_EVERY", 25)
-    data = Memory(torch.randn(500, 2, 4, generator=torch.Generator().manual_seed(0)))
-    whole = train_crosscoder(data, TINY)
-    assert same(whole, train_crosscoder(data, TINY))
-    assert not same(whole, train_crosscoder(data, replace(TINY, seed=1)))
-    folder = tmp_path / "crosscoder"
-    for step in (30, 85):
-        with pytest.raises(Killed):
-            train_crosscoder(data, TINY, folder, progress=kill_at(step))
-        assert not folder.exists()
-    seen: list[int] = []
-    found = train_crosscoder(data, TINY, folder, progress=lambda now, *_: seen.append(now))
-    assert seen == list(range(81, 101))
-    assert same(found, whole)
-    assert [path.name for path in tmp_path.iterdir()] == ["crosscoder"]
-    # what is there is not trained again, and what is about something else is refused
-    assert same(train_crosscoder(data, TINY, folder, progress=kill_at(1)), whole)
-    with pytest.raises(InputError, match="seed: 0, not 1"):
-        train_crosscoder(data, replace(TINY, seed=1), folder)
-    with pytest.raises(InputError, match="activations: "):
-        train_crosscoder(Memory(data.x + 1), TINY, folder)
-
-
-@pytest.mark.parametrize("state", ["garbage", "other"])
-def test_a_state_that_does_not_fit_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str):
-    monkeypatch.setattr(module, "SAVE_EVERY", 20)
-    data = Memory(torch.randn(500, 2, 4, generator=torch.Generator().manual_seed(0)))
-    folder = tmp_path / "crosscoder"
-    if state == "garbage":
-        (tmp_path / ".crosscoder.training").mkdir()
-        (tmp_path / ".crosscoder.training" / "state.safetensors").write_bytes(b"cut off")
-    else:
-        with pytest.raises(Killed):
-            train_crosscoder(data, replace(TINY, seed=1), folder, progress=kill_at(50))
-    assert same(train_crosscoder(data, TINY, folder), train_crosscoder(data, TINY))
-
-
-def test_saved_is_loaded(tmp_path: Path):
-    crosscoder = random_crosscoder()
-    assert same(load_crosscoder(crosscoder.save(tmp_path / "one")), crosscoder)
-
-
-def test_a_folder_that_does_not_fit_is_refused_by_file(tmp_path: Path):
-    folder = tmp_path / "one"
-    with pytest.raises(InputError, match=FILE):
-        load_crosscoder(folder)
-    good = random_crosscoder()
-
-    def refused(match: str, **changes: Tensor | None) -> None:
-        good.save(folder)
-        found = {**load_file(folder / FILE), **changes}
-        save_file({name: value.contiguous() for name, value in found.items() if value is not None}, folder / FILE)
-        with pytest.raises(InputError, match=f"{FILE}: {match}"):
-            load_crosscoder(folder)
-
-    refused("holds", bias=None)
-    refused("holds", more=torch.zeros(1))
-    refused("decoder has shape", decoder=good.decoder[:, :, :2])
-    refused("encoder has shape", encoder=good.encoder[:1])
-    refused("scale holds numbers that are not finite", scale=torch.tensor([1.0, torch.nan]))
-    (folder / FILE).write_bytes(b"cut off")
-    with pytest.raises(InputError, match=f"{FILE}: not a safetensors file"):
-        load_crosscoder(folder)
-    good.save(folder)
-    for text in ("{", "{}", '{"threshold": "x", "trained": {}}', "[]"):
-        (folder / SETTINGS).write_text(text)
-        with pytest.raises(InputError, match=rf"{SETTINGS}: (not the settings|not JSON|holds)"):
-            load_crosscoder(folder)
-    (folder / SETTINGS).unlink()
-    with pytest.raises(InputError, match=SETTINGS):
-        load_crosscoder(folder)
+# --- refusing ---------------------------------------------------------------------------------------------------------
 
 
 def test_bad_input_is_refused():
