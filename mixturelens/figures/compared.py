@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixturelens.figures.marks import Mark, dots
-from mixturelens.figures.panels import Panel, between, number_axis, reach, row_axis
-from mixturelens.figures.style import NEGATIVE, POSITIVE, new_figure
+from mixturelens.figures.panels import between, number_axis, reach, row_axis, single
+from mixturelens.figures.style import NEGATIVE, POSITIVE
 from mixturelens.figures.words import label, number
 from mixturelens.types import Interval
 
@@ -27,8 +27,7 @@ class Beside(NamedTuple):
 
 def compared(names: tuple[str, str], rows: Sequence[Beside]) -> Figure:
     """The same numbers of two runs with their intervals; bold where they differ."""
-    figure = new_figure(110 + 24 * max(len(rows), 1))
-    panel = Panel(figure)
+    panel = single(110 + 24 * max(len(rows), 1), {"l": 380, "r": 24, "t": 50, "b": 50})
     for i, (run, colour, symbol) in enumerate(zip(names, (NEGATIVE, POSITIVE), ("circle", "diamond"), strict=True)):
         marks = [
             Mark(y + (0.17 if i else -0.17), value, f"{label(row.about)}: {label(row.name, 60)}<br>{number(value)}")
@@ -42,5 +41,4 @@ def compared(names: tuple[str, str], rows: Sequence[Beside]) -> Figure:
     between(panel, [row.about for row in rows])
     ends: list[Any] = [value for row in rows for value in (row.left, row.right)]
     number_axis(panel, reach(ends, (0.0, 1.0), within=(-1.5, 2.0)), "share, probability, bits, or change of accuracy")
-    figure.update_layout(margin={"l": 380, "r": 24, "t": 50, "b": 50})
-    return figure
+    return panel.figure

@@ -28,11 +28,10 @@ def faithfulness(circuits: Sequence[RoutingCircuit]) -> Figure:
     """
     kinds = list(dict.fromkeys(of.kind for of in circuits))
     titles, margin = [f"{kind} contrast" for kind in kinds], {"t": 44, "b": 160, "l": 64}
-    figure = panels((1, len(kinds)), titles, 470, margin, horizontal_spacing=0.08)
-    for column, kind in enumerate(kinds, start=1):
-        panel = Panel(figure, 1, column)
-        legend = "legend" if column == 1 else f"legend{column}"
-        look = {"orientation": "v", "traceorder": "normal", "font": {"size": 12}, "x": left(figure, 1, column)}
+    figure, panes = panels((1, len(kinds)), titles, 470, margin, horizontal_spacing=0.08)
+    for panel, kind in zip(panes, kinds, strict=False):
+        legend = "legend" if panel.first else f"legend{panel.column}"
+        look = {"orientation": "v", "traceorder": "normal", "font": {"size": 12}, "x": left(figure, 1, panel.column)}
         figure.update_layout({legend: {**look, "y": 0, "yref": "container", "yanchor": "bottom"}})
         for of in circuits:
             if of.kind == kind:

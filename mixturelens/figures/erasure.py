@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixturelens.figures.marks import Mark, columns, controls, dots, points, whiskers
-from mixturelens.figures.panels import Panel, beside, panels, reach, row_axis, rule
-from mixturelens.figures.style import GREY, INK, ROUTER, SYMBOLS, cue_colour, new_figure
+from mixturelens.figures.panels import Panel, beside, panels, reach, row_axis, rule, single
+from mixturelens.figures.style import GREY, INK, ROUTER, SYMBOLS, cue_colour
 from mixturelens.figures.words import DASH, SIDES, label, number
 from mixturelens.types import NOT_MEASURED, PER_HEAD, Interval, Side, Site
 
@@ -30,8 +30,7 @@ def erasure(record: ProbingRecord, cues: Sequence[str]) -> Figure:
     titles = ["<b>Reading is not use</b>: erasing the cue in R", "<b>What the policy does</b> in R"]
     size, margin = (1, 2 if chosen else 1), {"l": 74, "r": 20, "t": 116, "b": 56}
     more = {"horizontal_spacing": 0.26, "column_widths": [0.58, 0.42][: size[1]]}
-    figure = panels(size, titles[: size[1]], 460, margin, **more)
-    panel = Panel(figure, 1, 1)
+    figure, (panel, *other) = panels(size, titles[: size[1]], 460, margin, **more)
     _scan(panel, record)
     for lift, (name, one) in enumerate(chosen):
         _erased_point(panel, name, one, lift)
@@ -44,7 +43,7 @@ def erasure(record: ProbingRecord, cues: Sequence[str]) -> Figure:
     rule(panel, y=0, dash="dot")
     rule(panel, y=1, dash="dot")
     if chosen:
-        _behaviour(Panel(figure, 1, 2), chosen, cues)
+        _behaviour(other[0], chosen, cues)
     return figure
 
 
@@ -154,9 +153,7 @@ def subspaces(record: ProbingRecord) -> Figure:
     rows: list[tuple[Subspace, Side]] = [
         (of, side) for of in record.subspaces for side in SIDES if of.accuracy.get(side, NOT_MEASURED).measured
     ]
-    figure = new_figure(62 * max(len(rows), 1) + 150)
-    figure.update_layout(margin={"l": 190, "r": 140, "t": 84, "b": 56})
-    panel = Panel(figure)
+    panel = single(62 * max(len(rows), 1) + 150, {"l": 190, "r": 140, "t": 84, "b": 56})
     _nulls(panel, rows)
     _accuracies(panel, rows)
     names = []
@@ -167,11 +164,11 @@ def subspaces(record: ProbingRecord) -> Figure:
     shown = [v for of, side in rows for v in (*of.random.get(side, ()), *of.shuffled.get(side, ()))]
     shown += [v for of, side in rows for v in (of.accuracy[side].low, of.accuracy[side].value) if v is not None]
     title = "interchange accuracy (half of the pairs ask for no change)"
-    figure.update_xaxes(title_text=title, range=[min([0.4, *shown]) - 0.05, 1.03])
+    panel.figure.update_xaxes(title_text=title, range=[min([0.4, *shown]) - 0.05, 1.03])
     row_axis(panel, names)
     margins = [number(of.margin.get(side, NOT_MEASURED), 2).replace(" [", "<br>[") for of, side in rows]
     beside(panel, "<b>above both nulls</b>", margins)
-    return figure
+    return panel.figure
 
 
 def _nulls(panel: Panel, rows: Sequence[tuple[Subspace, Side]]) -> None:

@@ -17,7 +17,6 @@ from mixturelens.figures.panels import (
     panels,
     row_axis,
     rule,
-    titles_at_left,
     widest,
 )
 from mixturelens.figures.style import INK, TERMS, UNITS
@@ -65,13 +64,13 @@ def feature_change(change: SiteChange) -> Figure:
     lines += [_TermLine(f"feature {each.index}, moved {number(each.moved, 2)}", each.terms) for each in change.features]
     titles = [f"<b>{term}</b>: {words}" for term, words in _TERMS.items()]
     margin = {"l": 186, "r": 16, "t": 62, "b": 54}
-    figure = panels((1, len(titles)), titles, 28 * len(lines) + 118, margin, horizontal_spacing=0.02)
-    titles_at_left(figure, len(titles))
+    height = 28 * len(lines) + 118
+    figure, panes = panels((1, len(titles)), titles, height, margin, at_left=True, horizontal_spacing=0.02)
+    figure.update_layout(showlegend=False)
     heading(figure, _site(change, "R's change put into S"))
-    _terms([Panel(figure, 1, column) for column in (1, 2, 3)], lines, "bits from S", bar=True)
+    _terms(panes, lines, "bits from S", bar=True)
     if single < len(lines):
         rule(Panel(figure), y=single - 0.5)
-    figure.update_layout(showlegend=False)
     return figure
 
 
@@ -81,12 +80,11 @@ def firing(change: SiteChange) -> Figure:
     Shares of tokens, and mean activations where it fires; the record has no intervals of them.
     """
     titles = ["<b>how often</b>: share of tokens", "<b>how strongly</b>: mean activation where it fires"]
-    figure = panels((1, 2), titles, 380, {"l": 74, "r": 24, "t": 62, "b": 56}, horizontal_spacing=0.08)
+    margin, more = {"l": 74, "r": 24, "t": 62, "b": 56}, {"horizontal_spacing": 0.08}
+    figure, panes = panels((1, 2), titles, 380, margin, at_left=True, **more)
     figure.update_layout(showlegend=False)
-    titles_at_left(figure, 2)
     heading(figure, _site(change, "the features that moved most"))
-    for column, field in enumerate(("rate", "strength"), start=1):
-        panel = Panel(figure, 1, column)
+    for panel, field in zip(panes, ("rate", "strength"), strict=True):
         found = [(each.index, getattr(each, field)) for each in change.features]
         pairs = [(index, of["before"], of["after"]) for index, of in found if {"before", "after"} <= set(of)]
         high = 1.12 * max([1e-3, *(value for _, x, y in pairs for value in (x, y))])
@@ -100,7 +98,7 @@ def firing(change: SiteChange) -> Figure:
         points(panel, [x for _, x, _ in pairs], [y for *_, y in pairs], hover, **look)
         axis = {"range": [-0.03 * high, high], "nticks": 6, **panel.at}
         figure.update_xaxes(title_text=SIDES["before"], **axis)
-        figure.update_yaxes(title_text=SIDES["after"] if column == 1 else None, showticklabels=True, **axis)
+        figure.update_yaxes(title_text=SIDES["after"] if panel.first else None, showticklabels=True, **axis)
     return figure
 
 
@@ -155,16 +153,16 @@ def crosscoder(records: Mapping[str, Sequence[CrosscoderFit]]) -> Figure:
     ]
     margin = {"l": 24 + round(6.2 * (widest(names) if names else 10)), "r": 156, "t": 84, "b": 54}
     spacing = {"horizontal_spacing": 0.02, "column_widths": [1.5, 1.0, 1.0, 1.0]}
-    figure = panels((1, 4), titles, 46 * max(len(fits), 1) + 150, margin, **spacing)
-    titles_at_left(figure, 4)
+    height = 46 * max(len(fits), 1) + 150
+    figure, (first, *others) = panels((1, 4), titles, height, margin, at_left=True, **spacing)
     figure.update_layout(barmode="stack", legend_traceorder="normal")
-    _counts(Panel(figure, 1, 1), fits)
+    _counts(first, fits)
     lines = [_TermLine(name, fit.without, fit.random) for name, (_, fit) in zip(names, fits, strict=True)]
-    _terms([Panel(figure, 1, column) for column in (2, 3, 4)], lines, "bits from R", bar=False)
-    row_axis(Panel(figure, 1, 1), names)
+    _terms(others, lines, "bits from R", bar=False)
+    row_axis(first, names)
     between(Panel(figure), [name for name, _ in fits], color="#BBBBBB")
     causal = [_causal(fit) for _, fit in fits]
-    beside(Panel(figure, 1, 4), "<b>causal</b> of those<br>of R alone tested", causal)
+    beside(others[-1], "<b>causal</b> of those<br>of R alone tested", causal)
     return figure
 
 

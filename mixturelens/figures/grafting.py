@@ -47,11 +47,10 @@ def components(records: Mapping[str, GraftRecord], change: Change = "routing") -
     inner, spacing = stacked(lines, (30 if len(rows) <= 12 else 24) * max(len(rows), 1), 84)
     more = {"horizontal_spacing": 0.12 / columns if columns > 1 else 0, "vertical_spacing": spacing}
     titles = [f"<b>{label(name, max(96 // columns, 12))}</b>" for name in records]
-    figure = panels((lines, columns), titles, inner + 138, {"l": 104, "r": 16, "t": 84, "b": 54}, **more)
+    figure, panes = panels((lines, columns), titles, inner + 138, {"l": 104, "r": 16, "t": 84, "b": 54}, **more)
     span = reach(_shares(records.values(), change), (0.0, 1.0), 0.08, _FAR)
     said: set[str] = set()
-    for i, record in enumerate(records.values()):
-        panel = Panel(figure, i // columns + 1, i % columns + 1)
+    for panel, record in zip(panes, records.values(), strict=False):
         said |= _marks(panel, record, rows, change, said)
         known = _known(record)
         for y, name in enumerate(rows):
@@ -155,14 +154,14 @@ def plane(record: GraftRecord) -> Figure:
     inner, spacing = stacked(lines, TALL, 46)
     more = {"horizontal_spacing": 0.03, "vertical_spacing": spacing}
     margin = {"l": 84, "r": 20, "t": 36, "b": 56}
-    figure = panels((lines, columns), [_cell_title(cell) for cell in cells], inner + 92, margin, **more)
+    titles = [_cell_title(cell) for cell in cells]
+    figure, panes = panels((lines, columns), titles, inner + 92, margin, **more)
     figure.update_layout(showlegend=False)
     low, high = reach([each.routing for each in record.components], (-0.05, 0.05), 0.1)
     third = (high - low) / 1.2 / 6  # without the room at both ends
     values = [value for each in record.components for value in each.specialists.values()]
     down, up = reach(values, (-third, third), 0.14)
-    for i, cell in enumerate(cells):
-        panel = Panel(figure, i // columns + 1, i % columns + 1)
+    for panel, cell in zip(panes, cells, strict=False):
         _points(panel, record.components, cell, (high - low, up - down), columns)
         figure.update_xaxes(range=[low, high], showticklabels=panel.row == lines, **panel.at)
         figure.update_yaxes(range=[down, up], showticklabels=panel.first, **panel.at)
@@ -293,9 +292,8 @@ def _effects(rows: Sequence[_EvidenceLine], record: GraftRecord) -> Figure:
     margin = {"l": 24 + round(7.0 * widest(names)), "t": 74, "b": 56, "r": 20}
     height = (46 if len(rows) <= 4 else 34) * max(len(rows), 1) + 130
     titles = [each.title for each in readings]
-    figure = panels((1, len(readings)), titles, height, margin, horizontal_spacing=0.03)
-    for column, each in enumerate(readings, start=1):
-        panel = Panel(figure, 1, column)
+    figure, panes = panels((1, len(readings)), titles, height, margin, horizontal_spacing=0.03)
+    for panel, each in zip(panes, readings, strict=True):
         _effect_panel(panel, rows, each)
         number_axis(panel, reach([getattr(effects, each.field) for effects in every], **each.span), each.unit, nticks=4)
         if each.null is not None:

@@ -39,15 +39,14 @@ def head_effects(sweep: Sweep) -> Figure:
     heads = sorted(strength, key=lambda head: -strength[head])[:HEADS]
     titles, margin = [_CHANNELS[channel] for channel in channels], {"l": 90, "t": 82}
     height = 26 * max(len(heads), 1) + 138
-    figure = panels((1, len(channels)), titles, height, margin, horizontal_spacing=0.02)
+    figure, panes = panels((1, len(channels)), titles, height, margin, horizontal_spacing=0.02)
     figure.update_layout(showlegend=False)
     some = f", the {len(heads)} strongest of {len(strength)}" if len(heads) < len(strength) else ""
     facts = ", ".join(part for part in (under(sweep), sweep.direction, f"{sweep.questions} questions") if part)
     heading(figure, f"<b>{SIDES[sweep.checkpoint]}</b>, {contrast(sweep)}<br>{facts}{some}")
     shown = {channel: [found.get((channel, head), NOT_MEASURED) for head in heads] for channel in channels}
     span = reach([value for values in shown.values() for value in values], (-0.05, 1.0), 0.04)
-    for column, (channel, values) in enumerate(shown.items(), start=1):
-        panel = Panel(figure, 1, column)
+    for panel, (channel, values) in zip(panes, shown.items(), strict=False):
         marks = [
             Mark(y, value, f"{_CHANNELS[channel]} of {head}, all positions<br>effect {number(value)}")
             for y, (head, value) in enumerate(zip(heads, values, strict=True))
@@ -78,7 +77,7 @@ def attention(record: PatchingRecord, cues: Sequence[str]) -> Figure:
     inner, spacing = stacked(len(rows), 110, below + 34)
     titles = [f"<b>{SIDES[side]}</b>, {_site_words(head)}" for head in rows for side in sides]
     margin, more = {"l": 70, "t": 74, "b": below}, {"horizontal_spacing": 0.03, "vertical_spacing": spacing}
-    figure = panels((len(rows), len(sides)), titles, inner + below + 78, margin, **more)
+    figure, _ = panels((len(rows), len(sides)), titles, inner + below + 78, margin, **more)
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0)
     named = iter(labels)
     known: set[str] = set()

@@ -6,8 +6,8 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from mixturelens.figures.marks import Mark, dots, points
-from mixturelens.figures.panels import Panel, beside, number_axis, reach, row_axis, rule
-from mixturelens.figures.style import GREY, ROUTER, SPECIALIST, new_figure
+from mixturelens.figures.panels import beside, number_axis, reach, row_axis, rule, single
+from mixturelens.figures.style import GREY, ROUTER, SPECIALIST
 from mixturelens.figures.words import label, number
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ def evidence(mechanism: Mechanism) -> Figure:
     Whiskers are the record's intervals over questions.
     """
     rows = sorted(mechanism.evidence.items(), key=lambda row: row[1].about != "selector")
-    figure = new_figure(48 * max(len(rows), 1) + 132)
-    figure.update_layout(margin={"l": 190, "r": 170, "t": 84, "b": 56})
-    panel = Panel(figure)
+    panel = single(48 * max(len(rows), 1) + 132, {"l": 190, "r": 170, "t": 84, "b": 56})
     nulls = [(y, line.null) for y, (_, line) in enumerate(rows) if line.null is not None]
     tick = {"symbol": "line-ns", "size": 22, "line": {"width": 3, "color": GREY}}
     hover = [f"noise {number(null)} bits" for _, null in nulls]
@@ -45,7 +43,7 @@ def evidence(mechanism: Mechanism) -> Figure:
     number_axis(panel, reach(effects, (0.0, 0.05), 0.05), "bits from S")
     row_axis(panel, [f"<b>{line.source}</b><br>{line.about}" for _, line in rows])
     beside(panel, "<b>it says</b>", [_says(line) for _, line in rows], 13)
-    return figure
+    return panel.figure
 
 
 def _says(line: Line) -> str:

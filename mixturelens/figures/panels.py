@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mixturelens.figures.style import INK, left, style
+from mixturelens.figures.style import INK, left, new_figure, style
 from mixturelens.types import Interval
 
 if TYPE_CHECKING:
@@ -34,29 +34,43 @@ class Panel(NamedTuple):
         return self.column in (None, 1)
 
 
-def panels(size: tuple[int, int], titles: Sequence[str], height: int, margin: Mapping[str, int], **more: Any) -> Figure:
-    """A figure of rows x columns of panels, with a title over each; `more` is what plotly's make_subplots takes."""
+def panels(
+    size: tuple[int, int],
+    titles: Sequence[str],
+    height: int,
+    margin: Mapping[str, int],
+    at_left: bool = False,
+    **more: Any,
+) -> tuple[Figure, list[Panel]]:
+    """A figure of rows x columns of panels, and these row by row; a title stands over each, and begins where its panel
+    does if `at_left`. `more` is what plotly's make_subplots takes.
+    """
     from plotly.subplots import make_subplots
 
     rows, columns = (max(number, 1) for number in size)
     figure = make_subplots(rows=rows, cols=columns, subplot_titles=list(titles) or None, **more)
     style(figure, height)
     figure.update_layout(margin=dict(margin))
-    return figure
+    found = [Panel(figure, row, column) for row in range(1, rows + 1) for column in range(1, columns + 1)]
+    if at_left:
+        drawn: Any = figure.layout
+        figure.update_annotations(xanchor="left", align="left")
+        for title, panel in zip(drawn.annotations, found, strict=False):
+            title.x = left(figure, panel.row, panel.column)
+    return figure, found
+
+
+def single(height: int, margin: Mapping[str, int]) -> Panel:
+    """The one panel of a figure."""
+    panel = Panel(new_figure(height))
+    panel.figure.update_layout(margin=dict(margin))
+    return panel
 
 
 def stacked(rows: int, plot: int, gap: int) -> tuple[int, float]:
     """Pixels of rows of panels with gaps between them, and the gap as plotly wants it: a share of all."""
     inner = plot * max(rows, 1) + gap * max(rows - 1, 0)
     return inner, gap / inner if rows > 1 else 0
-
-
-def titles_at_left(figure: Figure, columns: int) -> None:
-    """Titles of panels begin where their panels do."""
-    drawn: Any = figure.layout
-    figure.update_annotations(xanchor="left", align="left")
-    for i, title in enumerate(drawn.annotations):
-        title.x = left(figure, i // columns + 1, i % columns + 1)
 
 
 def heading(figure: Figure, text: str) -> None:

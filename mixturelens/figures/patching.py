@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixturelens.figures.heat import EMPTY, HeatCell, across, diverging, heat, outline, up
-from mixturelens.figures.panels import Panel, between, panels, stacked, titles_at_left
+from mixturelens.figures.panels import Panel, between, panels, stacked
 from mixturelens.figures.style import apart
 from mixturelens.figures.words import DASH, SIDES, label, number, short, token, token_axis
 from mixturelens.types import NOT_MEASURED, PER_HEAD, Component, Interval, Site
@@ -65,18 +65,17 @@ def _maps(rows: Sequence[Sequence[Sweep]], component: Component) -> Figure:
     titles = [_title(row[j].sweep) if j < len(row) else "" for row in grids for j in range(columns)]
     margin = {"l": 92 if component in PER_HEAD else 76, "r": 20, "t": 78, "b": below}
     more = {"horizontal_spacing": 0.03, "vertical_spacing": spacing}
-    figure = panels((len(grids), columns), titles, inner + below + 84, margin, **more)
-    titles_at_left(figure, columns)
+    figure, panes = panels((len(grids), columns), titles, inner + below + 84, margin, at_left=True, **more)
     named = iter(labels)
-    for i, row in enumerate(grids, start=1):
-        for j, grid in enumerate(row, start=1):
-            panel = Panel(figure, i, j)
+    for i, row in enumerate(grids):
+        beside = panes[i * columns :]
+        for panel, grid in zip(beside, row, strict=False):
             _map(panel, grid, component, cells, column)
             across(panel, next(named), zeroline=False, **axis)
             up(panel, _row_names(cells, each), len(cells))
             between(panel, [layer if head is not None else None for layer, head in cells])
         if len(row) == 2:
-            _outlines(figure, i, row, cells)
+            _outlines(beside, row, cells)
     bar = {"title": {"text": "share of the contrast", "side": "right", "font": {"size": 12}}}
     scale = diverging(min(max(plot, 150), 260), tickvals=[-1, -0.5, 0, 0.5, 1], **bar)
     figure.update_layout(plot_bgcolor=EMPTY, coloraxis=scale)
@@ -123,15 +122,15 @@ def _map(panel: Panel, grid: _Grid, component: Component, cells: Sequence[_Cell]
     heat(panel, [[cell(of, *place) for place in places] for of in cells], size, coloraxis="coloraxis")
 
 
-def _outlines(figure: Figure, row: int, grids: Sequence[_Grid], cells: Sequence[_Cell]) -> None:
+def _outlines(maps: Sequence[Panel], grids: Sequence[_Grid], cells: Sequence[_Cell]) -> None:
     """Around cells that differ between the two maps of a row."""
     for (cell, place), value in grids[0].effects.items():
         other = grids[1].effects.get((cell, place), NOT_MEASURED)
         if value.value is None or other.value is None or abs(value.value - other.value) < WORTH:
             continue
         if apart(value, other):
-            for j, grid in enumerate(grids, start=1):
-                outline(Panel(figure, row, j), grid.places.index(place), cells.index(cell), (0.47, 0.46), 2)
+            for panel, grid in zip(maps, grids, strict=False):
+                outline(panel, grid.places.index(place), cells.index(cell), (0.47, 0.46), 2)
 
 
 def _row_names(cells: Sequence[_Cell], each: int) -> dict[float, str]:

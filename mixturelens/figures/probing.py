@@ -113,7 +113,7 @@ def _maps(record: ProbingRecord, readouts: Sequence[Readout], rows: Sequence[_Ro
     inner, spacing = stacked(len(readouts), plot, 48)
     margin = {"l": 92, "r": 70, "t": 96, "b": below}
     more = {"horizontal_spacing": 0.02, "vertical_spacing": spacing}
-    figure = panels((len(readouts), len(_VIEWS)), [], inner + below + 96, margin, **more)
+    figure, _ = panels((len(readouts), len(_VIEWS)), [], inner + below + 96, margin, **more)
     figure.update_layout(plot_bgcolor=EMPTY, showlegend=False)
     index = {(site.layer, site.component, site.head, site.position): i for i, site in enumerate(record.sites)}
     for i, readout in enumerate(readouts, start=1):
@@ -196,11 +196,10 @@ def shifts(record: ProbingRecord) -> Figure:
     titles = ["<b>cosine</b> with the hint's direction", "<b>along it</b>: 1 is the hint's own size"]
     margin = {"l": 76, "r": 20, "t": 50, "b": below}
     height = 34 * max(len(plan.rows), 1) + below + 60
-    figure = panels((1, 2), titles, height, margin, horizontal_spacing=0.03)
+    figure, panes = panels((1, 2), titles, height, margin, horizontal_spacing=0.03)
     found = {(each.site.layer, each.site.component, each.site.head, each.site.position): each for each in record.shifts}
     named = list(zip(plan.places, plan.names, strict=True))
-    for j, field in enumerate(("cosine", "along"), start=1):
-        panel = Panel(figure, 1, j)
+    for panel, field in zip(panes, ("cosine", "along"), strict=True):
         cells = [
             [_shift(found.get((*row, place)), field, name, plan.column) for place, name in named] for row in plan.rows
         ]

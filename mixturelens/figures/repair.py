@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mixturelens.figures.marks import Mark, controls, dots
-from mixturelens.figures.panels import Panel, beside, entry, row_axis, rule
-from mixturelens.figures.style import INK, SYMBOLS, cue_colour, new_figure
+from mixturelens.figures.panels import Panel, beside, entry, row_axis, rule, single
+from mixturelens.figures.style import INK, SYMBOLS, cue_colour
 from mixturelens.figures.words import DASH, label, number
 from mixturelens.types import NOT_MEASURED, Interval
 
@@ -89,12 +89,11 @@ def reaching(random: Random) -> str:
 
 def _rows(names: list[str], each: int) -> Panel:
     """Accuracy across, named rows down, and a margin at the right for what stands beside them."""
-    figure = new_figure(each * max(len(names), 1) + 130)
-    figure.update_layout(margin={"l": 110, "r": 190, "t": 74, "b": 56})
+    panel = single(each * max(len(names), 1) + 130, {"l": 110, "r": 190, "t": 74, "b": 56})
     look = {"range": [-0.03, 1.04], "tickvals": [0, 0.25, 0.5, 0.75, 1], "zeroline": False}
-    figure.update_xaxes(title_text="accuracy (probability)", **look)
-    row_axis(Panel(figure), names)
-    return Panel(figure)
+    panel.figure.update_xaxes(title_text="accuracy (probability)", **look)
+    row_axis(panel, names)
+    return panel
 
 
 def _ceiling(panel: Panel, record: RepairRecord) -> None:

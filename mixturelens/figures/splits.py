@@ -96,16 +96,16 @@ def _bar_grid(pairs: Sequence[str], rows: Sequence[_Row], unit: _Unit) -> Figure
     titles = [title for pair, row in zip(pairs, rows, strict=True) for title in _titles(pair, row, columns)]
     high = max(len(rows), 1)
     spacing = {"horizontal_spacing": 0.06 / max(columns, 1), "vertical_spacing": min(0.5, 74 / (height * high))}
-    figure = panels((len(rows), columns), titles, height * high + 50, {"l": 105, "t": 56}, **spacing)
+    size, margin = (len(rows), columns), {"l": 105, "t": 56}
+    figure, panes = panels(size, titles, height * high + 50, margin, **spacing)
     figure.update_layout(showlegend=False)
     room = unit.high - unit.low
     span = (unit.low - 0.04 * room, unit.high + 0.55 * room)  # a third of the panel is left for the numbers
-    for i, row in enumerate(rows, start=1):
-        for j, (title, found) in enumerate(row, start=1):
-            panel = Panel(figure, i, j)
+    for i, row in enumerate(rows):
+        for panel, (title, found) in zip(panes[i * columns :], row, strict=False):
             places = [-k - (0.5 if bar.apart else 0.0) for k, bar in enumerate(found)]
             _draw(panel, list(zip(found, places, strict=True)), title, unit)
-            number_axis(panel, span, unit.name if i == len(rows) else None, tickvals=unit.ticks, showgrid=False)
+            number_axis(panel, span, unit.name if panel.row == len(rows) else None, tickvals=unit.ticks, showgrid=False)
             below = {"tickvals": places, "range": [min(places, default=0) - 0.6, 0.6]}
             row_axis(panel, [bar.name for bar in found], **below)
     return figure

@@ -29,17 +29,17 @@ def policy_table(record: BehaviourRecord, threshold: float = 0.02) -> Figure:
     sides = ["before", "after"] if any(cell.accuracy_after is not None for cell in record.table) else ["before"]
     spacing = {"column_titles": sides, "horizontal_spacing": 0.03}
     margin = {"l": 230, "t": 84, "b": 20}
-    figure = panels((1, len(sides)), [], 58 * max(len(rows), 1) + 104, margin, **spacing)
+    figure, panes = panels((1, len(sides)), [], 58 * max(len(rows), 1) + 104, margin, **spacing)
     figure.update_layout(showlegend=False)
     # ticks at the top stand between the panel and its title
     figure.update_annotations(yshift=26)
     narrow = len(record.cues) * 3 if len(sides) > 1 else len(record.cues)  # a column here is narrower than a panel
     title = {"text": "forced accuracy<br>(probability)", "side": "right", "font": {"size": 12}}
     bar = {"title": title, "thickness": 12, "lenmode": "pixels", "len": 150}
-    for column in range(1, len(sides) + 1):
-        panel, after = Panel(figure, 1, column), column == 2
+    for panel in panes:
+        after = panel.column == 2
         drawn = [[HeatCell(_accuracy(c, after), _cell_text(c, after), _cell_hover(c, after)) for c in r] for r in grid]
-        heat(panel, drawn, 13, showscale=column == len(sides), xgap=3, ygap=3, colorbar=bar, **scale(0, 1))
+        heat(panel, drawn, 13, showscale=panel is panes[-1], xgap=3, ygap=3, colorbar=bar, **scale(0, 1))
         names = [cue_title(cue, narrow) for cue in record.cues]
         across(panel, names, side="top", tickangle=0, zeroline=False)
         down = {"range": [len(rows) - 0.5, -0.5]}

@@ -177,7 +177,7 @@ def _grid(cues: Sequence[str], rows: int) -> Figure:
     titles = [cue_title(cue, columns) for cue in cues]
     more: dict[str, Any] = {"specs": grid, "column_titles": titles}
     more |= {"vertical_spacing": 0.24 / rows, "horizontal_spacing": 0.12 / columns}
-    return panels((rows, columns), [], 130 + 190 * rows, {}, **more)
+    return panels((rows, columns), [], 130 + 190 * rows, {}, **more)[0]
 
 
 def _policies(

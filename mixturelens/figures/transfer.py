@@ -34,8 +34,8 @@ def transfer(pairs: Sequence[tuple[str, VerdictRecord, RepairRecord]]) -> Figure
     steps += [f"other side,<br>repaired:<br>{kind}" for kind in KINDS]
     titles = {"column_titles": [f"RL on {label(cue)}" for cue in trained]}
     spacing = {"shared_yaxes": True, "horizontal_spacing": 0.04}
-    figure = panels((1, len(trained)), [], 440, {}, **titles, **spacing)
-    for column, cue in enumerate(trained, start=1):
+    figure, panes = panels((1, len(trained)), [], 440, {}, **titles, **spacing)
+    for panel, cue in zip(panes, trained, strict=False):
         shown = [pair for pair in pairs if pair[2].trained_cue == cue]
         for i, (name, verdict, repair) in enumerate(shown):
             values = [
@@ -52,7 +52,6 @@ def transfer(pairs: Sequence[tuple[str, VerdictRecord, RepairRecord]]) -> Figure
             colours = [cue_colour(cue, cues), *[cue_colour(repair.harmed_cue, cues)] * (len(steps) - 1)]
             marker = {"color": colours, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 10}
             look: dict[str, Any] = {"marker": marker, "name": label(name), "legendgroup": name}
-            panel = Panel(figure, 1, column)
             columns(panel, marks, whisker=(1.5, 4, None), showlegend=panel.first, **look)
     across(Panel(figure), steps, showgrid=None)
     figure.update_yaxes(range=[-0.04, 1.04])

@@ -16,7 +16,6 @@ from mixturelens.figures.panels import (
     reach,
     row_axis,
     rule,
-    titles_at_left,
 )
 from mixturelens.figures.style import INK, UNITS
 from mixturelens.figures.words import DASH, SIDES, label, number
@@ -69,16 +68,15 @@ def best_units(record: FeatureRecord, concept: Concept | None = None) -> Figure:
     inner = 58 * sum(heights) + 92 * (len(tables) - 1)
     spacing = {"row_heights": heights, "vertical_spacing": 92 / inner if len(tables) > 1 else 0}
     margin = {"l": _left([str(each.unit) for scores in found for each in scores]), "r": 160, "t": 106, "b": 56}
-    figure = panels((len(tables), 1), [_title(table) for table in tables], inner + 162, margin, **spacing)
-    titles_at_left(figure, 1)
+    titles = [_title(table) for table in tables]
+    figure, panes = panels((len(tables), 1), titles, inner + 162, margin, at_left=True, **spacing)
     every = [each for scores in found for each in scores]
     span = reach([v for each in every for v in (each.patch, each.clamp, each.ablate, *each.random)], **_SHARES)
-    for row, scores in enumerate(found, start=1):
-        panel = Panel(figure, row, 1)
+    for panel, scores in zip(panes, found, strict=True):
         _controls(panel, [each.random for each in scores], "patch of controls", -0.22)
         for mark in _MARKS:
             _effects(panel, scores, mark)
-        number_axis(panel, span, "share of the contrast" if row == len(found) else None)
+        number_axis(panel, span, "share of the contrast" if panel.row == len(found) else None)
         _name_rows(panel, [(f"<b>{each.unit.kind}</b>", each.unit) for each in scores])
         rule(panel, x=1, below=True, dash="dot")
         beside(panel, "<b>AUROC</b>; below it the<br><b>margin</b> over random", [_auroc(each) for each in scores])
@@ -150,14 +148,13 @@ def needed(record: FeatureRecord) -> Figure:
     titles = ["<b>{}</b> in {}<br>{} put into {}".format(t.concept, SIDES[t.checkpoint], *_sides(t)) for t in tables]
     spacing = 0.22 / len(tables) if len(tables) > 1 else 0
     margin = {"l": 96, "r": 76, "t": 90, "b": 56}
-    figure = panels((1, len(tables)), titles, 50 * len(kinds) + 150, margin, horizontal_spacing=spacing)
-    titles_at_left(figure, len(tables))
+    more = {"at_left": True, "horizontal_spacing": spacing}
+    figure, panes = panels((1, len(tables)), titles, 50 * len(kinds) + 150, margin, **more)
     scores = [{score.unit.kind: score for score in table.scores} for table in tables]
     sets = [{each.kind: each for each in table.several if each.patch.measured} for table in tables]
     every = [each for found in (*scores, *sets) for each in found.values()]
     span = reach([value for each in every for value in (each.patch, *each.random)], **_SHARES)
-    for column, (one, many) in enumerate(zip(scores, sets, strict=True), start=1):
-        panel = Panel(figure, 1, column)
+    for panel, one, many in zip(panes, scores, sets, strict=True):
         random = [(many.get(kind) or one[kind]).random if kind in one else () for kind in kinds]
         _controls(panel, random, "controls", 0.24)
         _one_and_many(panel, kinds, one, many, span)
@@ -255,8 +252,7 @@ def clamping(record: FeatureRecord, repair: RepairRecord | None = None) -> Figur
     titles = [f"<b>gap closed</b> under cue {harmed}", f"<b>change of accuracy</b> under cue {trained}"]
     margin = {"l": _left([str(each.what) for each in lines]), "r": 206, "t": 100, "b": 56}
     spacing = {"horizontal_spacing": 0.03, "column_widths": [0.6, 0.4]}
-    figure = panels((1, 2), titles, 46 * len(lines) + 166, margin, **spacing)
-    gap, change = Panel(figure, 1, 1), Panel(figure, 1, 2)
+    figure, (gap, change) = panels((1, 2), titles, 46 * len(lines) + 166, margin, **spacing)
     _controls(gap, [each.random for each in lines], "controls, clamped", 0.0)
     sets = [(y + 0.2, each.several) for y, each in enumerate(lines) if each.several is not None]
     gaps = [(y, each, each.gap_closed) for y, each in sets]

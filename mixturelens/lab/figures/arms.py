@@ -25,9 +25,8 @@ def arms(found: Mapping[str, Arms], unit: str = "probability") -> Figure:
     A panel whose numbers all lie within 0 and 1 shows all of that range.
     """
     titles = {"column_titles": [_lines(name) for name in found]}
-    figure = panels((1, len(found)), [], 400, {"t": 80}, **titles)
-    for column, (quantity, by_arm) in enumerate(found.items(), start=1):
-        panel = Panel(figure, 1, column)
+    figure, panes = panels((1, len(found)), [], 400, {"t": 80}, **titles)
+    for panel, (quantity, by_arm) in zip(panes, found.items(), strict=False):
         _seeds(panel, quantity, by_arm)
         _means(panel, quantity, by_arm)
         across(panel, [label(name) for name in by_arm], tickangle=-35, showgrid=None)

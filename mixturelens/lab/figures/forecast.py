@@ -37,27 +37,25 @@ def forecast(record: ForecastRecord) -> Figure:
     count = len(record.off) + 1
     titles = [*(f"cue {label(cue)}, without a clock" for cue in record.off), "step by step"]
     margin, spacing = {"t": 40, "b": 160}, 0.2 / count
-    figure = panels((1, count), [], 540, margin, column_titles=titles, horizontal_spacing=spacing)
+    figure, (*panes, last_panel) = panels((1, count), [], 540, margin, column_titles=titles, horizontal_spacing=spacing)
     figure.update_layout(legend={"y": 0, "yanchor": "bottom"})
     points = record.happened.points if record.happened else ()
     on = [point.accuracy[record.trained_cue] for point in points]
-    for column, (cue, curves) in enumerate(record.off.items(), start=1):
-        panel = Panel(figure, 1, column)
+    for panel, (cue, curves) in zip(panes, record.off.items(), strict=True):
         _band(panel, record.on, curves.forecast)
         for name in _LINES:
-            _answer(panel, record.on, _values(curves, name), name, showlegend=column == 1)
+            _answer(panel, record.on, _values(curves, name), name, showlegend=panel.first)
         hover = [f"step {point.step}" for point in points]
         look = {"color": cue_colour(cue, record.cues), "symbol": "circle"}
         _measured(panel, on, [point.accuracy[cue] for point in points], hover, look, name=f"measured, cue {label(cue)}")
         title = f"accuracy under cue {label(record.trained_cue)}, trained (probability)"
         figure.update_xaxes(title_text=title, **panel.at)
         figure.update_yaxes(title_text=f"accuracy under cue {label(cue)}<br>(probability)", **panel.at)
-    panel = Panel(figure, 1, count)
     for i in range(len(record.cues)):
-        _by_step(panel, record, i)
+        _by_step(last_panel, record, i)
     last = max([point.step for point in points], default=len(record.on))
-    figure.update_xaxes(title_text="GRPO step", range=[-0.02 * last, 1.3 * last], **panel.at)
-    figure.update_yaxes(title_text="accuracy (probability)", **panel.at)
+    figure.update_xaxes(title_text="GRPO step", range=[-0.02 * last, 1.3 * last], **last_panel.at)
+    figure.update_yaxes(title_text="accuracy (probability)", **last_panel.at)
     figure.update_yaxes(range=[-0.04, 1.04])
     return figure
 
@@ -88,7 +86,7 @@ def drifts(columns: Mapping[str, Sequence[ForecastRecord]], cue: str) -> Figure:
     """
     spacing = {"vertical_spacing": 0.09, "horizontal_spacing": 0.13 / len(columns)}
     shared = {"shared_xaxes": True, "shared_yaxes": True, "column_titles": list(columns)}
-    figure = panels((2, len(columns)), [], 680, {"t": 34, "b": 110, "l": 90}, **spacing, **shared)
+    figure, _ = panels((2, len(columns)), [], 680, {"t": 34, "b": 110, "l": 90}, **spacing, **shared)
     figure.update_layout(legend={"y": 0, "yanchor": "bottom"})
     for column, records in enumerate(columns.values(), start=1):
         for row in (1, 2):

@@ -58,18 +58,18 @@ def confusion(halves: Sequence[Verdicts]) -> Figure:
     Colours are shares of a row; a row without pairs has dashes. Counts have no intervals.
     """
     titles = [f"<b>{sums.half} half</b>: {_pairs(sums.pairs)}" for sums in halves]
-    figure = panels((1, len(halves)), titles, 370, {"l": 130, "t": 92, "b": 20}, horizontal_spacing=0.14)
+    margin, more = {"l": 130, "t": 92, "b": 20}, {"horizontal_spacing": 0.14}
+    figure, panes = panels((1, len(halves)), titles, 370, margin, **more)
     figure.update_layout(showlegend=False)
     # ticks at the top stand between the panel and its title
     figure.update_annotations(yshift=32)
-    for column, sums in enumerate(halves, start=1):
-        panel = Panel(figure, 1, column)
+    for panel, sums in zip(panes, halves, strict=False):
         heat(panel, [_confused(sums, truth) for truth in WORDS], 15, xgap=3, ygap=3, showscale=False, **scale(0, 1))
         for place in range(len(WORDS)):
             outline(panel, place, place, (0.48, 0.47), 1.5)
         across(panel, WORDS, tickfont={"size": 12}, tickangle=0, side="top", zeroline=False)
         down = {"range": [len(WORDS) - 0.5, -0.5], "showticklabels": True}
-        row_axis(panel, WORDS, title_text="true" if column == 1 else None, **down)
+        row_axis(panel, WORDS, title_text="true" if panel.first else None, **down)
     return figure
 
 
@@ -107,15 +107,14 @@ def shares(record: ScoreRecord) -> Figure:
     Lines are thresholds; shaded truths are near misses.
     """
     titles = ["routing share", "what moved", "text"]
-    figure = panels((1, 3), titles, 500, {"t": 96}, horizontal_spacing=0.08)
+    figure, panes = panels((1, 3), titles, 500, {"t": 96}, horizontal_spacing=0.08)
     figure.update_layout(legend={"itemsizing": "constant"})
     told = [each for each in record.pairs if not untold(each)]
     wrong = {each.pair for each in record.mistakes if each.instrument == "behavioural"}
     found = [end for each in told for end in (each.true_moved, each.moved.high, each.true_text, each.text.high)]
     most = max([0.1, *(end for end in found if end is not None)])
-    for column, of in enumerate(_against(told, record.thresholds), start=1):
-        panel = Panel(figure, 1, column)
-        both = [0.0, 1.0] if column == 1 else [LEAST, most]
+    for column, (panel, of) in enumerate(zip(panes, _against(told, record.thresholds), strict=True), start=1):
+        both = [0.0, 1.0] if panel.first else [LEAST, most]
         alike = {"mode": "lines", "line": {"color": "#BBBBBB", "width": 1}, "showlegend": False}
         points(panel, both, both, None, **alike)
         for word in _LOOKS:
@@ -218,9 +217,9 @@ def coverage(found: Sequence[Coverage]) -> Figure:
     names, quantities = (list(dict.fromkeys(getattr(each, key) for each in found)) for key in ("pair", "quantity"))
     titles = [label(quantity.replace("_", " ")) for quantity in quantities]
     spacing = {"shared_yaxes": True, "horizontal_spacing": 0.012}
-    figure = panels((1, len(quantities)), titles, 30 * max(len(names), 1) + 140, {"l": 275, "t": 84}, **spacing)
-    for column, quantity in enumerate(quantities, start=1):
-        panel = Panel(figure, 1, column)
+    height = 30 * max(len(names), 1) + 140
+    figure, panes = panels((1, len(quantities)), titles, height, {"l": 275, "t": 84}, **spacing)
+    for panel, quantity in zip(panes, quantities, strict=False):
         for name, colour, symbol in _CASES:
             drawn = [each for each in found if each.quantity == quantity and _case(each) == name]
             marker = {"color": colour, "symbol": symbol, "size": 9}
@@ -281,7 +280,7 @@ def methods(found: Sequence[MethodScore]) -> Figure:
     spacing = {"horizontal_spacing": 0.014, "vertical_spacing": 92 / inner if len(rows) > 1 else 0}
     titles = [*METRICS.values()] * max(len(rows), 1)
     size, margin = (len(rows), len(METRICS)), {"l": 205, "t": 40, "b": 36}
-    figure = panels(size, titles, inner + 76, margin, row_heights=heights or None, **spacing)
+    figure, _ = panels(size, titles, inner + 76, margin, row_heights=heights or None, **spacing)
     figure.update_layout(showlegend=False)
     seconds = [each.seconds for each in found if each.seconds > 0]
     for i, (kind, scores) in enumerate(rows.items(), start=1):

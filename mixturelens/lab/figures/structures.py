@@ -93,7 +93,7 @@ def schedule(records: Mapping[str, StructureRecord]) -> Figure:
     spacing = {"horizontal_spacing": 0.03, "vertical_spacing": 0.12 / len(records)}
     shared = {"shared_xaxes": True, "shared_yaxes": True}
     size, height = (len(records), len(cues)), 130 + 170 * len(records)
-    figure = panels(size, [], height, {"t": 84}, **titles, **spacing, **shared)
+    figure, _ = panels(size, [], height, {"t": 84}, **titles, **spacing, **shared)
     for row, record in enumerate(records.values(), start=1):
         ends = [0]
         for point in record.checkpoints[1:]:

@@ -79,10 +79,10 @@ def heat_maps(maps: Sequence[NumberMap | WordMap], across: Axis, up: Axis) -> Fi
     longest = max((len(value) for value in up.values), default=0)
     margin = {"l": 44 + 7 * min(longest, 20), "r": 12, "t": 40, "b": 62}
     spacing = {"horizontal_spacing": 0.03 if columns > 1 else 0, "vertical_spacing": gap}
-    figure = panels((rows, columns), [label(each.title, 40) for each in maps], inner + 102, margin, **spacing)
+    titles = [label(each.title, 40) for each in maps]
+    figure, panes = panels((rows, columns), titles, inner + 102, margin, **spacing)
     figure.update_layout(plot_bgcolor=EMPTY)
-    for i, each in enumerate(maps):
-        panel = Panel(figure, i // columns + 1, i % columns + 1)
+    for panel, each in zip(panes, maps, strict=False):
         said = [[_where(across, x) + _where(up, y) for x in across.values] for y in up.values]
         draw = _draw_numbers if isinstance(each, NumberMap) else _draw_words
         draw(panel, each, said, wide <= WIDE)  # pyright: ignore[reportArgumentType]
