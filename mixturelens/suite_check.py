@@ -121,12 +121,8 @@ def _rows(path: Path) -> tuple[list[PromptRow], list[int], list[Problem]]:
 
 def _line(lines: Mapping[tuple[str, ...], int], where: str) -> int | None:
     """The line of a key, or of the nearest one that leads to it. A name may itself hold dots."""
-    best = max((at for at in lines if _leads(at, where)), key=len, default=None)
+    best = max((at for at in lines if f"{where}.".startswith(".".join(at) + ".")), key=len, default=None)
     return None if best is None else lines[best]
-
-
-def _leads(at: tuple[str, ...], where: str) -> bool:
-    return where == ".".join(at) or where.startswith(".".join(at) + ".")
 
 
 def _key(said: str) -> str:

@@ -79,7 +79,13 @@ def read_prompts(path: Path, *, chat: bool = False, max_new_tokens: int = 64, sa
         if not isinstance(data, dict):
             raise InputError(f"{where}: a prompt is an object with `id`, and `prompt` or `messages`")
         rows.append(_row(data, times, where))
-        fields.append(tuple((name, str(value)) for name, value in data.items() if _field(name, value)))
+        fields.append(
+            tuple(
+                (name, str(value))
+                for name, value in data.items()
+                if name not in KNOWN and isinstance(value, (str, int, float, bool))
+            )
+        )
         answered.append((where, "answer" in data))
     if not rows:
         raise InputError(f"{path}: holds no prompts")
@@ -112,7 +118,3 @@ def _row(data: Mapping[str, Any], times: Counter[str], where: str) -> PromptRow:
         return PromptRow(id=str(name), cue=str(times[str(name)]), answer=data.get("answer", ANY), **kept)
     except ValidationError as error:
         raise InputError(f"{where}: {first_problem(error)}") from None
-
-
-def _field(name: str, value: object) -> bool:
-    return name not in KNOWN and isinstance(value, (str, int, float, bool))

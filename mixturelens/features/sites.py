@@ -7,7 +7,7 @@ from mixturelens.features.effort import share_of
 from mixturelens.features.record import Concept
 from mixturelens.features.splice import Crossing, whole
 from mixturelens.hooks.lens import Lens
-from mixturelens.patching.record import PatchingRecord, Sweep
+from mixturelens.patching.record import PatchingRecord
 from mixturelens.suite import Suite
 from mixturelens.types import Component, InputError, Side, Site
 
@@ -48,7 +48,7 @@ def named_site(patching: PatchingRecord, concept: Concept) -> Site:
         for each in sweep.effects
         if each.site.component in outputs
         and each.effect.value is not None
-        and each.site.position not in _differing(sweep)
+        and each.site.position not in (sweep.kind, *sweep.spans.get(sweep.kind, ()))  # where the prompts differ
         and (each.site.layer, each.site.component) != (0, "resid_pre")  # the tokens themselves
     ]
     streams = [(site, value) for site, value in found if site.component == "resid_pre" and value >= CARRIES]
@@ -60,11 +60,6 @@ def named_site(patching: PatchingRecord, concept: Concept) -> Site:
         best = f"{site} carries most, {value:.2f} of it," if site is not None else "no share could be measured,"
         raise InputError(f"no one site carries the {kind} contrast: {best} and {NAMED} is needed")
     return site
-
-
-def _differing(sweep: Sweep) -> set[str | int]:
-    """Positions at which the two prompts themselves differ."""
-    return {str(sweep.kind), *sweep.spans.get(sweep.kind, ())}
 
 
 def arrived_at(before: Lens, after: Lens, suite: Suite, seed: int = 0, share: float = 1.0) -> Site:

@@ -30,10 +30,10 @@ def evidence(mechanism: Mechanism) -> Figure:
     for about, colour, symbol in (("selector", ROUTER, "circle"), ("specialists", SPECIALIST, "square")):
         found = [(y, name, line) for y, (name, line) in enumerate(rows) if line.about == about]
         if found:
-            marks = [
-                Mark(y, line.effect, f"{label(name, 60)}: {number(line.effect)} bits<br>{_wrapped(line.what)}")
-                for y, name, line in found
-            ]
+            marks = []
+            for y, name, line in found:  # hover texts do not break by themselves
+                what = "<br>".join(label(text, 60) for text in textwrap.wrap(line.what, 60))
+                marks.append(Mark(y, line.effect, f"{label(name, 60)}: {number(line.effect)} bits<br>{what}"))
             marker = {"color": colour, "symbol": symbol, "size": 12}
             dots(panel, marks, whisker=(2, 6), marker=marker, name=about)
     split = sum(line.about == "selector" for _, line in rows)
@@ -48,8 +48,3 @@ def evidence(mechanism: Mechanism) -> Figure:
 
 def _says(line: Line) -> str:
     return "cannot say" if line.changed is None else "changed" if line.changed else "unchanged"
-
-
-def _wrapped(text: str, width: int = 60) -> str:
-    """A sentence on as many lines as it needs: hover texts do not break by themselves."""
-    return "<br>".join(label(line, width) for line in textwrap.wrap(text, width))

@@ -105,7 +105,8 @@ def graft_record(
     suite, tokenizer = pair.suite, pair.tokenizer
     rows = some_questions(suite.neutral)
     prompts = prepare(suite, rows, tokenizer)
-    planned, needed_here = plan(pair, prompts, components_about(pair), settings.exhaustive)
+    about = 3 * size_of(pair).layers + 3  # components: three a layer, and what is before and behind
+    planned, needed_here = plan(pair, prompts, about, settings.exhaustive)
     say(announced("grafts", needed_here))
     check_memory(pair, needed_here, "grafts")
     s, r = (pair.model(side) for side in pair.sides)
@@ -218,11 +219,6 @@ def graft_record(
         null=noise,
         missing=(*missing, *too_few("grafts", len(cells.grid.index), *([factorial.questions] if factorial else ()))),
     )
-
-
-def components_about(pair: Pair) -> int:
-    """About how many components the models have, from their config: three a layer, and what is before and behind."""
-    return 3 * size_of(pair).layers + 3
 
 
 def _few(trial: GraftTrial, questions: int) -> GraftTrial:

@@ -93,7 +93,7 @@ def featured(
         [_quality(sae, side) for sae in record.saes for side in _SIDES if side in sae.quality],
         groups,
         [_scored(table, score) for table in record.tables for score in table.scores],
-        _cards(record.cards, number_of),
+        [_card(*each) for each in zip(record.cards, anchors(record.cards, number_of), strict=True)],
         record.missing,
     )
 
@@ -234,24 +234,15 @@ def crosscoders(records: Mapping[str, of.FeatureRecord], pictures: Pictures) -> 
 # --- cards ------------------------------------------------------------------------------------------------------------
 
 
-def _cards(cards: Sequence[of.Card], number_of: int) -> list[_Card]:
-    """Every card under an anchor of its own."""
-    return [_card(card, anchor) for card, anchor in zip(cards, anchors(cards, number_of), strict=True)]
-
-
 def anchors(cards: Sequence[of.Card], number_of: int) -> list[str]:
     """Addresses of a pair's cards on the page; `number_of` as for `featured`."""
     found: list[str] = []
     for card in cards:
-        anchor = f"feature-{number_of}-{_slug(str(card.unit).replace(' feature', ''))}"
+        slug = re.sub(r"[^A-Za-z0-9_]+", "-", str(card.unit).replace(" feature", "")).strip("-")
+        anchor = f"feature-{number_of}-{slug}"
         taken = sum(each == anchor or each.startswith(f"{anchor}--") for each in found)
         found.append(f"{anchor}--{taken + 1}" if taken else anchor)
     return found
-
-
-def _slug(text: str) -> str:
-    """For an address on the page: letters, digits, `_` and single `-`."""
-    return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")
 
 
 def _card(card: of.Card, anchor: str) -> _Card:

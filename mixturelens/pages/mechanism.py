@@ -102,7 +102,8 @@ def where(found: Findings, number_of: int, pictures: Pictures) -> Where:
     unmapped = () if circuits is None else tuple(f"circuit of the {why}" for why in circuits.missing)
     groups, pictures = [], pictures.about((*missing, *unmapped))
     if record is not None:
-        groups += [_maps(record, kind, pictures) for kind in ("cue", "hint", "checkpoint") if _sweeps(record, kind)]
+        kinds = {sweep.kind for sweep in record.sweeps}
+        groups += [_maps(record, kind, pictures) for kind in ("cue", "hint", "checkpoint") if kind in kinds]
         if record.attention:
             groups.append(_attention(record, cues, pictures))
     if circuits is not None and circuits.circuits:
@@ -115,10 +116,6 @@ def _alike(overlap: Overlap) -> _Alike:
     names = {"before": "S", "after": "R"}
     both = " and ".join(names.get(side, side) for side in (overlap.left, overlap.right))
     return _Alike(overlap.kind, both, str(overlap.size), number(overlap.jaccard), show(overlap.chance))
-
-
-def _sweeps(record: PatchingRecord, kind: Kind) -> bool:
-    return any(sweep.kind == kind for sweep in record.sweeps)
 
 
 _TITLES: Mapping[Kind, str] = {

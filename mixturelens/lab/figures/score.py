@@ -247,13 +247,10 @@ def _held(panel: Panel, drawn: Sequence[Coverage], rows: Sequence[str], off: boo
             f"mean width {number(each.width, 4)}"
         )
         marks.append(Mark(rows.index(each.pair), Interval(value=_LEFT) if off else value, said))
-    text = [_bold(number(each.held, 2), not each.boundary) if off else "" for each in drawn]
+    shown = [(number(each.held, 2), each.boundary) for each in drawn]
+    text = ["" if not off else held if boundary else f"<b>{held}</b>" for held, boundary in shown]
     look = {"mode": "markers+text", "text": text, "textposition": "middle right", "marker": marker, "showlegend": False}
     dots(panel, marks, whisker=(1.5, 3, None), **look)
-
-
-def _bold(text: str, so: bool) -> str:
-    return f"<b>{text}</b>" if so else text
 
 
 def _case(each: Coverage) -> str:

@@ -55,7 +55,9 @@ def write_score(path: Path, record: ScoreRecord) -> Path:
         "mistakes": _mistakes(record),
         "broken_head": ("instrument", "what was broken", "sound", "broken", "caught"),
         "broken_by": "; ".join(dict.fromkeys(each.by for each in record.broken)),
-        "broken": [(b.name, b.what, show(b.sound, 2), show(b.broken, 2), _yes(b.caught)) for b in record.broken],
+        "broken": [
+            (b.name, b.what, show(b.sound, 2), show(b.broken, 2), "yes" if b.caught else "NO") for b in record.broken
+        ],
         "thresholds": [(name, f"{value:g}") for name, value in record.thresholds.model_dump().items()],
         "seconds": [(name, show(value, 1)) for name, value in record.seconds.items()],
         "parts_head": ("what changed", "half", "pairs", "right", "wrong", "cannot tell"),
@@ -286,10 +288,6 @@ def _mistakes(record: ScoreRecord) -> list[tuple[Cell, ...]]:
 def _beside(true: float | None, measured: Interval, digits: int) -> tuple[str, str]:
     value, spread = number(measured, digits)
     return f"{show(true, digits)} → {value}", spread
-
-
-def _yes(so: bool) -> str:
-    return "yes" if so else "NO"
 
 
 # --- for the docs -----------------------------------------------------------------------------------------------------

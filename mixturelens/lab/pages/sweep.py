@@ -76,14 +76,14 @@ def answer(swept: Swept) -> list[str]:
 
 def columns(table: pd.DataFrame) -> dict[str, tuple[str, float | None, float | None]]:
     """The columns of the table that are drawn: title, and the ends of the colours."""
-    cues = [name.split(".", 1)[1].removesuffix(".after") for name in table.columns if _accuracy_after(name)]
+    cues = [
+        name.split(".", 1)[1].removesuffix(".after")
+        for name in table.columns
+        if name.startswith("accuracy.") and name.endswith(".after")
+    ]
     accuracies: dict[str, tuple[str, float | None, float | None]]
     accuracies = {f"accuracy.{cue}.after": (f"accuracy under {cue}", 0.0, 1.0) for cue in cues}
     return accuracies | {column: look for column, look in MAPPED.items() if column in table.columns}
-
-
-def _accuracy_after(column: str) -> bool:
-    return column.startswith("accuracy.") and column.endswith(".after")
 
 
 def _trained(of: pd.DataFrame) -> str:

@@ -69,12 +69,6 @@ class PromptTruth:
 # --- divergence -------------------------------------------------------------------------------------------------------
 
 
-def _half(p: np.ndarray, middle: np.ndarray) -> np.ndarray:
-    """p log2(p / middle) / 2, where 0 log 0 is 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(p > 0, p * np.log2(p / middle), 0.0) / 2
-
-
 def divergence(sides: Float[np.ndarray, "2 *batch k"]) -> Float[np.ndarray, "*batch"]:
     """Jensen-Shannon divergence in bits along the last axis: how well one draw tells S from R.
 
@@ -82,7 +76,9 @@ def divergence(sides: Float[np.ndarray, "2 *batch k"]) -> Float[np.ndarray, "*ba
     1.0
     """
     middle = sides.mean(0)
-    return _half(sides, middle).sum((0, -1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(sides > 0, sides * np.log2(sides / middle), 0.0) / 2  # 0 log 0 is 0
+    return terms.sum((0, -1))
 
 
 def divergence_within(sides: Float[np.ndarray, "2 *batch group k"]) -> Float[np.ndarray, "*batch"]:
