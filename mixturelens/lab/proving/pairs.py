@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mixturelens.files import read_json, read_text
+from mixturelens.grafting.graft import save_with
 from mixturelens.lab.organism import Spec, build_model, build_tokenizer, questions
 from mixturelens.lab.proving.asked import TRAINED_CUE, longest_literal, suite_of
 from mixturelens.lab.proving.exhaustive import Asking, prompt_truth
@@ -37,7 +38,7 @@ from mixturelens.lab.proving.recipes import BY_NAME, RECIPES, Recipe, made_of, s
 from mixturelens.lab.proving.truth import LEAST, SHARES, PromptTruth, Truth, truth_of, word
 from mixturelens.lab.tasks import Question
 from mixturelens.models import Pair, load_model, load_tokenizer
-from mixturelens.records import new_folder, write_text
+from mixturelens.records import write_text
 from mixturelens.suite import Suite, load_suite
 from mixturelens.types import InputError, RunError
 
@@ -257,7 +258,7 @@ def make_organism(organism: Organism, ground: Path) -> Path:
     tokenizer = organism.tokenizer()
     model = build_model(spec, tokenizer)
     _train(organism, model, tokenizer, target_of(spec), steps=_steps(organism), seed=spec.seed)
-    _save(model, tokenizer, folder / "checkpoints/sft")
+    save_with(model, {}, tokenizer, folder / "checkpoints/sft")
     return folder
 
 
@@ -295,7 +296,7 @@ def make_pair(cell: GroundCell, ground: Path) -> Made:
     if recipe.before is not None and not before.exists():
         model = load_model(checkpoints / "sft")
         _train(organism, model, tokenizer, recipe.before(spec), steps=PREPARED, rate=PREPARED_RATE, seed=spec.seed + 1)
-        _save(model, tokenizer, before)
+        save_with(model, {}, tokenizer, before)
     if not after.exists():
         MAKERS[recipe.way](organism, recipe, folder, before, after)
     suite = folder / (f"suite-{cell.asked}.yaml" if cell.tokens else "suite.yaml")
@@ -391,17 +392,11 @@ def _train(
     fit(model, rows, Fitting(steps, rate, seed, names))
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    with new_folder(path) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
 def _fitted(organism: Organism, recipe: Recipe, folder: Path, before: Path, after: Path) -> None:
     model, tokenizer, seed = load_model(before), load_tokenizer(before), organism.seed + 2
     target = recipe.after(organism.spec)
     _train(organism, model, tokenizer, target, steps=recipe.steps, rate=recipe.rate, seed=seed, only=recipe.trainable)
-    _save(model, tokenizer, after)
+    save_with(model, {}, tokenizer, after)
 
 
 def _grpo(organism: Organism, recipe: Recipe, folder: Path, before: Path, after: Path) -> None:
@@ -414,11 +409,11 @@ def _in_other_order(organism: Organism, recipe: Recipe, folder: Path, before: Pa
     spec, tokenizer = organism.spec, organism.tokenizer()
     model = build_model(spec, tokenizer)
     _train(organism, model, tokenizer, target_of(spec), steps=_steps(organism), seed=spec.seed + 1000)
-    _save(model, tokenizer, after)
+    save_with(model, {}, tokenizer, after)
 
 
 def _same(organism: Organism, recipe: Recipe, folder: Path, before: Path, after: Path) -> None:
-    _save(load_model(before), load_tokenizer(before), after)
+    save_with(load_model(before), {}, load_tokenizer(before), after)
 
 
 def _noise(organism: Organism, recipe: Recipe, folder: Path, before: Path, after: Path) -> None:
@@ -433,7 +428,7 @@ def _noise(organism: Organism, recipe: Recipe, folder: Path, before: Path, after
         for own, other in zip(model.parameters(), moved.parameters(), strict=True):
             random = torch.randn(own.shape, generator=generator)
             own += random * (other - own).norm() / random.norm()
-    _save(model, tokenizer, after)
+    save_with(model, {}, tokenizer, after)
 
 
 MAKERS: dict[str, Callable[[Organism, Recipe, Path, Path, Path], None]] = {

@@ -21,6 +21,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from mixturelens.grafting.graft import save_with
 from mixturelens.hooks.lens import load_lens
 from mixturelens.hooks.weights import lens_components
 from mixturelens.lab.organism import (
@@ -317,16 +318,10 @@ def grow(planted: Planted, folder: Path, *, steps: int = STEPS) -> None:
     with new_folder(folder) as temporary:
         write_text(temporary / "spec.json", spec.model_dump_json(indent=1) + "\n")
         build_suite(spec).save(temporary / "suite.yaml")
-        _save(model, tokenizer, temporary / "checkpoints" / "sft")
+        save_with(model, {}, tokenizer, temporary / "checkpoints" / "sft")
         _change(model, lens_components(load_lens(temporary / "checkpoints" / "sft"))[planted.changed], spec, tokenizer)
-        _save(model, tokenizer, temporary / "checkpoints" / "rl-A")
+        save_with(model, {}, tokenizer, temporary / "checkpoints" / "rl-A")
         planted.save(temporary / "planted.json")
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    with new_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
 
 
 Step = Callable[[Any, int], None]
