@@ -24,7 +24,7 @@ _ROWS = 12
 R = TypeVar("R", bound=Record)
 
 
-class Asked(NamedTuple):
+class Export(NamedTuple):
     """What to show and to write."""
 
     files: Sequence[Path]
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
     side: Literal["before", "after"]
 
 
-class Found(NamedTuple):
+class PairCircuits(NamedTuple):
     """A pair's circuits, and what else its folder holds."""
 
     record: CircuitRecord
@@ -45,7 +45,7 @@ class Found(NamedTuple):
         return ml.circuit_view(self.record, kind, patching=self.patching, features=self.features)
 
 
-def asked(files: Sequence[Path], kind: str | None, edges: int, side: str) -> Asked:
+def asked(files: Sequence[Path], kind: str | None, edges: int, side: str) -> Export:
     """The options, checked before anything is measured. Raises InputError."""
     from mixturelens.pages.circuit import check_export
 
@@ -57,10 +57,10 @@ def asked(files: Sequence[Path], kind: str | None, edges: int, side: str) -> Ask
         raise InputError(f"--edges {edges}: one or more")
     for file in files:
         check_export(file)
-    return Asked(files, cast(Any, kind), edges, cast(Any, side))
+    return Export(files, cast(Any, kind), edges, cast(Any, side))
 
 
-def circuits_given(given: Given, options: Mapping[str, Any]) -> dict[str, Found]:
+def circuits_given(given: Given, options: Mapping[str, Any]) -> dict[str, PairCircuits]:
     """Name of a pair -> its circuits: measured where they are not there; of a folder without a spec, from its records
     alone.
     """
@@ -68,8 +68,8 @@ def circuits_given(given: Given, options: Mapping[str, Any]) -> dict[str, Found]
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.routing.circuit import CircuitRecord
 
-    def found(record: CircuitRecord, folder: Path) -> Found:
-        return Found(record, _beside(PatchingRecord, folder, record), _beside(FeatureRecord, folder, record))
+    def found(record: CircuitRecord, folder: Path) -> PairCircuits:
+        return PairCircuits(record, _beside(PatchingRecord, folder, record), _beside(FeatureRecord, folder, record))
 
     if given.run is not None and not (given.run / "spec.json").is_file():
         files = sorted(given.run.glob("records/*/circuit.json"))
@@ -87,7 +87,7 @@ def _beside(kind: type[R], folder: Path, record: CircuitRecord) -> R | None:
     return there if there is not None and there.provenance.measures_as(record.provenance) else None
 
 
-def export_circuits(found: Mapping[str, Found], wanted: Asked) -> list[Path]:
+def export_circuits(found: Mapping[str, PairCircuits], wanted: Export) -> list[Path]:
     """Write each file; of several pairs each its own, with the pair's name in the file's."""
     written = []
     for name, each in found.items() if wanted.files else ():
@@ -99,7 +99,7 @@ def export_circuits(found: Mapping[str, Found], wanted: Asked) -> list[Path]:
     return written
 
 
-def show_circuits(found: Mapping[str, Found], wanted: Asked, written: Sequence[Path]) -> None:
+def show_circuits(found: Mapping[str, PairCircuits], wanted: Export, written: Sequence[Path]) -> None:
     """The strongest edges of each pair, S beside R, and what was written."""
     from mixturelens.figures import DASH, SIDES, show_interval
 

@@ -237,24 +237,17 @@ def unit_effects(
 
 
 def joint_effects(
-    scene: Scene,
-    dictionary: Dictionary,
-    groups: Sequence[Sequence[int]],
-    do: Do = "patch",
-    to: Float[Tensor, " unit"] | None = None,
+    scene: Scene, dictionary: Dictionary, groups: Sequence[Sequence[int]]
 ) -> Float[np.ndarray, "group question"]:
-    """Nats by which the units of each group move the metric of each question together, as `unit_effects` of one alone:
-    a concept may need one feature on and another off.
-
-    Raises InputError as `unit_effects` does.
+    """Nats by which the units of each group, patched together, move the metric of each question, as `unit_effects` of
+    one alone: a concept may need one feature on and another off. Raises InputError as `unit_effects` does.
     """
-    rows = torch.arange(len(scene), device=scene.corrupt.own.device)
+    ((_, run, change),) = _changes(scene, dictionary, "patch", None)
+    rows = torch.arange(len(scene), device=run.own.device)
     result = torch.zeros(len(groups), len(scene), device=rows.device)
-    for sign, run, change in _changes(scene, dictionary, do, to):
-        for number, group in enumerate(groups):
-            units = torch.tensor(list(group), dtype=torch.long, device=rows.device)
-            values = run.values + change[..., units] @ dictionary.write[units]
-            result[number] += sign * (run.with_values(values, rows) - run.own)
+    for number, group in enumerate(groups):
+        units = torch.tensor(list(group), dtype=torch.long, device=rows.device)
+        result[number] = run.with_values(run.values + change[..., units] @ dictionary.write[units], rows) - run.own
     return _numpy(result)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -56,7 +57,7 @@ from mixturelens.types import InputError, Side, Site
 from mixturelens.unfinished import attempt
 
 Say = Callable[[str], None]
-T = TypeVar("T")
+A, T = TypeVar("A"), TypeVar("T")
 
 WIDTH = 2
 """Features an SAE has for each dimension of its site."""
@@ -268,6 +269,11 @@ class _Study:
             self.say(what)
         return attempt(what, work, self.missing)
 
+    def every(self, things: Iterable[A], what: Callable[[A], str], work: Callable[[A], T]) -> list[T]:
+        """The work on each thing, but for those that this pair does not allow."""
+        found = [self.attempt(what(thing), functools.partial(work, thing)) for thing in things]
+        return [each for each in found if each is not None]
+
     @property
     def share(self) -> float:
         return self.plan.share
@@ -343,14 +349,11 @@ class _Study:
             return judge(each.at, each.dictionary, False).model_copy(update=update)
 
         given = {each.at: each for each in saved}
-        made = [
-            self.attempt(
-                f"SAE of L{place[0]}.{place[1]}",
-                lambda place=place: take(given[place]) if place in given else train(place),
-            )
-            for place in places
-        ]
-        return [each for each in made if each is not None]
+
+        def make(place: At) -> Sae:
+            return take(given[place]) if place in given else train(place)
+
+        return self.every(places, lambda place: f"SAE of L{place[0]}.{place[1]}", make)
 
     def tables(
         self,
@@ -385,43 +388,31 @@ class _Study:
             trial = make_trial(lens, contrasts, site, before, settings)
             return find_table(concept, trial, self.dictionaries[_place(site)], subspace, self.missing)
 
-        found = [
-            self.attempt(f"units that carry the {concept}", lambda concept=concept: table(concept))
-            for concept, site in sites.items()
-            if _place(site) in self.dictionaries
-        ]
-        return [each for each in found if each is not None]
+        known = [concept for concept, site in sites.items() if _place(site) in self.dictionaries]
+        return self.every(known, lambda concept: f"units that carry the {concept}", table)
 
     def changes(self, places: Sequence[At]) -> list[SiteChange]:
         """What RL changed of the features of these places."""
-        found = [
-            self.attempt(
-                f"features of L{place[0]}.{place[1]} that RL changed",
-                lambda place=place: site_change(
-                    Crossing(self.s, self.r, place), self.dictionaries[place], self.suite, self.seed, self.share
-                ),
-            )
-            for place in dict.fromkeys(places)
-            if place in self.dictionaries
-        ]
-        return [each for each in found if each is not None]
+
+        def change(place: At) -> SiteChange:
+            crossing = Crossing(self.s, self.r, place)
+            return site_change(crossing, self.dictionaries[place], self.suite, self.seed, self.share)
+
+        known = [place for place in dict.fromkeys(places) if place in self.dictionaries]
+        return self.every(known, lambda place: f"features of L{place[0]}.{place[1]} that RL changed", change)
 
     def crosscoders(self, at: At) -> list[CrosscoderFit]:
         """Crosscoders over S and R at one place."""
         questions = share_of(exclusive.QUESTIONS, self.share, 8)
         judging = half_prompts(self.suite, self.s.tokenizer, 1, questions)
         splices = Splices(Crossing(self.r, self.s, at), judging, self.seed)
-        found = [
-            self.attempt(
-                f"crosscoder {number + 1} of {SEEDS} at L{at[0]}.{at[1]}",
-                lambda number=number: fit_crosscoder(
-                    self.taught[at], self.seen[at], splices, self.seed + number, self.share
-                ),
-            )
-            for number in range(SEEDS)
-        ]
+        found = self.every(
+            range(SEEDS),
+            lambda number: f"crosscoder {number + 1} of {SEEDS} at L{at[0]}.{at[1]}",
+            lambda number: fit_crosscoder(self.taught[at], self.seen[at], splices, self.seed + number, self.share),
+        )
         shutil.rmtree(self.folder / ".activations", ignore_errors=True)
-        return [each for each in found if each is not None]
+        return found
 
     def cards(self, tables: Sequence[Table], changes: Sequence[SiteChange]) -> list[Card]:
         shown = {
@@ -432,11 +423,11 @@ class _Study:
             place: Album(self.s, self.r, found, place, self.suite, shown, self.share)
             for place, found in self.dictionaries.items()
         }
-        found = [
-            self.attempt(f"card of {unit}", lambda unit=unit, why=why: card(albums[_place(unit.site)], unit, why))
-            for unit, why in interesting(tables, changes)
-        ]
-        return [each for each in found if each is not None]
+        return self.every(
+            interesting(tables, changes),
+            lambda found: f"card of {found[0]}",
+            lambda found: card(albums[_place(found[0].site)], *found),
+        )
 
 
 def _rows(activations: Activations, model: int) -> Float[Tensor, "row d"]:

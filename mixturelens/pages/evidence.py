@@ -44,7 +44,7 @@ class Changing(NamedTuple):
     missing: tuple[str, ...]
 
 
-class _Said(NamedTuple):
+class _EvidenceRow(NamedTuple):
     source: str
     about: str
     effect: tuple[str, str]
@@ -64,7 +64,7 @@ class MechanismSection(NamedTuple):
     agrees: str
     share: str
     reason: str
-    lines: list[_Said]
+    lines: list[_EvidenceRow]
     pictures: list[Picture]
 
 
@@ -220,7 +220,7 @@ def judged(name: str, verdict: VerdictRecord, pictures: Pictures | None = None) 
         return None
     activations = any(line.source == "features" for line in mechanism.evidence.values())
     lines = [
-        _Said(
+        _EvidenceRow(
             line.source,
             line.about,
             number(line.effect),
