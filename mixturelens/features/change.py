@@ -104,8 +104,6 @@ class Splices:
 
     What R's features do is judged in S (`into` S, other R); what R does without something of its own, in R:
 
-    >>> Splices(Crossing(r, s, at), prompts).terms([lambda x_r, x_s: x_r - part(x_s, x_r)])             # doctest: +SKIP
-
     Raises InputError for a suite with rules, or a place that does not exist or has no one vector a token.
     """
 

@@ -226,9 +226,6 @@ def unit_effects(
 
     Where f is not changed nothing is run: the effect is exactly 0. Raises InputError for units of another size than the
     site's activations, and for a `clamp` without numbers.
-
-    >>> unit_effects(make_scene(lens, contrasts, site), load_sae(folder)).shape     # doctest: +SKIP
-    (128, 100)
     """
     result = torch.zeros(len(dictionary), len(scene), device=scene.corrupt.own.device)
     for sign, run, change in _changes(scene, dictionary, do, to):

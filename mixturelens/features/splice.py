@@ -221,8 +221,6 @@ class Spliced:
 
     It is asked about whole rows, each a prompt that the ground knows with something behind it. Logits before a prompt's
     last token, and at padding, are NaN.
-
-    >>> Spliced(BothModels(s, r, (2, "resid_post"), prompts), whole)  # R up to there, S's head on it   # doctest: +SKIP
     """
 
     def __init__(self, ground: BothModels, splice: Splice) -> None:

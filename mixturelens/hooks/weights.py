@@ -60,11 +60,7 @@ def lens_components(lens: Lens) -> dict[str, tuple[str, ...]]:
 
 
 def components_of(model: Any, tokenizer: Any) -> dict[str, tuple[str, ...]]:
-    """What `lens_components` says of a plain model, which is left as it is: the bridge is given its shape alone.
-
-    >>> components_of(load_model(Path("checkpoints/sft")), tokenizer)["L0.mlp"]  # doctest: +SKIP
-    ('model.layers.0.mlp.gate_proj.weight', 'model.layers.0.mlp.up_proj.weight', ...)
-    """
+    """What `lens_components` says of a plain model, which is left as it is: the bridge is given its shape alone."""
     hollow: dict[int, Any] = {
         id(value): nn.Parameter(torch.zeros((), dtype=value.dtype).expand(value.shape), requires_grad=False)
         for value in model.parameters()

@@ -159,11 +159,7 @@ def rate(device: str, dtype: str) -> float:
 
 
 def estimate(pair: Pair, work: Work) -> Estimate:
-    """Seconds and bytes that work takes, from the models' configs and this machine's speed. Loads no weights.
-
-    >>> print(estimate(pair, Work(tokens=60 * 70, read=60)))    # doctest: +SKIP
-    about 25 s, at most 2.3 GB
-    """
+    """Seconds and bytes that work takes, from the models' configs and this machine's speed. Loads no weights."""
     size = size_of(pair)
     operations = 2.0 * (size.body * (work.tokens + 2 * work.back) + size.unembedding * work.read)
     libraries = LIBRARIES if pair.device == "cpu" else 0

@@ -197,9 +197,6 @@ def patch_paths(graph: Graph, on: Sides, paths: Sequence[tuple[str, Sequence[str
     In each, what the sender writes is that of the corrupt run for its receivers alone, along the residual stream, and
     live for everything else. Raises InputError for a name that the graph does not have, or a receiver that does not
     read the sender.
-
-    >>> patch_paths(graph, on, [("L0.h2", ["L0.mlp", "L1.mlp"])]).mean(0)   # doctest: +SKIP
-    tensor([7.1])
     """
     edges = []
     for sender, receivers in paths:

@@ -91,10 +91,7 @@ def coarse_tokens(layers: int, heads: int, contrasts: Contrasts, positions: Sequ
 
 
 def coarse(bench: Bench, positions: Sequence[str], seed: int = 0) -> tuple[Patched, Unseen]:
-    """Patch (denoising) where slopes say that something moves, and measure how much was passed over.
-
-    >>> found, unseen = coarse(Bench(lens, contrasts, ["last", "policy"]), ["last", "policy"])   # doctest: +SKIP
-    """
+    """Patch (denoising) where slopes say that something moves, and measure how much was passed over."""
     lens, contrasts = bench.lens, bench.contrasts
     every = [site for site in outputs(lens.layers, lens.heads, positions) if lens.why_not(site.component) is None]
     parts, carries = _stream(bench, positions)

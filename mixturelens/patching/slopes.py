@@ -39,8 +39,6 @@ def strengths(lens: Lens, on: Sides, sites: Sequence[Site], before: Lens | None 
     over the blocks of layers that are dropped in turn; each with the gradients of the corrupt run and with those of the
     clean one, as a network that saturates is flat at one end. With `before`, the clean activations are that
     checkpoint's, and gradients are those of the corrupt run alone.
-
-    >>> strengths(lens, sides(lens, contrasts), head_sites(lens, "policy")).topk(3)   # doctest: +SKIP
     """
     found = _strengths(lens, on, sites, before)
     if before is not None:

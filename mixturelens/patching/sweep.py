@@ -100,8 +100,6 @@ class Bench:
 
     With `before`, the clean run is that checkpoint's on the same prompt. Where the runs do not fit into HELD they are
     run again for each call, some questions at a time. Of activations, only the columns that sites lie in are kept.
-
-    >>> Bench(lens, contrasts, ["policy"]).patch(head_sites(lens, "policy"))   # doctest: +SKIP
     """
 
     def __init__(

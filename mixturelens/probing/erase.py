@@ -275,10 +275,6 @@ class Erasing:
 
         Raises InputError if the suite names no behaviours, there is nothing to erase, or the cues do not differ in what
         they bring about.
-
-        >>> Erasing(lens, contrasts).in_behaviour(suite, Site(layer=0, component="resid_pre", position="cue")).left
-        ... # doctest: +SKIP
-        Interval(value=0.002, low=-0.004, high=0.009)
         """
         self._check(site)
         contrasts, seed, policy = self.contrasts, self.seed, self.contrasts.policy

@@ -142,9 +142,6 @@ def readouts(
 
     A score is null where the target cannot be asked (hints behind an announcement), where no feature varies over the
     rows, and where a side knows one class alone.
-
-    >>> readouts(networks, own, where, probed).readouts[0].target   # doctest: +SKIP
-    'cue'
     """
     sites, prompts = where.every, probed.prompts
     targets, missing = find_targets(probed, own)

@@ -37,9 +37,6 @@ def shifts(before: Lens, after: Lens, suite: Suite, policies: tuple[str, str], s
     these do not differ at all, that with random directions. Intervals are over questions.
 
     Raises InputError if the suite has no neutral and hinted prompts of the same questions.
-
-    >>> shifts(before, after, suite, ("a", "b"))[-1].cosine   # doctest: +SKIP
-    Interval(value=0.96, low=0.95, high=0.96)
     """
     kinds, trained_cue = (None, *policies), suite.trained_cue
     asked: dict[tuple[str, str], dict[str | None, PromptRow]] = {}

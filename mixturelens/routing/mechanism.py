@@ -65,9 +65,6 @@ class Mechanism(Frozen):
 def judge_mechanism(graft: GraftRecord, features: FeatureRecord | None = None) -> Mechanism:
     """The mechanism's verdict on a pair, from its grafts and, where there are any, its features: each line of evidence,
     and the word that follows from the grafts.
-
-    >>> judge_mechanism(graft_record(sft, sft, suite, behaviour)).verdict   # doctest: +SKIP
-    'neither'
     """
     lines = [*_all_weights(graft), _selector(graft.factorial), _specialists(graft.specialist_part)]
     if features is not None:

@@ -203,11 +203,7 @@ def prompt_truth(
     questions: Sequence[Question],
     asking: Asking | None = None,
 ) -> PromptTruth:
-    """Every term on every prompt, from all completions (all their heads) of S and R (`models`).
-
-    >>> prompt_truth(spec, (s, r), tokenizer, questions(spec).evaluation).bits["routing"].mean()   # doctest: +SKIP
-    0.21
-    """
+    """Every term on every prompt, from all completions (all their heads) of S and R (`models`)."""
     asking = asking or Asking()
     manner = asking.manner
     vocabulary = tokenizer.get_vocab()

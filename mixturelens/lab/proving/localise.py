@@ -295,9 +295,6 @@ def localise(
 
     `folder` holds `spec.json`, `suite.yaml` and `checkpoints/sft` (`rl-<cue>`). Raises InputError for a method that
     does not exist, and where an instrument cannot measure the organism.
-
-    >>> localise(Path("planted/llama-0"), ["exact patching"])[0].scores    # doctest: +SKIP
-    {'L0.h0': 0.0, 'L0.h1': 0.0, 'L0.h2': 0.991, ...}
     """
     every = {**METHODS, **BROKEN}
     for name in methods:
