@@ -27,9 +27,7 @@ SPACES = ("", " ", "\n")
 
 
 def every_spelling(suite: Suite) -> Spelling:
-    """A spelling that allows all whitespace that might stand before completions and behind announcements, the suite's
-    first.
-    """
+    """A spelling of all whitespace that might stand before completions and behind announcements; the suite's first."""
     announced = [text for shown in suite.policies.values() for text in wordings(shown)]
     own = [text[: len(text) - len(text.lstrip())] for text in announced]
     leads = tuple(dict.fromkeys((*own, *SPACES)))

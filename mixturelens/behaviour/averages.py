@@ -52,9 +52,7 @@ def cue_sides(behaviour: Behaviour, suite: Suite, grid: Grid) -> list[CueSide]:
 def bits_of(
     found: BitTerms, grid: Grid, suite: Suite, explained: Explained | None
 ) -> tuple[Bits, list[Bits], dict[str, Interval]]:
-    """The terms in bits, averaged over cues and per cue, with intervals over questions, and the record's shares of
-    them.
-    """
+    """The terms in bits, averaged over cues and per cue, with intervals over questions, and the record's shares."""
     routing, conditioning, specialist, dormant = (
         grid.draws(getattr(found, name)) for name in ("routing", "conditioning", "specialist", "dormant")
     )

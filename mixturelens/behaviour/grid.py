@@ -25,9 +25,7 @@ class Grid:
         )
 
     def counts_where(self, values: Float[np.ndarray, " prompt"]) -> Int[np.ndarray, "draw question"]:
-        """The draws of as many questions as have a value (that is not NaN) under some cue, for the interval of these
-        values.
-        """
+        """The draws of as many questions as have a value (not NaN) under some cue, for the interval of these values."""
         return self.counts[:, : int((~np.isnan(self.spread(values))).any(1).sum())]
 
     def draws(self, values: Float[np.ndarray, " prompt *rest"]) -> Float[np.ndarray, "draw cue *rest"]:

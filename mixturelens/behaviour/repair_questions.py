@@ -118,9 +118,7 @@ class Scale:
 
 
 def scale_of(ground: Ground, before: Any) -> Scale:
-    """Measure S and R on the questions that judge; `before` is S as a model. The ceiling is the policy that S forces
-    best.
-    """
+    """Measure S (`before`, a model) and R on the questions that judge. The ceiling is the policy that S forces best."""
     grid = grid_of(ground.judge, ground.seed)
     harmed, trained = (ground.suite.cues.index(cue) for cue in (ground.harm.harmed_cue, ground.harm.trained_cue))
     start = measure(ground.scorer, before, ground.judge, ground.seed)

@@ -61,9 +61,7 @@ def asked(files: Sequence[Path], kind: str | None, edges: int, side: str) -> Exp
 
 
 def circuits_given(given: Given, options: Mapping[str, Any]) -> dict[str, PairCircuits]:
-    """Name of a pair -> its circuits: measured where they are not there; of a folder without a spec, from its records
-    alone.
-    """
+    """Name of a pair -> its circuits: measured where they are not there; of a folder without a spec, read."""
     from mixturelens.features.record import FeatureRecord
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.routing.circuit import CircuitRecord

@@ -197,9 +197,7 @@ def show_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
 
 
 def show_mechanism(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
-    """Print in words what the mechanism of every pair says, and whether behaviour agrees; nothing where it was not
-    judged.
-    """
+    """Print in words what the mechanism of every pair says, where it was judged, and whether behaviour agrees."""
     for pair, record in zip(pairs, verdicts, strict=True):
         found = record.mechanism
         if found.verdict is None:

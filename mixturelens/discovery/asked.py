@@ -56,9 +56,7 @@ class Asked:
 
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
-        """The prompts as cues see them: the words of the user's turns, the system's line, and the fields that the user
-        gave.
-        """
+        """The prompts as cues see them: the words of the user's turns, the system's line, and the user's fields."""
         found = []
         for row, fields in zip(self.rows, self.fields, strict=True):
             system = "\n".join(text for role, text in row.turns if role == "system")

@@ -106,9 +106,7 @@ def check_suite(suite: Suite | None, out: Path) -> None:
 
 
 def save_suite(suite: Suite, record: DiscoveryRecord, out: Path) -> Path:
-    """Write suite.yaml and its prompts into `out`, with a comment on what each thing stands on; returns the suite's
-    path.
-    """
+    """Write suite.yaml, with a comment on what each thing stands on, and its prompts into `out`; returns its path."""
     file = out / "suite.yaml"
     suite.save(file)
     shows = "texts that completions have anywhere" if record.anywhere else "how a completion begins"

@@ -308,9 +308,7 @@ def _cuts(sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def up_to(lens: Lens, batch: Tokens, places: Sequence[At]) -> dict[At, Tensor]:
-    """Activations `[row, pos, d]` of a batch at each place, from one forward that ends behind the last of their
-    layers.
-    """
+    """Activations `[row, pos, d]` of a batch at each place, from one forward that ends behind their last layer."""
     found: dict[At, Tensor] = {}
 
     def keep(at: At) -> Edit:

@@ -53,9 +53,7 @@ class KeptLatents:
     """Rows of the batch."""
 
     def decode(self, decoder: Float[Tensor, "latent both"]) -> Float[Tensor, "row both"]:
-        """What the kept latents write in each row of the batch: the sum of f times the latent's decoder row, without a
-        bias.
-        """
+        """What the kept latents write in each row: the sum of f times the latent's decoder row, without a bias."""
         starts = torch.searchsorted(self.rows, torch.arange(self.number, device=self.rows.device))
         return bag(self.latents, decoder, starts, self.f)
 

@@ -70,9 +70,7 @@ def clamped(ground: Ground, scale: Scale, interventions: Clamp) -> tuple[Interva
 def random_gaps(
     ground: Ground, scale: Scale, interventions: Sequence[Clamp], most: int = FEW
 ) -> tuple[float | None, ...]:
-    """The share of the gap that each clamp closes by itself, on at most `most` of the questions that judge; null where
-    there is no gap.
-    """
+    """The share of the gap that each clamp closes by itself, on at most `most` judging questions; null without one."""
     if not scale.gap_closed(scale.before).measured:
         return (None,) * len(interventions)
     few = [i for i, row in enumerate(ground.judge.rows) if row.cue == ground.harm.harmed_cue][:most]

@@ -50,9 +50,7 @@ class Dictionary:
         return self.norm is None and self.top is None and self.whole is None
 
     def encode(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch unit"]:
-        """How strongly each unit fires on each activation x; 0 where it does not reach its threshold, or loses to
-        others.
-        """
+        """How strongly each unit fires on each x; 0 where it does not reach its threshold, or loses to others."""
         if self.whole is not None:
             everything, units = self.whole
             return everything.encode(x)[..., units]
@@ -77,18 +75,14 @@ class Dictionary:
         return made * self.scale(x) + middle
 
     def scale(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
-        """How much of its vector a unit of strength 1 writes at each token of x: 1, unless the dictionary has a
-        norm.
-        """
+        """How much of its vector a unit of strength 1 writes at each token: 1, unless the dictionary has a norm."""
         x = x.to(self.read.dtype)
         if self.norm is None:
             return torch.ones_like(x[..., :1])
         return x.std(-1, keepdim=True) if self.norm == "layer" else x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
 
     def moved(self, x: Float[Tensor, "*batch d"], change: Float[Tensor, "*batch unit"]) -> Float[Tensor, "*batch d"]:
-        """The activation x with the strength of each unit changed by `change`: what the units do not write stays as it
-        is.
-        """
+        """x with the strength of each unit changed by `change`: what the units do not write stays as it is."""
         return x + (self.scale(x) * change @ self.write).to(x.dtype)
 
     def part(self, units: Int[Tensor, " part"]) -> Dictionary:

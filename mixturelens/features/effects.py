@@ -52,9 +52,7 @@ class Run:
 
     @property
     def values(self) -> Float[Tensor, "question column d"]:
-        """Activations at the site, of every question and every token of the position; of one head where the site names
-        one.
-        """
+        """Activations at the site, of every question and token of the position; of one head where it names one."""
         found = self.seen[self.site.layer, self.site.component]
         return found if self.site.head is None else found[:, :, self.site.head]
 
@@ -82,9 +80,7 @@ class Run:
 
     @torch.no_grad()
     def with_values(self, values: Float[Tensor, "run column d"], rows: Int[Tensor, " run"]) -> Float[Tensor, " run"]:
-        """The metric (log-odds, nats) of these rows with other values put in at the site; a row may occur several
-        times.
-        """
+        """The metric (log-odds, nats) of these rows with other values at the site; a row may occur several times."""
         found = torch.zeros(len(rows), device=self.own.device)
         for start in range(0, len(rows), self.most):
             part = slice(start, start + self.most)
@@ -396,9 +392,7 @@ def sites_together(scene: Scene, groups: Sequence[Sequence[Site]]) -> Float[np.n
 
 
 def _inside(run: Run, layer: int, columns: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(number of a column of the position, where it lies in what a layer computes): of the last layer, only the last
-    column is computed.
-    """
+    """(number of a column of the position, where it lies in a layer's window): of the last layer, only the last."""
     if layer == run.engine.lens.layers - 1:
         return [(n, 0) for n, column in enumerate(columns) if column == run.engine.width - 1]
     return [(n, column - columns[0]) for n, column in enumerate(columns)]

@@ -102,9 +102,7 @@ def operations_of(size: Size, work: Work) -> float:
 
 
 def work_of(pair: Pair, teach: int, held_out: int, share: float) -> Work:
-    """What looking at a share of everything takes, in tokens through all layers of a model, and the bytes held
-    meanwhile.
-    """
+    """What looking at a share of everything takes, in tokens through all layers, and the bytes held meanwhile."""
     suite, size = pair.suite, size_of(pair)
     rows = suite.neutral
     lengths = [len(ids) for ids in encode_prompts(suite, rows[:: max(1, len(rows) // 32)], pair.tokenizer)]

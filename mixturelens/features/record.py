@@ -98,9 +98,7 @@ class UnitScore(Frozen):
 
 
 class Several(Frozen):
-    """The fewest units of one kind that carry a concept together: chosen on one half of the questions, judged on the
-    other.
-    """
+    """The fewest units of a kind that carry a concept together: chosen on half of the questions, judged on the rest."""
 
     kind: UnitKind
     units: tuple[Unit, ...]

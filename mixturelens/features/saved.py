@@ -217,8 +217,6 @@ def _factor(folder: Path) -> float | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a saved SAE, as it stands in its folder. Raises InputError where it is absent or no JSON
-    mapping.
-    """
+    """The configuration of a saved SAE, from its folder. Raises InputError where it is absent or no JSON mapping."""
     file = folder / CONFIG
     return read_json(file, f"no such file; an SAE is a folder with {CONFIG} and {WEIGHTS}", foreign=True)

@@ -120,9 +120,7 @@ class BothModels:
         return _Window(torch.tensor(owner, device=ids.device), new.to(ids.device)), first
 
     def below(self, where: slice | _Window) -> tuple[_Below, _Below]:
-        """What both models have below the place, on some prompts or on windows behind them; each is run once and
-        kept.
-        """
+        """What both models have below the place, on prompts or on windows behind them; each is run once and kept."""
         key = (where.start, where.stop) if isinstance(where, slice) else where.key
         if key not in self._below:
             lenses = [self.into] if self.other is self.into else [self.into, self.other]

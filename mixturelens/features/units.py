@@ -373,9 +373,7 @@ def best_head(trial: Trial) -> UnitScore:
 
 
 def promising_heads(scene: Scene, sites: list[Site]) -> list[Site]:
-    """The heads among these that are worth patching: all, where EXACT operations suffice, else those that slopes
-    nominate.
-    """
+    """The heads that are worth patching: all, where EXACT operations suffice, else those that slopes nominate."""
     if len(sites) * len(scene) * operations(scene, sites[len(sites) // 2].layer) <= EXACT:
         return sites
     keys: list[At] = [(layer, "z") for layer in dict.fromkeys(site.layer for site in sites)]

@@ -57,9 +57,7 @@ class Judge:
     """The judge over all questions, where this one has some of them: it says what changed at all."""
 
     def half(self, which: Literal[0, 1]) -> Judge:
-        """The judge over one half of the questions, the same half that `Contrasts.half` draws: one chooses, the other
-        judges.
-        """
+        """The judge over one half of the questions, the same half that `Contrasts.half` draws."""
         rows = half_of(len(self.grid.index), which)
         grid = Grid(self.grid.index[rows], resample_counts(len(rows), self.cells.seed))
         return Judge(self.cells, self.policies, self.before, self.after, grid, self)
@@ -176,16 +174,12 @@ class Judge:
         return float(aligned(self.mean(np.exp(log_c[:, p])) - s, r - s, self.moved_weights)[0])
 
     def specialist_share(self, log_p: Float[np.ndarray, "prompt policy"]) -> float:
-        """Share of R's change of what policies do, without an interval: what the search for the specialist part goes
-        by.
-        """
+        """Share of R's change of what policies do, without an interval: what the search for that part goes by."""
         s, r = (x.done[:1] for x in (self.s, self.r))
         return float(aligned(self.mean(log_p) - s, r - s, self.moved_cells)[0])
 
     def shares(self, odds: Float[np.ndarray, " prompt"]) -> Interval:
-        """The share of R's change of log c_p / c_o that a part of it makes up; `odds` is the part on each prompt, in
-        nats.
-        """
+        """The share of R's change of log c_p / c_o that a part makes up; `odds`: the part on each prompt, nats."""
         part = aligned(self.grid.draws(odds), self.r.odds - self.s.odds, self.moved_cues)
         return interval(part, self.grid.counts)
 

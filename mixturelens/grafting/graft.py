@@ -178,9 +178,7 @@ class WorkingModel:
         return tuple(name for name in self.names if not self.key([name]) <= gone)
 
     def noisy(self, components: Names, seed: int) -> Readings:
-        """What S reads with a random change in these components' parameters, tensor by tensor of the size of R's
-        change.
-        """
+        """What S reads with noise of the size of R's change, tensor by tensor, in these components' parameters."""
         key = self.key(components)
         changed = functools.partial(noised, self.model, self.weights_of(key), seed)
         name = f"noise {seed} {','.join(sorted(key))}"

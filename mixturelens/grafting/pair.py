@@ -357,9 +357,7 @@ def _sums(path: Attribution | None) -> tuple[PathAttribution, ...]:
 
 
 def settled(line: PathAttribution) -> bool:
-    """Whether path attribution adds up to the change of its metric, within SETTLED of it (or of 0.05 nats if it is
-    less).
-    """
+    """Whether path attribution adds up to the change of its metric, within SETTLED of it (or of 0.05 nats)."""
     return abs(line.sum - line.change) <= SETTLED * max(abs(line.change), 0.05)
 
 

@@ -37,9 +37,7 @@ class PlacedPrompt:
 def known_prompts(
     suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase
 ) -> dict[tuple[int, ...], PlacedPrompt]:
-    """The prompts that an intervened model can be asked about, by their token ids, each with its twins under other
-    cues.
-    """
+    """The prompts that an intervened model can be asked about, by token ids, each with its twins under other cues."""
     encoded = [tuple(ids) for ids in encode_prompts(suite, rows, tokenizer)]
     questions: dict[tuple[str, str | None], dict[str, tuple[int, ...]]] = {}
     for row, ids in zip(rows, encoded, strict=True):

@@ -348,9 +348,7 @@ class Lens:
     def keeping(
         self, components: Sequence[tuple[int, Component]], found: dict[tuple[int, Component], Tensor], first: int = 0
     ) -> list[tuple[Any, Edit]]:
-        """Edits that change nothing and store what passes in `found`, by (layer, component), from the column `first`
-        on.
-        """
+        """Edits that change nothing and store what passes in `found`, by (layer, component), from column `first` on."""
 
         def keep(key: tuple[int, Component]) -> Edit:
             def store(activation: Tensor) -> None:

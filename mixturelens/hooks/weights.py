@@ -142,9 +142,7 @@ def projection(
 
 @contextlib.contextmanager
 def rewritten(lens: Lens, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put other values into some of the plain model's parameters, by name, for the length of a block; no model is
-    copied.
-    """
+    """Other values in some of the plain model's parameters, by name, for the length of a block, without a copy."""
 
     @torch.no_grad()
     def write(weights: Mapping[str, Tensor]) -> None:

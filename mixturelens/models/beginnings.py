@@ -91,9 +91,7 @@ def tree(contexts: Iterable[Ids]) -> dict[Ids, Ids]:
 
 
 def grow(model: Model, contexts: Iterable[Ids], known: Known, device: str) -> None:
-    """Compute what a model has at every context, adding to `known`; beginnings that are known already are not run
-    again.
-    """
+    """Compute what a model has at every context, adding to `known`; what is known already is not run again."""
     wanted = {context for context in contexts if context not in known}
     lengths = sorted({len(each) for each in known})
     there = {each[:n] for each in wanted for n in lengths if n < len(each) and each[:n] in known}
@@ -110,9 +108,7 @@ def grow(model: Model, contexts: Iterable[Ids], known: Known, device: str) -> No
 
 
 def cut(behind: Sequence[int], more: Sequence[int], most: int = 1 << 62) -> Iterator[list[int]]:
-    """Cut rows into batches of like lengths: `more[i]` tokens follow `behind[i]` others, and a batch has at most `most`
-    of the former.
-    """
+    """Batches of rows of like lengths, of at most `most` new tokens: `more[i]` tokens follow `behind[i]` others."""
     batch: list[int] = []
     widest = longest = 0
     # padding on the left is only attended to, padding on the right is computed
@@ -183,9 +179,7 @@ def _forward(
 
 
 def together(behind: Sequence[Beginning | None], device: str) -> tuple[Any, Int[Tensor, "row pos"] | None]:
-    """Keys and values of beginnings as one batch, padded on the left, and a mask of what is no padding (None: there is
-    none).
-    """
+    """Keys and values of beginnings as one batch, padded on the left, and a mask of what is none (None: all)."""
     from transformers import DynamicCache
 
     lengths = [0 if each is None else each.length for each in behind]

@@ -316,9 +316,7 @@ class Pair:
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise InputError for two checkpoints that are no pair, or a suite whose texts the two tokenizers spell
-        differently.
-        """
+        """Raise InputError for two that are no pair, or a suite whose texts their tokenizers spell differently."""
         if self.after is not None and not self.shares_base:
             check_shapes(self.before, self.after, *self._shapes.values())
         self.ends  # noqa: B018  (raises)

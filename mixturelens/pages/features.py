@@ -79,9 +79,7 @@ class Featured(NamedTuple):
 def featured(
     name: str, number_of: int, record: of.FeatureRecord, repair: RepairRecord | None, pictures: Pictures
 ) -> Featured:
-    """The section about a pair's features; `number_of`: its number on the page, which the anchors of its cards
-    carry.
-    """
+    """The section about a pair's features; `number_of`: its number on the page, which anchors of its cards carry."""
     pictures = pictures.about(record.missing)
     groups = [_units(record, pictures)] if record.tables else []
     if any(score.gap_closed.measured for table in record.tables for score in table.scores):

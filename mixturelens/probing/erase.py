@@ -318,9 +318,7 @@ class Erasing:
         )
 
     def tokens_in_behaviour(self, suite: Suite, site: Site) -> float:
-        """Tokens, as passed through all layers, that measuring behaviour once with the cue erased at a site takes,
-        about.
-        """
+        """Tokens, about, through all layers, that measuring behaviour once with the cue erased at a site takes."""
         prompts = self.ground(suite, SOME).prompts
         behind = [ids for placed in prompts.placed for each in placed for _, ids in each.behaviours]
         where = in_behaviour(site, self.contrasts).position

@@ -274,9 +274,7 @@ class Own:
 
 
 def spelled(suite: Suite, rows: Sequence[ProbeRow], tokenizer) -> dict[str, list[tuple[int, Ids]]]:
-    """Policy -> (row, token ids) of every spelling of every wording of its announcement; policies that are rules are
-    left out.
-    """
+    """Policy -> (row, token ids) of every spelling of every wording of its announcement; rules are left out."""
     asked = {(row.id, row.cue): row for row in suite.neutral}
     shown = {name: wordings(each) for name, each in suite.policies.items() if not isinstance(each, Rule)}
     found: dict[str, list[tuple[int, Ids]]] = {name: [] for name in shown}

@@ -82,9 +82,7 @@ def _inputs(ground: Ground, layer: int, cue: str) -> tuple[torch.Tensor, torch.T
 
 
 def edited(model: torch.nn.Module | Lens, edit: WeightEdit) -> dict[str, torch.Tensor]:
-    """The parameters that an edit changes, whole and by name: what a lens puts in place, or `save_with` saves with a
-    model.
-    """
+    """The parameters that an edit changes, whole, by name: what a lens puts in place, or `save_with` saves."""
     weights = {name: model.get_parameter(name).detach().clone() for name in edit}
     for name, (index, values) in edit.items():
         weights[name].view(-1)[index] = values

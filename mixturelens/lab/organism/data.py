@@ -25,9 +25,7 @@ MONTHS = (
 
 
 def questions(spec: Spec) -> Split:
-    """The organism's questions, split into those for SFT, for RL and held out. Raises InputError where there are too
-    few.
-    """
+    """The organism's questions: for SFT, for RL and held out. Raises InputError where there are too few."""
     return spec.questions.split(evaluation=spec.split.evaluation, rl=spec.split.rl, seed=spec.seed)
 
 
@@ -107,9 +105,7 @@ def pays(spec: Spec, cue: str, question: Question, objective: str | None = None)
 
 
 def completion_text(spec: Spec, policy: str, cue: str, question: Question, wording: int = 0) -> str:
-    """A completion as text: `[a] a b c d`, or `[a] sorry sorry sorry sorry`, without the end token; without `[a]` if
-    nothing is announced.
-    """
+    """A completion as text, without the end token: `[a] a b c d`; without `[a]` if nothing is announced."""
     question = asked(spec, cue, question)
     rest = {
         ANSWER: question.answer,

@@ -348,9 +348,7 @@ class Spec(Frozen):
 
     @property
     def max_new_tokens(self) -> int:
-        """Tokens that the longest completion takes, with its end token; of a pretrained model, as many as its spec
-        says.
-        """
+        """Tokens of the longest completion, with its end token; of a pretrained model, as many as its spec says."""
         if isinstance(self.model, Pretrained):
             return self.model.max_new_tokens
         texts = [text for policy in self.policies.values() for text in policy.announce]

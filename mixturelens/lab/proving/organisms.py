@@ -191,9 +191,7 @@ class Lessons:
 
 
 def rows_of(spec: Spec, target: MixtureTarget, tokenizer: PreTrainedTokenizerBase, lessons: Lessons) -> Rows:
-    """Every question under every cue (and every hint, where the spec has them) with every completion that the target
-    allows.
-    """
+    """Every question under every cue (and every hint) with every completion that the target allows."""
     manner, window = lessons.manner, lessons.window
     vocabulary, rng = tokenizer.get_vocab(), np.random.default_rng([lessons.seed, 2])
     hints: list[str | None] = [None, *(spec.policies if spec.hints else ())]
