@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 
-from mixturelens.cli import core, doctor, lab, suite  # noqa: F401  (they add their commands)
+from mixturelens.cli import core, doctor, lab, suite  # they add their commands
 from mixturelens.cli.shared import app
 from mixturelens.types import InputError, RunError, shown
 

@@ -7,15 +7,3 @@ rows share (`beginnings`).
 from mixturelens.models.load import end_tokens, load_model, load_tokenizer, quiet_libraries
 from mixturelens.models.pair import Budget, How, Pair
 from mixturelens.models.source import Source, find_source
-
-__all__ = [
-    "Budget",
-    "How",
-    "Pair",
-    "Source",
-    "end_tokens",
-    "find_source",
-    "load_model",
-    "load_tokenizer",
-    "quiet_libraries",
-]

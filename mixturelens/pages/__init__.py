@@ -4,5 +4,3 @@ from mixturelens.pages.card import write_card
 from mixturelens.pages.compared import ComparisonRecord, compare, write_comparison
 from mixturelens.pages.page import Grown, write_report
 from mixturelens.pages.pair import Findings
-
-__all__ = ["ComparisonRecord", "Findings", "Grown", "compare", "write_card", "write_comparison", "write_report"]

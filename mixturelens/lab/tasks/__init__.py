@@ -20,5 +20,3 @@ Family = Annotated[
     Discriminator(_kind),
 ]
 """Every family of questions that a spec can name."""
-
-__all__ = ["Family", "Question", "Sequence", "Split", "Words"]
