@@ -112,6 +112,13 @@ class Record(Frozen):
         except ValidationError as error:
             raise InputError(f"{path}: {first_problem(error)}") from None
 
+    @classmethod
+    def beside(cls, other: Record, folder: Path) -> Self | None:
+        """The record of this kind in the folder of another one, if it is there and about the same weights."""
+        file = folder / f"{cls.KIND}.json"
+        there = cls.load(file) if file.is_file() else None
+        return there if there is not None and there.provenance.measures_as(other.provenance) else None
+
 
 def first_problem(error: ValidationError) -> str:
     """One line for the first problem of a pydantic error: key, what is wrong, the value."""

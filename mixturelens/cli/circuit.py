@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import mixturelens as ml
 from mixturelens.cli.tables import print_table
-from mixturelens.records import Record
 from mixturelens.types import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 _ROWS = 12
 """Edges of each side that are printed."""
-R = TypeVar("R", bound=Record)
 
 
 class Export(NamedTuple):
@@ -67,7 +65,7 @@ def circuits_given(given: Given, options: Mapping[str, Any]) -> dict[str, PairCi
     from mixturelens.routing.circuit import CircuitRecord
 
     def found(record: CircuitRecord, folder: Path) -> PairCircuits:
-        return PairCircuits(record, _beside(PatchingRecord, folder, record), _beside(FeatureRecord, folder, record))
+        return PairCircuits(record, PatchingRecord.beside(record, folder), FeatureRecord.beside(record, folder))
 
     if given.run is not None and not (given.run / "spec.json").is_file():
         files = sorted(given.run.glob("records/*/circuit.json"))
@@ -76,13 +74,6 @@ def circuits_given(given: Given, options: Mapping[str, Any]) -> dict[str, PairCi
         return {file.parent.name: found(CircuitRecord.load(file), file.parent) for file in files}
     pairs = given.pairs()
     return {pair.name: found(ml.circuit(pair, pairs, **options), pair.records) for pair in pairs}
-
-
-def _beside(kind: type[R], folder: Path, record: CircuitRecord) -> R | None:
-    """Another record of the same weights; none where it is not there."""
-    file = folder / f"{kind.KIND}.json"
-    there = kind.load(file) if file.is_file() else None
-    return there if there is not None and there.provenance.measures_as(record.provenance) else None
 
 
 def export_circuits(found: Mapping[str, PairCircuits], wanted: Export) -> list[Path]:

@@ -128,21 +128,15 @@ def _findings(folder: Path) -> dict[str, Findings]:
     for file in files:
         verdict = VerdictRecord.load(file)
         behaviour = BehaviourRecord.load(file.with_name("behaviour.json"))
-
-        def beside(kind: Any, where: Path = file, judged: VerdictRecord = verdict) -> Any:
-            there = where.with_name(f"{kind.KIND}.json")
-            record = kind.load(there) if there.is_file() else None
-            return record if record is None or record.provenance.measures_as(judged.provenance) else None
-
         found[file.parent.name] = Findings(
             name=file.parent.name,
             behaviour=behaviour,
             verdict=verdict,
-            patching=beside(PatchingRecord),
-            circuit=beside(CircuitRecord),
-            graft=beside(GraftRecord),
-            features=beside(FeatureRecord),
-            repair=beside(RepairRecord),
+            patching=PatchingRecord.beside(verdict, file.parent),
+            circuit=CircuitRecord.beside(verdict, file.parent),
+            graft=GraftRecord.beside(verdict, file.parent),
+            features=FeatureRecord.beside(verdict, file.parent),
+            repair=RepairRecord.beside(verdict, file.parent),
         )
     return found
 
