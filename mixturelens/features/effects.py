@@ -23,7 +23,7 @@ from mixturelens.hooks.batches import sides
 from mixturelens.hooks.columns import Columns, Spans
 from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import Edit, Lens, Tokens
-from mixturelens.hooks.metrics import LogOdds
+from mixturelens.hooks.metrics import LogOdds, to_numpy
 from mixturelens.patching.sweep import APART
 from mixturelens.stats import resampled_mean, share
 from mixturelens.types import PER_HEAD, InputError, RunError, Site
@@ -116,12 +116,12 @@ class Scene:
     @property
     def base(self) -> Float[np.ndarray, " question"]:
         """The metric (log-odds, nats) of the corrupt side."""
-        return _numpy(self.corrupt.own)
+        return to_numpy(self.corrupt.own)
 
     @property
     def goal(self) -> Float[np.ndarray, " question"]:
         """That of the clean side."""
-        return _numpy(self.clean.own)
+        return to_numpy(self.clean.own)
 
     def __len__(self) -> int:
         return len(self.corrupt.own)
@@ -226,7 +226,7 @@ def unit_effects(
     result = torch.zeros(len(dictionary), len(scene), device=scene.corrupt.own.device)
     for sign, run, change in _changes(scene, dictionary, do, to):
         result += sign * _moved(run, dictionary, change)
-    return _numpy(result)
+    return to_numpy(result)
 
 
 def joint_effects(
@@ -241,7 +241,7 @@ def joint_effects(
     for number, group in enumerate(groups):
         units = torch.tensor(list(group), dtype=torch.long, device=rows.device)
         result[number] = run.with_values(run.values + change[..., units] @ dictionary.write[units], rows) - run.own
-    return _numpy(result)
+    return to_numpy(result)
 
 
 Change = tuple[float, Run, Float[Tensor, "question column unit"]]
@@ -298,15 +298,11 @@ def site_effects(
     rows = torch.arange(len(scene), device=corrupt.own.device)
     if do == "ablate":
         lost = [run.with_values(torch.zeros_like(run.values), rows) - run.own for run in (corrupt, clean)]
-        return _numpy(lost[0] - lost[1])
+        return to_numpy(lost[0] - lost[1])
     if do == "clamp" and (to is None or to.shape != corrupt.values.shape[-1:]):
         raise InputError(f"{scene.site}: a clamp needs a vector of {corrupt.values.shape[-1]} numbers")
     values = clean.values if to is None else to.expand_as(corrupt.values)
-    return _numpy(corrupt.with_values(values, rows) - corrupt.own)
-
-
-def _numpy(values: Tensor) -> np.ndarray:
-    return values.double().cpu().numpy()
+    return to_numpy(corrupt.with_values(values, rows) - corrupt.own)
 
 
 # --- many units at once -----------------------------------------------------------------------------------------------
@@ -388,7 +384,7 @@ def sites_together(scene: Scene, groups: Sequence[Sequence[Site]]) -> Float[np.n
                 with lens.hooked(edits):
                     logits = engine.logits_with(start_at, given, rows)
                 result[number, rows] = run.metric(logits, rows).float() - run.own[rows]
-    return _numpy(result)
+    return to_numpy(result)
 
 
 def _inside(run: Run, layer: int, columns: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -408,4 +404,4 @@ def heads_alone(scene: Scene, sites: Sequence[Site]) -> Float[np.ndarray, "site 
         for columns, rows in run.columns.items():
             whole[rows[:, None], list(columns)] = seen[rows]
         source[layer, "z"] = whole
-    return _numpy(run.engine.sweep(sites, source, run.metric).float() - run.own)
+    return to_numpy(run.engine.sweep(sites, source, run.metric).float() - run.own)

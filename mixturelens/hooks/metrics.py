@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -46,3 +47,8 @@ def log_odds(
         return result
 
     return LogOdds(chosen(target), chosen(foil))
+
+
+def to_numpy(values: Tensor) -> np.ndarray:
+    """The same numbers on the CPU, in double precision: what is resampled afterwards."""
+    return values.double().cpu().numpy()

@@ -18,7 +18,7 @@ from mixturelens.hooks.batches import Sides, sides
 from mixturelens.hooks.columns import Columns
 from mixturelens.hooks.engine import MEMORY, TOGETHER, Engine, Source
 from mixturelens.hooks.lens import Edit, Lens, Tokens
-from mixturelens.hooks.metrics import LogOdds
+from mixturelens.hooks.metrics import LogOdds, to_numpy
 from mixturelens.hooks.unpatched import Watched
 from mixturelens.stats import resample_counts, resampled_mean, share
 from mixturelens.types import PER_HEAD, Component, InputError, RunError, Site
@@ -187,7 +187,7 @@ class Bench:
                 continue
             into, out_of = runs if direction == "denoise" else runs[::-1]
             patched = work(into, out_of.seen, part.metric)
-            found.append((_numpy(part.metric(into.logits)), _numpy(part.metric(out_of.logits)), _numpy(patched)))
+            found.append((to_numpy(part.metric(into.logits)), to_numpy(part.metric(out_of.logits)), to_numpy(patched)))
         base, goal, patched = (np.concatenate(each, -1) for each in zip(*found, strict=True))
         return Patched(tuple(group[0] for group in groups), base, goal, patched)
 
@@ -199,7 +199,7 @@ class Bench:
         spans = part.corrupt_spans if denoise else part.spans
         source, goal = (self.before or self.lens).capture(out_of, _activations([s for group in groups for s in group]))
         base, patched = _full_runs(self.lens, into, spans, groups, source, part.metric)
-        return _numpy(base), _numpy(part.metric(goal)), _numpy(patched)
+        return to_numpy(base), to_numpy(part.metric(goal)), to_numpy(patched)
 
 
 @torch.inference_mode()
@@ -250,10 +250,6 @@ def _positions(sites: Sequence[Site]) -> list[str | int | None]:
 
 def _activations(sites: Sequence[Site]) -> list[tuple[int, Component]]:
     return list(dict.fromkeys((site.layer, site.component) for site in sites))
-
-
-def _numpy(values: Tensor) -> np.ndarray:
-    return values.double().cpu().numpy()
 
 
 # --- which sites ------------------------------------------------------------------------------------------------------

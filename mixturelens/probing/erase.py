@@ -22,6 +22,7 @@ from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.intervened import Intervened, known_prompts
 from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Edit, Lens, Tokens
+from mixturelens.hooks.metrics import to_numpy
 from mixturelens.models import end_tokens
 from mixturelens.probing.leace import Eraser, behaviour_left, gap_left, leace, random_erasers
 from mixturelens.probing.record import ErasedSite, Erasure
@@ -135,7 +136,7 @@ class Erasing:
         """AUROC of the direction that is erased, on the questions that judge; the tokens of a span are averaged."""
         if not eraser.rank:
             return Interval(value=0.5, low=0.5, high=0.5)
-        scores = [_numpy(eraser.found(each)[:, 0]) for each in self._judged(site)]
+        scores = [to_numpy(eraser.found(each)[:, 0]) for each in self._judged(site)]
         question = torch.arange(len(self.judge)).repeat(2)
         positive = (torch.arange(2 * len(self.judge)) < len(self.judge)).long()
         read = torch.from_numpy(np.concatenate(scores))[None]
@@ -233,7 +234,7 @@ class Erasing:
         found = [[np.zeros(rows) for _ in each] for each in erasers]
         noted, engines = self._note("judge", sites), self._engines_of(rows)
         for sign, (batch, spans), acts, engine in zip((1.0, -1.0), _batches(both), noted, engines, strict=True):
-            base = sign * _numpy(both.metric(engine.logits))
+            base = sign * to_numpy(both.metric(engine.logits))
             plain += base
             columns = Columns(batch, spans)
             for position, numbers in _by_position(sites):
@@ -256,7 +257,7 @@ class Erasing:
                         unit = _unit(new, sites[n])
                         unit[:] = erasers[n][which].apply(_unit(now, sites[n]))
                         source[key][mask] = new
-                    values = _numpy(engine.sweep([sites[n] for n in some], source, both.metric)) if some else []
+                    values = to_numpy(engine.sweep([sites[n] for n in some], source, both.metric)) if some else []
                     for n, value in zip(some, values, strict=True):
                         found[n][which] += sign * value
         return plain, found
@@ -379,10 +380,6 @@ def _by_position(sites: Sequence[Site]) -> Iterator[tuple[str | int | None, list
 
 
 AUROC_DRAWS = 500
-
-
-def _numpy(values: Tensor) -> np.ndarray:
-    return values.double().cpu().numpy()
 
 
 @dataclass(frozen=True)
