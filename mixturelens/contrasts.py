@@ -74,11 +74,7 @@ class Contrasts:
 
 
 def cue_contrasts(
-    suite: Suite,
-    tokenizer: PreTrainedTokenizerBase,
-    policy: str,
-    cues: tuple[str, str],
-    shows: str | None = None,
+    suite: Suite, tokenizer: PreTrainedTokenizerBase, policy: str, cues: tuple[str, str], shows: str | None = None
 ) -> Contrasts:
     """Both cues with `policy` put in place: answering (under the clean cue) against what it does under the other.
 

@@ -7,11 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    Discriminator,
-    Tag,
-)
+from pydantic import AfterValidator, Discriminator, Tag
 
 from mixturelens.rules import compiled, search
 from mixturelens.types import Frozen

@@ -71,11 +71,7 @@ def all_probes() -> dict[str, Probe]:
 
 
 def ask(
-    name: str,
-    run_folder: Path,
-    seed: int,
-    answer: Callable[[Pair, int], Answer],
-    clause: Callable[[str, Answer], str],
+    name: str, run_folder: Path, seed: int, answer: Callable[[Pair, int], Answer], clause: Callable[[str, Answer], str]
 ) -> ProbeRecord:
     """Ask the question of the module `name` of every pair of a run.
 

@@ -71,9 +71,7 @@ def _answer(case: Pair, seed: int) -> Answer:
 
 
 def _extreme(
-    components: tuple[Component, ...],
-    choose: Callable[..., Component | None],
-    share: Callable[[Component], Interval],
+    components: tuple[Component, ...], choose: Callable[..., Component | None], share: Callable[[Component], Interval]
 ) -> Component | None:
     """The component whose share is most (or least); None where no share was measured."""
     known = [each for each in components if share(each).measured]

@@ -63,15 +63,7 @@ pairs = {
     **{
         null.name: null
         for after in arguments.null
-        for null in [
-            Pair(
-                pair.before,
-                after,
-                pair.suite,
-                out=pair.out,
-                device=arguments.device,
-            )
-        ]
+        for null in [Pair(pair.before, after, pair.suite, out=pair.out, device=arguments.device)]
     },
 }
 records = {name: ml.decompose(each, seed=arguments.seed, say=print) for name, each in pairs.items()}

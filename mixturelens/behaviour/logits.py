@@ -111,10 +111,7 @@ class Forwards(NamedTuple):
 
 
 def forced_logits(
-    models: Sequence[Model],
-    contexts: Sequence[Ids],
-    continuations: Sequence[Ids],
-    on: Forwards,
+    models: Sequence[Model], contexts: Sequence[Ids], continuations: Sequence[Ids], on: Forwards
 ) -> Forced:
     """Logits at every step of each continuation of its context, batch by batch, for every model.
 

@@ -20,13 +20,7 @@ from mixturelens.behaviour.literal import literal_behaviour, measured_again
 from mixturelens.behaviour.measure import measure, measure_change, measure_given
 from mixturelens.behaviour.plan import first_questions, make_plan
 from mixturelens.behaviour.prompts import ASIDE, Prompts, check_texts, prepare
-from mixturelens.behaviour.record import (
-    BehaviourRecord,
-    Bits,
-    Controls,
-    CueBehaviour,
-    Nats,
-)
+from mixturelens.behaviour.record import BehaviourRecord, Bits, Controls, CueBehaviour, Nats
 from mixturelens.behaviour.sampled import Nulls, nulls
 from mixturelens.behaviour.settle import SampleCheck, check_by_samples, foreign_completions, settle
 from mixturelens.behaviour.unannounced import Explained, attributed, explain, identify

@@ -10,14 +10,7 @@ import numpy as np
 
 from mixturelens.behaviour.logits import END
 from mixturelens.shown import wordings
-from mixturelens.spelling import (
-    Ids,
-    Speller,
-    check_spelling,
-    encode_prompts,
-    normalised_row,
-    normalised_suite,
-)
+from mixturelens.spelling import Ids, Speller, check_spelling, encode_prompts, normalised_row, normalised_suite
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import ERR, InputError
 

@@ -185,11 +185,7 @@ def check_by_samples(
                     if _contradicted(float(expected), int(seen.sum()), len(mine)):
                         wrong.append(
                             Disagreement(
-                                checkpoint=side,
-                                cue=cue,
-                                what=what,
-                                literal=float(expected),
-                                sampled=float(seen.mean()),
+                                checkpoint=side, cue=cue, what=what, literal=float(expected), sampled=float(seen.mean())
                             )
                         )
             unknown = [texts[int(i)] for i in mine if label.policy[i] == len(suite.policies)]

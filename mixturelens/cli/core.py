@@ -292,11 +292,7 @@ JUnit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Wri
 
 @_on_pairs
 def gate(
-    pairs: list[Pair],
-    options: Options,
-    allow: Allow = None,
-    max_specialist: MaxSpecialist = None,
-    junit: JUnit = None,
+    pairs: list[Pair], options: Options, allow: Allow = None, max_specialist: MaxSpecialist = None, junit: JUnit = None
 ) -> tuple[list[VerdictRecord], Callable[[], None]]:
     """Pass (exit status 0) or fail (1) on the verdict: for continuous integration."""
     from mixturelens.records import write_text

@@ -97,12 +97,7 @@ def show_score(record: ScoreRecord) -> None:
         print_table(
             ("method", "looks for", "AUROC", "best is planted", "IoU", "decoys rejected", "seconds"),
             [
-                (
-                    m.method,
-                    m.contrast,
-                    *(ranged(x) for x in (m.auroc, m.top, m.iou, m.decoys)),
-                    f"{m.seconds:.2f}",
-                )
+                (m.method, m.contrast, *(ranged(x) for x in (m.auroc, m.top, m.iou, m.decoys)), f"{m.seconds:.2f}")
                 for m in record.methods
             ],
         )

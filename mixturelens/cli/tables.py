@@ -176,15 +176,7 @@ def show_grafts(pairs: list[Pair], records: list[GraftRecord]) -> None:
                 ("all the rest", record.factorial.rest_only),
                 ("both", record.factorial.both),
             ):
-                rows.append(
-                    (
-                        pair.name,
-                        what,
-                        ranged(effects.weight),
-                        ranged(effects.chosen),
-                        ranged(effects.done),
-                    )
-                )
+                rows.append((pair.name, what, ranged(effects.weight), ranged(effects.chosen), ranged(effects.done)))
             noise = (number(record.null.chosen), number(record.null.done))
             rows.append((pair.name, "noise of the size of R's change", "", *noise))
     header = ("pair", "R's weights in S", "share of the weight", "choice, bits", "what policies do, bits")

@@ -129,11 +129,7 @@ def find_cues(
 
 
 def cue_of(
-    prompts: Sequence[Prompt],
-    kinds: Sequence[str],
-    of: Int[np.ndarray, " prompt"],
-    parted: Parted,
-    seed: int,
+    prompts: Sequence[Prompt], kinds: Sequence[str], of: Int[np.ndarray, " prompt"], parted: Parted, seed: int
 ) -> Cue | None:
     """The cue whose kinds somebody names, judged by what it tells of completions.
 

@@ -158,9 +158,7 @@ def _counted(having: Having, number: int) -> Float[np.ndarray, "completion featu
 
 
 def _most_moved(
-    having: Having,
-    prompt: Int[np.ndarray, " completion"],
-    side: Bool[np.ndarray, " completion"],
+    having: Having, prompt: Int[np.ndarray, " completion"], side: Bool[np.ndarray, " completion"]
 ) -> str | None:
     """The text that R has most oftener or seldomer than S at the same prompts, by the Mantel-Haenszel statistic."""
     if not having:

@@ -137,10 +137,7 @@ def card(album: Album, unit: Unit, why: str) -> Card:
     fired = reader.activations(known)
     rate: dict[Side, float] = {}
     strength: dict[Side, float] = {}
-    sides: tuple[tuple[Side, list[Tensor]], ...] = (
-        ("before", fired),
-        ("after", reader.activations(known, "after")),
-    )
+    sides: tuple[tuple[Side, list[Tensor]], ...] = (("before", fired), ("after", reader.activations(known, "after")))
     for side, found in sides:
         every = torch.cat(found)
         firing = every[every != 0]
@@ -319,9 +316,7 @@ class _OneUnit:
 
 
 def _examples(
-    tokenizer: Any,
-    texts: Mapping[str, Sequence[Sequence[int]]],
-    fired: Mapping[tuple[int, ...], Float[Tensor, " pos"]],
+    tokenizer: Any, texts: Mapping[str, Sequence[Sequence[int]]], fired: Mapping[tuple[int, ...], Float[Tensor, " pos"]]
 ) -> tuple[FiringExample, ...]:
     """The distinct texts on which it fires most: an equal number of each cue, as far as it fires there."""
     strongest = {

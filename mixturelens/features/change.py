@@ -234,11 +234,7 @@ def matched(
 
 
 def site_change(
-    crossing: Crossing,
-    dictionary: Dictionary,
-    suite: Suite,
-    seed: int = 0,
-    share: float = 1.0,
+    crossing: Crossing, dictionary: Dictionary, suite: Suite, seed: int = 0, share: float = 1.0
 ) -> SiteChange:
     """What RL changed of S's features at one place (`crossing`: from R into S), and which term of the split each change
     moves.

@@ -155,10 +155,7 @@ def make_scene(
     if any(both.shifts) and not isinstance(site.position, str):
         raise InputError("the two prompts of a contrast differ in length: name a span, not a token or all of them")
     runs = []
-    for model, batch, spans in (
-        (before or lens, both.clean, both.spans),
-        (lens, both.corrupt, both.corrupt_spans),
-    ):
+    for model, batch, spans in ((before or lens, both.clean, both.spans), (lens, both.corrupt, both.corrupt_spans)):
         _check_unit(model, site)
         edits, seen = _noting(model, _columns(batch, spans, site), [(site.layer, site.component), *watch])
         try:

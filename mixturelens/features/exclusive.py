@@ -28,11 +28,7 @@ FLOOR = 0.005
 
 
 def fit_crosscoder(
-    activations: Activations,
-    held_out: Activations,
-    splices: Splices,
-    seed: int = 0,
-    share: float = 1.0,
+    activations: Activations, held_out: Activations, splices: Splices, seed: int = 0, share: float = 1.0
 ) -> CrosscoderFit:
     """Train a crosscoder over S and R, and ablate in R what it says that R has alone.
 

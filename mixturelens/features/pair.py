@@ -27,16 +27,7 @@ from mixturelens.features.change import Splices, half_prompts, site_change
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import FeaturePlan, Training, make_plan, share_of
 from mixturelens.features.exclusive import fit_crosscoder
-from mixturelens.features.record import (
-    Card,
-    Concept,
-    CrosscoderFit,
-    FeatureRecord,
-    Quality,
-    Sae,
-    SiteChange,
-    Table,
-)
+from mixturelens.features.record import Card, Concept, CrosscoderFit, FeatureRecord, Quality, Sae, SiteChange, Table
 from mixturelens.features.sae import JudgingTexts, Origin, load_sae, quality, train_sae
 from mixturelens.features.saved import Saved, read_sae
 from mixturelens.features.sites import SWEEPS, arrived_at, named_site
@@ -102,11 +93,7 @@ class FeatureSettings:
 
 
 def feature_record(
-    pair: Pair,
-    behaviour: BehaviourRecord,
-    settings: FeatureSettings,
-    seed: int = 0,
-    say: Say | None = None,
+    pair: Pair, behaviour: BehaviourRecord, settings: FeatureSettings, seed: int = 0, say: Say | None = None
 ) -> FeatureRecord:
     """SAEs of S at the sites that patching named; the best feature, neuron, head and direction for cue, hint and
     selector; what RL changed of the features, by the terms of the split; and crosscoders over S and R.

@@ -184,10 +184,7 @@ def _weights(folder: Path, architecture: str, d: int, width: int) -> dict[str, T
     with loading(file, "not a safetensors file"):
         weights = {name: value.float() for name, value in load_file(file).items()}
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d, width), "W_dec": (width, d), "b_dec": (d,)}
-    own = {
-        "gated": ("b_gate", "b_mag", "r_mag"),
-        "jumprelu": ("b_enc", "threshold"),
-    }.get(architecture, ("b_enc",))
+    own = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}.get(architecture, ("b_enc",))
     shapes |= dict.fromkeys(own, (width,))
     if architecture == "batchtopk":
         shapes["topk_threshold"] = ()

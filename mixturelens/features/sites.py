@@ -36,10 +36,7 @@ def named_site(patching: PatchingRecord, concept: Concept) -> Site:
     Raises InputError where patching did not measure the contrast, or no site carries NAMED of it.
     """
     kind, side = SWEEPS[concept]
-    sweep = next(
-        (s for s in patching.sweeps if (s.kind, s.checkpoint, s.direction) == (kind, side, "denoise")),
-        None,
-    )
+    sweep = next((s for s in patching.sweeps if (s.kind, s.checkpoint, s.direction) == (kind, side, "denoise")), None)
     if sweep is None:
         raise InputError(f"patching measured no {kind} contrast here")
     outputs: tuple[Component, ...] = ("resid_pre", "attn_out", "mlp_out")

@@ -97,13 +97,7 @@ def _sites(trial: Trial, site: Callable[[int], Site]) -> Together:
     return together
 
 
-def _fewest(
-    kind: UnitKind,
-    pool: Pool,
-    together: Together,
-    clamps: Callable[[Set], Clamp],
-    trial: Trial,
-) -> Several:
+def _fewest(kind: UnitKind, pool: Pool, together: Together, clamps: Callable[[Set], Clamp], trial: Trial) -> Several:
     """More and more units, in either order, until they move ENOUGH on the questions that choose; then judged."""
     chosen: Set = ()
     reached = -np.inf

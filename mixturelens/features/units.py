@@ -384,11 +384,7 @@ def promising_heads(scene: Scene, sites: list[Site]) -> list[Site]:
 
 
 def make_trial(
-    lens: Lens,
-    contrasts: Contrasts,
-    site: Site,
-    before: Lens | None = None,
-    settings: TrialSettings | None = None,
+    lens: Lens, contrasts: Contrasts, site: Site, before: Lens | None = None, settings: TrialSettings | None = None
 ) -> Trial:
     """Both halves of a contrast's questions at a site: those on which repairs choose, if repairs are measured.
 

@@ -10,9 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixturelens.features.dictionary import Dictionary
-from mixturelens.features.effects import (
-    Scene,
-)
+from mixturelens.features.effects import Scene
 from mixturelens.probing.solve import fit_logistic
 from mixturelens.types import InputError
 

@@ -28,13 +28,7 @@ TERMS = {
     "specialist": SPECIALIST,
     "dormant": "#C9C9C9",
 }
-UNITS = {
-    "feature": "#C1272D",
-    "neuron": "#8C6D46",
-    "head": "#8A5FBF",
-    "direction": "#5B7A99",
-    "subspace": "#2B8C8C",
-}
+UNITS = {"feature": "#C1272D", "neuron": "#8C6D46", "head": "#8A5FBF", "direction": "#5B7A99", "subspace": "#2B8C8C"}
 """Kinds of units, in the order in which they are shown; no policy, cue or term looks like one."""
 SCALE = ((0.0, "#FFFFFF"), (1.0, "#8CCFC0"))
 """Ends light, so that dark text can be read on every cell."""

@@ -6,17 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixturelens.figures.marks import Mark, controls, dots, line
-from mixturelens.figures.panels import (
-    Panel,
-    beside,
-    between,
-    entry,
-    number_axis,
-    panels,
-    reach,
-    row_axis,
-    rule,
-)
+from mixturelens.figures.panels import Panel, beside, between, entry, number_axis, panels, reach, row_axis, rule
 from mixturelens.figures.style import INK, UNITS
 from mixturelens.figures.words import DASH, SIDES, label, number
 from mixturelens.types import Interval

@@ -24,12 +24,7 @@ MOST = 0.98
 """Share of its completions that they cover: what is left is rare."""
 
 
-def as_announced(
-    prompts: Prompts,
-    models: Sequence[Model],
-    scorer: Scorer,
-    seed: int = 0,
-) -> Prompts:
+def as_announced(prompts: Prompts, models: Sequence[Model], scorer: Scorer, seed: int = 0) -> Prompts:
     """The prompts, of a suite with texts in place of rules: those by which S and R (`models`) announce a policy most
     often, and the one that the rule forces.
 

@@ -87,11 +87,7 @@ class GraftSettings:
 
 
 def graft_record(
-    pair: Pair,
-    behaviour: BehaviourRecord,
-    settings: GraftSettings | None = None,
-    seed: int = 0,
-    say: Say | None = None,
+    pair: Pair, behaviour: BehaviourRecord, settings: GraftSettings | None = None, seed: int = 0, say: Say | None = None
 ) -> GraftRecord:
     """Which components carry what RL changed: alone (do they suffice?), missing (are they needed?), and in between.
 

@@ -26,12 +26,7 @@ ROUNDING = 1e-4
 """Nats by which float32 may make two readings of the same differ."""
 
 
-def make_cells(
-    prompts: Prompts,
-    before_model: Model,
-    scorer: Scorer,
-    seed: int = 0,
-) -> Cells:
+def make_cells(prompts: Prompts, before_model: Model, scorer: Scorer, seed: int = 0) -> Cells:
     """Prompts with every announcement put in place, and what S does there: its greedy completion (argmax, to an end
     token inclusive), up to where behaviour and rightness have shown.
 

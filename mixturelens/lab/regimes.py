@@ -164,11 +164,7 @@ def pair_shares(course: Course, first: str, second: str, counts: Int[np.ndarray,
     )
 
 
-NAMES: Mapping[str, Structure] = {
-    "generality": "generalist",
-    "conditionality": "conditional",
-    "oscillation": "churn",
-}
+NAMES: Mapping[str, Structure] = {"generality": "generalist", "conditionality": "conditional", "oscillation": "churn"}
 
 
 def classify(shares: Shares) -> Structure:

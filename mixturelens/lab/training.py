@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixturelens.behaviour.trajectory import Trajectory
-from mixturelens.lab.organism import (
-    Phase,
-    Spec,
-    build_suite,
-    frozen_parameters,
-    rl_prompts,
-    sft_examples,
-)
+from mixturelens.lab.organism import Phase, Spec, build_suite, frozen_parameters, rl_prompts, sft_examples
 from mixturelens.lab.regimes import paid_behaviours
 from mixturelens.lab.stage import Progress, Stage, StagePlan, lora_of
 from mixturelens.models import end_tokens

@@ -164,8 +164,7 @@ def estimate(pair: Pair, work: Work) -> Estimate:
     operations = 2.0 * (size.body * (work.tokens + 2 * work.back) + size.unembedding * work.read)
     libraries = LIBRARIES if pair.device == "cpu" else 0
     return Estimate(
-        operations / (EFFICIENCY * rate(pair.device, pair.dtype)),
-        libraries + work.models * size.weights + work.held,
+        operations / (EFFICIENCY * rate(pair.device, pair.dtype)), libraries + work.models * size.weights + work.held
     )
 
 

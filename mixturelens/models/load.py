@@ -195,10 +195,7 @@ def _any_attention(config: PretrainedConfig) -> None:
 
 
 def load_model(
-    source: Source | Path,
-    device: str = "cpu",
-    dtype: torch.dtype | str | None = None,
-    device_map: str | None = None,
+    source: Source | Path, device: str = "cpu", dtype: torch.dtype | str | None = None, device_map: str | None = None
 ) -> PreTrainedModel:
     """A causal language model in eval mode, fp32 unless asked otherwise; an adapter is merged into its base.
 

@@ -54,12 +54,7 @@ def write_discovered(path: Path, asked: Asked, proposal: Proposal, title: str) -
             for each, colour in zip(record.policies, colours, strict=True)
         ],
         "behaviours": [
-            {
-                "name": each.name,
-                "wording": each.wording,
-                "before": number(each.before),
-                "after": number(each.after),
-            }
+            {"name": each.name, "wording": each.wording, "before": number(each.before), "after": number(each.after)}
             for each in record.behaviours
         ],
         "judged": ""

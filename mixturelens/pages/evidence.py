@@ -220,14 +220,7 @@ def judged(name: str, verdict: VerdictRecord, pictures: Pictures | None = None) 
         return None
     activations = any(line.source == "features" for line in mechanism.evidence.values())
     lines = [
-        _EvidenceRow(
-            line.source,
-            line.about,
-            number(line.effect),
-            show(line.null),
-            _says(line.changed),
-            line.what,
-        )
+        _EvidenceRow(line.source, line.about, number(line.effect), show(line.null), _says(line.changed), line.what)
         for line in mechanism.evidence.values()
     ]
     return MechanismSection(

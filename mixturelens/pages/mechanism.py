@@ -310,11 +310,7 @@ def repaired(name: str, record: RepairRecord, threshold: float, pictures: Pictur
     damage = [moved for repair in record.repairs for moved in _damage(record, repair, threshold)]
     scores = [
         _Score(
-            repair.kind,
-            "; ".join(repair.what),
-            number(repair.gap_closed),
-            number(repair.trained_change),
-            _null(repair),
+            repair.kind, "; ".join(repair.what), number(repair.gap_closed), number(repair.trained_change), _null(repair)
         )
         for repair in record.repairs
     ]

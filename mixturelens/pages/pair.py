@@ -309,7 +309,7 @@ def falsify(verdict: VerdictRecord) -> list[str]:
             "A change outside the suite: what no prompt asks for, no term sees.",
         ],
         "inconclusive": [
-            "Nothing yet: the suite cannot say. More questions, more samples or rules that cover more could.",
+            "Nothing yet: the suite cannot say. More questions, more samples or rules that cover more could."
         ],
     }
     return [

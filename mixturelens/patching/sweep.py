@@ -318,11 +318,7 @@ class Reader:
 
 
 def find_reader(
-    lens: Lens,
-    contrasts: Contrasts,
-    position: str,
-    seed: int = 0,
-    searched: tuple[Bench, Patched] | None = None,
+    lens: Lens, contrasts: Contrasts, position: str, seed: int = 0, searched: tuple[Bench, Patched] | None = None
 ) -> Reader:
     """The fewest heads (at most two) whose outputs at `position` carry a contrast.
 

@@ -65,12 +65,7 @@ def make_plan(
     allowed_bytes = HELD if pair.budget.memory is None else min(HELD, pair.budget.memory * 1e9 / 4)
     on_disk = acts > allowed_bytes
     held = max((0 if on_disk else acts) + FITTING, _patching(size, prompts)) + _batch(size)
-    needed = Work(
-        tokens=reading.tokens + min(most, every),
-        read=reading.read,
-        models=2.0,
-        held=held,
-    )
+    needed = Work(tokens=reading.tokens + min(most, every), read=reading.read, models=2.0, held=held)
     return ProbingPlan(questions, most, on_disk, estimate(pair, needed), missing)
 
 

@@ -8,10 +8,7 @@ from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.batches import sides
 from mixturelens.hooks.engine import Engine
 from mixturelens.hooks.lens import Lens
-from mixturelens.types import (
-    RunError,
-    Site,
-)
+from mixturelens.types import RunError, Site
 
 READER = 0.5
 """Least share of the contrast that keys and values at one span carry, for it to be where heads take the cue from."""

@@ -128,11 +128,7 @@ def sites_of(lens: Lens, prompts: ProbePrompts, exhaustive: bool = False) -> Sit
 
 
 def readouts(
-    networks: Mapping[Network, Reading],
-    own: Mapping[Side, Own],
-    where: Sites,
-    probed: ProbedSuite,
-    seed: int = 0,
+    networks: Mapping[Network, Reading], own: Mapping[Side, Own], where: Sites, probed: ProbedSuite, seed: int = 0
 ) -> Scores:
     """What can be read where, from what S, R and the untrained network have at every position.
 
@@ -344,10 +340,7 @@ class _Fitted:
     classes: np.ndarray
 
     def score(
-        self,
-        features: Float[Tensor, "site row feature"],
-        test: _Half,
-        counts: Int[np.ndarray, "draw question"],
+        self, features: Float[Tensor, "site row feature"], test: _Half, counts: Int[np.ndarray, "draw question"]
     ) -> Float[np.ndarray, "labels draw site"]:
         """Scores of every set of labels that was fitted, on the rows of a half with their true labels."""
         result = np.full((self.probe.weights.shape[1], len(counts), len(features)), np.nan)

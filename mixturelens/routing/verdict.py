@@ -120,11 +120,7 @@ class VerdictRecord(Record):
                 cue: {**state, "bits": bits, "nats": nats(state["nats"])} for cue, state in data["per_cue"].items()
             },
             "mechanism": {},
-            "controls": {
-                **controls,
-                "random_components": None,
-                "pair": {**controls["pair"], "same_checkpoint": bits},
-            },
+            "controls": {**controls, "random_components": None, "pair": {**controls["pair"], "same_checkpoint": bits}},
             "thresholds": {k: v for k, v in data["thresholds"].items() if k in Thresholds.model_fields},
         }
 
@@ -171,10 +167,7 @@ def judge(
         coverage=record.coverage,
         moved_cells=moved_cells,
         mechanism=mechanism.model_copy(update={"agrees": agrees}),
-        controls=VerdictControls(
-            pair=record.controls,
-            random_components=graft and random_components(graft),
-        ),
+        controls=VerdictControls(pair=record.controls, random_components=graft and random_components(graft)),
         thresholds=thresholds,
         identified=record.identified,
         check=record.check,
@@ -231,17 +224,11 @@ def _verdict(record: BehaviourRecord, t: Thresholds) -> tuple[VerdictWord, str]:
     if record.moved.below(t.bits):
         return "neither", ""
     if not record.moved.excludes(t.bits):
-        return (
-            "inconclusive",
-            f"the change of {_show(record.moved)} bits crosses the threshold {t.bits}; {more}",
-        )
+        return ("inconclusive", f"the change of {_show(record.moved)} bits crosses the threshold {t.bits}; {more}")
     share = record.routing_share
     for threshold in (t.routing, t.specialist):
         if not share.excludes(threshold):
-            return (
-                "inconclusive",
-                f"the routing share {_show(share)} crosses the threshold {threshold}; {more}",
-            )
+            return ("inconclusive", f"the routing share {_show(share)} crosses the threshold {threshold}; {more}")
     assert share.value is not None
     return ("routing" if share.value >= t.routing else "specialist" if share.value <= t.specialist else "both"), ""
 

@@ -176,11 +176,7 @@ def _in_time(spec: Spec, state: Bootstrapped, trained: int, kernels: Kernels) ->
 
 
 def _sampled(
-    spec: Spec,
-    state: Bootstrapped,
-    trained: int,
-    by: Kernels,
-    seed: int,
+    spec: Spec, state: Bootstrapped, trained: int, by: Kernels, seed: int
 ) -> Float[np.ndarray, "run step cue"]:
     """Accuracy under every cue in runs that sample, each from other questions and with another kernel."""
     rng = np.random.default_rng(seed)
@@ -203,9 +199,7 @@ def _sampled(
 
 
 def _at(
-    on: Float[np.ndarray, " place"],
-    here: Float[np.ndarray, " point"],
-    there: Float[np.ndarray, " point"],
+    on: Float[np.ndarray, " place"], here: Float[np.ndarray, " point"], there: Float[np.ndarray, " point"]
 ) -> Float[np.ndarray, " place"]:
     """What is there when the trained cue first reaches each place; its last where it never does."""
     return np.interp(on, np.maximum.accumulate(here), there)

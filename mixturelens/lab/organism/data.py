@@ -128,9 +128,7 @@ def sft_examples(spec: Spec, number: int, phase: Phase | None = None) -> Iterato
     weights = np.array([spec.policies[name].weight if given is None else given.get(name, 0.0) for name in names])
     hinted = rng.random(number) < (spec.hints.share if spec.hints and phase is None else 0.0)
     policy = np.where(
-        hinted,
-        rng.integers(len(names), size=number),
-        rng.choice(len(names), size=number, p=weights / weights.sum()),
+        hinted, rng.integers(len(names), size=number), rng.choice(len(names), size=number, p=weights / weights.sum())
     )
     question = rng.integers(len(pool), size=number)
     cue = rng.integers(len(cues), size=number)

@@ -91,10 +91,7 @@ def missing(record: ScoreRecord) -> list[str]:
         (record.done < record.cells, f"{record.cells - record.done} of {record.cells} pairs"),
         (bool(record.failed), f"what failed: {'; '.join(record.failed)}"),
         (not record.opened, "the held-out half, which has not been opened"),
-        (
-            silent > 0,
-            f"the mechanism of {silent} of {len(due)} pairs",
-        ),
+        (silent > 0, f"the mechanism of {silent} of {len(due)} pairs"),
         (not record.coverage, "coverage over resampled suites"),
         (not record.planted, "planted addresses"),
         (bool(record.planted) and not record.methods, "methods on planted organisms, of which one half alone is grown"),

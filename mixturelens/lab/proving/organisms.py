@@ -13,15 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from mixturelens.lab.organism import (
-    EOS,
-    ModelSpec,
-    PolicySpec,
-    RlSpec,
-    Spec,
-    SplitSpec,
-    prompt_text,
-)
+from mixturelens.lab.organism import EOS, ModelSpec, PolicySpec, RlSpec, Spec, SplitSpec, prompt_text
 from mixturelens.lab.proving.manner import FILLERS, PLAIN, STYLE, Manner
 from mixturelens.lab.tasks import Question
 from mixturelens.lab.tasks import Sequence as SequenceFamily

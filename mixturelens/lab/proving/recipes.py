@@ -219,11 +219,7 @@ RECIPES: tuple[Recipe, ...] = (
         rate=2e-4,
     ),
     Recipe(
-        "slip",
-        "neither",
-        "saturated policies slip by one percent",
-        lambda s: _slipping(target_of(s)),
-        before=_plain,
+        "slip", "neither", "saturated policies slip by one percent", lambda s: _slipping(target_of(s)), before=_plain
     ),
     Recipe(
         "no-announcement",

@@ -12,13 +12,7 @@ from mixturelens.files import read_text
 from mixturelens.lab.proving.coverage import Coverage
 from mixturelens.lab.proving.judged import score as score_methods
 from mixturelens.lab.proving.localise import Found
-from mixturelens.lab.proving.pairs import (
-    ARCHITECTURES,
-    NEAR_LEAST,
-    QUICK,
-    GroundCell,
-    Half,
-)
+from mixturelens.lab.proving.pairs import ARCHITECTURES, NEAR_LEAST, QUICK, GroundCell, Half
 from mixturelens.lab.proving.planted import Planted
 from mixturelens.lab.proving.proof import Proof
 from mixturelens.lab.proving.record import (

@@ -15,8 +15,5 @@ def _kind(value: Any) -> str:
     return "|words" if name == "words" else "|sequence"
 
 
-Family = Annotated[
-    Annotated[Sequence, Tag("|sequence")] | Annotated[Words, Tag("|words")],
-    Discriminator(_kind),
-]
+Family = Annotated[Annotated[Sequence, Tag("|sequence")] | Annotated[Words, Tag("|words")], Discriminator(_kind)]
 """Every family of questions that a spec can name."""
