@@ -48,7 +48,8 @@ from mixturelens.types import InputError, Side, Site
 from mixturelens.unfinished import attempt
 
 Say = Callable[[str], None]
-A, T = TypeVar("A"), TypeVar("T")
+A = TypeVar("A")
+T = TypeVar("T")
 
 WIDTH = 2
 """Features an SAE has for each dimension of its site."""
@@ -375,7 +376,7 @@ class _Study:
             trial = make_trial(lens, contrasts, site, before, settings)
             return find_table(concept, trial, self.dictionaries[_place(site)], subspace, self.missing)
 
-        known = [concept for concept, site in sites.items() if _place(site) in self.dictionaries]
+        known: list[Concept] = [each for each, site in sites.items() if _place(site) in self.dictionaries]
         return self.every(known, lambda concept: f"units that carry the {concept}", table)
 
     def changes(self, places: Sequence[At]) -> list[SiteChange]:

@@ -152,7 +152,7 @@ def plane(record: GraftRecord) -> Figure:
     columns = columns if cells and len(cells) % columns == 0 else min(max(len(cells), 1), 3)
     lines = -(-max(len(cells), 1) // columns)
     inner, spacing = stacked(lines, TALL, 46)
-    more = {"horizontal_spacing": 0.03, "vertical_spacing": spacing}
+    more: dict[str, Any] = {"horizontal_spacing": 0.03, "vertical_spacing": spacing}
     margin = {"l": 84, "r": 20, "t": 36, "b": 56}
     titles = [_cell_title(cell) for cell in cells]
     figure, panes = panels((lines, columns), titles, inner + 92, margin, **more)

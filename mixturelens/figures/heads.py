@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixturelens.figures.heat import across
 from mixturelens.figures.marks import Mark, bars
@@ -76,7 +76,8 @@ def attention(record: PatchingRecord, cues: Sequence[str]) -> Figure:
     labels, axis, below = token_axis([found.labels for row in rows.values() for found in row.values()], column)
     inner, spacing = stacked(len(rows), 110, below + 34)
     titles = [f"<b>{SIDES[side]}</b>, {_site_words(head)}" for head in rows for side in sides]
-    margin, more = {"l": 70, "t": 74, "b": below}, {"horizontal_spacing": 0.03, "vertical_spacing": spacing}
+    margin = {"l": 70, "t": 74, "b": below}
+    more: dict[str, Any] = {"horizontal_spacing": 0.03, "vertical_spacing": spacing}
     figure, _ = panels((len(rows), len(sides)), titles, inner + below + 78, margin, **more)
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0)
     named = iter(labels)

@@ -112,7 +112,7 @@ def _maps(record: ProbingRecord, readouts: Sequence[Readout], rows: Sequence[_Ro
     plot = each * max(len(rows), 1)
     inner, spacing = stacked(len(readouts), plot, 48)
     margin = {"l": 92, "r": 70, "t": 96, "b": below}
-    more = {"horizontal_spacing": 0.02, "vertical_spacing": spacing}
+    more: dict[str, Any] = {"horizontal_spacing": 0.02, "vertical_spacing": spacing}
     figure, _ = panels((len(readouts), len(_VIEWS)), [], inner + below + 96, margin, **more)
     figure.update_layout(plot_bgcolor=EMPTY, showlegend=False)
     index = {(site.layer, site.component, site.head, site.position): i for i, site in enumerate(record.sites)}

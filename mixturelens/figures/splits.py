@@ -95,7 +95,10 @@ def _bar_grid(pairs: Sequence[str], rows: Sequence[_Row], unit: _Unit) -> Figure
     height = 34 * max((len(found) for row in rows for _, found in row), default=1) + 74
     titles = [title for pair, row in zip(pairs, rows, strict=True) for title in _titles(pair, row, columns)]
     high = max(len(rows), 1)
-    spacing = {"horizontal_spacing": 0.06 / max(columns, 1), "vertical_spacing": min(0.5, 74 / (height * high))}
+    spacing: dict[str, Any] = {
+        "horizontal_spacing": 0.06 / max(columns, 1),
+        "vertical_spacing": min(0.5, 74 / (height * high)),
+    }
     size, margin = (len(rows), columns), {"l": 105, "t": 56}
     figure, panes = panels(size, titles, height * high + 50, margin, **spacing)
     figure.update_layout(showlegend=False)

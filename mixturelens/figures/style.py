@@ -54,7 +54,7 @@ def apart(x: Interval, y: Interval) -> bool:
     return x.high < y.low or y.high < x.low
 
 
-def left(figure: Figure, row: int, column: int) -> float:
+def left(figure: Figure, row: int | None, column: int | None) -> float:
     """The left end of a panel, as share of the figure."""
     panel: Any = figure.get_subplot(row, column)
     return panel.xaxis.domain[0]

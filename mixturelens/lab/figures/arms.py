@@ -24,7 +24,7 @@ def arms(found: Mapping[str, Arms], unit: str = "probability") -> Figure:
 
     A panel whose numbers all lie within 0 and 1 shows all of that range.
     """
-    titles = {"column_titles": [_lines(name) for name in found]}
+    titles: dict[str, Any] = {"column_titles": [_lines(name) for name in found]}
     figure, panes = panels((1, len(found)), [], 400, {"t": 80}, **titles)
     for panel, (quantity, by_arm) in zip(panes, found.items(), strict=False):
         _seeds(panel, quantity, by_arm)

@@ -58,8 +58,8 @@ def confusion(halves: Sequence[Verdicts]) -> Figure:
     Colours are shares of a row; a row without pairs has dashes. Counts have no intervals.
     """
     titles = [f"<b>{sums.half} half</b>: {_pairs(sums.pairs)}" for sums in halves]
-    margin, more = {"l": 130, "t": 92, "b": 20}, {"horizontal_spacing": 0.14}
-    figure, panes = panels((1, len(halves)), titles, 370, margin, **more)
+    margin = {"l": 130, "t": 92, "b": 20}
+    figure, panes = panels((1, len(halves)), titles, 370, margin, horizontal_spacing=0.14)
     figure.update_layout(showlegend=False)
     # ticks at the top stand between the panel and its title
     figure.update_annotations(yshift=32)

@@ -74,7 +74,7 @@ def sum_up(ground: Path, cells: Sequence[GroundCell], planted: Sequence[Planted]
     founds = [found for each in places for found in each.found]
     known = opened(planted)
     methods = score_methods(_of_both_halves(founds, known), truths, known)
-    said = [
+    said: list[tuple[PairScore, str, VerdictWord, str]] = [
         (p, by, of.verdict, of.reason)
         for p in pairs
         for by, of in (("behavioural", p), ("mechanism", by_pair.get(p.pair)))
