@@ -7,9 +7,13 @@ import functools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import yaml
 
@@ -73,6 +77,11 @@ NAMES = (
     "regex",
     "table",
 )
+
+
+INSPECT = ModuleType("inspect_ai")
+"""Stands for what need not be installed to write a task of it."""
+INSPECT.__spec__ = ModuleSpec("inspect_ai", None)
 
 
 class Kind(NamedTuple):
@@ -145,6 +154,53 @@ def _record(folder: Path) -> bool:
     return bool(json.loads(kind.load(file).to_json()))
 
 
+def _completions(folder: Path) -> bool:
+    from mixturelens.completions import with_completions
+    from mixturelens.suite import load_suite
+
+    suite, given = with_completions(load_suite(PAIRS / "chat"), [str(folder / os.listdir(folder)[0])])
+    return given is not None and bool(given.digest) and suite.samples >= 2
+
+
+def _export(folder: Path) -> bool:
+    """As `circuit FOLDER --export` does, from the records alone."""
+    from mixturelens.cli import circuit
+    from mixturelens.cli.core import Given
+
+    kept = folder.parent / "kept"
+    files = [kept / f"circuit{kind}" for kind in (".svg", ".json")]
+    found = circuit.circuits_given(Given(run=folder), {})
+    written = circuit.export_circuits(found, circuit.asked(files, None, 40, "after"))
+    sizes = [file.stat().st_size for file in written]
+    shutil.rmtree(kept)
+    return len(sizes) == 2 and all(sizes)
+
+
+def _compared(folder: Path) -> bool:
+    """As `report A B` does."""
+    from mixturelens.pipeline import compare
+
+    kept = folder.parent / "kept"
+    record, page = compare(folder / "A", folder / "B", kept)
+    found = len(record.pairs) == 1 and page.is_file()
+    shutil.rmtree(kept)
+    return found
+
+
+def _inspect(folder: Path) -> bool:
+    """As `suite export --inspect` does where Inspect is installed."""
+    from mixturelens.inspect_task import write_inspect_task
+    from mixturelens.suite import load_suite
+
+    kept = folder.parent / "kept"
+    with mock.patch.dict(sys.modules, inspect_ai=INSPECT):
+        write_inspect_task(load_suite(folder / "suite.yaml"), kept)
+    samples = [json.loads(line) for line in (kept / "dataset.jsonl").read_text().split("\n") if line]
+    again = load_suite(kept / "suite.yaml")
+    shutil.rmtree(kept)
+    return len(samples) == len(again.neutral) > 0
+
+
 def _sae(folder: Path) -> bool:
     from mixturelens.features.saved import read_sae
 
@@ -184,6 +240,51 @@ def _copy(source: Path, *names: str) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         for name in names or [file.name for file in source.iterdir() if file.is_file()]:
             shutil.copy(source / name, folder / name)
+
+    return make
+
+
+def make_completions(folder: Path) -> None:
+    """Two of each side at each prompt of two questions."""
+    lines = [
+        {"id": row["id"], "cue": row["cue"], "side": side, "text": f"okay, {row['answer']}", "ended": number == 1}
+        for row in _asked_rows()
+        for side in ("before", "after")
+        for number in range(2)
+    ]
+    (folder / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make_log(folder: Path) -> None:
+    """The same as Inspect writes it."""
+    samples = [
+        {
+            "id": f"{row['id']}/{row['cue']}",
+            "epoch": epoch,
+            "input": row["messages"] if epoch == 1 else row["messages"][-1]["content"],
+            "metadata": {"id": row["id"], "cue": row["cue"], "side": side},
+            "output": {"choices": [{"message": {"role": "assistant", "content": said}, "stop_reason": "stop"}]},
+        }
+        for row in _asked_rows()
+        for side in ("before", "after")
+        for epoch, said in ((1, f"okay, {row['answer']}"), (2, [{"type": "text", "text": "no"}]))
+    ]
+    (folder / "log.json").write_text(json.dumps({"version": 2, "status": "success", "eval": {}, "samples": samples}))
+
+
+def _asked_rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (PAIRS / "chat" / "prompts.jsonl").read_text().splitlines()[:4]]
+
+
+def _measured(*names: str, under: str = "") -> Callable[[Path], None]:
+    """Records of the reference as an output folder holds them, without a spec; `under`: or two such folders."""
+
+    def make(folder: Path) -> None:
+        for side in under or ".":
+            at = folder / side / "records" / _MEASURED.name
+            at.mkdir(parents=True)
+            for name in names:
+                shutil.copy(_MEASURED / name, at / name)
 
     return make
 
@@ -237,6 +338,7 @@ def _header(file: Path) -> str:
 
 CHAT, LLAMA = PAIRS / "chat" / "S", PAIRS / "llama" / "S"
 _MEASURED = RECORDS / "records" / "sft--rl-A"
+_AT = f"records/{_MEASURED.name}"
 KINDS = (
     Kind(_copy(PAIRS / "llama", "suite.yaml", "prompts.jsonl"), "suite.yaml", _suite),
     Kind(_copy(PAIRS / "chat", "suite.yaml", "prompts.jsonl"), "suite.yaml", _suite),
@@ -250,6 +352,14 @@ KINDS = (
     Kind(_copy(_MEASURED, "patching.json"), "patching.json", _record),
     Kind(_copy(_MEASURED, "circuit.json"), "circuit.json", _record),
     Kind(_copy(RECORDS / "trajectory", "sft.json"), "sft.json", _record),
+    Kind(make_completions, "c.jsonl", _completions),
+    Kind(make_log, "log.json", _completions),
+    *(Kind(_measured("circuit.json", "patching.json"), f"{_AT}/{n}.json", _export) for n in ("circuit", "patching")),
+    *(
+        Kind(_measured("verdict.json", "behaviour.json", under="AB"), f"B/{_AT}/{name}.json", _compared)
+        for name in ("verdict", "behaviour")
+    ),
+    Kind(_copy(PAIRS / "chat", "suite.yaml", "prompts.jsonl"), "suite.yaml", _inspect),
     Kind(_make_sae, "cfg.json", _sae),
     Kind(_make_sae, "sae_weights.safetensors", _sae),
     Kind(_copy(CHAT), "config.json", _pair),

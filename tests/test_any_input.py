@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import typer
-from hostile import KINDS, PAIRS, RECORDS, Kind, spoil
+from hostile import INSPECT, KINDS, PAIRS, RECORDS, Kind, make_completions, make_log, spoil
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -99,19 +99,25 @@ def test_what_is_spoiled_is_read_or_refused(valid: Path, number: int, draw: rand
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 PAIR = ("--before", "pair/S", "--after", "pair/S", "--suite", "pair/suite.yaml", "--trained-cue", "A")
+ON_CHAT = ("--before", "chat/S", "--after", "chat/S", "--suite", "chat/suite.yaml")
 ON_PAIRS = ("behaviour", "verdict", "patch", "probe", "graft", "features", "repair", "gate", "report")
-COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
-    **{(name,): PAIR for name in ON_PAIRS},
-    ("verdict",): ("run",),
-    ("discover",): (*PAIR[:4], "--prompts", "pair/prompts.jsonl", "--max-new-tokens", "8"),
-    ("train",): ("default", "--out", "new", "--set", "rl.steps=3"),
-    ("structure",): ("run",),
-    ("forecast",): ("run",),
-    ("sweep",): ("grid.yaml", "--out", "new"),
-    ("suite", "check"): ("pair/suite.yaml", *PAIR[:4]),
-    ("suite", "init"): ("new",),
-}
-"""Command -> arguments with which it does what it should."""
+COMMANDS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    *(((name,), PAIR) for name in ON_PAIRS),
+    (("verdict",), ("run",)),
+    (("verdict",), (*ON_CHAT, "--completions", "log.json", "--completions", "c.jsonl")),
+    (("behaviour",), (*ON_CHAT, "--completions", "c.jsonl")),
+    (("discover",), (*PAIR[:4], "--prompts", "pair/prompts.jsonl", "--max-new-tokens", "8")),
+    (("circuit",), ("one", "--export", "new/c.svg", "--edges", "9")),
+    (("report",), ("one", "other", "--out", "new")),
+    (("train",), ("default", "--out", "new", "--set", "rl.steps=3")),
+    (("structure",), ("run",)),
+    (("forecast",), ("run",)),
+    (("sweep",), ("grid.yaml", "--out", "new")),
+    (("suite", "check"), ("pair/suite.yaml", *PAIR[:4])),
+    (("suite", "init"), ("new",)),
+    (("suite", "export"), ("pair/suite.yaml", "--inspect", "new")),
+)
+"""Commands, and arguments with which they do what they should."""
 
 
 @functools.cache
@@ -169,6 +175,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "file").write_text("{")
     (home / "grid.yaml").write_text("set: {rl.steps: [2, 4]}")
     (home / "folder").mkdir()
+    shutil.copytree(PAIRS / "chat", home / "chat", ignore=shutil.ignore_patterns("R"))
+    make_completions(home)
+    make_log(home)
+    for name in ("one", "other"):
+        shutil.copytree(RECORDS / "records" / "sft--rl-A", home / name / "records" / "sft--rl-A")
     return home
 
 
@@ -186,18 +197,19 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixturelens.discovery.draws.draw", stop)
     monkeypatch.setattr("mixturelens.lab.sweep.run._here", stop)
     monkeypatch.setattr("mixturelens.cli.suite._written", stop)
+    monkeypatch.setitem(sys.modules, "inspect_ai", INSPECT)
 
 
 @pytest.mark.slow
 def test_what_is_right_is_done(desk: Path, reached: None, capsys: pytest.CaptureFixture[str]):
-    for command, usual in COMMANDS.items():
+    for command, usual in COMMANDS:
         status, err = done(desk, [*command, *usual], capsys)
         assert status == 0 or err.strip().endswith("mixturelens: reached"), (command, err)
 
 
 def call(desk: Path, pick: Callable[[int], int], capsys: pytest.CaptureFixture[str]) -> None:
-    command = list(COMMANDS)[pick(len(COMMANDS))]
-    arguments = list(COMMANDS[command])
+    command, usual = COMMANDS[pick(len(COMMANDS))]
+    arguments = list(usual)
     for _ in range(1 + pick(3)):
         word, how = WORDS[pick(len(WORDS))], pick(5)
         if how == 0 and arguments:

@@ -1,0 +1,142 @@
+"""Whatever happens to a command, what it has written is whole, and the next start ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from faults import Ended, Fault, done, listed, not_whole
+
+from mixturelens.types import shown
+from scripts.compare_records import compare_folders
+
+HERE = Path(__file__).parent
+PAIRS = HERE / "pairs"
+ON_PAIR = ("--before", "S", "--after", "R", "--suite", "suite.yaml", "--out", "out", "--quiet")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    **{name: (name, *ON_PAIR) for name in ("behaviour", "verdict", "patch", "probe", "graft", "features", "repair")},
+    "circuit": ("circuit", *ON_PAIR, "--export", "out/c.svg", "--export", "out/c.json", "--export", "out/c.png"),
+    "gate": ("gate", *ON_PAIR, "--allow", "routing", "--junit", "out/checks.xml"),
+    "report": ("report", *ON_PAIR, "--card", "out/card.md"),
+    "report RUN": ("report", "run", "--quiet"),
+    "report A B": ("report", "one", "other", "--out", "out"),
+    "discover": (
+        *("discover", "--before", "S", "--after", "R", "--prompts", "asked.jsonl", "--out", "out", "--quiet"),
+        *("--samples", "4", "--max-new-tokens", "4"),
+    ),
+    "refine": ("discover", "--refine", "found/suite.yaml"),
+    "train": ("train", "tiny.yaml", "--out", "out", "--quiet"),
+    "forecast": ("forecast", "run", "--quiet"),
+    "structure": ("structure", "run", "--quiet"),
+    "sweep": ("sweep", "grid.yaml", "--out", "out", "--jobs", "1", "--quiet"),
+    "suite init": ("suite", "init", "out"),
+}
+"""Commands that write, and arguments with which they do."""
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+MOMENTS = 40
+
+
+class Usual(NamedTuple):
+    """A command that nothing happens to."""
+
+    ended: Ended
+    home: Path
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that commands are given, which they write beside."""
+    home = tmp_path_factory.mktemp("faults") / "desk"
+    pair = PAIRS / "llama"
+    for name, source in (("S", "S"), ("R", "R-routing")):
+        shutil.copytree(pair / source, home / name)
+    shutil.copy(pair / "suite.yaml", home)
+    rows = [json.loads(line) for line in (pair / "prompts.jsonl").read_text().splitlines()[:24]]
+    (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [{"id": row["id"] + row["cue"], "prompt": row["prompt"]} for row in rows]
+    (home / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    tiny = (HERE / "tiny.yaml").read_text().replace("steps: 160", "steps: 24").replace("steps: 8", "steps: 4")
+    (home / "tiny.yaml").write_text(f"{tiny}phases: {{A-1: {{cues: [A], steps: 3}}, B-1: {{cues: [B], steps: 3}}}}\n")
+    (home / "grid.yaml").write_text("recipe: [tiny.yaml]\nset: {rl.steps: [2]}\nthen: [verdict]\n")
+    for command in (
+        ("train", "tiny.yaml", "--out", "run", "--quiet"),
+        ("verdict", *ON_PAIR[:7], "one", "--quiet"),
+        ("verdict", *ON_PAIR[:7], "other", "--seed", "1", "--quiet"),
+        (*COMMANDS["discover"][:8], "found", *COMMANDS["discover"][9:]),
+    ):
+        ended = done(command, home)
+        assert ended.status == 0, (command, ended.err)
+    return home
+
+
+@pytest.fixture(scope="module")
+def usual(desk: Path):
+    """Name of a command -> how it ends, and what it leaves, where nothing happens to it."""
+
+    @functools.cache
+    def work(name: str) -> Usual:
+        home = copied(desk, f"usual {name}")
+        ended = done(COMMANDS[name], home)
+        assert ended.status == 0, ended.err
+        return Usual(ended, home)
+
+    return work
+
+
+def copied(desk: Path, name: str) -> Path:
+    home = desk.parent / name
+    shutil.copytree(desk, home)
+    return home
+
+
+def one_line(ended: Ended) -> str:
+    """What is said on standard error: one line, which a terminal may show."""
+    lines = [line for line in ended.err.splitlines() if line.strip()]
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("mixturelens: "), ended.err
+    assert lines[0] == shown(lines[0])
+    return lines[0]
+
+
+def same(home: Path, usual: Usual) -> None:
+    """Nothing is there but what an undisturbed command leaves, and its records are equal to the digit."""
+    assert not_whole(home) == []
+    assert listed(home) == listed(usual.home)
+    assert list(compare_folders(home, usual.home)) == []
+
+
+def goes_on(home: Path, command: Sequence[str], usual: Usual) -> None:
+    """The next start, to which nothing happens, ends as the undisturbed one."""
+    ended = done(command, home)
+    assert ended.status == 0, ended.err
+    same(home, usual)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(MOMENTS))
+def test_killed_at_any_moment(desk: Path, usual, number: int) -> None:
+    draw = random.Random(number)
+    name = list(COMMANDS)[number % len(COMMANDS)]
+    stop = SIGNALS[number % len(SIGNALS)]
+    expected = usual(name)
+    # a moment of its time, or the one before a certain write: few moments of the first kind lie between two writes
+    if draw.random() < 0.5:
+        fault = Fault(after=draw.uniform(0, expected.ended.seconds), signal=stop)
+    else:
+        fault = Fault(at=draw.randrange(expected.ended.writes), signal=stop)
+    home = copied(desk, f"killed {number}")
+    ended = done(COMMANDS[name], home, fault)
+    assert ended.status in (0, STATUS.get(stop, -stop)), (name, fault, ended)
+    if ended.status > 0:
+        one_line(ended)
+    assert not_whole(home) == [], (name, fault)
+    goes_on(home, COMMANDS[name], expected)
+    shutil.rmtree(home)
