@@ -53,11 +53,12 @@ def with_completions(suite: Suite, files: Sequence[str]) -> tuple[Suite, GivenCo
     prompt with the fewest has. Raises InputError naming file and line for what cannot be read or is no prompt of the
     suite, and for a suite of literal texts, where nothing is sampled: a folder is then None.
     """
+    named = f"--completions {', '.join(files)}"
     if suite.literal:
         if all(Path(given).is_dir() for given in files):
             return suite, None  # what `discover` left is given with whatever suite it proposed
         raise InputError(
-            "--completions: the suite's policies, behaviours and answers are literal texts, whose probabilities are "
+            f"{named}: the suite's policies, behaviours and answers are literal texts, whose probabilities are "
             "computed exactly; completions take the place of samples, which rules need"
         )
     found: dict[Side, dict[tuple[str, str], list[GivenText]]] = {side: {} for side in SIDES}
@@ -76,20 +77,20 @@ def with_completions(suite: Suite, files: Sequence[str]) -> tuple[Suite, GivenCo
             found[line.side].setdefault((row.id, row.cue), []).append(GivenText(line.text, line.ended))
     for side in SIDES:
         if not found[side]:
-            raise InputError(f"--completions: none of them is of the checkpoint {side}; give both sides")
+            raise InputError(f"{named}: none of them is of the checkpoint {side}; give both sides")
     lacking = [row for row in suite.neutral if any((row.id, row.cue) not in found[side] for side in SIDES)]
     out = {row.id for row in lacking}
     kept = [row for row in suite.neutral if row.id not in out]
     if not kept:
         raise InputError(
-            f"--completions: no question has completions of both sides at all its prompts; first lacking: prompt "
+            f"{named}: no question has completions of both sides at all its prompts; first lacking: prompt "
             f"{lacking[0].id!r} under cue {lacking[0].cue!r}"
         )
     least = min(kept, key=lambda row: min(len(found[side][row.id, row.cue]) for side in SIDES))
     number = min(len(found[side][least.id, least.cue]) for side in SIDES)
     if number < LEAST:
         raise InputError(
-            f"--completions: prompt {least.id!r} under cue {least.cue!r} has {number} of one side, and {LEAST} are "
+            f"{named}: prompt {least.id!r} under cue {least.cue!r} has {number} of one side, and {LEAST} are "
             "needed of each"
         )
     notes = [f"completions were given, {number} of each side at each prompt; what is put in place is sampled here"]
@@ -220,6 +221,8 @@ def _samples(path: Path, log: Mapping[str, Any], side: Side | None) -> Iterator[
         where = f"{path}: sample {number}"
         try:
             metadata = sample.get("metadata") or {}
+            own = {name: metadata[name] for name in ("cue", "side") if name in metadata}
+            sample_id = metadata.get("id", sample.get("id"))
             choices = (sample.get("output") or {}).get("choices") or ()
             if sample.get("error") is not None or not choices:
                 continue
@@ -232,9 +235,8 @@ def _samples(path: Path, log: Mapping[str, Any], side: Side | None) -> Iterator[
         half = problem_of(text, "output")
         if half is not None:
             raise InputError(f"{where}: {half}")
-        data = {"id": metadata.get("id", sample.get("id")), "text": text, "ended": ended}
-        named = {"cue": metadata["cue"]} if "cue" in metadata else {"prompt": asked}
-        yield _line(where, {**data, **named, **({"side": metadata["side"]} if "side" in metadata else {})}, side)
+        data = {"id": sample_id, "text": text, "ended": ended, **own}
+        yield _line(where, data if "cue" in own else {**data, "prompt": asked}, side)
 
 
 def _text(content: str | Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mixturelens.records import write_text
+from mixturelens.records import write_new
 from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import InputError
 
@@ -75,13 +75,9 @@ def write_inspect_task(suite: Suite, folder: Path) -> list[str]:
     """
     if importlib.util.find_spec("inspect_ai") is None:
         raise InputError("inspect_ai is not installed, which runs the task: pip install inspect_ai")
-    there = [str(folder / name) for name in ("task.py", "dataset.jsonl", "suite.yaml") if (folder / name).exists()]
-    if there:
-        raise InputError(f"{there[0]}: there already; nothing was written")
-    suite.save(folder / "suite.yaml")
     lines = [json.dumps(_sample(suite, row), ensure_ascii=False) for row in suite.neutral]
-    write_text(folder / "dataset.jsonl", "\n".join(lines) + "\n")
-    write_text(folder / "task.py", TASK)
+    task = {folder / "dataset.jsonl": "\n".join(lines) + "\n", folder / "task.py": TASK}
+    write_new({**suite.files(folder / "suite.yaml"), **task})
     return list(_otherwise(suite))
 
 

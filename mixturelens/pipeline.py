@@ -29,7 +29,7 @@ from mixturelens.patching.pair import PatchingSettings, patching_record
 from mixturelens.patching.record import PatchingRecord
 from mixturelens.probing.pair import ProbingSettings, probing_record
 from mixturelens.probing.record import ProbingRecord
-from mixturelens.records import Provenance, Record
+from mixturelens.records import Provenance, Record, check_writable, held
 from mixturelens.routing.circuit import CircuitRecord, CircuitSettings, circuit_record
 from mixturelens.routing.repair import RepairRecord, RepairSettings, repair_record
 from mixturelens.routing.verdict import VerdictRecord, judge
@@ -104,6 +104,7 @@ def measure(pair: Pair, *, seed: int = 0, say: Say | None = None) -> BehaviourRe
     there = kept(BehaviourRecord, file, expected)
     if there is not None:
         return there
+    check_writable(pair.records)
     record = behaviour_record(pair, suite_name=expected.suite, seed=seed, progress=say)
     record.save(file)
     return record
@@ -190,11 +191,11 @@ def probe(pair: Pair, *, exhaustive: bool = False, seed: int = 0, say: Say | Non
     """
     options = {"seed": seed, "say": say}
 
-    def make(pair: Pair, measured: BehaviourRecord, _: Unfinished) -> ProbingRecord:
+    def make(pair: Pair, measured: BehaviourRecord, parts: Unfinished) -> ProbingRecord:
         patching, why = _patched(pair, **options)
         heads = patching.heads("cue", "after") if patching else ()
         reader = heads or InputError(why or "patching found no cue reader")
-        return probing_record(pair, measured, reader, ProbingSettings(exhaustive, seed), say)
+        return probing_record(pair, measured, reader, ProbingSettings(exhaustive, seed, parts), say)
 
     return _instrument(
         pair, ProbingRecord, "probing", make, lambda there: there.exhaustive or not exhaustive, **options
@@ -236,7 +237,8 @@ def decompose(
         settings = FeatureSettings(
             folder, patching=patching, no_patching=why, probing=probed(), more=tuple(more), given=tuple(saes)
         )
-        return feature_record(pair, measured, settings, **options)
+        with held(folder, _waiting("features", say)):  # those of S are shared by all pairs of a run
+            return feature_record(pair, measured, settings, **options)
 
     def complete(there: FeatureRecord) -> bool:
         kept = all(sae.folder is None or (folder / sae.folder).exists() for sae in there.saes)
@@ -259,26 +261,40 @@ def _instrument(
     """The record of an instrument that needs a pair and its behaviour: the one on disk if current, or made anew.
 
     What is measured on the way is kept in a folder beside the record until that is written: an instrument that was
-    killed goes on from there, and so does one of which a part failed.
+    killed goes on from there, and so does one of which a part failed. Of two processes one waits for the other, and
+    reads what that has written.
     """
     if pair.after is None:
         raise InputError(f"{name} needs a checkpoint after: give --after")
     if pair.device_map is not None:
         raise InputError("--device-map spreads a model over devices; hooks need it on one: give --device instead")
     expected = provenance_of(pair, seed)
-    file = pair.records / f"{name}.json"
-    there = kept(kind, file, expected)
-    if there is not None and current(there) and whole(there.missing):
+    file, folder = pair.records / f"{name}.json", pair.records / f".{name}"
+
+    def look() -> Measured | None:
+        there = kept(kind, file, expected)
+        return there if there is not None and current(there) and whole(there.missing) else None
+
+    there = look()
+    if there is not None and not list(pair.records.glob(f".{name}*")):
         return there
+    check_writable(pair.records)
     measured = measure(pair, seed=seed, say=say)
-    parts = Unfinished(pair.records / f".{name}", expected.model_dump_json())
-    record = make(pair, measured, parts).model_copy(update={"provenance": expected})
-    record.save(file)
-    if whole(record.missing):
-        parts.done()
-    else:
-        parts.write()
+    with held(folder, _waiting(name, say)):
+        there = look()
+        parts = Unfinished(folder, expected.model_dump_json())
+        record = there or make(pair, measured, parts).model_copy(update={"provenance": expected})
+        if there is None:
+            record.save(file)
+        if whole(record.missing):
+            parts.done()
+        else:
+            parts.write()
     return record
+
+
+def _waiting(name: str, say: Say | None) -> Callable[[], None]:
+    return lambda: (say or (lambda _: None))(f"note: another process is at work on {name} there; this one waits for it")
 
 
 def provenance_of(pair: Pair, seed: int) -> Provenance:

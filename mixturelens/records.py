@@ -7,14 +7,13 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import ValidationError
 
-from mixturelens.files import read_json
+from mixturelens.files import MADE, read_bytes, read_json
 from mixturelens.types import Frozen, InputError
 
 _LIBRARIES = ("mixturelens", "torch", "transformers", "trl")
@@ -146,37 +145,97 @@ def problems_of(error: ValidationError) -> Iterator[tuple[str, str]]:
             yield where, f"{where}: {message}" if where != "top level" else message
 
 
+def check_writable(folder: Path) -> None:
+    """Raise InputError, before long work, where its results could not be written into a folder, made or to be made."""
+    there = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: no permission to write in {there}; give another --out")
+
+
+@contextlib.contextmanager
+def held(path: Path, waits: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold a file or a folder, which need not be there, until the block ends.
+
+    Whoever else wants it, in this process or in another, calls `waits` and waits. A process that is killed holds
+    nothing; what is left of its hold (`.<name>.lock`) goes with the next.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name.lstrip('.')}.lock")
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        waits()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()  # while it is held: who waits for it sees that it is gone, and begins anew
+        lock.release()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either there whole or not at all. A byte of a path that is no text is escaped."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """The same for bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """The same for bytes. What a kill leaves of a write (`.<name>.part`) is written over by the next."""
+    temporary = path.with_name(f".{path.name}.part")
+    with held(path):
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+            with os.fdopen(os.open(temporary, flags, 0o644), "wb") as stream:
+                stream.write(content)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def write_new(files: Mapping[Path, str]) -> None:
+    """Write files that must not be there. Raises InputError naming those that are; one with the very same text is
+    what a start that was killed has left, and no obstacle."""
+    there = [str(file) for file, text in files.items() if os.path.lexists(file) and not _says(file, text)]
+    if there:
+        raise InputError(f"{' and '.join(there)}: there already; nothing was written")
+    for file, text in files.items():
+        write_text(file, text)
+
+
+def _says(file: Path, text: str) -> bool:
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+        return read_bytes(file, "is gone", MADE) == text.encode("utf-8", "backslashreplace")
+    except InputError:
+        return False
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder under a temporary name; it takes its real name only when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        os.chmod(temporary, 0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    """Fill a folder under a temporary name; it takes its real name only when the block ends well.
+
+    One that was there is whole until then. What a kill leaves (`.<name>.part`, `.<name>.old`) goes with the next.
+    """
+    temporary, old = (path.with_name(f".{path.name}.{state}") for state in ("part", "old"))
+    with held(path):
+        try:
+            _remove(temporary, old)
+            temporary.mkdir(mode=0o755)
+            yield temporary
+            if os.path.lexists(path):
+                os.replace(path, old)
+            os.replace(temporary, path)
+            _remove(old)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        if os.path.lexists(folder):
+            shutil.rmtree(folder)

@@ -325,14 +325,19 @@ class Suite(Frozen):
 
     def save(self, path: Path, prompts_name: str = "prompts.jsonl") -> None:
         """Write suite.yaml and its prompts beside it."""
+        for file, text in self.files(path, prompts_name).items():
+            write_text(file, text)
+
+    def files(self, path: Path, prompts_name: str = "prompts.jsonl") -> dict[Path, str]:
+        """What `save` writes, by file, the prompts first."""
         lines = [
             json.dumps(row.model_dump(exclude_none=True, exclude_defaults=True), ensure_ascii=False)
             for row in self.prompts
         ]
-        write_text(path.parent / prompts_name, "\n".join(lines) + "\n")
         rest = self.model_dump(mode="json", exclude={"prompts"}, exclude_none=True)
         rest = {key: value for key, value in rest.items() if key not in _DERIVED or value != _default(key)}
-        write_text(path, dump_yaml({"prompts": prompts_name, **rest}))
+        text = dump_yaml({"prompts": prompts_name, **rest})
+        return {path.parent / prompts_name: "\n".join(lines) + "\n", path: text}
 
 
 _DERIVED = ("ends", "spelling", "origin")

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,8 @@ EVERY = 5.0
 
 ABOUT = "about"
 """File that says, hashed, what the parts are about."""
+SHELF = "shelf-"
+"""What the names of folders begin with that are needed for a while."""
 FAILED = "failed"
 """How a record says that a part ended in an error, and not in what its pair does not allow."""
 
@@ -53,6 +56,8 @@ class Unfinished:
         if not file.is_file() or read_text(file, "is gone") != self._about:
             shutil.rmtree(folder)
             return
+        for each in folder.glob(f"{SHELF}*"):
+            shutil.rmtree(each)
         for each in sorted(folder.glob("*.safetensors")):
             self._known |= _unpacked(each)
 
@@ -92,6 +97,14 @@ class Unfinished:
         number = len(list(self._folder.glob("*.safetensors")))
         write_bytes(self._folder / f"{number:06d}.safetensors", save(flat))
         self._new, self._written = {}, time.monotonic()
+
+    @contextlib.contextmanager
+    def shelf(self) -> Iterator[Path]:
+        """A folder for files that are needed until the block ends; what a kill leaves of it goes with the parts."""
+        if self._folder is not None:
+            self._start()
+        with tempfile.TemporaryDirectory(prefix=SHELF, dir=self._folder) as folder:
+            yield Path(folder)
 
     def done(self) -> None:
         """The record is whole, and written: its parts are not needed any more."""

@@ -8,6 +8,7 @@ part, but for what a library in C or Rust writes in one go.
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -41,6 +42,8 @@ class Fault(NamedTuple):
     """Then the write fails with this, and so do all that follow."""
     memory: int | None = None
     """Bytes that the process may take beyond what it holds when the command begins."""
+    largest: int | None = None
+    """Bytes of a file, at most: what is more cannot be written."""
 
 
 class Ended(NamedTuple):
@@ -126,6 +129,8 @@ def _work(arguments: list[str], home: str, said: str, fault: Fault) -> None:
         if fault.at is None or number < fault.at:
             return
         if fault.errno is not None:
+            if fault.errno == errno.ENOSPC and event in ("os.remove", "os.rmdir"):
+                return  # which takes no room
             raise OSError(fault.errno, os.strerror(fault.errno), path)
         if number == fault.at:
             os.kill(os.getpid(), fault.signal)
@@ -135,6 +140,10 @@ def _work(arguments: list[str], home: str, said: str, fault: Fault) -> None:
 
         held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (held + fault.memory, resource.RLIM_INFINITY))
+    if fault.largest is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault.largest, resource.RLIM_INFINITY))
     sys.addaudithook(watch)
     sys.argv = ["mixturelens", *arguments]
     cli.main()

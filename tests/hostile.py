@@ -158,7 +158,8 @@ def _completions(folder: Path) -> bool:
     from mixturelens.completions import with_completions
     from mixturelens.suite import load_suite
 
-    suite, given = with_completions(load_suite(PAIRS / "chat"), [str(folder / os.listdir(folder)[0])])
+    file = next((name for name in ("log.json", "c.jsonl") if os.path.lexists(folder / name)), "c.jsonl")
+    suite, given = with_completions(load_suite(PAIRS / "chat"), [str(folder / file)])
     return given is not None and bool(given.digest) and suite.samples >= 2
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -447,15 +449,38 @@ def test_no_permission_to_write(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     refused(run("train", TINY, "--out", tmp_path / "locked" / "run", "--quiet"), tmp_path / "locked", "no permission")
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_said_in_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("mixturelens.records.os.replace", lambda *_: os.kill(os.getpid(), number))
+    refused(run("suite", "init", tmp_path), "stopped", "goes on where it was", status=status)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_memory_that_runs_out_is_said_in_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("mixturelens.pipeline.behaviour_record", Mock(side_effect=error))
+    refused(run("behaviour", *pair(out=tmp_path / "out"), "--quiet"), "memory ran out", status=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_space(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tempfile.mkstemp
+    def full(_: object, to: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(to))
 
-    def full(*arguments: Any, **options: Any) -> Any:
-        if "spec.json" in str(options.get("prefix")):
-            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run/spec.json"))
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(tempfile, "mkstemp", full)
+    monkeypatch.setattr("mixturelens.records.os.replace", full)
     result = run("train", TINY, "--out", tmp_path / "run", "--quiet")
     refused(result, tmp_path / "run", "no space", status=1)
     assert not list((tmp_path / "run").iterdir())

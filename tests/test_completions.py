@@ -159,6 +159,24 @@ def test_logs_of_inspect_say_the_same(suite: Suite, lines: list[dict[str, Any]],
     assert found.digest == expected.digest
 
 
+@pytest.mark.parametrize("metadata", ["x", ["cue"], 7])
+def test_a_log_whose_metadata_are_none(
+    suite: Suite, lines: list[dict[str, Any]], tmp_path: Path, metadata: Any
+) -> None:
+    log = inspect_log(suite, lines, "after")
+    log["samples"][1]["metadata"] = metadata
+    file = tmp_path / "log.json"
+    file.write_text(json.dumps(log), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"^{file}: sample 2: not as Inspect writes it"):
+        with_completions(suite, [f"after={file}"])
+
+
+def test_what_all_files_lack_names_them(suite: Suite, lines: list[dict[str, Any]], tmp_path: Path) -> None:
+    file = write(tmp_path / "c.jsonl", [line for line in lines if line["side"] == "after"])
+    with pytest.raises(InputError, match=f"^--completions {file}: none of them is of the checkpoint before"):
+        with_completions(suite, [file])
+
+
 def test_what_is_not_covered_is_left_out_and_said(suite: Suite, lines: list[dict[str, Any]], tmp_path: Path) -> None:
     first, second = list(dict.fromkeys(line["id"] for line in lines))[:2]
     cue = suite.cues[1]

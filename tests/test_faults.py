@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
+import os
 import random
 import shutil
 import signal
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from faults import Ended, Fault, done, listed, not_whole
+from faults import Ended, Fault, done, listed, not_whole, start
 
 from mixturelens.types import shown
 from scripts.compare_records import compare_folders
@@ -140,3 +145,141 @@ def test_killed_at_any_moment(desk: Path, usual, number: int) -> None:
     assert not_whole(home) == [], (name, fault)
     goes_on(home, COMMANDS[name], expected)
     shutil.rmtree(home)
+
+
+# --- disks, memory, permissions, others at work -----------------------------------------------------------------------
+
+IN_OUT = [name for name, command in COMMANDS.items() if "out" in command]
+
+
+@contextlib.contextmanager
+def disk(folder: Path, size: int) -> Iterator[Callable[[str], object]]:
+    """A folder as a disk of its own, of so many bytes; gives what mounts it again otherwise."""
+    folder.mkdir()
+
+    def mount(*options: str) -> None:
+        subprocess.run(["mount", *options, str(folder)], check=True, capture_output=True)
+
+    try:
+        mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs leave to mount")
+    try:
+        yield lambda how: mount("-o", f"remount,{how}")
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_OUT)
+def test_a_disk_that_is_full(desk: Path, usual, name: str) -> None:
+    expected = usual(name)
+    draw, home = random.Random(name), copied(desk, f"full {name}")
+    # a page for every file and folder, and what they hold
+    kept = [each.stat().st_size for each in (expected.home / "out").rglob("*")]
+    least = sum(4096 * (1 + -(-size // 4096)) for size in kept)
+    with disk(home / "out", draw.randrange(8, least // 4096) * 4096) as mounted:
+        ended = done(COMMANDS[name], home)
+        if ended.status:
+            assert ended.status == 1, ended
+            assert "no space left" in one_line(ended) or "failed" in one_line(ended)
+        assert not_whole(home) == []
+        mounted("size=1g")
+        goes_on(home, COMMANDS[name], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_write_that_fails(desk: Path, usual, name: str) -> None:
+    expected, draw = usual(name), random.Random(name)
+    fault = Fault(at=draw.randrange(expected.ended.writes), errno=errno.ENOSPC)
+    home = copied(desk, f"fails {name}")
+    ended = done(COMMANDS[name], home, fault)
+    assert ended.status in (0, 1), ended
+    if ended.status:
+        assert "no space left" in one_line(ended)
+    assert not_whole(home) == []
+    goes_on(home, COMMANDS[name], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_files_that_may_not_grow(desk: Path, usual, name: str) -> None:
+    expected, home = usual(name), copied(desk, f"large {name}")
+    ended = done(COMMANDS[name], home, Fault(largest=random.Random(name).randrange(1, 20_000)))
+    assert ended.status in (0, 1), ended
+    if ended.status:
+        one_line(ended)
+    assert not_whole(home) == []
+    goes_on(home, COMMANDS[name], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_memory_that_runs_out(desk: Path, usual, name: str) -> None:
+    expected, home = usual(name), copied(desk, f"memory {name}")
+    ended = done(COMMANDS[name], home, Fault(memory=random.Random(name).randrange(1 << 20, 200 << 20)))
+    assert ended.status in (0, 1, 2), ended
+    if ended.status:
+        one_line(ended)
+    assert not_whole(home) == []
+    goes_on(home, COMMANDS[name], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_OUT)
+def test_a_disk_that_is_read_only(desk: Path, usual, name: str) -> None:
+    home = copied(desk, f"read-only {name}")
+    with disk(home / "out", 1 << 20) as mounted:
+        mounted("ro")
+        ended = done(COMMANDS[name], home)
+        assert ended.status == 2, ended
+        assert "no permission to write" in one_line(ended)
+        assert ended.seconds < usual(name).ended.seconds / 2 + 2, "measured what could not be written"
+        mounted("rw")
+        goes_on(home, COMMANDS[name], usual(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_two_at_once(desk: Path, usual, name: str) -> None:
+    home = copied(desk, f"two {name}")
+    both = [start(COMMANDS[name], home), start(COMMANDS[name], home)]
+    for each in both:
+        ended = each.ended()
+        assert ended.status == 0, ended.err
+    same(home, usual(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "user"),
+    [({}, None), ({"HOME": "/nowhere/at-all"}, None), ({"HOME": "/proc"}, None), ({}, 12345), ({"HOME": "/"}, 12345)],
+)
+def test_no_home(desk: Path, usual, environment: dict[str, str], user: int | None) -> None:
+    home = copied(desk, f"homeless {user} {environment.get('HOME', '').replace('/', '-')}")
+    (home / "out").mkdir()
+    (home / "out").chmod(0o777)
+    for folder in (home, home.parent, home.parent.parent, home.parent.parent.parent):
+        folder.chmod(folder.stat().st_mode | 0o005)
+    needed = {"PATH": os.environ["PATH"], "PYTHONPATH": str(HERE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    code = (
+        "import pytest; from stored import few_nulls; few_nulls(pytest.MonkeyPatch()); from mixturelens.cli import main"
+    )
+    script = home / "start.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); {code}; main()")
+    for name in ("behaviour", "features", "discover", "train"):
+        ended = subprocess.run(
+            [sys.executable, str(script), *COMMANDS[name]],
+            cwd=home,
+            env=needed | environment,
+            user=user,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
+        assert list(compare_folders(home / "out", usual(name).home / "out")) == []
+        shutil.rmtree(home / "out")
+        (home / "out").mkdir()
+        (home / "out").chmod(0o777)

@@ -94,9 +94,13 @@ def test_on_the_command_line(pairs: Path, run: Run, tmp_path: Path, monkeypatch:
     assert status == 0
     assert out.startswith("inspect eval ")
     assert err.count("note: ") == 2
+    (tmp_path / "task" / "dataset.jsonl").unlink()  # as if it had been killed on the way: it goes on
+    assert run("suite", "export", pairs / "llama", "--inspect", tmp_path / "task")[0] == 0
+    assert (tmp_path / "task" / "dataset.jsonl").is_file()
+    (tmp_path / "task" / "task.py").write_text("edited")
     status, _, err = run("suite", "export", pairs / "llama", "--inspect", tmp_path / "task")
     assert status == 2
-    assert "there already; nothing was written" in err
+    assert f"{tmp_path / 'task' / 'task.py'}: there already; nothing was written" in err
 
 
 DRIVER = """

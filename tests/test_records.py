@@ -5,14 +5,26 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from mixturelens import records
-from mixturelens.records import Provenance, Record, new_folder, with_versions, write_text
+from mixturelens.records import (
+    Provenance,
+    Record,
+    check_writable,
+    held,
+    new_folder,
+    with_versions,
+    write_new,
+    write_text,
+)
 from mixturelens.types import Frozen, InputError, Interval
 
 FILES = Path(__file__).parent / "files"
@@ -149,3 +161,69 @@ def test_provenance_names_the_versions_that_produced_numbers():
 def test_a_byte_of_a_path_that_is_no_text_is_escaped(tmp_path: Path):
     write_text(tmp_path / "file.json", '{"name": "\udcff"}')
     assert (tmp_path / "file.json").read_text() == '{"name": "\\udcff"}'
+
+
+def _held(path: Path) -> bool:
+    """Whether somebody else holds a file."""
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock"), blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def test_whoever_comes_second_waits_and_says_so(tmp_path: Path):
+    path, said, order = tmp_path / "sub" / "record", [], []
+
+    def second() -> None:
+        with held(path, lambda: said.append("waits")):
+            order.append("second")
+
+    with held(path):
+        other = threading.Thread(target=second)
+        other.start()
+        while not said:
+            time.sleep(0.01)
+        assert _held(path)
+        order.append("first")
+    other.join(10)
+    assert order == ["first", "second"]
+    assert list(tmp_path.rglob("*")) == [tmp_path / "sub"]
+
+
+def test_what_a_kill_leaves_of_a_write_goes_with_the_next(tmp_path: Path):
+    for name in (".count.json.part", ".count.json.lock"):
+        (tmp_path / name).write_text("half")
+    assert Count.load(Count(number=2).save(tmp_path / "count.json")).number == 2
+    for state in ("part", "old"):
+        (tmp_path / f".sft.{state}" / "half").mkdir(parents=True)
+    with new_folder(tmp_path / "sft") as folder:
+        assert list(folder.iterdir()) == []
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["count.json", "sft"]
+
+
+def test_a_link_in_place_of_what_is_half_written_is_not_followed(tmp_path: Path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".count.json.part").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="symbolic link"):
+        Count(number=2).save(tmp_path / "count.json")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_new_files_stand_in_the_way_of_none_but_themselves(tmp_path: Path):
+    files = {tmp_path / "a": "one", tmp_path / "b": "two"}
+    (tmp_path / "a").write_text("one")
+    write_new(files)
+    write_new(files)
+    assert [file.read_text() for file in files] == ["one", "two"]
+    (tmp_path / "b").write_text("mine")
+    with pytest.raises(InputError, match=f"^{tmp_path / 'b'}: there already; nothing was written$"):
+        write_new(files | {tmp_path / "c": "three"})
+    assert not (tmp_path / "c").exists()
+
+
+def test_where_nothing_can_be_written_is_said_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    check_writable(tmp_path / "new" / "folder")
+    monkeypatch.setattr(records.os, "access", lambda where, _: where != tmp_path)  # as of a disk that is read-only
+    with pytest.raises(InputError, match=rf"folder: no permission to write in {tmp_path}; give another --out$"):
+        check_writable(tmp_path / "new" / "folder")

@@ -11,7 +11,7 @@ import typer
 from mixturelens.cli.progress import working
 from mixturelens.cli.shared import After, Base, Before, Device, Dtype, Quiet, Seed, app, device_of, seed_of
 from mixturelens.cli.tables import print_table, tell
-from mixturelens.types import InputError, RunError, shown
+from mixturelens.types import RunError, shown
 
 if TYPE_CHECKING:
     from mixturelens.models import How
@@ -63,14 +63,10 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where suite.yaml and prompts.jsonl go.")] = Path(),
 ) -> None:
     """Write a commented suite of two example questions under two cues, to be edited."""
-    from mixturelens.records import write_text
+    from mixturelens.records import write_new
 
     files = {folder / "suite.yaml": STARTED.format(name=folder / "suite.yaml"), folder / "prompts.jsonl": ASKED}
-    there = [str(file) for file in files if file.exists()]
-    if there:
-        raise InputError(f"{' and '.join(there)}: there already; nothing was written")
-    for file, text in files.items():
-        write_text(file, text)
+    write_new(files)
     tell(f"{folder / 'suite.yaml'} and its prompts.jsonl: edit them, then `mixturelens suite check {folder}`")
 
 

@@ -6,7 +6,6 @@ They lie in Parquet files, one for each part of the prompts, so that a run that 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from mixturelens.discovery.heads import Completion
 from mixturelens.files import read_json
 from mixturelens.models import Pair
 from mixturelens.models.cost import Estimate, Work, announced, estimate
-from mixturelens.records import write_text
+from mixturelens.records import write_bytes, write_text
 from mixturelens.spelling import encode_prompts
 from mixturelens.types import InputError, loading
 
@@ -138,9 +137,7 @@ def _drawn(pair: Pair, models: tuple[Any, ...], scorer: Scorer, prompts: Prompts
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:
     import pandas
 
-    temporary = file.with_suffix(".part")
-    pandas.DataFrame(rows).to_parquet(temporary, index=False)
-    os.replace(temporary, file)
+    write_bytes(file, pandas.DataFrame(rows).to_parquet(None, index=False))
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:

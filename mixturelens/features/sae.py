@@ -114,14 +114,15 @@ def train_sae(
         "batch": batch,
         "seed": seed,
     }
+    work = folder.parent / f".{folder.name}.training"
     if folder.exists():
+        shutil.rmtree(work, ignore_errors=True)  # of a start that was killed when it had written the folder
         if read_config(folder).get("metadata", {}).get("mixturelens") != made:
             raise InputError(f"{folder} holds another SAE (other activations, site or settings); give another folder")
         return folder
     metadata = {"hook_name": origin.site_name, "model_name": origin.model_name, "mixturelens": made}
     trainer = make_trainer(activations, training, metadata)
     _start_at_examples(trainer, activations, seed)
-    work = folder.parent / f".{folder.name}.training"
     for step in range(_resume(trainer, work, made), steps):
         output = trainer.step(activations.batch(step, batch, seed)[:, 0])
         trainer.n_training_steps += 1

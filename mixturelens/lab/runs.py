@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -35,7 +36,7 @@ from mixturelens.models import How, Pair
 from mixturelens.models.source import fingerprint
 from mixturelens.pages import Grown
 from mixturelens.pipeline import Say, kept, provenance_of
-from mixturelens.records import Provenance, new_folder, with_versions, write_text
+from mixturelens.records import Provenance, held, new_folder, with_versions, write_text
 from mixturelens.suite import PromptRow
 from mixturelens.types import InputError
 
@@ -96,15 +97,18 @@ def train(
     # from here on nothing of the spec can be refused: a folder is left only by a run that began
     start_run(spec, out)
     suite.save(out / "suite.yaml")
-    if made is not None:
-        with new_folder(base) as folder:
-            for each in made:
-                each.save_pretrained(folder)
-    if jobs > 1:
-        train_stage(spec, "sft", out, device, progress)
-        first = [name for name, (start, _) in spec.stages.items() if start == "sft"]
-        Parallel(n_jobs=jobs)(delayed(_train_alone)(spec, name, out, device) for name in first)
-    return [train_stage(spec, name, out, device, progress) for name in ("sft", *spec.stages)]
+    with held(out / "training"):  # of two processes, one trains, and the other reads what it has trained
+        if made is not None and not base.exists():
+            with new_folder(base) as folder:
+                for each in made:
+                    each.save_pretrained(folder)
+        if jobs > 1:
+            train_stage(spec, "sft", out, device, progress)
+            first = [name for name, (start, _) in spec.stages.items() if start == "sft"]
+            Parallel(n_jobs=jobs)(delayed(_train_alone)(spec, name, out, device) for name in first)
+        trained = [train_stage(spec, name, out, device, progress) for name in ("sft", *spec.stages)]
+        shutil.rmtree(out / "training", ignore_errors=True)
+    return trained
 
 
 def _train_alone(spec: Spec, name: str, out: Path, device: str) -> None:

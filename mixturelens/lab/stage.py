@@ -169,6 +169,7 @@ class Stage:
     def train(self, start: str, make: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Trainer]) -> Trajectory:
         """Run what is left of the stage and return its trajectory; nothing is left if its result is there."""
         if self.result.exists() and self.record.exists():
+            shutil.rmtree(self.work, ignore_errors=True)  # of a start that was killed when it had written both
             return Trajectory.load(self.record)
         quiet_libraries()
         import torch

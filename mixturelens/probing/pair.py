@@ -6,9 +6,7 @@ import contextlib
 import gc
 import itertools
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from mixturelens.behaviour.harmed import Harm, find_harm, gained_and_lost
@@ -28,7 +26,7 @@ from mixturelens.probing.shift import shifts
 from mixturelens.probing.subspace import find_subspace, subspace_tokens
 from mixturelens.stats import too_few
 from mixturelens.types import NOT_MEASURED, InputError, Interval, Side, Site
-from mixturelens.unfinished import attempt
+from mixturelens.unfinished import NOTHING_KEPT, Unfinished, attempt
 
 Say = Callable[[str], None]
 
@@ -52,6 +50,8 @@ class ProbingSettings(NamedTuple):
     """Every site is probed and the cue is erased at each, whatever that takes; else the rest of a large model is looked
     at where the residual stream changes."""
     seed: int = 0
+    parts: Unfinished = NOTHING_KEPT
+    """Where activations that memory cannot hold lie for a while."""
 
 
 SETTINGS = ProbingSettings()
@@ -84,8 +84,7 @@ def probing_record(
     with contextlib.ExitStack() as stack:
         shelf = None
         if plan.on_disk:
-            pair.out.mkdir(parents=True, exist_ok=True)
-            shelf = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="activations-", dir=pair.out)))
+            shelf = stack.enter_context(settings.parts.shelf())
 
         def network(name: Network, lens: Lens) -> Reading:
             say(f"reading {'the untrained network' if name == 'untrained' else SIDES[name]}")

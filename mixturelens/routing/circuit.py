@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from mixturelens.behaviour.harmed import find_harm
@@ -75,10 +77,13 @@ class Effort:
 FULL, LESS = Effort(), Effort(steps=8, fractions=(0.01, 0.05, 0.2), random=1, verified=16)
 
 
+_NODE = r"(input|logits|L\d{1,4}\.(mlp|(h|kv)\d{1,4}))"
+
+
 class CircuitNode(Frozen):
     """The input, a head, an MLP or the logits."""
 
-    name: str
+    name: Annotated[str, Field(pattern=f"^{_NODE}$")]
     """`input`, `L0.h3`, `L1.mlp` or `logits`."""
     layer: int
     """-1 for the input, the number of layers for the logits."""
@@ -105,11 +110,11 @@ class CircuitNode(Frozen):
 class CircuitEdge(Frozen):
     """What one node writes, as one other reads it, at one position."""
 
-    sender: str
+    sender: Annotated[str, Field(pattern=f"^{_NODE}$")]
     """A node's name."""
-    receiver: str
+    receiver: Annotated[str, Field(pattern=rf"^{_NODE}(\.[qkv])?$")]
     """A node's name; of a head, one of its three inputs: `L1.h2.q`, `L1.h2.k`, `L1.h2.v`."""
-    position: int
+    position: Annotated[int, Field(ge=0, lt=2**20)]
     score: Interval
     """Share of the metric's difference between clean and corrupt; negative where the edge works against it."""
 

@@ -25,7 +25,7 @@ from mixturelens.routing.circuit import (
     routing_circuit,
 )
 from mixturelens.suite import load_suite
-from mixturelens.types import NOT_MEASURED, Interval, Site
+from mixturelens.types import NOT_MEASURED, InputError, Interval, Site
 
 PAIRS = Path(__file__).resolve().parents[1] / "pairs"
 
@@ -88,6 +88,20 @@ def test_it_round_trips(record: CircuitRecord, tmp_path: Path) -> None:
 
 
 # --- verified by exact patching ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("sender", "L'0.h1"), ("receiver", "L0.h1.z"), ("position", -1), ("position", 2**40)]
+)
+def test_an_edge_between_what_is_no_node_is_refused(
+    record: CircuitRecord, tmp_path: Path, key: str, value: object
+) -> None:
+    data = json.loads(record.to_json())
+    data["circuits"][0]["edges"][0][key] = value
+    file = tmp_path / "circuit.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=rf"circuits\.0\.edges\.0\.{key}: "):
+        CircuitRecord.load(file)
 
 
 def test_a_node_is_what_patching_its_site_says(record: CircuitRecord) -> None:

@@ -20,7 +20,7 @@ from mixturelens.lab import runs
 from mixturelens.lab.sweep.grid import GridCell, cells_of, load_grid, text
 from mixturelens.lab.sweep.numbers import INSTRUMENTS, TAKEN, Scalar, flat
 from mixturelens.models import Pair
-from mixturelens.records import Record, write_text
+from mixturelens.records import Record, held, write_bytes, write_text
 from mixturelens.types import Frozen, InputError, RunError, running
 
 if TYPE_CHECKING:
@@ -74,14 +74,12 @@ def run_cell(cell: GridCell, out: Path, then: Sequence[str], device: str | None)
     the cell finished. The traceback of a failure goes into `failed/<cell>.txt`.
     """
     import torch
-    from filelock import FileLock
 
     from mixturelens.models import quiet_libraries
 
     assert cell.spec is not None
-    folder, failure, lock = out / "cells" / cell.name, out / "failed" / f"{cell.name}.txt", out / "locks"
-    lock.mkdir(parents=True, exist_ok=True)
-    with _ALONE, FileLock(lock / f"{cell.name}.lock"):
+    folder, failure = out / "cells" / cell.name, out / "failed" / f"{cell.name}.txt"
+    with _ALONE, held(folder):
         quiet_libraries()
         torch.set_num_threads(1)
         try:
@@ -187,9 +185,7 @@ def run_sweep(
         rows=tuple(rows),
     )
     table = table_of(record)
-    out.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(out / ".table.parquet")
-    (out / ".table.parquet").replace(out / "table.parquet")
+    write_bytes(out / "table.parquet", table.to_parquet(None))
     page = write_sweep(
         out / "sweep.html",
         f"Sweep: {file.stem}",
