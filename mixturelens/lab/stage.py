@@ -181,7 +181,8 @@ class Stage:
         resume = self._last_complete()
         if resume is not None:
             self._restore(resume)
-        if resume is not None and self.saturated():
+        # of a checkpoint that is the last, the trainer would take one more step
+        if resume is not None and (self.saturated() or _step(resume) >= self.steps):
             model = _trainable(self.spec, find_source(resume), self.device)
         else:
             torch.manual_seed(self.seed)
@@ -276,7 +277,11 @@ class Stage:
                 complete.append(folder)
             else:
                 shutil.rmtree(folder)
-        return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+        return max(complete, key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def attach(stage: Stage, trainer: Trainer) -> None:

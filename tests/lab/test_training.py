@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from safetensors.numpy import load_file
@@ -94,12 +95,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(
             raise Interrupted
 
     run = tmp_path / "run"
-    if stage != "sft":  # what comes before is there
-        for name in ("checkpoints/base", "checkpoints/sft"):
-            shutil.copytree(finished / name, run / name)
-        for name in ("spec.json", "trajectory/sft.json"):
-            (run / name).parent.mkdir(exist_ok=True)
-            shutil.copy(finished / name, run / name)
+    if stage != "sft":
+        _with_sft(finished, run)
     with pytest.raises(Interrupted):
         runs.train(tiny, run, progress=interrupt)
     left = list((run / "training" / stage).glob("checkpoint-*"))
@@ -121,6 +118,36 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert_same_weights(finished, run, [stage])
     file = f"trajectory/{stage}.json"
     assert json.loads((run / file).read_text()) == json.loads((finished / file).read_text())
+
+
+def _with_sft(finished: Path, run: Path) -> None:
+    """What comes before RL is there."""
+    for name in ("checkpoints/base", "checkpoints/sft"):
+        shutil.copytree(finished / name, run / name)
+    for name in ("spec.json", "trajectory/sft.json"):
+        (run / name).parent.mkdir(exist_ok=True)
+        shutil.copy(finished / name, run / name)
+
+
+def test_a_stage_killed_behind_its_last_step_takes_no_more(
+    finished: Path, tiny: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A last step in the middle of an epoch, from which the trainer itself would go on."""
+    data = tiny.model_dump(mode="json")
+    short = Spec.model_validate(data | {"rl": data["rl"] | {"steps": 3, "cues": ["A"]}})
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for each in (whole, run):
+        _with_sft(finished, each)
+        (each / "spec.json").write_text(short.model_dump_json())
+    runs.train(short, whole)
+    monkeypatch.setattr("mixturelens.lab.stage.new_folder", Mock(side_effect=Interrupted))
+    with pytest.raises(Interrupted):
+        runs.train(short, run)
+    monkeypatch.undo()
+    runs.train(short, run)
+    assert_same_weights(whole, run, ["rl-A"])
+    file = "trajectory/rl-A.json"
+    assert json.loads((run / file).read_text()) == json.loads((whole / file).read_text())
 
 
 SHAPES = {
