@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from pydantic import ValidationError
 
 from mixturelens.files import MADE, read_bytes, read_json
-from mixturelens.types import Frozen, InputError
+from mixturelens.types import Frozen, InputError, loading
 
 _LIBRARIES = ("mixturelens", "torch", "transformers", "trl")
 
@@ -100,7 +100,8 @@ class Record(Frozen):
         if data.get("kind") != cls.KIND:
             raise InputError(f"{path}: holds a {data.get('kind')!r} record, expected {cls.KIND!r}")
         if data.get("version") == cls.VERSION - 1:
-            data = cls.upgraded(data)
+            with loading(path, f"not a {cls.KIND} record of version {cls.VERSION - 1}"):
+                data = cls.upgraded(data)
         if data.get("version") != cls.VERSION:
             raise InputError(
                 f"{path}: {cls.KIND} record of version {data.get('version')}, this mixturelens reads version "

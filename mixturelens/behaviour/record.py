@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from mixturelens.behaviour.settle import SampleCheck
 from mixturelens.behaviour.unannounced import Identified
 from mixturelens.records import Record
@@ -149,3 +151,10 @@ class BehaviourRecord(Record):
     """Whitespace before completions and behind announcements, as the models write it."""
     notes: tuple[str, ...] = ()
     """What differs between the checkpoints and may matter, and what the suite names that never occurs."""
+
+    @model_validator(mode="after")
+    def _of_its_cues(self) -> BehaviourRecord:
+        for cue in self.cues:
+            if cue not in self.per_cue:
+                raise ValueError(f"per_cue has no cue {cue!r}, which is one of its cues")
+        return self

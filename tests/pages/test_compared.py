@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,10 @@ def test_folders_that_cannot_be_compared(tmp_path: Path) -> None:
         compare(run, tmp_path / "none")
     with pytest.raises(InputError, match="are one folder"):
         compare(run, run)
+    file = make_run(tmp_path / "two") / "records" / "S--R" / "behaviour.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"per_cue": {}}))
+    with pytest.raises(InputError, match=rf"^{file}: per_cue has no cue 'A', which is one of its cues$"):
+        compare(run, tmp_path / "two")
 
 
 def test_the_page_says_what_the_record_says(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def record(**changes) -> BehaviourRecord:
     base = {
         "method": "literal",
         "policies": ("a", "b"),
-        "cues": ("A", "B"),
+        "cues": ("B",),
         "questions": 20,
         "coverage": {"before": at(0.99), "after": at(0.99)},
         "per_cue": {"B": CueBehaviour(before=side(0.5), after=side(0.0), accuracy_change=change)},
@@ -362,3 +362,11 @@ def test_older_records_are_refused(tmp_path: Path):
     file.write_text(json.dumps({**version_1(), "version": 0}))
     with pytest.raises(InputError, match="version 0"):
         VerdictRecord.load(file)
+
+
+def test_a_record_of_version_1_that_lacks_what_it_had_is_refused(tmp_path: Path):
+    file = tmp_path / "verdict.json"
+    for change in ({"controls": None}, {"per_cue": {"A": {}}}, {"nats": []}):
+        file.write_text(json.dumps(version_1() | change))
+        with pytest.raises(InputError, match=rf"^{file}: not a verdict record of version 1 \("):
+            VerdictRecord.load(file)
