@@ -69,13 +69,19 @@ def main() -> None:
         _fail(f"{error.name} is not installed, which only the laboratory needs: pip install 'mixturelens[lab]'", 2)
     except MemoryError:
         _fail(_NO_MEMORY, 1)
-    except Exception as error:  # libraries report a full disk, and memory that ran out, as errors of their own
+    except (RuntimeError, _of_safetensors()) as error:  # as libraries report a full disk, and memory that ran out
         said = str(error)
         if "No space left on device" in said:
             _fail(*_explain(OSError(errno.ENOSPC, "No space left on device")))
         if any(words in said for words in _OUT_OF_MEMORY):
             _fail(_NO_MEMORY, 1)
         raise
+
+
+def _of_safetensors() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError
 
 
 def _explain(error: OSError) -> tuple[str, int]:
