@@ -177,12 +177,19 @@ def repair_record(
     scale = scale_of(ground, pair.model("before"))
     few, few_choose = brief(ground.judge), brief(ground.choose)
     if reader is not None:
-        found_heads = reader.heads
+        found_heads, carried = reader.heads, reader.effect
     else:
         say("finding the cue reader")
         bench = Bench(lens, ground.contrasts, ["policy"], [(layer, "z") for layer in range(lens.layers)])
         every = bench.patch(head_sites(lens, "policy"))
-        found_heads = find_reader(lens, ground.contrasts, "policy", seed, (bench, every)).heads
+        found = find_reader(lens, ground.contrasts, "policy", seed, (bench, every))
+        found_heads, carried = found.heads, interval(found.effect)
+    if carried.high is not None and carried.high < 0.5:
+        strongest, ranged = " + ".join(map(str, found_heads)), f"[{carried.low:.2f}, {carried.high:.2f}]"
+        missing.append(
+            f"a cue reader of one or two heads: the strongest in R, {strongest}, carry {carried.value:.2f} {ranged} of "
+            "the cue, and the rest is read elsewhere; where repairs at heads fail, that is why"
+        )
     heads = tuple(head.model_copy(update={"position": "completion"}) for head in found_heads)
     others = _other_groups(lens, heads, plan.places, seed)
     places = ["+".join(str(head) for head in group) for group in others]

@@ -21,7 +21,7 @@ from mixturelens.hooks.lens import load_lens
 from mixturelens.hooks.weights import projection, rewritten
 from mixturelens.models import Pair, load_model, load_tokenizer
 from mixturelens.patching.pair import patching_record
-from mixturelens.patching.sweep import find_reader
+from mixturelens.patching.sweep import Reader, find_reader
 from mixturelens.routing import edit as edits
 from mixturelens.routing import repair
 from mixturelens.routing.edit import edited, fit_edit
@@ -275,6 +275,20 @@ def test_what_patching_found_is_judged_on_questions_that_did_not_find_it(monkeyp
     ]
     assert record.missing[0] == "repair: 12 of 20 questions, those of patching"
     assert record.questions == patched.readers[-1].questions == 6
+    assert not any("a cue reader of one or two heads" in line for line in record.missing)
+
+
+def test_heads_that_carry_less_than_half_of_the_cue_are_named_as_no_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = PAIRS / "llama"
+    pair, measured = Pair(folder / "S", folder / "R-routing", load_suite(folder)), behaviour_of("llama", "R-routing")
+    draws = np.linspace(0.01, 0.03, 100)
+    idle = Site(layer=1, component="z", head=1, position="policy")
+    monkeypatch.setattr(repair, "find_reader", lambda *_: Reader((idle,), 0.02, draws, draws, (idle,)))
+    monkeypatch.setattr(repair, "RANDOM", 1)
+    monkeypatch.setattr(repair, "DIRECTIONS", 1)
+    record = repair_record(pair, measured)
+    said = "a cue reader of one or two heads: the strongest in R, L1.z.1@policy, carry 0.01 [0.01, 0.03] of the cue"
+    assert any(line.startswith(said) for line in record.missing)
 
 
 def test_the_trained_cue_must_be_known() -> None:
