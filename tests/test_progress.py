@@ -8,7 +8,7 @@ import pytest
 
 from mixturelens.cli import progress
 from mixturelens.cli.progress import working
-from mixturelens.models.cost import Announced, Estimate, announced
+from mixturelens.models.cost import TimedLine, Estimate, announced
 
 
 def test_a_log_says_now_and_then_that_announced_work_goes_on(
@@ -56,7 +56,7 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_announced_says_how_long_it_takes() -> None:
     line = announced("repair", Estimate(seconds=200.0, memory=1e9), ", if so")
-    assert isinstance(line, Announced)
+    assert isinstance(line, TimedLine)
     assert (line, line.seconds) == ("repair: about 3 min, at most 1.0 GB, if so", 200.0)
     assert announced("repair", Estimate(seconds=3.0, memory=1e9)).seconds is None
 

@@ -89,19 +89,19 @@ class Estimate:
         return f"{time}, at most {self.memory / 1e9:.1f} GB"
 
 
-class Announced(str):
+class TimedLine(str):
     """A line that is said before work, and knows how many seconds that takes; None where it is too little to tell."""
 
     seconds: float | None
 
 
-def announced(what: str, takes: Estimate, also: str = "") -> Announced:
+def announced(what: str, takes: Estimate, also: str = "") -> TimedLine:
     """What is said before work begins: what it is, and what it takes.
 
     >>> announced("repair", Estimate(seconds=200.0, memory=1e9))
     'repair: about 3 min, at most 1.0 GB'
     """
-    line = Announced(f"{what}: {takes}{also}")
+    line = TimedLine(f"{what}: {takes}{also}")
     line.seconds = takes.seconds if takes.seconds >= LITTLE else None
     return line
 
