@@ -8,7 +8,7 @@ import pytest
 
 from mixturelens.cli import progress
 from mixturelens.cli.progress import working
-from mixturelens.models.cost import TimedLine, Estimate, announced
+from mixturelens.models.cost import Estimate, TimedLine, announced
 
 
 def test_a_log_says_now_and_then_that_announced_work_goes_on(
