@@ -455,7 +455,11 @@ def test_a_signal_is_said_in_one_line(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("mixturelens.records.os.replace", lambda *_: os.kill(os.getpid(), number))
-    refused(run("suite", "init", tmp_path), "stopped", "goes on where it was", status=status)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs do not hear it
+    try:
+        refused(run("suite", "init", tmp_path), "stopped", "goes on where it was", status=status)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     assert signal.getsignal(signal.SIGTERM) == before
     assert list(tmp_path.iterdir()) == []
 

@@ -135,7 +135,10 @@ def test_a_good_suite_is_read_and_its_pitfalls_are_said(tmp_path: Path) -> None:
 def test_a_new_suite_is_right_and_is_not_written_over(run: Run, tmp_path: Path) -> None:
     assert run("suite", "init", tmp_path / "mine")[0] == 0
     assert check_suite_file(tmp_path / "mine")[1] == []
+    with (tmp_path / "mine" / "suite.yaml").open("a") as file:
+        file.write("# mine\n")
     refused(run("suite", "init", tmp_path / "mine"), "there already")
+    assert (tmp_path / "mine" / "suite.yaml").read_text().endswith("# mine\n")
 
 
 def test_what_the_models_write_is_shown_with_its_labels(run: Run, pairs: Path) -> None:

@@ -75,7 +75,8 @@ LOOKS = {
 }
 
 
-@pytest.mark.parametrize("look", ["dark", *(pytest.param(look, marks=pytest.mark.slow) for look in ("light", "phone"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("look", ["dark", "light", "phone"])
 def test_a_report_draws_all_figures_and_keeps_nobody_out(chromium: Any, report: Path, look: str) -> None:
     page = Opened(chromium, report, **LOOKS[look])
     figures = page.tab.locator("figure .plot").count()
