@@ -5,6 +5,7 @@ A cell that was killed goes on where it stopped, because a run does; one that fa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import traceback
@@ -96,6 +97,8 @@ def run_cell(cell: GridCell, out: Path, then: Sequence[str], device: str | None)
             write_text(failure, traceback.format_exc())
             return str(error)
         failure.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            failure.parent.rmdir()  # no other cell has failed
         return ""
 
 
