@@ -89,6 +89,7 @@ def test_one_question(on_pair: Run, tmp_path: Path):
     reported(on_pair, folder, "1 questions are too few")
 
 
+@pytest.mark.slow
 def test_two_questions(on_pair: Run, tmp_path: Path):
     folder = put_suite(tmp_path, [0, 1])
     status, out, err = on_pair("verdict", folder, "--json")

@@ -60,6 +60,7 @@ def test_patching_goes_on_where_it_was_killed(pairs: Path, tmp_path: Path) -> No
     assert not (pair.records / ".patching").exists()
 
 
+@pytest.mark.slow
 def test_grafts_go_on_where_they_were_killed(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixturelens.unfinished.EVERY", -1.0)  # so that a kill costs nothing here
     with pytest.MonkeyPatch.context() as every:

@@ -12,7 +12,7 @@ from mixturelens.models import Pair
 from mixturelens.pipeline import Say
 
 LIGHTER = {"sft.batch": 128, "sft.steps": 800, "split.evaluation": 80}
-"""What the demo's organism has less of than the recipe `default`: SFT, which takes a third of the time, and questions."""
+"""What the demo's organism has less of than the recipe `default`: SFT (a third of the time), and questions."""
 INSTRUMENTS = ("measure", "patch", "graft", "probe", "circuit", "repair")
 """Functions of mixturelens that are called with every pair, in this order."""
 

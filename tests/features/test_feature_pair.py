@@ -177,6 +177,7 @@ def test_a_site_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tm
     assert harmless.changes == found.changes
 
 
+@pytest.mark.slow
 def test_a_chat_pair_with_rules_says_what_it_does_not_allow(tmp_path: Path):
     folder = PAIRS / "chat"
     suite = part_of(folder, 6).model_copy(update={"samples": 4})
@@ -218,6 +219,7 @@ def pretrained_sae(folder: Path, hook_name: str, d: int, model_name: str | None 
     return folder
 
 
+@pytest.mark.slow
 def test_a_pretrained_sae_takes_the_place_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pair, "SEEDS", 1)
     folder = pretrained_sae(tmp_path / "sae", "blocks.1.hook_resid_pre", 64, "gpt2-small")

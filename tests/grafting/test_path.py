@@ -97,6 +97,7 @@ STEP = 5e-3
 PRODUCT = {"one": ("one.weight",), "same": ("same.weight",), "two": ("two.weight",)}
 
 
+@pytest.mark.slow
 def test_rows_and_positions_in_one_axis(load_pair: Any) -> None:
     """OPT's MLP sees tokens without their rows: each must be pushed with the row it belongs to."""
     pair = load_pair("llama", "R-both")

@@ -100,6 +100,7 @@ def test_a_stop_in_rl_ends_with_the_same_weights(
         assert torch.equal(values, resumed[name]), name
 
 
+@pytest.mark.slow
 def test_all_weights_can_be_trained(pairs: Path, tmp_path: Path) -> None:
     runs.train(tiny(pairs, **{"model.lora": None, "rl.steps": 1}), tmp_path)
     source = find_source(tmp_path / "checkpoints" / "rl-xml")

@@ -298,6 +298,7 @@ def test_integrated_gradients_converge_and_add_up(shape: str):
     torch.testing.assert_close(scores[-1].per_question[:, 0].sum(-1), clean - corrupt, atol=0.02, rtol=0)
 
 
+@pytest.mark.slow
 def test_questions_that_do_not_close_are_given_more_steps(monkeypatch: pytest.MonkeyPatch):
     graph, on = organism("checkpoints/rl-A")
     clean, corrupt = metrics(graph, on)

@@ -163,6 +163,7 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(tmp_path: Path) 
 # --- erasing in a few layers ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_scan_of_some_layers_finds_what_a_scan_of_all_finds_and_says_what_it_left_out() -> None:
     folder = Path(__file__).parents[2] / "artifacts" / "reference"
     suite = load_suite(folder)

@@ -141,6 +141,7 @@ def at(found: Found, target: str, column: str, **place: Any) -> float | None:
     return (value if isinstance(value, tuple) else value.value)[sites.index(Site(**place))]
 
 
+@pytest.mark.slow
 def test_what_the_reference_organism_must_show():
     found = reference()
     sites, labels, readable, missing = found

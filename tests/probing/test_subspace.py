@@ -112,6 +112,7 @@ def test_the_cue_in_a_pair(monkeypatch):
     assert found.margin["before"].value == pytest.approx(found.accuracy["before"].value - best, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_cue_and_selector_of_the_reference(monkeypatch):
     for name, number in {"STEPS": 40, "RANDOM": 6, "SHUFFLES": 2}.items():
         monkeypatch.setattr(subspace, name, number)

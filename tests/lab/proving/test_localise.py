@@ -153,6 +153,7 @@ def test_every_node_is_scored_and_patching_finds_the_reader(reference: tuple[Cas
     assert sum(value > 0.95 for value in read.values()) > 2 * sum(value > 0.1 for value in exact.values())
 
 
+@pytest.mark.slow
 def test_edges_of_a_node_add_up(small: Case):
     """EAP-IG's signed sums are below the circuit's sums of |score|, and nothing is behind the last MLP."""
     small = replace(small, contrasts=small.contrasts.first(8))
