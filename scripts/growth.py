@@ -1,4 +1,4 @@
-"""How the time and memory of every instrument grow: `python scripts/growth.py`, half an hour on one core.
+"""How the time and memory of every instrument grow: `python scripts/growth.py`, a quarter of an hour on one core.
 
 The pair is the reference run's, made larger in ways that leave what it does as it is: layers whose outputs are zero,
 heads, neurons and dimensions of the residual stream that nothing reads, words before a prompt that say nothing. So
@@ -49,9 +49,9 @@ class Size(NamedTuple):
 
 AXES: dict[str, tuple[Size, ...]] = {
     "layers": tuple(Size(layers=n) for n in (6, 12, 24)),
-    "width": tuple(Size(width=n) for n in (64, 128, 256)),
-    "questions": tuple(Size(questions=n) for n in (48, 96, 192)),
-    "tokens": tuple(Size(before=n) for n in (0, 8, 24)),
+    "width": tuple(Size(width=n) for n in (64, 128)),
+    "questions": tuple(Size(questions=n) for n in (48, 96)),
+    "tokens": tuple(Size(before=n) for n in (0, 24)),
 }
 
 

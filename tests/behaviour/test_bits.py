@@ -216,7 +216,7 @@ def test_estimates_from_samples_are_hardly_off(samples: int, anywhere: float, al
     assert np.abs(np.diag(bias)).max() < alike
 
 
-@pytest.mark.parametrize("samples", [4, 8, 16, 96])
+@pytest.mark.parametrize("samples", [4, 8, 16, pytest.param(96, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("before", "after"), [((5, 5), (50, 1)), ((5, 5), (5, 5)), ((1, 1), (1, 1)), ((50, 1), (50, 1)), ((20, 2), (2, 20))]
 )
@@ -354,7 +354,13 @@ def wordy_pair(answers: float, style: float, tokens: int) -> BehaviourRecord:
 
 @pytest.mark.parametrize(
     ("nats", "drifts", "tokens"),
-    [(0.0, False, 8), (0.01, None, 24), (0.06, True, 8), (0.06, True, 24), (0.3, True, 24)],
+    [
+        (0.0, False, 8),
+        pytest.param(0.01, None, 24, marks=pytest.mark.slow),
+        (0.06, True, 8),
+        (0.06, True, 24),
+        pytest.param(0.3, True, 24, marks=pytest.mark.slow),
+    ],
 )
 def test_a_drift_of_style_is_heard_as_text_and_moves_no_bit(nats: float, drifts: bool | None, tokens: int):
     """Completions of which all but two tokens are style, with and without a change of routing."""

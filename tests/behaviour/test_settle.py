@@ -362,7 +362,14 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize(
+    "what",
+    [
+        "quote mark",
+        "words before it",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("capital", "dash", "no colon")),
+    ],
+)
 def test_an_announcement_that_is_spelled_wrongly_is_inconclusive_and_both_spellings_are_named(
     run: Run, tmp_path: Path, what: str
 ):

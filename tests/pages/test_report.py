@@ -229,6 +229,7 @@ def test_the_page_says_which_slopes_exact_patching_refutes():
     assert caption(make_circuit()).endswith("yellow: S and R differ.")  # of a record from before they were patched
 
 
+@pytest.mark.slow
 def test_sections_of_the_mechanism_appear_only_with_their_records(tmp_path):
     text = write(tmp_path / "report.html", mechanism=True, repair=None, patching=None, probing=None, graft=None)
     assert 'id="repair"' not in text

@@ -338,7 +338,8 @@ def test_attribution_ranks_edges_as_exact_patches_do(name: str):
         assert strength > 0.65
 
 
-@pytest.mark.parametrize("name", [pytest.param("checkpoints/sft", marks=pytest.mark.slow), "checkpoints/rl-A"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["checkpoints/sft", "checkpoints/rl-A"])
 def test_a_tenth_of_the_edges_does_it_and_a_random_tenth_does_not(name: str):
     graph, on = organism(name)
     counts = resample_counts(len(on), 0)
