@@ -130,6 +130,7 @@ def test_two_questions(on_pair: Run, tmp_path: Path):
     assert [each.kind for each in found.repairs] == ["interchange", "zero", "mean", "steer", "edit"]
 
 
+@pytest.mark.slow
 def test_a_report_on_prompts_of_several_lengths(on_pair: Run, tmp_path: Path):
     """A position of a circuit is then no one word."""
     folder = put_suite(tmp_path, [0, 1, 2])

@@ -66,6 +66,7 @@ def test_answers_for_every_pair_with_numbers_and_controls(probe: Probe):
     assert seconds < 60  # of the processor, whoever shares it: a few
 
 
+@pytest.mark.slow
 @each
 def test_same_seed_same_numbers(probe: Probe):
     record, _ = first(probe.NAME)

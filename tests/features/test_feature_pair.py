@@ -147,6 +147,7 @@ def test_held_out_questions_taught_nothing():
         pair._split(part_of(REFERENCE, 1), (), 0)
 
 
+@pytest.mark.slow
 def test_a_site_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Patching that named nothing, and a table that cannot be made: the rest is measured, and both are said."""
 

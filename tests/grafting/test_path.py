@@ -172,6 +172,7 @@ def test_every_share_is_that_of_finite_differences(load_pair: Any, shape: str, a
         np.testing.assert_allclose(found.values[..., k], total, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_the_way_back_is_the_negative(load_pair: Any) -> None:
     pair = load_pair("qwen2", "R-conditioning")
     cells = cells_of(pair, 4)

@@ -209,6 +209,7 @@ def table() -> str:
 START, END = "<!-- architectures: written by tests/hooks/test_architectures.py -->\n", "\n<!-- /architectures -->"
 
 
+@pytest.mark.slow
 def test_the_table_of_the_docs_is_the_one_that_is_made_here():
     written_down = PAGE.read_text().split(START)[1].split(END)[0]
     assert written_down == table(), "write it anew: python tests/hooks/test_architectures.py"

@@ -193,6 +193,7 @@ def test_finished_cells_stay_and_a_grown_grid_runs_what_is_new(tmp_path, trainin
     assert [row for row in more.rows if row["seed"] != 2] == list(record.rows)
 
 
+@pytest.mark.slow
 def test_a_sweep_from_the_command_line(tmp_path, run):
     """One cell that is really trained and one that cannot be: a row says what the records say, and the status is 1."""
     file, out = write(tmp_path, GRID | {"set": {"rl.learning_rate": ["1e-3", -1.0]}, "seeds": 1}), tmp_path / "out"

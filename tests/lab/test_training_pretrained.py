@@ -73,6 +73,7 @@ def test_the_pair_is_measured_like_any_other(trained: Path) -> None:
     assert record.per_cue["xml"].before.weights["okay"] == pytest.approx(start.weights["okay"].value, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stop_in_rl_ends_with_the_same_weights(
     trained: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

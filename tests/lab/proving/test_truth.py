@@ -141,6 +141,7 @@ def test_every_term_is_that_of_the_instruments_own_enumeration(monkeypatch, anno
     assert parts == pytest.approx(found.terms["total"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_wordings_are_told_apart_as_the_instrument_tells_them():
     spec = short("phrase", 2)
     tokenizer = build_tokenizer(spec)
