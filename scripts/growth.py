@@ -208,7 +208,7 @@ def main() -> None:
         write_text(
             file, json.dumps({"fields": [*Size._fields, "instrument", "seconds", "bytes"], "measured": rows}) + "\n"
         )
-    put(PAGE, "growth", table(known))
+    put("growth", "\n".join(table(known)), "growth", PAGE)
 
 
 if __name__ == "__main__":
