@@ -134,6 +134,7 @@ def test_patch_and_repair_and_a_report_of_both(run: Run, tmp_path: Path, monkeyp
     assert "Repair of transfer" in page
 
 
+@pytest.mark.slow
 def test_graft_and_probe_and_what_the_verdict_makes_of_them(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

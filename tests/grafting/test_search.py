@@ -145,6 +145,7 @@ def test_what_begins_behind_layers_that_are_alike_reads_the_same_to_the_bit(pair
 # --- search -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_planted_layers_are_found_and_the_others_left_closed(deep: Path):
     trial = trial_of(deep, "R")
     path = attribute(trial.bench, ("a", "b"))

@@ -116,6 +116,7 @@ def figures_fit_on_paper(page: Opened) -> None:
     assert page.tab.evaluate(widths) == before
 
 
+@pytest.mark.slow
 def test_a_comparison_keeps_nobody_out(chromium: Any, tmp_path: Path) -> None:
     _, path = ml.compare(make_run(tmp_path / "one"), make_run(tmp_path / "two", share=0.7), tmp_path / "out")
     page = Opened(chromium, path, **LOOKS["phone"])

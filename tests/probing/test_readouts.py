@@ -170,6 +170,7 @@ def test_what_the_reference_organism_must_show():
     assert np.nanmean([v for v in cue.shuffled if v is not None]) == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_s_given_twice_and_the_same_seed_give_the_same_numbers():
     folder = REFERENCE / "checkpoints" / "sft"
     behaviour = BehaviourRecord.load(REFERENCE / "records" / "sft--rl-A" / "behaviour.json")

@@ -258,6 +258,7 @@ def test_one_way_that_fails_does_not_cost_the_others(monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "repaired").exists()
 
 
+@pytest.mark.slow
 def test_what_patching_found_is_judged_on_questions_that_did_not_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patching may have asked fewer questions: repair asks the same, in the same halves."""
     folder = PAIRS / "llama"
