@@ -85,8 +85,6 @@ def train(
     With more than one of `jobs`, that many stages that start from SFT are trained at once, each in a process of its
     own, which shows no progress.
     """
-    from joblib import Parallel, delayed
-
     check_run(spec, out)
     suite, base, made = build_suite(spec), out / "checkpoints" / "base", None
     if isinstance(spec.model, Pretrained):
@@ -103,6 +101,8 @@ def train(
                 for each in made:
                     each.save_pretrained(folder)
         if jobs > 1:
+            from joblib import Parallel, delayed
+
             train_stage(spec, "sft", out, device, progress)
             first = [name for name, (start, _) in spec.stages.items() if start == "sft"]
             Parallel(n_jobs=jobs)(delayed(_train_alone)(spec, name, out, device) for name in first)

@@ -113,6 +113,8 @@ class RepairRecord(Record):
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
+A_READER = 0.5
+"""Of the cue's effect: heads that carry less are not called its reader."""
 RANDOM = 24
 """Random places, at most, that each repair is compared with."""
 DIRECTIONS = 12
@@ -184,7 +186,7 @@ def repair_record(
         every = bench.patch(head_sites(lens, "policy"))
         found = find_reader(lens, ground.contrasts, "policy", seed, (bench, every))
         found_heads, carried = found.heads, interval(found.effect)
-    if carried.high is not None and carried.high < 0.5:
+    if carried.high is not None and carried.high < A_READER:
         strongest, ranged = " + ".join(map(str, found_heads)), f"[{carried.low:.2f}, {carried.high:.2f}]"
         missing.append(
             f"a cue reader of one or two heads: the strongest in R, {strongest}, carry {carried.value:.2f} {ranged} of "
