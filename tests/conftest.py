@@ -29,6 +29,22 @@ torch.set_num_threads(1)
 PAIRS = Path(__file__).parent / "pairs"
 
 
+# what hooks and models do they do on every architecture; what is built on them is tried on these two less often
+SELDOM = {"gpt_neox", "qwen2"}
+ON_EVERY_ARCHITECTURE = ("hooks", "models")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Above hooks and models, two architectures stand for four in `make test`; `make test-slow` has the others."""
+    rooms = tuple(Path(__file__).parent / room for room in ON_EVERY_ARCHITECTURE)
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given and not any(item.path.is_relative_to(room) for room in rooms):
+            if any(isinstance(value, str) and value in SELDOM for value in given.params.values()):
+                item.add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     """What is there by now stays until the end: the garbage collector need not look at it again and again."""
     gc.collect()
