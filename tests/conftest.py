@@ -39,10 +39,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Above hooks and models, two architectures stand for four in `make test`; `make test-slow` has the others."""
     rooms = tuple(Path(__file__).parent / room for room in ON_EVERY_ARCHITECTURE)
     for item in items:
-        given = getattr(item, "callspec", None)
-        if given and not any(item.path.is_relative_to(room) for room in rooms):
-            if any(isinstance(value, str) and value in SELDOM for value in given.params.values()):
-                item.add_marker("slow")
+        given = None if any(item.path.is_relative_to(room) for room in rooms) else getattr(item, "callspec", None)
+        if given and any(isinstance(value, str) and value in SELDOM for value in given.params.values()):
+            item.add_marker("slow")
 
 
 def pytest_collection_finish() -> None:

@@ -232,7 +232,8 @@ def foreign_completions(
                 counts = [round(suite.samples * float(given[at, k].sum())), int((shown[mine] == k).sum())]
                 shares = [counts[0] / total, counts[1] / len(mine)]
                 table = [[counts[0], total - counts[0]], [counts[1], len(mine) - counts[1]]]
-                if abs(shares[0] - shares[1]) >= ODD and float(fisher_exact(table)[1]) < UNLIKELY:
+                by_chance = fisher_exact(table).pvalue  # pyright: ignore[reportAttributeAccessIssue]
+                if abs(shares[0] - shares[1]) >= ODD and by_chance < UNLIKELY:
                     found.append(
                         f"under {cue} {side}, {shares[0]:.2f} of those given show {name}, and {shares[1]:.2f} of those "
                         "that it writes here"

@@ -213,7 +213,7 @@ for line in under_b:
     for folder in ("R", pair.made("repaired")):
         model = AutoModelForCausalLM.from_pretrained(folder)
         context = torch.tensor([tokenizer.encode(line["prompt"])])
-        written = model.generate(
+        written = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
             context, attention_mask=torch.ones_like(context), max_new_tokens=6, do_sample=False, pad_token_id=0
         )
         row.append(f"`{tokenizer.decode(written[0, context.shape[1] :], skip_special_tokens=True)}`")
