@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,7 +143,7 @@ def score(
 
     folder = out or Path("artifacts/proving-quick" if quick else "artifacts/proving")
     with working(quiet) as (progress, _):
-        record, page = runs.score(folder, quick=quick, jobs=jobs, progress=_timed(progress))
+        record, page = runs.score(folder, quick=quick, jobs=jobs, progress=_counted(progress))
     if as_json:
         print_json([record], None)
         return
@@ -171,7 +170,7 @@ def sweep(
 
     with working(quiet) as (progress, _):
         where = device if scheduler else device_of(device)  # workers may have what is missing here
-        record, page = run_sweep(grid, out, Workers(jobs, scheduler, where), _timed(progress))
+        record, page = run_sweep(grid, out, Workers(jobs, scheduler, where), _counted(progress))
     if as_json:
         print_json([record], None)
     else:
@@ -183,13 +182,6 @@ def sweep(
         raise RunError(f"{len(record.failed)} of {record.cells} cells failed; the same command tries them again")
 
 
-def _timed(progress: Callable[[str, int, int, dict[str, float]], None]) -> Callable[[str, int, int], None]:
-    """Progress of cells done, with the time that the rest will take."""
-    started: dict[str, tuple[float, int]] = {}
-
-    def cells(what: str, done: int, number: int) -> None:
-        at, first = started.setdefault(what, (time.monotonic(), done))
-        each = (time.monotonic() - at) / max(1, done - first)
-        progress(what, done, number, {"minutes left": each * (number - done) / 60} if done > first else {})
-
-    return cells
+def _counted(progress: Callable[[str, int, int, dict[str, float]], None]) -> Callable[[str, int, int], None]:
+    """Progress of what is only counted."""
+    return lambda what, done, number: progress(what, done, number, {})
