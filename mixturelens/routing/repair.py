@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -176,7 +177,9 @@ def repair_record(
     check_memory(pair, plan.estimate, "repair")
     lens = lens_of(pair, "after")
     ground = make_ground(lens, pair.suite, harm, seed)
+    began = time.monotonic()
     scale = scale_of(ground, pair.model("before"))
+    say(announced("repair", plan.behind(time.monotonic() - began)))
     few, few_choose = brief(ground.judge), brief(ground.choose)
     if reader is not None:
         found_heads, carried = reader.heads, reader.effect

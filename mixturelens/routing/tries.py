@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixturelens.behaviour.harmed import Harm
+from mixturelens.behaviour.plan import DISTINCT
 from mixturelens.behaviour.prompts import Prompts, prepare, without_behaviours
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.hooks.kept import MOST
@@ -36,13 +37,19 @@ class RepairPlan:
     edits: int
     """Random groups whose weights are edited."""
     estimate: Estimate
+    beginning: float
+    """Share of it that goes into measuring S and R as they are, which comes first."""
     missing: tuple[str, ...] = ()
+
+    def behind(self, seconds: float) -> Estimate:
+        """What is left to do, now that the beginning has taken so many seconds: the clock knows better than configs."""
+        return replace(self.estimate, seconds=seconds * (1 - self.beginning) / self.beginning)
 
 
 def brief(prompts: Prompts) -> Prompts:
     """Prompts on which strengths are chosen and random repairs measured: of whether completions are right, no more is
-    asked, and of long prompts SOME questions alone."""
-    asked = without_behaviours(prompts) if prompts.suite.literal else prompts
+    asked (where completions are drawn, no policy is put in place), and of long prompts SOME questions alone."""
+    asked = without_behaviours(prompts) if prompts.suite.literal else prompts.only(())
     some = list(dict.fromkeys(row.id for row in prompts.rows))
     if min(map(len, prompts.contexts), default=0) >= LONG:
         some = some[:SOME]
@@ -79,6 +86,7 @@ def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> RepairPla
     if pair.budget.minutes is not None:
         each = max(estimate(pair, Work(tokens=1.0)).seconds, 1e-12)
         most = max(0.0, pair.budget.minutes * 60 / each - read - own)
+    start = 2 * judged + 2 * whole
     share = most / 3
     numbers = [
         min(full, max(FEW, int(share / cost)))
@@ -99,12 +107,15 @@ def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> RepairPla
     engines = 2 * len(contrasts.rows) / 2 * max(len(row.clean) for row in contrasts.rows)
     held = min(MOST, prompts * size.kept) + engines * ((size.layers + 1) * size.d_model * size.width + size.kept)
     needed = estimate(pair, Work(tokens=tokens, read=tokens / 3, models=2.0, held=held + 512e6))
-    return RepairPlan(numbers[0], numbers[1], numbers[2], needed, missing)
+    return RepairPlan(numbers[0], numbers[1], numbers[2], needed, start / tokens, missing)
 
 
 def _behind(prompts: Prompts) -> float:
     """Tokens that come behind prompts where behaviour is measured once, the prompts' last ones among them."""
-    total = 0
+    suite, total = prompts.suite, 0
+    if not suite.literal:  # completions are drawn, behind prompts and behind every announcement
+        ways = 1 + len(prompts.announcements)
+        return len(prompts.rows) * ways * max(1.0, DISTINCT * suite.samples) * suite.max_new_tokens
     for placed, bare in zip(prompts.placed, prompts.bare, strict=True):
         total += sum(len(ids) for ids in bare)
         for each in placed:

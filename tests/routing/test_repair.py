@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mixturelens.routing import edit as edits
 from mixturelens.routing import repair
 from mixturelens.routing.edit import edited, fit_edit
 from mixturelens.routing.repair import RepairRecord, RepairSettings, repair_record
+from mixturelens.routing.tries import brief
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, Site
 
@@ -296,3 +298,33 @@ def test_the_trained_cue_must_be_known() -> None:
     record = behaviour_of("llama", "R-routing").model_copy(update={"trained_cue": None})
     with pytest.raises(InputError, match="trained_cue"):
         find_harm(record)
+
+
+def test_with_rules_completions_are_drawn_and_the_reader_still_brings_the_cue_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The answers are known to a rule alone, so that behaviour is drawn, with every repair in place; and after the
+    beginning was timed, the time that is left is said anew."""
+    monkeypatch.setattr(repair, "RANDOM", 2)
+    monkeypatch.setattr(repair, "DIRECTIONS", 1)
+    folder, said = PAIRS / "llama", list[str]()
+    suite = load_suite(folder).model_copy(update={"answer_match": "contains", "samples": 4})
+    assert not suite.literal
+    record = repair_record(
+        Pair(folder / "S", folder / "R-routing", suite), behaviour_of("llama", "R-routing"), say=said.append
+    )
+    interchange = record.repairs[0]
+    assert (interchange.accuracy["B"].value or 0) > 0.9
+    assert max(interchange.random.harmed) < 0.2
+    assert {cell.policy for cell in interchange.cells} == set(suite.policies)
+    assert all(cell.accuracy_after is not None for cell in interchange.cells if cell.cue == "A")
+    assert sum(each.startswith("repair: ") and "at most" in each for each in said) == 2
+
+
+def test_what_random_repairs_are_asked_is_whether_completions_are_right(load_pair: Callable[[str, str], Any]) -> None:
+    pair = load_pair("llama", "R-routing")
+    drawn = replace(pair.prompts, suite=pair.suite.model_copy(update={"answer_match": "contains"}))
+    in_full = measure(pair.scorer, pair.after, drawn, seed=3)
+    in_brief = measure(pair.scorer, pair.after, brief(drawn), seed=3)
+    assert np.array_equal(in_brief.correct.sum(-1), in_full.correct.sum(-1))
+    assert np.isnan(in_brief.forced_accuracy).all()
