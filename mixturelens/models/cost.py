@@ -101,8 +101,13 @@ def announced(what: str, takes: Estimate, also: str = "") -> TimedLine:
     >>> announced("repair", Estimate(seconds=200.0, memory=1e9))
     'repair: about 3 min, at most 1.0 GB'
     """
-    line = TimedLine(f"{what}: {takes}{also}")
-    line.seconds = takes.seconds if takes.seconds >= LITTLE else None
+    return timed(f"{what}: {takes}{also}", takes.seconds)
+
+
+def timed(text: str, seconds: float) -> TimedLine:
+    """A line that knows how many seconds the work takes that it announces."""
+    line = TimedLine(text)
+    line.seconds = seconds if seconds >= LITTLE else None
     return line
 
 

@@ -23,7 +23,7 @@ from mixturelens.contrasts import Contrasts, Kind, cue_contrasts, hint_contrasts
 from mixturelens.hooks.batches import Sides, sides
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair
-from mixturelens.models.cost import Work, estimate, said_time, size_of
+from mixturelens.models.cost import Work, estimate, said_time, size_of, timed
 from mixturelens.models.source import fingerprint
 from mixturelens.patching.attribution import (
     FRACTIONS,
@@ -228,11 +228,14 @@ def circuit_record(
         if {harm.policy, harm.other} <= hints:
             contrasts.append(hint_contrasts(suite, lens.tokenizer, harm.trained_cue, harm.policy, harm.other))
         for each in contrasts:
-            say(f"circuit of the {each.kind}, {name}")
+            what = f"circuit of the {each.kind}, {name}"
+            say(what)
             try:
                 _even(sides(lens, each.first(2)))
                 effort, number = (FULL, len(each.rows)) if settings.exhaustive else _affordable(of, each)
                 each = each.first(number)
+                takes = estimate(of, Work(tokens=_tokens(each, effort))).seconds
+                say(timed(f"{what}: {said_time(takes)}", takes))
                 on = _even(sides(lens, each))
                 graph = edge_graph(lens, on)
                 scores = eap_ig(graph, on, effort.steps)
@@ -269,11 +272,10 @@ def routing_circuit(
 
 def _affordable(pair: Pair, contrasts: Contrasts) -> tuple[Effort, int]:
     """Effort and questions that the time allows. Raises InputError where those are too few."""
-    size, width = size_of(pair), max(len(row.clean) for row in contrasts.rows)
-    allowed = OPERATIONS
+    size, allowed = size_of(pair), OPERATIONS
     if pair.budget.minutes is not None:
         allowed *= 60 * pair.budget.minutes / estimate(pair, Work(tokens=OPERATIONS / (2 * size.body))).seconds
-    each = {effort: 2 * size.body * width * effort.forwards for effort in (FULL, LESS)}
+    each = {effort: 2 * size.body * _tokens(contrasts, effort) / len(contrasts.rows) for effort in (FULL, LESS)}
     if each[FULL] * len(contrasts.rows) <= allowed:
         return FULL, len(contrasts.rows)
     number = min(len(contrasts.rows), int(allowed / each[LESS]))
@@ -286,11 +288,19 @@ def _affordable(pair: Pair, contrasts: Contrasts) -> tuple[Effort, int]:
     return LESS, number
 
 
+def _tokens(contrasts: Contrasts, effort: Effort) -> float:
+    """Tokens that pass through the model for a circuit of these questions."""
+    return len(contrasts.rows) * max(len(row.clean) for row in contrasts.rows) * effort.forwards
+
+
 def _even(on: Sides) -> Sides:
     if len(on) < 2:
         raise InputError("one half of the questions ranks the edges and the other judges them: give at least two")
     if any(on.shifts):
-        raise InputError("the two prompts of a contrast differ in length: edges cannot be aligned")
+        raise InputError(
+            "the two prompts of a contrast differ in length, so that edges cannot be aligned: give both cues equally "
+            "many tokens (`patch` needs no such thing)"
+        )
     return on
 
 
