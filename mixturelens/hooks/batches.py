@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.lens import Lens, Tokens, tokens
 from mixturelens.hooks.metrics import LogOdds, log_odds
+from mixturelens.suite import Suite
+from mixturelens.types import InputError
+
+TOLD = 0.5
+"""Share of the questions whose completions must begin differently under the two cues, for the first token to tell."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +65,30 @@ def sides(lens: Lens, contrasts: Contrasts) -> Sides:
         spans=tuple(row.spans for row in rows),
         shifts=tuple(row.shift for row in rows),
     )
+
+
+@torch.inference_mode()
+def as_begun(lens: Lens, suite: Suite, contrasts: Contrasts) -> Contrasts:
+    """The same contrasts, told by how completions of S (`lens`) begin, where the suite cannot say how they do.
+
+    Of a literal suite, answers and behaviours stand right behind the announcement, and nothing changes. Where they may
+    come later, or are rules, the target of each question is the token that S most likely goes on with under the clean
+    cue, and its foil the one under the corrupt cue; a question at which both are one token says nothing, and stays.
+    Raises InputError if that is so at more than half of the questions.
+    """
+    if suite.literal:
+        return contrasts
+    both = sides(lens, contrasts)
+    target, foil = (
+        [int(lens.run(side.part(torch.tensor([i])))[0, -1].argmax()) for i in range(len(both))]
+        for side in (both.clean, both.corrupt)
+    )
+    told = sum(t != f for t, f in zip(target, foil, strict=True))
+    if told < TOLD * len(both):
+        raise InputError(
+            f"behind the announcement of {contrasts.policy!r}, what S writes begins alike under {contrasts.clean!r} "
+            f"and {contrasts.corrupt!r} at {len(both) - told} of {len(both)} questions: the next token does not tell "
+            "what it does; give announcements that reach to where the two part"
+        )
+    rows = zip(contrasts.rows, target, foil, strict=True)
+    return replace(contrasts, rows=tuple(replace(row, target=(t,), foil=(f,)) for row, t, f in rows))

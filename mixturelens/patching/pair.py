@@ -18,7 +18,7 @@ from mixturelens.contrasts import (
     hint_contrasts,
     position_labels,
 )
-from mixturelens.hooks.batches import sides
+from mixturelens.hooks.batches import as_begun, sides
 from mixturelens.hooks.engine import MEMORY
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair
@@ -94,8 +94,11 @@ def patching_record(
     check_memory(pair, plan.takes, "patching")
     cue = cue.first(plan.questions)
     lenses: dict[Side, Lens] = {side: lens_of(pair, side) for side in pair.sides}
+    told = functools.cache(lambda: as_begun(lenses["before"], suite, cue))
     target = f"answer under {harm.trained_cue}"
     foil = f"{harm.shows or 'other behaviour'} under {harm.harmed_cue}" if cue.rows[0].foil else "anything else"
+    if not suite.literal:
+        target, foil = (f"how S begins under {name}" for name in harm.cues)
     sweeps: list[Sweep] = []
     readers: list[ReaderHeads] = []
     missing += [
@@ -129,7 +132,7 @@ def patching_record(
         return _reader(lens, contrasts, side, position, seed, (bench, found) if bench else None)
 
     def of_cue(side: Side) -> PatchedContrast:
-        lens, words = lenses[side], {"target": target, "foil": foil, "policy": harm.policy}
+        lens, cue, words = lenses[side], told(), {"target": target, "foil": foil, "policy": harm.policy}
         found, unseen, bench = search(lens, cue, everywhere=True)
         denoised = _sweep(found, cue, side, "denoise", seed, tokenizer, unseen, **words)
         heads = [site for site in found.sites if site.component == "z"]

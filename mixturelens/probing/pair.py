@@ -12,6 +12,7 @@ from typing import NamedTuple
 from mixturelens.behaviour.harmed import Harm, find_harm, gained_and_lost
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import Contrasts, cue_contrasts, hint_contrasts
+from mixturelens.hooks.batches import as_begun
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair
 from mixturelens.models.cost import Work, announced, check_memory, estimate, said_time
@@ -183,6 +184,7 @@ def probing_record(
 
     def of_cue(harm: Harm) -> None:
         cue = cue_contrasts(suite, tokenizer, harm.policy, harm.cues, harm.shows)
+        cue = as_begun(lenses["before"], suite, cue)
         part("erasing the cue", lambda: erase(cue))
         part("erasing the cue where it is used", lambda: erase_used(cue))
         made.clear()

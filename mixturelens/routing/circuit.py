@@ -20,7 +20,7 @@ from torch import Tensor
 from mixturelens.behaviour.harmed import find_harm
 from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.contrasts import Contrasts, Kind, cue_contrasts, hint_contrasts, position_labels
-from mixturelens.hooks.batches import Sides, sides
+from mixturelens.hooks.batches import Sides, as_begun, sides
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair
 from mixturelens.models.cost import Work, estimate, said_time, size_of, timed
@@ -232,6 +232,7 @@ def circuit_record(
             say(what)
             try:
                 _even(sides(lens, each.first(2)))
+                each = as_begun(lens_of(pair, "before"), suite, each) if each.kind == "cue" else each
                 effort, number = (FULL, len(each.rows)) if settings.exhaustive else _affordable(of, each)
                 each = each.first(number)
                 takes = estimate(of, Work(tokens=_tokens(each, effort))).seconds

@@ -21,7 +21,7 @@ from mixturelens.behaviour.repair_questions import WORTH, Ground, make_ground, s
 from mixturelens.contrasts import cue_contrasts, policy_tokens
 from mixturelens.grafting.components import State
 from mixturelens.grafting.graft import save_with
-from mixturelens.hooks.batches import sides
+from mixturelens.hooks.batches import as_begun, sides
 from mixturelens.hooks.engine import no_gradient_for
 from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Lens, lens_of, tokens
@@ -185,9 +185,10 @@ def repair_record(
         found_heads, carried = reader.heads, reader.effect
     else:
         say("finding the cue reader")
-        bench = Bench(lens, ground.contrasts, ["policy"], [(layer, "z") for layer in range(lens.layers)])
+        told = as_begun(lens_of(pair, "before"), pair.suite, ground.contrasts)
+        bench = Bench(lens, told, ["policy"], [(layer, "z") for layer in range(lens.layers)])
         every = bench.patch(head_sites(lens, "policy"))
-        found = find_reader(lens, ground.contrasts, "policy", seed, (bench, every))
+        found = find_reader(lens, told, "policy", seed, (bench, every))
         found_heads, carried = found.heads, interval(found.effect)
     if carried.high is not None and carried.high < A_READER:
         strongest, ranged = " + ".join(map(str, found_heads)), f"[{carried.low:.2f}, {carried.high:.2f}]"
