@@ -33,7 +33,9 @@ again. Fewer steps than STEPS are asked for where there is little time, and then
 CLOSE, LEAST = 0.02, 0.1
 """Share of a question's change that its scores may miss; and nats that count as a change at least."""
 KEPT = 2**26
-"""Scores, at most, that are kept of every question at every position."""
+"""Scores, at most, that are kept of every question at every position as they are; KEPT_ROUNDED of them in half
+precision, which is far finer than their intervals."""
+KEPT_ROUNDED = 2**29
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,14 @@ def _attribute(graph: Graph, on: Sides, steps: int | None) -> EdgeScores:
     width = on.clean.ids.shape[1]
     per_question = torch.zeros(len(on), *shape)
     per_position = torch.zeros(width, *shape)
-    keep = per_question.numel() * width <= KEPT
+    number = per_question.numel() * width
+    keep, dtype = number <= KEPT_ROUNDED, torch.float32 if number <= KEPT else torch.float16
     parts, missed = [], torch.zeros(len(on))
     for rows, scores, missed[rows] in _scored(graph, on, steps):
         per_question[rows] = scores.sum(1)
         per_position += scores.sum(0) / len(on)
         if keep:
-            parts.append(scores)
+            parts.append(scores.to(dtype))
     return EdgeScores(per_question, per_position, missed, torch.cat(parts) if keep else None)
 
 

@@ -32,7 +32,7 @@ CHUNK = 2**25
 """Numbers in what all readers read, of the rows that run at a time: bounds memory (a backward keeps a few copies)."""
 CHANNELS: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 """What a head reads the stream for."""
-CHECKED = 8
+CHECKED = 2
 """Rows on which a new graph is checked."""
 TOLERANCE = 1e-4
 """Of that check, relative to the largest number compared, or to 1."""
@@ -162,8 +162,9 @@ def _check(graph: Graph, on: Sides) -> None:
         run_graph(graph, batch, read=seen.__setitem__)
     corrupt = written(graph, on.corrupt)
     difference = written(graph, on.clean) - corrupt
+    changes = difference.cumsum(2)
     for group in graph.reading:  # a missing edge would pass the two tests below: it stays live where all is corrupt
-        change = difference[:, :, : group.reach].sum(2, keepdim=True)
+        change = changes[:, :, group.reach - 1 : group.reach]
         wanted = inputs[0][group] - inputs[1][group]
         same(change.expand_as(wanted), wanted, f"what {graph.readers[group.start]} reads is not the sum of its edges")
     for live, batch, name in ((1.0, on.clean, "the clean"), (0.0, on.corrupt, "the corrupt")):
@@ -265,18 +266,31 @@ def masked_logits(
     a_u is what u writes in this very run, changed by the edges masked upstream. The mask is [writer, reader], or has
     axes for positions, or for rows and positions, before these. Differentiable in the mask.
     """
-    off = 1 - mask
-    live: dict[int, Tensor] = {}
+    off, live = 1 - mask, dict[int, Tensor]() if torch.is_grad_enabled() else _Changes(corrupt)
 
     @functools.cache  # queries, keys and values of a layer read the same writers
-    def difference(reach: int) -> Tensor:
-        return _before(live, reach) - corrupt[:, :, :reach]
+    def patched(reach: int) -> tuple[int, Tensor]:
+        alike = [group for group in graph.reading if group.reach == reach]
+        start, stop = alike[0].start, alike[-1].stop
+        change = live.all if isinstance(live, _Changes) else _before(live, reach) - corrupt[:, :, :reach]
+        return start, off[..., :reach, start:stop].mT @ change[:, :, :reach]
 
     def read(group: Readers, x: Tensor) -> Tensor:
-        patched = off[..., : group.reach, group.start : group.stop]
-        return x - torch.einsum("...wv,...wd->...vd", patched, difference(group.reach))
+        start, change = patched(group.reach)
+        return x - change[:, :, group.start - start : group.stop - start]
 
     return run_graph(graph, batch, read, live)
+
+
+class _Changes(dict[int, Tensor]):
+    """What writers write in a run, less what they write in the corrupt one: in one place, so that nothing is copied."""
+
+    def __init__(self, corrupt: Float[Tensor, "row pos writer d_model"]) -> None:
+        self.corrupt, self.all = corrupt, torch.empty_like(corrupt)
+
+    def __setitem__(self, start: int, value: Float[Tensor, "row pos part d_model"]) -> None:
+        at = slice(start, start + value.shape[2])
+        torch.sub(value, self.corrupt[:, :, at], out=self.all[:, :, at])
 
 
 def chunks(graph: Graph, on: Sides) -> Iterator[slice]:

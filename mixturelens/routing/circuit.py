@@ -7,6 +7,7 @@ leave the norm equal at both ends of the path and not in between; patching it mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -233,7 +234,8 @@ def circuit_record(
             try:
                 _even(sides(lens, each.first(2)))
                 each = as_begun(lens_of(pair, "before"), suite, each) if each.kind == "cue" else each
-                effort, number = (FULL, len(each.rows)) if settings.exhaustive else _affordable(of, each)
+                parts = len(checkpoints) * len(contrasts)
+                effort, number = (FULL, len(each.rows)) if settings.exhaustive else _affordable(of, each, parts)
                 each = each.first(number)
                 takes = estimate(of, Work(tokens=_tokens(each, effort))).seconds
                 say(timed(f"{what}: {said_time(takes)}", takes))
@@ -271,11 +273,12 @@ def routing_circuit(
     return _circuit(graph, on, eap_ig(graph, on, effort.steps), contrasts, side, seed, effort)
 
 
-def _affordable(pair: Pair, contrasts: Contrasts) -> tuple[Effort, int]:
-    """Effort and questions that the time allows. Raises InputError where those are too few."""
+def _affordable(pair: Pair, contrasts: Contrasts, parts: int) -> tuple[Effort, int]:
+    """Effort and questions that the time allows, of which so many circuits have a part each. Raises InputError where
+    those are too few."""
     size, allowed = size_of(pair), OPERATIONS
     if pair.budget.minutes is not None:
-        allowed *= 60 * pair.budget.minutes / estimate(pair, Work(tokens=OPERATIONS / (2 * size.body))).seconds
+        allowed *= 60 * pair.budget.minutes / parts / estimate(pair, Work(tokens=OPERATIONS / (2 * size.body))).seconds
     each = {effort: 2 * size.body * _tokens(contrasts, effort) / len(contrasts.rows) for effort in (FULL, LESS)}
     if each[FULL] * len(contrasts.rows) <= allowed:
         return FULL, len(contrasts.rows)
@@ -283,8 +286,8 @@ def _affordable(pair: Pair, contrasts: Contrasts) -> tuple[Effort, int]:
     if number < min(FEWEST, len(contrasts.rows)):
         needed = estimate(pair, Work(tokens=FEWEST * each[LESS] / (2 * size.body)))
         raise InputError(
-            f"a circuit of {FEWEST} questions takes {said_time(needed.seconds)}; give --minutes "
-            f"{needed.seconds / 60:.0f} or more, or --exhaustive"
+            f"a circuit of {FEWEST} questions takes {said_time(needed.seconds)}, and there are {parts}; give --minutes "
+            f"{math.ceil(parts * needed.seconds / 60)} or more, or --exhaustive"
         )
     return LESS, number
 
