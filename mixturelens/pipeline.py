@@ -155,9 +155,9 @@ def repair(pair: Pair, *, seed: int = 0, say: Say | None = None) -> RepairRecord
     """
     options = {"seed": seed, "say": say}
 
-    def make(pair: Pair, measured: BehaviourRecord, _: Unfinished) -> RepairRecord:
+    def make(pair: Pair, measured: BehaviourRecord, parts: Unfinished) -> RepairRecord:
         there = kept(PatchingRecord, pair.records / "patching.json", provenance_of(pair, seed))
-        return repair_record(pair, measured, RepairSettings(there, pair.made("repaired")), **options)
+        return repair_record(pair, measured, RepairSettings(there, pair.made("repaired"), parts), **options)
 
     def complete(there: RepairRecord) -> bool:
         return there.checkpoint is None or pair.made("repaired").exists()

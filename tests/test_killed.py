@@ -13,6 +13,7 @@ import mixturelens as ml
 from mixturelens.grafting import graft as grafts
 from mixturelens.grafting import pair as grafting
 from mixturelens.patching import pair as patching
+from mixturelens.routing import repair as repairing
 
 
 class Killed(BaseException):
@@ -103,3 +104,15 @@ def test_a_part_that_fails_is_named_and_tried_again(
     assert calls["_sweep"] == 1
     assert not any("failed" in line for line in again.missing)
     assert len(ml.graft(opened(pairs, tmp_path)).path) > 0
+
+
+def test_repairs_go_on_where_they_were_killed(pairs: Path, tmp_path: Path) -> None:
+    whole = ml.repair(opened(pairs, tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as first:
+        counted(first, repairing, "policy_table", stop=2)  # interchange and zero are whole
+        with pytest.raises(Killed):
+            ml.repair(opened(pairs, tmp_path / "killed"))
+    with pytest.MonkeyPatch.context() as then:
+        calls = counted(then, repairing, "policy_table")
+        assert ml.repair(opened(pairs, tmp_path / "killed")) == whole
+    assert calls["policy_table"] == len(whole.repairs) - 2

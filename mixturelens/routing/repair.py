@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ from mixturelens.routing.edit import edited, fit_edit, shrunk
 from mixturelens.routing.tries import brief, make_plan
 from mixturelens.stats import PROPORTION, interval, too_few
 from mixturelens.types import Frozen, InputError, Interval, Intervention, Site
-from mixturelens.unfinished import attempt
+from mixturelens.unfinished import NOTHING_KEPT, Unfinished, attempt
 
 RepairKind = Literal["interchange", "zero", "mean", "steer", "edit", "reroute"]
 """`interchange`: the cue reader's output is that of the trained cue; `zero`, `mean` (over all cues equally): it is
@@ -137,6 +138,8 @@ class RepairSettings:
     reader is looked for."""
     save_to: Path | None = None
     """Folder of the repaired checkpoint; None: it is not kept."""
+    parts: Unfinished = NOTHING_KEPT
+    """Repairs that were measured before the work was stopped."""
 
 
 def repair_record(
@@ -277,9 +280,10 @@ def repair_record(
     }
     repairs: list[Repair] = []
     missing += plan.missing
+    at = f"{', '.join(map(str, heads))}; {plan.places}, {plan.directions}, {plan.edits} random"
     for kind, way in ways.items():
         say(f"repair: {kind}")
-        done = attempt(kind, way, missing)
+        done = attempt(kind, functools.partial(settings.parts.value, f"{kind} at {at}", Repair, way), missing)
         repairs += [] if done is None else [done]
     works = [
         each for each in repairs if each.kind == "edit" and each.gap_closed.low is not None and each.gap_closed.low > 0

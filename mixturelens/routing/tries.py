@@ -107,6 +107,8 @@ def make_plan(pair: Pair, harm: Harm, places: int, directions: int) -> RepairPla
     engines = 2 * len(contrasts.rows) / 2 * max(len(row.clean) for row in contrasts.rows)
     held = min(MOST, prompts * size.kept) + engines * ((size.layers + 1) * size.d_model * size.width + size.kept)
     needed = estimate(pair, Work(tokens=tokens, read=tokens / 3, models=2.0, held=held + 512e6))
+    if pair.budget.minutes is not None and needed.seconds > 60 * pair.budget.minutes:
+        missing = (*missing, f"--minutes {pair.budget.minutes:g}: repair takes {needed} at least")
     return RepairPlan(numbers[0], numbers[1], numbers[2], needed, start / tokens, missing)
 
 
