@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from test_cli import Run, refused
@@ -18,6 +19,9 @@ def test_a_routing_pair_passes_and_one_whose_specialist_changed_does_not(run: Ru
         assert found == status, err
         assert f'failures="{2 * status}"' in (tmp_path / "gate.xml").read_text(encoding="utf-8")
     refused((found, out, err), "the gate is closed: S--R-conditioning: verdict: specialist; ", status=1)
+    found, out, err = run("gate", *sides, "--out", tmp_path / after, "--allow", "routing", "--json", "--quiet")
+    assert json.loads(out)["verdict"] == "specialist"
+    refused((found, "", err), "the gate is closed", status=1)
     refused(run("gate", *sides, "--allow", "nothing", "--quiet"), "--allow nothing: one of ")
 
 

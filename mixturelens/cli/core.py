@@ -120,6 +120,12 @@ class Given(NamedTuple):
         return [Pair(self.before, self.after, self.suite, trained_cue=self.trained_cue, out=self.out, **how)]
 
 
+class _Closed(RunError):
+    """The gate is closed, by records that are printed all the same where a program asks for them."""
+
+    records: list[VerdictRecord]
+
+
 Options = dict[str, Any]
 """`seed` and `say` for the instruments."""
 Work = Callable[..., tuple[list[Any], Callable[[], None]]]
@@ -134,8 +140,13 @@ def _on_given(work: Work) -> Work:
 
     def command(seed: Seed = 0, as_json: Json = False, quiet: Quiet = False, **options: Any) -> None:
         given = Given(**{name: options.pop(name) for name in Given._fields})
-        with working(quiet) as (_, say):
-            records, show = work(given, {"seed": seed_of(seed), "say": say}, **options)
+        try:
+            with working(quiet) as (_, say):
+                records, show = work(given, {"seed": seed_of(seed), "say": say}, **options)
+        except _Closed as closed:
+            if as_json:
+                print_json(closed.records, given.run)
+            raise
         if as_json:
             print_json(records, given.run)
         else:
@@ -312,7 +323,9 @@ def gate(
         f"{name}: {check.name}: {check.said}" for name, checks in found.items() for check in checks if not check.holds
     ]
     if failed:
-        raise RunError(f"the gate is closed: {'; '.join(failed)}")
+        closed = _Closed(f"the gate is closed: {'; '.join(failed)}")
+        closed.records = records
+        raise closed
     return records, lambda: tell(
         "The gate is open: " + ", ".join(f"{p.name} {r.verdict}" for p, r in zip(pairs, records, strict=True))
     )
