@@ -213,14 +213,7 @@ def patch(
 
     records = [ml.patch(pair, exhaustive=exhaustive, **options) for pair in pairs]
     circuits = [ml.circuit(pair, pairs, exhaustive=exhaustive, **options) for pair in pairs]
-
-    def show() -> None:
-        show_patching(pairs, records)
-        for pair, record, circuit in zip(pairs, records, circuits, strict=True):
-            for reason in (*record.missing, *(f"circuit of the {why}" for why in circuit.missing)):
-                tell(f"{pair.name}: not measured: {reason}")
-
-    return records, show
+    return records, lambda: show_patching(pairs, records, circuits)
 
 
 @_on_given

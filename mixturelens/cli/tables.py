@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from mixturelens.patching.record import PatchingRecord
     from mixturelens.probing.record import ProbingRecord
     from mixturelens.records import Record
+    from mixturelens.routing.circuit import CircuitRecord
     from mixturelens.routing.repair import RepairRecord
     from mixturelens.routing.verdict import VerdictRecord
+    from mixturelens.types import Component
 
 
 def tell(text: str, end: str = "\n") -> None:
@@ -104,8 +106,10 @@ def show_verdicts(pairs: list[Pair], verdicts: list[VerdictRecord]) -> None:
         _show_notes(record)
 
 
-def show_patching(pairs: list[Pair], records: list[PatchingRecord]) -> None:
-    """Print the heads that carry each contrast in every pair, with what they move on held-out questions."""
+def show_patching(pairs: list[Pair], records: list[PatchingRecord], circuits: list[CircuitRecord]) -> None:
+    """Print the heads that carry each contrast in every pair, with what they move on held-out questions, and where it
+    is carried if not by them; below it what was not measured.
+    """
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         for reader in record.readers:
@@ -113,6 +117,42 @@ def show_patching(pairs: list[Pair], records: list[PatchingRecord]) -> None:
             which = f"{reader.kind} reader, {reader.checkpoint}"
             rows.append((pair.name, which, heads, ranged(reader.effect), ranged(reader.margin)))
     print_table(("pair", "what", "heads", "effect, held out", "margin over the next"), rows)
+    for pair, record, circuit in zip(pairs, records, circuits, strict=True):
+        for said in _no_readers(record):
+            tell(f"{pair.name}: {said}")
+        for reason in (*record.missing, *(f"circuit of the {why}" for why in circuit.missing)):
+            tell(f"{pair.name}: not measured: {reason}")
+
+
+_PLACES: dict[str, Component] = {"attention": "attn_out", "MLP": "mlp_out", "stream": "resid_pre"}
+"""What is patched beside single heads, by its name in words."""
+
+
+def _no_readers(record: PatchingRecord) -> Iterator[str]:
+    """A sentence for each reader that surely carries less than one should, with what carries more than it does."""
+    from mixturelens.routing.repair import A_READER
+
+    for reader in record.readers:
+        carried, high = reader.effect.value, reader.effect.high
+        if carried is None or high is None or high >= A_READER:
+            continue
+        effects = [
+            each
+            for sweep in record.sweeps
+            if (sweep.kind, sweep.checkpoint, sweep.direction) == (reader.kind, reader.checkpoint, "denoise")
+            for each in sweep.effects
+            if each.effect.value is not None and each.effect.value > carried
+        ]
+        more = []
+        for name, component in _PLACES.items():
+            found = [(each.effect.value, str(each.site)) for each in effects if each.site.component == component]
+            if found:
+                more.append("{} {:.3f} ({})".format(name, *max(found)))
+        yield (
+            f"{reader.kind} reader, {reader.checkpoint}: hardly a reader: these heads carry {ranged(reader.effect)} of "
+            f"the {reader.kind}, and a reader carries {A_READER:g} or more"
+            + (f"; the strongest at one place: {', '.join(more)}" if more else "")
+        )
 
 
 def show_probing(pairs: list[Pair], records: list[ProbingRecord]) -> None:
@@ -263,18 +303,29 @@ def show_missing(
 
 
 def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:
-    """Print both cues' accuracies after every repair, the gap it closes, and where the repaired checkpoint lies."""
+    """Print both cues' accuracies after every repair, the gap it closes and what it costs, and where the repaired
+    checkpoint lies.
+    """
     from mixturelens.models.source import ADAPTER
+    from mixturelens.pages.mechanism import not_meant
 
     rows = []
     for pair, record in zip(pairs, records, strict=True):
         cues = (record.harmed_cue, record.trained_cue)
         state = [f"{cue} {number(record.after[cue].value)}" for cue in cues]
-        rows.append((pair.name, "none", *state, "-", "-"))
+        rows.append((pair.name, "none", *state, *"----"))
         for each in record.repairs:
             state = [f"{cue} {number(each.accuracy[cue].value)}" for cue in cues]
-            rows.append((pair.name, each.kind, *state, ranged(each.gap_closed), number(each.random.median)))
-    print_table(("pair", "repair", "harmed cue", "trained cue", "gap closed", "random places, median"), rows)
+            fallen = [
+                (change, f"{cell.policy}, {cell.cue} {number(cell.accuracy_before)} -> {number(cell.accuracy_after)}")
+                for cell in not_meant(record, each)
+                if (change := cell.accuracy_change.value) is not None and change < 0
+            ]
+            _, worst = min(fallen, default=(0.0, "none"))
+            gap, null = ranged(each.gap_closed), number(each.random.median)
+            rows.append((pair.name, each.kind, *state, ranged(each.trained_change), gap, null, worst))
+    header = ("pair", "repair", "harmed cue", "trained cue", "its change", "gap closed", "random, median")
+    print_table((*header, "falls most, put in place"), rows)
     for pair, record in zip(pairs, records, strict=True):
         folder = pair.made("repaired")
         kind = "adapter" if (folder / ADAPTER).is_file() else "checkpoint"

@@ -13,6 +13,7 @@ from mixturelens.pages.parts import Control, Group, Picture, Pictures, number
 from mixturelens.routing.circuit import CARRIES
 
 if TYPE_CHECKING:
+    from mixturelens.behaviour.record import TableCell
     from mixturelens.contrasts import Kind
     from mixturelens.pages.pair import Findings
     from mixturelens.patching.record import PatchingRecord, ReaderHeads
@@ -336,13 +337,17 @@ def _null(repair: Repair) -> str:
     return f"median {show(repair.random.median)}, {figures.reaching(repair.random)} reach the repair"
 
 
+def not_meant(record: RepairRecord, repair: Repair) -> list[TableCell]:
+    """Cells of the policy table but for the one that the repair is about: what changes there is its cost."""
+    return [cell for cell in repair.cells if (cell.policy, cell.cue) != (record.policy, record.harmed_cue)]
+
+
 def _damage(record: RepairRecord, repair: Repair, threshold: float) -> list[Damage]:
     """Cells that moved, but for the one that the repair is about."""
     found = []
-    for cell in repair.cells:
+    for cell in not_meant(record, repair):
         changes = (cell.behaviour_change.value, cell.accuracy_change.value)
-        meant = (cell.policy, cell.cue) == (record.policy, record.harmed_cue)
-        if not meant and any(change is not None and abs(change) > threshold for change in changes):
+        if any(change is not None and abs(change) > threshold for change in changes):
             behaviour = DASH if cell.behaviour is None else f"{cell.behaviour} {show_interval(cell.behaviour_change)}"
             accuracy = f"{show(cell.accuracy_before)} → {show(cell.accuracy_after)}"
             found.append(Damage(repair.kind, cell.policy, cell.cue, accuracy, behaviour))
