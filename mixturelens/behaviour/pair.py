@@ -160,8 +160,10 @@ def _measured(
     if given is not None:
         foreign = foreign_completions(prompts, beside)
         check = check.model_copy(update={"foreign": foreign, "agrees": check.agrees and not foreign})
-    say("hinted prompts")
+    if suite.hinted:
+        say("hinted prompts")
     hinted = _hinted(scorer, models, suite, tokenizer, seed)
+    say("S against itself, and against noise")
     controls = _controls(
         _nulls_of_bits(scorer, models, noise, prompts, change, seed), grid, nats, drawn, told=not suite.table
     )
