@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import mixturelens as ml
-from mixturelens.cli.tables import print_table
+from mixturelens.cli.tables import print_table, tell, unmeasured
 from mixturelens.types import InputError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def show_circuits(found: Mapping[str, PairCircuits], wanted: Export, written: Se
 
     for name, each in found.items():
         for reason in each.record.missing:
-            print(f"{name}: not measured: circuit of the {reason}")
+            tell(f"{name}: {unmeasured(f'circuit of the {reason}')}")
         kinds: dict[Kind, None] = dict.fromkeys(
             of.kind for of in each.record.circuits if wanted.kind in (None, of.kind)
         )

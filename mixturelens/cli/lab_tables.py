@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mixturelens.cli.tables import number, print_table, ranged, tell
+from mixturelens.cli.tables import number, print_table, ranged, tell, unmeasured
 
 if TYPE_CHECKING:
     from mixturelens.lab.forecast.record import ForecastRecord
@@ -75,7 +75,7 @@ def show_structure(record: StructureRecord) -> None:
                 f"(best others {ranged(found.rival)}), overlap {ranged(found.overlap)}"
             )
     for reason in record.missing:
-        tell(f"not measured: {reason}")
+        tell(unmeasured(reason))
 
 
 WORDS = ("routing", "specialist", "both", "neither", "inconclusive")

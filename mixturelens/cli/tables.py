@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,7 +122,7 @@ def show_patching(pairs: list[Pair], records: list[PatchingRecord], circuits: li
         for said in _no_readers(record):
             tell(f"{pair.name}: {said}")
         for reason in (*record.missing, *(f"circuit of the {why}" for why in circuit.missing)):
-            tell(f"{pair.name}: not measured: {reason}")
+            tell(f"{pair.name}: {unmeasured(reason)}")
 
 
 _PLACES: dict[str, Component] = {"attention": "attn_out", "MLP": "mlp_out", "stream": "resid_pre"}
@@ -296,10 +297,29 @@ def show_features(pairs: list[Pair], records: list[FeatureRecord]) -> None:
 def show_missing(
     pairs: list[Pair], records: Sequence[ProbingRecord | GraftRecord | FeatureRecord | RepairRecord]
 ) -> None:
-    """Print what each record could not measure, and why: one line a reason."""
+    """Print what each record could not measure, or measured in part, and why: one line a reason."""
     for pair, record in zip(pairs, records, strict=True):
         for reason in record.missing:
-            tell(f"{pair.name}: not measured: {reason}")
+            tell(f"{pair.name}: {unmeasured(reason)}")
+
+
+_IN_PART = re.compile(r"\d+ of \d+ (questions|random)|judged on \d+ questions|were looked at")
+"""What a line of `missing` says of something that was measured, if not on everything."""
+
+
+def unmeasured(reason: str) -> str:
+    """A line of a record's `missing` as it is printed: what was measured in part is not said to be missing.
+
+    >>> unmeasured("patching: 48 of 60 questions (--exhaustive takes all)")
+    'patching: measured on 48 of 60 questions (--exhaustive takes all)'
+    >>> unmeasured("repairs at heads: 4 of 24 random ones to compare with, to save time")
+    'repairs at heads: 4 of 24 random ones to compare with, to save time'
+    >>> unmeasured("probes for hint: the suite has no hinted prompts")
+    'not measured: probes for hint: the suite has no hinted prompts'
+    """
+    if not _IN_PART.search(reason):
+        return f"not measured: {reason}"
+    return re.sub(r": (?=\d+ of \d+ questions)", ": measured on ", reason)
 
 
 def show_repairs(pairs: list[Pair], records: list[RepairRecord]) -> None:

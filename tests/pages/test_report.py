@@ -247,7 +247,7 @@ def test_sections_of_the_evidence_appear_only_with_their_records(tmp_path):
     words = section(text, "reading")
     assert "Do neutral prompts look hinted?" in words
     assert words.count("What would falsify it") == 1
-    assert words.endswith("Not measured: no probes.")
+    assert words.endswith("Not measured, or in part: no probes.")
     assert not {"weights", "router", "repair", "features"} & set(re.findall(r'<section id="(\w+)">', text))
     assert "Random weights" not in text
     text = write(tmp_path / "report.html", graft=make_graft(components=(), placed=(), rollback=None))
@@ -350,7 +350,7 @@ def test_page_says_what_features_do(whole):
     assert "cue feature L1.resid_pre@policy feature 17 128 0.990 0.980 to 1.000 0.910 0.880 to 0.940" in words
     assert "White squares: the repairs of heads" in words
     assert words.endswith("against R. Whiskers: 95% bootstrap over questions.")
-    assert "Not measured: hint: no site carries it." in words
+    assert "Not measured, or in part: hint: no site carries it." in words
 
 
 def test_every_card_has_an_address_and_the_index_leads_to_it(whole):
@@ -392,7 +392,7 @@ def test_features_without_tables_changes_or_crosscoders(tmp_path):
     bare = make_features(saes=(), tables=(), changes=(), cards=(), crosscoders=(), missing=("no SAE",))
     text = write(tmp_path / "report.html", features=bare)
     words = section(text, "features")
-    assert words.endswith("watched Not measured: no SAE.")
+    assert words.endswith("watched Not measured, or in part: no SAE.")
     assert "falsify" not in words
     assert "#feature-" not in "".join(Page(text).links)
     assert "Random features" not in text
