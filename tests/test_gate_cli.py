@@ -1,8 +1,9 @@
-"""`gate` and `doctor` from the command line."""
+"""`gate`, `doctor` and `--version` from the command line."""
 
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 from test_cli import Run, refused
@@ -23,6 +24,10 @@ def test_a_routing_pair_passes_and_one_whose_specialist_changed_does_not(run: Ru
     assert json.loads(out)["verdict"] == "specialist"
     refused((found, "", err), "the gate is closed", status=1)
     refused(run("gate", *sides, "--allow", "nothing", "--quiet"), "--allow nothing: one of ")
+
+
+def test_the_version_is_the_package_s(run: Run) -> None:
+    assert run("--version") == (0, f"mixturelens {version('mixturelens')}\n", "")
 
 
 def test_doctor_says_what_is_there(run: Run) -> None:

@@ -14,11 +14,28 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="mixturelens",
-    help="Did post-training change the router, or the specialists?",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    from importlib.metadata import version
+
+    if asked:
+        print(f"mixturelens {version('mixturelens')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _mixturelens(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """Did post-training change the router, or the specialists?"""
+
 
 Run = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a run made by `mixturelens train`.")]
 Before = Annotated[
