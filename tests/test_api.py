@@ -64,4 +64,4 @@ def test_core_works_without_what_only_the_lab_needs(pairs: Path, tmp_path: Path)
     arguments = [sys.executable, "-c", f"{blocked} {call}", "train", "default", "--out", str(tmp_path / "run")]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pip install 'mixturelens[lab]'" in done.stderr
+    assert "in a clone, pip install '.[lab]'" in done.stderr

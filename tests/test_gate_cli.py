@@ -43,4 +43,4 @@ def test_doctor_says_what_mends_what_is_missing(monkeypatch) -> None:
     _, torch, missing, trainer = doctor._libraries()
     assert torch.mend == "pip install 'torch>=99'"
     assert (missing.found, missing.mend) == ("not installed", "pip install 'no-such-library>=1'")
-    assert trainer.mend == "only for the laboratory: pip install 'mixturelens[lab]'"
+    assert trainer.mend == "only for the laboratory: in a clone, pip install '.[lab]'"

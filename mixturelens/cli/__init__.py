@@ -15,7 +15,7 @@ from mixturelens.cli.shared import app
 from mixturelens.types import InputError, RunError, shown
 
 _LAB = ("trl", "datasets", "joblib", "dask", "distributed")
-"""What `pip install 'mixturelens[lab]'` brings."""
+"""What `pip install '.[lab]'` brings."""
 
 
 _NO_MEMORY = "memory ran out; give --memory, fewer prompts, or a machine with more"
@@ -66,7 +66,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in _LAB:
             raise
-        _fail(f"{error.name} is not installed, which only the laboratory needs: pip install 'mixturelens[lab]'", 2)
+        _fail(f"{error.name} is not installed, which only the laboratory needs: in a clone, pip install '.[lab]'", 2)
     except MemoryError:
         _fail(_NO_MEMORY, 1)
     except (RuntimeError, _of_safetensors()) as error:  # as libraries report a full disk, and memory that ran out

@@ -55,7 +55,8 @@ def _libraries() -> list[Finding]:
         try:
             version = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            mend = f"only for the laboratory: pip install 'mixturelens[{extra}]'" if extra else f"pip install '{line}'"
+            lab = f"only for the laboratory: in a clone, pip install '.[{extra}]'"
+            mend = lab if extra else f"pip install '{line}'"
             found.append(Finding(wanted.name, "not installed", mend))
             continue
         fits = wanted.specifier.contains(version, prereleases=True)

@@ -108,7 +108,7 @@ def check_export(path: Path) -> None:
     if kind not in (".svg", ".pdf", ".png", ".html", ".json"):
         raise InputError(f"{path}: a circuit is written as .svg, .pdf, .png, .html or .json")
     if kind in (".pdf", ".png") and importlib.util.find_spec("vl_convert") is None:
-        raise InputError(f"{path}: vl-convert-python makes it: pip install 'mixturelens[export]'; or ask for .svg")
+        raise InputError(f"{path}: vl-convert-python makes it: in a clone, pip install '.[export]'; or ask for .svg")
 
 
 def circuit_view(

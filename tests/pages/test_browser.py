@@ -20,7 +20,7 @@ pytestmark = pytest.mark.browser
 READY = "querySelector('html[data-ready], main > .circuit[data-started]')"
 """What is there once all is drawn."""
 REFERENCE = Path(__file__).parents[2] / "artifacts" / "reference" / "records" / "sft--rl-A"
-MISSING = "not installed: pip install 'mixturelens[dev]'"
+MISSING = "not installed: pip install '.[dev]'"
 
 
 class Opened:

@@ -93,7 +93,7 @@ BEGINS = {"c.svg": b"<svg", "c.html": b"<!doctype html>", "c.json": b"{", "c.PNG
 @pytest.mark.parametrize(("name", "begins"), BEGINS.items())
 def test_files_are_written_by_their_ending(tmp_path: Path, name: str, begins: bytes) -> None:
     if name.lower().endswith(("png", "pdf")):
-        pytest.importorskip("vl_convert", reason="not installed: pip install 'mixturelens[export]'")
+        pytest.importorskip("vl_convert", reason="not installed: pip install '.[export]'")
     path = ml.circuit_view(make_circuit_record()).save(tmp_path / "new" / name)
     assert path.read_bytes().startswith(begins)
 
@@ -109,7 +109,7 @@ def test_other_endings_are_refused_before_anything_is_written(tmp_path: Path, mo
     with pytest.raises(InputError, match=r"c.jpg: a circuit is written as .svg"):
         view.save(tmp_path / "c.jpg")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"c.png: vl-convert-python makes it: pip install 'mixturelens\[export\]'"):
+    with pytest.raises(InputError, match=r"c.png: vl-convert-python makes it: in a clone, pip install '\.\[export\]'"):
         view.save(tmp_path / "c.png")
     assert list(tmp_path.iterdir()) == []
 

@@ -272,7 +272,7 @@ def _on_dask(cells: Sequence[GridCell], work: Work, scheduler: str, out: Path) -
     try:
         from distributed import Client, as_completed
     except ImportError:
-        raise InputError("--scheduler needs Dask: pip install 'mixturelens[lab]'") from None
+        raise InputError("--scheduler needs Dask: in a clone, pip install '.[lab]'") from None
     try:
         client = Client(scheduler, set_as_default=False)
     except (OSError, ValueError) as error:
