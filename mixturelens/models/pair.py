@@ -78,7 +78,8 @@ class Pair:
 
     A checkpoint is a folder, a hub id (`org/name`, with `@revision` and `:subfolder`), or a LoRA adapter, on `base`
     where its config does not name one. `suite` is a suite, or its YAML file; `trained_cue` is the cue that RL trained
-    on, where the suite does not say. Records go to `out/records/`; by default `out` is `artifacts/<before>--<after>`.
+    on, where the suite does not say. Records go to `out/records/<before>--<after>/`; by default `out` is
+    `artifacts/<before>--<after>`.
 
     Making one reads configs and tokenizers, no weights: these are loaded by whatever measures something. Raises
     InputError for what cannot be used, and for two that are no pair. A pair never changes.
@@ -115,6 +116,11 @@ class Pair:
             raise InputError("--base is what an adapter is applied on, and neither checkpoint is an adapter")
         self.out = Path(out) if out is not None else Path("artifacts") / self.name
         self.check()
+
+    def __repr__(self) -> str:
+        bases = dict.fromkeys(repr(str(source.base)) for source in self.sides.values() if source.base is not None)
+        shown = [repr(str(source)) for source in self.sides.values()] + [f"base={base}" for base in bases]
+        return f"Pair({', '.join([*shown, f'dtype={self.dtype!r}'])})"
 
     @property
     def sides(self) -> dict[Side, Source]:

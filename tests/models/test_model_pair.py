@@ -223,6 +223,13 @@ def test_one_pair_in_many_forms(
         assert getattr(record.nats, term).value == pytest.approx(expected, abs=1e-5), term
 
 
+def test_a_pair_shows_what_it_is_of_and_where_its_records_go(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pairs)
+    pair = Pair("llama/S", "llama/R-skill", "llama/suite.yaml", dtype="bfloat16")
+    assert repr(pair) == "Pair('llama/S', 'llama/R-skill', dtype='bfloat16')"
+    assert pair.records == Path("artifacts/S--R-skill/records/S--R-skill")
+
+
 def test_a_pair_in_half_precision(home: Path, suite: Suite, reference: BehaviourRecord) -> None:
     """Stored in bf16 and measured in fp32, or measured in bf16, as folders and under one base."""
     stored = Pair(home / "S-bf16", home / "R-bf16", suite)
