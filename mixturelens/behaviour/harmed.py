@@ -40,7 +40,7 @@ def find_harm(record: BehaviourRecord) -> Harm:
     _refuse_unannounced(record)
     trained = record.trained_cue
     if trained is None:
-        raise InputError("patching and repair need the cue that RL trained on: set `trained_cue` or --trained-cue")
+        raise InputError("patching and repair need the cue that was trained on: set `trained_cue` or --trained-cue")
     rest = [cue for cue in record.cues if cue != trained]
     if not rest or len(record.policies) < 2:
         raise InputError("patching and repair need prompts under two cues and two policies at least")

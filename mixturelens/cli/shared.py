@@ -51,7 +51,7 @@ DeviceMap = Annotated[
     str | None, typer.Option(help="auto, balanced or sequential: spread a model over devices (behaviour and verdict).")
 ]
 SuiteFile = Annotated[Path | None, typer.Option("--suite", metavar="FILE", help="Behaviour suite of the pair.")]
-TrainedCue = Annotated[str | None, typer.Option(help="Cue that RL trained on, where the suite does not say.")]
+TrainedCue = Annotated[str | None, typer.Option(help="Cue that was trained on, where the suite does not say.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go; default: under artifacts/.")]
 Completions = Annotated[
     list[str] | None,

@@ -69,7 +69,8 @@ def interesting(tables: Sequence[Table], changes: Sequence[SiteChange]) -> list[
     ]
     for total, _, unit, bits in sorted(moved, key=lambda row: (-row[0], -row[1]))[:MOVED]:
         most = max(bits, key=lambda name: bits[name], default=None)
-        add(unit, f"RL moved it: {bits[most]:.3f} bits of {most} alone" if most and total else "RL moved it")
+        alone = f": {bits[most]:.3f} bits of {most} alone" if most and total else ""
+        add(unit, f"training moved it{alone}")
     return [(unit, "; ".join(dict.fromkeys(why))) for unit, why in found.values()]
 
 

@@ -22,8 +22,8 @@ def repairs(record: RepairRecord) -> Figure:
     Probabilities with the record's intervals over questions.
     """
     rows: list[tuple[str, str, dict[str, Interval]]] = [
-        ("before RL (S)", "", record.before),
-        ("after RL (R)", "", record.after),
+        ("before training (S)", "", record.before),
+        ("after training (R)", "", record.after),
     ]
     for each in record.repairs:
         rows.append((each.kind, "".join(f"<br>{label(line, 90)}" for line in each.what), each.accuracy))

@@ -184,24 +184,24 @@ def _changes(changes: Sequence[of.SiteChange], pictures: Pictures) -> Group:
                 f"{change.site}: R's activation of these features put into S, and how far S then is from itself, in "
                 "bits, question by question. One scale for all three terms. Grey: random other "
                 "features of like strength, as many.",
-                read="bars in the first panel alone are features that RL used to change the choice, and nothing else.",
+                read="bars in the first panel alone are features by which training changed the choice alone.",
             )
         )
         found.append(
             pictures.add(
                 figures.firing(change),
                 f"{change.site}: the same features in S and in R, by number. On the dotted line: as before.",
-                read="a point above the dotted line fires more, or more strongly, after RL than before.",
+                read="a point above the dotted line fires more, or more strongly, after training than before.",
                 whiskers=False,
             )
         )
     return Group(
-        "What RL changed of S's features",
+        "What training changed of S's features",
         "The features that moved most from S to R, and which term of the split their change moves: routing (which "
         "policy is expressed), conditioning (what a policy does under a cue) or skill (how well it does it).",
-        "If RL changed the router alone, bars in conditioning and skill would refute it. If random features moved as "
-        "much (grey beside “together”), or all features far less than R's whole activation, the change would be "
-        "where this dictionary does not see it.",
+        "If training changed the router alone, bars in conditioning and skill would refute it. If random features "
+        "moved as much (grey beside “together”), or all features far less than R's whole activation, the change would "
+        "be where this dictionary does not see it.",
         found,
     )
 
@@ -222,7 +222,7 @@ def crosscoders(records: Mapping[str, of.FeatureRecord], pictures: Pictures) -> 
     return Group(
         "Latents that one checkpoint has alone",
         "A crosscoder is one dictionary for S and R at once: each latent has a direction in either. A latent with a "
-        "direction in R alone is something that RL added; most of a change of the router should need none.",
+        "direction in R alone is something that training added; most of a change of the router should need none.",
         "As many latents of R alone between two checkpoints that do the same (a null pair, or another seed that finds "
         "others); or R without them that does what R without shared ones does (grey at the diamonds).",
         [picture],

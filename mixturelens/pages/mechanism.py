@@ -122,7 +122,7 @@ def _alike(overlap: Overlap) -> _Alike:
 _TITLES: Mapping[Kind, str] = {
     "cue": "The cue reader: patching between cues",
     "hint": "The selector: patching between hints",
-    "checkpoint": "What undoes RL: patching S into R",
+    "checkpoint": "What undoes training: patching S into R",
 }
 _TEXTS: Mapping[Kind, str] = {
     "cue": "Each question is put under two cues with the same policy in place. One activation at a time is replaced by "
@@ -135,9 +135,10 @@ _TEXTS: Mapping[Kind, str] = {
 }
 _FALSIFY: Mapping[Kind, str] = {
     "cue": "If the cue reader is one thin place, few heads are coloured and the rest is blank; colour spread over many "
-    "layers and heads would speak against it. Outlined cells in which S and R differ would say that RL rebuilt it.",
-    "hint": "A hint that moves nothing in R (blank where S has colour) would say that RL cut the selector off, not "
-    "that it leans to one side.",
+    "layers and heads would speak against it. Outlined cells in which S and R differ would say that training rebuilt "
+    "it.",
+    "hint": "A hint that moves nothing in R (blank where S has colour) would say that training cut the selector off, "
+    "not that it leans to one side.",
     "checkpoint": "If no single place brings the old choice back, the change is not in one place.",
 }
 
@@ -296,9 +297,9 @@ def repaired(name: str, record: RepairRecord, threshold: float, pictures: Pictur
     found = [
         pictures.add(
             figures.repairs(record),
-            "Accuracy under each cue before RL, after it, and after each repair of R without training. Dotted: what "
-            "the best policy of S, put in place, reaches under the harmed cue; gap closed says how much of the way "
-            "from R to there a repair goes. If the skill was gone and not only unused, no repair could come near it.",
+            "Accuracy under each cue before training, after it, and after each repair of R without training. Dotted: "
+            "what the best policy of S, put in place, reaches under the harmed cue; gap closed says how much of the "
+            "way from R to there a repair goes. If the skill was gone and not only unused, no repair could come near.",
             read="a repair has worked where its mark under the harmed cue is back near the dotted line.",
         ),
         pictures.add(

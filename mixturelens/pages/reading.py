@@ -132,15 +132,15 @@ def _shifts(record: ProbingRecord, pictures: Pictures) -> Group:
     policy, other = record.policies
     picture = pictures.add(
         figures.shifts(record),
-        f"What RL added to the activations of neutral prompts, beside what a hint for {policy} rather than {other} "
-        "adds in S. Written out: beyond what random halves of prompts differ by, with an interval without 0.",
-        read="the stronger the colour, the more RL's shift points the way that the hint does.",
+        f"What training added to the activations of neutral prompts, beside what a hint for {policy} rather than "
+        f"{other} adds in S. Written out: beyond what random halves of prompts differ by, with an interval without 0.",
+        read="the stronger the colour, the more training's shift points the way that the hint does.",
         whiskers=False,
     )
     return Group(
         "Do neutral prompts look hinted?",
-        "RL can change the choice by making every prompt look, inside, like one with a hint. Then the two directions "
-        "agree: a cosine near 1, and a length near the hint's own.",
-        "A cosine near 0 at all places would say that RL found another way than the hint's.",
+        "Training can change the choice by making every prompt look, inside, like one with a hint. Then the two "
+        "directions agree: a cosine near 1, and a length near the hint's own.",
+        "A cosine near 0 at all places would say that training found another way than the hint's.",
         [picture],
     )

@@ -189,8 +189,8 @@ def _features(features: FeatureRecord, after: Effects, part: Part) -> Line | Non
 
     null = _most(bits(each).value for each in change.random)
     what = (
-        f"R's values of the {len(change.features)} features of {change.site} that RL moved most, in S (all of R's "
-        f"activations there: {_show(bits(change.whole))}; null: most of random sets of other features)"
+        f"R's values of the {len(change.features)} features of {change.site} that training moved most, in S (all of "
+        f"R's activations there: {_show(bits(change.whole))}; null: most of random sets of other features)"
     )
     return _line("features", part, bits(change.together), null, told(bits(change.together), null), what)
 

@@ -231,10 +231,10 @@ def test_interesting_units_are_named_once_with_every_reason():
     ]
     found = interesting(tables, changes)
     assert [(str(unit), why) for unit, why in found] == [
-        ("L1.resid_pre@policy feature 3", "best feature for the cue; RL moved it: 0.400 bits of routing alone"),
+        ("L1.resid_pre@policy feature 3", "best feature for the cue; training moved it: 0.400 bits of routing alone"),
         ("L1.resid_pre@policy feature 5", "best feature for the hint"),
-        ("L2.resid_pre feature 9", "RL moved it: 0.300 bits of conditioning alone"),
-        ("L2.resid_pre feature 3", "RL moved it"),
+        ("L2.resid_pre feature 9", "training moved it: 0.300 bits of conditioning alone"),
+        ("L2.resid_pre feature 3", "training moved it"),
     ]
     assert interesting([], []) == []
     assert interesting([table("selector", score(0, "neuron"))], []) == []

@@ -309,7 +309,7 @@ def test_attention_has_the_colours_of_all_cues_of_the_suite():
 def test_repairs_draw_s_r_and_every_repair_with_what_they_close():
     record = make_repair(cues=("A", "C", "B"))
     figure = figures.repairs(record)
-    assert list(figure.layout.yaxis.ticktext) == ["before RL (S)", "after RL (R)", "interchange", "zero"]
+    assert list(figure.layout.yaxis.ticktext) == ["before training (S)", "after training (R)", "interchange", "zero"]
     traces = {trace.name: trace for trace in figure.data}
     assert list(traces["cue B (harmed)"].x) == [0.5, 0.02, 0.9, 0.5]
     assert list(traces["cue C"].x) == [0.5, None, None, None]

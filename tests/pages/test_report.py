@@ -214,7 +214,7 @@ def test_page_says_where_the_router_is(whole):
     assert "R (after) L0.z.1@policy 0.910 0.900 to 0.920 0.400 0.390 to 0.410 L1.z.0@policy cannot say" in words
     for title in ("The cue reader", "The selector", "What the reader heads look at", "The routing circuit"):
         assert title in words
-    assert "What undoes RL" not in words, "S was not patched into R"
+    assert "What undoes training" not in words, "S was not patched into R"
     assert words.count("What would falsify it") == 4
 
 
@@ -343,7 +343,14 @@ def test_probes_must_beat_shuffled_labels(shuffled, holds):
 def test_page_says_what_features_do(whole):
     words = section(whole, "features")
     assert "A sparse autoencoder (SAE) learns to write each activation as a sum of a few" in words
-    titles = ("Do they describe", "Which unit", "One unit, clamped", "What RL changed", "All units", "S and R in one")
+    titles = (
+        "Do they describe",
+        "Which unit",
+        "One unit, clamped",
+        "What training changed",
+        "All units",
+        "S and R in one",
+    )
     assert [words.index(title) for title in titles] == sorted(words.index(title) for title in titles)
     assert words.count("What would falsify it") == 5
     assert "L1.resid_pre@policy 121 of 128 S (before) 0.993 7.9 0 0.991 0.987 to 0.995" in words

@@ -208,7 +208,7 @@ def test_features_say_which_part_they_bring(
     (change,) = record.changes
     assert (found[0].effect, found[1].effect) == (change.together.routing, change.together.specialist)
     assert found[0].null == max((each.routing.value for each in change.random), default=None)
-    assert "the 2 features of L1.resid_pre that RL moved most" in found[0].what
+    assert "the 2 features of L1.resid_pre that training moved most" in found[0].what
 
 
 @pytest.mark.parametrize(
