@@ -21,10 +21,8 @@ def pair() -> ml.Pair:
 
 
 def test_heads_that_hardly_read_the_cue_are_said_to_with_what_carries_more(pair: ml.Pair, capsys) -> None:
-    record, circuit = (
-        kind.load(RECORDS / f"{name}.json")
-        for kind, name in ((ml.PatchingRecord, "patching"), (ml.CircuitRecord, "circuit"))
-    )
+    record = ml.PatchingRecord.load(RECORDS / "patching.json")
+    circuit = ml.CircuitRecord.load(RECORDS / "circuit.json")
     show_patching([pair], [record], [circuit])
     assert "hardly a reader" not in capsys.readouterr().out
     first, *others = record.readers
