@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Kind = Literal["cue", "hint", "checkpoint"]
+
+SYNTAX = '"spans": {"cue": "## Question"}'
+"""How a line of the prompts names the words that are its cue."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,8 @@ def policy_tokens(
     target, foil = sides[0] - sides[1], sides[1] - sides[0]
     if not target or not foil:
         raise InputError(
-            f"the announcements of {policy!r} and {other!r} begin with the same tokens, which do not tell them apart"
+            f"the announcements of {policy!r} and {other!r} begin with the same tokens, which do not tell them apart: "
+            "let them begin differently, or let prompts end in a turn of the assistant with what they share"
         )
     return tuple(sorted(target)), tuple(sorted(foil))
 
@@ -200,7 +204,7 @@ def _contrast(
         if differing and not any(differing <= set(at) for at in (*spans.values(), wrapped)):
             raise InputError(
                 f"{where}: its two prompts differ at tokens {sorted(differing)[:5]}, outside any one span; a contrast "
-                "differs in the cue alone, or in the hint alone (name them under `spans`)"
+                f"differs in the cue alone, or in the hint alone (name them in each prompt's line: {SYNTAX})"
             )
     end = len(sides[0])
     spans["last"] = (end - 1,)
@@ -245,6 +249,40 @@ def _find(piece: str, row: PromptRow, text: str) -> int | None:
             return start + content.find(piece)
         after = start + len(content)
     return None
+
+
+# --- what some instruments need ---------------------------------------------------------------------------------------
+
+
+def check_even(shifts: Iterable[int]) -> None:
+    """Raise InputError where the two prompts of a contrast differ in length: edges lie at positions of both."""
+    if any(shifts):
+        raise InputError(
+            "the two prompts of a contrast differ in length, so that edges cannot be aligned: give both cues equally "
+            "many tokens (`patch` needs no such thing)"
+        )
+
+
+def check_cue_span(suite: Suite, contrasts: Contrasts) -> None:
+    """Raise InputError unless the cue is known to be the same tokens on both sides, equally many in all questions."""
+    lengths = {len(row.spans.get("cue", ())) for row in contrasts.rows}
+    if 0 not in lengths:
+        if len(lengths) > 1:
+            raise InputError(
+                f"the cue has {min(lengths)} tokens in one question and {max(lengths)} in another: spell it with "
+                "equally many in all"
+            )
+        return
+    named = all("cue" in row.spans for row in suite.neutral)
+    if named or any(row.shift for row in contrasts.rows):
+        raise InputError(
+            f"the cue lies at other tokens under {contrasts.clean!r} than under {contrasts.corrupt!r}: what reads it "
+            "cannot be taught to read the one as the other; spell both with equally many tokens"
+            f"{'' if named else f', and name it in each line of the prompts: {SYNTAX}'}"
+        )
+    raise InputError(
+        f"an edit of the cue reader needs to know where the cue is: name it in each line of the prompts, as in {SYNTAX}"
+    )
 
 
 # --- words for positions ----------------------------------------------------------------------------------------------

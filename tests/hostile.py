@@ -97,12 +97,13 @@ class Kind(NamedTuple):
 
 def _suite(folder: Path) -> bool:
     from mixturelens.suite import load_suite
-    from mixturelens.suite_check import check_suite_file, pitfalls
+    from mixturelens.suite_check import check_suite_file, pitfalls, uneven
 
     _, problems = check_suite_file(folder / "suite.yaml")
     suite = load_suite(folder / "suite.yaml")
     assert not problems, "load_suite takes what the check refuses"
     list(pitfalls(suite))
+    list(uneven(folder / "suite.yaml"))
     label = suite.label("okay, aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab", suite.prompts[0])
     suite.correct(label.rest, suite.prompts[0])
     kept = folder.parent / "kept"

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from test_cli import Run, refused
 
+from mixturelens.models import load_tokenizer
 from mixturelens.suite import load_suite
-from mixturelens.suite_check import check_suite_file, pitfalls
+from mixturelens.suite_check import check_suite_file, pitfalls, pitfalls_of_tokens, uneven
 from mixturelens.types import InputError
 
 SUITE = """\
@@ -132,6 +133,86 @@ def test_a_good_suite_is_read_and_its_pitfalls_are_said(tmp_path: Path) -> None:
         assert words in said
 
 
+def test_slips_in_keys_hide_nothing_else(tmp_path: Path) -> None:
+    suite = SUITE.replace("behaviours", "behaviors").replace("trained_cue: A", "trained_cue: C").replace(": 8", ": no")
+    _, found = check_suite_file(written(tmp_path, suite, PROMPTS.replace('"q"', '" "')))
+    assert {(each.file.name, each.line) for each in found} == {
+        *(("suite.yaml", line) for line in (5, 7, 8)),
+        ("prompts.jsonl", 3),
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "because", "exact"),
+    [
+        (
+            "max_new_tokens",
+            "answer_match: contains\nmax_new_tokens",
+            "`answer_match: contains`",
+            "`answer_match: exact`",
+        ),
+        ("max_new_tokens", 'strip: {regex: "x"}\nmax_new_tokens', "`strip`", "no `strip`"),
+        ("sorry", '{regex: "sorry"}', "the rule of behaviours.refuse", "literal texts as behaviours"),
+    ],
+)
+def test_literal_policies_that_are_sampled_are_named(
+    old: str, new: str, because: str, exact: str, tmp_path: Path
+) -> None:
+    suite, _ = check_suite_file(written(tmp_path, SUITE.replace(old, new)))
+    assert suite is not None
+    _, sampled, number = pitfalls(suite)
+    assert f"because of {because} all is measured from `samples: 8` completions" in sampled
+    assert f"exact with {exact}" in sampled
+    assert number.startswith("samples: 8")
+
+
+def asked(*lines: tuple[str, str]) -> str:
+    return "".join(f'{{"id": "{name}", "cue": "{cue}", "prompt": "x", "answer": "p"}}\n' for name, cue in lines)
+
+
+def test_questions_and_cues_that_may_be_slips_are_named_by_line(tmp_path: Path) -> None:
+    names = [str(number) for number in range(6)]
+    both = [(name, cue) for name in names for cue in ("A", "heading")]
+    assert list(uneven(written(tmp_path, prompts=asked(*both)))) == []
+    slip = [(name, "headng" if (name, cue) == ("2", "heading") else cue) for name, cue in both]
+    (found,) = uneven(written(tmp_path, prompts=asked(*slip)))
+    assert (found.line, found.said) == (6, "cue 'headng' has 1 question, where 'A' has 6; did you mean 'heading'?")
+    (found,) = uneven(written(tmp_path, prompts=asked(*both[:4], *both[5:])))
+    assert (found.line, found.said.split(",")[0]) == (5, "question '2' has no prompt under 'A'")
+    few = [pair for pair in both if pair[1] == "A"] + [(f"b{name}", "heading") for name in names]
+    assert list(uneven(written(tmp_path, prompts=asked(*few)))) == []  # other questions under each cue
+
+
+def test_many_questions_without_a_prompt_are_counted(tmp_path: Path) -> None:
+    lines = [(str(number), cue) for number in range(11) for cue in ("A", "B") if cue == "A" or number < 6]
+    *named, counted = uneven(written(tmp_path, prompts=asked(*lines)))
+    assert [each.line for each in named] == [13, 14, 15]
+    assert counted.said == "2 questions more lack a prompt like these"
+
+
+def test_what_instruments_will_not_measure_is_said_from_tokens_alone(pairs: Path) -> None:
+    suite, _ = check_suite_file(pairs / "llama")
+    assert suite is not None
+    tokenizer = load_tokenizer(pairs / "llama" / "S")
+    assert list(pitfalls_of_tokens(suite, tokenizer)) == []
+    bare = tuple(row.model_copy(update={"spans": {}}) for row in suite.prompts)
+    (refused_,) = pitfalls_of_tokens(suite.model_copy(update={"prompts": bare}), tokenizer)
+    assert refused_.startswith(
+        "no patch, circuit or repair between cues 'A' and 'B': with 'a' in place: question 'q00'"
+    )
+    assert '"spans": {"cue": "## Question"}' in refused_
+    longer = tuple(
+        row if row.cue == "A" else row.model_copy(update={"prompt": row.text.replace("<B>", "<B> <B>")}) for row in bare
+    )
+    circuit, edit = pitfalls_of_tokens(suite.model_copy(update={"prompts": longer}), tokenizer)
+    assert circuit.startswith("no circuit between cues 'A' and 'B': the two prompts of a contrast differ in length")
+    assert circuit.endswith("question 'q00' has 1 tokens more under one than under the other")
+    assert edit.startswith("no weight edit in repair between cues 'A' and 'B': the cue lies at other tokens")
+    shared = suite.model_copy(update={"policies": {"a": "[a] p", "b": "[a] q"}})
+    (same,) = pitfalls_of_tokens(shared, tokenizer)
+    assert same.startswith("no S patched into R, and no reroute in repair: the announcements of 'a' and 'b' begin")
+
+
 def test_a_new_suite_is_right_and_is_not_written_over(run: Run, tmp_path: Path) -> None:
     assert run("suite", "init", tmp_path / "mine")[0] == 0
     assert check_suite_file(tmp_path / "mine")[1] == []
@@ -146,3 +227,5 @@ def test_what_the_models_write_is_shown_with_its_labels(run: Run, pairs: Path) -
     status, out, _ = run("suite", "check", folder, "--before", folder / "S", "--after", folder / "R-both", "--quiet")
     assert status == 0
     assert out.count("[a]") + out.count("[b]") == 16
+    assert out.count("q00") == out.count("q19") == 8  # questions from both ends of the file
+    assert "note" not in out

@@ -82,7 +82,7 @@ def check(
     quiet: Quiet = False,
 ) -> None:
     """Say all that is wrong, line by line; with checkpoints, show what they write and how the suite labels it."""
-    from mixturelens.suite_check import check_suite_file, pitfalls
+    from mixturelens.suite_check import check_suite_file, pitfalls, uneven
 
     suite, problems = check_suite_file(file)
     for problem in problems:
@@ -91,14 +91,16 @@ def check(
         raise SystemExit(2)
     questions = len({row.id for row in suite.neutral})
     tell(f"{file}: {questions} questions under {len(suite.cues)} cues ({', '.join(suite.cues)}); nothing is wrong.")
-    for said in pitfalls(suite):
+    for said in (*pitfalls(suite), *uneven(file)):
         tell(f"note: {said}")
     if before is None:
         return
     how: How = {"base": base, "device": device_of(device), "dtype": "float32" if dtype is None else dtype}
     with working(quiet) as (_, say):
         say("what the checkpoints write")
-        rows, other = _written(suite, before, after, how, seed_of(seed))
+        notes, rows, other = _written(suite, before, after, how, seed_of(seed))
+    for said in notes:
+        tell(f"note: {said}")
     print_table(("checkpoint", "cue", "question", "policy", "behaviour", "right", "completion"), rows)
     if other > UNKNOWN * len(rows):
         raise RunError(
@@ -120,16 +122,25 @@ def export(
     print(f"inspect eval {inspect / 'task.py'} --model hf/local -M model_path=CHECKPOINT --log-format json")
 
 
-def _written(suite: Suite, before: str, after: str | None, how: How, seed: int) -> tuple[list[tuple[str, ...]], int]:
-    """Completions of some prompts under each cue with their labels, and how many of them follow no known policy."""
+def _written(
+    suite: Suite, before: str, after: str | None, how: How, seed: int
+) -> tuple[list[str], list[tuple[str, ...]], int]:
+    """What instruments will not measure, for its tokens; completions of some prompts under each cue with their labels;
+    and how many of them follow no known policy.
+
+    Questions are taken from all over the file, which may list them by kind.
+    """
     from mixturelens.behaviour.forced import texts_of
     from mixturelens.behaviour.likelihood import Scorer
-    from mixturelens.behaviour.plan import first_questions
     from mixturelens.behaviour.prompts import prepare
     from mixturelens.models import Pair
+    from mixturelens.suite_check import pitfalls_of_tokens
     from mixturelens.types import OTHER
 
-    pair = Pair(before, after, first_questions(suite, SHOWN), **how)
+    pair = Pair(before, after, suite, **how)
+    notes = list(pitfalls_of_tokens(suite, pair.tokenizer))
+    questions = list(dict.fromkeys(row.id for row in suite.neutral))
+    pair = pair.asked({questions[i * (len(questions) - 1) // (SHOWN - 1)] for i in range(SHOWN)})
     prompts = prepare(pair.suite, pair.suite.neutral, pair.tokenizer)
     scorer = Scorer(pair.ends, pair.vocabulary, pair.device)
     limits = [suite.max_new_tokens] * len(prompts.rows)
@@ -144,4 +155,4 @@ def _written(suite: Suite, before: str, after: str | None, how: How, seed: int) 
             said = shown(text.strip())
             cut = said if len(said) <= WIDE else f"{said[: WIDE - 1]}…"
             rows.append((side, row.cue, row.id, label.policy or "-", label.behaviour or "-", right, cut))
-    return rows, other
+    return notes, rows, other

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mixturelens.behaviour.harmed import find_harm
 from mixturelens.behaviour.record import BehaviourRecord
-from mixturelens.contrasts import Contrasts, Kind, cue_contrasts, hint_contrasts, position_labels
+from mixturelens.contrasts import Contrasts, Kind, check_even, cue_contrasts, hint_contrasts, position_labels
 from mixturelens.hooks.batches import Sides, as_begun, sides
 from mixturelens.hooks.lens import Lens, lens_of
 from mixturelens.models import Pair
@@ -300,11 +300,7 @@ def _tokens(contrasts: Contrasts, effort: Effort) -> float:
 def _even(on: Sides) -> Sides:
     if len(on) < 2:
         raise InputError("one half of the questions ranks the edges and the other judges them: give at least two")
-    if any(on.shifts):
-        raise InputError(
-            "the two prompts of a contrast differ in length, so that edges cannot be aligned: give both cues equally "
-            "many tokens (`patch` needs no such thing)"
-        )
+    check_even(on.shifts)
     return on
 
 

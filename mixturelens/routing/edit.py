@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mixturelens.behaviour.repair_questions import Ground
+from mixturelens.contrasts import check_cue_span
 from mixturelens.hooks.batches import sides
 from mixturelens.hooks.columns import Columns
 from mixturelens.hooks.lens import Lens
 from mixturelens.hooks.weights import projection
-from mixturelens.types import InputError, Site
+from mixturelens.types import Site
 
 RIDGE = 0.01
 """Keeps the spread of inputs invertible, in mean squares of an input."""
@@ -26,19 +27,11 @@ def fit_edit(ground: Ground, heads: Sequence[Site]) -> WeightEdit:
     For each token of the cue, the mean input under the harmed cue is to give the keys and values that the mean input
     under the trained cue gives, while inputs at all other tokens (and at the trained cue's) give what they gave: the
     constrained least squares of ROME and MEMIT (Meng et al. 2022, arXiv 2202.05262 and 2210.07229), for an attention
-    head. Where keys and values are shared by several heads, all of them are edited.
+    head. Where keys and values are shared by several heads, all of them are edited. Raises InputError as
+    `contrasts.check_cue_span` does.
     """
     lens, harm = ground.lens, ground.harm
-    span = ground.contrasts.rows[0].spans.get("cue")
-    if not span and all("cue" in row.spans for row in ground.suite.neutral):
-        raise InputError(
-            f"the cue lies at other tokens under {harm.trained_cue!r} than under {harm.harmed_cue!r}: what reads it "
-            "cannot be taught to read the one as the other; spell both with equally many tokens"
-        )
-    if not span:
-        raise InputError(
-            "an edit of the cue reader needs to know where the cue is: name it under `spans` of each prompt"
-        )
+    check_cue_span(ground.suite, ground.contrasts)
     edit: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for layer in dict.fromkeys(head.layer for head in heads):
         trained, kept = _inputs(ground, layer, harm.trained_cue)
