@@ -140,7 +140,7 @@ def uneven(path: Path) -> Iterator[Problem]:
     for problem in lacking[:NAMED]:
         yield problem._replace(said=f"{problem.said}, as most have: contrasts of cues leave it out")
     if len(lacking) > NAMED:
-        yield Problem(prompts, None, f"{_counted(len(lacking) - NAMED)} more lack a prompt like these")
+        yield Problem(prompts, None, f"and {len(lacking) - NAMED} more that lack a prompt")
 
 
 def pitfalls_of_tokens(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -166,8 +166,9 @@ def pitfalls_of_tokens(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> Iter
             check_even(row.shift for row in contrasts.rows)
         except InputError as error:
             row = next(row for row in contrasts.rows if row.shift)
-            apart = f"question {row.question!r} has {abs(row.shift)} tokens more under one than under the other"
-            found.setdefault("no circuit", {}).setdefault(cue, f"{error}; {apart}")
+            (last,) = row.spans["last"]
+            lengths = f"question {row.question!r} has {last + 1} tokens and {last + 1 + row.shift}"
+            found.setdefault("no circuit", {}).setdefault(cue, f"{error}; {lengths}")
         try:
             check_cue_span(suite, contrasts)
         except InputError as error:

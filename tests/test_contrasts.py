@@ -10,6 +10,7 @@ import pytest
 from mixturelens.chat import chat_text
 from mixturelens.contrasts import (
     Contrast,
+    check_cue_span,
     checkpoint_contrasts,
     cue_contrasts,
     hint_contrasts,
@@ -177,6 +178,33 @@ def test_first_tokens_that_policies_share_are_left_out_or_refused(tokenizer):
     suite = suite_with(A, B, policies={"a": "p q", "b": ["p r", "[b]"]})
     with pytest.raises(InputError, match="announcements of 'a' and 'b' begin with the same tokens"):
         policy_tokens(suite, tokenizer, "A", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "says"),
+    [
+        ({}, {}, None),
+        ({"spans": {}}, {"prompt": A["prompt"], "spans": {}}, r'needs to know where the cue is.*"spans": \{"cue"'),
+        ({}, {"prompt": "<B> <B> first p q r ="}, "equally many tokens$"),
+        ({"spans": {}}, {"prompt": "<B> <B> first p q r =", "spans": {}}, "equally many tokens, and name it in each"),
+    ],
+    ids=["named", "not named", "longer", "longer and not named"],
+)
+def test_a_cue_can_be_edited_where_it_is_the_same_tokens(tokenizer, left: dict, right: dict, says: str | None):
+    suite = suite_with({**A, **left}, {**B, **right})
+    contrasts = cue_contrasts(suite, tokenizer, "a", ("A", "B"))
+    if says is None:
+        check_cue_span(suite, contrasts)
+        return
+    with pytest.raises(InputError, match=says):
+        check_cue_span(suite, contrasts)
+
+
+def test_a_cue_has_equally_many_tokens_in_all_questions_that_are_edited(tokenizer):
+    two = [{**row, "id": "two", "prompt": f"{row['prompt'][:3]} {row['prompt']}"} for row in (A, B)]
+    suite = suite_with(A, B, *two)
+    with pytest.raises(InputError, match="the cue has 1 tokens in one question and 2 in another"):
+        check_cue_span(suite, cue_contrasts(suite, tokenizer, "a", ("A", "B")))
 
 
 def test_checkpoint_contrasts_have_the_same_prompt_twice(tokenizer):

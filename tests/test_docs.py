@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import yaml
 
 import mixturelens as ml
 from mixturelens.cli import app
+from mixturelens.suite import PromptRow
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -132,6 +134,13 @@ def test_the_suite_that_a_page_shows_can_be_loaded(page: Path, tmp_path: Path) -
     (tmp_path / "suite.yaml").write_text(shown, encoding="utf-8")
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows), encoding="utf-8")
     assert ml.load_suite(tmp_path / "suite.yaml").cues == ("plain", "odd")
+
+
+@each
+def test_lines_of_prompts_are_read(page: Path) -> None:
+    rows = [json.loads(line) for block in blocks(page) if block.language == "json" for line in block.text.splitlines()]
+    for row in rows:
+        assert PromptRow.model_validate(row).spans
 
 
 def slug(heading: str) -> str:

@@ -187,7 +187,7 @@ def test_many_questions_without_a_prompt_are_counted(tmp_path: Path) -> None:
     lines = [(str(number), cue) for number in range(11) for cue in ("A", "B") if cue == "A" or number < 6]
     *named, counted = uneven(written(tmp_path, prompts=asked(*lines)))
     assert [each.line for each in named] == [13, 14, 15]
-    assert counted.said == "2 questions more lack a prompt like these"
+    assert counted.said == "and 2 more that lack a prompt"
 
 
 def test_what_instruments_will_not_measure_is_said_from_tokens_alone(pairs: Path) -> None:
@@ -206,7 +206,7 @@ def test_what_instruments_will_not_measure_is_said_from_tokens_alone(pairs: Path
     )
     circuit, edit = pitfalls_of_tokens(suite.model_copy(update={"prompts": longer}), tokenizer)
     assert circuit.startswith("no circuit between cues 'A' and 'B': the two prompts of a contrast differ in length")
-    assert circuit.endswith("question 'q00' has 1 tokens more under one than under the other")
+    assert circuit.endswith("question 'q00' has 6 tokens and 7")
     assert edit.startswith("no weight edit in repair between cues 'A' and 'B': the cue lies at other tokens")
     shared = suite.model_copy(update={"policies": {"a": "[a] p", "b": "[a] q"}})
     (same,) = pitfalls_of_tokens(shared, tokenizer)
