@@ -330,7 +330,7 @@ def test_a_scheduler_that_does_not_answer_is_named(tmp_path):
 
 def test_without_dask_it_is_said_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "distributed", None)
-    with pytest.raises(InputError, match=r"pip install 'mixturelens\[lab\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[lab\]'"):
         list(sweep._on_dask(cells(tmp_path), lambda _: "", "tcp://x:1", tmp_path))
 
 
