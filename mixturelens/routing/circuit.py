@@ -221,6 +221,7 @@ def circuit_record(
     circuits: list[RoutingCircuit] = []
     missing: list[str] = []
     found: dict[str, dict[str, Float[Tensor, "row edge"]]] = {}
+    told: Contrasts | None = None  # the cue contrast is the same in all checkpoints
     for name, (of, which) in checkpoints.items():
         lens = lens_of(of, which)
         cue = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.cues, harm.shows)
@@ -233,7 +234,8 @@ def circuit_record(
             say(what)
             try:
                 _even(sides(lens, each.first(2)))
-                each = as_begun(lens_of(pair, "before"), suite, each) if each.kind == "cue" else each
+                if each.kind == "cue":
+                    each = told = told or as_begun(lens_of(pair, "before"), suite, each)
                 parts = len(checkpoints) * len(contrasts)
                 effort, number = (FULL, len(each.rows)) if settings.exhaustive else _affordable(of, each, parts)
                 each = each.first(number)

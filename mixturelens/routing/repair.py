@@ -280,7 +280,8 @@ def repair_record(
     }
     repairs: list[Repair] = []
     missing += plan.missing
-    at = f"{', '.join(map(str, heads))}; {plan.places}, {plan.directions}, {plan.edits} random"
+    asked = len({row.id for row in pair.suite.neutral})
+    at = f"{', '.join(map(str, heads))}; {asked} questions; {plan.places}, {plan.directions}, {plan.edits} random"
     for kind, way in ways.items():
         say(f"repair: {kind}")
         done = attempt(kind, functools.partial(settings.parts.value, f"{kind} at {at}", Repair, way), missing)
