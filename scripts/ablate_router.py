@@ -27,8 +27,9 @@ from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.repair_questions import make_ground
 from mixturelens.contrasts import cue_contrasts
 from mixturelens.grafting.graft import save_with
-from mixturelens.hooks.intervened import Intervened, known_prompts
+from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.lens import lens_of
+from mixturelens.hooks.placed import known_prompts
 from mixturelens.models import Pair, quiet_libraries
 from mixturelens.patching.sweep import find_reader, head_sites
 from mixturelens.routing.edit import edited, fit_edit

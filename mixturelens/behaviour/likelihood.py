@@ -9,6 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from mixturelens.behaviour.logits import (
     target_logprobs,
     token_kl,
 )
-from mixturelens.models.beginnings import BATCH_TOKENS, LONG, Beginning, Model, cut, keeps, together
+from mixturelens.models.beginnings import BATCH_TOKENS, LONG, Growing, Model, Rows, cut, keeps
 
 WIDE = 512
 """Width of a model from which a batch of samples holds BATCH_TOKENS; narrower ones spend their time between layers, and
@@ -251,7 +252,9 @@ class Scorer:
         """
         generator = torch.Generator(device=self.device).manual_seed(seed)
         owner = [i for i in range(len(contexts)) for _ in range(number)]
-        if keeps(model) and min(map(len, contexts), default=0) >= LONG and max(max_new_tokens) > 0:
+        # interventions begin rows themselves
+        goes_on = keeps(model) or getattr(model, "goes_on", False)
+        if goes_on and min(map(len, contexts), default=0) >= LONG and max(max_new_tokens) > 0:
             return Completions(
                 np.array(owner, dtype=int), self._drawn(model, contexts, number, max_new_tokens, generator)
             )
@@ -266,36 +269,40 @@ class Scorer:
         return Completions(np.array(owner, dtype=int), tokens)
 
     def _drawn(
-        self, model: Model, contexts: Sequence[Ids], number: int, limits: Sequence[int], generator: torch.Generator
+        self, model: Any, contexts: Sequence[Ids], number: int, limits: Sequence[int], generator: torch.Generator
     ) -> list[list[int]]:
         """Completions that go on from kept beginnings; those of a context that are alike so far are one row."""
         drawn: list[list[int]] = [[] for _ in range(len(contexts) * number)]
-        kept = {} if self._kept is None else self._kept
-        for part in grown([model], contexts, kept, self.device):
-            part = [i for i in part if limits[i] > 0]
-            behind = [kept[id(model)][tuple(contexts[i])] for i in part]
-            ahead = [min(limits[i], USUAL_COMPLETION) for i in part]
-            for some in cut([each.length for each in behind], ahead):
-                rows = [([part[n] * number + k for k in range(number)], limits[part[n]]) for n in some]
-                self._draw_rows(model, [behind[n] for n in some], rows, drawn, generator)
+        going = [i for i, limit in enumerate(limits) if limit > 0]
+        ahead = [min(limits[i], USUAL_COMPLETION) for i in going]
+        waiting = [contexts[i] for i in going]
+        begun = self._begun(model, waiting, ahead) if keeps(model) else model.begun(waiting, ahead)
+        for some, rows in begun:
+            members = [([going[n] * number + k for k in range(number)], limits[going[n]]) for n in some]
+            self._draw_rows(rows, members, drawn, generator)
         return drawn
 
-    @torch.inference_mode()
+    def _begun(
+        self, model: Model, contexts: Sequence[Ids], ahead: Sequence[int]
+    ) -> Iterator[tuple[list[int], Growing]]:
+        """(some of the contexts, rows that go on from them), where so many tokens are to come behind each."""
+        kept = {} if self._kept is None else self._kept
+        for part in grown([model], contexts, kept, self.device):
+            behind = [kept[id(model)][tuple(contexts[i])] for i in part]
+            for some in cut([each.length for each in behind], [ahead[i] for i in part]):
+                yield [part[n] for n in some], Rows(model, [behind[n] for n in some], self.device)
+
     def _draw_rows(
         self,
-        model: Model,
-        behind: Sequence[Beginning],
+        growing: Growing,
         rows: list[tuple[list[int], int]],
         drawn: list[list[int]],
         generator: torch.Generator,
     ) -> None:
-        """`rows`: the completions that each beginning is alike for, and how many tokens they may have."""
-        cache, real = together(behind, self.device)
-        logits = torch.stack([each.last for each in behind])
-        lengths = torch.tensor([each.length for each in behind], device=self.device)
+        """`rows`: the completions that each row is alike for, and how many tokens they may have."""
         most = max(len(members) for members, _ in rows)
         for step in itertools.count(1):
-            reached = logits.double().softmax(-1).cumsum(-1)
+            reached = growing.logits.double().softmax(-1).cumsum(-1)
             random = torch.rand(len(rows), most, generator=generator, dtype=torch.double, device=self.device)
             chosen = torch.searchsorted(reached, random * reached[:, -1:], right=True).clamp(max=reached.shape[1] - 1)
             going: dict[tuple[int, int], list[int]] = {}
@@ -306,21 +313,8 @@ class Scorer:
                         going.setdefault((row, token), []).append(member)
             if not going:
                 return
-            above = torch.tensor([row for row, _ in going], device=self.device)
-            if above.tolist() != list(range(len(rows))):
-                cache.batch_select_indices(above)
             rows = [(members, rows[row][1]) for (row, _), members in going.items()]
-            lengths = lengths[above]
-            ids = torch.tensor([[token] for _, token in going], device=self.device)
-            real = None if real is None else torch.cat([real[above], torch.ones_like(ids)], 1)
-            logits = model(
-                input_ids=ids,
-                attention_mask=real,
-                position_ids=(lengths + step - 1)[:, None],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+            growing.go_on([row for row, _ in going], [token for _, token in going])
 
     @torch.inference_mode()
     def _sample_batch(

@@ -17,9 +17,10 @@ from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.contrasts import Contrasts, cue_contrasts
 from mixturelens.hooks.edits import Rewrite
-from mixturelens.hooks.intervened import Intervened, PlacedPrompt, known_prompts
+from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Lens
+from mixturelens.hooks.placed import PlacedPrompt, known_prompts
 from mixturelens.models import end_tokens
 from mixturelens.stats import PROPORTION, interval, share
 from mixturelens.suite import Suite

@@ -3,49 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mixturelens.contrasts import span_positions
 from mixturelens.hooks.edits import Rewrite, clamp_of, edit_of
-from mixturelens.hooks.kept import KeptBeginnings, Keys, cut, forward, keys_of
+from mixturelens.hooks.kept import KeptBeginnings, Keys, cache_of, cut, forward, keys_of
 from mixturelens.hooks.lens import Edit, Lens
+from mixturelens.hooks.placed import PlacedPrompt, check_position
+from mixturelens.models import beginnings
 from mixturelens.models.beginnings import LONG, keeps
-from mixturelens.spelling import encode_prompts
-from mixturelens.suite import PromptRow, Suite
 from mixturelens.types import PER_HEAD, Component, InputError, Intervention
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class PlacedPrompt:
-    """A prompt as the interventions need to know it: its named positions, and itself under every cue."""
-
-    ids: tuple[int, ...]
-    spans: Mapping[str, tuple[int, ...]]
-    under: Mapping[str, tuple[int, ...]]
-
-
-def known_prompts(
-    suite: Suite, rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase
-) -> dict[tuple[int, ...], PlacedPrompt]:
-    """The prompts that an intervened model can be asked about, by token ids, each with its twins under other cues."""
-    encoded = [tuple(ids) for ids in encode_prompts(suite, rows, tokenizer)]
-    questions: dict[tuple[str, str | None], dict[str, tuple[int, ...]]] = {}
-    for row, ids in zip(rows, encoded, strict=True):
-        questions.setdefault((row.id, row.hint), {})[row.cue] = ids
-    return {
-        ids: PlacedPrompt(ids, span_positions(suite, row, tokenizer), questions[row.id, row.hint])
-        for row, ids in zip(rows, encoded, strict=True)
-    }
 
 
 class EnoughRead(Exception):
@@ -129,42 +102,7 @@ class Intervened:
             dict.fromkeys(self._key(each) for each in self.interventions if each.do in ("replace", "mean"))
         )
         for each in self.interventions:
-            self._check_position(each)
-
-    def _check_position(self, each: Intervention | Rewrite) -> None:
-        """Refuse a position that some prompt lacks, or that does not mean the same where it is read."""
-        position = each.site.position
-        for prompt in self.prompts.values():
-            if isinstance(position, int) and not 0 <= position < len(prompt.ids):
-                raise InputError(
-                    f"{each.site}: position {position} is outside the {len(prompt.ids)} tokens of a prompt"
-                )
-            for cue in self.sources if each.do == "mean" else [each.source] if each.source else []:
-                if cue not in prompt.under:
-                    raise InputError(
-                        f"{each}: a question asked under {', '.join(prompt.under)} has no prompt under cue {cue!r} to "
-                        "read from; give it one with the same `id`, or leave the question out"
-                    )
-                self._check_aligned(each, prompt, cue)
-
-    def _check_aligned(self, each: Intervention | Rewrite, prompt: PlacedPrompt, cue: str) -> None:
-        position = each.site.position
-        if position in ("last", "completion"):
-            return
-        other = self.prompts.get(prompt.under[cue])
-        longer = len(prompt.under[cue]) - len(prompt.ids)
-        if position is None:
-            at: tuple[int, ...] = (0,)
-        else:
-            at = (position,) if isinstance(position, int) else prompt.spans.get(position, ())
-        moved = tuple(i + longer for i in at)
-        elsewhere = isinstance(position, str) and other is not None and moved != other.spans.get(position, moved)
-        if min(moved, default=0) < 0 or elsewhere:
-            raise InputError(
-                f"{each}: the prompts of a question have {len(prompt.ids)} tokens, and {len(prompt.under[cue])} under "
-                f"cue {cue!r}; they are aligned at the end, where {position or 'the first token'!r} lies elsewhere: "
-                "choose `last` or `completion`, or spell both with equally many tokens"
-            )
+            check_position(each, self.sources if each.do == "mean" else [each.source] if each.source else [], prompts)
 
     def _key(self, each: Intervention | Rewrite) -> tuple[int, Component]:
         return each.site.layer, each.site.component
@@ -260,7 +198,7 @@ class Intervened:
     def _window(self, call: _Call, behind: Sequence[Keys], keep: int | Tensor) -> Any:
         """Some tokens of rows whose prompts have one length, under the interventions."""
         given = {cue: self._seen_under(call, cue) for cue in self.sources}
-        return forward(self.lens, call.ids, behind, self._edits(call, given), keep)
+        return forward(self.lens, call.ids, cache_of(behind), self._edits(call, given), keep)
 
     def _seen_under(self, call: _Call, cue: str) -> list[Tensor]:
         """What the same questions and completions have under a cue, at the tokens of a window: one for each read."""
@@ -272,9 +210,13 @@ class Intervened:
             for other, ids in zip(others, call.ids.tolist(), strict=True)
         ]
         behind = [cut(keys, start) for keys in self.kept.of(others)] if start else []
+        return self._read_behind(cache_of(behind), torch.tensor(rows, device=call.ids.device))
+
+    def _read_behind(self, cache: Any, ids: Int[Tensor, "row window"]) -> list[Tensor]:
+        """What is to be read, of tokens that follow a cache, which holds them afterwards where it was read."""
         found: dict[int, Tensor] = {}
         with contextlib.suppress(EnoughRead):
-            forward(self.lens, torch.tensor(rows, device=call.ids.device), behind, self._reads(found, stop=True))
+            forward(self.lens, ids, cache, self._reads(found, stop=True))
         return [found[index] for index in range(len(self.read))]
 
     def _reads(self, found: dict[int, Tensor], stop: bool) -> list[tuple[Any, Edit]]:
@@ -289,6 +231,33 @@ class Intervened:
             return store
 
         return [(self.lens.point(*key), keep(index)) for index, key in enumerate(self.read)]
+
+    # --- token by token, behind what is kept of their prompts ------------------------------------------------------
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether rows can go on token by token from what is kept of their prompts (`begun`)."""
+        return keeps(self.lens.model)
+
+    def begun(
+        self, contexts: Sequence[tuple[int, ...]], ahead: Sequence[int]
+    ) -> Iterator[tuple[list[int], beginnings.Growing]]:
+        """(some of the contexts, rows that go on from them), where so many tokens are to come behind each.
+
+        A context is a prompt, perhaps with tokens behind it.
+        """
+        prompts = [self._prompt_of(context) for context in contexts]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, (context, prompt) in enumerate(zip(contexts, prompts, strict=True)):
+            others = (len(prompt.under[cue]) for cue in self.sources)
+            groups.setdefault((len(context), len(prompt.ids), self._touched(prompt), *others), []).append(i)
+        for (whole, length, touched, *_), group in groups.items():
+            for part in beginnings.cut([length - 1] * len(group), [whole - length + 1 + ahead[i] for i in group]):
+                some = [group[n] for n in part]
+                with torch.inference_mode():
+                    behind = self._keys_behind([prompts[i] for i in some], length - 1, touched)
+                    rows = _Rows(self, [prompts[i] for i in some], [contexts[i] for i in some], behind)
+                yield some, rows
 
     # --- as it is called -------------------------------------------------------------------------------------------
 
@@ -318,11 +287,16 @@ class Intervened:
         skips = [0] * len(ids) if mask is None else (ids.shape[1] - mask.sum(1)).tolist()
         found = []
         for row, skip in zip(ids.tolist(), skips, strict=True):
-            prompt = next((p for n in self.lengths if (p := self.prompts.get(tuple(row[skip : skip + n])))), None)
-            if prompt is None:
-                raise InputError("an intervened model was asked about a prompt that is not among those it was made for")
-            found.append(prompt)
+            found.append(self._prompt_of(row, skip))
         return _Call(found, [-skip for skip in skips], ids)
+
+    def _prompt_of(self, ids: Sequence[int], start: int = 0) -> PlacedPrompt:
+        """The longest prompt that begins there."""
+        for length in self.lengths:
+            prompt = self.prompts.get(tuple(ids[start : start + length]))
+            if prompt is not None:
+                return prompt
+        raise InputError("an intervened model was asked about a prompt that is not among those it was made for")
 
     def _source(self, call: _Call, cue: str, mask: Tensor | None, past: _Past, use_cache: bool) -> list[Tensor]:
         """What the same questions and completions have under a cue, column by column of the call: one for each read."""
@@ -400,3 +374,46 @@ class Intervened:
             for at in prompt.spans.get(position, ()):
                 chosen[row] |= token[row] == at
         return chosen
+
+
+class _Rows:
+    """Rows that go on under interventions, and beside them, under other cues, the runs that these read from."""
+
+    def __init__(
+        self, model: Intervened, prompts: list[PlacedPrompt], contexts: Sequence[Sequence[int]], behind: Sequence[Keys]
+    ) -> None:
+        self._model, self._prompts, self._seen = model, prompts, len(prompts[0].ids) - 1
+        self._own = cache_of(behind)
+        # what stops at a layer needs no keys and values above it
+        layers = max((layer for layer, _ in model.read), default=0) + 1
+        self._sources: dict[str, Any] = {}
+        given: dict[str, list[Tensor]] = {}
+        more = [list(each[len(prompts[0].ids) :]) for each in contexts]
+        for cue in model.sources:
+            others = [prompt.under[cue] for prompt in prompts]
+            self._sources[cue] = cache_of([keys[:layers] for keys in model.kept.of(others)])
+            ends = [[other[-1], *each] for other, each in zip(others, more, strict=True)]
+            given[cue] = model._read_behind(self._sources[cue], self._tensor(ends))
+        self.logits = self._put(self._tensor([[p.ids[-1], *m] for p, m in zip(prompts, more, strict=True)]), given)
+
+    @torch.inference_mode()
+    def go_on(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """As `Growing` says."""
+        if list(rows) != list(range(len(self._prompts))):
+            at = torch.tensor(list(rows), device=self._model.lens.device)
+            for cache in (self._own, *self._sources.values()):
+                cache.batch_select_indices(at)
+            self._prompts = [self._prompts[row] for row in rows]
+        ids = self._tensor([[token] for token in tokens])
+        self.logits = self._put(
+            ids, {cue: self._model._read_behind(cache, ids) for cue, cache in self._sources.items()}
+        )
+
+    def _tensor(self, ids: Sequence[Sequence[int]]) -> Int[Tensor, "row window"]:
+        return torch.tensor(ids, device=self._model.lens.device)
+
+    def _put(self, ids: Int[Tensor, "row window"], given: Mapping[str, list[Tensor]]) -> Tensor:
+        """Logits of the token behind some more tokens, of which other runs have what is given."""
+        model, call = self._model, _Call(self._prompts, [self._seen] * len(ids), ids)
+        self._seen += ids.shape[1]
+        return forward(model.lens, ids, self._own, model._edits(call, given), 1).logits[:, -1]

@@ -20,24 +20,30 @@ BATCH_TOKENS = 2048
 """Tokens of one forward: larger batches fall out of the cache and are slower on a CPU."""
 
 
-def forward(
-    lens: Lens,
-    ids: Int[Tensor, "row window"],
-    behind: Sequence[Keys] = (),
-    edits: Sequence[tuple[Any, Edit]] = (),
-    keep: int | Tensor = 1,
-) -> Any:
-    """Run a model on tokens that follow keys and values already computed, with edits in place.
-
-    Every row has as many tokens before. `keep` is what the model takes as `logits_to_keep`. The cache of the output
-    holds what was before, too.
-    """
+def cache_of(behind: Sequence[Keys]) -> Any:
+    """Keys and values of rows of one length as a cache."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
     for layer, rows in enumerate(zip(*behind, strict=True)):
         cache.update(torch.stack([key for key, _ in rows]), torch.stack([value for _, value in rows]), layer)
-    start = behind[0][0][0].shape[1] if len(behind) else 0
+    return cache
+
+
+def forward(
+    lens: Lens,
+    ids: Int[Tensor, "row window"],
+    cache: Any = None,
+    edits: Sequence[tuple[Any, Edit]] = (),
+    keep: int | Tensor = 1,
+) -> Any:
+    """Run a model on tokens that follow what a cache holds, with edits in place.
+
+    Every row has as many tokens before. `keep` is what the model takes as `logits_to_keep`. The cache holds these
+    tokens, too, afterwards: in the layers that were run, where an edit ended the run.
+    """
+    cache = cache_of(()) if cache is None else cache
+    start = cache.get_seq_length()
     positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(len(ids), -1)
     lens.tell_width(len(ids))
     with lens.hooked(edits):

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from mixturelens.behaviour.likelihood import Model, Scorer
 from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import Prompts, prepare
-from mixturelens.hooks.intervened import Intervened, PlacedPrompt, known_prompts
+from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.lens import Lens, load_lens, tokens
+from mixturelens.hooks.placed import PlacedPrompt, known_prompts
 from mixturelens.lab.organism import Spec, build_suite
 from mixturelens.lab.regimes import (
     FIXED,

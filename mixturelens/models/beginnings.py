@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -60,6 +60,45 @@ def keeps(model: Model) -> bool:
     kinds = set(getattr(text, "layer_types", None) or ())
     other = any(getattr(text, name, None) for name in ("kv_lora_rank", "num_kv_shared_layers", "is_encoder_decoder"))
     return not other and kinds <= {"full_attention", "sliding_attention"}
+
+
+class Growing(Protocol):
+    """Rows that go on by a token at a time."""
+
+    logits: Float[Tensor, "row vocabulary"]
+    """Of the token behind each row."""
+
+    def go_on(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Put a token behind each of some rows; a row may go on in several ways, each of which is a row then."""
+        ...
+
+
+class Rows:
+    """Rows that go on behind kept beginnings of a model."""
+
+    def __init__(self, model: Model, behind: Sequence[Beginning], device: str) -> None:
+        self.logits = torch.stack([each.last for each in behind])
+        self._model, self._device = model, device
+        self._cache, self._real = together(behind, device)
+        self._lengths = torch.tensor([each.length for each in behind], device=device)
+
+    @torch.inference_mode()
+    def go_on(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """As `Growing` says."""
+        at, ids = (torch.tensor(list(each), device=self._device) for each in (rows, tokens))
+        if list(rows) != list(range(len(self.logits))):
+            self._cache.batch_select_indices(at)
+        positions, ids = self._lengths[at], ids[:, None]
+        self._lengths = positions + 1
+        self._real = None if self._real is None else torch.cat([self._real[at], torch.ones_like(ids)], 1)
+        self.logits = self._model(
+            input_ids=ids,
+            attention_mask=self._real,
+            position_ids=positions[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
 
 
 def tree(contexts: Iterable[Ids]) -> dict[Ids, Ids]:

@@ -19,10 +19,11 @@ from mixturelens.contrasts import Contrasts
 from mixturelens.hooks.batches import Sides, sides
 from mixturelens.hooks.columns import Columns, Spans
 from mixturelens.hooks.engine import Engine
-from mixturelens.hooks.intervened import Intervened, known_prompts
+from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Edit, Lens, Tokens
 from mixturelens.hooks.metrics import to_numpy
+from mixturelens.hooks.placed import known_prompts
 from mixturelens.models import end_tokens
 from mixturelens.probing.leace import Eraser, behaviour_left, gap_left, leace, random_erasers
 from mixturelens.probing.record import ErasedSite, Erasure

@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from mixturelens.hooks.kept import forward, keys_of
+from mixturelens.hooks.kept import cache_of, forward, keys_of
 from mixturelens.hooks.lens import Edit, Lens
 from mixturelens.probing.prompts import Group, ProbePrompts
 from mixturelens.spelling import Ids
@@ -146,7 +146,7 @@ def _read_batch(
         for group, row in inside[prompt]:
             groups.setdefault(group, []).append((row, number))
     noted, edits = _noting(lens, result.places, prompts, groups, 0)
-    output = forward(lens, torch.tensor(batch, device=lens.device), (), edits)
+    output = forward(lens, torch.tensor(batch, device=lens.device), None, edits)
     _add(result, groups, noted)
     kept = keys_of(output)
     first = output.logits[:, -1].double().log_softmax(-1)
@@ -160,7 +160,7 @@ def _read_batch(
             owned = [(row, i) for i, (n, announced) in enumerate(part) for row in behind[batch[n]][announced]]
             noted, edits = _noting(lens, result.places, prompts, {"placed": owned} if owned else {}, len(batch[0]))
             ids = torch.tensor([announced for _, announced in part], device=lens.device)
-            logits = forward(lens, ids, [kept[n] for n, _ in part], edits, 0 if width > 1 else 1).logits
+            logits = forward(lens, ids, cache_of([kept[n] for n, _ in part]), edits, 0 if width > 1 else 1).logits
             _add(result, {"placed": owned} if owned else {}, noted)
             steps = [first[[n for n, _ in part]]]
             steps += [logits[:, i].double().log_softmax(-1) for i in range(width - 1)]

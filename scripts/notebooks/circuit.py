@@ -60,8 +60,9 @@ from mixturelens.behaviour.measure import measure
 from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.trajectory import Trajectory
 from mixturelens.contrasts import cue_contrasts, hint_contrasts
-from mixturelens.hooks.intervened import Intervened, known_prompts
+from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.lens import lens_of
+from mixturelens.hooks.placed import known_prompts
 from mixturelens.lab import runs
 from mixturelens.lab.organism import sft_examples
 from mixturelens.models import end_tokens, quiet_libraries

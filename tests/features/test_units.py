@@ -19,8 +19,9 @@ from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effects import make_scene, unit_effects
 from mixturelens.features.units import Place, TrialSettings, best_head, best_of, make_trial
 from mixturelens.features.vectors import directed, directions
-from mixturelens.hooks.intervened import Intervened, known_prompts
+from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.lens import load_lens
+from mixturelens.hooks.placed import known_prompts
 from mixturelens.probing.scores import auroc
 from mixturelens.stats import resample_counts
 from mixturelens.types import InputError, Site

@@ -12,9 +12,10 @@ import torch
 
 from mixturelens.behaviour.likelihood import END, Scorer
 from mixturelens.hooks import intervened as room
-from mixturelens.hooks.intervened import Intervened, known_prompts
+from mixturelens.hooks.intervened import Intervened
 from mixturelens.hooks.kept import KeptBeginnings
 from mixturelens.hooks.lens import Lens, load_lens, tokens
+from mixturelens.hooks.placed import known_prompts
 from mixturelens.models import end_tokens, load_model
 from mixturelens.spelling import encode_prompts
 from mixturelens.suite import Suite, load_suite
@@ -486,6 +487,76 @@ def test_what_goes_on_behind_kept_prompts_is_what_whole_rows_say(
                 np.testing.assert_allclose(found[1], by_hand[1], atol=1e-5)
     if all(each.site.position in ("last", "completion") for each in sized):
         assert whole.kept.known == len(contexts)  # other prompts of the same questions among them
+
+
+@pytest.mark.parametrize(
+    ("shape", "longer", "interventions"),
+    [
+        *(("llama", True, each) for each in (*EVERYWHERE, *TOGETHER)),
+        *((shape, False, each) for shape in SHAPES for each in TOGETHER),
+    ],
+    ids=lambda each: "+".join(map(str, each)) if isinstance(each, tuple) else str(each),
+)
+def test_rows_that_go_on_token_by_token_are_what_whole_rows_say(
+    shape: str, longer: bool, interventions: tuple[Intervention, ...]
+):
+    """Each row goes on from any that was there, in an order of its own, beside rows of other prompts."""
+    lens, suite = lens_of(shape), suite_of(shape, longer)
+    sized = [
+        each if each.vector is None else each.model_copy(update={"vector": (0.5,) * lens.d_model})
+        for each in interventions
+    ]
+    try:
+        model = Intervened(lens, sized, known_prompts(suite, suite.neutral, lens.tokenizer))
+    except InputError:
+        assert longer  # such a position is not aligned
+        return
+    bare = [tuple(context) for context in contexts_of(shape, longer=longer)]
+    contexts = [*bare, *((*context, 13) for context in bare), *((*context, 14, 11) for context in bare)]
+    seen = []
+    for some, rows in model.begun(contexts, [3] * len(contexts)):
+        texts = [list(contexts[i]) for i in some]
+        whole = [len(next(each for each in bare if contexts[i][: len(each)] == each)) for i in some]
+        seen += some
+        for above, put in (
+            (None, None),
+            (range(len(some)), [15] * len(some)),
+            ([*reversed(range(len(some))), 0], [*range(6, 6 + len(some)), 15]),
+            ([0], [9]),
+        ):
+            if above is not None:
+                rows.go_on(above, put)
+                texts = [[*texts[row], token] for row, token in zip(above, put, strict=True)]
+                whole = [whole[row] for row in above]
+            assert len(rows.logits) == len(texts)
+            for row, (text, length) in enumerate(zip(texts, whole, strict=True)):
+                expected = logits(model, text[:length], text[length:])[-1]
+                torch.testing.assert_close(rows.logits[row], expected, **EXACT)
+    assert sorted(seen) == list(range(len(contexts)))
+
+
+def test_completions_drawn_behind_kept_prompts_are_as_frequent_as_they_are_probable(monkeypatch: pytest.MonkeyPatch):
+    model, scorer, contexts = intervened("llama", *REPAIRS["completion"]), scorer_of("llama"), contexts_of("llama")
+    number = 400
+    literals = [[tuple(x) for x in LITERALS]] * len(contexts)
+    logprobs, _ = scorer.literals(model, contexts, literals)
+    monkeypatch.setattr("mixturelens.behaviour.likelihood.LONG", 2)
+    limits = [3] * len(contexts)
+    drawn = scorer.sample(model, contexts, number, limits, seed=1)
+    assert model.kept.known
+    assert drawn.tokens == scorer.sample(model, contexts, number, limits, seed=1).tokens
+    assert max(map(len, drawn.tokens)) <= 3
+    ends = set(scorer.ends)
+    for i, expected in enumerate(logprobs):
+        mine = [drawn.tokens[k] for k in np.flatnonzero(drawn.context == i)]
+        assert len(mine) == number
+        for literal, logprob in zip(LITERALS, expected, strict=True):
+            if literal[-1] == END:
+                begins = [t[: len(literal) - 1] == literal[:-1] and t[len(literal) - 1] in ends for t in mine]
+            else:
+                begins = [t[: len(literal)] == literal for t in mine]
+            p = np.exp(logprob)
+            assert abs(np.mean(begins) - p) <= 4 * np.sqrt(p * (1 - p) / number) + 1e-3
 
 
 def test_tokens_of_id_zero_at_the_end_are_tokens(monkeypatch: pytest.MonkeyPatch):
