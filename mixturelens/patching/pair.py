@@ -88,7 +88,7 @@ def patching_record(
     suite, tokenizer = pair.suite, pair.tokenizer
     cue = cue_contrasts(suite, tokenizer, harm.policy, harm.cues, harm.shows)
     hinted = {harm.policy, harm.other} <= {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
-    missing: list[str] = []
+    missing = [f"patching: {line}" for line in cue.left_out]
     plan = _plan(pair, cue, hinted, settings.exhaustive, missing)
     say(announced("patching", plan.takes))
     check_memory(pair, plan.takes, "patching")

@@ -184,6 +184,7 @@ def probing_record(
 
     def of_cue(harm: Harm) -> None:
         cue = cue_contrasts(suite, tokenizer, harm.policy, harm.cues, harm.shows)
+        problems.extend(f"probes: {line}" for line in cue.left_out)
         cue = as_begun(lenses["before"], suite, cue)
         part("erasing the cue", lambda: erase(cue))
         part("erasing the cue where it is used", lambda: erase_used(cue))

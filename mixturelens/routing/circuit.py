@@ -225,6 +225,7 @@ def circuit_record(
     for name, (of, which) in checkpoints.items():
         lens = lens_of(of, which)
         cue = cue_contrasts(suite, lens.tokenizer, harm.policy, harm.cues, harm.shows)
+        missing += [f"circuit: {line}" for line in cue.left_out if name == "before"]
         contrasts = [cue]
         hints = {row.hint for row in suite.hinted if row.cue == harm.trained_cue}
         if {harm.policy, harm.other} <= hints:

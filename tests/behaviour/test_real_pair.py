@@ -1,6 +1,6 @@
 """A pair made from pretrained weights, with its own tokenizer and chat template: `behaviour` is what PyTorch says.
 
-Run with `make real`, which makes the pair; MIXTURELENS_REAL names the run.
+Run with `make test-real`; MIXTURELENS_REAL names the run.
 """
 
 from __future__ import annotations
