@@ -84,7 +84,7 @@ class Contrasts:
             return ()
         all_of_them = self.alike + len(self.rows)
         return (
-            f"{self.alike} of {all_of_them} questions left out: under {self.clean!r} their answers begin with the same "
+            f"without {self.alike} of {all_of_them} questions: under {self.clean!r} their answers begin with the same "
             f"token as what policy {self.policy!r} says under {self.corrupt!r}, so that it does not tell the two apart",
         )
 

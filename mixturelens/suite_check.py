@@ -163,7 +163,7 @@ def pitfalls_of_tokens(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> Iter
             found.setdefault("no patch, circuit or repair", {}).setdefault(cue, f"with {policy!r} in place: {error}")
             continue
         for line in contrasts.left_out:
-            found.setdefault("in patch and circuit", {}).setdefault(cue, line)
+            found.setdefault("fewer questions in patch and circuit", {}).setdefault(cue, line)
         try:
             check_even(row.shift for row in contrasts.rows)
         except InputError as error:

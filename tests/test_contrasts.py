@@ -115,7 +115,7 @@ def test_an_answer_that_begins_like_the_other_behaviour_makes_no_contrast(tokeni
     assert [row.question for row in found.rows] == ["q"]
     for part in (found, found.first(1), found.half(0), found.part([0])):
         (said,) = part.left_out
-        assert said.startswith("1 of 2 questions left out: under 'A' their answers begin with the same token as")
+        assert said.startswith("without 1 of 2 questions: under 'A' their answers begin with the same token as")
     assert cue_contrasts(suite_with(A, B), tokenizer, "a", ("A", "B")).left_out == ()
     with pytest.raises(InputError, match=r"no contrast between cues 'A' and 'B'.*do not begin like another behaviour"):
         cue_contrasts(suite_with(*same), tokenizer, "a", ("A", "B"))

@@ -33,7 +33,7 @@ def test_heads_that_hardly_read_the_cue_are_said_to_with_what_carries_more(pair:
     assert said == (
         "sft--rl-B: cue reader, before: hardly a reader: these heads carry 0.300 [0.200, 0.400] of the cue, and a "
         "reader carries 0.5 or more; the strongest at one place: attention 1.001 (L0.attn_out@8), MLP 0.998 "
-        "(L0.mlp_out@8), stream 1.001 (L1.resid_pre@8)"
+        "(L0.mlp_out@8), and the stream 1.001 from L1.resid_pre@8 on"
     )
 
 

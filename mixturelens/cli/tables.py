@@ -125,8 +125,8 @@ def show_patching(pairs: list[Pair], records: list[PatchingRecord], circuits: li
             tell(f"{pair.name}: {unmeasured(reason)}")
 
 
-_PLACES: dict[str, Component] = {"attention": "attn_out", "MLP": "mlp_out", "stream": "resid_pre"}
-"""What is patched beside single heads, by its name in words."""
+_PLACES: dict[str, Component] = {"attention": "attn_out", "MLP": "mlp_out"}
+"""What is patched of a layer beside single heads, by its name in words."""
 
 
 def _no_readers(record: PatchingRecord) -> Iterator[str]:
@@ -149,6 +149,17 @@ def _no_readers(record: PatchingRecord) -> Iterator[str]:
             found = [(each.effect.value, str(each.site)) for each in effects if each.site.component == component]
             if found:
                 more.append("{} {:.3f} ({})".format(name, *max(found)))
+        # the stream carries everything behind the last layer, and at the cue itself: what tells is where that arrives
+        columns = [each.site.position for each in effects if isinstance(each.site.position, int)]
+        at = {max(columns, default=None), *(head.position for head in reader.heads)}
+        stream = [
+            each
+            for each in effects
+            if each.site.component == "resid_pre" and each.site.position in at and each.effect.known >= A_READER
+        ]
+        if stream:
+            first = min(stream, key=lambda each: each.site.layer)
+            more.append(f"and the stream {first.effect.known:.3f} from {first.site} on")
         yield (
             f"{reader.kind} reader, {reader.checkpoint}: hardly a reader: these heads carry {ranged(reader.effect)} of "
             f"the {reader.kind}, and a reader carries {A_READER:g} or more"
