@@ -48,12 +48,16 @@ def by_arm(runs: Sequence[Path]) -> dict[str, list[dict[str, float]]]:
 
 def table(found: ByArm) -> str:
     """A line an arm: means over seeds with Student's t intervals, and the trait against the arm without a prompt."""
-    names, against = list(found["none"][0]), "trait in ship, behind SFT"
-    lines = [("arm", *names, "trait in ship, against none"), ("---",) * (len(names) + 2)]
+    names = list(found["none"][0])
+    against = [name for name in names if name.startswith("trait in ship")]
+    lines = [("arm", *names, *(f"{name}, against none" for name in against))]
+    lines.append(("---",) * len(lines[0]))
     for arm, seeds in found.items():
-        less = [one[against] - base[against] for one, base in zip(seeds, found["none"], strict=True)]
         shown = [figures.show_interval(over_seeds([one[name] for one in seeds])) for name in names]
-        lines.append((arm, *shown, "–" if arm == "none" else figures.show_interval(over_seeds(less))))
+        for name in against:
+            less = [one[name] - base[name] for one, base in zip(seeds, found["none"], strict=True)]
+            shown.append("–" if arm == "none" else figures.show_interval(over_seeds(less)))
+        lines.append((arm, *shown))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
