@@ -30,6 +30,7 @@ from mixturelens.routing.repair import RepairRecord, RepairSettings, repair_reco
 from mixturelens.routing.tries import brief
 from mixturelens.suite import load_suite
 from mixturelens.types import InputError, Site
+from mixturelens.unfinished import Unfinished
 
 # qwen2's R was trained towards the policy that its suite does not name; edits are tried on all four below
 SHAPES = ["llama", "gpt_neox", pytest.param("gpt2", marks=pytest.mark.slow)]
@@ -292,6 +293,20 @@ def test_heads_that_carry_less_than_half_of_the_cue_are_named_as_no_reader(monke
     record = repair_record(pair, measured)
     said = "a cue reader of one or two heads: the strongest in R, L1.z.1@policy, carry 0.01 [0.01, 0.03] of the cue"
     assert any(line.startswith(said) for line in record.missing)
+
+
+def test_repairs_that_were_kept_are_of_as_many_questions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Repairs that go on once patching has asked fewer questions are those of so many: none is taken for another."""
+    folder = PAIRS / "llama"
+    pair, measured = Pair(folder / "S", folder / "R-routing", load_suite(folder)), behaviour_of("llama", "R-routing")
+    reader = Reader((Site(layer=0, component="z", head=1, position="policy"),), 0.9, *[np.full(100, 0.9)] * 2, ())
+    monkeypatch.setattr(repair, "find_reader", lambda *_: reader)
+    monkeypatch.setattr(repair, "RANDOM", 1)
+    monkeypatch.setattr(repair, "DIRECTIONS", 1)
+    some = pair.asked({row.id for row in pair.suite.neutral[:24]})
+    for number, asked in ((1, some), (1, some), (2, pair)):
+        record = repair_record(asked, measured, RepairSettings(parts=Unfinished(tmp_path / "parts", "this")))
+        assert len(list((tmp_path / "parts").glob("*.json"))) == number * len(record.repairs) > 0
 
 
 def test_the_trained_cue_must_be_known() -> None:
