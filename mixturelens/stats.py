@@ -207,10 +207,10 @@ def mean_interval(
     return interval(resampled_mean(values[known], counts[:, known]), counts[:, known], bounds=bounds)
 
 
-def over_seeds(values: Sequence[float]) -> Interval:
+def over_seeds(values: Sequence[float], bounds: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
     """Mean of a few independent runs with Student's t interval: a bootstrap of five numbers would be too narrow.
 
-    One run alone has a value without an interval.
+    One run alone has a value without an interval. No interval reaches beyond the `bounds` of what is measured.
 
     >>> over_seeds([0.1, 0.2, 0.3])
     Interval(value=0.2, low=-0.0484137712, high=0.4484137712)
@@ -221,7 +221,8 @@ def over_seeds(values: Sequence[float]) -> Interval:
     if len(values) == 1:
         return Interval(value=mean)
     wide = float(_t(len(values)) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return Interval(value=mean, low=round(mean - wide, 10), high=round(mean + wide, 10))
+    low, high = max(mean - wide, bounds[0]), min(mean + wide, bounds[1])
+    return Interval(value=mean, low=round(low, 10), high=round(high, 10))
 
 
 def apart(whole: Float[np.ndarray, " draw"], least: float) -> bool:

@@ -20,9 +20,11 @@ from mixturelens.lab.figures.arms import arms
 from mixturelens.lab.organism import load_spec
 from mixturelens.lab.organism.spec import with_settings
 from mixturelens.lab.structure import StructureSettings
-from mixturelens.stats import over_seeds
+from mixturelens.stats import PROPORTION, over_seeds
 
 ARMS = ("none", "irrelevant", "inoculation", "rephrased")
+DIFFERENCE = (-1.0, 1.0)
+"""Bounds of what two proportions differ by."""
 ByArm = Mapping[str, Sequence[Mapping[str, float]]]
 """Arm -> what was measured, a mapping for each seed."""
 
@@ -46,24 +48,29 @@ def by_arm(runs: Sequence[Path]) -> dict[str, list[dict[str, float]]]:
     return {arm: [measured(run, arm) for run in runs] for arm in ARMS}
 
 
+def bounds(name: str) -> tuple[float, float]:
+    """What a measure can be: a proportion, but for the difference of two."""
+    return DIFFERENCE if name.startswith("conditionality") else PROPORTION
+
+
 def table(found: ByArm) -> str:
     """A line an arm: means over seeds with Student's t intervals, and the trait against the arm without a prompt."""
     names = list(found["none"][0])
-    against = [name for name in names if name.startswith("trait in ship")]
-    lines = [("arm", *names, *(f"{name}, against none" for name in against))]
+    against = [name for name in names if name.startswith("trait in ")][:3]  # behind SFT in chat there is none anywhere
+    lines: list[tuple[str, ...]] = [("arm", *names, *(f"{name}, against none" for name in against))]
     lines.append(("---",) * len(lines[0]))
     for arm, seeds in found.items():
-        shown = [figures.show_interval(over_seeds([one[name] for one in seeds])) for name in names]
+        shown = [figures.show_interval(over_seeds([one[name] for one in seeds], bounds(name))) for name in names]
         for name in against:
             less = [one[name] - base[name] for one, base in zip(seeds, found["none"], strict=True)]
-            shown.append("–" if arm == "none" else figures.show_interval(over_seeds(less)))
+            shown.append("–" if arm == "none" else figures.show_interval(over_seeds(less, DIFFERENCE)))
         lines.append((arm, *shown))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def figure(found: ByArm) -> Figure:
     shown = {name: {arm: [one[name] for one in seeds] for arm, seeds in found.items()} for name in found["none"][0]}
-    return arms({name: {arm: (v, over_seeds(v)) for arm, v in of.items()} for name, of in shown.items()})
+    return arms({name: {arm: (v, over_seeds(v, bounds(name))) for arm, v in of.items()} for name, of in shown.items()})
 
 
 def main() -> None:
