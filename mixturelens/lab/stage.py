@@ -72,7 +72,7 @@ def lora_of(spec: Spec) -> Lora | None:
     return spec.model.lora if isinstance(spec.model, Pretrained) else None
 
 
-def _trainable(spec: Spec, source: Source, device: str) -> PreTrainedModel:
+def trainable(spec: Spec, source: Source, device: str) -> PreTrainedModel:
     """A checkpoint, ready to be trained: whole, or with an adapter on it, the checkpoint's own or a new one."""
     model, lora = spec.model, lora_of(spec)
     if lora is None or not isinstance(model, Pretrained):
@@ -176,14 +176,14 @@ class Stage:
 
         begin = self.source(start)
         tokenizer = load_tokenizer(begin)
-        model = _trainable(self.spec, begin, self.device)
+        model = trainable(self.spec, begin, self.device)
         self._watch(model, tokenizer)
         resume = self._last_complete()
         if resume is not None:
             self._restore(resume)
         # of a checkpoint that is the last, the trainer would take one more step
         if resume is not None and (self.saturated() or _step(resume) >= self.steps):
-            model = _trainable(self.spec, find_source(resume), self.device)
+            model = trainable(self.spec, find_source(resume), self.device)
         else:
             torch.manual_seed(self.seed)
             threads = torch.get_num_threads()

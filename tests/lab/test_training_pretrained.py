@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mixturelens import pipeline
+from mixturelens.behaviour.prompts import prepare
 from mixturelens.behaviour.trajectory import Trajectory
 from mixturelens.lab import runs
+from mixturelens.lab.forecast.kernel import Network, log_weights
 from mixturelens.lab.organism import Spec, build_suite, load_spec, rl_prompts, sft_examples, with_settings
+from mixturelens.lab.stage import trainable
 from mixturelens.models import load_model, load_tokenizer, quiet_libraries
 from mixturelens.models.source import find_source
 from mixturelens.spelling import encode_prompts
@@ -71,6 +75,28 @@ def test_the_pair_is_measured_like_any_other(trained: Path) -> None:
     assert record.questions == 8
     start = Trajectory.load(trained / "trajectory" / "rl-xml.json").points[0].cues["xml"]
     assert record.per_cue["xml"].before.weights["okay"] == pytest.approx(start.weights["okay"].value, abs=1e-6)
+
+
+def test_a_forecast_looks_along_the_parameters_that_rl_trains(
+    trained: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run with an adapter, the adapter's: what the policies' log-weights do along them is what they say."""
+    spec, folder = tiny(pairs), trained / "checkpoints" / "sft"
+    suite, tokenizer = build_suite(spec), load_tokenizer(folder)
+    model = trainable(spec, find_source(folder), "cpu").eval()
+    prompts = prepare(suite, suite.neutral, tokenizer)
+    network = Network(model, prompts, list(spec.cues), set(), "cpu")
+    names = {name for name, values in model.named_parameters() if any(values is each for each in network.trained)}
+    assert names == {name for name, _ in model.named_parameters() if "lora_" in name}
+    whole = network.gradients()
+    monkeypatch.setattr("mixturelens.lab.forecast.kernel.TOKENS", 1)  # prompt by prompt
+    np.testing.assert_allclose(network.gradients(), whole, rtol=1e-3, atol=1e-5)
+    (c, m), size = (1, 0), 1e-3 / np.linalg.norm(whole[1, 0])
+    with torch.no_grad():
+        still = log_weights(model, network.prompts[c]).mean(0)
+        with network.moved(size * whole[c, m] / np.linalg.norm(whole[c, m])):
+            moved = log_weights(model, network.prompts[c]).mean(0) - still
+    assert float(moved[m]) == pytest.approx(1e-3, rel=0.1)
 
 
 @pytest.mark.slow

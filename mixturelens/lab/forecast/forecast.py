@@ -20,8 +20,9 @@ from mixturelens.behaviour.prompts import Prompts, prepare
 from mixturelens.lab.forecast.kernel import Bootstrapped, Kernels, Network, kernels_of
 from mixturelens.lab.forecast.record import Curves, ForecastRecord, Start
 from mixturelens.lab.organism import Spec, build_suite, frozen_parameters
+from mixturelens.lab.stage import lora_of, trainable
 from mixturelens.lab.theory import Drift, Sampling, curve, exact_path, group_pace, sampled_paths, shifted, velocity
-from mixturelens.models import end_tokens, load_model, load_tokenizer
+from mixturelens.models import end_tokens, find_source, load_tokenizer
 from mixturelens.stats import interval, resample_counts, resampled_mean, too_few
 from mixturelens.types import ANSWER, InputError
 
@@ -75,10 +76,11 @@ def forecast_records(
             )
     say = say or (lambda _: None)
     say("S under every cue, and its tangent kernel")
-    tokenizer, model = load_tokenizer(start.checkpoint), load_model(start.checkpoint, device)
+    tokenizer, model = load_tokenizer(start.checkpoint), trainable(spec, find_source(start.checkpoint), device).eval()
     prompts = prepare(suite, suite.neutral, tokenizer)
     scorer = Scorer(end_tokens(model, tokenizer), model.config.vocab_size, device)
-    network = Network(model, prompts, cues, set(frozen_parameters(model, spec.rl.freeze)), device)
+    frozen = set() if lora_of(spec) else set(frozen_parameters(model, spec.rl.freeze))
+    network = Network(model, prompts, cues, frozen, device)
     state, gradients = _measured(scorer, model, prompts, cues, seed), network.gradients()
     records = {}
     for cue in trained:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,28 +20,36 @@ from mixturelens.lab.theory import exact_path, group_pace, velocity
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TOKENS = 1024
+"""Tokens of the prompts that gradients are taken of at a time: bounds memory."""
 AHEAD = 0.75
 """Where on the way from S to the ceiling the kernel is looked at again: the theory takes it for constant."""
 
 
 class Network:
-    """The parameters that RL trains, and how the policies' log-weights depend on them."""
+    """The parameters that RL trains (all, or those of an adapter), and how the policies' log-weights depend on them."""
 
     def __init__(
         self, model: PreTrainedModel, prompts: Prompts, cues: Sequence[str], frozen: set[str], device: str
     ) -> None:
         self.model, self.device = model, device
         self.prompts = [prompts.part([i for i, row in enumerate(prompts.rows) if row.cue == cue]) for cue in cues]
-        self.trained = [p for name, p in model.named_parameters() if name not in frozen]
+        self.trained = [p for name, p in model.named_parameters() if name not in frozen and p.requires_grad]
 
     def gradients(self) -> Float[np.ndarray, "cue policy parameter"]:
         """Gradient of the mean over prompts of each policy's log-weight."""
         found = []
         for prompts in self.prompts:
-            means = log_weights(self.model, prompts, self.device).mean(0)
-            rows = [torch.autograd.grad(mean, self.trained, retain_graph=True) for mean in means]
-            found.append(torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
-        return torch.stack(found).double().cpu().numpy()
+            some = max(1, TOKENS // max(map(len, prompts.contexts)))
+            number = len(prompts.rows)
+            total: Any = 0.0
+            for start in range(0, number, some):
+                part = prompts.part(list(range(start, min(start + some, number))))
+                means = log_weights(self.model, part, self.device).sum(0) / number
+                rows = [torch.autograd.grad(mean, self.trained, retain_graph=True) for mean in means]
+                total = total + torch.stack([torch.cat([g.flatten() for g in row]).double() for row in rows])
+            found.append(total)
+        return torch.stack(found).cpu().numpy()
 
     @contextlib.contextmanager
     def moved(self, by: Float[np.ndarray, " parameter"]) -> Iterator[None]:
@@ -65,13 +73,15 @@ def log_weights(model: PreTrainedModel, prompts: Prompts, device: str = "cpu") -
     for number, a in enumerate(prompts.announcements):
         spelled = [placed[number].ids for placed in prompts.placed]
         rows = [[*context, *ids] for context, ids in zip(prompts.contexts, spelled, strict=True)]
-        longest = max(map(len, rows))
+        longest, first = max(map(len, rows)), min(map(len, prompts.contexts)) - 1
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-        logits = model(input_ids=ids.to(device), use_cache=False).logits.double().log_softmax(-1)
+        keep = torch.arange(first, longest, device=device)  # nothing before it is asked for
+        output = model(input_ids=ids.to(device), use_cache=False, logits_to_keep=keep)
+        logits = output.logits.double().log_softmax(-1)
         found[a.policy].append(
             torch.stack(
                 [
-                    logits[row, torch.arange(len(context) - 1, len(context) - 1 + len(ids)), list(ids)].sum()
+                    logits[row, torch.arange(len(ids)) + len(context) - 1 - first, list(ids)].sum()
                     for row, (context, ids) in enumerate(zip(prompts.contexts, spelled, strict=True))
                 ]
             )
