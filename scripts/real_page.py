@@ -21,6 +21,7 @@ from mixturelens.behaviour.trajectory import Trajectory
 from mixturelens.figures import show, show_interval
 from mixturelens.figures.transfer import overall, silent
 from mixturelens.lab import runs
+from mixturelens.lab.forecast.record import ANSWERS, ForecastRecord
 from mixturelens.records import write_text
 from mixturelens.routing.repair import RepairRecord
 from mixturelens.routing.verdict import VerdictRecord
@@ -145,6 +146,27 @@ def cells(pairs: list[Pair]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
+FORECASTS = ("run, RL on", "cue", "measured", *ANSWERS, "in time", "in the interval")
+
+
+def forecasts() -> str:
+    """A line a cue: mean errors of what is said before RL, at the steps that tell, and of the trained cue in time."""
+    lines = [FORECASTS, ("---",) * len(FORECASTS)]
+    for file in sorted(REAL.glob("*/records/forecast-*.json")):
+        record = ForecastRecord.load(file)
+        happened, trained = record.happened, record.trained_cue
+        if happened is None or not happened.compared:
+            continue
+        points = [point.accuracy for point in happened.points if point.step in happened.compared]
+        for cue, score in happened.scores.items():
+            seen = "; ".join(f"{show(at[cue].value)} where {trained} is at {show(at[trained].value)}" for at in points)
+            errors = [show(score.errors[name]) for name in ANSWERS]
+            in_time = show(happened.clock.errors["forecast"])
+            covered = f"{show(score.covered)}, in time {show(happened.clock.covered)}"
+            lines.append((f"{file.parents[1].name}, {trained}", cue, seen, *errors, in_time, covered))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write what runs on pretrained models say.")
     parser.add_argument("--collect", nargs="*", type=Path, default=[], metavar="RUN")
@@ -157,6 +179,7 @@ def main() -> None:
     pairs = collected()
     put("pairs", table(pairs), "real_page", PAGE)
     put("cells", cells(pairs), "real_page", PAGE)
+    put("forecasts", forecasts(), "real_page", PAGE)
     for pair in pairs:
         if pair.trajectory.reward:
             figure = figures.accuracy_along_rl(pair.trajectory, pair.behaviour.trained_cue, pair.repair)
