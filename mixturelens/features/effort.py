@@ -24,6 +24,8 @@ STEPS, BATCH = 1200, 1024
 EPOCHS, FEWEST = 32, 300
 """How often each token is seen, at most; but so many steps are taken."""
 LEAST = 4
+TEXTS = 256
+"""Prompts to learn features from, and to judge them on, at least, where there are as many."""
 
 
 def share_of(number: int, share: float, least: int = LEAST) -> int:
@@ -33,6 +35,15 @@ def share_of(number: int, share: float, least: int = LEAST) -> int:
     (12, 4, 2)
     """
     return max(min(number, least), round(number * share))
+
+
+def texts_of(number: int, share: float) -> int:
+    """How many of these prompts features are learnt from, or judged on: they are what takes longest on a large model.
+
+    >>> texts_of(4096, 1.0), texts_of(4096, 0.125), texts_of(60, 0.125)
+    (4096, 256, 60)
+    """
+    return share_of(number, share**2, TEXTS)
 
 
 @dataclass(frozen=True)
@@ -88,8 +99,8 @@ def make_plan(pair: Pair, teach: int, held_out: int) -> FeaturePlan:
     missing = []
     if share < 1:
         missing.append(
-            f"features: at most {share:g} of the questions, nulls and latents that are usual were looked at, for a "
-            f"model of {size.parameters / 1e6:,.0f} million parameters ({needs})"
+            f"features: at most {share:g} of the texts, questions, nulls and latents that are usual were looked at, "
+            f"for a model of {size.parameters / 1e6:,.0f} million parameters ({needs})"
         )
     if allowed is not None and needs.seconds > allowed:
         missing.append(f"features: the least there is takes {said_time(needs.seconds)}, and --minutes allows less")
@@ -104,6 +115,7 @@ def operations_of(size: Size, work: Work) -> float:
 def work_of(pair: Pair, teach: int, held_out: int, share: float) -> Work:
     """What looking at a share of everything takes, in tokens through all layers, and the bytes held meanwhile."""
     suite, size = pair.suite, size_of(pair)
+    teach, held_out = (texts_of(number, share) for number in (teach, held_out))
     rows = suite.neutral
     lengths = [len(ids) for ids in encode_prompts(suite, rows[:: max(1, len(rows) // 32)], pair.tokenizer)]
     prompt = sum(lengths) / len(lengths)

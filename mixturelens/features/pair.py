@@ -25,7 +25,7 @@ from mixturelens.features.activations import Activations, At, Storage, collect_p
 from mixturelens.features.cards import Album, card, interesting
 from mixturelens.features.change import Splices, half_prompts, site_change
 from mixturelens.features.dictionary import Dictionary
-from mixturelens.features.effort import FeaturePlan, Training, make_plan, share_of
+from mixturelens.features.effort import FeaturePlan, Training, make_plan, share_of, texts_of
 from mixturelens.features.exclusive import fit_crosscoder
 from mixturelens.features.record import Card, Concept, CrosscoderFit, FeatureRecord, Quality, Sae, SiteChange, Table
 from mixturelens.features.sae import JudgingTexts, Origin, load_sae, quality, train_sae
@@ -109,6 +109,7 @@ def feature_record(
     saved = pretrained(pair, settings.given)
     teach, held_out = _split(suite, settings.more, seed)
     plan = make_plan(pair, len(teach), len(held_out))
+    teach, held_out = (rows[: texts_of(len(rows), plan.share)] for rows in (teach, held_out))
     if say:
         say(announced("features", plan.needs))
         for each in saved:
@@ -282,6 +283,8 @@ class _Study:
         places = list(dict.fromkeys(places))
         if not places:
             return []
+        if self.say:
+            self.say("texts of S and R, and what both have there")
         both = [self.s, self.r]
         own = texts(both, self.suite, self.teach, self.seed)
         sides: tuple[tuple[Side, Lens], ...] = (("before", self.s), ("after", self.r))

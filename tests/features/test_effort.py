@@ -38,7 +38,7 @@ def test_less_time_is_less_work_and_said(monkeypatch: pytest.MonkeyPatch):
     middle = (seconds[0] + seconds[1]) / 2 / 60
     plan = make_plan(reference(Budget(minutes=middle)), 4096, 512)
     assert plan.share == SHARES[1]
-    assert plan.missing[0].startswith("features: at most 0.5 of the questions, nulls and latents")
+    assert plan.missing[0].startswith("features: at most 0.5 of the texts, questions, nulls and latents")
     least = make_plan(reference(Budget(minutes=1e-3)), 4096, 512)
     assert least.share == SHARES[-1]
     assert "the least there is takes about" in least.missing[1]
