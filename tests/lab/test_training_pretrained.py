@@ -77,6 +77,7 @@ def test_the_pair_is_measured_like_any_other(trained: Path) -> None:
     assert record.per_cue["xml"].before.weights["okay"] == pytest.approx(start.weights["okay"].value, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
 def test_a_forecast_looks_along_the_parameters_that_rl_trains(
     trained: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,14 +138,13 @@ def test_all_weights_can_be_trained(pairs: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_is_pretrained_is_applied_once(trained: Path, pairs: Path) -> None:
-    from mixturelens.lab.stage import _trainable
 
     quiet_libraries()
     adapter = trained / "checkpoints" / "sft"
     spec = tiny(pairs, **{"model.pretrained": str(adapter)})
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
-        begun = _trainable(spec, find_source(adapter), "cpu").eval()(input_ids=ids).logits
+        begun = trainable(spec, find_source(adapter), "cpu").eval()(input_ids=ids).logits
         whole = load_model(adapter)(input_ids=ids).logits
     torch.testing.assert_close(begun, whole)
 
