@@ -27,7 +27,7 @@ from mixturelens.features.activations import up_to
 from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import share_of
 from mixturelens.features.record import MovedFeature, SiteChange, Terms
-from mixturelens.features.splice import BothModels, Crossing, Splice, Spliced, own, whole
+from mixturelens.features.splice import BothModels, Crossing, Splice, Spliced, but_sinks, own, whole
 from mixturelens.hooks.lens import Lens, tokens
 from mixturelens.models import end_tokens
 from mixturelens.stats import half_of, interval
@@ -77,8 +77,8 @@ def terms(base: Behaviour, changed: Behaviour, grid: Grid) -> Terms:
 
 
 def of_features(dictionary: Dictionary, units: Sequence[int] | None = None) -> Splice:
-    """The splice that puts in the other model's activations of some features (None: of all) and leaves all else:
-    x + sum over units of (f(x_other) - f(x)) write.
+    """The splice that puts in the other model's activations of some features (None: of all) and leaves all else, sinks
+    of attention among it: x + sum over units of (f(x_other) - f(x)) write.
     """
     device = dictionary.read.device
     part = dictionary if units is None else dictionary.part(torch.tensor(list(units), dtype=torch.long, device=device))
@@ -86,7 +86,7 @@ def of_features(dictionary: Dictionary, units: Sequence[int] | None = None) -> S
     def splice(mine: Tensor, other: Tensor) -> Tensor:
         return part.moved(mine, part.encode(other) - part.encode(mine))
 
-    return splice
+    return but_sinks(splice)
 
 
 def elsewhere(dictionary: Dictionary, units: Sequence[int], generator: torch.Generator) -> Splice:

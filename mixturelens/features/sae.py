@@ -36,7 +36,7 @@ from mixturelens.features.dictionary import Dictionary
 from mixturelens.features.effort import Training
 from mixturelens.features.record import Quality
 from mixturelens.features.saved import load_sae, read_config
-from mixturelens.features.splice import BothModels, Spliced, own
+from mixturelens.features.splice import BothModels, Spliced, but_sinks, own
 from mixturelens.files import read_json
 from mixturelens.hooks.lens import Lens
 from mixturelens.records import new_folder, write_text
@@ -296,10 +296,11 @@ def quality(
     """Judge a dictionary on texts, at best ones that it was not trained on.
 
     Loss is taken over what follows each text's prompt; the reconstruction takes the place of the activation at all
-    tokens. What is explained and what fires is counted over all tokens of the texts, or over `activations` where these
-    are at hand, which may be of more texts. The interval is a bootstrap over texts, each counted equally; it is not
-    measured where the mean in the site's place does no harm. Raises InputError for a dictionary of another width, one
-    that does not reconstruct, texts without a completion, or a site where nothing varies.
+    tokens but sinks of attention. What is explained and what fires is counted over all tokens of the texts, or over
+    `activations` where these are at hand, which may be of more texts. The interval is a bootstrap over texts, each
+    counted equally; it is not measured where the mean in the site's place does no harm. Raises InputError for a
+    dictionary of another width, one that does not reconstruct, texts without a completion, or a site where nothing
+    varies.
     """
     if dictionary.bias is None:
         raise InputError("the dictionary has no bias: it is not meant to reconstruct, so nothing says what is lost")
@@ -333,7 +334,7 @@ def quality(
     counts = resample_counts(len(texts), judging.seed)
     plain, kept, lost = (
         resampled_mean(completion_losses(Spliced(ground, splice), judging, lens), counts)
-        for splice in (own, reconstructed, ablated)
+        for splice in (own, but_sinks(reconstructed), but_sinks(ablated))
     )
     return Quality(
         explained=1 - error / variance,

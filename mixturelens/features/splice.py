@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixturelens.features.activations import At
+from mixturelens.features.activations import At, massive
 from mixturelens.hooks.intervened import EnoughRead
 from mixturelens.hooks.lens import Edit, Lens
 from mixturelens.types import InputError
@@ -46,6 +46,15 @@ def own(mine: Tensor, other: Tensor) -> Tensor:
 def whole(mine: Tensor, other: Tensor) -> Tensor:
     """The splice that puts in the other model's activations whole."""
     return other
+
+
+def but_sinks(splice: Splice) -> Splice:
+    """The same splice, but for sinks of attention, which stay as they are: dictionaries do not learn them."""
+
+    def careful(mine: Tensor, other: Tensor) -> Tensor:
+        return torch.where(massive(mine)[..., None], mine, splice(mine, other))
+
+    return careful
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mixturelens.features import activations as module
-from mixturelens.features.activations import Activations, Storage, batches, collect, texts
+from mixturelens.features.activations import Activations, Storage, batches, collect, massive, texts
+from mixturelens.features.splice import but_sinks, whole
 from mixturelens.hooks.lens import Lens, Tokens, load_lens
 from mixturelens.spelling import encode_prompts
 from mixturelens.suite import load_suite
@@ -46,6 +47,28 @@ def test_rows_are_those_of_each_text_alone(shape: str, component: Component):
     assert found.models == 1
     assert found.dim == expected.shape[1]
     torch.testing.assert_close(found.parts[0][:, 0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sink_of_attention_is_as_long_as_any_token_and_no_splice_touches_it():
+    lens, given = load_lens(PAIRS / "llama" / "S"), [[3, 5, 7, 9], [3, 4, 6], [3, 8, 5, 4, 6]]
+    with torch.no_grad():  # one token is now a thousand times as long as others, as the first is in large models
+        lens.model.get_input_embeddings().weight[3] *= 1000
+    first = [0, 4, 7]
+    rest = [row for row in range(12) if row not in first]
+    found = collect([lens], given, (0, "resid_pre")).parts[0][:, 0]
+    batch = next(iter(batches(given, "cpu")))[1]
+    ids = torch.tensor([token for text in given for token in text])
+    own = lens.model.get_input_embeddings().weight[ids].detach()
+    assert massive(own).nonzero()[:, 0].tolist() == first
+    torch.testing.assert_close(found[rest], own[rest])
+    torch.testing.assert_close(found[first].norm(dim=1), own.norm(dim=1).median().expand(3))
+    torch.testing.assert_close(
+        found[first] / found[first].norm(dim=1)[:, None], own[first] / own[first].norm(dim=1)[:, None]
+    )
+    mine = lens.capture(batch, [(0, "resid_pre")])[0][0, "resid_pre"]
+    put = but_sinks(whole)(mine, torch.zeros_like(mine))
+    assert torch.equal(put[:, 0], mine[:, 0])
+    assert not put[:, 1:].any()
 
 
 def test_two_models_see_the_same_tokens():
