@@ -68,6 +68,8 @@ class Store(Record):
     rows: int
     dim: int
     shards: int
+    massive: float = 0.0
+    """Times the median length from which tokens were shortened; 0: none was."""
 
     @property
     def digest(self) -> str:
@@ -316,6 +318,7 @@ def _store(weights: tuple[str, ...], texts: Sequence[Sequence[int]], at: At, wid
         rows=sum(len(text) for text in texts),
         dim=width,
         shards=shards,
+        massive=MASSIVE,
     )
 
 

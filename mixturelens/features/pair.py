@@ -21,7 +21,7 @@ from mixturelens.behaviour.record import BehaviourRecord
 from mixturelens.behaviour.repair_questions import make_ground, scale_of
 from mixturelens.contrasts import checkpoint_contrasts, hint_contrasts
 from mixturelens.features import exclusive
-from mixturelens.features.activations import Activations, At, Storage, collect_places, texts
+from mixturelens.features.activations import MASSIVE, Activations, At, Storage, collect_places, texts
 from mixturelens.features.cards import Album, card, interesting
 from mixturelens.features.change import Splices, half_prompts, site_change
 from mixturelens.features.dictionary import Dictionary
@@ -269,7 +269,7 @@ class _Study:
 
     def digest(self, some: Sequence[Sequence[int]], what: str) -> str:
         """A name for what follows from these texts, both checkpoints and the seed."""
-        made = json.dumps([*self.names, what, self.seed, [list(ids) for ids in some]])
+        made = json.dumps([*self.names, what, self.seed, MASSIVE, [list(ids) for ids in some]])
         return hashlib.sha256(made.encode()).hexdigest()[:16]
 
     def store(self, some: Sequence[Sequence[int]], what: str) -> Storage:
