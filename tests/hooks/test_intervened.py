@@ -493,7 +493,7 @@ def test_what_goes_on_behind_kept_prompts_is_what_whole_rows_say(
     ("shape", "longer", "interventions"),
     [
         *(("llama", True, each) for each in (*EVERYWHERE, *TOGETHER)),
-        *((shape, False, each) for shape in SHAPES for each in TOGETHER),
+        *(pytest.param(shape, False, each, marks=pytest.mark.slow) for shape in SHAPES for each in TOGETHER),
     ],
     ids=lambda each: "+".join(map(str, each)) if isinstance(each, tuple) else str(each),
 )
